@@ -1,0 +1,6 @@
+"""Chest films on disk go in; a trained, measured, explained and safely shared classifier comes out.
+
+files --items--> table --data--> dls --learner--> Learner --training--> run/ --evaluation--> predictions + metrics
+                                                                        run/ --inference--> predictions.csv
+"""
+__version__ = '0.1.0'

@@ -1,0 +1,81 @@
+"""Both ends of every model file: for now the exported `learner.pkl`."""
+from __future__ import annotations
+
+import hashlib
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cxr_fastai.core import CXRError, CXRWarning, Recipe, UsageError, atomic
+
+if TYPE_CHECKING: from fastai.learner import Learner
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What prediction has to know beside the weights; it travels in the model file as `learn.config`."""
+    arch: str
+    size: int
+    threshold: float
+    threshold_rule: str = 'fixed:0.5'
+
+
+def save_learner(learn: Learner, path: Path, recipe: Recipe) -> None:
+    """Export `learn` to `path` for stock `load_learner`, atomically, with plain pickle and without a folder's name.
+
+    (fastai's `export` writes in place, embeds bytecode and paths, and leaves a gutted Learner when it fails.)
+    """
+    import torch
+    learn.config = asdict(ModelConfig(recipe.arch, recipe.size, recipe.threshold, f'fixed:{recipe.threshold:g}'))
+    with atomic(path) as temporary, _emptied(learn), open(temporary, 'wb') as file:
+        torch.save(learn, file, pickle_module=pickle)
+
+
+def load_learner(path: Path) -> Learner:
+    """The `Learner` in the file `path`, on the CPU. Unpickling runs whatever the file says, so it warns and names the
+    file's SHA-256. Raises `CXRError` where the file is no learner of this package."""
+    from fastai.learner import load_learner as load
+    warnings.warn(f'{path} is a pickle, which can run code while it loads: use it only from a source you trust. '
+                  f'SHA-256 {sha256(path)}', CXRWarning, stacklevel=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        # A broken or foreign pickle raises whatever its bytes ask for.
+        try: learn = load(path)
+        except Exception as error: raise CXRError(f'{path}: not an exported learner ({_first_line(error)}).') from error
+    if not hasattr(learn, 'config'):
+        raise CXRError(f'{path}: an exported {type(learn).__name__} without film size and threshold, so not made by '
+                       'cxr-fastai: export it with `cxr_fastai.artefacts.save_learner`.')
+    return learn
+
+
+def find_learner(model: Path) -> Path:
+    """The model file that `model` means: itself, or the `learner.pkl` of a run folder."""
+    path = model/'learner.pkl' if model.is_dir() else model
+    if path.is_file(): return path
+    raise UsageError(f'{model}: no model there: name a run folder that `cxr-fastai train` finished, or a .pkl file.')
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of the file's bytes, in hex."""
+    with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+@contextmanager
+def _emptied(learn: Learner) -> Iterator[None]:
+    """`learn` without films, optimiser and paths; all of it is given back, also after an exception."""
+    kept = {name: getattr(learn, name) for name in ('dls', 'opt', 'path')}
+    folder = learn.dls.path
+    try:
+        learn.dls.path = learn.path = Path('.')
+        learn.dls, learn.opt = learn.dls.new_empty(), None
+        yield
+    finally:
+        for name, value in kept.items(): setattr(learn, name, value)
+        learn.dls.path = folder
+
+
+def _first_line(error: Exception) -> str: return (str(error).splitlines() or [type(error).__name__])[0]

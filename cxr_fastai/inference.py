@@ -1,0 +1,72 @@
+"""A model file becomes a `Predictor`: films go in, a table of probabilities comes out."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from cxr_fastai.artefacts import ModelConfig, find_learner, load_learner
+from cxr_fastai.core import POSITIVE, VOCAB, FilmError, UsageError
+from cxr_fastai.images import load_film
+from cxr_fastai.items import find_films
+from cxr_fastai.models import normalize
+
+COLUMNS = ['path', 'status', 'p_pneumonia', 'prediction', 'threshold', 'code', 'message']
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A network in evaluation mode and what it was trained for. `Predictor.load(MODEL)` makes one."""
+    model: nn.Module
+    config: ModelConfig
+
+    @classmethod
+    def load(cls, model: Path) -> Predictor:
+        """The predictor of a run folder or an exported `.pkl`. Raises `CXRError`."""
+        learn = load_learner(find_learner(model))
+        return cls(learn.model.eval(), ModelConfig(**learn.config))
+
+    @torch.inference_mode()
+    def scores(self, films: np.ndarray) -> np.ndarray:
+        """The probability of pneumonia (n,) of grey uint8 films (n, size, size)."""
+        x = normalize(torch.from_numpy(films)[:, None].float().div_(255.0))
+        return self.model(x).softmax(dim=1)[:, POSITIVE].numpy()
+
+    def predict(self, films: Sequence[Path], batch_size: int = 32) -> Iterator[dict]:
+        """A row a film, in their order, with the keys `COLUMNS`; a film that cannot be read gets the status `error`
+        and its code, and stops nothing."""
+        for start in range(0, len(films), batch_size):
+            rows, pixels = zip(*map(self._open, films[start:start + batch_size]), strict=True)
+            readable = [film for film in pixels if film is not None]
+            scores = iter(self.scores(np.stack(readable)).tolist() if readable else [])
+            yield from (row if film is None else row | self._judge(next(scores))
+                        for row, film in zip(rows, pixels, strict=True))
+
+    def _open(self, path: Path) -> tuple[dict, np.ndarray | None]:
+        row = dict.fromkeys(COLUMNS) | {'path': str(path), 'threshold': self.config.threshold}
+        try: return row | {'status': 'ok'}, load_film(path, self.config.size)
+        except FilmError as error: return row | {'status': 'error', 'code': error.code, 'message': str(error)[:200]}, None
+
+    def _judge(self, score: float) -> dict:
+        return {'p_pneumonia': score, 'prediction': VOCAB[int(score >= self.config.threshold)]}
+
+
+def list_films(sources: Iterable[Path]) -> list[Path]:
+    """The films that `sources` mean: files as they are, folders with all films below them, sorted. Raises `UsageError`
+    where a folder has none."""
+    films = []
+    for source in sources:
+        found = find_films(source)[0] if source.is_dir() else [source]
+        if not found: raise UsageError(f'{source}: no films in this folder.')
+        films += found
+    return films
+
+
+def prediction_table(rows: Iterable[dict]) -> pd.DataFrame:
+    """The rows of `Predictor.predict` as a table."""
+    return pd.DataFrame(rows, columns=COLUMNS)

@@ -1,0 +1,175 @@
+"""Files on disk become the items table, one row a film: `path label split patient kind`."""
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from pathlib import Path, PurePosixPath
+
+import pandas as pd
+
+from cxr_fastai.core import VOCAB, CXRError, UsageError
+from cxr_fastai.images import SUFFIXES
+
+COLUMNS = ['path', 'label', 'split', 'patient', 'kind']
+SPLITS = {'train': 'train', 'val': 'valid', 'valid': 'valid', 'test': 'test'}
+"""Names of folders, and of the splits they hold."""
+VALID = ('official', 'patients')
+"""How validation films are chosen: the folders as they are, or a tenth of the patients of train and val together."""
+FEW = 50
+"""Validation films of a class below which selecting an epoch is a matter of luck."""
+PNEUMONIA_NAME = re.compile(r'person(?P<id>\d+)_(?P<kind>bacteria|virus)_\d+')
+NORMAL_NAME = re.compile(r'(?P<id>(NORMAL2-)?IM-\d+)-\d+')
+EXPECTED = 'train|val|test / NORMAL|PNEUMONIA, or NORMAL and PNEUMONIA alone'
+
+
+def data_root(data: Path | None = None) -> Path:
+    """The folder or CSV of films: `data`, else the environment's CXR_DATA, else data/chest_xray.
+
+    Raises `CXRError` where it does not exist, with the ways to get one.
+    """
+    root = Path(data or os.environ.get('CXR_DATA') or 'data/chest_xray')
+    if root.exists(): return root
+    raise CXRError(f'{root}: no such folder of films. Name one with --data DIR or CXR_DATA; fetch "Chest X-Ray Images '
+                   '(Pneumonia)" from Kaggle into data/chest_xray; or make synthetic films: `cxr-fastai data demo DIR`.')
+
+
+def film_root(root: Path) -> Path:
+    """The folder that the items' paths are relative to: `root`, or the folder of the CSV `root`."""
+    return root.parent if root.is_file() else root
+
+
+def read_items(root: Path, valid: str = 'official', seed: int = 42, limit: int | None = None) -> pd.DataFrame:
+    """The items table of the folder or CSV `root`, sorted by path; `.attrs['ignored']` counts what was passed over.
+
+    `limit` keeps the first films of each class and split. Raises `CXRError` where no film is found, `UsageError` for
+    a class that is not in the vocabulary or an unknown `valid`.
+    """
+    if valid not in VALID: raise UsageError(f'--valid {valid}: choose {" or ".join(VALID)}.')
+    items = _from_csv(root) if root.is_file() else _from_folders(root)
+    if valid == 'patients': items = split_patients(items, seed)
+    if limit is not None: items = items.groupby(['split', 'label'], sort=False).head(limit).reset_index(drop=True)
+    return items
+
+
+def parse_name(name: str, label: str) -> tuple[str, str]:
+    """Kind (`normal|bacteria|virus|unknown`) and patient that the film's file name tells.
+
+    The data set numbers its patients anew for each kind, so the patient is kind and number. A film with another kind
+    of name counts as a patient of its own.
+    """
+    normal = label == 'NORMAL'
+    found = (NORMAL_NAME if normal else PNEUMONIA_NAME).match(name)
+    if not found: return 'normal' if normal else 'unknown', PurePosixPath(name).stem
+    return ('normal', found['id']) if normal else (found['kind'], f'{found["kind"]}-{found["id"]}')
+
+
+def split_patients(items: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Pool train and valid, and give a tenth of the patients to valid, with the shares of the classes kept."""
+    from sklearn.model_selection import StratifiedGroupKFold
+    pool = items[items.split.isin(['train', 'valid'])]
+    patients = pool.groupby('label').patient.nunique().reindex(VOCAB, fill_value=0)
+    if patients.min() < 2:
+        raise UsageError(f'--valid patients needs two patients of each class to choose from; found {_counts(patients)}.')
+    folds = StratifiedGroupKFold(min(10, patients.min()), shuffle=True, random_state=seed)
+    _, chosen = next(folds.split(pool, pool.label, pool.patient))
+    split = items.split.where(~items.index.isin(pool.index), 'train')
+    split.loc[pool.index[chosen]] = 'valid'
+    return items.assign(split=split)
+
+
+def check_trainable(items: pd.DataFrame) -> None:
+    """Raise `UsageError` unless train has films of both classes and valid has any."""
+    counts = count_films(items)
+    if (counts.loc['train'] == 0).any():
+        raise UsageError(f'train holds {_counts(counts.loc["train"])}: a classifier needs films of both classes.')
+    if not counts.loc['valid'].sum():
+        raise UsageError('valid holds no film, so no epoch could be chosen: `--valid patients` takes a tenth of the '
+                         'patients of train.')
+
+
+def doubt_validation(items: pd.DataFrame) -> str | None:
+    """What the size of valid leaves unknown, in words; None where it has enough films of each class."""
+    from scipy.stats import binomtest
+    counts = count_films(items).loc['valid']
+    if counts.min() >= FEW: return None
+    n = int(counts.max())
+    low = binomtest(n, n).proportion_ci(method='wilson').low
+    return (f'validation has only {_counts(counts)} films: even {n} of {n} right would leave the true rate anywhere '
+            f'from {low:.2f} to 1. The epoch it selects is a matter of luck; --valid patients is sounder.')
+
+
+def count_films(items: pd.DataFrame) -> pd.DataFrame:
+    """Films by split (rows train, valid, test) and class (columns in the order of the vocabulary)."""
+    counts = pd.crosstab(items.split, items.label)
+    return counts.reindex(index=['train', 'valid', 'test'], columns=list(VOCAB), fill_value=0)
+
+
+def find_films(folder: Path) -> tuple[list[Path], Counter]:
+    """Films below `folder`, sorted, links to folders not followed; and a count of what was ignored, by reason."""
+    films, ignored = [], Counter()
+    for base, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(base, name)
+            reason = _junk(path.relative_to(folder))
+            if reason: ignored[reason] += 1
+            else: films.append(path)
+    return films, ignored
+
+
+def _junk(path: Path) -> str | None:
+    if '__MACOSX' in path.parts: return '__MACOSX'
+    if path.name.startswith('._'): return '._*'
+    if path.name == '.DS_Store': return '.DS_Store'
+    return None if path.suffix.lower() in SUFFIXES else 'not a film'
+
+
+def _from_folders(root: Path) -> pd.DataFrame:
+    base = root
+    while not _has_classes(base) and (base/'chest_xray').is_dir(): base /= 'chest_xray'
+    films, ignored = find_films(base)
+    rows = []
+    for film in films:
+        *folders, name = film.relative_to(base).parts
+        if folders and folders[0] == 'chest_xray': ignored['nested chest_xray'] += 1
+        elif place := _place(folders): rows.append((film.relative_to(root).as_posix(), *place, name))
+        else: ignored['outside the class folders'] += 1
+    if not rows: raise CXRError(f'{root}: no films found. Expected folders {EXPECTED}, with JPEG or PNG files.')
+    return _table(pd.DataFrame(rows, columns=['path', 'split', 'label', 'name']), ignored, root)
+
+
+def _has_classes(folder: Path) -> bool: return any((folder/name).is_dir() for name in (*SPLITS, *VOCAB))
+
+
+def _place(folders: list[str]) -> tuple[str, str] | None:
+    """Split and label that the folders above a film tell; films in no split's folder are for training."""
+    if len(folders) == 2 and folders[0] in SPLITS: return SPLITS[folders[0]], folders[1]
+    if len(folders) == 1 and folders[0] not in SPLITS: return 'train', folders[0]
+    return None
+
+
+def _from_csv(path: Path) -> pd.DataFrame:
+    try: table = pd.read_csv(path, dtype=str)
+    except (ValueError, pd.errors.ParserError) as error:
+        raise UsageError(f'{path}: not a CSV with the columns path,label[,split,patient] ({error}).') from None
+    if missing := {'path', 'label'} - set(table): raise UsageError(f'{path}: has no column {" or ".join(sorted(missing))}.')
+    split = table['split'] if 'split' in table else pd.Series('train', table.index)
+    if unknown := set(split.dropna()) - set(SPLITS) or ({'(empty)'} if split.isna().any() else set()):
+        raise UsageError(f'{path}: unknown split {", ".join(sorted(unknown))}: use train, valid or test.')
+    return _table(table.assign(split=split.map(SPLITS), name=table.path.map(lambda p: PurePosixPath(p).name)), Counter(), path)
+
+
+def _table(films: pd.DataFrame, ignored: Counter, source: Path) -> pd.DataFrame:
+    if unknown := sorted(set(films.label.fillna('(empty)')) - set(VOCAB)):
+        raise UsageError(f'{source}: found the classes {", ".join(unknown)}; expected {" and ".join(VOCAB)} '
+                         f'({EXPECTED}). Rename or move the others.')
+    parsed = [parse_name(name, label) for name, label in zip(films.name, films.label, strict=True)]
+    told = pd.DataFrame(parsed, columns=['kind', 'patient'], index=films.index)
+    patient = films['patient'].fillna(told.patient) if 'patient' in films else told.patient
+    items = films.assign(kind=told.kind, patient=patient)[COLUMNS].sort_values('path', ignore_index=True)
+    items.attrs['ignored'] = dict(ignored)
+    return items
+
+
+def _counts(counts: pd.Series) -> str: return ' and '.join(f'{n} {name}' for name, n in counts.items())

@@ -9,8 +9,9 @@ config = ConfigParser(delimiters=['='])
 config.read(HERE/'settings.ini', encoding='utf-8')
 c = config['DEFAULT']
 
-setup(name=c['lib_name'], version=c['version'], description=c['description'], author=c['author'], keywords=c['keywords'],
-      license='Apache-2.0', license_files=['LICENSE'], python_requires=f">={c['min_python']}",
+setup(name=c['lib_name'], version=c['version'], description=c['description'], author=c['author'],
+      keywords=c['keywords'], license='Apache-2.0', license_files=['LICENSE'], python_requires=f">={c['min_python']}",
       long_description=(HERE/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-      packages=find_packages(include=[c['lib_name'], f"{c['lib_name']}.*"]), install_requires=c['requirements'].split(),
-      extras_require={'dev': c['dev_requirements'].split()}, entry_points={'console_scripts': c['console_scripts'].split()})
+      packages=find_packages(include=[c['lib_name'], f"{c['lib_name']}.*"]),
+      install_requires=c['requirements'].split(), extras_require={'dev': c['dev_requirements'].split()},
+      entry_points={'console_scripts': c['console_scripts'].split()})

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from cxr_fastai.core import CXRError, CXRWarning, Recipe, UsageError, atomic
 
-if TYPE_CHECKING: from fastai.learner import Learner
+if TYPE_CHECKING:
+    from fastai.learner import Learner
 
 
 @dataclass(frozen=True)

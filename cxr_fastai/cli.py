@@ -13,11 +13,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Option
 
 from cxr_fastai import __version__
-from cxr_fastai.core import CXRError, CXRWarning, Run, UsageError
+from cxr_fastai.core import CXRError, CXRWarning, Run, UsageError, write_csv
 
-if TYPE_CHECKING: import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 out, err = Console(), Console(stderr=True)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -26,51 +28,58 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 data_app = typer.Typer(no_args_is_help=True, help='Get and look after films.')
 app.add_typer(data_app, name='data')
 
-Data = Annotated[Path | None, typer.Option('--data', metavar='DIR', show_default='CXR_DATA, else data/chest_xray',
-                                           help='Folder of films (train|val|test / NORMAL|PNEUMONIA), or a CSV.')]
-Seed = Annotated[int, typer.Option(help='Seed of everything random.')]
-Size = Annotated[int, typer.Option(metavar='PX', min=32, help='Side of the film that the network sees, in pixels.')]
-BatchSize = Annotated[int, typer.Option(metavar='N', min=1, help='Films in a batch.')]
-Limit = Annotated[int | None, typer.Option(metavar='N', min=1, show_default='all',
-                                           help='Only the first N films of each class and split, for trials.')]
-RunFolder = Annotated[Path, typer.Argument(metavar='RUN', help='Folder that `train` made.')]
+# One name and one meaning for each option, in every command that has it.
+Data = Annotated[Path | None, Option('--data', metavar='DIR', show_default='CXR_DATA, else data/chest_xray', help=(
+    'Folder of films (train|val|test / NORMAL|PNEUMONIA), or a CSV of them.'))]
+Arch = Annotated[str, Option('--arch', help='Network: baseline or resnet50.')]
+RecipeName = Annotated[str, Option('--recipe', help='How to train: reference is the specification.')]
+NewRun = Annotated[Path | None, Option('--out', metavar='RUN', show_default='runs/ARCH, or the next free', help=(
+    'Run folder to make; it must not hold anything.'))]
+NewFolder = Annotated[Path, Option('--out', metavar='DIR', help='Folder to make; it must not hold anything.')]
+NewTable = Annotated[Path | None, Option('--out', metavar='FILE', show_default='print only', help=(
+    'CSV to write; it must not exist.'))]
+Epochs = Annotated[int, Option('--epochs', metavar='N', help='Epochs in all, over the phases.')]
+LearningRate = Annotated[float | None, Option('--lr', show_default='1e-3', help=(
+    "The first phase's learning rate; later phases keep their ratio to it."))]
+Weights = Annotated[str | None, Option('--weights', show_default='imagenet for resnet50, none for baseline', help=(
+    'What to start from: imagenet, imagenet-v2, none, or the file of a state dict.'))]
+Valid = Annotated[str, Option('--valid', help='official: the val folder. patients: a tenth of the patients.')]
+Split = Annotated[str, Option('--split', help='Split to measure: train, valid or test.')]
+Size = Annotated[int, Option('--size', metavar='PX', min=32, help='Side of the film the network sees, in pixels.')]
+FilmSize = Annotated[int, Option('--size', metavar='PX', help='Side of a film, in pixels.')]
+Films = Annotated[int, Option('--films', metavar='N', help='Synthetic films in all.')]
+BatchSize = Annotated[int, Option('--batch-size', metavar='N', min=1, help='Films in a batch.')]
+Workers = Annotated[int, Option('--workers', metavar='N', min=0, help=(
+    'Processes that read films; 0 reads them in this one.'))]
+Limit = Annotated[int | None, Option('--limit', metavar='N', min=1, show_default='all', help=(
+    'Only the first N films of each class and split, for trials.'))]
+Seed = Annotated[int, Option('--seed', metavar='N', help='Seed of everything random.')]
+RunFolder = Annotated[Path, Argument(metavar='RUN', help='Folder that `train` made.')]
 
 
 @app.callback(invoke_without_command=True)
-def version(show: Annotated[bool, typer.Option('--version', help='Print the version and exit.')] = False) -> None:
+def show_version(show: Annotated[bool, Option('--version', help='Print the version and exit.')] = False) -> None:
     if show: out.print(f'cxr_fastai {__version__}', highlight=False)
 
 
 @data_app.command('demo')
-def data_demo(folder: Annotated[Path, typer.Argument(metavar='DIR', help='Folder to make; it must not hold anything.')],
-              films: Annotated[int, typer.Option(metavar='N', help='Films in all.')] = 480,
-              size: Annotated[int, typer.Option(metavar='PX', help='Side of a film, in pixels.')] = 256,
-              seed: Seed = 0) -> None:
+def data_demo(folder: Annotated[Path, Argument(metavar='DIR', help='Folder to make; it must not hold anything.')],
+              films: Films = 480, size: FilmSize = 256, seed: Seed = 0) -> None:
     """Write synthetic chest films, with masks of their opacities, in the real data set's layout.
 
     Example: cxr-fastai data demo films --films 200
     """
     from cxr_fastai.demo import make_demo
     counts = make_demo(folder, films, size, seed).groupby(['split', 'label'], sort=False).size()
-    out.print(f'{folder}: {films} films, masks of the opacities in {folder/"masks"}', soft_wrap=True)
+    out.print(f'{folder}: {films} films, and masks of the opacities in {folder/"masks"}', soft_wrap=True, markup=False)
     out.print(counts.unstack().to_string())
 
 
 @app.command()
-def train(data: Data = None,
-          arch: Annotated[str, typer.Option(help='Network: baseline or resnet50.')] = 'baseline',
-          recipe: Annotated[str, typer.Option(help='How to train: reference is the specification.')] = 'reference',
-          run: Annotated[Path | None, typer.Option('--out', metavar='RUN', show_default='runs/ARCH, or the next free',
-                                                   help='Run folder to make; it must not hold anything.')] = None,
-          epochs: Annotated[int, typer.Option(metavar='N', help='Epochs in all, over the phases.')] = 15,
-          lr: Annotated[float | None, typer.Option(show_default='1e-3',
-                                                   help="First phase's learning rate; later ones keep their ratio.")] = None,
-          weights: Annotated[str | None, typer.Option(show_default='imagenet for resnet50, none for baseline',
-                                                      help='imagenet, imagenet-v2, none, or the file of a state dict.')] = None,
-          valid: Annotated[str, typer.Option(help='official: the val folder. patients: a tenth of the patients.')] = 'official',
-          size: Size = 224, batch_size: BatchSize = 32,
-          workers: Annotated[int, typer.Option(metavar='N', min=0, help='Processes that read films; 0 reads in this one.')] = 0,
-          limit: Limit = None, seed: Seed = 42) -> None:
+def train(data: Data = None, arch: Arch = 'baseline', recipe: RecipeName = 'reference', run: NewRun = None,
+          epochs: Epochs = 15, lr: LearningRate = None, weights: Weights = None, valid: Valid = 'official',
+          size: Size = 224, batch_size: BatchSize = 32, workers: Workers = 0, limit: Limit = None,
+          seed: Seed = 42) -> None:
     """Train a network and write its run folder: recipe, items, history, journal and learner.pkl.
 
     Example: cxr-fastai train --arch resnet50 --valid patients --out runs/resnet50
@@ -82,13 +91,12 @@ def train(data: Data = None,
                          workers=workers, limit=limit, seed=seed)
     from cxr_fastai.training import train
     made = train(chosen, root, run or _free(Path('runs', arch)), out)
-    out.print(f'{made.path}: trained; next: cxr-fastai evaluate {made.path}', soft_wrap=True, markup=False)
+    out.print(f'{made.path}: trained. Next: cxr-fastai evaluate {made.path}', soft_wrap=True, markup=False)
 
 
 @app.command()
-def evaluate(run: RunFolder, data: Data = None,
-             split: Annotated[str, typer.Option(help='train, valid or test.')] = 'test',
-             batch_size: BatchSize = 32, limit: Limit = None) -> None:
+def evaluate(run: RunFolder, data: Data = None, split: Split = 'test', batch_size: BatchSize = 32,
+             limit: Limit = None) -> None:
     """Measure a run on a split: predictions.csv, metrics.json and figures in its folder.
 
     Without --data the films are looked for where the run was trained. Example: cxr-fastai evaluate runs/resnet50
@@ -103,34 +111,31 @@ def evaluate(run: RunFolder, data: Data = None,
 
 
 @app.command()
-def predict(model: Annotated[Path, typer.Argument(metavar='MODEL', help='Run folder, or an exported .pkl.')],
-            films: Annotated[list[Path], typer.Argument(metavar='FILM|DIR...', help='Films, or folders of films.')],
-            table: Annotated[Path | None, typer.Option('--out', metavar='FILE', show_default='print only',
-                                                       help='CSV to write; it must not exist.')] = None,
-            batch_size: BatchSize = 32) -> None:
+def predict(model: Annotated[Path, Argument(metavar='MODEL', help='Run folder, or an exported .pkl.')],
+            films: Annotated[list[Path], Argument(metavar='FILM|DIR...', help='Films, or folders of films.')],
+            table: NewTable = None, batch_size: BatchSize = 32) -> None:
     """Give each film the probability of pneumonia; a film that cannot be read gets a row with its error.
 
     Example: cxr-fastai predict runs/resnet50 film.jpeg more_films/ --out predictions.csv
     """
-    if table and table.exists(): raise UsageError(f'{table} exists already and was left as it is: choose another --out.')
+    if table and table.exists(): raise UsageError(f'{table} exists already and was left alone: choose another --out.')
     from cxr_fastai.inference import Predictor, list_films, prediction_table
     paths = list_films(films)
     rows = prediction_table(Predictor.load(model).predict(paths, batch_size))
-    if table: _save_table(table, rows)
+    if table: write_csv(table, rows)
     _print_predictions(rows, table)
     if (rows.status != 'ok').any(): raise typer.Exit(3)
 
 
 @app.command()
-def demo(folder: Annotated[Path, typer.Option('--out', metavar='DIR', help='Folder to make; it must not hold anything.')] = Path('demo'),
-         films: Annotated[int, typer.Option(metavar='N', help='Synthetic films in all.')] = 800,
-         size: Size = 128,
-         epochs: Annotated[int, typer.Option(metavar='N', help='Epochs of training.')] = 14,
+def demo(folder: NewFolder = Path('demo'), films: Films = 800, size: Size = 128, epochs: Epochs = 14,
          seed: Seed = 0) -> None:
     """The whole way on synthetic films: data, train (baseline), evaluate, predict. About two minutes on two cores.
 
     Example: cxr-fastai demo --out demo
     """
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f'{folder} exists already and nothing in it was overwritten: choose another --out.')
     out.rule('1 of 4: data demo', align='left')
     data_demo(folder/'films', films, size*3//2, seed)
     out.rule('2 of 4: train', align='left')
@@ -182,14 +187,15 @@ def _free(path: Path) -> Path:
 
 def _metrics_table(metrics: dict, title: str) -> Table:
     from cxr_fastai.evaluation import TARGETS
-    table = Table(title=escape(f'{title}: {metrics["n"]} films, {metrics["positives"]} pneumonia, '
-                               f'threshold {metrics["threshold"]:g}'), title_justify='left')
-    for name in ('', 'value', '95 % interval', 'target'): table.add_column(name, justify='left' if not name else 'right')
+    heading = f'{title}: {metrics["n"]} films, {metrics["positives"]} pneumonia, threshold {metrics["threshold"]:g}'
+    table = Table(title=escape(heading), title_justify='left', caption_justify='left')
+    for name in ('', 'value', '95 % interval', 'target'): table.add_column(name, justify='right' if name else 'left')
     for name in ('auc', 'sensitivity', 'specificity', 'accuracy', 'ppv', 'npv', 'f1'):
         table.add_row(name.upper() if name in ('auc', 'ppv', 'npv', 'f1') else name,
                       *_cells(metrics[name], TARGETS.get(name)))
     c = metrics['confusion']
-    table.caption = f'true negatives {c["tn"]}, false positives {c["fp"]}, false negatives {c["fn"]}, true positives {c["tp"]}'
+    table.caption = (f'{c["tp"]} true positives, {c["fn"]} false negatives\n'
+                     f'{c["tn"]} true negatives, {c["fp"]} false positives')
     return table
 
 
@@ -200,17 +206,14 @@ def _cells(estimate: dict, target: float | None) -> tuple[str, str, str]:
     return f'{value:.3f}', '' if low is None else f'{low:.3f} to {high:.3f}', met
 
 
-def _save_table(path: Path, rows: pd.DataFrame) -> None:
-    from cxr_fastai.core import write_csv
-    write_csv(path, rows)
-
-
 def _print_predictions(rows: pd.DataFrame, saved: Path | None, most: int = 20) -> None:
     table = Table(caption=f'the first {most} of {len(rows)}' if len(rows) > most else None)
     for name in ('film', 'p(pneumonia)', 'prediction'): table.add_column(name, overflow='fold')
     for row in rows.head(most).itertuples():
-        table.add_row(escape(row.path), *((f'{row.p_pneumonia:.4f}', row.prediction) if row.status == 'ok' else ('', row.code)))
+        judged = (f'{row.p_pneumonia:.4f}', row.prediction) if row.status == 'ok' else ('', row.code)
+        table.add_row(escape(row.path), *judged)
     out.print(table)
     for row in rows[rows.status != 'ok'].itertuples(): _print_line(f'error: {row.message}')
-    out.print(f'{len(rows)} films, {(rows.prediction == "PNEUMONIA").sum()} called PNEUMONIA, '
-              f'{(rows.status != "ok").sum()} failed{f"; rows in {saved}" if saved else ""}', soft_wrap=True, markup=False)
+    called, failed = (rows.prediction == 'PNEUMONIA').sum(), (rows.status != 'ok').sum()
+    where = f'; rows in {saved}' if saved else ''
+    out.print(f'{len(rows)} films, {called} called PNEUMONIA, {failed} failed{where}', soft_wrap=True, markup=False)

@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING: import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 VOCAB = ('NORMAL', 'PNEUMONIA')
 """The classes in the order of the network's outputs; the last one is the positive class."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
 import torch.nn.functional as F
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
@@ -24,7 +25,7 @@ class OpenFilm(Transform):
 
     def __init__(self, size: int):
         super().__init__()
-        self.size = size
+        self.size, self.input_types = size, (str, Path, np.ndarray)  # what `dls.test_dl` accepts
 
     def encodes(self, film: str | Path | np.ndarray):
         grey = resize_film(film, self.size) if isinstance(film, np.ndarray) else load_film(film, self.size)

@@ -48,7 +48,8 @@ def make_demo(folder: Path, films: int = 480, size: int = 256, seed: int = 0) ->
     Returns the columns path, label, split (as folders). Raises `UsageError` where the folder has something in it or
     `films` is too small to fill each split with both classes.
     """
-    if films < 20 or size < 64: raise UsageError(f'--films {films} --size {size}: at least 20 films of 64 px are needed.')
+    if films < 20 or size < 64:
+        raise UsageError(f'--films {films} --size {size}: at least 20 films of 64 px are needed.')
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f'{folder} exists already and is not an empty folder: choose another.')
     rows = []
@@ -84,10 +85,11 @@ def _plan(films: int, seed: int) -> Iterator[tuple[Path, str, Chest, np.random.G
             while wanted > 0:
                 kind = 'NORMAL' if label == 'NORMAL' else str(rng.choice(KINDS))
                 serial[kind] += 1
-                chest = Chest.draw(rng)
-                for view in range(min(wanted, int(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1])))):
-                    wanted -= 1
-                    yield Path(split, label, _name(kind, serial[kind], view)), label, chest, np.random.default_rng(rng.integers(2**63))
+                chest, views = Chest.draw(rng), min(wanted, int(rng.choice([1, 2, 3], p=[0.6, 0.3, 0.1])))
+                wanted -= views
+                for view in range(views):
+                    path = Path(split, label, _name(kind, serial[kind], view))
+                    yield path, label, chest, np.random.default_rng(rng.integers(2**63))
 
 
 def _name(kind: str, patient: int, view: int) -> str:
@@ -126,7 +128,8 @@ def _heart(chest: Chest, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.maximum(heart, 0.7*arch)
 
 
-def _tissue(chest: Chest, x: np.ndarray, y: np.ndarray, lungs: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def _tissue(chest: Chest, x: np.ndarray, y: np.ndarray, lungs: np.ndarray, size: int,
+            rng: np.random.Generator) -> np.ndarray:
     """What the beam crosses without disease: body, arms, lungs, heart, belly, bones, vessels."""
     flank = chest.width*(0.90 + 0.05*np.cos(2.2*(y - 0.2)))
     shoulder = -0.86 + 0.50*np.clip(np.abs(x) - 0.22, 0, 1)**1.6

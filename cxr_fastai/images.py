@@ -27,13 +27,15 @@ def read_film(path: str | Path) -> np.ndarray:
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             if image.width*image.height > MAX_PIXELS:
-                raise _refusal(path, 'E_TOO_LARGE', f'{image.width}x{image.height} pixels, over the limit of 40 million')
+                raise _refusal(path, 'E_TOO_LARGE', f'{image.width}x{image.height} is over {MAX_PIXELS:,} pixels')
             if image.mode not in MODES:
                 raise _refusal(path, 'E_BITDEPTH', f'pixels of mode {image.mode}: convert it to 8 bits a channel')
             return np.asarray(image.convert('L'))
     except FilmError: raise
-    except UnidentifiedImageError: raise _refusal(path, 'E_FORMAT', f'not {" or ".join(FORMATS)}') from None
-    except Image.DecompressionBombError: raise _refusal(path, 'E_TOO_LARGE', 'over the limit of 40 million pixels') from None
+    except UnidentifiedImageError:
+        raise _refusal(path, 'E_FORMAT', f'not {" or ".join(FORMATS)}') from None
+    except Image.DecompressionBombError:
+        raise _refusal(path, 'E_TOO_LARGE', f'over {MAX_PIXELS:,} pixels') from None
     # Pillow's decoders let SyntaxError, ValueError and others out, and a batch must survive each of them.
     except Exception as error: raise _refusal(path, 'E_TRUNCATED', f'truncated or damaged: {error}') from error
 

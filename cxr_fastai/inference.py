@@ -50,7 +50,8 @@ class Predictor:
     def _open(self, path: Path) -> tuple[dict, np.ndarray | None]:
         row = dict.fromkeys(COLUMNS) | {'path': str(path), 'threshold': self.config.threshold}
         try: return row | {'status': 'ok'}, load_film(path, self.config.size)
-        except FilmError as error: return row | {'status': 'error', 'code': error.code, 'message': str(error)[:200]}, None
+        except FilmError as error:
+            return row | {'status': 'error', 'code': error.code, 'message': str(error)[:200]}, None
 
     def _judge(self, score: float) -> dict:
         return {'p_pneumonia': score, 'prediction': VOCAB[int(score >= self.config.threshold)]}

@@ -91,6 +91,7 @@ def describe(estimate: Estimate) -> str:
 
 
 def _shade_phases(ax: Axes, history: pd.DataFrame) -> None:
+    if history.phase.nunique() == 1: return
     for i, (name, rows) in enumerate(history.groupby('phase', sort=False)):
         left, right = rows.epoch.min() - 0.5, rows.epoch.max() + 0.5
         ax.axvspan(left, right, color=GREY, alpha=0.12 if i % 2 == 0 else 0.03, lw=0, zorder=0)

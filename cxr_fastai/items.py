@@ -30,7 +30,7 @@ def data_root(data: Path | None = None) -> Path:
     """
     root = Path(data or os.environ.get('CXR_DATA') or 'data/chest_xray')
     if root.exists(): return root
-    raise CXRError(f'{root}: no such folder of films. Name one with --data DIR or CXR_DATA; fetch "Chest X-Ray Images '
+    raise CXRError(f'{root}: no such folder of films. Name one by --data DIR or CXR_DATA; unpack "Chest X-Ray Images '
                    '(Pneumonia)" from Kaggle into data/chest_xray; or make synthetic films: `cxr-fastai data demo DIR`.')
 
 
@@ -70,7 +70,7 @@ def split_patients(items: pd.DataFrame, seed: int) -> pd.DataFrame:
     pool = items[items.split.isin(['train', 'valid'])]
     patients = pool.groupby('label').patient.nunique().reindex(VOCAB, fill_value=0)
     if patients.min() < 2:
-        raise UsageError(f'--valid patients needs two patients of each class to choose from; found {_counts(patients)}.')
+        raise UsageError(f'--valid patients needs two patients of each class; found {_counts(patients)}.')
     folds = StratifiedGroupKFold(min(10, patients.min()), shuffle=True, random_state=seed)
     _, chosen = next(folds.split(pool, pool.label, pool.patient))
     split = items.split.where(~items.index.isin(pool.index), 'train')
@@ -153,11 +153,13 @@ def _from_csv(path: Path) -> pd.DataFrame:
     try: table = pd.read_csv(path, dtype=str)
     except (ValueError, pd.errors.ParserError) as error:
         raise UsageError(f'{path}: not a CSV with the columns path,label[,split,patient] ({error}).') from None
-    if missing := {'path', 'label'} - set(table): raise UsageError(f'{path}: has no column {" or ".join(sorted(missing))}.')
+    if missing := {'path', 'label'} - set(table):
+        raise UsageError(f'{path}: has no column {" or ".join(sorted(missing))}.')
     split = table['split'] if 'split' in table else pd.Series('train', table.index)
     if unknown := set(split.dropna()) - set(SPLITS) or ({'(empty)'} if split.isna().any() else set()):
         raise UsageError(f'{path}: unknown split {", ".join(sorted(unknown))}: use train, valid or test.')
-    return _table(table.assign(split=split.map(SPLITS), name=table.path.map(lambda p: PurePosixPath(p).name)), Counter(), path)
+    names = table.path.map(lambda film: PurePosixPath(film).name)
+    return _table(table.assign(split=split.map(SPLITS), name=names), Counter(), path)
 
 
 def _table(films: pd.DataFrame, ignored: Counter, source: Path) -> pd.DataFrame:

@@ -75,7 +75,8 @@ def _recall(targs: np.ndarray, preds: np.ndarray, label: int) -> float:
 
 
 def _of_scores(func) -> AccumMetric:
-    return AccumMetric(func, dim_argmax=-1, activation=ActivationType.BinarySoftmax, to_np=True, invert_arg=True, flatten=False)
+    return AccumMetric(func, dim_argmax=-1, activation=ActivationType.BinarySoftmax, to_np=True, invert_arg=True,
+                       flatten=False)
 
 
 def _of_classes(func) -> AccumMetric:

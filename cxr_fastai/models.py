@@ -121,8 +121,8 @@ def _phases(facts: Arch, epochs: int, scale: float) -> tuple[Phase, ...]:
     *early, last = facts.phases
     given = [max(1, round(share*epochs)) for _, share, _, _ in early]
     given = [*given, epochs - sum(given)]
-    return tuple(Phase(name, n, lr*scale, frozen) for (name, _, lr, frozen), n in zip((*early, last), given, strict=True)
-                 if n > 0)
+    return tuple(Phase(name, n, lr*scale, frozen)
+                 for (name, _, lr, frozen), n in zip((*early, last), given, strict=True) if n > 0)
 
 
 def _check_weights(arch: str, weights: str) -> str:
@@ -138,7 +138,8 @@ def _read_weights(arch: str, weights: str) -> tuple[dict[str, Tensor], str]:
     except FileNotFoundError: raise UsageError(f'--weights {weights}: no such file.') from None
     # Which exception a broken or hostile file raises is up to pickle and zip; none of them may pass for success.
     except Exception as error:
-        raise CXRError(f'--weights {weights}: not a state dict that loads safely ({str(error).splitlines()[0]}).') from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CXRError(f'--weights {weights}: not a state dict that loads safely ({why}).') from error
     if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()): return state, weights
     raise CXRError(f'--weights {weights}: holds {type(state).__name__}, not a state dict of tensors.')
 
@@ -149,8 +150,9 @@ def _download(arch: str, weights: str) -> dict[str, Tensor]:
     try: return choice.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for a wrong hash
         name, folder = choice.url.rsplit('/', 1)[-1], Path(torch.hub.get_dir(), 'checkpoints')
-        raise CXRError(f'--weights {weights}: the download of {name} failed ({error}). Put that file into {folder}, '
-                       'or pass --weights FILE (a torchvision state dict), or --weights none to train from scratch.') from error
+        raise CXRError(f'--weights {weights}: the download of {name} failed ({error}). Put that file into {folder}, or '
+                       'pass --weights FILE (a torchvision state dict), or --weights none to train from scratch.'
+                       ) from error
 
 
 def _body_of(state: dict[str, Tensor]) -> dict[str, Tensor]:

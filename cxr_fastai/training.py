@@ -132,7 +132,7 @@ class ShowEpochs(Callback):
 
     def __init__(self, console: Console): self.console, self.bar = console, None
 
-    def before_train(self): self._start(f'{self.history.phase}, epoch {len(self.history.rows) + 1}', len(self.dls.train))
+    def before_train(self): self._start(f'{self.history.phase} {len(self.history.rows) + 1}', len(self.dls.train))
     def before_validate(self): self._start('validation', len(self.dls.valid))
 
     def after_batch(self):
@@ -147,9 +147,10 @@ class ShowEpochs(Callback):
     def after_epoch(self):
         row = self.history.rows[-1]
         best = '  best' if row is self.keep_best.row else ''
-        self.console.print(f'{row["phase"]:>9} {row["epoch"]:>3}  lr {row["lr"]:.0e}  train {row["train_loss"]:.4f}  '
-                           f'valid {row["valid_loss"]:.4f}  AUC {row["roc_auc"]:.4f}  sens {row["sensitivity"]:.3f}  '
-                           f'spec {row["specificity"]:.3f}  {row["seconds"]:.0f} s{best}', highlight=False, soft_wrap=True)
+        line = (f'{row["phase"]:>9} {row["epoch"]:>3}  lr {row["lr"]:.0e}  train {row["train_loss"]:.4f}  '
+                f'valid {row["valid_loss"]:.4f}  AUC {row["roc_auc"]:.4f}  sens {row["sensitivity"]:.3f}  '
+                f'spec {row["specificity"]:.3f}  {row["seconds"]:.0f} s{best}')
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def _start(self, what: str, total: int):
         if not self.console.is_terminal: return

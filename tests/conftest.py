@@ -1,0 +1,35 @@
+"""Shared films and runs: synthetic, small, made once a session. `CXR_DATA` is hidden from all but `real` tests."""
+import os
+from pathlib import Path
+
+import pytest
+
+from cxr_fastai.cli import main
+from cxr_fastai.core import Run
+from cxr_fastai.demo import make_demo
+
+REAL = os.environ.pop('CXR_DATA', None)
+
+
+@pytest.fixture(scope='session')
+def films(tmp_path_factory) -> Path:
+    """Sixty synthetic films of 96 px in the Kaggle layout."""
+    folder = tmp_path_factory.mktemp('data')/'films'
+    make_demo(folder, films=60, size=96, seed=0)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def run(films, tmp_path_factory) -> Run:
+    """A baseline trained for two epochs through the command line; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp('runs')/'run'
+    assert main(['train', '--data', str(films), '--out', str(folder), '--epochs', '2', '--size', '64',
+                 '--batch-size', '8', '--seed', '1']) == 0
+    return Run.open(folder)
+
+
+@pytest.fixture(scope='session')
+def real_films() -> Path:
+    """The real films that CXR_DATA names; skips where it is not set."""
+    if not REAL: pytest.skip('CXR_DATA does not name the real films')
+    return Path(REAL)

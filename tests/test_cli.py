@@ -1,0 +1,191 @@
+"""What a user types, and what comes back: exit codes, one clear line, and nothing lost."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torchvision
+
+from cxr_fastai.cli import app, main
+
+README = (Path(__file__).parents[1]/'README.md').read_text()
+
+
+def lines(text: str) -> list[str]: return [line for line in text.splitlines() if line.startswith('error: ')]
+
+
+def refused(capsys, argv: list, code: int, says: str) -> None:
+    assert main([str(word) for word in argv]) == code
+    complaint, = lines(capsys.readouterr().err)
+    assert re.search(says, complaint), complaint
+
+
+@pytest.fixture
+def train(films, tmp_path):
+    return ['train', '--data', films, '--out', tmp_path/'run', '--epochs', '1', '--size', '48']
+
+
+def test_help_is_quick_because_it_loads_neither_torch_nor_pandas():
+    code = ('import sys; from cxr_fastai.cli import main; code = main(sys.argv[1:]); '
+            'print(code, *{"torch", "fastai", "pandas", "numpy", "matplotlib"} & set(sys.modules))')
+    for argv in ([], ['train'], ['data', 'demo']):
+        done = subprocess.run([sys.executable, '-c', code, *argv, '--help'], capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines()[-1] == '0' and 'Usage' in done.stdout
+
+
+def commands(group, path=()):
+    for name, command in getattr(group, 'commands', {}).items():
+        if hasattr(command, 'commands'): yield from commands(command, (*path, name))
+        else: yield (*path, name), command
+
+
+COMMANDS = dict(commands(__import__('typer').main.get_command(app)))
+
+
+@pytest.mark.parametrize('name', COMMANDS, ids=' '.join)
+def test_every_command_and_option_has_help_and_every_command_an_example(name):
+    command = COMMANDS[name]
+    assert f'Example: cxr-fastai {" ".join(name)}' in command.help
+    assert all(parameter.help for parameter in command.params if parameter.name != 'help')
+
+
+@pytest.mark.parametrize('name', COMMANDS, ids=' '.join)
+def test_the_readme_names_every_command(name): assert f'cxr-fastai {" ".join(name)}' in README
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    from importlib.metadata import version
+    assert main(['--version']) == 0 and version('cxr_fastai') in capsys.readouterr().out
+
+
+def test_missing_films_say_how_to_get_some(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, ['train'], 1, 'data/chest_xray: no such folder.*--data DIR.*Kaggle.*cxr-fastai data demo')
+    refused(capsys, ['train', '--data', 'nowhere'], 1, 'nowhere: no such folder')
+
+
+def test_cxr_data_is_found(films, monkeypatch, tmp_path):
+    monkeypatch.setenv('CXR_DATA', str(films))
+    monkeypatch.chdir(tmp_path)
+    for folder in ('runs/baseline', 'runs/baseline-2'):
+        assert main(['train', '--epochs', '1', '--size', '32', '--limit', '2']) == 0
+        assert (tmp_path/folder/'learner.pkl').is_file()
+
+
+def test_one_class_or_an_empty_split_is_wrong_usage(capsys, films, tmp_path):
+    one, empty = tmp_path/'one', tmp_path/'empty'
+    shutil.copytree(films/'train/NORMAL', one/'train/NORMAL')
+    shutil.copytree(films/'train', empty/'train')
+    refused(capsys, ['train', '--data', one], 2, r'train holds 14 NORMAL and 0 PNEUMONIA|train holds \d+ NORMAL and 0')
+    refused(capsys, ['train', '--data', empty], 2, 'valid holds no film')
+
+
+@pytest.mark.parametrize(('options', 'code', 'says'), [
+    (['--arch', 'vgg'], 2, 'vgg is unknown: choose baseline or resnet50'),
+    (['--recipe', 'magic'], 2, 'there is only reference'),
+    (['--valid', 'random'], 2, 'choose official or patients'),
+    (['--epochs', '0'], 2, 'at least 1'),
+    (['--weights', 'nowhere.pth'], 2, 'neither a file nor known for baseline'),
+])
+def test_wrong_options_of_train(capsys, train, tmp_path, options, code, says):
+    refused(capsys, [*train, *options], code, says)
+    assert not (tmp_path/'run').exists()
+
+
+def test_weights_of_the_wrong_shape_leave_no_run(capsys, train, tmp_path):
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path/'w.pth')
+    refused(capsys, [*train, '--arch', 'resnet50', '--weights', tmp_path/'w.pth'], 1, 'w.pth: does not fit')
+    assert not (tmp_path/'run').exists()
+
+
+def test_an_existing_run_is_refused_and_kept(capsys, run, films):
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob('*')}
+    refused(capsys, ['train', '--data', films, '--out', run.path], 2, 'exists already and nothing in it was overwritten')
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob('*')} == before
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_an_unreadable_film_stops_training_by_name(capsys, films, tmp_path, workers):
+    shutil.copytree(films, tmp_path/'films')
+    bad = sorted((tmp_path/'films/train/NORMAL').iterdir())[0]
+    bad.write_bytes(bad.read_bytes()[:500])
+    refused(capsys, ['train', '--data', tmp_path/'films', '--out', tmp_path/'run', '--epochs', '1', '--size', '32',
+                     '--workers', workers], 1, f'^error: {re.escape(str(bad))}: E_TRUNCATED')
+
+
+def unwritable(tmp_path):
+    """A folder in which nobody, not even root, can make anything."""
+    if not Path('/sys').is_dir(): pytest.skip('needs a file system that refuses new files')
+    return Path('/sys/cxr')
+
+
+def test_a_read_only_output_is_one_line(capsys, train, run, films, tmp_path):
+    where = unwritable(tmp_path)
+    refused(capsys, [*train[:4], where/'run'], 6, 'the folder cannot be made')
+    refused(capsys, ['data', 'demo', where], 6, 'cannot be written')
+    film = next((films/'test').rglob('*.jpeg'))
+    refused(capsys, ['predict', run.path, film, '--out', where], 6, 'cannot be written')
+
+
+def test_evaluate_shows_the_targets_and_draws(capsys, run, films, tmp_path):
+    shutil.copytree(run.path, tmp_path/'run')
+    assert main(['evaluate', str(tmp_path/'run'), '--data', str(films), '--split', 'test']) == 0
+    shown = capsys.readouterr()
+    assert 'sensitivity' in shown.out and re.search('met|missed', shown.out) and 'SHA-256' in shown.err
+    drawn = {path.name for path in (tmp_path/'run/figures').iterdir()}
+    assert drawn == {'confusion_test.png', 'roc_test.png', 'history.png'}
+
+
+def test_evaluate_needs_a_run(capsys, tmp_path):
+    refused(capsys, ['evaluate', tmp_path], 2, 'is not a run folder')
+
+
+@pytest.mark.parametrize('model', ['run', 'pkl'])
+def test_predict_writes_a_row_a_film_and_fails_only_for_the_bad_one(capsys, run, films, tmp_path, model):
+    (tmp_path/'bad.jpeg').write_bytes(b'')
+    source = run.path if model == 'run' else run/'learner.pkl'
+    code = main(['predict', str(source), str(films/'test'), str(tmp_path/'bad.jpeg'), '--out', str(tmp_path/'p.csv')])
+    table = pd.read_csv(tmp_path/'p.csv')
+    assert code == 3 and table.status.to_list() == ['ok']*12 + ['error'] and table.code[12] == 'E_EMPTY'
+    assert lines(capsys.readouterr().err) == [f'error: {tmp_path/"bad.jpeg"}: E_EMPTY: the file is empty']
+
+
+def test_predict_overwrites_nothing(capsys, run, films, tmp_path):
+    (tmp_path/'p.csv').write_text('precious')
+    refused(capsys, ['predict', run.path, films, '--out', tmp_path/'p.csv'], 2, 'exists already and was left alone')
+    assert (tmp_path/'p.csv').read_text() == 'precious'
+
+
+def test_predict_without_a_model_says_what_a_model_is(capsys, films, tmp_path):
+    refused(capsys, ['predict', tmp_path/'nothing', films], 2, 'name a run folder')
+
+
+def test_a_name_with_brackets_is_shown_as_it_is(capsys, run, films, tmp_path):
+    odd = tmp_path/'[red]film[-red].jpeg'
+    shutil.copy(next((films/'test').rglob('*.jpeg')), odd)
+    assert main(['predict', str(run.path), str(odd)]) == 0
+    assert '[red]film[-red].jpeg' in capsys.readouterr().out.replace('\n', '')
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, films):
+    def bug(*_): raise ZeroDivisionError
+    monkeypatch.setattr('cxr_fastai.items.data_root', bug)
+    with pytest.raises(ZeroDivisionError): main(['train', '--data', str(films)])
+
+
+def test_the_demo_goes_the_whole_way(tmp_path, capsys):
+    assert main(['demo', '--out', str(tmp_path/'demo'), '--films', '40', '--size', '32', '--epochs', '1']) == 0
+    made = {path.name for path in (tmp_path/'demo').iterdir()}
+    assert made == {'films', 'run', 'predictions.csv'} and (tmp_path/'demo/run/metrics.json').is_file()
+    refused(capsys, ['demo', '--out', tmp_path/'demo'], 2, 'exists already')
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, '-m', 'cxr_fastai', '--version'], capture_output=True, text=True, check=True,
+                          env=os.environ)
+    assert done.stdout.startswith('cxr_fastai ')

@@ -1,0 +1,55 @@
+"""A row a film, in order; a bad film stops nothing."""
+import numpy as np
+import pytest
+import torch
+
+from cxr_fastai.artefacts import ModelConfig
+from cxr_fastai.core import UsageError
+from cxr_fastai.images import load_film
+from cxr_fastai.inference import COLUMNS, Predictor, list_films, prediction_table
+from cxr_fastai.models import build_model
+
+
+@pytest.fixture(scope='module')
+def predictor() -> Predictor:
+    torch.manual_seed(0)
+    return Predictor(build_model('baseline').eval(), ModelConfig('baseline', size=48, threshold=0.5))
+
+
+@pytest.fixture(scope='module')
+def paths(films): return list_films([films/'test'])
+
+
+def test_order_and_repeats_are_kept_and_the_batch_size_changes_nothing(predictor, paths):
+    asked = [paths[3], paths[0], paths[3], *paths]
+    tables = [prediction_table(predictor.predict(asked, batch_size)) for batch_size in (1, 4, 64)]
+    assert all(table.path.to_list() == [str(path) for path in asked] for table in tables)
+    for table in tables[1:]: assert np.allclose(table.p_pneumonia, tables[0].p_pneumonia, rtol=0, atol=1e-6)
+
+
+def test_a_bad_film_gets_its_row_and_the_others_their_probability(predictor, paths, tmp_path):
+    (tmp_path/'bad.jpeg').write_bytes(b'')
+    table = prediction_table(predictor.predict([paths[0], tmp_path/'bad.jpeg', paths[1]]))
+    assert list(table) == COLUMNS and table.status.to_list() == ['ok', 'error', 'ok']
+    assert table.code[1] == 'E_EMPTY' and str(tmp_path/'bad.jpeg') in table.message[1] and np.isnan(table.p_pneumonia[1])
+    alone = prediction_table(predictor.predict(paths[:2]))
+    assert np.allclose(table.p_pneumonia[[0, 2]], alone.p_pneumonia, rtol=0, atol=1e-6)
+
+
+def test_nothing_but_bad_films_is_no_crash(predictor, tmp_path):
+    table = prediction_table(predictor.predict([tmp_path/'missing.jpeg']))
+    assert table.code.to_list() == ['E_IO']
+
+
+def test_the_threshold_decides(paths):
+    torch.manual_seed(0)
+    model = build_model('baseline').eval()
+    score = Predictor(model, ModelConfig('baseline', 48, 0.5)).scores(np.stack([load_film(paths[0], 48)]))[0]
+    for threshold, called in ((score, 'PNEUMONIA'), (np.nextafter(score, 1), 'NORMAL')):
+        row, = Predictor(model, ModelConfig('baseline', 48, float(threshold))).predict([paths[0]])
+        assert row['prediction'] == called and row['threshold'] == threshold
+
+
+def test_folders_are_searched_and_empty_ones_refused(films, paths, tmp_path):
+    assert list_films([paths[0], films/'test']) == [paths[0], *sorted(paths)]
+    with pytest.raises(UsageError, match='no films in this folder'): list_films([tmp_path])

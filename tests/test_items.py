@@ -1,0 +1,168 @@
+"""Files on disk become the items table, and patients never straddle train and valid."""
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cxr_fastai.core import CXRError, UsageError
+from cxr_fastai.items import (
+    COLUMNS,
+    check_trainable,
+    count_films,
+    data_root,
+    doubt_validation,
+    film_root,
+    find_films,
+    parse_name,
+    read_items,
+    split_patients,
+)
+
+TREE = ['train/NORMAL/IM-0001-0001.jpeg', 'train/PNEUMONIA/person1_virus_2.jpeg', 'train/PNEUMONIA/person1_bacteria_3.jpeg',
+        'val/NORMAL/NORMAL2-IM-0007-0001.jpeg', 'test/PNEUMONIA/person9_bacteria_1.png']
+CLASSES = ('NORMAL', 'PNEUMONIA')
+
+
+def plant(root: Path, names: list[str]) -> Path:
+    for name in names:
+        (root/name).parent.mkdir(parents=True, exist_ok=True)
+        (root/name).write_bytes(b'film')
+    return root
+
+
+def table(patients_each: int = 20) -> pd.DataFrame:
+    rows = [(f'{label}-{p}-{view}', label, 'train', f'{label}-{p}', 'normal')
+            for label in CLASSES for p in range(patients_each) for view in range(1 + p % 3)]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def test_the_kaggle_layout_is_read(tmp_path):
+    items = read_items(plant(tmp_path, TREE))
+    assert list(items) == COLUMNS and sorted(items.path) == sorted(TREE)
+    assert dict(zip(items.path, items.split, strict=True))['val/NORMAL/NORMAL2-IM-0007-0001.jpeg'] == 'valid'
+    assert set(items.patient) == {'IM-0001', 'virus-1', 'bacteria-1', 'NORMAL2-IM-0007', 'bacteria-9'}
+    assert set(items.kind) == {'normal', 'virus', 'bacteria'}
+
+
+@pytest.mark.parametrize(('name', 'label', 'kind', 'patient'), [
+    ('person12_bacteria_34.jpeg', 'PNEUMONIA', 'bacteria', 'bacteria-12'),
+    ('person12_virus_34.jpeg', 'PNEUMONIA', 'virus', 'virus-12'),
+    ('IM-0115-0001.jpeg', 'NORMAL', 'normal', 'IM-0115'),
+    ('NORMAL2-IM-0499-0001-0002.jpeg', 'NORMAL', 'normal', 'NORMAL2-IM-0499'),
+    ('scan.v2.jpeg', 'PNEUMONIA', 'unknown', 'scan.v2'),
+])
+def test_names_tell_kind_and_patient(name, label, kind, patient):
+    assert parse_name(name, label) == (kind, patient)
+
+
+def test_what_the_kaggle_zip_leaves_behind_is_ignored_and_counted(tmp_path):
+    plant(tmp_path, [f'chest_xray/{name}' for name in TREE])
+    plant(tmp_path, [f'chest_xray/chest_xray/{name}' for name in TREE])
+    plant(tmp_path, ['chest_xray/__MACOSX/train/NORMAL/._IM-0001-0001.jpeg', 'chest_xray/train/.DS_Store',
+                     'chest_xray/train/NORMAL/._IM-0001-0001.jpeg', 'chest_xray/readme.txt', 'chest_xray/stray.png'])
+    items = read_items(tmp_path)
+    assert sorted(items.path) == sorted(f'chest_xray/{name}' for name in TREE)
+    assert items.attrs['ignored'] == {'nested chest_xray': 5, '__MACOSX': 1, '._*': 1, '.DS_Store': 1, 'not a film': 1,
+                                      'outside the class folders': 1}
+
+
+def test_a_nested_copy_alone_is_understood(tmp_path):
+    plant(tmp_path, [f'chest_xray/chest_xray/{name}' for name in TREE])
+    assert len(read_items(tmp_path)) == len(TREE)
+
+
+def test_class_folders_alone_are_for_training(tmp_path):
+    items = read_items(plant(tmp_path, ['NORMAL/a.png', 'PNEUMONIA/b.png']))
+    assert list(items.split) == ['train', 'train'] and list(items.label) == list(CLASSES)
+
+
+def test_a_csv_names_films_splits_and_patients(tmp_path):
+    (tmp_path/'films.csv').write_text('path,label,split,patient\na/x.png,NORMAL,train,p1\nb/y.png,PNEUMONIA,val,p2\n')
+    items = read_items(tmp_path/'films.csv')
+    assert items[['path', 'label', 'split', 'patient']].values.tolist() == [['a/x.png', 'NORMAL', 'train', 'p1'],
+                                                                          ['b/y.png', 'PNEUMONIA', 'valid', 'p2']]
+    assert film_root(tmp_path/'films.csv') == tmp_path
+
+
+@pytest.mark.parametrize(('text', 'complaint'), [
+    ('file,label\na.png,NORMAL\n', 'has no column path'), ('path,label\na.png,COVID\n', 'found the classes COVID'),
+    ('path,label,split\na.png,NORMAL,holdout\n', 'unknown split holdout'), ('path,label\na.png,\n', r'\(empty\)')])
+def test_a_csv_that_does_not_fit_is_refused(tmp_path, text, complaint):
+    (tmp_path/'films.csv').write_text(text)
+    with pytest.raises(UsageError, match=complaint): read_items(tmp_path/'films.csv')
+
+
+def test_a_third_class_is_named_in_the_refusal(tmp_path):
+    with pytest.raises(UsageError, match='COVID.*expected NORMAL and PNEUMONIA'):
+        read_items(plant(tmp_path, [*TREE, 'train/COVID/c.png']))
+
+
+def test_a_folder_without_films_says_what_was_expected(tmp_path):
+    with pytest.raises(CXRError, match='no films found. Expected folders train|val|test'): read_items(tmp_path)
+
+
+def test_no_patient_is_in_train_and_valid():
+    items = split_patients(table(), seed=3)
+    by_split = items.groupby('split').patient.agg(set)
+    assert not by_split['train'] & by_split['valid']
+
+
+def test_a_tenth_of_each_class_validates():
+    items = split_patients(table(patients_each=100), seed=0)
+    counts = count_films(items)
+    shares = counts.loc['valid']/counts.loc[['train', 'valid']].sum()
+    assert shares.between(0.07, 0.13).all()
+
+
+def test_the_seed_alone_decides_the_split():
+    assert split_patients(table(), 1).equals(split_patients(table(), 1))
+    assert not split_patients(table(), 1).equals(split_patients(table(), 2))
+
+
+def test_test_films_stay_test_films():
+    items = table().assign(split=lambda t: t.split.where(t.index % 5 > 0, 'test'))
+    assert (split_patients(items, 0).split == 'test').eq(items.split == 'test').all()
+
+
+def test_limit_takes_the_first_of_each_class_and_split(films):
+    whole, limited = read_items(films), read_items(films, limit=3)
+    assert (count_films(limited) == 3).all(axis=None)
+    assert set(limited.path) <= set(whole.path)
+
+
+def test_training_needs_both_classes_and_a_validation_film():
+    items = table()
+    with pytest.raises(UsageError, match='valid holds no film.*--valid patients'): check_trainable(items)
+    with pytest.raises(UsageError, match='train holds .* 0 PNEUMONIA'): check_trainable(items[items.label == 'NORMAL'])
+
+
+def test_sixteen_validation_films_are_doubted_with_their_interval():
+    items = table().groupby('label').head(8).assign(split='valid')
+    assert '8 of 8 right would leave the true rate anywhere from 0.68 to 1' in doubt_validation(items)
+    assert doubt_validation(table(100).assign(split='valid')) is None
+
+
+def test_the_data_folder_is_the_option_then_the_environment_then_the_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CXRError, match='data/chest_xray: no such folder.*cxr-fastai data demo'): data_root()
+    (tmp_path/'data/chest_xray').mkdir(parents=True)
+    assert data_root() == Path('data/chest_xray')
+    monkeypatch.setenv('CXR_DATA', str(tmp_path))
+    assert data_root() == tmp_path
+    assert data_root(tmp_path/'data') == tmp_path/'data'
+
+
+def test_links_to_folders_are_not_followed(tmp_path):
+    plant(tmp_path/'in', ['a.png'])
+    (tmp_path/'in'/'loop').symlink_to(tmp_path/'in')
+    assert [film.name for film in find_films(tmp_path/'in')[0]] == ['a.png']
+
+
+@pytest.mark.real
+def test_the_real_set_has_the_published_counts(real_films):
+    items = read_items(real_films)
+    train = items[items.split == 'train']
+    films_of = train[train.label == 'PNEUMONIA'].groupby('patient').size()
+    assert count_films(items).loc['train'].to_list() == [1341, 3875]
+    assert (len(films_of), (films_of > 1).sum(), films_of[films_of > 1].sum(), films_of.max()) == (2443, 573, 2005, 30)
+    assert train[train.label == 'NORMAL'].patient.nunique() == 1211

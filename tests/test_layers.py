@@ -1,0 +1,32 @@
+"""Imports point only down the layers of the house plan."""
+import ast
+from pathlib import Path
+
+import pytest
+
+import cxr_fastai
+
+PACKAGE = Path(cxr_fastai.__file__).parent
+LAYERS = {'__init__': -1, 'core': 0, 'images': 1, 'items': 1, 'models': 1, 'demo': 2, 'data': 2, 'learner': 3, 'training': 4,
+          'artefacts': 4, 'inference': 5, 'evaluation': 5, 'interpret': 6, 'cli': 8, '__main__': 9}
+# Within a layer these, and no others, may look at a neighbour.
+NEIGHBOURS = {('items', 'images'), ('training', 'artefacts'), ('evaluation', 'inference')}
+
+
+def imported(module: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith('cxr_fastai'):
+            names.add(node.module.partition('.')[2] or '__init__')
+    return names
+
+
+@pytest.mark.parametrize('module', sorted(PACKAGE.glob('*.py')), ids=lambda path: path.stem)
+def test_a_module_imports_only_from_below(module):
+    assert module.stem in LAYERS, 'a new module has to be given its layer'
+    for name in imported(module):
+        assert LAYERS[name] < LAYERS[module.stem] or (module.stem, name) in NEIGHBOURS, f'{module.stem} imports {name}'
+
+
+def test_only_the_command_line_knows_typer():
+    assert [path.stem for path in PACKAGE.glob('*.py') if 'import typer' in path.read_text()] == ['cli']

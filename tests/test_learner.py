@@ -1,0 +1,145 @@
+"""The Learner is the specification's plain PyTorch loop, step for step."""
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from sklearn.metrics import roc_auc_score
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from cxr_fastai.learner import make_learner, reuse_memory, roc_auc, sensitivity, specificity, start_phase
+from cxr_fastai.models import make_recipe
+
+STEPS = 20
+
+
+def plain_baseline() -> nn.Module:
+    """The specification's network, written once more and without our package."""
+    layers = []
+    for i, o in [(3, 32), (32, 64), (64, 128), (128, 256)]:
+        layers += [nn.Conv2d(i, o, kernel_size=3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 128), nn.ReLU(),
+                         nn.Dropout(0.5), nn.Linear(128, 2))
+
+
+def plain_resnet50() -> nn.Module:
+    model = torchvision.models.resnet50(weights=None)
+    model.fc = nn.Linear(2048, 2)
+    return model
+
+
+PLAIN = {'baseline': plain_baseline, 'resnet50': plain_resnet50}
+
+
+def batches(n: int = STEPS, size: int = 32) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(4*n, 3, size, size, generator=generator),
+                         torch.randint(0, 2, (4*n,), generator=generator))
+
+
+def learner(arch: str, n: int = STEPS, **fields):
+    """A Learner on `n` fixed batches of 4, without augmentation."""
+    recipe = dataclasses.replace(make_recipe(arch, weights='none'), **fields)
+    dls = DataLoaders(*[DataLoader(batches(n), bs=4) for _ in range(2)], device=torch.device('cpu'))
+    return make_learner(dls, recipe), recipe
+
+
+class EachStep(Callback):
+    """Seed the dropout of each step, and keep its loss."""
+    def __init__(self): self.seen = []
+
+    def before_batch(self): torch.manual_seed(self.iter)
+
+    def after_batch(self):
+        if self.training: self.seen.append(self.loss.item())
+
+
+def plain_losses(plain: nn.Module, lr: float, frozen: bool) -> list[float]:
+    """The specification's loop, as anybody would write it."""
+    plain.train()
+    if frozen:
+        plain.eval()
+        for name, parameter in plain.named_parameters(): parameter.requires_grad_(name.startswith('fc.'))
+    optimiser = torch.optim.Adam([p for p in plain.parameters() if p.requires_grad], lr=lr, weight_decay=1e-4)
+    losses = []
+    for step, (xb, yb) in enumerate(torch.utils.data.DataLoader(batches(), batch_size=4)):
+        torch.manual_seed(step)
+        loss = nn.functional.cross_entropy(plain(xb), yb)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(('arch', 'phase'), [('baseline', 0), ('resnet50', 0), ('resnet50', 1)])
+def test_twenty_steps_lose_what_the_plain_loop_loses(arch, phase):
+    torch.manual_seed(7)
+    plain, (learn, recipe) = PLAIN[arch](), learner(arch)
+    # The same order of sums: what another memory layout changes in the last digit, twenty steps of Adam blow up.
+    learn.model.to(memory_format=torch.contiguous_format)
+    learn.model.load_state_dict(dict(zip(learn.model.state_dict(), plain.state_dict().values(), strict=True)))
+    steps, chosen = EachStep(), recipe.phases[phase]
+    start_phase(learn, chosen)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, chosen.lr, cbs=steps)
+    losses = plain_losses(plain, chosen.lr, chosen.frozen)
+    assert len(steps.seen) == STEPS and np.allclose(steps.seen, losses, rtol=0, atol=1e-5)
+    assert max(losses) - min(losses) > 0.01  # the loop did train
+
+
+@pytest.mark.parametrize('arch', PLAIN)
+def test_the_memory_layout_changes_no_output(arch):
+    learn, _ = learner(arch, n=1)
+    model, x = learn.model.eval(), batches(1)[:][0]
+    assert model[0](x).is_contiguous(memory_format=torch.channels_last)
+    ours = model(x)
+    assert torch.allclose(ours, model.to(memory_format=torch.contiguous_format)(x), rtol=1e-4, atol=1e-5)
+
+
+def changes(learn, recipe, phase: int) -> dict[str, int]:
+    """How many numbers of each tensor of the state change in one step of `phase`."""
+    before = {key: value.clone() for key, value in learn.model.state_dict().items()}
+    start_phase(learn, recipe.phases[phase])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, recipe.phases[phase].lr)
+    after = learn.model.state_dict()
+    return {key: n for key in before if (n := int((after[key] != before[key]).sum()))}
+
+
+def test_the_frozen_phase_changes_4098_numbers_and_no_batchnorm_statistic():
+    learn, recipe = learner('resnet50', n=1)
+    assert changes(learn, recipe, 0) == {'1.2.weight': 4096, '1.2.bias': 2}
+
+
+def test_the_second_phase_trains_everything():
+    learn, recipe = learner('resnet50', n=1)
+    changes(learn, recipe, 0)
+    changed = changes(learn, recipe, 1)
+    assert {'0.conv1.weight', '0.bn1.running_mean', '0.layer4.2.bn3.running_var', '1.2.weight'} <= set(changed)
+    assert all(parameter.requires_grad for parameter in learn.model.parameters())
+
+
+def test_weight_decay_is_l2_and_reaches_the_optimiser():
+    learn, recipe = learner('baseline', weight_decay=0.03)
+    start_phase(learn, recipe.phases[0])
+    with learn.no_bar(), learn.no_logging(): learn.fit(0, 0.004)
+    assert type(learn.opt.opt) is torch.optim.Adam
+    assert {(group['lr'], group['weight_decay'], group['eps'], group['betas'])
+            for group in learn.opt.opt.param_groups} == {(0.004, 0.03, 1e-8, (0.9, 0.999))}
+
+
+def test_metrics_are_scikit_learns_and_undefined_for_one_class():
+    targs, scores = np.array([0, 0, 1, 1, 1]), np.array([0.1, 0.6, 0.6, 0.8, 0.2])
+    preds = (scores >= 0.5).astype(int)
+    assert roc_auc(targs, scores) == roc_auc_score(targs, scores)
+    assert (sensitivity(targs, preds), specificity(targs, preds)) == (2/3, 1/2)
+    ones = np.ones(3, int)
+    assert np.isnan([roc_auc(ones, scores[:3]), specificity(ones, ones)]).all() and sensitivity(ones, ones) == 1
+
+
+def test_keeping_memory_never_fails():
+    assert reuse_memory() in (True, False)

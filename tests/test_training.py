@@ -1,0 +1,149 @@
+"""Phases, history, the best epoch, the plateau, and the same run twice."""
+import dataclasses
+import math
+
+import pandas as pd
+import pytest
+import torch
+from fastai.learner import Learner
+from rich.console import Console
+
+from cxr_fastai import training
+from cxr_fastai.core import OutputError, Phase, Run
+from cxr_fastai.data import make_dls
+from cxr_fastai.items import read_items
+from cxr_fastai.learner import make_learner
+from cxr_fastai.models import make_recipe
+from cxr_fastai.training import COLUMNS, fit, train
+
+QUIET = Console(quiet=True)
+SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=16, limit=8, seed=5)
+
+
+@pytest.fixture
+def small(films) -> Learner: return make_learner(make_dls(read_items(films, limit=8), films, SMALL), SMALL)
+
+
+def phases(*given) -> tuple[Phase, ...]: return tuple(Phase(*fields) for fields in given)
+
+
+def test_two_runs_with_one_seed_are_the_same(films, tmp_path):
+    runs = [train(SMALL, films, tmp_path/name, QUIET) for name in 'ab']
+    other = train(dataclasses.replace(SMALL, seed=6), films, tmp_path/'c', QUIET)
+    a, b, c = (run.history.drop(columns='seconds') for run in (*runs, other))
+    assert a.equals(b) and not a.equals(c)
+
+
+def test_the_history_has_the_contracts_columns_over_all_phases(small, tmp_path):
+    recipe = dataclasses.replace(SMALL, phases=phases(('frozen', 1, 1e-3, True), ('fine-tune', 2, 1e-5)))
+    run = Run.create(tmp_path/'run')
+    fit(small, recipe, run, QUIET)
+    assert list(run.history) == COLUMNS
+    assert run.history[['phase', 'epoch', 'lr']].values.tolist() == [['frozen', 1, 1e-3], ['fine-tune', 2, 1e-5],
+                                                                     ['fine-tune', 3, 1e-5]]
+
+
+def test_the_loss_of_the_history_is_the_mean_over_the_epochs_films(small, tmp_path):
+    losses = []
+    loss_func = small.loss_func
+    small.loss_func = lambda pred, targ: losses.append((loss := loss_func(pred, targ)).item()) or loss
+    run = Run.create(tmp_path/'run')
+    fit(small, dataclasses.replace(SMALL, phases=phases(('train', 1, 1e-3))), run, QUIET)
+    assert run.history.train_loss[0] == pytest.approx(losses[0])  # 16 films are one batch
+
+
+def scripted(monkeypatch, small, tmp_path, scores, recipe=SMALL):
+    """Fit with validation results (AUC, loss) that are given, and each epoch's weights set to its number."""
+    rows = iter(scores)
+    after_epoch = training.History.after_epoch
+
+    def replaced(self):
+        after_epoch(self)
+        self.rows[-1]['roc_auc'], self.rows[-1]['valid_loss'] = next(rows)
+        with torch.no_grad(): self.model[1][-1].bias.fill_(len(self.rows))
+    monkeypatch.setattr(training.History, 'after_epoch', replaced)
+    run = Run.create(tmp_path/'run')
+    best = fit(small, recipe, run, QUIET)
+    return best, float(small.model[1][-1].bias[0]), run
+
+
+@pytest.mark.parametrize(('scores', 'best'), [
+    ([(0.8, 0.5), (0.9, 0.9), (0.7, 0.1)], 2),             # by AUC, in whichever phase
+    ([(0.9, 0.5), (0.9, 0.4), (0.9, 0.4)], 2),             # by loss where the AUC ties, the first where that does too
+    ([(math.nan, 0.5), (math.nan, 0.6), (math.nan, 0.3)], 3),  # by loss where it is undefined
+    ([(0.6, 0.5), (0.9, math.nan), (0.5, 0.2)], 1),        # never an epoch whose loss is no number
+])
+def test_the_best_epoch_is_kept_across_phases(monkeypatch, small, tmp_path, scores, best):
+    recipe = dataclasses.replace(SMALL, phases=phases(('one', 1, 1e-3), ('two', 2, 1e-3)))
+    row, weights, _ = scripted(monkeypatch, small, tmp_path, scores, recipe)
+    assert (row['epoch'], weights) == (best, best)
+
+
+def test_a_loss_that_is_never_a_number_is_an_error(monkeypatch, small, tmp_path):
+    with pytest.raises(OutputError, match='never a finite number: lower --lr'):
+        scripted(monkeypatch, small, tmp_path, [(0.5, math.nan)]*2)
+
+
+def test_a_plateau_of_the_validation_loss_lowers_the_learning_rate_for_good(monkeypatch, small, tmp_path):
+    recipe = dataclasses.replace(SMALL, phases=phases(('train', 6, 1e-3)), plateau_factor=0.1, plateau_patience=1)
+    losses = [0.5, 0.6, 0.6, 0.6, 0.6, 0.6]
+    _, _, run = scripted(monkeypatch, small, tmp_path, [(0.5, loss) for loss in losses], recipe)
+    assert run.history.lr.tolist() == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5])
+
+
+def test_one_class_validation_trains_by_loss(films, tmp_path):
+    items = read_items(films, limit=6)
+    kept = items[(items.split != 'valid') | (items.label == 'NORMAL')]
+    table = kept.assign(path=[str(films/path) for path in kept.path])
+    table.to_csv(tmp_path/'films.csv', index=False)
+    with pytest.warns(UserWarning, match='6 NORMAL and 0 PNEUMONIA'):
+        run = train(SMALL, tmp_path/'films.csv', tmp_path/'run', QUIET)
+    assert run.history.roc_auc.isna().all() and run.noted('end')['best']['epoch'] == run.history.valid_loss.idxmin() + 1
+
+
+def test_the_run_folder_tells_what_was_done(run, films):
+    assert run.recipe.size == 64 and run.items.equals(pd.DataFrame(read_items(films)))
+    start = run.noted('start')
+    assert {'time', 'data', 'device', 'python', 'torch', 'fastai', 'cxr_fastai'} <= set(start)
+    assert run.noted('end')['best']['epoch'] in run.history.epoch.to_list()
+
+
+@pytest.mark.parametrize(('options', 'reached'), [
+    (['--epochs', '3'], lambda r, learn: r.epochs == 3),
+    (['--lr', '0.005'], lambda r, learn: r.phases[0].lr == 0.005),
+    (['--valid', 'patients'], lambda r, learn: r.valid == 'patients' and len(learn.dls.valid_ds) < 12),
+    (['--size', '40'], lambda r, learn: learn.dls.one_batch()[0].shape[-2:] == (40, 40)),
+    (['--batch-size', '5'], lambda r, learn: learn.dls.train.bs == learn.dls.valid.bs == 5),
+    (['--workers', '2'], lambda r, learn: learn.dls.train.fake_l.num_workers == 2),
+    (['--limit', '4'], lambda r, learn: len(learn.dls.train_ds) == 8),
+    (['--seed', '9'], lambda r, learn: r.seed == 9 and torch.initial_seed() == 9),
+    (['--arch', 'resnet50', '--weights', 'none'], lambda r, learn: hasattr(learn.model[0], 'layer4')),
+    (['--recipe', 'reference'], lambda r, learn: r.name == 'reference'),
+])
+def test_every_option_of_train_reaches_its_target(films, tmp_path, monkeypatch, options, reached):
+    from cxr_fastai.cli import main
+    seen = []
+    monkeypatch.setattr(training, 'fit', lambda learn, recipe, run, console: seen.append((recipe, learn)) or {})
+    assert main(['train', '--data', str(films), '--out', str(tmp_path/'run'), *options]) == 0
+    recipe, learn = seen[0]
+    assert reached(recipe, learn) and Run.open(tmp_path/'run').recipe == recipe
+
+
+def test_weights_from_a_file_reach_the_network(films, tmp_path, monkeypatch):
+    from cxr_fastai.cli import main
+    from cxr_fastai.models import build_model
+    state = build_model('baseline').state_dict()
+    torch.save(state, tmp_path/'w.pth')
+    seen = []
+    monkeypatch.setattr(training, 'fit', lambda learn, *_: seen.append(learn) or {})
+    assert main(['train', '--data', str(films), '--out', str(tmp_path/'run'), '--weights', str(tmp_path/'w.pth')]) == 0
+    assert all(torch.equal(value, state[key]) for key, value in seen[0].model.state_dict().items())
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_plain_lines(small, tmp_path):
+    import io
+    for terminal in (True, False):
+        text = io.StringIO()
+        fit(small, SMALL, Run.create(tmp_path/f'{terminal}'), Console(file=text, force_terminal=terminal, width=100))
+        assert ('\x1b' in text.getvalue()) is terminal
+        assert sum('AUC' in line for line in text.getvalue().splitlines()) == 2

@@ -137,7 +137,7 @@ def demo(folder: NewFolder = Path('demo'), films: Films = 800, size: Size = 128,
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f'{folder} exists already and nothing in it was overwritten: choose another --out.')
     out.rule('1 of 4: data demo', align='left')
-    data_demo(folder/'films', films, size*3//2, seed)
+    data_demo(folder/'films', films, max(96, size*3//2), seed)
     out.rule('2 of 4: train', align='left')
     train(folder/'films', run=folder/'run', epochs=epochs, size=size, batch_size=16, seed=seed)
     out.rule('3 of 4: evaluate', align='left')

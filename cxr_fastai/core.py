@@ -67,7 +67,8 @@ class Recipe:
     """Everything that decides a training; `recipe.json` in the run folder is this, field by field.
 
     `models.make_recipe` fills in the phases of an architecture. Lengths are pixels, angles degrees, `translate` a
-    share of the side, `flip` a probability; `brightness` and `contrast` b mean factors drawn from [1-b, 1+b].
+    share of the side, `flip` a probability; `brightness` and `contrast` b mean factors drawn from [1-b, 1+b];
+    `interpolation` (`nearest` or `bilinear`) is that of rotation and translation.
     """
     arch: str
     phases: tuple[Phase, ...]
@@ -87,6 +88,7 @@ class Recipe:
     translate: float = 0.1
     brightness: float = 0.2
     contrast: float = 0.2
+    interpolation: str = 'nearest'
     threshold: float = 0.5
 
     @property

@@ -3,10 +3,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
 import numpy as np
 import pandas as pd
 import torch
-import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
 import torch.nn.functional as F
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
@@ -44,16 +44,18 @@ class AugmentFilms(DisplayedTransform):
     """The specification's augmentation, drawn anew for each film of a training batch (n, 1, h, w) in [0, 1].
 
     As torchvision's RandomHorizontalFlip, RandomRotation, ColorJitter (brightness and contrast, in random order) and
-    RandomAffine (translation in whole pixels), with flip, rotation and translation in one interpolation. Draws come
-    from torch's global generator. The frame is filled with black after the change of brightness and contrast.
+    RandomAffine (translation in whole pixels), with flip, rotation and translation in one interpolation; like theirs,
+    the nearest neighbour by default. (Bilinear smooths the training films and no others, and on the real data
+    sharpness gives the label away.) Draws come from torch's global generator. The frame is filled with black after
+    the change of brightness and contrast.
     """
     order, split_idx = 20, 0
 
     def __init__(self, flip: float = 0.5, degrees: float = 10.0, translate: float = 0.1, brightness: float = 0.2,
-                 contrast: float = 0.2):
+                 contrast: float = 0.2, interpolation: str = 'nearest'):
         super().__init__()
         self.flip, self.degrees, self.translate = flip, degrees, translate
-        self.brightness, self.contrast = brightness, contrast
+        self.brightness, self.contrast, self.interpolation = brightness, contrast, interpolation
 
     def draw(self, n: int, h: int, w: int) -> dict[str, Tensor]:
         """Parameters for `n` films: `flip` and `brighter_first` bool, `angle` in degrees, `shift` (n, 2) in pixels
@@ -67,7 +69,7 @@ class AugmentFilms(DisplayedTransform):
     def encodes(self, x: TensorImageBW):
         p = {name: value.to(x.device) for name, value in self.draw(len(x), *x.shape[-2:]).items()}
         films = jitter(x.as_subclass(Tensor), p['brightness'], p['contrast'], p['brighter_first'])
-        return TensorImageBW(warp(films, p['flip'], p['angle'], p['shift']))
+        return TensorImageBW(warp(films, p['flip'], p['angle'], p['shift'], self.interpolation))
 
 
 def jitter(films: Tensor, brightness: Tensor, contrast: Tensor, brighter_first: Tensor) -> Tensor:
@@ -81,9 +83,9 @@ def jitter(films: Tensor, brightness: Tensor, contrast: Tensor, brighter_first: 
     return films.mul_(per_film(torch.where(brighter_first, one, brightness))).clamp_(0, 1)
 
 
-def warp(films: Tensor, flip: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
+def warp(films: Tensor, flip: Tensor, angle: Tensor, shift: Tensor, interpolation: str = 'nearest') -> Tensor:
     """Mirror, then rotate counter-clockwise about the centre by `angle` (n,) degrees, then shift by (n, 2) pixels right
-    and down: (n, 1, h, w) to the same, in one bilinear interpolation, with black outside."""
+    and down: (n, 1, h, w) to the same, in one `interpolation` (`nearest` or `bilinear`), with black outside."""
     h, w = films.shape[-2:]
     turn = torch.deg2rad(angle)
     cos, sin, (dx, dy) = torch.cos(turn), torch.sin(turn), shift.unbind(1)
@@ -93,12 +95,13 @@ def warp(films: Tensor, flip: Tensor, angle: Tensor, shift: Tensor) -> Tensor:
     # affine_grid counts in half sides, so that [-1, 1] spans the picture whatever its aspect.
     unit = films.new_tensor([[1, h/w, 2/w], [w/h, 1, 2/h]])
     grid = F.affine_grid(inverse.view(-1, 2, 3)*unit, list(films.shape), align_corners=False)
-    return F.grid_sample(films, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
+    return F.grid_sample(films, grid, mode=interpolation, padding_mode='zeros', align_corners=False)
 
 
 def film_block(recipe: Recipe) -> DataBlock:
     """The `DataBlock` of `recipe`, for a table with the columns `path` (complete), `label` and `split`."""
-    augment = AugmentFilms(recipe.flip, recipe.degrees, recipe.translate, recipe.brightness, recipe.contrast)
+    augment = AugmentFilms(recipe.flip, recipe.degrees, recipe.translate, recipe.brightness, recipe.contrast,
+                           recipe.interpolation)
     films = TransformBlock(type_tfms=OpenFilm(recipe.size), batch_tfms=[IntToFloatTensor, NormalizeFilm])
     return DataBlock(blocks=(films, CategoryBlock(vocab=list(VOCAB), sort=False)), get_x=ColReader('path'),
                      get_y=ColReader('label'), splitter=ColSplitter('split', on='valid'), batch_tfms=augment)

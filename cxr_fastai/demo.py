@@ -166,19 +166,17 @@ def _vessels(x: np.ndarray, y: np.ndarray, lungs: np.ndarray, size: int, rng: np
 
 
 def _opacities(lungs: np.ndarray, x: np.ndarray, y: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """One dense or several faint, soft-edged patches inside the lungs."""
-    rows, columns = np.nonzero(lungs > 0.9)
-    patches = np.zeros_like(lungs)
-    count = int(rng.integers(1, 4))
+    """A plain patch, and up to three fainter ones, soft-edged and uneven, inside the lungs."""
+    inside = np.argwhere(lungs > 0.9)
     texture = gaussian_filter(rng.standard_normal((size, size)), size*0.025)
-    for _ in range(count):
-        at = rng.integers(len(rows))
-        cx, cy = x[rows[at], columns[at]], y[rows[at], columns[at]]
-        across, down = rng.uniform(0.11, 0.22, 2)
-        turn = rng.uniform(0, np.pi)
-        u, v = (x - cx)*np.cos(turn) + (y - cy)*np.sin(turn), (y - cy)*np.cos(turn) - (x - cx)*np.sin(turn)
+    patches = np.zeros_like(lungs)
+    for i in range(int(rng.integers(1, 5))):
+        row, column = inside[rng.integers(len(inside))]
+        (across, down), turn = rng.uniform(0.14, 0.26, 2) + 0.08*(i == 0), rng.uniform(0, np.pi)
+        right, below = x - x[row, column], y - y[row, column]
+        u, v = right*np.cos(turn) + below*np.sin(turn), below*np.cos(turn) - right*np.sin(turn)
         distance = np.hypot(u/across, v/down) - 1 + 0.22*texture/texture.std()
-        patches = np.maximum(patches, rng.uniform(0.22, 0.36)*_soft(distance, 0.16))
+        patches = np.maximum(patches, (rng.uniform(0.24, 0.36) + 0.10*(i == 0))*_soft(distance, 0.16))
     return patches*lungs
 
 

@@ -31,7 +31,7 @@ def data_root(data: Path | None = None) -> Path:
     root = Path(data or os.environ.get('CXR_DATA') or 'data/chest_xray')
     if root.exists(): return root
     raise CXRError(f'{root}: no such folder of films. Name one by --data DIR or CXR_DATA; unpack "Chest X-Ray Images '
-                   '(Pneumonia)" from Kaggle into data/chest_xray; or make synthetic films: `cxr-fastai data demo DIR`.')
+                   '(Pneumonia)" from Kaggle into data/chest_xray; or make synthetic ones: `cxr-fastai data demo DIR`.')
 
 
 def film_root(root: Path) -> Path:

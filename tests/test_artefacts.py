@@ -89,7 +89,7 @@ def test_a_failed_export_leaves_the_learner_and_the_old_file_whole(learn, tmp_pa
 @pytest.mark.parametrize('content', [b'', b'not a model', pickle.dumps({'a': 1})])
 def test_a_file_that_is_no_learner_is_refused_in_one_line(tmp_path, content):
     (tmp_path/'model.pkl').write_bytes(content)
-    with pytest.raises(CXRError, match='model.pkl: not an exported learner') as caught, pytest.warns(UserWarning, match='SHA-256'):
+    with pytest.warns(UserWarning, match='SHA-256'), pytest.raises(CXRError, match='not an exported learner') as caught:
         load_learner(tmp_path/'model.pkl')
     assert '\n' not in str(caught.value)
 

@@ -105,7 +105,7 @@ def test_weights_of_the_wrong_shape_leave_no_run(capsys, train, tmp_path):
 
 def test_an_existing_run_is_refused_and_kept(capsys, run, films):
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob('*')}
-    refused(capsys, ['train', '--data', films, '--out', run.path], 2, 'exists already and nothing in it was overwritten')
+    refused(capsys, ['train', '--data', films, '--out', run.path], 2, 'exists already and nothing in it was over')
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob('*')} == before
 
 

@@ -20,7 +20,8 @@ def test_a_failed_write_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path
 
 def test_writing_where_no_file_can_be_is_an_output_error(tmp_path):
     (tmp_path/'file').write_text('')
-    with pytest.raises(OutputError, match='cannot be written.*choose another place'): write_text(tmp_path/'file'/'x', '')
+    with pytest.raises(OutputError, match='cannot be written.*choose another place'):
+        write_text(tmp_path/'file'/'x', '')
 
 
 def test_json_never_holds_nan(tmp_path):

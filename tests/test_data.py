@@ -15,6 +15,7 @@ from cxr_fastai.models import make_recipe, normalize
 
 H, W = 60, 48  # not square, so that mixing up the axes shows
 NONE = torch.tensor([False])
+MODES = ['nearest', 'bilinear']
 
 
 @pytest.fixture(scope='module')
@@ -38,25 +39,28 @@ def test_the_flip_is_torchvisions(film):
     assert levels(ours, TF.hflip(film)) <= 1
 
 
+@pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('angle', [-10.0, -3.3, 7.7, 10.0])
-def test_the_rotation_is_torchvisions(film, angle):
-    ours = warp(unit(film), NONE, torch.tensor([angle]), torch.zeros(1, 2))
-    rotate = lambda x: TF.rotate(x, angle, interpolation=InterpolationMode.BILINEAR)
+def test_the_rotation_is_torchvisions(film, angle, mode):
+    ours = warp(unit(film), NONE, torch.tensor([angle]), torch.zeros(1, 2), mode)
+    rotate = lambda x: TF.rotate(x, angle, interpolation=InterpolationMode(mode))
     assert levels(ours, rotate(film), rotate(torch.ones(1, 1, H, W)) > 0.999) <= 1
 
 
+@pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('shift', [(5, 0), (0, -6), (-4, 3)])
-def test_the_translation_is_torchvisions(film, shift):
-    ours = warp(unit(film), NONE, torch.zeros(1), torch.tensor([shift]).float())
+def test_the_translation_is_torchvisions(film, shift, mode):
+    ours = warp(unit(film), NONE, torch.zeros(1), torch.tensor([shift]).float(), mode)
     assert levels(ours, TF.affine(film, 0.0, list(shift), 1.0, [0.0])) <= 1
 
 
-@pytest.mark.parametrize(('angle', 'shift'), [(10.0, (5, -6)), (-8.0, (-3, 4))])
-def test_flip_rotation_and_translation_compose_in_torchvisions_order(film, angle, shift):
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize(('angle', 'shift'), [(9.7, (5, -6)), (-8.0, (-3, 4))])
+def test_flip_rotation_and_translation_compose_in_torchvisions_order(film, angle, shift, mode):
     def stepwise(x):
-        turned = TF.rotate(TF.hflip(x), angle, interpolation=InterpolationMode.BILINEAR)
+        turned = TF.rotate(TF.hflip(x), angle, interpolation=InterpolationMode(mode))
         return TF.affine(turned, 0.0, list(shift), 1.0, [0.0])
-    ours = warp(unit(film), ~NONE, torch.tensor([angle]), torch.tensor([shift]).float())
+    ours = warp(unit(film), ~NONE, torch.tensor([angle]), torch.tensor([shift]).float(), mode)
     # Stepwise, what the rotation pushes out of the frame is lost even where the shift would bring it back.
     assert levels(ours, stepwise(unit(film))*255, stepwise(torch.ones(1, 1, H, W)) > 0.999) <= 1
 

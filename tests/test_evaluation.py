@@ -11,7 +11,6 @@ from sklearn import metrics as sk
 from cxr_fastai.core import FilmError, Run, UsageError
 from cxr_fastai.evaluation import COLUMNS, evaluate, f1, find_split, measure, proportion, roc_auc
 
-pytestmark = pytest.mark.filterwarnings('ignore:.*is a pickle')
 RNG = np.random.default_rng(0)
 
 
@@ -20,7 +19,8 @@ def table(targs, p, **columns) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(('k', 'n', 'low', 'high'), [
-    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718), (390, 390, 0.9902, 1)])
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718),
+    (390, 390, 0.9902, 1)])
 def test_wilsons_golden_values(k, n, low, high):
     assert list(proportion(k, n).values()) == pytest.approx([k/n, low, high], abs=5e-5)
 

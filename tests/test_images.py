@@ -64,7 +64,8 @@ def broken(tmp_path, name):
     return path
 
 
-@pytest.mark.parametrize('code', ['E_EMPTY', 'E_FORMAT', 'E_TRUNCATED', 'E_IO', 'E_NOT_REGULAR', 'E_BITDEPTH', 'E_TOO_LARGE'])
+@pytest.mark.parametrize('code', ['E_EMPTY', 'E_FORMAT', 'E_TRUNCATED', 'E_IO', 'E_NOT_REGULAR', 'E_BITDEPTH',
+                                  'E_TOO_LARGE'])
 def test_what_cannot_be_read_says_why_and_which(tmp_path, code):
     path = broken(tmp_path, code)
     with pytest.raises(FilmError, match=code) as caught: read_film(path)

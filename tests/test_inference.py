@@ -31,7 +31,8 @@ def test_a_bad_film_gets_its_row_and_the_others_their_probability(predictor, pat
     (tmp_path/'bad.jpeg').write_bytes(b'')
     table = prediction_table(predictor.predict([paths[0], tmp_path/'bad.jpeg', paths[1]]))
     assert list(table) == COLUMNS and table.status.to_list() == ['ok', 'error', 'ok']
-    assert table.code[1] == 'E_EMPTY' and str(tmp_path/'bad.jpeg') in table.message[1] and np.isnan(table.p_pneumonia[1])
+    assert table.code[1] == 'E_EMPTY'
+    assert str(tmp_path/'bad.jpeg') in table.message[1] and np.isnan(table.p_pneumonia[1])
     alone = prediction_table(predictor.predict(paths[:2]))
     assert np.allclose(table.p_pneumonia[[0, 2]], alone.p_pneumonia, rtol=0, atol=1e-6)
 

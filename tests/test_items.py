@@ -18,8 +18,9 @@ from cxr_fastai.items import (
     split_patients,
 )
 
-TREE = ['train/NORMAL/IM-0001-0001.jpeg', 'train/PNEUMONIA/person1_virus_2.jpeg', 'train/PNEUMONIA/person1_bacteria_3.jpeg',
-        'val/NORMAL/NORMAL2-IM-0007-0001.jpeg', 'test/PNEUMONIA/person9_bacteria_1.png']
+TREE = ['train/NORMAL/IM-0001-0001.jpeg', 'train/PNEUMONIA/person1_virus_2.jpeg',
+        'train/PNEUMONIA/person1_bacteria_3.jpeg', 'val/NORMAL/NORMAL2-IM-0007-0001.jpeg',
+        'test/PNEUMONIA/person9_bacteria_1.png']
 CLASSES = ('NORMAL', 'PNEUMONIA')
 
 

@@ -23,8 +23,8 @@ def plain_baseline() -> nn.Module:
     layers = []
     for i, o in [(3, 32), (32, 64), (64, 128), (128, 256)]:
         layers += [nn.Conv2d(i, o, kernel_size=3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 128), nn.ReLU(),
-                         nn.Dropout(0.5), nn.Linear(128, 2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 128),
+                         nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 2))
 
 
 def plain_resnet50() -> nn.Module:

@@ -26,7 +26,8 @@ def torchvision_file(torchvision_state, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(('arch', 'parameters', 'head'), [('baseline', 422_530, 33_154), ('resnet50', 23_512_130, 4_098)])
+@pytest.mark.parametrize(('arch', 'parameters', 'head'), [('baseline', 422_530, 33_154),
+                                                          ('resnet50', 23_512_130, 4_098)])
 def test_parameter_counts_are_those_of_the_described_networks(arch, parameters, head):
     model = build_model(arch)
     assert (count(model), count(model[1])) == (parameters, head)
@@ -58,8 +59,10 @@ def test_resnet50_gives_what_torchvisions_gives(torchvision_state, torchvision_f
     assert torch.equal(ours.eval()(x), plain.eval()(x))
 
 
-@pytest.mark.parametrize(('name', 'file'), [('imagenet', 'resnet50-0676ba61.pth'), ('imagenet-v2', 'resnet50-11ad3fa6.pth')])
-def test_named_weights_come_from_torchvisions_cache(torchvision_file, torchvision_state, tmp_path, monkeypatch, name, file):
+@pytest.mark.parametrize(('name', 'file'), [('imagenet', 'resnet50-0676ba61.pth'),
+                                            ('imagenet-v2', 'resnet50-11ad3fa6.pth')])
+def test_named_weights_come_from_torchvisions_cache(torchvision_file, torchvision_state, tmp_path, monkeypatch, name,
+                                                    file):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     (tmp_path/'hub/checkpoints').mkdir(parents=True)
     (tmp_path/'hub/checkpoints'/file).symlink_to(torchvision_file)
@@ -70,7 +73,8 @@ def test_named_weights_come_from_torchvisions_cache(torchvision_file, torchvisio
 def test_a_failed_download_names_the_three_ways_out(monkeypatch):
     def fail(*_, **__): raise urllib.error.URLError('no network')
     monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', fail)
-    with pytest.raises(CXRError, match=r'resnet50-0676ba61.pth failed .*checkpoints.*--weights FILE.*--weights none') as caught:
+    ways_out = 'resnet50-0676ba61.pth failed .*checkpoints.*--weights FILE.*--weights none'
+    with pytest.raises(CXRError, match=ways_out) as caught:
         build_model('resnet50', 'imagenet')
     assert '\n' not in str(caught.value)
 

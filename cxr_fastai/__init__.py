@@ -3,4 +3,6 @@
 files --items--> table --data--> dls --learner--> Learner --training--> run/ --evaluation--> predictions + metrics
                                                                         run/ --inference--> predictions.csv
 """
-__version__ = '0.1.0'
+from importlib.metadata import version
+
+__version__ = version(__name__)

@@ -193,8 +193,9 @@ class Run:
         write_csv(self/'items.csv', items)
 
     def note(self, event: str, **facts: Any) -> None:
-        """Append a line to `journal.jsonl`: when, what, and `facts`."""
-        line = json.dumps({'time': datetime.now(UTC).isoformat(timespec='seconds'), 'event': event, **facts})
+        """Append a line to `journal.jsonl`: when, what, and `facts`, which hold no NaN."""
+        line = json.dumps({'time': datetime.now(UTC).isoformat(timespec='seconds'), 'event': event, **facts},
+                          allow_nan=False)
         with open(self/'journal.jsonl', 'a', encoding='utf-8') as file: file.write(line + '\n')
 
     def noted(self, event: str) -> dict[str, Any]:

@@ -105,6 +105,13 @@ def count_films(items: pd.DataFrame) -> pd.DataFrame:
     return counts.reindex(index=['train', 'valid', 'test'], columns=list(VOCAB), fill_value=0)
 
 
+def describe_items(items: pd.DataFrame) -> str:
+    """The films by split and class, and what was ignored, in a line."""
+    films = '; '.join(f'{split}: {_counts(row)}' for split, row in count_films(items).iterrows() if row.sum())
+    ignored = ', '.join(f'{n} {reason}' for reason, n in items.attrs.get('ignored', {}).items())
+    return films + (f'; ignored: {ignored}' if ignored else '')
+
+
 def find_films(folder: Path) -> tuple[list[Path], Counter]:
     """Films below `folder`, sorted, links to folders not followed; and a count of what was ignored, by reason."""
     films, ignored = [], Counter()

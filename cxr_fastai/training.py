@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cxr_fastai.artefacts import save_learner
 from cxr_fastai.core import CXRWarning, OutputError, Phase, Recipe, Run, write_csv
 from cxr_fastai.data import make_dls
-from cxr_fastai.items import check_trainable, doubt_validation, film_root, read_items
+from cxr_fastai.items import check_trainable, describe_items, doubt_validation, film_root, read_items
 from cxr_fastai.learner import make_learner, reuse_memory, start_phase
 
 COLUMNS = ['phase', 'epoch', 'lr', 'train_loss', 'valid_loss', 'accuracy', 'roc_auc', 'sensitivity', 'specificity',
@@ -42,11 +42,13 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None)
     dls = make_dls(items, film_root(data), recipe)
     learn = make_learner(dls, recipe)
     run = Run.create(out)
+    console = console or Console()
+    console.print(describe_items(items), highlight=False, soft_wrap=True, markup=False)
     run.start(recipe, items)
     run.note('start', data=str(data.resolve()), device=str(dls.device), threads=torch.get_num_threads(), **_versions())
     best = fit(learn, recipe, run, console)
     save_learner(learn, run/'learner.pkl', recipe)
-    run.note('end', best=best)
+    run.note('end', best={name: None if value != value else value for name, value in best.items()})  # NaN is not itself
     return run
 
 

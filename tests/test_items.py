@@ -10,6 +10,7 @@ from cxr_fastai.items import (
     check_trainable,
     count_films,
     data_root,
+    describe_items,
     doubt_validation,
     film_root,
     find_films,
@@ -65,6 +66,7 @@ def test_what_the_kaggle_zip_leaves_behind_is_ignored_and_counted(tmp_path):
     assert sorted(items.path) == sorted(f'chest_xray/{name}' for name in TREE)
     assert items.attrs['ignored'] == {'nested chest_xray': 5, '__MACOSX': 1, '._*': 1, '.DS_Store': 1, 'not a film': 1,
                                       'outside the class folders': 1}
+    assert 'train: 1 NORMAL and 2 PNEUMONIA' in describe_items(items) and '1 .DS_Store' in describe_items(items)
 
 
 def test_a_nested_copy_alone_is_understood(tmp_path):

@@ -147,3 +147,14 @@ def test_a_terminal_gets_a_bar_and_a_file_gets_plain_lines(small, tmp_path):
         fit(small, SMALL, Run.create(tmp_path/f'{terminal}'), Console(file=text, force_terminal=terminal, width=100))
         assert ('\x1b' in text.getvalue()) is terminal
         assert sum('AUC' in line for line in text.getvalue().splitlines()) == 2
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_real_films_go_the_whole_way(real_films, tmp_path):
+    from cxr_fastai.cli import main
+    run = tmp_path/'run'
+    assert main(['train', '--data', str(real_films), '--out', str(run), '--valid', 'patients', '--limit', '60',
+                 '--size', '64', '--epochs', '2']) == 0
+    assert main(['evaluate', str(run), '--split', 'valid']) == 0
+    assert Run.open(run).metrics['valid']['n'] == 120

@@ -37,6 +37,7 @@ def learn(films):
     return make_learner(make_dls(read_items(films), films, RECIPE), RECIPE)
 
 
+@pytest.mark.slow
 def test_stock_fastai_the_reloaded_file_and_predict_agree(run, films, tmp_path):
     paths = [str(films/path) for path in run.items[run.items.split == 'valid'].path]
     (tmp_path/'learner.pkl').write_bytes((run/'learner.pkl').read_bytes())

@@ -178,6 +178,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, films):
     with pytest.raises(ZeroDivisionError): main(['train', '--data', str(films)])
 
 
+@pytest.mark.slow
 def test_the_demo_goes_the_whole_way(tmp_path, capsys):
     assert main(['demo', '--out', str(tmp_path/'demo'), '--films', '40', '--size', '32', '--epochs', '1']) == 0
     made = {path.name for path in (tmp_path/'demo').iterdir()}

@@ -60,7 +60,7 @@ def broken(tmp_path, name):
         path.unlink()
         os.mkfifo(path)
     if name == 'E_BITDEPTH': Image.fromarray(GREY.astype(np.uint16)*200).save(path, format='PNG')
-    if name == 'E_TOO_LARGE': Image.new('1', (20_000, 20_000)).save(path, format='PNG')
+    if name == 'E_TOO_LARGE': Image.new('1', (7_000, 6_000)).save(path, format='PNG')
     return path
 
 

@@ -77,6 +77,7 @@ def plain_losses(plain: nn.Module, lr: float, frozen: bool) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('arch', 'phase'), [('baseline', 0), ('resnet50', 0), ('resnet50', 1)])
 def test_twenty_steps_lose_what_the_plain_loop_loses(arch, phase):
     torch.manual_seed(7)

@@ -15,16 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Option
 
-from cxr_fastai import __version__
 from cxr_fastai.core import CXRError, CXRWarning, Run, UsageError, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
 
 out, err = Console(), Console(stderr=True)
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help='From a folder of chest X-ray films to a trained, measured and exported classifier. '
-                       'Research software, not a medical device.')
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help='Get and look after films.')
 app.add_typer(data_app, name='data')
 
@@ -59,6 +56,11 @@ RunFolder = Annotated[Path, Argument(metavar='RUN', help='Folder that `train` ma
 
 @app.callback(invoke_without_command=True)
 def show_version(show: Annotated[bool, Option('--version', help='Print the version and exit.')] = False) -> None:
+    """From a folder of chest X-ray films to a trained, measured and exported classifier.
+
+    Research software, not a medical device.
+    """
+    from cxr_fastai import __version__
     if show: out.print(f'cxr_fastai {__version__}', highlight=False)
 
 

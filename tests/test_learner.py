@@ -4,35 +4,18 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-import torchvision
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from torch.utils.data import TensorDataset
+from train_throughput import plain_baseline, plain_resnet50
 
 from cxr_fastai.learner import make_learner, reuse_memory, roc_auc, sensitivity, specificity, start_phase
 from cxr_fastai.models import make_recipe
 
 STEPS = 20
-
-
-def plain_baseline() -> nn.Module:
-    """The specification's network, written once more and without our package."""
-    layers = []
-    for i, o in [(3, 32), (32, 64), (64, 128), (128, 256)]:
-        layers += [nn.Conv2d(i, o, kernel_size=3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(256, 128),
-                         nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 2))
-
-
-def plain_resnet50() -> nn.Module:
-    model = torchvision.models.resnet50(weights=None)
-    model.fc = nn.Linear(2048, 2)
-    return model
-
-
 PLAIN = {'baseline': plain_baseline, 'resnet50': plain_resnet50}
 
 

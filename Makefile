@@ -6,8 +6,7 @@ INSTALLED := .venv/.installed
 .PHONY: demo test lint clean
 
 demo: $(INSTALLED)
-	rm -rf demo
-	$(BIN)/cxr-fastai demo --out demo
+	$(BIN)/cxr-fastai demo
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,9 @@ def save_learner(learn: Learner, path: Path, recipe: Recipe) -> None:
     """
     import torch
     learn.config = asdict(ModelConfig(recipe.arch, recipe.size, recipe.threshold, f'fixed:{recipe.threshold:g}'))
-    with atomic(path) as temporary, _emptied(learn), open(temporary, 'wb') as file:
-        torch.save(learn, file, pickle_module=pickle)
+    buffer = BytesIO()  # torch would tell of a full disk by a RuntimeError
+    with _emptied(learn): torch.save(learn, buffer, pickle_module=pickle)
+    with atomic(path) as temporary: temporary.write_bytes(buffer.getbuffer())
 
 
 def load_learner(path: Path) -> Learner:
@@ -67,12 +69,16 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def _emptied(learn: Learner) -> Iterator[None]:
-    """`learn` without films, optimiser and paths; all of it is given back, also after an exception."""
+    """`learn` without films, results, optimiser and paths; it gets them back, also after an exception."""
     kept = {name: getattr(learn, name) for name in ('dls', 'opt', 'path')}
+    from fastcore.foundation import L
     folder = learn.dls.path
     try:
         learn.dls.path = learn.path = Path('.')
         learn.dls, learn.opt = learn.dls.new_empty(), None
+        for metric in learn.metrics: metric.reset()  # they hold the last scores and labels
+        for dl in learn.dls.loaders:
+            for films_or_labels in dl.dataset.tls: films_or_labels.splits = L([[], []])
         yield
     finally:
         for name, value in kept.items(): setattr(learn, name, value)

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Option
 
-from cxr_fastai.core import CXRError, CXRWarning, Run, UsageError, write_csv
+from cxr_fastai.core import CXRError, CXRWarning, Run, UsageError, check_new, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +32,8 @@ Arch = Annotated[str, Option('--arch', help='Network: baseline or resnet50.')]
 RecipeName = Annotated[str, Option('--recipe', help='How to train: reference is the specification.')]
 NewRun = Annotated[Path | None, Option('--out', metavar='RUN', show_default='runs/ARCH, or the next free', help=(
     'Run folder to make; it must not hold anything.'))]
-NewFolder = Annotated[Path, Option('--out', metavar='DIR', help='Folder to make; it must not hold anything.')]
+NewFolder = Annotated[Path | None, Option('--out', metavar='DIR', show_default='demo, or the next free', help=(
+    'Folder to make; it must not hold anything.'))]
 NewTable = Annotated[Path | None, Option('--out', metavar='FILE', show_default='print only', help=(
     'CSV to write; it must not exist.'))]
 Epochs = Annotated[int, Option('--epochs', metavar='N', help='Epochs in all, over the phases.')]
@@ -42,15 +43,16 @@ Weights = Annotated[str | None, Option('--weights', show_default='imagenet for r
     'What to start from: imagenet, imagenet-v2, none, or the file of a state dict.'))]
 Valid = Annotated[str, Option('--valid', help='official: the val folder. patients: a tenth of the patients.')]
 Split = Annotated[str, Option('--split', help='Split to measure: train, valid or test.')]
-Size = Annotated[int, Option('--size', metavar='PX', min=32, help='Side of the film the network sees, in pixels.')]
-FilmSize = Annotated[int, Option('--size', metavar='PX', help='Side of a film, in pixels.')]
+Size = Annotated[int, Option('--size', metavar='PX', min=48, max=2048, help=(
+    'Side of the film the network sees, in pixels.'))]
+FilmSize = Annotated[int, Option('--size', metavar='PX', min=64, max=4096, help='Side of a film, in pixels.')]
 Films = Annotated[int, Option('--films', metavar='N', help='Synthetic films in all.')]
 BatchSize = Annotated[int, Option('--batch-size', metavar='N', min=1, help='Films in a batch.')]
 Workers = Annotated[int, Option('--workers', metavar='N', min=0, help=(
     'Processes that read films; 0 reads them in this one.'))]
 Limit = Annotated[int | None, Option('--limit', metavar='N', min=1, show_default='all', help=(
     'Only the first N films of each class and split, for trials.'))]
-Seed = Annotated[int, Option('--seed', metavar='N', help='Seed of everything random.')]
+Seed = Annotated[int, Option('--seed', metavar='N', min=0, help='Seed of everything random.')]
 RunFolder = Annotated[Path, Argument(metavar='RUN', help='Folder that `train` made.')]
 
 
@@ -61,7 +63,9 @@ def show_version(show: Annotated[bool, Option('--version', help='Print the versi
     Research software, not a medical device.
     """
     from cxr_fastai import __version__
-    if show: out.print(f'cxr_fastai {__version__}', highlight=False)
+    if show:
+        out.print(f'cxr_fastai {__version__}', highlight=False)
+        raise typer.Exit
 
 
 @data_app.command('demo')
@@ -72,7 +76,7 @@ def data_demo(folder: Annotated[Path, Argument(metavar='DIR', help='Folder to ma
     Example: cxr-fastai data demo films --films 200
     """
     from cxr_fastai.demo import make_demo
-    counts = make_demo(folder, films, size, seed).groupby(['split', 'label'], sort=False).size()
+    counts = make_demo(folder, films, size, seed, out).groupby(['split', 'label'], sort=False).size()
     out.print(f'{folder}: {films} films, and masks of the opacities in {folder/"masks"}', soft_wrap=True, markup=False)
     out.print(counts.unstack().to_string())
 
@@ -105,7 +109,7 @@ def evaluate(run: RunFolder, data: Data = None, split: Split = 'test', batch_siz
     """
     folder = Run.open(run)
     from cxr_fastai.evaluation import evaluate
-    metrics = evaluate(folder, data, split, batch_size, limit)
+    metrics = evaluate(folder, data, split, batch_size, limit, out)
     from cxr_fastai.interpret import save_figures
     figures = save_figures(folder, split)
     out.print(_metrics_table(metrics, f'{run}, {split}'))
@@ -121,23 +125,24 @@ def predict(model: Annotated[Path, Argument(metavar='MODEL', help='Run folder, o
     Example: cxr-fastai predict runs/resnet50 film.jpeg more_films/ --out predictions.csv
     """
     if table and table.exists(): raise UsageError(f'{table} exists already and was left alone: choose another --out.')
+    if table and not table.parent.is_dir(): raise UsageError(f'{table}: the folder {table.parent} does not exist.')
     from cxr_fastai.inference import Predictor, list_films, prediction_table
     paths = list_films(films)
-    rows = prediction_table(Predictor.load(model).predict(paths, batch_size))
+    rows = prediction_table(Predictor.load(model).predict(paths, batch_size, out))
     if table: write_csv(table, rows)
     _print_predictions(rows, table)
     if (rows.status != 'ok').any(): raise typer.Exit(3)
 
 
 @app.command()
-def demo(folder: NewFolder = Path('demo'), films: Films = 800, size: Size = 128, epochs: Epochs = 14,
+def demo(folder: NewFolder = None, films: Films = 800, size: Size = 128, epochs: Epochs = 14,
          seed: Seed = 0) -> None:
     """The whole way on synthetic films: data, train (baseline), evaluate, predict. About two minutes on two cores.
 
     Example: cxr-fastai demo --out demo
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f'{folder} exists already and nothing in it was overwritten: choose another --out.')
+    folder = folder or _free(Path('demo'))
+    check_new(folder)
     out.rule('1 of 4: data demo', align='left')
     data_demo(folder/'films', films, max(96, size*3//2), seed)
     out.rule('2 of 4: train', align='left')
@@ -162,6 +167,9 @@ def main(argv: list[str] | None = None) -> int:
         except CXRError as error:
             _print_line(f'error: {_last_line(error)}')
             return error.exit_code
+        except OSError as error:  # what the system refuses is no bug of ours
+            _print_line(f'error: {error.filename or "system"}: {error.strerror or error}')
+            return 1
     return 0
 
 

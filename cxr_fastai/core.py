@@ -103,6 +103,15 @@ class Recipe:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the disk says against writing `path` into an `OutputError`."""
+    try: yield
+    except OSError as error:
+        raise OutputError(f'{path}: cannot be written ({error.strerror}). Free the disk or choose another place with '
+                          '--out; a file that was there before is whole.') from error
+
+
+@contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary neighbour of `path` to write; then sync it and rename it over `path`.
 
@@ -110,12 +119,10 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        yield temporary
-        with open(temporary, 'rb+') as file: os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f'{path}: cannot be written ({error.strerror}). Free the disk or choose another place with '
-                          '--out; a file that was there before is whole.') from error
+        with writing(path):
+            yield temporary
+            with open(temporary, 'rb+') as file: os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with suppress(OSError): temporary.unlink()
 
@@ -135,6 +142,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + '\n')
 
 
+def check_new(folder: Path) -> None:
+    """Raise `UsageError` unless `folder` is still to be made, or is an empty folder."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f'{folder} exists already and nothing in it was overwritten: choose another --out, or delete '
+                         'it.')
+
+
 @dataclass(frozen=True)
 class Run:
     """The run folder, the interface between commands: `train` makes it, the others read and extend it."""
@@ -144,12 +158,8 @@ class Run:
     def create(cls, path: Path) -> Run:
         """Make the folder `path`. Raises `UsageError` where something is there already, `OutputError` where it
         cannot be made."""
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise UsageError(f'{path} exists already and nothing in it was overwritten: choose another --out, or '
-                             'delete it.')
-        try: (path/'figures').mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f'{path}: the folder cannot be made ({error.strerror}): choose another --out.') from error
+        check_new(path)
+        with writing(path): (path/'figures').mkdir(parents=True)
         return cls(path)
 
     @classmethod
@@ -165,7 +175,9 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The recipe it was trained with."""
-        return Recipe.from_dict(json.loads((self/'recipe.json').read_text(encoding='utf-8')))
+        try: return Recipe.from_dict(_read_json(self/'recipe.json'))
+        except (TypeError, KeyError) as error:
+            raise UsageError(f'{self/"recipe.json"}: not a recipe of this version ({error}): train again.') from None
 
     @property
     def items(self) -> pd.DataFrame:
@@ -185,7 +197,7 @@ class Run:
     @property
     def metrics(self) -> dict[str, Any]:
         """One object a split evaluated so far."""
-        return json.loads((self/'metrics.json').read_text(encoding='utf-8'))
+        return _read_json(self/'metrics.json') if (self/'metrics.json').exists() else {}
 
     def start(self, recipe: Recipe, items: pd.DataFrame) -> None:
         """Write down what is about to be trained."""
@@ -196,18 +208,35 @@ class Run:
         """Append a line to `journal.jsonl`: when, what, and `facts`, which hold no NaN."""
         line = json.dumps({'time': datetime.now(UTC).isoformat(timespec='seconds'), 'event': event, **facts},
                           allow_nan=False)
-        with open(self/'journal.jsonl', 'a', encoding='utf-8') as file: file.write(line + '\n')
+        with writing(self/'journal.jsonl'), open(self/'journal.jsonl', 'a', encoding='utf-8') as file:
+            file.write(line + '\n')
 
     def noted(self, event: str) -> dict[str, Any]:
         """The newest line of `journal.jsonl` about `event`; empty where there is none."""
-        with suppress(FileNotFoundError):
-            lines = map(json.loads, (self/'journal.jsonl').read_text(encoding='utf-8').splitlines())
-            return ([line for line in lines if line['event'] == event] or [{}])[-1]
-        return {}
+        newest, journal = {}, self/'journal.jsonl'
+        for text in journal.read_text(encoding='utf-8').splitlines() if journal.is_file() else ():
+            with suppress(ValueError):  # a crash may have torn the last line
+                line = json.loads(text)
+                if line['event'] == event: newest = line
+        return newest
+
+
+TEXT = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase')
+"""Columns that stay as they are written: a patient `007` is no number, and one called `NA` is not missing."""
+WRITER = {'items.csv': 'train', 'history.csv': 'train', 'predictions.csv': 'evaluate'}
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
     import pandas as pd
-    try: return pd.read_csv(path)
+    try:
+        names = pd.read_csv(path, nrows=0).columns
+        return pd.read_csv(path, dtype={name: str for name in names if name in TEXT}, keep_default_na=False,
+                           na_values={name: [''] for name in names if name not in TEXT})
     except FileNotFoundError:
-        raise UsageError(f'{path} does not exist yet: run `cxr-fastai evaluate {path.parent}` first.') from None
+        raise UsageError(f'{path} is missing: `cxr-fastai {WRITER[path.name]}` writes it.') from None
+    except ValueError as error: raise UsageError(f'{path}: damaged ({error}).') from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error: raise UsageError(f'{path}: damaged ({error}).') from None

@@ -1,6 +1,8 @@
 """Items become fastai `DataLoaders`: one channel read and augmented, three channels normalised."""
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
@@ -15,8 +17,8 @@ from fastai.torch_core import TensorImage, TensorImageBW
 from fasttransform import DisplayedTransform, Transform
 from torch import Tensor
 
-from cxr_fastai.core import VOCAB, Recipe
-from cxr_fastai.images import load_film, resize_film
+from cxr_fastai.core import VOCAB, FilmError, Recipe
+from cxr_fastai.images import load_film, read_film, resize_film
 from cxr_fastai.models import denormalize, normalize
 
 
@@ -116,6 +118,21 @@ def make_dls(items: pd.DataFrame, root: Path, recipe: Recipe) -> DataLoaders:
     source = locate(items[items.split.isin(['train', 'valid'])], root)
     return film_block(recipe).dataloaders(source, bs=recipe.batch_size, num_workers=recipe.workers, drop_last=False,
                                           pin_memory=torch.cuda.is_available())
+
+
+def check_readable(items: pd.DataFrame, root: Path) -> None:
+    """Read each film once, on all cores, so that a bad one is known before hours of training.
+
+    Raises `FilmError` that names the first bad films and counts all.
+    """
+    def complaint(path: str) -> FilmError | None:
+        try: read_film(root/path)
+        except FilmError as error: return error
+        return None
+    with ThreadPoolExecutor(os.cpu_count()) as pool: bad = [error for error in pool.map(complaint, items.path) if error]
+    if not bad: return
+    more = f'; and {len(bad) - 3} more' if len(bad) > 3 else ''
+    raise FilmError(f'{"; ".join(map(str, bad[:3]))}{more}. Remove or mend what cannot be read.', bad[0].code)
 
 
 def locate(items: pd.DataFrame, root: Path) -> pd.DataFrame:

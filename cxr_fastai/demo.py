@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.progress import track
 from scipy.ndimage import affine_transform, gaussian_filter
 
-from cxr_fastai.core import OutputError, UsageError
+from cxr_fastai.core import UsageError, check_new, writing
 
 SHARES = {'train': 0.6, 'val': 0.2, 'test': 0.2}
 """Of the films, in the data set's names for its folders. The real val has 16 films, too few to show anything."""
@@ -41,25 +43,25 @@ class Chest:
                    bones=rng.uniform(0.7, 1.2))
 
 
-def make_demo(folder: Path, films: int = 480, size: int = 256, seed: int = 0) -> pd.DataFrame:
+def make_demo(folder: Path, films: int = 480, size: int = 256, seed: int = 0,
+              console: Console | None = None) -> pd.DataFrame:
     """Write `films` films of `size` pixels a side below `folder`, as JPEG in `train|val|test/NORMAL|PNEUMONIA`, and for
     each pneumonia the mask of its opacities as PNG in `masks/`, under the same name.
 
-    Returns the columns path, label, split (as folders). Raises `UsageError` where the folder has something in it or
-    `films` is too small to fill each split with both classes.
+    Returns the columns path, label, split (as folders); a `console` that is a terminal gets a progress bar. Raises
+    `UsageError` where the folder has something in it or `films` is too small to fill each split with both classes.
     """
     if films < 20 or size < 64:
         raise UsageError(f'--films {films} --size {size}: at least 20 films of 64 px are needed.')
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f'{folder} exists already and is not an empty folder: choose another.')
+    check_new(folder)
     rows = []
-    try:
-        for path, label, chest, rng in _plan(films, seed):
-            film, mask = draw_film(chest, label, size, rng)
+    for path, label, chest, rng in track(list(_plan(films, seed)), 'films', console=console, transient=True,
+                                         disable=console is None or not console.is_terminal):
+        film, mask = draw_film(chest, label, size, rng)
+        with writing(folder):
             _save(film, folder/path, quality=int(rng.integers(80, 96)))
             if label == 'PNEUMONIA': _save(np.uint8(mask)*255, (folder/'masks'/path).with_suffix('.png'))
-            rows.append((path.as_posix(), label, path.parts[0]))
-    except OSError as error: raise OutputError(f'{folder}: cannot be written ({error.strerror}).') from error
+        rows.append((path.as_posix(), label, path.parts[0]))
     return pd.DataFrame(rows, columns=['path', 'label', 'split'])
 
 

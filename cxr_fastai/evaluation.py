@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich.console import Console
 from scipy.optimize import brentq
 from scipy.special import expit, logit
 from scipy.stats import binomtest, norm, rankdata
@@ -23,47 +24,54 @@ Estimate = dict[str, float | None]
 
 
 def evaluate(run: Run, data: Path | None = None, split: str = 'test', batch_size: int = 32,
-             limit: int | None = None) -> dict[str, Any]:
+             limit: int | None = None, console: Console | None = None) -> dict[str, Any]:
     """Predict the films of `split` once, write `predictions.csv` and `metrics.json` (other splits in them are kept),
     and return the split's metrics. Raises `UsageError` for a split without films, `FilmError` for an unreadable film.
     """
     root, items = find_split(run, data, split, limit)
     predictor = Predictor.load(run.path)
-    predictions = predict_items(predictor, items, root, batch_size)
+    predictions = predict_items(predictor, items, root, batch_size, console)
     metrics = measure(predictions, predictor.config.threshold, predictor.config.threshold_rule)
     write_csv(run/'predictions.csv', _merge_rows(run, predictions, split))
-    write_json(run/'metrics.json', (run.metrics if (run/'metrics.json').exists() else {}) | {split: metrics})
+    write_json(run/'metrics.json', run.metrics | {split: metrics})
     return metrics
 
 
 def find_split(run: Run, data: Path | None, split: str, limit: int | None = None) -> tuple[Path, pd.DataFrame]:
-    """The films' folder and the items of `split`: of the folder `data` as it is laid out, or of the run itself.
+    """The films' folder and the items of `split` in it.
 
-    The run's own train and valid films are always the ones it was trained with, also when `data` names its folder.
+    Where the run's own train or valid films are there, also in a copy of the folder, those are meant: never a film
+    that it trained on as valid. Without `data` the folder is the one it was trained on. Raises `UsageError`.
     """
-    own = run.noted('start').get('data')
-    root = data_root(data or (Path(own) if own and Path(own).exists() else None))
-    trained_on = data is None or str(root.resolve()) == own
-    items = run.items if trained_on and split != 'test' else read_items(root)
+    trained_on = run.noted('start').get('data')
+    root = data_root(data or (Path(trained_on) if trained_on and Path(trained_on).exists() else None))
+    own = run.items[(run.items.split == split) & (split != 'test')]
+    there = [(film_root(root)/path).exists() for path in own.path]
+    items = own if there and all(there) else read_items(root)
     chosen = items[items.split == split]
+    if (known := chosen.path.isin(run.items.path) & (items is not own) & (split != 'test')).any():
+        raise UsageError(f'{root}: {known.sum()} films of its {split} split are among those of the run, but not all of '
+                         "the run's are there: name the folder it was trained on, whole.")
     if limit is not None: chosen = chosen.groupby('label', sort=False).head(limit)
     if chosen.empty:
+        found = count_films(items).sum(axis=1)
         raise UsageError(f'{root}: the split {split} has no films; found '
-                         f'{", ".join(f"{name} {n}" for name, n in count_films(items).sum(axis=1).items())}.')
+                         f'{", ".join(f"{name} {n}" for name, n in found.items())}: choose another --split.')
     return film_root(root), chosen.reset_index(drop=True)
 
 
-def predict_items(predictor: Predictor, items: pd.DataFrame, root: Path, batch_size: int = 32) -> pd.DataFrame:
+def predict_items(predictor: Predictor, items: pd.DataFrame, root: Path, batch_size: int = 32,
+                  console: Console | None = None) -> pd.DataFrame:
     """The predictions table of `items`: one row a film, with the cross-entropy of its label as `loss`.
 
     Raises `FilmError` naming the unreadable films, since figures over the rest would be of another set.
     """
-    rows = pd.DataFrame(predictor.predict([root/path for path in items.path], batch_size))
+    rows = pd.DataFrame(predictor.predict([root/path for path in items.path], batch_size, console))
     if (bad := rows[rows.status != 'ok']).size:
         more = f' (and {len(bad) - 1} more: `cxr-fastai predict` lists them)' if len(bad) > 1 else ''
         raise FilmError(f'{bad.message.iloc[0]}{more}. Remove or mend it, then evaluate again.', bad.code.iloc[0])
     p = rows.p_pneumonia.astype(float)
-    right = p.where(items.label == VOCAB[POSITIVE], 1 - p).clip(lower=np.finfo(np.float32).tiny)
+    right = p.where(items.label == VOCAB[POSITIVE], 1 - p).clip(lower=np.finfo(float).tiny)
     return items.assign(p_pneumonia=p, prediction=rows.prediction, loss=-np.log(right))[COLUMNS]
 
 
@@ -99,8 +107,9 @@ def f1(tp: int, fp: int, fn: int) -> Estimate:
 def roc_auc(targs: np.ndarray, scores: np.ndarray) -> Estimate:
     """Area under the ROC curve of `scores` (n,) for the boolean `targs` (n,), with a 95 % interval.
 
-    DeLong's variance (1988; ranks as in Sun and Xu 2014) on the logit scale. Where the classes separate completely the
-    variance is 0 and tells nothing: then one-sided, Newcombe's method 5 (2006) at that end. None for one class only.
+    DeLong's variance (1988; ranks as in Sun and Xu 2014) on the logit scale. Where that variance is 0 or undefined
+    (classes that separate completely, equal scores, one film of a class) Newcombe's method 5 (2006) instead, one-sided
+    for an AUC of 0 or 1. None for one class only.
     """
     positive, negative = scores[targs], scores[~targs]
     m, n = len(positive), len(negative)
@@ -109,10 +118,10 @@ def roc_auc(targs: np.ndarray, scores: np.ndarray) -> Estimate:
     above = (ranks[:m] - rankdata(positive))/n        # share of negatives below each positive
     below = 1 - (ranks[m:] - rankdata(negative))/m    # share of positives above each negative
     auc = float(above.mean())
-    if auc in (0.0, 1.0): return _one_sided(auc, m, n)
-    if min(m, n) == 1: return _estimate(auc, None, None)
-    spread = np.sqrt(above.var(ddof=1)/m + below.var(ddof=1)/n)/(auc*(1 - auc))
-    return _estimate(auc, *expit(logit(auc) + np.array([-1, 1])*Z95*spread))
+    variance = above.var(ddof=1)/m + below.var(ddof=1)/n if min(m, n) > 1 else 0.0
+    if auc in (0.0, 1.0) or variance == 0: return _newcombe(auc, m, n)
+    half = Z95*np.sqrt(variance)/(auc*(1 - auc))
+    return _estimate(auc, *expit(logit(auc) + np.array([-half, half])))
 
 
 def roc_curve(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -122,15 +131,17 @@ def roc_curve(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return fpr, tpr
 
 
-def _one_sided(auc: float, m: int, n: int) -> Estimate:
-    """The far limit at which an AUC this extreme is just 5 % likely, by Newcombe's variance of the AUC."""
-    z, half = norm.ppf(0.95), (m + n)/2
+def _newcombe(auc: float, m: int, n: int) -> Estimate:
+    """The AUCs at which this one lies just z standard errors off, by Newcombe's variance of an AUC t."""
+    z, half = norm.ppf(0.95 if auc in (0.0, 1.0) else 0.975), (m + n)/2
 
     def gap(t: float) -> float:
         variance = t*(1 - t)/(m*n)*(2*half - 1 - (3*half - 3)/((2 - t)*(1 + t)))
-        return (1 - t) - z*np.sqrt(variance)
-    limit = brentq(gap, 1e-9, 1 - 1e-9)
-    return _estimate(auc, limit, 1.0) if auc == 1 else _estimate(auc, 0.0, 1 - limit)
+        return (auc - t)**2 - z**2*variance
+    edge = 1e-12
+    low = brentq(gap, edge, min(auc, 1 - edge)) if auc > 0 else 0.0
+    high = brentq(gap, max(auc, edge), 1 - edge) if auc < 1 else 1.0
+    return _estimate(auc, low, high)
 
 
 def _estimate(value: float | None, low: float | None, high: float | None) -> Estimate:

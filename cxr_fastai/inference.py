@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 
 from cxr_fastai.artefacts import ModelConfig, find_learner, load_learner
@@ -35,12 +37,14 @@ class Predictor:
     def scores(self, films: np.ndarray) -> np.ndarray:
         """The probability of pneumonia (n,) of grey uint8 films (n, size, size)."""
         x = normalize(torch.from_numpy(films)[:, None].float().div_(255.0))
-        return self.model(x).softmax(dim=1)[:, POSITIVE].numpy()
+        return self.model(x).double().softmax(dim=1)[:, POSITIVE].numpy()  # 32 bits would round 1 - 1e-8 to 1
 
-    def predict(self, films: Sequence[Path], batch_size: int = 32) -> Iterator[dict]:
+    def predict(self, films: Sequence[Path], batch_size: int = 32, console: Console | None = None) -> Iterator[dict]:
         """A row a film, in their order, with the keys `COLUMNS`; a film that cannot be read gets the status `error`
-        and its code, and stops nothing."""
-        for start in range(0, len(films), batch_size):
+        and its code, and stops nothing. A `console` that is a terminal gets a progress bar."""
+        silent = console is None or not console.is_terminal
+        starts = range(0, len(films), batch_size)
+        for start in track(starts, 'films', console=console, transient=True, disable=silent):
             rows, pixels = zip(*map(self._open, films[start:start + batch_size]), strict=True)
             readable = [film for film in pixels if film is not None]
             scores = iter(self.scores(np.stack(readable)).tolist() if readable else [])

@@ -18,7 +18,8 @@ def save_figures(run: Run, split: str) -> list[str]:
     """Draw what `evaluate` shows of `split` into the run's `figures/`; returns the names, relative to the run."""
     metrics, predictions = run.metrics[split], run.predictions
     title = f'{run.recipe.arch}, {split} split'
-    figures = {f'confusion_{split}': plot_confusion_matrix(metrics, title), 'history': plot_history(run.history)}
+    figures = {f'confusion_{split}': plot_confusion_matrix(metrics, title)}
+    if (run/'history.csv').exists(): figures['history'] = plot_history(run.history)
     if metrics['auc']['value'] is not None:
         figures[f'roc_{split}'] = plot_roc(predictions[predictions.split == split], metrics, title)
     for name, figure in figures.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
@@ -20,6 +21,8 @@ FEW = 50
 """Validation films of a class below which selecting an epoch is a matter of luck."""
 PNEUMONIA_NAME = re.compile(r'person(?P<id>\d+)_(?P<kind>bacteria|virus)_\d+')
 NORMAL_NAME = re.compile(r'(?P<id>(NORMAL2-)?IM-\d+)-\d+')
+OTHERS = {'chest_xray': 'nested chest_xray', 'masks': 'masks'}
+"""Folders beside the splits that are known and not read: the Kaggle zip's second copy, the demo's masks."""
 EXPECTED = 'train|val|test / NORMAL|PNEUMONIA, or NORMAL and PNEUMONIA alone'
 
 
@@ -52,15 +55,15 @@ def read_items(root: Path, valid: str = 'official', seed: int = 42, limit: int |
     return items
 
 
-def parse_name(name: str, label: str) -> tuple[str, str]:
-    """Kind (`normal|bacteria|virus|unknown`) and patient that the film's file name tells.
+def parse_name(path: str, label: str) -> tuple[str, str]:
+    """Kind (`normal|bacteria|virus|unknown`) and patient that the name of the film `path` tells.
 
     The data set numbers its patients anew for each kind, so the patient is kind and number. A film with another kind
-    of name counts as a patient of its own.
+    of name counts as a patient of its own, called by its path.
     """
-    normal = label == 'NORMAL'
-    found = (NORMAL_NAME if normal else PNEUMONIA_NAME).match(name)
-    if not found: return 'normal' if normal else 'unknown', PurePosixPath(name).stem
+    normal, film = label == 'NORMAL', PurePosixPath(path)
+    found = (NORMAL_NAME if normal else PNEUMONIA_NAME).match(film.name)
+    if not found: return 'normal' if normal else 'unknown', str(film.with_suffix(''))
     return ('normal', found['id']) if normal else (found['kind'], f'{found["kind"]}-{found["id"]}')
 
 
@@ -96,7 +99,7 @@ def doubt_validation(items: pd.DataFrame) -> str | None:
     n = int(counts.max())
     low = binomtest(n, n).proportion_ci(method='wilson').low
     return (f'validation has only {_counts(counts)} films: even {n} of {n} right would leave the true rate anywhere '
-            f'from {low:.2f} to 1. The epoch it selects is a matter of luck; --valid patients is sounder.')
+            f'from {low:.2f} to 1, and the epoch it selects is a matter of luck.')
 
 
 def count_films(items: pd.DataFrame) -> pd.DataFrame:
@@ -134,26 +137,24 @@ def _junk(path: Path) -> str | None:
 
 def _from_folders(root: Path) -> pd.DataFrame:
     base = root
-    while not _has_classes(base) and (base/'chest_xray').is_dir(): base /= 'chest_xray'
+    while not _has(base, (*SPLITS, *VOCAB)) and (base/'chest_xray').is_dir(): base /= 'chest_xray'
     films, ignored = find_films(base)
-    rows = []
+    rows, flat = [], not _has(base, SPLITS)
     for film in films:
-        *folders, name = film.relative_to(base).parts
-        if folders and folders[0] == 'chest_xray': ignored['nested chest_xray'] += 1
-        elif place := _place(folders): rows.append((film.relative_to(root).as_posix(), *place, name))
-        else: ignored['outside the class folders'] += 1
+        folders = film.relative_to(base).parts[:-1]
+        if place := _place(folders, flat): rows.append((film.relative_to(root).as_posix(), *place))
+        else: ignored[OTHERS.get(folders[0] if folders else '', 'outside the class folders')] += 1
     if not rows: raise CXRError(f'{root}: no films found. Expected folders {EXPECTED}, with JPEG or PNG files.')
-    return _table(pd.DataFrame(rows, columns=['path', 'split', 'label', 'name']), ignored, root)
+    return _table(pd.DataFrame(rows, columns=['path', 'split', 'label']), ignored, root)
 
 
-def _has_classes(folder: Path) -> bool: return any((folder/name).is_dir() for name in (*SPLITS, *VOCAB))
+def _has(folder: Path, names: Iterable[str]) -> bool: return any((folder/name).is_dir() for name in names)
 
 
-def _place(folders: list[str]) -> tuple[str, str] | None:
-    """Split and label that the folders above a film tell; films in no split's folder are for training."""
-    if len(folders) == 2 and folders[0] in SPLITS: return SPLITS[folders[0]], folders[1]
-    if len(folders) == 1 and folders[0] not in SPLITS: return 'train', folders[0]
-    return None
+def _place(folders: tuple[str, ...], flat: bool) -> tuple[str, str] | None:
+    """Split and label that the folders above a film tell; in a `flat` layout of classes alone, all are for training."""
+    if flat: return ('train', folders[0]) if len(folders) == 1 else None
+    return (SPLITS[folders[0]], folders[1]) if len(folders) == 2 and folders[0] in SPLITS else None
 
 
 def _from_csv(path: Path) -> pd.DataFrame:
@@ -165,15 +166,15 @@ def _from_csv(path: Path) -> pd.DataFrame:
     split = table['split'] if 'split' in table else pd.Series('train', table.index)
     if unknown := set(split.dropna()) - set(SPLITS) or ({'(empty)'} if split.isna().any() else set()):
         raise UsageError(f'{path}: unknown split {", ".join(sorted(unknown))}: use train, valid or test.')
-    names = table.path.map(lambda film: PurePosixPath(film).name)
-    return _table(table.assign(split=split.map(SPLITS), name=names), Counter(), path)
+    if table.path.isna().any(): raise UsageError(f'{path}: {table.path.isna().sum()} rows have no path.')
+    return _table(table.assign(split=split.map(SPLITS)), Counter(), path)
 
 
 def _table(films: pd.DataFrame, ignored: Counter, source: Path) -> pd.DataFrame:
     if unknown := sorted(set(films.label.fillna('(empty)')) - set(VOCAB)):
         raise UsageError(f'{source}: found the classes {", ".join(unknown)}; expected {" and ".join(VOCAB)} '
                          f'({EXPECTED}). Rename or move the others.')
-    parsed = [parse_name(name, label) for name, label in zip(films.name, films.label, strict=True)]
+    parsed = [parse_name(path, label) for path, label in zip(films.path, films.label, strict=True)]
     told = pd.DataFrame(parsed, columns=['kind', 'patient'], index=films.index)
     patient = films['patient'].fillna(told.patient) if 'patient' in films else told.patient
     items = films.assign(kind=told.kind, patient=patient)[COLUMNS].sort_values('path', ignore_index=True)

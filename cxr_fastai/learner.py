@@ -40,9 +40,11 @@ def body_and_head(model: nn.Sequential) -> list[list[nn.Parameter]]:
 
 
 def roc_auc(targs: np.ndarray, scores: np.ndarray) -> float:
-    """Area under the ROC curve of the scores (n,) of the positive class; NaN where only one class is present."""
+    """Area under the ROC curve of the scores (n,) of the positive class; NaN where only one class is present, or where
+    a score is no finite number."""
     from sklearn.metrics import roc_auc_score
-    return float(roc_auc_score(targs, scores)) if len(np.unique(targs)) == 2 else float('nan')
+    defined = len(np.unique(targs)) == 2 and np.isfinite(scores).all()
+    return float(roc_auc_score(targs, scores)) if defined else float('nan')
 
 
 def sensitivity(targs: np.ndarray, preds: np.ndarray) -> float:

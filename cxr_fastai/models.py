@@ -1,6 +1,8 @@
 """Plain torch: the networks, each a `Sequential(body, head)`, and the table `ARCHS` of facts about them."""
 from __future__ import annotations
 
+import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -87,6 +89,7 @@ def make_recipe(arch: str, name: str = 'reference', epochs: int = 15, lr: float 
     not exist.
     """
     if name != 'reference': raise UsageError(f'--recipe {name}: there is only reference.')
+    if lr is not None and not 0 < lr < math.inf: raise UsageError(f'--lr {lr}: a positive number is needed.')
     if epochs < 1: raise UsageError(f'--epochs {epochs}: at least 1 is needed.')
     facts = find_arch(arch)
     scale = 1 if lr is None else lr/facts.phases[0][2]
@@ -138,21 +141,22 @@ def _read_weights(arch: str, weights: str) -> tuple[dict[str, Tensor], str]:
     except FileNotFoundError: raise UsageError(f'--weights {weights}: no such file.') from None
     # Which exception a broken or hostile file raises is up to pickle and zip; none of them may pass for success.
     except Exception as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CXRError(f'--weights {weights}: not a state dict that loads safely ({why}).') from error
-    if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()): return state, weights
+        raise CXRError(f'--weights {weights}: not a state dict that loads safely, with tensors alone.') from error
+    if isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        return state, weights
     raise CXRError(f'--weights {weights}: holds {type(state).__name__}, not a state dict of tensors.')
 
 
 def _download(arch: str, weights: str) -> dict[str, Tensor]:
     import torchvision
     choice = getattr(torchvision.models, ARCHS[arch].torchvision)[ARCHS[arch].weights[weights]]
-    try: return choice.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError is torch's word for a wrong hash
+    try: return choice.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+    # Network, disk, a wrong hash, or a damaged file from an earlier download: each raises a type of its own.
+    except Exception as error:
         name, folder = choice.url.rsplit('/', 1)[-1], Path(torch.hub.get_dir(), 'checkpoints')
-        raise CXRError(f'--weights {weights}: the download of {name} failed ({error}). Put that file into {folder}, or '
-                       'pass --weights FILE (a torchvision state dict), or --weights none to train from scratch.'
-                       ) from error
+        what = 'the file there is damaged, delete it' if (folder/name).exists() else f'the download failed ({error})'
+        raise CXRError(f'--weights {weights}: {name}: {what}. Put that file whole into {folder}, or pass --weights '
+                       'FILE (a torchvision state dict), or --weights none to train from scratch.') from error
 
 
 def _body_of(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,16 +12,16 @@ from typing import Any
 
 import pandas as pd
 import torch
-from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.progress import ProgressCallback  # noqa: F401  (gives `Learner.no_bar`)
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cxr_fastai.artefacts import save_learner
-from cxr_fastai.core import CXRWarning, OutputError, Phase, Recipe, Run, write_csv
-from cxr_fastai.data import make_dls
+from cxr_fastai.core import CXRWarning, OutputError, Phase, Recipe, Run, check_new, write_csv
+from cxr_fastai.data import check_readable, make_dls
 from cxr_fastai.items import check_trainable, describe_items, doubt_validation, film_root, read_items
 from cxr_fastai.learner import make_learner, reuse_memory, start_phase
 
@@ -35,15 +35,19 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None)
     Leaves the best epoch's network in `learner.pkl`. Two calls with one recipe on the CPU give the same weights.
     Raises `CXRError`; whatever can be checked before training is checked before the folder is made.
     """
+    check_new(out)
+    console, root = console or Console(), film_root(data)
     items = read_items(data, recipe.valid, recipe.seed, recipe.limit)
+    console.print(describe_items(items), highlight=False, soft_wrap=True, markup=False)
     check_trainable(items)
-    if doubt := doubt_validation(items): warnings.warn(doubt, CXRWarning, stacklevel=2)
+    if doubt := doubt_validation(items):
+        advice = ' --valid patients is sounder.' if recipe.valid == 'official' else ''
+        warnings.warn(doubt + advice, CXRWarning, stacklevel=2)
+    check_readable(items[items.split.isin(['train', 'valid'])], root)
     set_seed(recipe.seed, reproducible=True)
-    dls = make_dls(items, film_root(data), recipe)
+    dls = make_dls(items, root, recipe)
     learn = make_learner(dls, recipe)
     run = Run.create(out)
-    console = console or Console()
-    console.print(describe_items(items), highlight=False, soft_wrap=True, markup=False)
     run.start(recipe, items)
     run.note('start', data=str(data.resolve()), device=str(dls.device), threads=torch.get_num_threads(), **_versions())
     best = fit(learn, recipe, run, console)
@@ -54,12 +58,18 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None)
 
 def fit(learn: Learner, recipe: Recipe, run: Run, console: Console | None = None) -> dict[str, Any]:
     """Fit `learn` through the phases of `recipe`, give it the best epoch's weights, and return that epoch's row of
-    `history.csv`. Without a `console` one is made for the standard output."""
+    `history.csv`. Without a `console` one is made for the standard output. A loss that is no finite number ends it
+    early; raises `OutputError` where no epoch came before that."""
     reuse_memory()
-    best, show = KeepBest(), ShowEpochs(console or Console())
-    learn.remove_cbs(ProgressCallback)  # it writes control characters into logs
-    with learn.added_cbs([History(run), best, show]), learn.no_logging(), show:
-        for phase in recipe.phases: fit_phase(learn, phase, recipe)
+    history, best, show = History(run), KeepBest(), ShowEpochs(console or Console())
+    # fastai's own bar writes control characters into logs.
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs([history, best, show]), show:
+        for phase in recipe.phases:
+            if not history.diverged: fit_phase(learn, phase, recipe)
+    if best.state is None: raise OutputError('the loss is not a finite number: lower --lr, or check --weights.')
+    if history.diverged:
+        warnings.warn(f'the loss became infinite or no number in epoch {len(history.rows) + 1}, so training stopped; '
+                      f'epoch {best.row["epoch"]} is kept. A lower --lr may help.', CXRWarning, stacklevel=2)
     learn.model.load_state_dict(best.state)
     return best.row
 
@@ -75,7 +85,7 @@ class History(Callback):
     """One row an epoch, in `rows` and in the run's `history.csv`, over all phases."""
     order = 55  # after the Recorder
 
-    def __init__(self, run: Run): self.run_folder, self.rows = run, []
+    def __init__(self, run: Run): self.run_folder, self.rows, self.diverged = run, [], False
 
     def before_epoch(self):
         self.started, self.total, self.count = time.perf_counter(), 0.0, 0
@@ -83,6 +93,9 @@ class History(Callback):
 
     def after_batch(self):
         if not self.training: return
+        if not torch.isfinite(self.loss):
+            self.diverged = True
+            raise CancelFitException
         n = len(self.yb[0])
         self.total, self.count = self.total + self.loss.detach()*n, self.count + n
 
@@ -106,9 +119,6 @@ class KeepBest(Callback):
         key = (row['roc_auc'] if math.isfinite(row['roc_auc']) else 0.0, -row['valid_loss'])
         if not math.isfinite(row['valid_loss']) or key <= self.key: return
         self.key, self.row, self.state = key, row, deepcopy(self.model.state_dict())
-
-    def after_fit(self):
-        if self.state is None: raise OutputError('the validation loss was never a finite number: lower --lr.')
 
 
 class ReduceOnPlateau(Callback):

@@ -70,6 +70,14 @@ def test_no_folder_film_or_code_is_in_the_file(run, films):
     assert b'cloudpickle' not in content
 
 
+def test_no_result_of_the_validation_films_is_in_the_file(learn, tmp_path):
+    learn.validate()
+    assert len(learn.metrics[1].preds)
+    save_learner(learn, tmp_path/'learner.pkl', RECIPE)
+    with pytest.warns(UserWarning): again = load_learner(tmp_path/'learner.pkl')
+    assert not again.metrics[1].preds and not any(map(len, again.dls.valid_ds.splits))
+
+
 def test_saving_leaves_the_learner_whole(learn, tmp_path):
     dls, path = learn.dls, learn.path
     learn.create_opt()

@@ -60,7 +60,7 @@ def test_the_readme_names_every_command(name): assert f'cxr-fastai {" ".join(nam
 
 def test_the_version_is_that_of_the_package(capsys):
     from importlib.metadata import version
-    assert main(['--version']) == 0 and version('cxr_fastai') in capsys.readouterr().out
+    assert main(['--version', 'train']) == 0 and version('cxr_fastai') in capsys.readouterr().out
 
 
 def test_missing_films_say_how_to_get_some(capsys, monkeypatch, tmp_path):
@@ -73,7 +73,7 @@ def test_cxr_data_is_found(films, monkeypatch, tmp_path):
     monkeypatch.setenv('CXR_DATA', str(films))
     monkeypatch.chdir(tmp_path)
     for folder in ('runs/baseline', 'runs/baseline-2'):
-        assert main(['train', '--epochs', '1', '--size', '32', '--limit', '2']) == 0
+        assert main(['train', '--epochs', '1', '--size', '48', '--limit', '2']) == 0
         assert (tmp_path/folder/'learner.pkl').is_file()
 
 
@@ -81,7 +81,7 @@ def test_one_class_or_an_empty_split_is_wrong_usage(capsys, films, tmp_path):
     one, empty = tmp_path/'one', tmp_path/'empty'
     shutil.copytree(films/'train/NORMAL', one/'train/NORMAL')
     shutil.copytree(films/'train', empty/'train')
-    refused(capsys, ['train', '--data', one], 2, r'train holds 14 NORMAL and 0 PNEUMONIA|train holds \d+ NORMAL and 0')
+    refused(capsys, ['train', '--data', one], 2, r'train holds 14 NORMAL and 0 PNEUMONIA')
     refused(capsys, ['train', '--data', empty], 2, 'valid holds no film')
 
 
@@ -90,6 +90,8 @@ def test_one_class_or_an_empty_split_is_wrong_usage(capsys, films, tmp_path):
     (['--recipe', 'magic'], 2, 'there is only reference'),
     (['--valid', 'random'], 2, 'choose official or patients'),
     (['--epochs', '0'], 2, 'at least 1'),
+    (['--lr', '-1'], 2, 'a positive number'),
+    (['--lr', 'nan'], 2, 'a positive number'),
     (['--weights', 'nowhere.pth'], 2, 'neither a file nor known for baseline'),
 ])
 def test_wrong_options_of_train(capsys, train, tmp_path, options, code, says):
@@ -110,12 +112,47 @@ def test_an_existing_run_is_refused_and_kept(capsys, run, films):
 
 
 @pytest.mark.parametrize('workers', ['0', '2'])
-def test_an_unreadable_film_stops_training_by_name(capsys, films, tmp_path, workers):
+def test_a_film_that_goes_bad_during_training_is_named(capsys, films, tmp_path, workers, monkeypatch):
+    monkeypatch.setattr('cxr_fastai.training.check_readable', lambda *_: None)
     shutil.copytree(films, tmp_path/'films')
     bad = sorted((tmp_path/'films/train/NORMAL').iterdir())[0]
     bad.write_bytes(bad.read_bytes()[:500])
-    refused(capsys, ['train', '--data', tmp_path/'films', '--out', tmp_path/'run', '--epochs', '1', '--size', '32',
+    refused(capsys, ['train', '--data', tmp_path/'films', '--out', tmp_path/'run', '--epochs', '1', '--size', '48',
                      '--workers', workers], 1, f'^error: {re.escape(str(bad))}: E_TRUNCATED')
+
+
+def test_unreadable_films_are_named_before_training_starts(capsys, films, tmp_path):
+    shutil.copytree(films, tmp_path/'films')
+    for bad in sorted((tmp_path/'films/val/NORMAL').iterdir())[:4]: bad.write_bytes(b'')
+    refused(capsys, ['train', '--data', tmp_path/'films', '--out', tmp_path/'run'], 1,
+            f'{re.escape(str(bad.parent))}.*E_EMPTY.*; and 1 more. Remove or mend')
+    assert not (tmp_path/'run').exists()
+
+
+def test_a_loss_that_is_no_number_ends_with_six(capsys, train):
+    refused(capsys, [*train, '--lr', '1e30'], 6, 'not a finite number: lower --lr')
+
+
+def test_a_full_disk_ends_with_six_and_one_line(films, tmp_path):
+    code = ('import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
+            'resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); '
+            'from cxr_fastai.cli import main; sys.exit(main(sys.argv[1:]))')
+    done = subprocess.run([sys.executable, '-c', code, 'train', '--data', str(films), '--out', str(tmp_path/'run'),
+                           '--epochs', '1', '--size', '48', '--limit', '4'], capture_output=True, text=True)
+    assert done.returncode == 6 and 'learner.pkl: cannot be written (File too large)' in lines(done.stderr)[0]
+    assert not list((tmp_path/'run').glob('*learner.pkl*'))
+
+
+@pytest.mark.parametrize(('name', 'says'), [('recipe.json', 'damaged'),
+                                            ('items.csv', 'is missing: `cxr-fastai train`')])
+def test_a_damaged_run_is_told_in_one_line(capsys, run, films, tmp_path, name, says):
+    shutil.copytree(run.path, tmp_path/'run')
+    (tmp_path/'run'/name).write_text('{') if name.endswith('json') else (tmp_path/'run'/name).unlink()
+    refused(capsys, ['evaluate', tmp_path/'run', '--data', films], 2, says)
+
+
+def test_a_name_too_long_for_the_system_is_told_in_one_line(capsys):
+    refused(capsys, ['train', '--data', 'x'*300], 1, 'File name too long')
 
 
 def unwritable(tmp_path):
@@ -126,7 +163,7 @@ def unwritable(tmp_path):
 
 def test_a_read_only_output_is_one_line(capsys, train, run, films, tmp_path):
     where = unwritable(tmp_path)
-    refused(capsys, [*train[:4], where/'run'], 6, 'the folder cannot be made')
+    refused(capsys, [*train[:4], where/'run'], 6, 'cannot be written')
     refused(capsys, ['data', 'demo', where], 6, 'cannot be written')
     film = next((films/'test').rglob('*.jpeg'))
     refused(capsys, ['predict', run.path, film, '--out', where], 6, 'cannot be written')
@@ -180,7 +217,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, films):
 
 @pytest.mark.slow
 def test_the_demo_goes_the_whole_way(tmp_path, capsys):
-    assert main(['demo', '--out', str(tmp_path/'demo'), '--films', '40', '--size', '32', '--epochs', '1']) == 0
+    assert main(['demo', '--out', str(tmp_path/'demo'), '--films', '40', '--size', '48', '--epochs', '1']) == 0
     made = {path.name for path in (tmp_path/'demo').iterdir()}
     assert made == {'films', 'run', 'predictions.csv'} and (tmp_path/'demo/run/metrics.json').is_file()
     refused(capsys, ['demo', '--out', tmp_path/'demo'], 2, 'exists already')

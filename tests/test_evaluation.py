@@ -56,7 +56,12 @@ def test_complete_separation_is_never_certain():
 
 def test_one_class_has_no_auc():
     assert roc_auc(np.ones(4, bool), np.arange(4.0))['value'] is None
-    assert roc_auc(np.array([True, False, False]), np.array([0.5, 0.1, 0.9]))['low'] is None
+
+
+def test_an_auc_without_variance_still_has_an_interval():
+    for targs, p in [(np.arange(40) < 20, np.full(40, 0.5)), (np.arange(3) < 1, np.array([0.5, 0.1, 0.9]))]:
+        estimate = roc_auc(targs, p)
+        assert estimate['value'] == 0.5 and 0 < estimate['low'] < 0.45 and 0.55 < estimate['high'] < 1
 
 
 def test_the_interval_of_f1_holds_f1_and_shrinks():
@@ -124,6 +129,22 @@ def test_valid_means_the_split_of_the_training_also_when_its_folder_is_named(cop
     moved.loc[moved.index[:5], 'split'] = 'valid'
     moved.to_csv(copy/'items.csv', index=False)
     assert find_split(copy, films, 'valid')[1].path.to_list() == moved.path[:5].to_list()
+
+
+def test_valid_in_a_copy_of_the_folder_is_still_the_split_of_the_training(copy, films, tmp_path):
+    shutil.copytree(films, tmp_path/'moved')
+    trained = copy.items.assign(split=lambda t: t.split.replace({'train': 'valid', 'valid': 'train'}))
+    trained.to_csv(copy/'items.csv', index=False)
+    root, items = find_split(copy, tmp_path/'moved', 'valid')
+    assert root == tmp_path/'moved' and set(items.path) == set(trained[trained.split == 'valid'].path)
+    next((tmp_path/'moved/train').rglob('*.jpeg')).unlink()
+    with pytest.raises(UsageError, match='are among those of the run, but not all'):
+        find_split(copy, tmp_path/'moved', 'valid')
+
+
+def test_a_patient_called_by_a_number_keeps_its_zeros(copy):
+    copy.items.assign(patient='007').to_csv(copy/'items.csv', index=False)
+    assert set(copy.items.patient) == {'007'}
 
 
 def test_an_empty_split_says_what_there_is(copy, films, tmp_path):

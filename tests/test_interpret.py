@@ -45,4 +45,5 @@ def test_an_estimate_is_said_with_its_interval(estimate, said): assert describe(
 
 
 def test_a_title_is_text_and_not_mathematics():
-    plot_confusion_matrix(METRICS, r'$\bad$').savefig('/dev/null', format='png')
+    for figure in (plot_confusion_matrix(METRICS, r'$\bad$'), plot_roc(PREDICTIONS, METRICS, r'$\bad$')):
+        figure.savefig('/dev/null', format='png')

@@ -51,7 +51,7 @@ def test_the_kaggle_layout_is_read(tmp_path):
     ('person12_virus_34.jpeg', 'PNEUMONIA', 'virus', 'virus-12'),
     ('IM-0115-0001.jpeg', 'NORMAL', 'normal', 'IM-0115'),
     ('NORMAL2-IM-0499-0001-0002.jpeg', 'NORMAL', 'normal', 'NORMAL2-IM-0499'),
-    ('scan.v2.jpeg', 'PNEUMONIA', 'unknown', 'scan.v2'),
+    ('a/scan.v2.jpeg', 'PNEUMONIA', 'unknown', 'a/scan.v2'),
 ])
 def test_names_tell_kind_and_patient(name, label, kind, patient):
     assert parse_name(name, label) == (kind, patient)
@@ -74,6 +74,11 @@ def test_a_nested_copy_alone_is_understood(tmp_path):
     assert len(read_items(tmp_path)) == len(TREE)
 
 
+def test_pictures_beside_the_splits_are_no_class(tmp_path):
+    items = read_items(plant(tmp_path, [*TREE, 'docs/x.png', 'masks/train/PNEUMONIA/person1_virus_2.png']))
+    assert len(items) == len(TREE) and items.attrs['ignored'] == {'outside the class folders': 1, 'masks': 1}
+
+
 def test_class_folders_alone_are_for_training(tmp_path):
     items = read_items(plant(tmp_path, ['NORMAL/a.png', 'PNEUMONIA/b.png']))
     assert list(items.split) == ['train', 'train'] and list(items.label) == list(CLASSES)
@@ -89,7 +94,9 @@ def test_a_csv_names_films_splits_and_patients(tmp_path):
 
 @pytest.mark.parametrize(('text', 'complaint'), [
     ('file,label\na.png,NORMAL\n', 'has no column path'), ('path,label\na.png,COVID\n', 'found the classes COVID'),
-    ('path,label,split\na.png,NORMAL,holdout\n', 'unknown split holdout'), ('path,label\na.png,\n', r'\(empty\)')])
+    ('path,label,split\na.png,NORMAL,holdout\n', 'unknown split holdout'),
+    ('path,label\na.png,\n', r'\(empty\)'),
+    ('path,label\n,NORMAL\n', '1 rows have no path')])
 def test_a_csv_that_does_not_fit_is_refused(tmp_path, text, complaint):
     (tmp_path/'films.csv').write_text(text)
     with pytest.raises(UsageError, match=complaint): read_items(tmp_path/'films.csv')

@@ -17,8 +17,12 @@ NEIGHBOURS = {('items', 'images'), ('training', 'artefacts'), ('evaluation', 'in
 def imported(module: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(module.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith('cxr_fastai'):
-            names.add(node.module.partition('.')[2] or '__init__')
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, 'imports are absolute, so that this test sees them'
+            if node.module == 'cxr_fastai': names |= {a.name if a.name in LAYERS else '__init__' for a in node.names}
+            elif node.module.startswith('cxr_fastai.'): names.add(node.module.split('.')[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split('.')[1] for alias in node.names if alias.name.startswith('cxr_fastai.')}
     return names
 
 

@@ -73,10 +73,19 @@ def test_named_weights_come_from_torchvisions_cache(torchvision_file, torchvisio
 def test_a_failed_download_names_the_three_ways_out(monkeypatch):
     def fail(*_, **__): raise urllib.error.URLError('no network')
     monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', fail)
-    ways_out = 'resnet50-0676ba61.pth failed .*checkpoints.*--weights FILE.*--weights none'
+    ways_out = 'resnet50-0676ba61.pth: the download failed .*checkpoints.*--weights FILE.*--weights none'
     with pytest.raises(CXRError, match=ways_out) as caught:
         build_model('resnet50', 'imagenet')
     assert '\n' not in str(caught.value)
+
+
+def test_a_damaged_file_in_the_cache_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    (tmp_path/'hub/checkpoints').mkdir(parents=True)
+    for content in (b'', b'garbage'):
+        (tmp_path/'hub/checkpoints/resnet50-0676ba61.pth').write_bytes(content)
+        with pytest.raises(CXRError, match='resnet50-0676ba61.pth: the file there is damaged, delete it'):
+            build_model('resnet50', 'imagenet')
 
 
 def test_weights_of_our_own_network_fit_whole(tmp_path):

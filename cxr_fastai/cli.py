@@ -112,7 +112,9 @@ def evaluate(run: RunFolder, data: Data = None, split: Split = 'test', batch_siz
     metrics = evaluate(folder, data, split, batch_size, limit, out)
     from cxr_fastai.interpret import save_figures
     figures = save_figures(folder, split)
-    out.print(_metrics_table(metrics, f'{run}, {split}'))
+    out.print(f'{run}, {split} split: {metrics["n"]} films, {metrics["positives"]} of them pneumonia, threshold '
+              f'{metrics["threshold"]:g}', soft_wrap=True, markup=False, highlight=False)
+    out.print(_metrics_table(metrics))
     out.print(f'in {run}: predictions.csv, metrics.json, {", ".join(figures)}', soft_wrap=True, markup=False)
 
 
@@ -195,10 +197,9 @@ def _free(path: Path) -> Path:
     return path if not path.exists() else next(p for p in tries if not p.exists())
 
 
-def _metrics_table(metrics: dict, title: str) -> Table:
+def _metrics_table(metrics: dict) -> Table:
     from cxr_fastai.evaluation import TARGETS
-    heading = f'{title}: {metrics["n"]} films, {metrics["positives"]} pneumonia, threshold {metrics["threshold"]:g}'
-    table = Table(title=escape(heading), title_justify='left', caption_justify='left')
+    table = Table(caption_justify='left')
     for name in ('', 'value', '95 % interval', 'target'): table.add_column(name, justify='right' if name else 'left')
     for name in ('auc', 'sensitivity', 'specificity', 'accuracy', 'ppv', 'npv', 'f1'):
         table.add_row(name.upper() if name in ('auc', 'ppv', 'npv', 'f1') else name,

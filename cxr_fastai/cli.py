@@ -137,7 +137,7 @@ def predict(model: Annotated[Path, Argument(metavar='MODEL', help='Run folder, o
 
 
 @app.command()
-def demo(folder: NewFolder = None, films: Films = 800, size: Size = 128, epochs: Epochs = 14,
+def demo(folder: NewFolder = None, films: Films = 800, size: Size = 128, epochs: Epochs = 12,
          seed: Seed = 0) -> None:
     """The whole way on synthetic films: data, train (baseline), evaluate, predict. About two minutes on two cores.
 
@@ -148,7 +148,7 @@ def demo(folder: NewFolder = None, films: Films = 800, size: Size = 128, epochs:
     out.rule('1 of 4: data demo', align='left')
     data_demo(folder/'films', films, max(96, size*3//2), seed)
     out.rule('2 of 4: train', align='left')
-    train(folder/'films', run=folder/'run', epochs=epochs, size=size, batch_size=16, seed=seed)
+    train(folder/'films', run=folder/'run', epochs=epochs, size=size, seed=seed)
     out.rule('3 of 4: evaluate', align='left')
     evaluate(folder/'run')
     out.rule('4 of 4: predict', align='left')

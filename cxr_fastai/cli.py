@@ -77,7 +77,7 @@ def data_demo(folder: Annotated[Path, Argument(metavar='DIR', help='Folder to ma
     """
     from cxr_fastai.demo import make_demo
     counts = make_demo(folder, films, size, seed, out).groupby(['split', 'label'], sort=False).size()
-    out.print(f'{folder}: {films} films, and masks of the opacities in {folder/"masks"}', soft_wrap=True, markup=False)
+    _say(f'{folder}: {films} films, and masks of the opacities in {folder/"masks"}')
     out.print(counts.unstack().to_string())
 
 
@@ -97,7 +97,7 @@ def train(data: Data = None, arch: Arch = 'baseline', recipe: RecipeName = 'refe
                          workers=workers, limit=limit, seed=seed)
     from cxr_fastai.training import train
     made = train(chosen, root, run or _free(Path('runs', arch)), out)
-    out.print(f'{made.path}: trained. Next: cxr-fastai evaluate {made.path}', soft_wrap=True, markup=False)
+    _say(f'{made.path}: trained. Next: cxr-fastai evaluate {made.path}')
 
 
 @app.command()
@@ -115,7 +115,7 @@ def evaluate(run: RunFolder, data: Data = None, split: Split = 'test', batch_siz
     out.print(f'{run}, {split} split: {metrics["n"]} films, {metrics["positives"]} of them pneumonia, threshold '
               f'{metrics["threshold"]:g}', soft_wrap=True, markup=False, highlight=False)
     out.print(_metrics_table(metrics))
-    out.print(f'in {run}: predictions.csv, metrics.json, {", ".join(figures)}', soft_wrap=True, markup=False)
+    _say(f'in {run}: predictions.csv, metrics.json, {", ".join(figures)}')
 
 
 @app.command()
@@ -153,8 +153,7 @@ def demo(folder: NewFolder = None, films: Films = 800, size: Size = 128, epochs:
     evaluate(folder/'run')
     out.rule('4 of 4: predict', align='left')
     predict(folder/'run', [folder/'films'/'test'], folder/'predictions.csv')
-    out.print(f'films in {folder/"films"}, run in {folder/"run"}, predictions in {folder/"predictions.csv"}',
-              soft_wrap=True, markup=False)
+    _say(f'films in {folder/"films"}, run in {folder/"run"}, predictions in {folder/"predictions.csv"}')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -178,6 +177,9 @@ def main(argv: list[str] | None = None) -> int:
 def run() -> None:
     """The console script: `main`, as the process's exit code."""
     sys.exit(main())
+
+
+def _say(text: str) -> None: out.print(text, soft_wrap=True, markup=False)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None: _print_line(f'warning: {message}')
@@ -227,4 +229,4 @@ def _print_predictions(rows: pd.DataFrame, saved: Path | None, most: int = 20) -
     for row in rows[rows.status != 'ok'].itertuples(): _print_line(f'error: {row.message}')
     called, failed = (rows.prediction == 'PNEUMONIA').sum(), (rows.status != 'ok').sum()
     where = f'; rows in {saved}' if saved else ''
-    out.print(f'{len(rows)} films, {called} called PNEUMONIA, {failed} failed{where}', soft_wrap=True, markup=False)
+    _say(f'{len(rows)} films, {called} called PNEUMONIA, {failed} failed{where}')

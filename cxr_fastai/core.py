@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.console import Console
 
+T = TypeVar('T')
 VOCAB = ('NORMAL', 'PNEUMONIA')
 """The classes in the order of the network's outputs; the last one is the positive class."""
 POSITIVE = VOCAB.index('PNEUMONIA')
@@ -140,6 +142,13 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` atomically; a NaN is an error, since JSON has none."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + '\n')
+
+
+def progress(steps: Sequence[T], console: Console | None) -> Iterable[T]:
+    """`steps`, with a bar that vanishes at the end on a `console` that is a terminal; silent elsewhere."""
+    from rich.progress import track
+    silent = console is None or not console.is_terminal
+    return track(steps, 'films', console=console, transient=True, disable=silent)
 
 
 def check_new(folder: Path) -> None:

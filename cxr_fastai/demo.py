@@ -13,10 +13,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 from rich.console import Console
-from rich.progress import track
 from scipy.ndimage import affine_transform, gaussian_filter
 
-from cxr_fastai.core import UsageError, check_new, writing
+from cxr_fastai.core import UsageError, check_new, progress, writing
 
 SHARES = {'train': 0.6, 'val': 0.2, 'test': 0.2}
 """Of the films, in the data set's names for its folders. The real val has 16 films, too few to show anything."""
@@ -55,8 +54,7 @@ def make_demo(folder: Path, films: int = 480, size: int = 256, seed: int = 0,
         raise UsageError(f'--films {films} --size {size}: at least 20 films of 64 px are needed.')
     check_new(folder)
     rows = []
-    for path, label, chest, rng in track(list(_plan(films, seed)), 'films', console=console, transient=True,
-                                         disable=console is None or not console.is_terminal):
+    for path, label, chest, rng in progress(list(_plan(films, seed)), console):
         film, mask = draw_film(chest, label, size, rng)
         with writing(folder):
             _save(film, folder/path, quality=int(rng.integers(80, 96)))

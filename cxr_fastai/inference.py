@@ -9,11 +9,10 @@ import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import nn
 
 from cxr_fastai.artefacts import ModelConfig, find_learner, load_learner
-from cxr_fastai.core import POSITIVE, VOCAB, FilmError, UsageError
+from cxr_fastai.core import POSITIVE, VOCAB, FilmError, UsageError, progress
 from cxr_fastai.images import load_film
 from cxr_fastai.items import find_films
 from cxr_fastai.models import normalize
@@ -42,9 +41,7 @@ class Predictor:
     def predict(self, films: Sequence[Path], batch_size: int = 32, console: Console | None = None) -> Iterator[dict]:
         """A row a film, in their order, with the keys `COLUMNS`; a film that cannot be read gets the status `error`
         and its code, and stops nothing. A `console` that is a terminal gets a progress bar."""
-        silent = console is None or not console.is_terminal
-        starts = range(0, len(films), batch_size)
-        for start in track(starts, 'films', console=console, transient=True, disable=silent):
+        for start in progress(range(0, len(films), batch_size), console):
             rows, pixels = zip(*map(self._open, films[start:start + batch_size]), strict=True)
             readable = [film for film in pixels if film is not None]
             scores = iter(self.scores(np.stack(readable)).tolist() if readable else [])

@@ -37,7 +37,7 @@ def plot_confusion_matrix(metrics: dict, title: str = '') -> Figure:
     for (i, j), n in np.ndenumerate(counts):
         ax.text(j, i, f'{n}\n{shares[i, j]:.1%}', ha='center', va='center', fontsize=14,
                 color='white' if shares[i, j] > 0.55 else '#222222')
-    ax.set(xticks=[0, 1], xticklabels=VOCAB, yticks=[0, 1], xlabel='predicted', ylabel='true')
+    ax.set(xticks=[0, 1], xticklabels=VOCAB, xlabel='predicted', ylabel='true')
     ax.set_yticks([0, 1], VOCAB, rotation=90, va='center')
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

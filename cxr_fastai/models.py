@@ -111,10 +111,10 @@ def build_model(arch: str, weights: str = 'none') -> nn.Sequential:
     """
     model = find_arch(arch).build()
     if weights == 'none': return model
-    state, source = _read_weights(arch, weights)
+    state = _read_weights(arch, weights)
     whole = any(key.startswith('1.') for key in state)  # a state dict of our own Sequential(body, head)
-    target = model if whole else model[0]
-    _check_shapes(source, state if whole else (state := _body_of(state)), target.state_dict())
+    target, state = (model, state) if whole else (model[0], _body_of(state))
+    _check_shapes(weights, state, target.state_dict())
     target.load_state_dict(state)
     return model
 
@@ -135,15 +135,15 @@ def _check_weights(arch: str, weights: str) -> str:
                      'file of a state dict.')
 
 
-def _read_weights(arch: str, weights: str) -> tuple[dict[str, Tensor], str]:
-    if weights in ARCHS[arch].weights: return _download(arch, weights), weights
+def _read_weights(arch: str, weights: str) -> dict[str, Tensor]:
+    if weights in ARCHS[arch].weights: return _download(arch, weights)
     try: state = torch.load(weights, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise UsageError(f'--weights {weights}: no such file.') from None
     # Which exception a broken or hostile file raises is up to pickle and zip; none of them may pass for success.
     except Exception as error:
         raise CXRError(f'--weights {weights}: not a state dict that loads safely, with tensors alone.') from error
     if isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        return state, weights
+        return state
     raise CXRError(f'--weights {weights}: holds {type(state).__name__}, not a state dict of tensors.')
 
 
@@ -163,10 +163,10 @@ def _body_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.startswith('fc.')}
 
 
-def _check_shapes(source: str, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def _check_shapes(weights: str, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     wrong = [f'{key} is {list(state[key].shape)}, wanted {list(wanted[key].shape)}'
              for key in wanted.keys() & state.keys() if state[key].shape != wanted[key].shape]
     wrong += [f'{key} is missing' for key in wanted.keys() - state.keys()]
     wrong += [f'{key} is not part of the network' for key in state.keys() - wanted.keys()]
-    if wrong: raise CXRError(f'--weights {source}: does not fit: {"; ".join(sorted(wrong)[:3])}'
+    if wrong: raise CXRError(f'--weights {weights}: does not fit: {"; ".join(sorted(wrong)[:3])}'
                              f'{f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""}.')

@@ -147,8 +147,7 @@ def write_json(path: Path, value: Any) -> None:
 def progress(steps: Sequence[T], console: Console | None) -> Iterable[T]:
     """`steps`, with a bar that vanishes at the end on a `console` that is a terminal; silent elsewhere."""
     from rich.progress import track
-    silent = console is None or not console.is_terminal
-    return track(steps, 'films', console=console, transient=True, disable=silent)
+    return track(steps, 'films', console=console, transient=True, disable=not (console and console.is_terminal))
 
 
 def check_new(folder: Path) -> None:
@@ -165,8 +164,7 @@ class Run:
 
     @classmethod
     def create(cls, path: Path) -> Run:
-        """Make the folder `path`. Raises `UsageError` where something is there already, `OutputError` where it
-        cannot be made."""
+        """Make the folder `path`. Raises `UsageError` where something is there, `OutputError` where it cannot be."""
         check_new(path)
         with writing(path): (path/'figures').mkdir(parents=True)
         return cls(path)

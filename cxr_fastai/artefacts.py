@@ -24,6 +24,7 @@ class ModelConfig:
     size: int
     threshold: float
     threshold_rule: str = 'fixed:0.5'
+    resize: str = 'squish'
 
 
 def save_learner(learn: Learner, path: Path, recipe: Recipe) -> None:
@@ -32,7 +33,8 @@ def save_learner(learn: Learner, path: Path, recipe: Recipe) -> None:
     (fastai's `export` writes in place, embeds bytecode and paths, and leaves a gutted Learner when it fails.)
     """
     import torch
-    learn.config = asdict(ModelConfig(recipe.arch, recipe.size, recipe.threshold, f'fixed:{recipe.threshold:g}'))
+    learn.config = asdict(ModelConfig(recipe.arch, recipe.size, recipe.threshold, f'fixed:{recipe.threshold:g}',
+                                      recipe.resize))
     buffer = BytesIO()  # torch would tell of a full disk by a RuntimeError
     with _emptied(learn): torch.save(learn, buffer, pickle_module=pickle)
     with atomic(path) as temporary: temporary.write_bytes(buffer.getbuffer())

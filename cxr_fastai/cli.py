@@ -15,7 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 from typer import Argument, Option
 
-from cxr_fastai.core import CXRError, CXRWarning, Run, UsageError, check_new, write_csv
+from cxr_fastai.core import CXRError, CXRWarning, UsageError, check_new, write_csv
+from cxr_fastai.run import Run
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,4 +1,4 @@
-"""The vocabulary that every module shares: classes, errors, the `Recipe` of a training and the `Run` folder.
+"""The vocabulary that every module shares: classes, errors, the `Recipe` of a training, and whole or no files.
 
     CXRError             exit 1  an expected failure: the value, why it is refused, what to do
     ├── FilmError        exit 1  one film cannot be read; has a stable `code` such as E_TRUNCATED
@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
     from rich.console import Console
 
@@ -24,6 +25,8 @@ T = TypeVar('T')
 VOCAB = ('NORMAL', 'PNEUMONIA')
 """The classes in the order of the network's outputs; the last one is the positive class."""
 POSITIVE = VOCAB.index('PNEUMONIA')
+SILENCE = 30
+"""Seconds between two lines of progress where there is no terminal."""
 
 
 class CXRError(Exception):
@@ -31,12 +34,21 @@ class CXRError(Exception):
     exit_code = 1
 
 
+REJECTED = ('E_TOO_SMALL', 'E_TOO_LARGE', 'E_BLANK', 'E_MULTIFRAME', 'E_DICOM_MODALITY')
+"""Codes of files that may be whole, but are no film to judge."""
+
+
 class FilmError(CXRError):
-    """A film that cannot be read; `code` is a stable name, the message names the file."""
+    """A film that cannot be used; `code` is a stable name, the message names the file."""
 
     def __init__(self, message: str, code: str = 'E_IO'):
         super().__init__(message)
         self.code = code
+
+    @property
+    def status(self) -> str:
+        """`rejected` where the file may be whole but is no film to judge, `error` where it cannot be read."""
+        return 'rejected' if self.code in REJECTED else 'error'
 
     def __reduce__(self): return type(self), (str(self), self.code)
 
@@ -56,6 +68,24 @@ class CXRWarning(UserWarning):
 
 
 @dataclass(frozen=True)
+class Film:
+    """A decoded film: grey `pixels` uint8 (h, w), and what the file was: its `format`, the `mode` its pixels are stored
+    in (Pillow's name, or DICOM's), `bits` a sample, `width` and `height` as stored.
+
+    `notes` tell what was done beyond decoding, such as the window of a deep film; `burned_in` is true where the file
+    says that text in the picture may name the patient.
+    """
+    pixels: np.ndarray
+    format: str
+    mode: str
+    bits: int
+    width: int
+    height: int
+    notes: tuple[str, ...] = ()
+    burned_in: bool = False
+
+
+@dataclass(frozen=True)
 class Phase:
     """A stretch of training: `epochs` at the learning rate `lr`, with the body frozen or not."""
     name: str
@@ -70,7 +100,8 @@ class Recipe:
 
     `models.make_recipe` fills in the phases of an architecture. Lengths are pixels, angles degrees, `translate` a
     share of the side, `flip` a probability; `brightness` and `contrast` b mean factors drawn from [1-b, 1+b];
-    `interpolation` (`nearest` or `bilinear`) is that of rotation and translation.
+    `interpolation` (`nearest` or `bilinear`) is that of rotation and translation; `resize` is a key of
+    `images.RESIZES`.
     """
     arch: str
     phases: tuple[Phase, ...]
@@ -78,8 +109,9 @@ class Recipe:
     weights: str = 'none'
     valid: str = 'official'
     size: int = 224
+    resize: str = 'squish'
     batch_size: int = 32
-    workers: int = 0
+    workers: int | None = 0
     limit: int | None = None
     seed: int = 42
     weight_decay: float = 1e-4
@@ -144,10 +176,29 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + '\n')
 
 
-def progress(steps: Sequence[T], console: Console | None) -> Iterable[T]:
-    """`steps`, with a bar that vanishes at the end on a `console` that is a terminal; silent elsewhere."""
-    from rich.progress import track
-    return track(steps, 'films', console=console, transient=True, disable=not (console and console.is_terminal))
+def progress(steps: Iterable[T], console: Console | None, total: int | None = None) -> Iterator[T]:
+    """`steps`, one a film and `total` in all (default: their length), with a bar that vanishes at the end on a
+    `console` that is a terminal, and a line every half minute on another."""
+    total = len(steps) if total is None else total
+    if console and console.is_terminal: yield from _with_bar(steps, console, total)
+    else: yield from _with_lines(steps, console, total)
+
+
+def _with_bar(steps: Iterable[T], console: Console, total: int) -> Iterator[T]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
+    rate = TaskProgressColumn(show_speed=True, text_format='')  # shown while there is no total to share out
+    columns = ('films', BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield from bar.track(steps, total)
+
+
+def _with_lines(steps: Iterable[T], console: Console | None, total: int) -> Iterator[T]:
+    told = time.monotonic()
+    for done, step in enumerate(steps, 1):
+        yield step
+        if console and time.monotonic() - told > SILENCE:
+            told = time.monotonic()
+            console.print(f'{done:,} of {total:,} films', highlight=False)
 
 
 def check_new(folder: Path) -> None:
@@ -155,95 +206,3 @@ def check_new(folder: Path) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f'{folder} exists already and nothing in it was overwritten: choose another --out, or delete '
                          'it.')
-
-
-@dataclass(frozen=True)
-class Run:
-    """The run folder, the interface between commands: `train` makes it, the others read and extend it."""
-    path: Path
-
-    @classmethod
-    def create(cls, path: Path) -> Run:
-        """Make the folder `path`. Raises `UsageError` where something is there, `OutputError` where it cannot be."""
-        check_new(path)
-        with writing(path): (path/'figures').mkdir(parents=True)
-        return cls(path)
-
-    @classmethod
-    def open(cls, path: Path) -> Run:
-        """The run in the folder `path`. Raises `UsageError` where there is none."""
-        if not (path/'recipe.json').is_file():
-            raise UsageError(f'{path} is not a run folder (no recipe.json in it): `cxr-fastai train --out {path}` '
-                             'makes one.')
-        return cls(path)
-
-    def __truediv__(self, name: str) -> Path: return self.path/name
-
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe it was trained with."""
-        try: return Recipe.from_dict(_read_json(self/'recipe.json'))
-        except (TypeError, KeyError) as error:
-            raise UsageError(f'{self/"recipe.json"}: not a recipe of this version ({error}): train again.') from None
-
-    @property
-    def items(self) -> pd.DataFrame:
-        """The films it was trained with: the items table."""
-        return _read_csv(self/'items.csv')
-
-    @property
-    def history(self) -> pd.DataFrame:
-        """One row an epoch."""
-        return _read_csv(self/'history.csv')
-
-    @property
-    def predictions(self) -> pd.DataFrame:
-        """One row a film, for each split evaluated so far."""
-        return _read_csv(self/'predictions.csv')
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        """One object a split evaluated so far."""
-        return _read_json(self/'metrics.json') if (self/'metrics.json').exists() else {}
-
-    def start(self, recipe: Recipe, items: pd.DataFrame) -> None:
-        """Write down what is about to be trained."""
-        write_json(self/'recipe.json', asdict(recipe))
-        write_csv(self/'items.csv', items)
-
-    def note(self, event: str, **facts: Any) -> None:
-        """Append a line to `journal.jsonl`: when, what, and `facts`, which hold no NaN."""
-        line = json.dumps({'time': datetime.now(UTC).isoformat(timespec='seconds'), 'event': event, **facts},
-                          allow_nan=False)
-        with writing(self/'journal.jsonl'), open(self/'journal.jsonl', 'a', encoding='utf-8') as file:
-            file.write(line + '\n')
-
-    def noted(self, event: str) -> dict[str, Any]:
-        """The newest line of `journal.jsonl` about `event`; empty where there is none."""
-        newest, journal = {}, self/'journal.jsonl'
-        for text in journal.read_text(encoding='utf-8').splitlines() if journal.is_file() else ():
-            with suppress(ValueError):  # a crash may have torn the last line
-                line = json.loads(text)
-                if line['event'] == event: newest = line
-        return newest
-
-
-TEXT = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase')
-"""Columns that stay as they are written: a patient `007` is no number, and one called `NA` is not missing."""
-WRITER = {'items.csv': 'train', 'history.csv': 'train', 'predictions.csv': 'evaluate'}
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    import pandas as pd
-    try:
-        names = pd.read_csv(path, nrows=0).columns
-        return pd.read_csv(path, dtype={name: str for name in names if name in TEXT}, keep_default_na=False,
-                           na_values={name: [''] for name in names if name not in TEXT})
-    except FileNotFoundError:
-        raise UsageError(f'{path} is missing: `cxr-fastai {WRITER[path.name]}` writes it.') from None
-    except ValueError as error: raise UsageError(f'{path}: damaged ({error}).') from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error: raise UsageError(f'{path}: damaged ({error}).') from None

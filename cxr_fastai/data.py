@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,20 +18,21 @@ from fastai.torch_core import TensorImage, TensorImageBW
 from fasttransform import DisplayedTransform, Transform
 from torch import Tensor
 
+from cxr_fastai.cache import FilmCache
 from cxr_fastai.core import VOCAB, FilmError, Recipe
-from cxr_fastai.images import load_film, read_film, resize_film
+from cxr_fastai.images import Preprocessing, read_film
 from cxr_fastai.models import denormalize, normalize
 
 
 class OpenFilm(Transform):
-    """A path, or a grey uint8 array (h, w), to a grey uint8 tensor (1, size, size)."""
+    """A path, or a grey uint8 array (h, w), to a grey uint8 tensor (1, size, size), as `source` loads or fits it."""
 
-    def __init__(self, size: int):
+    def __init__(self, source: Preprocessing | FilmCache):
         super().__init__()
-        self.size, self.input_types = size, (str, Path, np.ndarray)  # what `dls.test_dl` accepts
+        self.source, self.input_types = source, (str, Path, np.ndarray)  # what `dls.test_dl` accepts
 
     def encodes(self, film: str | Path | np.ndarray):
-        grey = resize_film(film, self.size) if isinstance(film, np.ndarray) else load_film(film, self.size)
+        grey = (self.source.fit if isinstance(film, np.ndarray) else self.source.load)(film)
         return TensorImageBW(torch.from_numpy(grey.copy())[None])
 
 
@@ -100,36 +102,42 @@ def warp(films: Tensor, flip: Tensor, angle: Tensor, shift: Tensor, interpolatio
     return F.grid_sample(films, grid, mode=interpolation, padding_mode='zeros', align_corners=False)
 
 
-def film_block(recipe: Recipe) -> DataBlock:
-    """The `DataBlock` of `recipe`, for a table with the columns `path` (complete), `label` and `split`."""
+def film_block(recipe: Recipe, cache: FilmCache | None = None) -> DataBlock:
+    """The `DataBlock` of `recipe`, for a table with the columns `path` (complete), `label` and `split`. Films that
+    `cache` holds are not decoded again; the batches are the same without it."""
     augment = AugmentFilms(recipe.flip, recipe.degrees, recipe.translate, recipe.brightness, recipe.contrast,
                            recipe.interpolation)
-    films = TransformBlock(type_tfms=OpenFilm(recipe.size), batch_tfms=[IntToFloatTensor, NormalizeFilm])
+    opened = OpenFilm(cache or Preprocessing.of(recipe))
+    films = TransformBlock(type_tfms=opened, batch_tfms=[IntToFloatTensor, NormalizeFilm])
     return DataBlock(blocks=(films, CategoryBlock(vocab=list(VOCAB), sort=False)), get_x=ColReader('path'),
                      get_y=ColReader('label'), splitter=ColSplitter('split', on='valid'), batch_tfms=augment)
 
 
-def make_dls(items: pd.DataFrame, root: Path, recipe: Recipe) -> DataLoaders:
+def make_dls(items: pd.DataFrame, root: Path, recipe: Recipe, cache: FilmCache | None = None) -> DataLoaders:
     """`DataLoaders` of the items' train and valid films below `root`, with the loader's settings of `recipe`.
+
+    Where that leaves the workers open, there is one a core, and none where `cache` holds every film.
 
     Batches are images (n, 3, size, size) and categories (n,). The last, smaller batch of train is used too.
     """
     # Filtered first: to fastai's splitter whatever is not valid is train, test films included.
     source = locate(items[items.split.isin(['train', 'valid'])], root)
-    return film_block(recipe).dataloaders(source, bs=recipe.batch_size, num_workers=recipe.workers, drop_last=False,
-                                          pin_memory=torch.cuda.is_available())
+    workers = recipe.workers
+    if workers is None: workers = 0 if cache and all(path in cache for path in source.path) else os.cpu_count()
+    return film_block(recipe, cache).dataloaders(source, bs=recipe.batch_size, num_workers=workers, drop_last=False,
+                                                 pin_memory=torch.cuda.is_available())
 
 
-def check_readable(items: pd.DataFrame, root: Path) -> None:
+def check_readable(paths: Iterable[Path]) -> None:
     """Read each film once, on all cores, so that a bad one is known before hours of training.
 
     Raises `FilmError` that names the first bad films and counts all.
     """
-    def complaint(path: str) -> FilmError | None:
-        try: read_film(root/path)
+    def complaint(path: Path) -> FilmError | None:
+        try: read_film(path)
         except FilmError as error: return error
         return None
-    with ThreadPoolExecutor(os.cpu_count()) as pool: bad = [error for error in pool.map(complaint, items.path) if error]
+    with ThreadPoolExecutor(os.cpu_count()) as pool: bad = [error for error in pool.map(complaint, paths) if error]
     if not bad: return
     more = f'; and {len(bad) - 3} more' if len(bad) > 3 else ''
     raise FilmError(f'{"; ".join(map(str, bad[:3]))}{more}. Remove or mend what cannot be read.', bad[0].code)

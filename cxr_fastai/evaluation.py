@@ -11,9 +11,10 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit
 from scipy.stats import binomtest, norm, rankdata
 
-from cxr_fastai.core import POSITIVE, VOCAB, FilmError, Run, UsageError, write_csv, write_json
+from cxr_fastai.core import POSITIVE, VOCAB, FilmError, UsageError, write_csv, write_json
 from cxr_fastai.inference import Predictor
 from cxr_fastai.items import count_films, data_root, film_root, read_items
+from cxr_fastai.run import Run
 
 COLUMNS = ['path', 'label', 'split', 'patient', 'p_pneumonia', 'prediction', 'loss']
 TARGETS = {'sensitivity': 0.95, 'specificity': 0.90}

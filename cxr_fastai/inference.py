@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 from cxr_fastai.artefacts import ModelConfig, find_learner, load_learner
 from cxr_fastai.core import POSITIVE, VOCAB, FilmError, UsageError, progress
-from cxr_fastai.images import load_film
+from cxr_fastai.images import Preprocessing, open_film
 from cxr_fastai.items import find_films
 from cxr_fastai.models import normalize
 
@@ -39,20 +40,25 @@ class Predictor:
         return self.model(x).double().softmax(dim=1)[:, POSITIVE].numpy()  # 32 bits would round 1 - 1e-8 to 1
 
     def predict(self, films: Sequence[Path], batch_size: int = 32, console: Console | None = None) -> Iterator[dict]:
-        """A row a film, in their order, with the keys `COLUMNS`; a film that cannot be read gets the status `error`
-        and its code, and stops nothing. A `console` that is a terminal gets a progress bar."""
-        for start in progress(range(0, len(films), batch_size), console):
-            rows, pixels = zip(*map(self._open, films[start:start + batch_size]), strict=True)
-            readable = [film for film in pixels if film is not None]
-            scores = iter(self.scores(np.stack(readable)).tolist() if readable else [])
-            yield from (row if film is None else row | self._judge(next(scores))
-                        for row, film in zip(rows, pixels, strict=True))
+        """A row a film, in their order, with the keys `COLUMNS`; a film that cannot be used gets the status `error` or
+        `rejected` and its code, and stops nothing. The message of others tells what reading it took, such as the window
+        of a 16-bit film. A `console` that is a terminal gets a progress bar."""
+        batches = (films[start:start + batch_size] for start in range(0, len(films), batch_size))
+        return progress(chain.from_iterable(map(self._rows, batches)), console, len(films))
+
+    def _rows(self, films: Sequence[Path]) -> Iterator[dict]:
+        rows, pixels = zip(*map(self._open, films), strict=True)
+        readable = [film for film in pixels if film is not None]
+        scores = iter(self.scores(np.stack(readable)).tolist() if readable else [])
+        for row, film in zip(rows, pixels, strict=True): yield row if film is None else row | self._judge(next(scores))
 
     def _open(self, path: Path) -> tuple[dict, np.ndarray | None]:
-        row = dict.fromkeys(COLUMNS) | {'path': str(path), 'threshold': self.config.threshold}
-        try: return row | {'status': 'ok'}, load_film(path, self.config.size)
+        row, wanted = dict.fromkeys(COLUMNS), Preprocessing.of(self.config)
+        row |= {'path': str(path), 'threshold': self.config.threshold}
+        try: film = open_film(path, wanted)
         except FilmError as error:
-            return row | {'status': 'error', 'code': error.code, 'message': str(error)[:200]}, None
+            return row | {'status': error.status, 'code': error.code, 'message': str(error)[:200]}, None
+        return row | {'status': 'ok', 'message': '; '.join(film.notes)[:200] or None}, wanted.fit(film.pixels)
 
     def _judge(self, score: float) -> dict:
         return {'p_pneumonia': score, 'prediction': VOCAB[int(score >= self.config.threshold)]}

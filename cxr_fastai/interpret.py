@@ -7,8 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cxr_fastai.core import VOCAB, Run, atomic
+from cxr_fastai.core import VOCAB, atomic
 from cxr_fastai.evaluation import TARGETS, Estimate, roc_curve
+from cxr_fastai.run import Run
 
 # Okabe and Ito's colours, told apart also by the colour-blind.
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#767676'

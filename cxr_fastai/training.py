@@ -20,10 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cxr_fastai.artefacts import save_learner
-from cxr_fastai.core import CXRWarning, OutputError, Phase, Recipe, Run, check_new, write_csv
+from cxr_fastai.cache import FilmCache, find_cache
+from cxr_fastai.core import CXRWarning, OutputError, Phase, Recipe, check_new, write_csv
 from cxr_fastai.data import check_readable, make_dls
+from cxr_fastai.images import Preprocessing
 from cxr_fastai.items import check_trainable, describe_items, doubt_validation, film_root, read_items
 from cxr_fastai.learner import make_learner, reuse_memory, start_phase
+from cxr_fastai.run import Run
 
 COLUMNS = ['phase', 'epoch', 'lr', 'train_loss', 'valid_loss', 'accuracy', 'roc_auc', 'sensitivity', 'specificity',
            'seconds']
@@ -43,9 +46,9 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None)
     if doubt := doubt_validation(items):
         advice = ' --valid patients is sounder.' if recipe.valid == 'official' else ''
         warnings.warn(doubt + advice, CXRWarning, stacklevel=2)
-    check_readable(items[items.split.isin(['train', 'valid'])], root)
+    cache = _use_cache(items, root, recipe, console)
     set_seed(recipe.seed, reproducible=True)
-    dls = make_dls(items, root, recipe)
+    dls = make_dls(items, root, recipe, cache)
     learn = make_learner(dls, recipe)
     run = Run.create(out)
     run.start(recipe, items)
@@ -54,6 +57,17 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None)
     save_learner(learn, run/'learner.pkl', recipe)
     run.note('end', best={name: None if value != value else value for name, value in best.items()})  # NaN is not itself
     return run
+
+
+def _use_cache(items: pd.DataFrame, root: Path, recipe: Recipe, console: Console) -> FilmCache | None:
+    """The cache of films that fits the recipe, if there is one; every film outside it is known to be readable."""
+    cache = find_cache(root, Preprocessing.of(recipe))
+    films = [root/path for path in items[items.split.isin(['train', 'valid'])].path]
+    unknown = [film for film in films if cache is None or film not in cache]
+    if cache: console.print(f'{len(films) - len(unknown):,} of {len(films):,} films come decoded from {cache.folder}',
+                            highlight=False, soft_wrap=True, markup=False)
+    check_readable(unknown)
+    return cache
 
 
 def fit(learn: Learner, recipe: Recipe, run: Run, console: Console | None = None) -> dict[str, Any]:

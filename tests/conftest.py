@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cxr_fastai.cli import main
-from cxr_fastai.core import Run
 from cxr_fastai.demo import make_demo
+from cxr_fastai.run import Run
 
 torch.set_num_threads(1)  # small tensors gain nothing by more, and lose much where the cores are busy
 REAL = os.environ.pop('CXR_DATA', None)

@@ -113,7 +113,7 @@ def test_an_existing_run_is_refused_and_kept(capsys, run, films):
 
 @pytest.mark.parametrize('workers', ['0', '2'])
 def test_a_film_that_goes_bad_during_training_is_named(capsys, films, tmp_path, workers, monkeypatch):
-    monkeypatch.setattr('cxr_fastai.training.check_readable', lambda *_: None)
+    monkeypatch.setattr('cxr_fastai.training.check_readable', lambda _: None)
     shutil.copytree(films, tmp_path/'films')
     bad = sorted((tmp_path/'films/train/NORMAL').iterdir())[0]
     bad.write_bytes(bad.read_bytes()[:500])

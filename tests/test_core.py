@@ -5,8 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
-from cxr_fastai.core import FilmError, OutputError, Recipe, Run, UsageError, atomic, write_json, write_text
+from cxr_fastai.core import FilmError, OutputError, Recipe, UsageError, atomic, write_json, write_text
 from cxr_fastai.models import make_recipe
+from cxr_fastai.run import Run
 
 
 def test_a_failed_write_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path):

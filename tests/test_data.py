@@ -9,7 +9,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from cxr_fastai.data import AugmentFilms, jitter, locate, make_dls, warp
-from cxr_fastai.images import load_film
+from cxr_fastai.images import Preprocessing, read_film
 from cxr_fastai.items import read_items
 from cxr_fastai.models import make_recipe, normalize
 
@@ -113,7 +113,7 @@ def dls(items, films, recipe): return make_dls(items, films, recipe)
 
 def test_valid_and_test_films_reach_the_network_untouched(dls, items, films, recipe):
     for split, dl in [('valid', dls.valid), ('test', dls.test_dl(locate(items[items.split == 'test'], films)))]:
-        pixels = [load_film(films/path, recipe.size) for path in items[items.split == split].path]
+        pixels = [Preprocessing.of(recipe).load(films/path) for path in items[items.split == split].path]
         wanted = normalize(torch.from_numpy(np.stack(pixels))[:, None].float()/255)
         assert torch.equal(torch.cat([batch[0].as_subclass(torch.Tensor) for batch in dl]), wanted)
 
@@ -139,7 +139,7 @@ def test_test_films_are_in_no_loader(dls, items):
 
 def test_paths_and_arrays_can_be_predicted_on(dls, items, films):
     path = films/items.path[0]
-    for source in ([path], [str(path)], [load_film(path, 96)]):
+    for source in ([path], [str(path)], [read_film(path)]):
         assert torch.equal(dls.test_dl(source).one_batch()[0], dls.test_dl([path]).one_batch()[0])
 
 

@@ -8,8 +8,9 @@ import pytest
 from scipy.special import expit, logit
 from sklearn import metrics as sk
 
-from cxr_fastai.core import FilmError, Run, UsageError
+from cxr_fastai.core import FilmError, UsageError
 from cxr_fastai.evaluation import COLUMNS, evaluate, f1, find_split, measure, proportion, roc_auc
+from cxr_fastai.run import Run
 
 RNG = np.random.default_rng(0)
 

@@ -1,72 +1,262 @@
-"""Any film file becomes one uint8 grey array, or a `FilmError` with a stable code."""
-import os
+"""Any film file becomes one uint8 grey array, upright and through its window; and then what the network sees."""
+from io import BytesIO
+from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
-from PIL import Image
+from filmfiles import DEEP, GREY, compressed, dicom, encoded, lut, smooth
+from PIL import Image, ImageOps
+from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 from torchvision.transforms import functional as TF
 
 from cxr_fastai.core import FilmError
-from cxr_fastai.images import load_film, read_film, resize_film
+from cxr_fastai.dicom import read_dicom
+from cxr_fastai.images import MAX_PIXELS, Preprocessing, decode_film, open_film, read_film
 
-GREY = np.random.default_rng(0).integers(0, 256, (120, 90), dtype=np.uint8)
+RAMP = np.rint(255*np.clip((DEEP - np.percentile(DEEP, 0.5))/np.ptp(np.percentile(DEEP, [0.5, 99.5])), 0, 1))
 
 
-def save(path, mode, **options):
-    Image.fromarray(GREY).convert(mode).save(path, **options)
-    return path
+def within(levels: int, a: np.ndarray, b: np.ndarray) -> bool: return np.abs(a.astype(int) - b).max() <= levels
 
 
 def test_png_is_read_to_the_level(tmp_path):
-    film = read_film(save(tmp_path/'a.png', 'L'))
+    (tmp_path/'a.png').write_bytes(encoded(GREY))
+    film = read_film(tmp_path/'a.png')
     assert film.dtype == np.uint8 and np.array_equal(film, GREY)
 
 
-@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA'])
-def test_grey_stored_in_colour_is_the_same_grey(tmp_path, mode):
-    assert np.array_equal(read_film(save(tmp_path/'a.png', mode)), GREY)
+@pytest.mark.parametrize('form', ['PNG', 'TIFF'])
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA', 'P'])
+def test_grey_stored_in_another_mode_is_the_same_grey(form, mode):
+    film = decode_film(encoded(Image.fromarray(GREY).convert(mode), form))
+    assert np.array_equal(film.pixels, GREY) and (film.format, film.mode, film.bits) == (form, mode, 8)
 
 
-def test_grey_and_colour_jpeg_agree_within_a_level(tmp_path):
-    smooth = Image.fromarray(GREY).resize((30, 40)).resize((90, 120))
-    smooth.save(tmp_path/'l.jpeg', quality=95)
-    smooth.convert('RGB').save(tmp_path/'rgb.jpeg', quality=95)
-    gap = np.abs(read_film(tmp_path/'l.jpeg').astype(int) - read_film(tmp_path/'rgb.jpeg'))
-    assert gap.max() <= 1
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'CMYK'])
+@pytest.mark.parametrize('options', [{}, {'progressive': True}])
+def test_grey_in_a_jpeg_is_the_same_grey_within_compression(mode, options):
+    film = decode_film(encoded(Image.fromarray(GREY).convert(mode), 'JPEG', quality=98, **options))
+    assert within(4, film.pixels, GREY)
 
 
-def test_the_content_decides_and_not_the_name(tmp_path):
-    assert np.array_equal(read_film(save(tmp_path/'a.jpeg', 'L', format='PNG')), GREY)
+def test_grey_and_colour_jpeg_agree_within_a_level():
+    grey, colour = (decode_film(encoded(Image.fromarray(GREY).convert(mode), 'JPEG', quality=95)).pixels
+                    for mode in ('L', 'RGB'))
+    assert within(1, grey, colour)
 
 
-def test_resizing_is_torchvisions(tmp_path):
-    theirs = np.asarray(TF.resize(Image.fromarray(GREY).convert('RGB'), [64, 64]))[..., 0].astype(int)
-    assert np.abs(theirs - resize_film(GREY, 64)).max() <= 1
+def test_what_is_transparent_is_black():
+    film = Image.fromarray(GREY).convert('RGBA')
+    film.putalpha(Image.fromarray(np.uint8(255*(GREY > 100))))
+    seen = decode_film(encoded(film))
+    assert np.array_equal(seen.pixels, np.where(GREY > 100, GREY, 0)) and 'transparency laid on black' in seen.notes
 
 
-def test_a_film_of_the_right_size_is_not_resampled(tmp_path):
-    square = GREY[:90]
-    Image.fromarray(square).save(tmp_path/'a.png')
-    assert np.array_equal(load_film(tmp_path/'a.png', 90), square)
+@pytest.mark.parametrize('pixels', [DEEP, np.int32(DEEP)*1000, np.float32(DEEP)/5000, np.uint16(DEEP*16)],
+                         ids=['12 in 16', 'int32', 'float', '16'])
+def test_deep_films_are_windowed_to_their_percentiles(pixels):
+    film = decode_film(encoded(pixels, 'TIFF'))
+    assert within(1, film.pixels, RAMP) and '0.5 to 99.5 % of the pixels' in film.notes[0]
+    assert (film.pixels == 255).mean() < 0.02
 
 
-def broken(tmp_path, name):
-    path = tmp_path/'film.jpeg'
-    whole = save(path, 'L', quality=90).read_bytes()
-    contents = {'E_EMPTY': b'', 'E_FORMAT': b'<html>not a film</html>', 'E_TRUNCATED': whole[:len(whole)//2]}
-    if name in contents: path.write_bytes(contents[name])
-    if name == 'E_IO': path.unlink()
-    if name == 'E_NOT_REGULAR':
-        path.unlink()
-        os.mkfifo(path)
-    if name == 'E_BITDEPTH': Image.fromarray(GREY.astype(np.uint16)*200).save(path, format='PNG')
-    if name == 'E_TOO_LARGE': Image.new('1', (7_000, 6_000)).save(path, format='PNG')
-    return path
+def test_a_16_bit_png_is_no_white_sheet():
+    film = decode_film(encoded(DEEP))
+    assert within(1, film.pixels, RAMP) and film.bits == 16
 
 
-@pytest.mark.parametrize('code', ['E_EMPTY', 'E_FORMAT', 'E_TRUNCATED', 'E_IO', 'E_NOT_REGULAR', 'E_BITDEPTH',
-                                  'E_TOO_LARGE'])
-def test_what_cannot_be_read_says_why_and_which(tmp_path, code):
-    path = broken(tmp_path, code)
-    with pytest.raises(FilmError, match=code) as caught: read_film(path)
-    assert caught.value.code == code and str(path) in str(caught.value) and '\n' not in str(caught.value)
+def test_numbers_that_are_none_are_counted_and_change_nothing_else():
+    pixels = np.float32(DEEP)
+    pixels[50, 10], pixels[50, 11], pixels[50, 12] = np.nan, np.inf, -np.inf
+    film = decode_film(encoded(pixels, 'TIFF'))
+    assert film.pixels[50, 10:13].tolist() == [0, 255, 0] and '3 pixels are no finite number' in film.notes[0]
+    assert within(1, np.delete(film.pixels, 50, 0), np.delete(RAMP, 50, 0))
+
+
+def test_a_tiff_in_which_white_is_zero_is_inverted_at_any_depth():
+    deep, inverted = (decode_film(encoded(DEEP, 'TIFF', tiffinfo={262: tag})).pixels for tag in (1, 0))
+    assert np.array_equal(255 - deep, inverted)
+    # Pillow stores 255 - GREY here, and inverts it back.
+    assert np.array_equal(decode_film(encoded(GREY, 'TIFF', tiffinfo={262: 0})).pixels, GREY)
+
+
+@pytest.mark.parametrize('form', ['JPEG', 'PNG', 'TIFF'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_films_are_turned_upright(form, orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    data = encoded(GREY, form, exif=exif)
+    with Image.open(BytesIO(data)) as image: upright = np.asarray(ImageOps.exif_transpose(image))
+    film = decode_film(data)
+    assert np.array_equal(film.pixels, upright) and bool(film.notes) == (orientation > 1)
+
+
+def test_the_content_decides_and_a_wrong_name_is_noted(tmp_path):
+    (tmp_path/'a.jpeg').write_bytes(encoded(GREY))
+    film = open_film(tmp_path/'a.jpeg')
+    assert np.array_equal(film.pixels, GREY) and film.notes == ('PNG in spite of its name',)
+
+
+@pytest.mark.parametrize('syntax', [JPEGBaseline8Bit, JPEG2000Lossless, RLELossless, JPEGLSLossless],
+                         ids=lambda uid: uid.name)
+def test_compressed_dicom_is_the_film_that_was_compressed(syntax):
+    wanted = GREY if syntax in (JPEGBaseline8Bit, JPEG2000Lossless) else RAMP
+    assert within(3 if syntax == JPEGBaseline8Bit else 1, decode_film(compressed(syntax)).pixels, wanted)
+
+
+@pytest.mark.parametrize(('tags', 'low', 'high'), [
+    ({'WindowCenter': 2500, 'WindowWidth': 1001}, 1999, 2999),
+    ({'WindowCenter': [2500, 1], 'WindowWidth': [1001, 2]}, 1999, 2999),
+    ({'WindowCenter': 4900, 'WindowWidth': 2001, 'RescaleSlope': 2, 'RescaleIntercept': -100}, 1999.5, 2999.5),
+    ({'WindowCenter': 2500, 'WindowWidth': 1000, 'VOILUTFunction': 'LINEAR_EXACT'}, 2000, 3000),
+    ({'VOILUTSequence': [lut(2000, list(range(0, 4000, 4)), 12)]}, 2000, 3023.75)])
+def test_a_declared_window_is_used(tags, low, high):
+    wanted = 255*np.clip((DEEP.astype(float) - low)/(high - low), 0, 1)
+    if 'VOILUTSequence' in tags: wanted = np.minimum(wanted, 255*3996/4095)  # its last entry
+    film = decode_film(dicom(**tags))
+    assert within(1, film.pixels, wanted) and film.notes[0].startswith("the file's")
+
+
+def test_a_sigmoid_window_is_a_sigmoid():
+    film = decode_film(dicom(WindowCenter=2500, WindowWidth=800, VOILUTFunction='SIGMOID'))
+    assert within(1, film.pixels, 255/(1 + np.exp(-4*(DEEP - 2500.0)/800)))
+
+
+@pytest.mark.parametrize('tags', [{}, {'WindowCenter': 2500, 'WindowWidth': 0},
+                                  {'WindowCenter': -9e6, 'WindowWidth': 3}], ids=['none', 'width 0', 'nothing to see'])
+def test_without_a_window_that_shows_something_the_percentiles_serve(tags):
+    film = decode_film(dicom(**tags))
+    assert within(1, film.pixels, RAMP) and film.notes == ('window 1014 to 3985, 0.5 to 99.5 % of the pixels',)
+
+
+def test_monochrome1_is_inverted():
+    assert np.array_equal(255 - decode_film(dicom(PhotometricInterpretation='MONOCHROME1')).pixels,
+                          decode_film(dicom()).pixels)
+
+
+def test_signed_pixels_and_a_modality_lut_mean_what_they_say():
+    assert within(1, decode_film(dicom((DEEP - 2000).astype(np.int16))).pixels, RAMP)
+    falling = decode_film(dicom(ModalityLUTSequence=[lut(0, list(range(4095, -1, -1)), 16)]))
+    assert within(1, falling.pixels, RAMP[::-1, ::-1])
+
+
+def test_padding_does_not_widen_the_window():
+    padded = DEEP.copy()
+    padded[:10] = 0
+    film = decode_film(dicom(padded, PixelPaddingValue=0))
+    assert (film.pixels[:10] == 0).all() and film.pixels[10].max() < 10 and film.pixels[-1].max() == 255
+
+
+def test_eight_bit_dicom_without_a_window_stays_as_it_is():
+    film = decode_film(dicom(GREY))
+    assert np.array_equal(film.pixels, GREY) and film.notes == ()
+
+
+@pytest.mark.parametrize('resize', ['squish', 'pad', 'crop'])
+def test_resizing_makes_squares_and_the_choice_is_seen(resize):
+    film = np.full((100, 200), 90, np.uint8)
+    square = Preprocessing(64, resize).fit(film)
+    assert square.shape == (64, 64)
+    assert (square == 0).mean() == (0.5 if resize == 'pad' else 0)
+
+
+@pytest.mark.parametrize('resize', ['pad', 'crop'])
+def test_pad_and_crop_keep_the_aspect(resize):
+    y, x = np.mgrid[:120, :180]
+    disc = np.uint8(200*(np.hypot(y - 60, x - 90) < 30) + 20)
+    there = np.argwhere(Preprocessing(90, resize).fit(disc) > 120)
+    height, width = np.ptp(there, axis=0)
+    assert abs(height - width) <= 1
+
+
+def test_squishing_is_torchvisions():
+    theirs = np.asarray(TF.resize(Image.fromarray(GREY).convert('RGB'), [64, 64]))[..., 0]
+    assert within(1, theirs, Preprocessing(64).fit(GREY))
+
+
+def test_resizing_smooths_what_it_cannot_show():
+    checks = np.uint8(255*(np.indices((256, 256)).sum(0) % 2))
+    for resize in ('squish', 'pad', 'crop'):
+        assert within(3, Preprocessing(64, resize).fit(checks), np.full((64, 64), 127))
+
+
+def test_a_film_of_the_right_size_is_not_resampled():
+    assert Preprocessing(80).fit(GREY[:80]) is not None and np.array_equal(Preprocessing(80).fit(GREY[:80]), GREY[:80])
+
+
+@pytest.mark.parametrize('resize', ['squish', 'pad', 'crop'])
+def test_a_large_jpeg_decoded_smaller_differs_little(tmp_path, resize):
+    (tmp_path/'a.jpeg').write_bytes(encoded(smooth(900, 1200), 'JPEG', quality=95))
+    quick, preprocessing = tmp_path/'a.jpeg', Preprocessing(96, resize)
+    assert open_film(quick, preprocessing).pixels.shape == (225, 300) and open_film(quick).pixels.shape == (900, 1200)
+    assert np.abs(preprocessing.load(quick).astype(int) - preprocessing.fit(read_film(quick))).mean() < 0.5
+
+
+@pytest.mark.parametrize('resize', ['squish', 'pad', 'crop'])
+@pytest.mark.parametrize('shape', [(380, 380), (384, 384), (390, 1500), (1500, 390), (64, 250)])
+def test_decoding_smaller_leaves_twice_what_is_needed(tmp_path, resize, shape):
+    (tmp_path/'a.jpeg').write_bytes(encoded(smooth(*shape), 'JPEG'))
+    h, w = open_film(tmp_path/'a.jpeg', Preprocessing(96, resize)).pixels.shape
+    assert (h, w) == shape or (max if resize == 'pad' else min)(h, w) >= 192
+
+
+@pytest.mark.real
+def test_decoding_originals_smaller_costs_a_fifth_of_a_grey_level(real_films):
+    originals = sorted((real_films.parent/'chest_xray_originals').rglob('*.jpeg'))[::8]
+    if not originals: pytest.skip('no originals beside the real films')
+    for path in originals:
+        gap = np.abs(Preprocessing().load(path).astype(int) - Preprocessing().fit(read_film(path)))
+        assert gap.mean() < 1
+
+
+SAMPLES = Path(pydicom.__file__).parent/'data'/'test_files'
+
+
+class Anything:
+    """A list of modalities that has them all."""
+
+    def __contains__(self, _): return True
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')  # pydicom tells of each of its odd samples
+@pytest.mark.parametrize('read', [open_film, lambda path: read_dicom(path.read_bytes(), MAX_PIXELS, Anything())],
+                         ids=['as films', 'as pixels of any modality'])
+def test_pydicoms_samples_end_in_pixels_or_a_code(read):
+    films, codes = 0, set()
+    for path in sorted(path for path in SAMPLES.rglob('*') if path.is_file()):
+        try: films += read(path).pixels.dtype == np.uint8
+        except FilmError as error: codes.add(error.code)
+    assert {'E_DICOM_CORRUPT', 'E_DICOM_SYNTAX'} <= codes <= {
+        'E_DICOM_CORRUPT', 'E_DICOM_SYNTAX', 'E_DICOM_NOPIXEL', 'E_DICOM_MODALITY', 'E_MULTIFRAME', 'E_BITDEPTH',
+        'E_BLANK', 'E_TOO_SMALL', 'E_FORMAT'}
+    assert films >= (50 if read is not open_film else 0)
+
+
+COLOUR = Image.fromarray(GREY).convert('RGB')
+SEEDS = {'jpeg': encoded(GREY, 'JPEG'), 'progressive': encoded(COLOUR, 'JPEG', progressive=True),
+         'png': encoded(GREY), 'png16': encoded(DEEP), 'palette': encoded(Image.fromarray(GREY).convert('P')),
+         'tiff16': encoded(DEEP, 'TIFF', compression='tiff_lzw'), 'float': encoded(np.float32(DEEP), 'TIFF'),
+         'dicom': dicom(WindowCenter=2500, WindowWidth=1000), 'j2k': compressed(JPEG2000Lossless),
+         'rle': compressed(RLELossless)}
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', SEEDS)
+def test_damaged_bytes_end_in_a_film_or_a_code(name):
+    rng = np.random.default_rng(len(name))
+    outcomes = set()
+    for i in range(100):
+        data = bytearray(SEEDS[name])
+        if i % 4 == 0: data = data[:rng.integers(1, len(data))]
+        else:
+            # Half of the flips hit the first kilobyte, where the headers are.
+            reach = min(len(data), 1024) if i % 4 == 1 else len(data)
+            for at in rng.integers(0, reach, rng.integers(1, 12)): data[at] ^= rng.integers(1, 256)
+        try:
+            film = decode_film(bytes(data), Preprocessing(64) if i % 2 else None)
+            assert film.pixels.dtype == np.uint8 and film.pixels.ndim == 2 and film.bits in range(1, 33)
+            outcomes.add('film')
+        except FilmError as error: outcomes.add(error.code)
+    assert len(outcomes) > 1

@@ -5,7 +5,7 @@ import torch
 
 from cxr_fastai.artefacts import ModelConfig
 from cxr_fastai.core import UsageError
-from cxr_fastai.images import load_film
+from cxr_fastai.images import Preprocessing
 from cxr_fastai.inference import COLUMNS, Predictor, list_films, prediction_table
 from cxr_fastai.models import build_model
 
@@ -45,7 +45,7 @@ def test_nothing_but_bad_films_is_no_crash(predictor, tmp_path):
 def test_the_threshold_decides(paths):
     torch.manual_seed(0)
     model = build_model('baseline').eval()
-    score = Predictor(model, ModelConfig('baseline', 48, 0.5)).scores(np.stack([load_film(paths[0], 48)]))[0]
+    score = Predictor(model, ModelConfig('baseline', 48, 0.5)).scores(np.stack([Preprocessing(48).load(paths[0])]))[0]
     for threshold, called in ((score, 'PNEUMONIA'), (np.nextafter(score, 1), 'NORMAL')):
         row, = Predictor(model, ModelConfig('baseline', 48, float(threshold))).predict([paths[0]])
         assert row['prediction'] == called and row['threshold'] == threshold

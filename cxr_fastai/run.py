@@ -1,0 +1,106 @@
+"""The run folder, the interface between commands: `train` makes it, the others read and extend it."""
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cxr_fastai.core import Recipe, UsageError, check_new, write_csv, write_json, writing
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, and what is in it."""
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> Run:
+        """Make the folder `path`. Raises `UsageError` where something is there, `OutputError` where it cannot be."""
+        check_new(path)
+        with writing(path): (path/'figures').mkdir(parents=True)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """The run in the folder `path`. Raises `UsageError` where there is none."""
+        if not (path/'recipe.json').is_file():
+            raise UsageError(f'{path} is not a run folder (no recipe.json in it): `cxr-fastai train --out {path}` '
+                             'makes one.')
+        return cls(path)
+
+    def __truediv__(self, name: str) -> Path: return self.path/name
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe it was trained with."""
+        try: return Recipe.from_dict(_read_json(self/'recipe.json'))
+        except (TypeError, KeyError) as error:
+            raise UsageError(f'{self/"recipe.json"}: not a recipe of this version ({error}): train again.') from None
+
+    @property
+    def items(self) -> pd.DataFrame:
+        """The films it was trained with: the items table."""
+        return _read_csv(self/'items.csv')
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row an epoch."""
+        return _read_csv(self/'history.csv')
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """One row a film, for each split evaluated so far."""
+        return _read_csv(self/'predictions.csv')
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """One object a split evaluated so far."""
+        return _read_json(self/'metrics.json') if (self/'metrics.json').exists() else {}
+
+    def start(self, recipe: Recipe, items: pd.DataFrame) -> None:
+        """Write down what is about to be trained."""
+        write_json(self/'recipe.json', asdict(recipe))
+        write_csv(self/'items.csv', items)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Append a line to `journal.jsonl`: when, what, and `facts`, which hold no NaN."""
+        line = json.dumps({'time': datetime.now(UTC).isoformat(timespec='seconds'), 'event': event, **facts},
+                          allow_nan=False)
+        with writing(self/'journal.jsonl'), open(self/'journal.jsonl', 'a', encoding='utf-8') as file:
+            file.write(line + '\n')
+
+    def noted(self, event: str) -> dict[str, Any]:
+        """The newest line of `journal.jsonl` about `event`; empty where there is none."""
+        newest, journal = {}, self/'journal.jsonl'
+        for text in journal.read_text(encoding='utf-8').splitlines() if journal.is_file() else ():
+            with suppress(ValueError):  # a crash may have torn the last line
+                line = json.loads(text)
+                if line['event'] == event: newest = line
+        return newest
+
+
+TEXT = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase')
+"""Columns that stay as they are written: a patient `007` is no number, and one called `NA` is not missing."""
+WRITER = {'items.csv': 'train', 'history.csv': 'train', 'predictions.csv': 'evaluate'}
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    import pandas as pd
+    try:
+        names = pd.read_csv(path, nrows=0).columns
+        return pd.read_csv(path, dtype={name: str for name in names if name in TEXT}, keep_default_na=False,
+                           na_values={name: [''] for name in names if name not in TEXT})
+    except FileNotFoundError:
+        raise UsageError(f'{path} is missing: `cxr-fastai {WRITER[path.name]}` writes it.') from None
+    except ValueError as error: raise UsageError(f'{path}: damaged ({error}).') from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error: raise UsageError(f'{path}: damaged ({error}).') from None

@@ -1,0 +1,108 @@
+"""Film files for tests, good and bad: bytes made on the spot, none taken from anywhere."""
+import struct
+import zlib
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+from pydicom import dcmread
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import ExplicitVRLittleEndian as Explicit
+from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
+from scipy.ndimage import gaussian_filter
+
+PATIENT = 'Doe^Jane'
+DEEP = np.uint16(1000 + 3000*np.linspace(0, 1, 96*80).reshape(96, 80))
+"""12 bits' worth of levels, from 1000 at the top to 4000 at the bottom."""
+
+
+def smooth(h: int, w: int, seed: int = 0) -> np.ndarray:
+    """A smooth random picture, grey uint8 (h, w), over all levels."""
+    noise = gaussian_filter(np.random.default_rng(seed).standard_normal((h, w)), 5)
+    return np.uint8(255*(noise - noise.min())/np.ptp(noise))
+
+
+GREY = smooth(96, 80)
+
+
+def encoded(picture, form='PNG', **options) -> bytes:
+    """The bytes of a picture (an array or an image) in a file format."""
+    buffer = BytesIO()
+    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
+    """The PNG of `GREY` with more chunks behind its header."""
+    png = encoded(GREY)
+    extra = b''.join(struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
+                     for name, body in chunks)
+    return png[:33] + extra + png[33:]
+
+
+def progressive_with(scans: int, size: int) -> bytes:
+    """A progressive JPEG of `size` pixels a side, with a scan of a few bytes repeated."""
+    jpeg = encoded(np.zeros((size, size), np.uint8), 'JPEG', progressive=True)
+    at = [i for i in range(len(jpeg) - 1) if jpeg[i:i + 2] == b'\xff\xda']
+    return jpeg[:-2] + jpeg[at[-1]:-2]*scans + jpeg[-2:]
+
+
+def dicom(pixels=DEEP, syntax=Explicit, data=None, **tags) -> bytes:
+    """A digital radiograph of 12 bits in 16, with a patient's name; `tags` change or (None) remove what it says."""
+    film = FileDataset('', {}, file_meta=FileMetaDataset(), preamble=b'\0'*128)
+    film.file_meta.TransferSyntaxUID = syntax
+    film.file_meta.MediaStorageSOPClassUID = film.SOPClassUID = '1.2.840.10008.5.1.4.1.1.1.1'
+    film.file_meta.MediaStorageSOPInstanceUID = film.SOPInstanceUID = '1.2.3'
+    film.PatientName, film.Modality, film.PhotometricInterpretation = PATIENT, 'DX', 'MONOCHROME2'
+    film.Rows, film.Columns, film.SamplesPerPixel = *pixels.shape[:2], 1
+    film.BitsAllocated, film.PixelRepresentation = 8*pixels.itemsize, int(pixels.dtype.kind == 'i')
+    film.BitsStored = 12 if pixels.itemsize == 2 else 8
+    film.HighBit = film.BitsStored - 1
+    for name, value in tags.items():
+        if value is None: delattr(film, name)
+        else: setattr(film, name, value)
+    film.PixelData = pixels.tobytes() if data is None else data
+    film['PixelData'].VR = 'OW' if pixels.itemsize == 2 and data is None else 'OB'
+    return _written(film)
+
+
+def compressed(syntax) -> bytes:
+    """A digital radiograph of 8 bits (12 in RLE and JPEG-LS) in a compressed transfer syntax."""
+    forms = {JPEGBaseline8Bit: ('JPEG', {'quality': 95}), JPEG2000Lossless: ('JPEG2000', {})}
+    if syntax in forms:
+        form, options = forms[syntax]
+        return dicom(GREY, syntax, encapsulate([encoded(GREY, form, **options)]))
+    film = dcmread(BytesIO(dicom()))
+    film.compress({RLELossless: RLELossless, JPEGLSLossless: JPEGLSLossless}[syntax], generate_instance_uid=False)
+    return _written(film)
+
+
+def without(name: str, film: bytes) -> bytes:
+    """The DICOM file `film` without an element of its dataset or, for the transfer syntax, of its header."""
+    read = dcmread(BytesIO(film))
+    del (read.file_meta if name in read.file_meta else read)[name]
+    return _written(read, whole=False)
+
+
+def lut(first: int, values: list[int], bits: int) -> Dataset:
+    """An item of a VOI or modality LUT sequence."""
+    item = Dataset()
+    item.LUTDescriptor, item.LUTData = [len(values), first, bits], values
+    item['LUTDescriptor'].VR = item['LUTData'].VR = 'US'
+    return item
+
+
+def _written(film, whole: bool = True) -> bytes:
+    buffer = BytesIO()
+    if whole: film.save_as(buffer, enforce_file_format=True)
+    else:
+        from pydicom.filebase import DicomBytesIO
+        from pydicom.filewriter import write_dataset, write_file_meta_info
+        out = DicomBytesIO()
+        out.is_little_endian, out.is_implicit_VR = True, False
+        out.write(b'\0'*128 + b'DICM')
+        write_file_meta_info(out, film.file_meta, enforce_standard=False)
+        write_dataset(out, film)
+        return out.getvalue()
+    return buffer.getvalue()

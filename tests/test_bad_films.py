@@ -1,0 +1,224 @@
+"""Each kind of bad film file gets its code and one clear line, whatever it is called, quickly and in little memory.
+
+The numbers are those of the list of bad inputs that the project keeps: files 1 to 53 are films.
+"""
+import os
+import re
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+from filmfiles import (
+    DEEP,
+    GREY,
+    PATIENT,
+    compressed,
+    dicom,
+    encoded,
+    png_with,
+    progressive_with,
+    smooth,
+    without,
+)
+from PIL import Image, ImageDraw
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
+
+from cxr_fastai.core import FilmError
+from cxr_fastai.images import Preprocessing, open_film
+
+OTHER = Image.fromarray(255 - GREY)
+FRAMES = {'save_all': True, 'append_images': [OTHER]}
+PNG, JPEG = encoded(GREY), encoded(GREY, 'JPEG', quality=95)
+BOMB = zlib.compress(bytes(200 << 20), 9)
+
+
+def flipped(data: bytes, at: int) -> bytes: return data[:at] + bytes([data[at] ^ 0xff]) + data[at + 1:]
+
+
+def blank(level: int) -> bytes:
+    pixels = np.full((96, 80), level, np.uint8)
+    pixels[::2] ^= 1
+    return encoded(pixels)
+
+
+REFUSED = {
+    '1 zero bytes': (b'', 'E_EMPTY', 'the file is empty'),
+    '2 text': (b'patient, film', 'E_FORMAT', 'none of JPEG, PNG, TIFF, DICOM'),
+    '2 HTML': (b'<!doctype html><title>404</title>', 'E_FORMAT', 'none of JPEG'),
+    '2 executable': (b'MZ' + bytes(4000), 'E_FORMAT', 'none of JPEG'),
+    '3 truncated JPEG': (JPEG[:len(JPEG)//2], 'E_TRUNCATED', 'truncated'),
+    '4 PNG with a bad CRC': (flipped(PNG, PNG.index(b'IDAT') + 20), 'E_TRUNCATED', 'damaged'),
+    '5 PNG with a short IDAT': (PNG[:PNG.index(b'IDAT') + 400], 'E_TRUNCATED', 'truncated'),
+    '11 float TIFF without numbers': (encoded(np.full((96, 80), np.nan, np.float32), 'TIFF'), 'E_BLANK', 'no pixel is'),
+    '19 animated GIF': (encoded(Image.fromarray(GREY), 'GIF', **FRAMES), 'E_MULTIFRAME', 'several frames'),
+    '19 APNG': (encoded(Image.fromarray(GREY), 'PNG', **FRAMES), 'E_MULTIFRAME', 'several frames'),
+    '20 TIFF of two pages': (encoded(Image.fromarray(GREY), 'TIFF', **FRAMES), 'E_MULTIFRAME', 'several frames'),
+    '21 one pixel': (encoded(GREY[:1, :1]), 'E_TOO_SMALL', '1x1 is under 64 pixels'),
+    '21 one line': (encoded(smooth(1, 5000)), 'E_TOO_SMALL', '5000x1 is under'),
+    '22 a side of 63': (encoded(smooth(63, 200)), 'E_TOO_SMALL', '200x63 is under'),
+    '22 five times as long': (encoded(smooth(400, 80)), 'E_TOO_SMALL', '80x400 is over 4 times'),
+    '23 black': (blank(0), 'E_BLANK', 'nearly alike'),
+    '23 white': (blank(255), 'E_BLANK', 'nearly alike'),
+    '23 constant and deep': (encoded(np.full((96, 80), 3000, np.uint16)), 'E_BLANK', 'every pixel is 3000'),
+    '24 a bomb of 1 bit': (encoded(Image.new('1', (20_000, 20_000))), 'E_TOO_LARGE', 'over 40,000,000 pixels'),
+    '25 108 megapixels': (encoded(Image.new('1', (12_000, 9_000))), 'E_TOO_LARGE', 'over 40,000,000 pixels'),
+    '25 41 megapixels': (encoded(Image.new('L', (8_200, 5_000))), 'E_TOO_LARGE', '8200x5000 is over'),
+    '26 zTXt bomb': (png_with((b'zTXt', b'k\0\0' + BOMB)), 'E_TOO_LARGE', 'too large'),
+    '26 iCCP bomb': (png_with((b'iCCP', b'k\0\0' + BOMB)), 'E_TOO_LARGE', 'too large'),
+    '27 EPS': (encoded(GREY, 'EPS'), 'E_FORMAT', 'none of'),
+    '27 PSD': (b'8BPS\0\1' + bytes(2000), 'E_FORMAT', 'none of'),
+    '27 FITS': (b'SIMPLE  =                    T' + b' '*2850, 'E_FORMAT', 'none of'),
+    '27 SVG': (b'<svg xmlns="http://www.w3.org/2000/svg"/>', 'E_FORMAT', 'none of'),
+    '28 JPEG 2000': (encoded(GREY, 'JPEG2000'), 'E_FORMAT', 'none of'),
+    '28 AVIF': (encoded(Image.fromarray(GREY).convert('RGB'), 'AVIF'), 'E_FORMAT', 'none of'),
+    '28 HEIC': (b'\0\0\0\x18ftypheic' + bytes(2000), 'E_FORMAT', 'none of'),
+    '28 GIF': (encoded(GREY, 'GIF'), 'E_FORMAT', 'GIF is none of'),
+    '29 thousands of scans': (progressive_with(3000, 3000), 'E_TIMEOUT', 'progressive scans of 3000x3000'),
+    '33 CT slice': (dicom(Modality='CT'), 'E_DICOM_MODALITY', 'modality CT: only CR and DX'),
+    '39 JPEG lossless': (dicom(GREY, '1.2.840.10008.1.2.4.70', encapsulate([JPEG])), 'E_DICOM_SYNTAX',
+                         r'1\.2\.840\.10008\.1\.2\.4\.70 .*needs the package python-gdcm'),
+    '39 JPEG of 12 bits': (dicom(DEEP, '1.2.840.10008.1.2.4.51', encapsulate([JPEG])), 'E_DICOM_SYNTAX', 'python-gdcm'),
+    '39 deflated': (dicom(syntax='1.2.840.10008.1.2.1.99'), 'E_DICOM_SYNTAX', 'deflated'),
+    '41 frames': (dicom(NumberOfFrames=2), 'E_MULTIFRAME', '2 frames'),
+    '42 no pixel data': (without('PixelData', dicom()), 'E_DICOM_NOPIXEL', 'no pixel data'),
+    '43 no preamble': (dicom()[132:], 'E_DICOM_CORRUPT', 'no DICM preamble'),
+    '43 no transfer syntax': (without('TransferSyntaxUID', dicom()), 'E_DICOM_CORRUPT', 'no transfer syntax'),
+    '44 truncated pixels': (dicom()[:-4000], 'E_DICOM_CORRUPT', 'less than expected'),
+    '45 too many rows': (dicom(Rows=60_000), 'E_DICOM_CORRUPT', 'less than expected'),
+    '45 too many rows and columns': (dicom(Rows=60_000, Columns=60_000), 'E_TOO_LARGE', '60000x60000 is over'),
+    '46 a billion frames': (dicom(NumberOfFrames=10**9), 'E_MULTIFRAME', '1000000000 frames'),
+    '47 13 bits allocated': (dicom(BitsAllocated=13), 'E_DICOM_CORRUPT', 'Bits Allocated'),
+    '48 bad VR': (dicom().replace(b'\x28\0\x10\0US', b'\x28\0\x10\0ZZ'), 'E_DICOM_CORRUPT', 'damaged'),
+    '49 report': (without('PixelData', dicom(Modality='SR')), 'E_DICOM_MODALITY', 'modality SR'),
+    '49 ultrasound': (dicom(Modality='US'), 'E_DICOM_MODALITY', 'modality US'),
+    '49 no modality': (without('Modality', dicom()), 'E_DICOM_MODALITY', 'modality none'),
+    '50 secondary capture': (dicom(Modality='OT'), 'E_DICOM_MODALITY', 'modality OT'),
+    'RLE that swells': (dicom(GREY, RLELossless, encapsulate([bytes(200_000)])), 'E_DICOM_CORRUPT', 'bytes of pixels'),
+}
+
+
+def picture(draw) -> bytes:
+    image = Image.new('RGB', (256, 256), 'white')
+    draw(ImageDraw.Draw(image))
+    return encoded(image, 'JPEG', quality=90)
+
+
+TURNED = Image.Exif()
+TURNED[0x112] = 6
+NOISE = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+# What can be read. Whether it is a chest film is for the network's input gate to say, not for the decoder.
+READ = {
+    '6 PNG named .jpg': (PNG, 'PNG in spite of its name'),
+    '7 JPEG and HTML': (JPEG + b'<html><script>alert(1)</script></html>', None),
+    '8 16-bit PNG': (encoded(np.uint16(DEEP*16)), 'window 162.. to 637.*% of the pixels'),
+    '9 12 bits in 16': (encoded(DEEP), 'window 1014 to 3985'),
+    '10 int32 TIFF': (encoded(np.int32(DEEP), 'TIFF'), 'window 1014 to 3985'),
+    '11 float TIFF': (encoded(np.float32(DEEP)/4000, 'TIFF'), 'window 0.2535'),
+    '12 RGBA': (encoded(OTHER.convert('RGBA')), 'transparency laid on black'),
+    '13 LA': (encoded(OTHER.convert('LA')), 'transparency laid on black'),
+    '14 palette': (encoded(OTHER.convert('P')), 'P to grey'),
+    '15 1 bit': (encoded(OTHER.convert('1')), '1 to grey'),
+    '16 CMYK JPEG': (encoded(OTHER.convert('CMYK'), 'JPEG'), 'CMYK to grey'),
+    '17 colour photograph': (encoded(Image.fromarray(NOISE).resize((400, 300)), 'JPEG'), None),
+    '18 EXIF orientation': (encoded(GREY, 'JPEG', exif=TURNED), 'turned as its EXIF orientation says'),
+    '26 100,000 text chunks': (png_with(*[(b'tEXt', b'key\0value')]*100_000), None),
+    '30 negative': (encoded(255 - GREY), None),
+    '31 upside down': (encoded(GREY[::-1, ::-1]), None),
+    '32 lateral view': (dicom(ViewPosition='LL'), 'window'),
+    '34 knee and cat': (encoded(smooth(200, 150, seed=1)), None),
+    '35 text page': (picture(lambda draw: draw.text((20, 20), 'Discharge letter', fill=0, font_size=28)), None),
+    '35 noise': (encoded(NOISE), None),
+    '38 MONOCHROME1': (dicom(PhotometricInterpretation='MONOCHROME1'), 'MONOCHROME1 inverted'),
+    '40 JPEG baseline': (compressed(JPEGBaseline8Bit), None),
+    '40 JPEG 2000': (compressed(JPEG2000Lossless), None),
+    '40 RLE': (compressed(RLELossless), 'window'),
+    '40 JPEG-LS': (compressed(JPEGLSLossless), 'window'),
+    '50 RGB': (dicom(np.repeat(GREY[..., None], 3, 2), SamplesPerPixel=3, PhotometricInterpretation='RGB',
+                     PlanarConfiguration=0), 'colour to grey'),
+    '51 no window': (dicom(), 'window 1014 to 3985, 0.5 to 99.5 % of the pixels'),
+    '52 absurd window': (dicom(WindowCenter=2000, WindowWidth=0), 'window 1014 to 3985'),
+    '53 burned-in annotation': (dicom(BurnedInAnnotation='YES'), 'may name the patient'),
+}
+
+
+@pytest.mark.parametrize('kind', REFUSED)
+@pytest.mark.filterwarnings('ignore:Invalid value:UserWarning')
+def test_a_bad_film_is_refused_with_its_code_and_name(tmp_path, kind):
+    data, code, says = REFUSED[kind]
+    path = tmp_path/'film.jpg'
+    path.write_bytes(data)
+    for wanted in (None, Preprocessing(64)):
+        with pytest.raises(FilmError, match=says) as caught: open_film(path, wanted)
+        message = str(caught.value)
+        assert caught.value.code == code and message.startswith(f'{path}: {code}: ')
+        assert '\n' not in message and PATIENT not in message and len(message.replace(str(path), '')) < 180
+
+
+@pytest.mark.parametrize('kind', READ)
+def test_an_odd_film_is_read_and_what_was_done_is_noted(tmp_path, kind):
+    data, note = READ[kind]
+    (tmp_path/'film.jpg').write_bytes(data)
+    film = open_film(tmp_path/'film.jpg')
+    notes = [text for text in film.notes if 'in spite of its name' not in text or kind.startswith('6')]
+    assert film.pixels.dtype == np.uint8 and film.pixels.ndim == 2 and film.pixels.std() > 2
+    if note is None: assert not notes
+    else:
+        assert any(re.search(note, text) for text in notes)
+    assert film.burned_in == kind.startswith('53') and PATIENT not in repr(film)
+
+
+def test_a_file_that_is_none_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path/'pipe')
+    (tmp_path/'folder').mkdir()
+    for path in (tmp_path/'pipe', tmp_path/'folder', '/dev/zero'):
+        with pytest.raises(FilmError, match='not a regular file') as caught: open_film(path)
+        assert caught.value.code == 'E_NOT_REGULAR'
+
+
+def test_a_film_that_disappeared_is_refused_by_name(tmp_path):
+    with pytest.raises(FilmError, match=r'gone.png: E_IO: No such file') as caught: open_film(tmp_path/'gone.png')
+    assert caught.value.code == 'E_IO'
+
+
+def test_a_huge_file_is_not_even_read(tmp_path):
+    with open(tmp_path/'huge.png', 'wb') as file: file.truncate(1 << 40)
+    with pytest.raises(FilmError, match='bytes are over') as caught: open_film(tmp_path/'huge.png')
+    assert caught.value.code == 'E_TOO_LARGE'
+
+
+def test_no_name_or_date_of_a_patient_is_even_parsed():
+    from cxr_fastai import dicom as module
+    assert not {'PatientName', 'PatientID', 'PatientBirthDate', 'StudyDate', 'SOPInstanceUID'} & set(module.TAGS)
+    assert PATIENT not in str(module._parse(dicom()))
+
+
+def test_without_pydicom_a_dicom_film_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr('cxr_fastai.dicom.find_spec', lambda _: None)
+    (tmp_path/'a.dcm').write_bytes(dicom())
+    with pytest.raises(FilmError, match=r'pip install "cxr_fastai\[dicom\]"') as caught: open_film(tmp_path/'a.dcm')
+    assert caught.value.code == 'E_DICOM_SYNTAX'
+
+
+RAMP = np.uint16(8*np.broadcast_to(np.arange(8000), (5000, 8000)))
+LARGEST = {'16-bit PNG': lambda: encoded(RAMP, compress_level=1),
+           'float TIFF': lambda: encoded(np.float32(RAMP), 'TIFF'),
+           'int32 TIFF': lambda: encoded(np.int32(RAMP)*9000, 'TIFF'),
+           'RGBA': lambda: encoded(Image.fromarray(np.uint8(RAMP >> 8)).convert('RGBA'), compress_level=1),
+           'DICOM': lambda: dicom(RAMP >> 4),
+           'colour': lambda: encoded(Image.fromarray(np.uint8(RAMP >> 8)).convert('RGB'), 'JPEG', progressive=True)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs the memory figures of /proc')
+@pytest.mark.parametrize('kind', LARGEST)
+def test_a_film_of_40_megapixels_takes_less_than_a_gigabyte(tmp_path, kind):
+    (tmp_path/'film').write_bytes(LARGEST[kind]())
+    code = ('import re, sys, time; from cxr_fastai.images import Preprocessing\nstart = time.perf_counter()\n'
+            'Preprocessing().load(sys.argv[1])\n'
+            'print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], time.perf_counter() - start)')
+    done = subprocess.run([sys.executable, '-c', code, tmp_path/'film'], capture_output=True, text=True, check=True)
+    print(kind, done.stdout)
+    assert int(done.stdout.split()[0]) < 1_000_000  # KiB

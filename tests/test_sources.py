@@ -1,0 +1,363 @@
+"""Downloads from a local server that fails in every way: cut, refused, wrong, absent."""
+import hashlib
+import re
+import sys
+import threading
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import requests
+from rich.console import Console
+from test_archives import arrays, films_zip
+
+from cxr_fastai import sources
+from cxr_fastai.core import CXRError, CXRWarning, OutputError, UsageError
+from cxr_fastai.sources import SOURCES, download
+
+
+@dataclass
+class Faults:
+    """What the server hands out and how it misbehaves."""
+    body: bytes = b''
+    etag: str = '"1"'
+    type: str = 'application/zip'
+    cuts: list = field(default_factory=list)
+    """After how many bytes each of the next answers stops."""
+    codes: list = field(default_factory=list)
+    """Status of each of the next answers; 0 for a good one."""
+    ranges: bool = True
+    wrong_start: int = 0
+    length: int | None = None
+    most: int | None = None
+    """Bytes in one partial answer."""
+    seen: list = field(default_factory=list)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_): pass
+
+    def do_GET(self):
+        faults = self.server.faults
+        faults.seen.append(self.headers)
+        if faults.codes and (code := faults.codes.pop(0)): return self.answer(code, b'no')
+        asked = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
+        same = self.headers.get('If-Range') in (None, faults.etag)
+        if not (asked and faults.ranges and same): return self.answer(200, faults.body)
+        start, total = int(asked[1]), len(faults.body)
+        if start >= total: return self.answer(416, b'no', f'bytes */{total}')
+        end = min(total, start + (faults.most or total))
+        self.answer(206, faults.body[start:end], f'bytes {start + faults.wrong_start}-{end - 1}/{total}')
+
+    def answer(self, status, body, place=None):
+        faults = self.server.faults
+        self.send_response(status)
+        self.send_header('Content-Type', faults.type)
+        self.send_header('Content-Length', str(faults.length or len(body)))
+        self.send_header('ETag', faults.etag)
+        if place: self.send_header('Content-Range', place)
+        self.end_headers()
+        self.wfile.write(body[:faults.cuts.pop(0) if faults.cuts and status in (200, 206) else None])
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(sources, 'PAUSES', (0, 0, 0))
+    monkeypatch.setattr(sources, 'CHUNK', 1000)
+    monkeypatch.setenv('NO_PROXY', '*')
+    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as made:
+        made.faults = Faults()
+        thread = threading.Thread(target=made.serve_forever, kwargs={'poll_interval': 0.01})
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def faults(server, tmp_path) -> Faults:
+    server.faults.body = films_zip(tmp_path/'made.zip', ('__MACOSX/._train', b'')).read_bytes()
+    (tmp_path/'made.zip').unlink()
+    return server.faults
+
+
+@pytest.fixture
+def mendeley(server, faults):
+    return replace(SOURCES['mendeley'], url=f'http://127.0.0.1:{server.server_port}/zip', films=4, doubt='')
+
+
+@pytest.fixture
+def films(tmp_path) -> Path: return tmp_path/'films'
+
+
+def refused(films, source, match, error=CXRError):
+    with pytest.raises(error, match=match) as caught: download(films, source)
+    assert '\n' not in str(caught.value)
+    assert not films.exists() and not list(films.parent.glob('.*'))
+    return str(caught.value)
+
+
+def waiting(films): return sorted(path.name for path in Path(f'{films}.download').iterdir())
+
+
+def test_films_arrive_in_the_kaggle_layout(films, mendeley):
+    table = download(films, mendeley)
+    assert table.columns.tolist() == ['path', 'label', 'split'] and len(table) == 4
+    assert all((films/path).is_file() for path in table.path)
+    assert set(table.split) == {'train', 'test'} and set(table.label) == {'NORMAL', 'PNEUMONIA'}
+    assert table.attrs['ignored'] == {'__MACOSX': 1}
+    assert [path.name for path in films.parent.iterdir()] == ['films']
+
+
+def test_a_cut_connection_is_continued(films, mendeley, faults):
+    faults.cuts = [5000]
+    assert len(download(films, mendeley)) == 4
+    first, second = faults.seen
+    assert first['Range'] is None and second['Range'] == 'bytes=5000-' and second['If-Range'] == '"1"'
+    assert first['Accept-Encoding'] == 'identity'
+
+
+def test_a_later_call_goes_on_where_an_earlier_one_gave_up(films, mendeley, faults):
+    faults.cuts, faults.codes = [3000], [0, 503, 503, 503]
+    message = refused(films, mendeley, '503')
+    assert waiting(films) == ['ChestXRay2017.zip.etag', 'ChestXRay2017.zip.part']
+    assert 'Run the same command again to go on' in message
+    faults.seen.clear()
+    assert len(download(films, mendeley)) == 4
+    assert [headers['Range'] for headers in faults.seen] == ['bytes=3000-']
+
+
+def test_attempts_count_anew_while_the_download_gets_further(films, mendeley, faults):
+    faults.cuts = [1000]*6
+    assert len(download(films, mendeley)) == 4
+    assert len(faults.seen) == 7
+
+
+def test_a_server_without_ranges_starts_again(films, mendeley, faults):
+    faults.cuts, faults.ranges = [5000], False
+    assert len(download(films, mendeley)) == 4
+    assert len(faults.seen) == 2
+
+
+def test_a_new_version_on_the_server_is_not_joined_to_the_old(films, mendeley, faults):
+    part(films).write_bytes(b'old'*1000)
+    part(films).with_suffix('.etag').write_text('"0"')
+    assert len(download(films, mendeley)) == 4
+
+
+def part(films):
+    folder = Path(f'{films}.download')
+    folder.mkdir(exist_ok=True)
+    return folder/'ChestXRay2017.zip.part'
+
+
+def test_a_complete_part_is_not_fetched_again(films, mendeley, faults):
+    part(films).write_bytes(faults.body)
+    assert len(download(films, mendeley)) == 4
+    assert len(faults.seen) == 1, 'which learns that nothing is missing'
+
+
+def test_a_part_that_is_too_long_starts_again(films, mendeley, faults):
+    part(films).write_bytes(faults.body + b'more')
+    assert len(download(films, mendeley)) == 4
+    assert [headers['Range'] is None for headers in faults.seen] == [False, True]
+
+
+def test_a_range_from_the_wrong_byte_starts_again(films, mendeley, faults):
+    faults.cuts, faults.wrong_start = [5000], 7
+    assert len(download(films, mendeley)) == 4
+    assert [headers['Range'] for headers in faults.seen] == [None, 'bytes=5000-', None]
+
+
+def test_partial_answers_that_stop_early_are_continued(films, mendeley, faults):
+    faults.cuts, faults.most = [2000], 3000
+    assert len(download(films, mendeley)) == 4
+    assert [headers['Range'] for headers in faults.seen][1:3] == ['bytes=2000-', 'bytes=5000-']
+
+
+def test_a_length_that_never_comes_is_given_up(films, mendeley, faults):
+    faults.length, faults.ranges = len(faults.body) + 100, False
+    refused(films, mendeley, 'the connection was cut')
+    assert len(faults.seen) == 4
+
+
+def test_errors_of_the_server_pass(films, mendeley, faults):
+    faults.codes = [500, 429, 503]
+    assert len(download(films, mendeley)) == 4
+
+
+@pytest.mark.parametrize(('code', 'requests_made'), [(500, 4), (404, 1), (403, 1)])
+def test_errors_that_stay_are_told_with_the_way_by_hand(films, mendeley, faults, code, requests_made):
+    faults.codes = [code]*9
+    message = refused(films, mendeley, f'the server answers {code} ')
+    assert f'fetch ChestXRay2017.zip (about 1.2 GB) from {mendeley.page} as {films}.download/Ch' in message
+    assert len(faults.seen) == requests_made
+
+
+def test_a_page_in_place_of_the_file_spares_what_is_there(films, mendeley, faults):
+    part(films).write_bytes(faults.body[:3000])
+    faults.type, faults.ranges = 'text/html; charset=utf-8', False
+    refused(films, mendeley, 'a web page came in place of the file')
+    assert part(films).read_bytes() == faults.body[:3000]
+
+
+@pytest.mark.parametrize('spoil', [lambda body: b'<!doctype html>', lambda body: body[:-100]])
+def test_a_damaged_zip_is_deleted(films, mendeley, faults, spoil):
+    faults.body = spoil(faults.body)
+    refused(films, mendeley, 'not a whole zip .* The download was deleted: run the same command again')
+    assert waiting(films) == []
+
+
+def test_an_incomplete_data_set_is_refused(films, mendeley):
+    refused(films, replace(mendeley, films=5856), 'holds 4 films, and 5,856 are expected')
+
+
+def test_a_name_that_leaves_the_folder_is_refused(films, mendeley, faults, tmp_path):
+    faults.body = films_zip(tmp_path/'evil.zip', ('../evil.jpeg', b'')).read_bytes()
+    refused(films, mendeley, r"'\.\./evil.jpeg' is refused")
+
+
+def test_without_a_connection_the_file_can_be_put_by_hand(films, mendeley, server, faults):
+    server.socket.close()
+    message = refused(films, mendeley, 'there is no connection')
+    place = Path(re.search(r' as (\S+) and run', message)[1])
+    place.write_bytes(faults.body)
+    assert len(download(films, mendeley)) == 4
+    assert waiting(films) == ['ChestXRay2017.zip'], 'what the user put there stays'
+
+
+def test_a_bad_file_put_by_hand_is_named_and_stays(films, mendeley):
+    place = part(films).with_suffix('')
+    place.write_bytes(b'no zip')
+    refused(films, mendeley, f'not a whole zip .* Delete {place} and run the same command again')
+    assert place.exists()
+
+
+def test_a_folder_with_something_in_it_is_refused_before_any_request(films, mendeley, faults):
+    films.mkdir()
+    (films/'mine').touch()
+    with pytest.raises(UsageError, match='exists already'): download(films, mendeley)
+    assert (films/'mine').exists() and not faults.seen
+
+
+def test_an_empty_folder_is_filled(films, mendeley):
+    films.mkdir()
+    assert len(download(films, mendeley)) == 4
+
+
+def test_a_relative_folder_works(films, mendeley, monkeypatch):
+    monkeypatch.chdir(films.parent)
+    download(Path('films'), mendeley)
+    assert (films/'train').is_dir()
+
+
+def test_a_read_only_place_is_an_output_error(mendeley):
+    if not Path('/sys').is_dir(): pytest.skip('needs a file system that refuses new files')
+    with pytest.raises(OutputError, match='cannot be written'): download(Path('/sys/films'), mendeley)
+
+
+def test_a_full_disk_keeps_the_download(films, mendeley, faults, monkeypatch):
+    def full(*_): raise OSError(28, 'No space left on device')
+    refused(films, replace(mendeley, arrange=full), 'No space left', OutputError)
+    assert waiting(films) == ['ChestXRay2017.zip.etag', 'ChestXRay2017.zip.part']
+
+
+def test_an_unknown_source_lists_the_known(films):
+    with pytest.raises(UsageError, match='--source nih: choose mendeley, kaggle, medmnist'): download(films, 'nih')
+
+
+def test_a_terminal_sees_bytes_rate_and_time_left(films, mendeley):
+    shown = StringIO()
+    download(films, mendeley, Console(file=shown, force_terminal=True, width=120))
+    assert re.search(r'ChestXRay2017.zip.*B.*/s', shown.getvalue())
+
+
+def test_elsewhere_nothing_is_shown(films, mendeley, capfd):
+    shown = StringIO()
+    download(films, mendeley, Console(file=shown))
+    assert shown.getvalue() == '' and capfd.readouterr() == ('', '')
+
+
+@pytest.fixture
+def medmnist(server, tmp_path):
+    path, _ = arrays(tmp_path/'made.npz')
+    server.faults.body, server.faults.type = path.read_bytes(), 'application/octet-stream'
+    path.unlink()
+    return replace(SOURCES['medmnist'], url=f'http://127.0.0.1:{server.server_port}/npz', films=8,
+                   md5=hashlib.md5(server.faults.body).hexdigest())
+
+
+def test_medmnist_says_what_its_val_cannot_show(films, medmnist):
+    with pytest.warns(CXRWarning, match='names no patients') as caught: table = download(films, medmnist)
+    assert Counter(table.split) == {'train': 4, 'val': 2, 'test': 2}
+    assert caught[0].filename == __file__
+
+
+def test_a_wrong_hash_deletes_the_download(films, medmnist):
+    refused(films, replace(medmnist, md5='0'*32), f'MD5 is {medmnist.md5}, and {"0"*32} is expected.*was deleted')
+    assert waiting(films) == []
+
+
+def test_a_part_with_the_right_hash_needs_no_connection(films, medmnist, server):
+    server.socket.close()
+    part(films).with_name('pneumoniamnist_224.npz.part').write_bytes(server.faults.body)
+    with pytest.warns(CXRWarning): assert len(download(films, medmnist)) == 8
+
+
+@pytest.fixture
+def kaggle(films, tmp_path, monkeypatch):
+    """Plant a kagglehub that calls `answer` with the handle it is asked for."""
+    def plant(answer):
+        monkeypatch.setitem(sys.modules, 'kagglehub', answer and SimpleNamespace(dataset_download=answer))
+        return replace(SOURCES['kaggle'], films=4)
+    return plant
+
+
+def test_kaggle_films_come_from_the_cache_of_kagglehub(films, kaggle, tmp_path):
+    from cxr_fastai.archives import unpack_films
+    unpack_films(films_zip(tmp_path/'made.zip'), tmp_path/'cache/chest_xray')
+    unpack_films(tmp_path/'made.zip', tmp_path/'cache/chest_xray/chest_xray')
+    asked = []
+    table = download(films, kaggle(lambda handle: asked.append(handle) or str(tmp_path/'cache')))
+    assert len(table) == 4 and table.attrs['ignored'] == {'nested chest_xray': 4}
+    assert asked == ['paultimothymooney/chest-xray-pneumonia'] and not Path(f'{films}.download').exists()
+
+
+def test_without_kagglehub_the_error_says_how_to_get_it(films, kaggle, tmp_path):
+    source = kaggle(None)
+    refused(films, source, re.escape('pip install "cxr_fastai[kaggle]"') + '.*archive.zip .about 2.3 GB. from')
+    place = Path(f'{films}.download')/'archive.zip'
+    place.parent.mkdir()
+    films_zip(place)
+    assert len(download(films, source)) == 4
+
+
+def forbidden():
+    response = requests.Response()
+    response.status_code, response.reason = 403, 'Forbidden'
+    return requests.HTTPError('403\n\nClient Error', response=response)
+
+
+@pytest.mark.parametrize(('error', 'match'), [
+    (forbidden(), 'the server answers 403 Forbidden'), (requests.ConnectionError('x'), 'there is no connection'),
+    (ValueError('Invalid Kaggle\ncredentials file'), 'Invalid Kaggle credentials file')])
+def test_a_refusal_by_kaggle_names_the_places_for_credentials(films, kaggle, error, match):
+    def refuse(_): raise error
+    message = refused(films, kaggle(refuse), match)
+    for place in ('KAGGLE_API_TOKEN', 'KAGGLE_USERNAME', 'KAGGLE_KEY', '~/.kaggle/kaggle.json', 'archive.zip'):
+        assert place in message
+
+
+def test_a_full_cache_of_kagglehub_is_an_output_error(films, kaggle):
+    def fill(_): raise OSError(28, 'No space left on device')
+    refused(films, kaggle(fill), 'KAGGLEHUB_CACHE', OutputError)
+
+
+def test_the_known_sources_say_where_they_are():
+    assert list(SOURCES) == ['mendeley', 'kaggle', 'medmnist']
+    for source in SOURCES.values():
+        assert source.page.startswith('https://') and source.films == 5856 and source.licence == 'CC BY 4.0'

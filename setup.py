@@ -15,5 +15,6 @@ setup(name=c['lib_name'], version=c['version'], description=c['description'], au
       keywords=c['keywords'], license='Apache-2.0', license_files=['LICENSE'], python_requires=f">={c['min_python']}",
       long_description=(HERE/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
       packages=find_packages(include=[c['lib_name'], f"{c['lib_name']}.*"]),
-      install_requires=c['requirements'].split(), extras_require=extras, package_data={c['lib_name']: ['templates/*.html']},
+      install_requires=c['requirements'].split(), extras_require=extras,
+      package_data={c['lib_name']: ['templates/*.html']},
       entry_points={'console_scripts': c['console_scripts'].split()})

@@ -7,55 +7,47 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from typer import Argument, Option
 
 from cxr_fastai.core import CXRError, CXRWarning, UsageError, check_new, write_csv
+from cxr_fastai.options import (
+    Arch,
+    AuditFolder,
+    BatchSize,
+    Csv,
+    Data,
+    Epochs,
+    FilmFolder,
+    Films,
+    FilmSize,
+    Leakage,
+    LearningRate,
+    Limit,
+    NewFolder,
+    NewRun,
+    NewTable,
+    Origin,
+    RecipeName,
+    Resize,
+    RunFolder,
+    Seed,
+    Size,
+    Split,
+    Threads,
+    Valid,
+    Weights,
+    Workers,
+)
 from cxr_fastai.run import Run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 out, err = Console(), Console(stderr=True)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help='Get and look after films.')
 app.add_typer(data_app, name='data')
-
-# One name and one meaning for each option, in every command that has it.
-Data = Annotated[Path | None, Option('--data', metavar='DIR', show_default='CXR_DATA, else data/chest_xray', help=(
-    'Folder of films (train|val|test / NORMAL|PNEUMONIA), or a CSV of them.'))]
-Arch = Annotated[str, Option('--arch', help='Network: baseline or resnet50.')]
-RecipeName = Annotated[str, Option('--recipe', help='How to train: reference is the specification.')]
-NewRun = Annotated[Path | None, Option('--out', metavar='RUN', show_default='runs/ARCH, or the next free', help=(
-    'Run folder to make; it must not hold anything.'))]
-NewFolder = Annotated[Path | None, Option('--out', metavar='DIR', show_default='demo, or the next free', help=(
-    'Folder to make; it must not hold anything.'))]
-NewTable = Annotated[Path | None, Option('--out', metavar='FILE', show_default='print only', help=(
-    'CSV to write; it must not exist.'))]
-Epochs = Annotated[int, Option('--epochs', metavar='N', help='Epochs in all, over the phases.')]
-LearningRate = Annotated[float | None, Option('--lr', show_default='1e-3', help=(
-    "The first phase's learning rate; later phases keep their ratio to it."))]
-Weights = Annotated[str | None, Option('--weights', show_default='imagenet for resnet50, none for baseline', help=(
-    'What to start from: imagenet, imagenet-v2, none, or the file of a state dict.'))]
-Valid = Annotated[str, Option('--valid', help='official: the val folder. patients: a tenth of the patients.')]
-Split = Annotated[str, Option('--split', help='Split to measure: train, valid or test.')]
-Size = Annotated[int, Option('--size', metavar='PX', min=48, max=2048, help=(
-    'Side of the film the network sees, in pixels.'))]
-FilmSize = Annotated[int, Option('--size', metavar='PX', min=64, max=4096, help='Side of a film, in pixels.')]
-Films = Annotated[int, Option('--films', metavar='N', help='Synthetic films in all.')]
-BatchSize = Annotated[int, Option('--batch-size', metavar='N', min=1, help='Films in a batch.')]
-Workers = Annotated[int, Option('--workers', metavar='N', min=0, help=(
-    'Processes that read films; 0 reads them in this one.'))]
-Limit = Annotated[int | None, Option('--limit', metavar='N', min=1, show_default='all', help=(
-    'Only the first N films of each class and split, for trials.'))]
-Seed = Annotated[int, Option('--seed', metavar='N', min=0, help='Seed of everything random.')]
-RunFolder = Annotated[Path, Argument(metavar='RUN', help='Folder that `train` made.')]
-
 
 @app.callback(invoke_without_command=True)
 def show_version(show: Annotated[bool, Option('--version', help='Print the version and exit.')] = False) -> None:
@@ -82,27 +74,77 @@ def data_demo(folder: Annotated[Path, Argument(metavar='DIR', help='Folder to ma
     out.print(counts.unstack().to_string())
 
 
+@data_app.command('download')
+def data_download(folder: Annotated[Path, Argument(metavar='DIR', help='Folder to make; it must not hold anything.')],
+                  source: Origin = 'mendeley') -> None:
+    """Fetch the 5,856 real films in the layout of the Kaggle set; run it again to go on after a cut.
+
+    Example: cxr-fastai data download data/chest_xray --source mendeley
+    """
+    from cxr_fastai.sources import SOURCES, download
+    films = download(folder, source, out)
+    origin, ignored = SOURCES[source], films.attrs['ignored']
+    _say(f'{folder}: {len(films)} films from {origin.page} ({origin.licence})'
+         + (f'; ignored: {", ".join(f"{n} {reason}" for reason, n in ignored.items())}' if ignored else ''))
+    out.print(films.groupby(['split', 'label'], sort=False).size().unstack().to_string())
+
+
+@data_app.command('prepare')
+def data_prepare(folder: FilmFolder = None, csv: Csv = None, size: Size = 224, resize: Resize = 'squish',
+                 workers: Threads = None) -> None:
+    """Decode every film once; `train` then takes them from there by itself. Run it again after a stop or a change.
+
+    Example: cxr-fastai data prepare data/chest_xray --size 224
+    """
+    from cxr_fastai.cache import prepare
+    from cxr_fastai.images import Preprocessing
+    from cxr_fastai.items import data_root, film_root, read_items
+    root = data_root(_one_of(folder, csv))
+    items = read_items(root)
+    place, decoded, bad = prepare(items.path, film_root(root), Preprocessing(size, resize), workers, out)
+    for error in bad: _print_line(f'error: {error}')
+    _say(f'{place}: {len(items) - len(bad):,} films, {decoded:,} of them decoded now')
+    if bad: raise typer.Exit(3)
+
+
+@data_app.command('audit')
+def data_audit(folder: FilmFolder = None, csv: Csv = None, report: AuditFolder = Path('audit'),
+               workers: Threads = None) -> None:
+    """Tell what is wrong with a set of films before a network learns it; exit code 1 where a finding is an error.
+
+    Example: cxr-fastai data audit data/chest_xray --out audit
+    """
+    from cxr_fastai.audit import audit, save_audit
+    from cxr_fastai.display import audit_tables
+    from cxr_fastai.items import data_root
+    found = audit(data_root(_one_of(folder, csv)), workers, out)
+    save_audit(found, report)
+    out.print(audit_tables(found))
+    _say(f'{report}: audit.json and audit.html')
+    if any(finding.level == 'error' for finding in found.findings): raise typer.Exit(1)
+
+
 @app.command()
-def train(data: Data = None, arch: Arch = 'baseline', recipe: RecipeName = 'reference', run: NewRun = None,
-          epochs: Epochs = 15, lr: LearningRate = None, weights: Weights = None, valid: Valid = 'official',
-          size: Size = 224, batch_size: BatchSize = 32, workers: Workers = 0, limit: Limit = None,
-          seed: Seed = 42) -> None:
+def train(data: Data = None, csv: Csv = None, arch: Arch = 'baseline', recipe: RecipeName = 'reference',
+          run: NewRun = None, epochs: Epochs = 15, lr: LearningRate = None, weights: Weights = None,
+          valid: Valid = 'official', size: Size = 224, resize: Resize = 'squish', batch_size: BatchSize = 32,
+          workers: Workers = None, limit: Limit = None, seed: Seed = 42, allow_leakage: Leakage = False) -> None:
     """Train a network and write its run folder: recipe, items, history, journal and learner.pkl.
 
     Example: cxr-fastai train --arch resnet50 --valid patients --out runs/resnet50
     """
     from cxr_fastai.items import data_root
-    root = data_root(data)
+    root = data_root(_one_of(data, csv))
     from cxr_fastai.models import make_recipe
-    chosen = make_recipe(arch, recipe, epochs, lr, weights, valid=valid, size=size, batch_size=batch_size,
-                         workers=workers, limit=limit, seed=seed)
+    chosen = make_recipe(arch, recipe, epochs, lr, weights, valid=valid, size=size, resize=resize,
+                         batch_size=batch_size, workers=workers, limit=limit, seed=seed, allow_leakage=allow_leakage)
     from cxr_fastai.training import train
     made = train(chosen, root, run or _free(Path('runs', arch)), out)
     _say(f'{made.path}: trained. Next: cxr-fastai evaluate {made.path}')
 
 
 @app.command()
-def evaluate(run: RunFolder, data: Data = None, split: Split = 'test', batch_size: BatchSize = 32,
+def evaluate(run: RunFolder, data: Data = None, csv: Csv = None, split: Split = 'test', batch_size: BatchSize = 32,
              limit: Limit = None) -> None:
     """Measure a run on a split: predictions.csv, metrics.json and figures in its folder.
 
@@ -110,18 +152,20 @@ def evaluate(run: RunFolder, data: Data = None, split: Split = 'test', batch_siz
     """
     folder = Run.open(run)
     from cxr_fastai.evaluation import evaluate
-    metrics = evaluate(folder, data, split, batch_size, limit, out)
+    metrics = evaluate(folder, _one_of(data, csv), split, batch_size, limit, out)
+    from cxr_fastai.display import metrics_table
     from cxr_fastai.interpret import save_figures
     figures = save_figures(folder, split)
     out.print(f'{run}, {split} split: {metrics["n"]} films, {metrics["positives"]} of them pneumonia, threshold '
               f'{metrics["threshold"]:g}', soft_wrap=True, markup=False, highlight=False)
-    out.print(_metrics_table(metrics))
+    out.print(metrics_table(metrics))
     _say(f'in {run}: predictions.csv, metrics.json, {", ".join(figures)}')
 
 
 @app.command()
 def predict(model: Annotated[Path, Argument(metavar='MODEL', help='Run folder, or an exported .pkl.')],
-            films: Annotated[list[Path], Argument(metavar='FILM|DIR...', help='Films, or folders of films.')],
+            films: Annotated[list[Path], Argument(metavar='FILM|DIR|CSV...', help=(
+                'Films, folders of films, or CSVs with a column path.'))],
             table: NewTable = None, batch_size: BatchSize = 32) -> None:
     """Give each film the probability of pneumonia; a film that cannot be read gets a row with its error.
 
@@ -129,12 +173,17 @@ def predict(model: Annotated[Path, Argument(metavar='MODEL', help='Run folder, o
     """
     if table and table.exists(): raise UsageError(f'{table} exists already and was left alone: choose another --out.')
     if table and not table.parent.is_dir(): raise UsageError(f'{table}: the folder {table.parent} does not exist.')
+    from cxr_fastai.display import predictions_table
     from cxr_fastai.inference import Predictor, list_films, prediction_table
     paths = list_films(films)
     rows = prediction_table(Predictor.load(model).predict(paths, batch_size, out))
     if table: write_csv(table, rows)
-    _print_predictions(rows, table)
-    if (rows.status != 'ok').any(): raise typer.Exit(3)
+    bad = rows[rows.status != 'ok']
+    out.print(predictions_table(rows))
+    for message in bad.message: _print_line(f'error: {message}')
+    _say(f'{len(rows)} films, {(rows.prediction == "PNEUMONIA").sum()} called PNEUMONIA, {len(bad)} failed'
+         + (f'; rows in {table}' if table else ''))
+    if len(bad): raise typer.Exit(3)
 
 
 @app.command()
@@ -180,6 +229,11 @@ def run() -> None:
     sys.exit(main())
 
 
+def _one_of(folder: Path | None, csv: Path | None) -> Path | None:
+    if folder and csv: raise UsageError(f'{folder} and --csv {csv}: name one of them.')
+    return folder or csv
+
+
 def _say(text: str) -> None: out.print(text, soft_wrap=True, markup=False)
 
 
@@ -198,36 +252,3 @@ def _free(path: Path) -> Path:
     """`path`, or the first free of path-2, path-3 and so on."""
     tries = (path.with_name(f'{path.name}-{i}') for i in range(2, sys.maxsize))
     return path if not path.exists() else next(p for p in tries if not p.exists())
-
-
-def _metrics_table(metrics: dict) -> Table:
-    from cxr_fastai.evaluation import TARGETS
-    table = Table(caption_justify='left')
-    for name in ('', 'value', '95 % interval', 'target'): table.add_column(name, justify='right' if name else 'left')
-    for name in ('auc', 'sensitivity', 'specificity', 'accuracy', 'ppv', 'npv', 'f1'):
-        table.add_row(name.upper() if name in ('auc', 'ppv', 'npv', 'f1') else name,
-                      *_cells(metrics[name], TARGETS.get(name)))
-    c = metrics['confusion']
-    table.caption = (f'{c["tp"]} true positives, {c["fn"]} false negatives\n'
-                     f'{c["tn"]} true negatives, {c["fp"]} false positives')
-    return table
-
-
-def _cells(estimate: dict, target: float | None) -> tuple[str, str, str]:
-    value, low, high = estimate['value'], estimate['low'], estimate['high']
-    if value is None: return 'undefined', '', ''
-    met = '' if target is None else f'>= {target:.0%} ' + ('[green]met[/]' if value >= target else '[red]missed[/]')
-    return f'{value:.3f}', '' if low is None else f'{low:.3f} to {high:.3f}', met
-
-
-def _print_predictions(rows: pd.DataFrame, saved: Path | None, most: int = 20) -> None:
-    table = Table(caption=f'the first {most} of {len(rows)}' if len(rows) > most else None)
-    for name in ('film', 'p(pneumonia)', 'prediction'): table.add_column(name, overflow='fold')
-    for row in rows.head(most).itertuples():
-        judged = (f'{row.p_pneumonia:.4f}', row.prediction) if row.status == 'ok' else ('', row.code)
-        table.add_row(escape(row.path), *judged)
-    out.print(table)
-    for row in rows[rows.status != 'ok'].itertuples(): _print_line(f'error: {row.message}')
-    called, failed = (rows.prediction == 'PNEUMONIA').sum(), (rows.status != 'ok').sum()
-    where = f'; rows in {saved}' if saved else ''
-    _say(f'{len(rows)} films, {called} called PNEUMONIA, {failed} failed{where}')

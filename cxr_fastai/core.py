@@ -101,7 +101,7 @@ class Recipe:
     `models.make_recipe` fills in the phases of an architecture. Lengths are pixels, angles degrees, `translate` a
     share of the side, `flip` a probability; `brightness` and `contrast` b mean factors drawn from [1-b, 1+b];
     `interpolation` (`nearest` or `bilinear`) is that of rotation and translation; `resize` is a key of
-    `images.RESIZES`.
+    `images.RESIZES`; `workers` None means what suits the films; `allow_leakage` permits a patient in two splits.
     """
     arch: str
     phases: tuple[Phase, ...]
@@ -124,6 +124,7 @@ class Recipe:
     contrast: float = 0.2
     interpolation: str = 'nearest'
     threshold: float = 0.5
+    allow_leakage: bool = False
 
     @property
     def epochs(self) -> int:

@@ -16,6 +16,7 @@ from cxr_fastai.artefacts import ModelConfig, find_learner, load_learner
 from cxr_fastai.core import POSITIVE, VOCAB, FilmError, UsageError, progress
 from cxr_fastai.images import Preprocessing, open_film
 from cxr_fastai.items import find_films
+from cxr_fastai.listing import read_listing
 from cxr_fastai.models import normalize
 
 COLUMNS = ['path', 'status', 'p_pneumonia', 'prediction', 'threshold', 'code', 'message']
@@ -65,12 +66,14 @@ class Predictor:
 
 
 def list_films(sources: Iterable[Path]) -> list[Path]:
-    """The films that `sources` mean: files as they are, folders with all films below them, sorted. Raises `UsageError`
-    where a folder has none."""
+    """The films that `sources` mean: files as they are, folders with all films below them, sorted, and what a CSV has
+    in its column path. Raises `UsageError` where a folder or a CSV has none."""
     films = []
     for source in sources:
-        found = find_films(source)[0] if source.is_dir() else [source]
-        if not found: raise UsageError(f'{source}: no films in this folder.')
+        if source.is_dir(): found = find_films(source)[0]
+        elif source.suffix.lower() != '.csv': found = [source]
+        else: found = [source.parent/path for path in read_listing(source, ('path',)).path]
+        if not found: raise UsageError(f'{source}: no films there.')
         films += found
     return films
 

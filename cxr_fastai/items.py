@@ -1,6 +1,7 @@
 """Files on disk become the items table, one row a film: `path label split patient kind`."""
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
@@ -11,6 +12,7 @@ import pandas as pd
 
 from cxr_fastai.core import VOCAB, CXRError, UsageError
 from cxr_fastai.images import SUFFIXES
+from cxr_fastai.listing import check_files, drop_repeats, read_listing, rows_where
 
 COLUMNS = ['path', 'label', 'split', 'patient', 'kind']
 SPLITS = {'train': 'train', 'val': 'valid', 'valid': 'valid', 'test': 'test'}
@@ -33,8 +35,8 @@ def data_root(data: Path | None = None) -> Path:
     """
     root = Path(data or os.environ.get('CXR_DATA') or 'data/chest_xray')
     if root.exists(): return root
-    raise CXRError(f'{root}: no such folder of films. Name one by --data DIR or CXR_DATA; unpack "Chest X-Ray Images '
-                   '(Pneumonia)" from Kaggle into data/chest_xray; or make synthetic ones: `cxr-fastai data demo DIR`.')
+    raise CXRError(f'{root}: no such folder of films. Name one by --data DIR or CXR_DATA; fetch the real ones: '
+                   '`cxr-fastai data download data/chest_xray`; or make synthetic ones: `cxr-fastai data demo DIR`.')
 
 
 def film_root(root: Path) -> Path:
@@ -91,6 +93,19 @@ def check_trainable(items: pd.DataFrame) -> None:
                          'patients of train.')
 
 
+def check_leakage(items: pd.DataFrame) -> None:
+    """Raise `UsageError` where a patient has films in two splits: what is measured would flatter."""
+    if n := len(leaking_patients(items)):
+        raise UsageError(f'{n} patients have films in two splits, so figures on one would flatter: `cxr-fastai data '
+                         'audit` lists them. --valid patients mends train and valid; --allow-leakage trains anyway.')
+
+
+def leaking_patients(items: pd.DataFrame) -> pd.Series:
+    """The splits of each patient (the index) who is in more than one, as lists."""
+    splits = items.groupby('patient').split.unique().map(sorted)
+    return splits[splits.map(len) > 1]
+
+
 def doubt_validation(items: pd.DataFrame) -> str | None:
     """What the size of valid leaves unknown, in words; None where it has enough films of each class."""
     from scipy.stats import binomtest
@@ -116,13 +131,14 @@ def describe_items(items: pd.DataFrame) -> str:
 
 
 def find_films(folder: Path) -> tuple[list[Path], Counter]:
-    """Films below `folder`, sorted, links to folders not followed; and a count of what was ignored, by reason."""
+    """Films below `folder`, sorted, and a count of what was ignored, by reason. Links are not followed, to folders or
+    to films: they may lead in circles or out of the folder. (A CSV may list them.)"""
     films, ignored = [], Counter()
     for base, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
             path = Path(base, name)
-            reason = _junk(path.relative_to(folder))
+            reason = _junk(path.relative_to(folder)) or ('link' if path.is_symlink() else None)
             if reason: ignored[reason] += 1
             else: films.append(path)
     return films, ignored
@@ -144,7 +160,8 @@ def _from_folders(root: Path) -> pd.DataFrame:
         folders = film.relative_to(base).parts[:-1]
         if place := _place(folders, flat): rows.append((film.relative_to(root).as_posix(), *place))
         else: ignored[OTHERS.get(folders[0] if folders else '', 'outside the class folders')] += 1
-    if not rows: raise CXRError(f'{root}: no films found. Expected folders {EXPECTED}, with JPEG or PNG files.')
+    if not rows:
+        raise CXRError(f'{root}: no films found. Expected folders {EXPECTED}, with files called {", ".join(SUFFIXES)}.')
     return _table(pd.DataFrame(rows, columns=['path', 'split', 'label']), ignored, root)
 
 
@@ -158,26 +175,43 @@ def _place(folders: tuple[str, ...], flat: bool) -> tuple[str, str] | None:
 
 
 def _from_csv(path: Path) -> pd.DataFrame:
-    try: table = pd.read_csv(path, dtype=str)
-    except (ValueError, pd.errors.ParserError) as error:
-        raise UsageError(f'{path}: not a CSV with the columns path,label[,split,patient] ({error}).') from None
-    if missing := {'path', 'label'} - set(table):
-        raise UsageError(f'{path}: has no column {" or ".join(sorted(missing))}.')
+    table = read_listing(path)
     split = table['split'] if 'split' in table else pd.Series('train', table.index)
-    if unknown := set(split.dropna()) - set(SPLITS) or ({'(empty)'} if split.isna().any() else set()):
-        raise UsageError(f'{path}: unknown split {", ".join(sorted(unknown))}: use train, valid or test.')
-    if table.path.isna().any(): raise UsageError(f'{path}: {table.path.isna().sum()} rows have no path.')
-    return _table(table.assign(split=split.map(SPLITS)), Counter(), path)
+    if (unknown := ~split.isin(list(SPLITS))).any():
+        found = ', '.join(sorted(set(split[unknown].fillna('(empty)'))))
+        raise UsageError(f'{path}: unknown split {found} in {rows_where(unknown)}: use train, valid or test.')
+    table, repeats = drop_repeats(table.assign(split=split.map(SPLITS)), path)
+    items = _table(table, Counter({'listed twice': repeats} if repeats else {}), path)
+    check_files(table, path)
+    return items
+
+
+def _read_classes(root: Path) -> dict[str, str | None]:
+    """What `classes.json` among the films says of other names of classes; None leaves a class out."""
+    path = film_root(root)/'classes.json'
+    if not path.exists(): return {}
+    try: classes = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error: raise UsageError(f'{path}: damaged ({error}).') from None
+    if not isinstance(classes, dict) or not set(classes.values()) <= {*VOCAB, None}:
+        raise UsageError(f'{path}: expected an object that maps names of classes to {", ".join(VOCAB)} or null.')
+    return classes
 
 
 def _table(films: pd.DataFrame, ignored: Counter, source: Path) -> pd.DataFrame:
-    if unknown := sorted(set(films.label.fillna('(empty)')) - set(VOCAB)):
-        raise UsageError(f'{source}: found the classes {", ".join(unknown)}; expected {" and ".join(VOCAB)} '
-                         f'({EXPECTED}). Rename or move the others.')
+    classes = {name: name for name in VOCAB} | _read_classes(source)
+    if (unknown := ~films.label.isin(list(classes))).any():
+        found = ', '.join(repr(name) for name in sorted(set(films.label)))
+        where = f' ({rows_where(unknown)})' if source.is_file() else ''
+        raise UsageError(f'{source}: found the classes {found}{where}; expected {" and ".join(VOCAB)} ({EXPECTED}). '
+                         f'Say in {film_root(source)/"classes.json"} what the others are, as in {{"Normal": "NORMAL", '
+                         '"COVID": null}; null leaves a class out.')
+    label = films.label.map(classes)
+    for name, n in films.label[label.isna()].value_counts().items(): ignored[f'class {name}'] = n
+    films = films.assign(label=label)[label.notna()]
     parsed = [parse_name(path, label) for path, label in zip(films.path, films.label, strict=True)]
     told = pd.DataFrame(parsed, columns=['kind', 'patient'], index=films.index)
     patient = films['patient'].fillna(told.patient) if 'patient' in films else told.patient
-    items = films.assign(kind=told.kind, patient=patient)[COLUMNS].sort_values('path', ignore_index=True)
+    items = films.assign(kind=told.kind, patient=patient)[COLUMNS].sort_values(['path', 'split'], ignore_index=True)
     items.attrs['ignored'] = dict(ignored)
     return items
 

@@ -24,7 +24,7 @@ from cxr_fastai.cache import FilmCache, find_cache
 from cxr_fastai.core import CXRWarning, OutputError, Phase, Recipe, check_new, write_csv
 from cxr_fastai.data import check_readable, make_dls
 from cxr_fastai.images import Preprocessing
-from cxr_fastai.items import check_trainable, describe_items, doubt_validation, film_root, read_items
+from cxr_fastai.items import check_leakage, check_trainable, describe_items, doubt_validation, film_root, read_items
 from cxr_fastai.learner import make_learner, reuse_memory, start_phase
 from cxr_fastai.run import Run
 
@@ -43,6 +43,7 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None)
     items = read_items(data, recipe.valid, recipe.seed, recipe.limit)
     console.print(describe_items(items), highlight=False, soft_wrap=True, markup=False)
     check_trainable(items)
+    if not recipe.allow_leakage: check_leakage(items)
     if doubt := doubt_validation(items):
         advice = ' --valid patients is sounder.' if recipe.valid == 'official' else ''
         warnings.warn(doubt + advice, CXRWarning, stacklevel=2)

@@ -53,4 +53,4 @@ def test_the_threshold_decides(paths):
 
 def test_folders_are_searched_and_empty_ones_refused(films, paths, tmp_path):
     assert list_films([paths[0], films/'test']) == [paths[0], *sorted(paths)]
-    with pytest.raises(UsageError, match='no films in this folder'): list_films([tmp_path])
+    with pytest.raises(UsageError, match='no films there'): list_films([tmp_path])

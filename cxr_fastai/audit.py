@@ -1,0 +1,199 @@
+"""Items become findings: leakage, duplicates, unreadable films, too little validation, shortcuts."""
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+from rich.console import Console
+
+from cxr_fastai.core import FilmError, UsageError, write_json, write_text, writing
+from cxr_fastai.images import open_film
+from cxr_fastai.items import check_trainable, doubt_validation, film_root, leaking_patients, read_items
+from cxr_fastai.probes import TELLING, probe_label, probe_shift
+from cxr_fastai.traits import find_alike, measure_films
+
+KNOWN_WORDS = {
+    'im', 'normal', 'pneumonia', 'person', 'patient', 'bacteria', 'virus', 'unknown', 'train', 'val', 'valid', 'test',
+    'chest', 'xray', 'ray', 'cxr', 'film', 'films', 'image', 'images', 'img', 'scan', 'view', 'pa', 'ap', 'lateral',
+    'left', 'right', 'medmnist', 'masks', 'data', 'dataset', 'kaggle', 'copy', 'dup', 'study', 'series', 'demo'}
+"""Words in the names of films that name nobody."""
+SHOWN = 40
+"""Pairs of a finding that the page shows."""
+THUMB = 160
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong (`error`) or doubtful (`warning`) about a set of films: how often (None where there is
+    nothing to count), which films or patients (in groups that belong together), and what to do. No name in it is one
+    that a patient might have."""
+    level: str
+    name: str
+    count: int | None
+    advice: str
+    films: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found: `counts` by split, class and kind; `facts` about the files; `probes` (columns probe, trait,
+    auc); `findings`, errors first; and small pictures of duplicates, JPEG by name."""
+    data: str
+    films: int
+    counts: pd.DataFrame
+    facts: dict[str, Any]
+    probes: pd.DataFrame
+    findings: tuple[Finding, ...]
+    pictures: dict[str, bytes]
+
+
+def audit(data: Path, workers: int | None = None, console: Console | None = None) -> Audit:
+    """Look at every film of the folder or CSV `data`. Raises `CXRError` where there is no set of films to look at."""
+    items, root = read_items(data), film_root(data)
+    measured, thumbnails = measure_films(list(items.path), root, workers, console)
+    films = pd.concat([items, measured], axis=1)
+    films['name'] = [safe_name(path) for path in items.path]
+    whole = films[films.code.isna()]
+    probes = pd.concat([probe_label(whole), probe_shift(whole)], ignore_index=True)
+    pairs = _pair_up(films, find_alike(thumbnails))
+    findings = [*_unreadable(films), *_leakage(items), *_duplicates(pairs), *_listed_twice(items), *_too_few(items),
+                *_telling(probes), *_names(films)]
+    counts = items.groupby(['split', 'label', 'kind']).size().rename('films').reset_index()
+    return Audit(data.resolve().name, len(items), counts, _facts(films, items), probes,
+                 tuple(sorted(findings, key=lambda finding: finding.level != 'error')), _draw(films, pairs, root))
+
+
+def save_audit(audit: Audit, folder: Path) -> None:
+    """Write `audit.json` and `audit.html`, one page that needs nothing else, into `folder`. Raises `OutputError`."""
+    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
+    tables = {'counts': audit.counts.to_dict('records'), 'probes': audit.probes.to_dict('records')}
+    write_json(folder/'audit.json', {'data': audit.data, 'films': audit.films, **tables, 'facts': audit.facts,
+                                     'findings': [asdict(finding) for finding in audit.findings]})
+    write_text(folder/'audit.html', render(audit))
+
+
+def render(audit: Audit) -> str:
+    """The audit as one HTML page, without scripts and without anything from elsewhere."""
+    from jinja2 import Environment, PackageLoader
+    pages = Environment(loader=PackageLoader('cxr_fastai'), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pictures = {name: f'data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}'
+                for name, jpeg in audit.pictures.items()}
+    return pages.get_template('audit.html').render(audit=audit, pictures=pictures, telling=TELLING, shown=SHOWN)
+
+
+def safe_name(path: str) -> str:
+    """`path` as it may be shown: a part that looks as if it named a patient (two words that are not `KNOWN_WORDS`, one
+    with a date, or a caret as in DICOM) becomes `film-` and a hash of the path up to there."""
+    parts = PurePosixPath(path).parts
+    return '/'.join(_hide('/'.join(parts[:i + 1])) if _names_somebody(part) else part for i, part in enumerate(parts))
+
+
+def _hide(path: str) -> str:
+    hashed = hashlib.sha256(path.encode(errors='surrogateescape')).hexdigest()[:8]
+    return f'film-{hashed}{PurePosixPath(path).suffix}'
+
+
+def _names_somebody(part: str) -> bool:
+    stem = PurePosixPath(part).stem
+    words = [word for word in re.findall(r'[^\W\d_]{2,}', stem) if word.casefold() not in KNOWN_WORDS]
+    return '^' in stem or len(words) > 1 or bool(words and re.search(r'(19|20)\d\d[-_.]?\d\d[-_.]?\d\d', stem))
+
+
+def _unreadable(films: pd.DataFrame) -> list[Finding]:
+    bad = films[films.code.notna()]
+    if bad.empty: return []
+    codes = ', '.join(f'{n} {code}' for code, n in Counter(bad.code).items())
+    return [Finding('error', 'films that cannot be used', len(bad), f'{codes}: mend or remove them.',
+                    tuple(zip(bad['name'], bad.code, strict=True)))]
+
+
+def _leakage(items: pd.DataFrame) -> list[Finding]:
+    shared = leaking_patients(items)
+    if shared.empty: return []
+    return [Finding('error', 'patients in two splits', len(shared), 'Figures on one split flatter: put each patient '
+                    'into one; --valid patients does so for train and valid.',
+                    tuple((safe_name(patient), *splits) for patient, splits in shared.items()))]
+
+
+def _pair_up(films: pd.DataFrame, alike: list[tuple[int, int, float]]) -> pd.DataFrame:
+    """The pairs of films that show the same, with the columns `first second name other relation exact`."""
+    rows = []
+    for i, j, _ in alike:
+        a, b = films.iloc[i], films.iloc[j]
+        if a.path == b.path: continue  # listed twice, which is another finding
+        relation = ('across classes' if a.label != b.label else 'across splits' if a.split != b.split
+                    else f'inside {a.split}')
+        rows.append((i, j, a['name'], b['name'], relation, a.digest == b.digest))
+    return pd.DataFrame(rows, columns=['first', 'second', 'name', 'other', 'relation', 'exact'])
+
+
+def _duplicates(pairs: pd.DataFrame) -> list[Finding]:
+    advice = {'across classes': 'One of the labels is wrong: find out which.',
+              'across splits': 'A split tests what another has taught: remove one of each.'}
+    return [Finding('error' if relation in advice else 'warning', f'duplicate pairs {relation}', len(found),
+                    f'{found.exact.sum()} of the pairs are the same to the pixel. '
+                    + advice.get(relation, 'They weigh double: remove one of each, or know it.'),
+                    tuple(zip(found['name'], found.other, strict=True)))
+            for relation, found in pairs.groupby('relation')]
+
+
+def _listed_twice(items: pd.DataFrame) -> list[Finding]:
+    again = items.attrs['ignored'].get('listed twice', 0)
+    splits = items[items.duplicated('path', keep=False)].groupby('path').split.unique()
+    findings = [Finding('warning', 'films listed twice', again, 'Only the first row of each counts.')] if again else []
+    if len(splits): findings.append(Finding('error', 'films listed in two splits', len(splits), 'Leave each in one.',
+                                            tuple((safe_name(path), *found) for path, found in splits.items())))
+    return findings
+
+
+def _too_few(items: pd.DataFrame) -> list[Finding]:
+    try: check_trainable(items)
+    except UsageError as error: return [Finding('warning', 'not trainable as it is', None, str(error))]
+    if not (doubt := doubt_validation(items)): return []
+    return [Finding('warning', 'validation too small to select on', None, f'{doubt} --valid patients is sounder.')]
+
+
+def _telling(probes: pd.DataFrame) -> list[Finding]:
+    telling = probes[probes.auc > TELLING]
+    return [Finding('warning', f'shortcut to {probe}', len(found),
+                    ', '.join(f'{trait} {auc:.3f}' for trait, auc in zip(found.trait, found.auc, strict=True))
+                    + ': the AUC of each number alone. A network can use what it sees of it instead of the disease.')
+            for probe, found in telling.groupby('probe', sort=False)]
+
+
+def _names(films: pd.DataFrame) -> list[Finding]:
+    hidden = films['name'] != films.path
+    if not hidden.any(): return []
+    return [Finding('warning', 'file names that may name patients', int(hidden.sum()), 'They are shown as film- and a '
+                    'hash here: rename the files before you share the set or a run trained on it.')]
+
+
+def _facts(films: pd.DataFrame, items: pd.DataFrame) -> dict[str, Any]:
+    whole = films[films.code.isna()]
+    tally = lambda column: {str(value): int(n) for value, n in whole[column].value_counts().items()}
+    span = lambda column: [int(v) for v in whole[column].quantile([0, 0.5, 1])] if len(whole) else []
+    return {'ignored': items.attrs['ignored'], 'patients': int(items.patient.nunique()), 'formats': tally('format'),
+            'modes': tally('mode'), 'bits': {key.removesuffix('.0'): n for key, n in tally('bits').items()},
+            'width': span('width'), 'height': span('height'), 'bytes': span('bytes')}
+
+
+def _draw(films: pd.DataFrame, pairs: pd.DataFrame, root: Path) -> dict[str, bytes]:
+    """Small pictures of the pairs that are shown, by name; none of a film with text that may name the patient."""
+    shown = pairs.groupby('relation').head(SHOWN)
+    pictures = {}
+    for i in sorted({*shown['first'], *shown['second']}):
+        if films.burned_in[i]: continue
+        try: image = Image.fromarray(open_film(root/films.path[i]).pixels)
+        except FilmError: continue
+        image.thumbnail((THUMB, THUMB))
+        image.save(buffer := BytesIO(), 'JPEG', quality=80)
+        pictures[films['name'][i]] = buffer.getvalue()
+    return pictures

@@ -1,0 +1,77 @@
+"""Tables for the terminal."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cxr_fastai.audit import Audit
+
+MOST_PROBES = 4
+"""Numbers shown for each thing they could tell; the page has all."""
+
+
+def metrics_table(metrics: dict) -> Table:
+    """The metrics of one split, with their intervals and the specification's targets."""
+    from cxr_fastai.evaluation import TARGETS
+    table = Table(caption_justify='left')
+    for name in ('', 'value', '95 % interval', 'target'): table.add_column(name, justify='right' if name else 'left')
+    for name in ('auc', 'sensitivity', 'specificity', 'accuracy', 'ppv', 'npv', 'f1'):
+        table.add_row(name.upper() if name in ('auc', 'ppv', 'npv', 'f1') else name,
+                      *_cells(metrics[name], TARGETS.get(name)))
+    c = metrics['confusion']
+    table.caption = (f'{c["tp"]} true positives, {c["fn"]} false negatives\n'
+                     f'{c["tn"]} true negatives, {c["fp"]} false positives')
+    return table
+
+
+def _cells(estimate: dict, target: float | None) -> tuple[str, str, str]:
+    value, low, high = estimate['value'], estimate['low'], estimate['high']
+    if value is None: return 'undefined', '', ''
+    met = '' if target is None else f'>= {target:.0%} ' + ('[green]met[/]' if value >= target else '[red]missed[/]')
+    return f'{value:.3f}', '' if low is None else f'{low:.3f} to {high:.3f}', met
+
+
+def predictions_table(rows: pd.DataFrame, most: int = 20) -> Table:
+    """The first predictions, with the code of each film that could not be used."""
+    table = Table(caption=f'the first {most} of {len(rows)}' if len(rows) > most else None)
+    for name in ('film', 'p(pneumonia)', 'prediction'): table.add_column(name, overflow='fold')
+    for row in rows.head(most).itertuples():
+        judged = (f'{row.p_pneumonia:.4f}', row.prediction) if row.status == 'ok' else ('', row.code)
+        table.add_row(escape(row.path), *judged)
+    return table
+
+
+def audit_tables(audit: Audit) -> Group:
+    """What an audit counted, found and probed."""
+    counts = Table(title='films', title_justify='left')
+    for name in ('split', 'class', 'kind'): counts.add_column(name)
+    counts.add_column('films', justify='right')
+    for row in audit.counts.itertuples(): counts.add_row(row.split, row.label, row.kind, f'{row.films:,}')
+    return Group(counts, _probes_table(audit), _findings_table(audit))
+
+
+def _probes_table(audit: Audit) -> Table:
+    from cxr_fastai.probes import TELLING
+    table = Table(title='what one number tells', title_justify='left')
+    for name in ('of what', 'number', 'AUC'): table.add_column(name, justify='right' if name == 'AUC' else 'left')
+    best = audit.probes.groupby('probe', sort=False).head(MOST_PROBES)
+    for row in best.itertuples():
+        table.add_row(row.probe, row.trait, f'[yellow]{row.auc:.3f}[/]' if row.auc > TELLING else f'{row.auc:.3f}')
+    return table
+
+
+def _findings_table(audit: Audit) -> Table:
+    table = Table(title='findings', title_justify='left', show_lines=True,
+                  caption=None if audit.findings else 'nothing was found to be wrong')
+    for name in ('', 'what', 'how often', 'what to do'): table.add_column(name, overflow='fold')
+    for finding in audit.findings:
+        level = f'[{"red" if finding.level == "error" else "yellow"}]{finding.level}[/]'
+        count = '' if finding.count is None else f'{finding.count:,}'
+        table.add_row(level, escape(finding.name), count, escape(finding.advice))
+    return table

@@ -1,0 +1,48 @@
+"""What a user may type after a command: one name and one meaning for each option, in every command that has it."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+Data = Annotated[Path | None, Option('--data', metavar='DIR', show_default='CXR_DATA, else data/chest_xray', help=(
+    'Folder of films (train|val|test / NORMAL|PNEUMONIA), or a CSV of them.'))]
+Csv = Annotated[Path | None, Option('--csv', metavar='FILE', show_default='none', help=(
+    'CSV of films instead: path,label[,split,patient].'))]
+FilmFolder = Annotated[Path | None, Argument(metavar='DIR', show_default='CXR_DATA, else data/chest_xray', help=(
+    'Folder of films, or a CSV of them.'))]
+Resize = Annotated[str, Option('--resize', help=(
+    'How a film becomes a square: squish (the specification), or its aspect kept by pad or crop.'))]
+Leakage = Annotated[bool, Option('--allow-leakage', help='Train though a patient is in two splits; it is recorded.')]
+Origin = Annotated[str, Option('--source', help=(
+    'mendeley: 1.2 GB, no account needed. kaggle: the same films, with a val folder. medmnist: 0.2 GB, 224 px.'))]
+AuditFolder = Annotated[Path, Option('--out', metavar='DIR', help='Folder for audit.json and audit.html.')]
+Arch = Annotated[str, Option('--arch', help='Network: baseline or resnet50.')]
+RecipeName = Annotated[str, Option('--recipe', help='How to train: reference is the specification.')]
+NewRun = Annotated[Path | None, Option('--out', metavar='RUN', show_default='runs/ARCH, or the next free', help=(
+    'Run folder to make; it must not hold anything.'))]
+NewFolder = Annotated[Path | None, Option('--out', metavar='DIR', show_default='demo, or the next free', help=(
+    'Folder to make; it must not hold anything.'))]
+NewTable = Annotated[Path | None, Option('--out', metavar='FILE', show_default='print only', help=(
+    'CSV to write; it must not exist.'))]
+Epochs = Annotated[int, Option('--epochs', metavar='N', help='Epochs in all, over the phases.')]
+LearningRate = Annotated[float | None, Option('--lr', show_default='1e-3', help=(
+    "The first phase's learning rate; later phases keep their ratio to it."))]
+Weights = Annotated[str | None, Option('--weights', show_default='imagenet for resnet50, none for baseline', help=(
+    'What to start from: imagenet, imagenet-v2, none, or the file of a state dict.'))]
+Valid = Annotated[str, Option('--valid', help='official: the val folder. patients: a tenth of the patients.')]
+Split = Annotated[str, Option('--split', help='Split to measure: train, valid or test.')]
+Size = Annotated[int, Option('--size', metavar='PX', min=48, max=2048, help=(
+    'Side of the film the network sees, in pixels.'))]
+FilmSize = Annotated[int, Option('--size', metavar='PX', min=64, max=4096, help='Side of a film, in pixels.')]
+Films = Annotated[int, Option('--films', metavar='N', help='Synthetic films in all.')]
+BatchSize = Annotated[int, Option('--batch-size', metavar='N', min=1, help='Films in a batch.')]
+Workers = Annotated[int | None, Option('--workers', metavar='N', min=0, show_default='the cores; 0 with a cache', help=(
+    'Processes that read films; 0 reads them in this one.'))]
+Threads = Annotated[int | None, Option('--workers', metavar='N', min=1, show_default='the cores', help=(
+    'Threads that read films.'))]
+Limit = Annotated[int | None, Option('--limit', metavar='N', min=1, show_default='all', help=(
+    'Only the first N films of each class and split, for trials.'))]
+Seed = Annotated[int, Option('--seed', metavar='N', min=0, help='Seed of everything random.')]
+RunFolder = Annotated[Path, Argument(metavar='RUN', help='Folder that `train` made.')]

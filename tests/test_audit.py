@@ -1,0 +1,242 @@
+"""An audit finds every fault that was planted in a set of films, and nothing else."""
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from filmfiles import PATIENT, dicom
+from PIL import Image
+
+from cxr_fastai.audit import audit, safe_name, save_audit
+from cxr_fastai.cli import main
+from cxr_fastai.demo import make_demo
+from cxr_fastai.probes import probe_label, probe_shift
+from cxr_fastai.traits import TRAITS, find_alike, measure_films
+
+
+@pytest.fixture(scope='module')
+def clean(tmp_path_factory) -> Path:
+    """Synthetic films in which nothing is wrong: enough validation films, no leak, no copy, no shortcut."""
+    folder = tmp_path_factory.mktemp('clean')/'films'
+    make_demo(folder, films=640, size=64, seed=0)
+    return folder
+
+
+@pytest.fixture
+def films(clean, tmp_path) -> Path: return Path(shutil.copytree(clean, tmp_path/'films'))
+
+
+def names(found) -> set[str]: return {finding.name for finding in found.findings}
+
+
+def first(folder: Path, i: int = 0) -> Path: return sorted(folder.iterdir())[i]
+
+
+def as_jpeg(source: Path, target: Path, quality: int, size: tuple[int, int] | None = None) -> Path:
+    image = Image.open(source)
+    (image.resize(size) if size else image).save(target, quality=quality)
+    return target
+
+
+def leaked_patient(films: Path) -> set[str]:
+    film = first(films/'train/PNEUMONIA')
+    patient, kind, _ = film.stem.split('_')
+    shutil.copy(first(films/'train/PNEUMONIA', 30), films/f'test/PNEUMONIA/{patient}_{kind}_99999.jpeg')
+    first(films/'train/PNEUMONIA', 30).unlink()
+    return {'patients in two splits'}
+
+
+def copy_of_other_quality(films: Path) -> set[str]:
+    as_jpeg(first(films/'train/NORMAL'), films/'train/NORMAL/IM-9001-0001.jpeg', quality=60)
+    return {'duplicate pairs inside train'}
+
+
+def exact_copy_in_another_split(films: Path) -> set[str]:
+    shutil.copy(first(films/'train/NORMAL', 3), films/'test/NORMAL/IM-9002-0001.jpeg')
+    return {'duplicate pairs across splits'}
+
+
+def copy_with_the_other_label(films: Path) -> set[str]:
+    as_jpeg(first(films/'train/NORMAL', 5), films/'train/PNEUMONIA/person9003_virus_1.jpeg', quality=90)
+    return {'duplicate pairs across classes'}
+
+
+def truncated_film(films: Path) -> set[str]:
+    bad = first(films/'train/NORMAL', 8)
+    bad.write_bytes(bad.read_bytes()[:900])
+    return {'films that cannot be used'}
+
+
+def copy_one_pixel_larger(films: Path) -> set[str]:
+    as_jpeg(first(films/'val/PNEUMONIA'), films/'val/PNEUMONIA/person9004_virus_1.jpeg', 90, size=(65, 65))
+    return {'duplicate pairs inside valid'}
+
+
+def name_of_a_patient(films: Path) -> set[str]:
+    first(films/'train/NORMAL', 11).rename(films/'train/NORMAL/Smith_Jane_20010203.jpeg')
+    return {'file names that may name patients'}
+
+
+PLANTS = [leaked_patient, copy_of_other_quality, exact_copy_in_another_split, copy_with_the_other_label, truncated_film,
+          copy_one_pixel_larger, name_of_a_patient]
+
+
+def test_nothing_is_found_where_nothing_is_wrong(clean):
+    found = audit(clean)
+    assert not found.findings and found.films == 640 and found.probes.auc.max() < 0.7
+
+
+@pytest.mark.parametrize('plant', PLANTS, ids=lambda plant: plant.__name__)
+def test_each_plant_is_found_and_nothing_else(films, plant):
+    planted = plant(films)
+    assert names(audit(films)) == planted
+
+
+def test_all_plants_together_are_found_once_each(films):
+    planted = set().union(*(plant(films) for plant in PLANTS))
+    found = audit(films)
+    assert names(found) == planted
+    assert {finding.count for finding in found.findings} == {1}
+    levels = {finding.name: finding.level for finding in found.findings}
+    assert {name for name, level in levels.items() if level == 'error'} == {
+        'patients in two splits', 'duplicate pairs across splits', 'duplicate pairs across classes',
+        'films that cannot be used'}
+    assert [finding.level for finding in found.findings] == sorted(levels.values())
+
+
+def test_a_shortcut_is_named(films):
+    for film in (films/'train/NORMAL').iterdir(): as_jpeg(film, film, quality=90, size=(80, 70))
+    told, = [finding for finding in audit(films).findings if finding.name == 'shortcut to label']
+    assert re.search(r'width 1.000', told.advice) and 'height 1.000' in told.advice and told.level == 'warning'
+
+
+def test_a_shift_between_splits_is_named(films):
+    for film in (films/'test/NORMAL').iterdir(): as_jpeg(film, film, quality=90, size=(80, 64))
+    assert names(audit(films)) == {'shortcut to train or test, NORMAL'}
+
+
+def test_small_validation_is_told_with_its_interval(films):
+    for film in sorted((films/'val/NORMAL').iterdir())[8:]: film.unlink()
+    finding, = audit(films).findings
+    assert finding.name == 'validation too small to select on' and 'from 0.' in finding.advice
+
+
+def test_films_listed_twice_are_found(clean):
+    rows = [(path.relative_to(clean.parent).as_posix(), path.parts[-2], 'train') for path in clean.rglob('*.jpeg')]
+    table = pd.DataFrame(rows, columns=['path', 'label', 'split'])
+    extra = pd.concat([table.head(2), table.tail(1).assign(split='test')])
+    pd.concat([table, extra]).to_csv(clean.parent/'twice.csv', index=False)
+    found = {finding.name: finding for finding in audit(clean.parent/'twice.csv').findings}
+    assert found['films listed twice'].count == 2 and found['films listed in two splits'].count == 1
+    assert not any(name.startswith('duplicate pairs') for name in found)
+
+
+@pytest.mark.parametrize(('path', 'shown'), [
+    ('train/NORMAL/IM-0115-0001.jpeg', 'train/NORMAL/IM-0115-0001.jpeg'),
+    ('chest_xray/val/PNEUMONIA/person12_bacteria_34.jpeg', 'chest_xray/val/PNEUMONIA/person12_bacteria_34.jpeg'),
+    ('train/NORMAL/NORMAL2-IM-0301-0001-0002.jpeg', 'train/NORMAL/NORMAL2-IM-0301-0001-0002.jpeg'),
+    ('a/medmnist-train-00001.png', 'a/medmnist-train-00001.png'), ('00012345_003.png', '00012345_003.png')])
+def test_names_that_name_nobody_are_shown(path, shown): assert safe_name(path) == shown
+
+
+@pytest.mark.parametrize('path', ['train/NORMAL/Doe^Jane.dcm', 'x/jane_doe.png', 'Müller, Anna.jpeg',
+                                  'Smith19701231.png', 'Doe_1970-12-31.jpeg', 'JANE DOE/1.png'])
+def test_names_that_may_name_a_patient_are_not(path):
+    assert not re.search('doe|jane|smith|anna|müller', safe_name(path).casefold())
+    assert safe_name(path) == safe_name(path) != safe_name('other/' + path)
+
+
+def test_no_patient_is_named_anywhere(films, tmp_path, capsys):
+    for split in ('train', 'test'):
+        (films/split/'NORMAL/Smith_Jane.dcm').write_bytes(dicom(BurnedInAnnotation='YES'))
+    shutil.copy(films/'train/NORMAL/Smith_Jane.dcm', films/'train/NORMAL/Smith_John.dcm')
+    (films/'train/NORMAL/Smith_Anna.jpeg').write_bytes(b'')
+    assert main(['data', 'audit', str(films), '--out', str(tmp_path/'audit')]) == 1
+    shown = capsys.readouterr()
+    for text in (shown.out, shown.err, *(path.read_text() for path in (tmp_path/'audit').iterdir())):
+        assert not re.search('smith|' + re.escape(PATIENT), text, re.IGNORECASE)
+    assert 'not shown: it may carry' in (tmp_path/'audit/audit.html').read_text()
+
+
+def test_the_files_are_one_page_and_one_object(films, tmp_path):
+    copy_with_the_other_label(films), leaked_patient(films)
+    save_audit(audit(films), tmp_path/'audit')
+    told = json.loads((tmp_path/'audit/audit.json').read_text())
+    assert told['films'] == 641 and {finding['level'] for finding in told['findings']} == {'error'}
+    assert told['facts']['formats'] == {'JPEG': 641} and {row['trait'] for row in told['probes']} <= set(TRAITS)
+    page = (tmp_path/'audit/audit.html').read_text()
+    assert page.count('<img src="data:image/jpeg;base64,') == 2 and "default-src 'none'" in page
+    assert not re.search(r'<script|https?://|src="(?!data:)', page)
+
+
+def test_names_cannot_become_markup(films, tmp_path):
+    evil = films/'train/NORMAL/"><script>x<!--[red].jpeg'
+    shutil.copy(first(films/'test/NORMAL'), evil)
+    assert main(['data', 'audit', str(films), '--out', str(tmp_path/'audit')]) == 1
+    assert '<script' not in (tmp_path/'audit/audit.html').read_text()
+
+
+def test_the_exit_code_tells_errors_from_warnings(clean, films, tmp_path, capsys):
+    out = ['--out', str(tmp_path/'audit')]
+    assert main(['data', 'audit', str(clean), *out]) == 0
+    assert 'nothing was found to be wrong' in capsys.readouterr().out
+    copy_of_other_quality(films)
+    assert main(['data', 'audit', str(films), *out]) == 0
+    exact_copy_in_another_split(films)
+    assert main(['data', 'audit', str(films), *out]) == 1
+    assert main(['data', 'audit', str(films), '--out', '/sys/cxr']) == 6
+
+
+def test_alike_is_pearsons_correlation_whatever_the_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    thumbnails = rng.integers(0, 256, (300, 8, 8), dtype=np.uint8)
+    thumbnails[200:] = np.clip(thumbnails[:100] + rng.integers(0, 40, (100, 8, 8)), 0, 255)
+    thumbnails[7] = 9  # blank: like nothing
+    expected = np.triu(np.corrcoef(thumbnails.reshape(300, -1) + 1e-9*rng.random((300, 64))), 1) >= 0.9
+    wanted = {(i, j) for i, j in np.argwhere(expected).tolist() if 7 not in (i, j)}
+    for block in (2048, 64, 77):
+        monkeypatch.setattr('cxr_fastai.traits.BLOCK', block)
+        assert {(i, j) for i, j, _ in find_alike(thumbnails, 0.9)} == wanted and len(wanted) > 50
+
+
+def test_probes_need_enough_films_and_patients():
+    table = pd.DataFrame({trait: np.arange(60.0) for trait in TRAITS}).assign(
+        split='train', label=['NORMAL', 'PNEUMONIA']*30, patient='one')
+    assert probe_label(table).empty and probe_shift(table).empty
+
+
+def test_a_probe_judges_patients_it_has_not_seen():
+    # Every patient has a width of their own: it tells nothing about another patient.
+    rng = np.random.default_rng(0)
+    patient = np.repeat(np.arange(80), 5)
+    width = np.repeat(rng.random(80), 5)
+    label = np.where(np.repeat(rng.random(80) < 0.5, 5), 'PNEUMONIA', 'NORMAL')
+    table = pd.DataFrame({trait: 1.0 for trait in TRAITS}, index=range(400)).assign(
+        width=width, split='train', label=label, patient=patient.astype(str))
+    row, = probe_label(table).itertuples()
+    assert row.trait == 'width' and row.auc < 0.65
+
+
+def test_traits_are_those_of_the_file_and_its_look(tmp_path):
+    ramp = np.tile(np.arange(0, 256, 2, dtype=np.uint8), (128, 1))
+    Image.fromarray(ramp).save(tmp_path/'a.png')
+    Image.fromarray(ramp).convert('RGB').save(tmp_path/'b.png')
+    table, thumbnails = measure_films(['a.png', 'b.png', 'none.png'], tmp_path)
+    assert thumbnails.shape == (3, 32, 32) and table.code.fillna('').to_list() == ['', '', 'E_IO']
+    assert table.digest[0] == table.digest[1] and table.colour[:2].to_list() == [0, 1]
+    assert table['vertical sharpness'][0] == 0 and table['horizontal sharpness'][0] == pytest.approx(254/223, rel=0.01)
+    assert table['bytes per pixel'][0] == (tmp_path/'a.png').stat().st_size/128**2
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_real_set_has_28_copies_inside_train_and_nothing_across(real_films):
+    found = audit(real_films)
+    assert {finding.name: finding.count for finding in found.findings if 'pairs' in finding.name} == {
+        'duplicate pairs inside train': 28}
+    assert names(found) == {'duplicate pairs inside train', 'validation too small to select on', 'shortcut to label'}
+    sharpness = found.probes.query('trait == "vertical sharpness"').auc.iloc[0]
+    assert sharpness == pytest.approx(0.92, abs=0.01)

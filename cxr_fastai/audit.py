@@ -17,7 +17,7 @@ from rich.console import Console
 from cxr_fastai.core import FilmError, UsageError, write_json, write_text, writing
 from cxr_fastai.images import open_film
 from cxr_fastai.items import check_trainable, doubt_validation, film_root, leaking_patients, read_items
-from cxr_fastai.probes import TELLING, probe_label, probe_shift
+from cxr_fastai.probes import LABEL, TELLING, probe_label, probe_shift
 from cxr_fastai.traits import find_alike, measure_films
 
 KNOWN_WORDS = {
@@ -25,6 +25,9 @@ KNOWN_WORDS = {
     'chest', 'xray', 'ray', 'cxr', 'film', 'films', 'image', 'images', 'img', 'scan', 'view', 'pa', 'ap', 'lateral',
     'left', 'right', 'medmnist', 'masks', 'data', 'dataset', 'kaggle', 'copy', 'dup', 'study', 'series', 'demo'}
 """Words in the names of films that name nobody."""
+HARM = {True: 'A network can use what it sees of it in place of the disease.',
+        False: 'What holds on the films of one split may not hold on those of the other.'}
+"""What a telling number does, where it tells the label and where it tells a split."""
 SHOWN = 40
 """Pairs of a finding that the page shows."""
 THUMB = 160
@@ -163,9 +166,9 @@ def _too_few(items: pd.DataFrame) -> list[Finding]:
 
 def _telling(probes: pd.DataFrame) -> list[Finding]:
     telling = probes[probes.auc > TELLING]
-    return [Finding('warning', f'shortcut to {probe}', len(found),
+    return [Finding('warning', 'shortcuts to the label' if probe == LABEL else f'shift between {probe}', len(found),
                     ', '.join(f'{trait} {auc:.3f}' for trait, auc in zip(found.trait, found.auc, strict=True))
-                    + ': the AUC of each number alone. A network can use what it sees of it instead of the disease.')
+                    + f': the AUC of each number alone. {HARM[probe == LABEL]}')
             for probe, found in telling.groupby('probe', sort=False)]
 
 

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from cxr_fastai import dicom
-from cxr_fastai.core import Film, FilmError
+from cxr_fastai.core import Film, FilmError, UsageError
 from cxr_fastai.windows import percentile_grey
 
 FORMATS = {'JPEG': ('.jpeg', '.jpg'), 'PNG': ('.png',), 'TIFF': ('.tiff', '.tif'), 'DICOM': dicom.SUFFIXES}
@@ -52,9 +52,13 @@ RESIZES = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What every film goes through on its way to the network; recipe and model file carry its fields."""
+    """What every film goes through on its way to the network; recipe and model file carry its fields. Raises
+    `UsageError` for a way to resize that does not exist."""
     size: int = 224
     resize: str = 'squish'
+
+    def __post_init__(self):
+        if self.resize not in RESIZES: raise UsageError(f'--resize {self.resize}: choose {", ".join(RESIZES)}.')
 
     @classmethod
     def of(cls, source: Any) -> Preprocessing:

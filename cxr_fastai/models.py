@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cxr_fastai.core import VOCAB, CXRError, Phase, Recipe, UsageError
-from cxr_fastai.images import RESIZES
+from cxr_fastai.images import Preprocessing
 
 # ImageNet's mean and standard deviation per channel, for pixels in [0, 1].
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
@@ -89,15 +89,15 @@ def make_recipe(arch: str, name: str = 'reference', epochs: int = 15, lr: float 
     `lr` is the first phase's learning rate; later phases keep their ratio to it. Raises `UsageError` for what does
     not exist.
     """
-    if fields.get('resize', 'squish') not in RESIZES:
-        raise UsageError(f'--resize {fields["resize"]}: choose {", ".join(RESIZES)}.')
     if name != 'reference': raise UsageError(f'--recipe {name}: there is only reference.')
     if lr is not None and not 0 < lr < math.inf: raise UsageError(f'--lr {lr}: a positive number is needed.')
     if epochs < 1: raise UsageError(f'--epochs {epochs}: at least 1 is needed.')
     facts = find_arch(arch)
     scale = 1 if lr is None else lr/facts.phases[0][2]
     weights = _check_weights(arch, weights or facts.default_weights)
-    return Recipe(arch=arch, name=name, phases=_phases(facts, epochs, scale), weights=weights, **fields)
+    recipe = Recipe(arch=arch, name=name, phases=_phases(facts, epochs, scale), weights=weights, **fields)
+    Preprocessing.of(recipe)  # refuses what cannot be
+    return recipe
 
 
 def find_arch(arch: str) -> Arch:

@@ -12,6 +12,8 @@ TELLING = 0.70
 ENOUGH = 20
 """Films, and patients, on either side below which nothing is probed: chance alone would look telling."""
 FOLDS = 5
+LABEL = 'label'
+"""The probe of the label, beside those of the splits."""
 
 
 def probe_label(films: pd.DataFrame) -> pd.DataFrame:
@@ -22,7 +24,7 @@ def probe_label(films: pd.DataFrame) -> pd.DataFrame:
     """
     train = films[films.split == 'train']
     for chosen in (train, films):
-        probed = _probe('label', chosen, (chosen.label == VOCAB[POSITIVE]).to_numpy())
+        probed = _probe(LABEL, chosen, (chosen.label == VOCAB[POSITIVE]).to_numpy())
         if len(probed): break
     return probed
 
@@ -34,7 +36,7 @@ def probe_shift(films: pd.DataFrame) -> pd.DataFrame:
     for label in VOCAB:
         for other in ('valid', 'test'):
             chosen = films[(films.label == label) & films.split.isin(['train', other])]
-            found.append(_probe(f'train or {other}, {label}', chosen, (chosen.split == other).to_numpy()))
+            found.append(_probe(f'train and {other}, {label}', chosen, (chosen.split == other).to_numpy()))
     return pd.concat(found, ignore_index=True)
 
 

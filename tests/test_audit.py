@@ -109,13 +109,13 @@ def test_all_plants_together_are_found_once_each(films):
 
 def test_a_shortcut_is_named(films):
     for film in (films/'train/NORMAL').iterdir(): as_jpeg(film, film, quality=90, size=(80, 70))
-    told, = [finding for finding in audit(films).findings if finding.name == 'shortcut to label']
+    told, = [finding for finding in audit(films).findings if finding.name == 'shortcuts to the label']
     assert re.search(r'width 1.000', told.advice) and 'height 1.000' in told.advice and told.level == 'warning'
 
 
 def test_a_shift_between_splits_is_named(films):
     for film in (films/'test/NORMAL').iterdir(): as_jpeg(film, film, quality=90, size=(80, 64))
-    assert names(audit(films)) == {'shortcut to train or test, NORMAL'}
+    assert names(audit(films)) == {'shift between train and test, NORMAL'}
 
 
 def test_small_validation_is_told_with_its_interval(films):
@@ -237,6 +237,7 @@ def test_the_real_set_has_28_copies_inside_train_and_nothing_across(real_films):
     found = audit(real_films)
     assert {finding.name: finding.count for finding in found.findings if 'pairs' in finding.name} == {
         'duplicate pairs inside train': 28}
-    assert names(found) == {'duplicate pairs inside train', 'validation too small to select on', 'shortcut to label'}
+    assert names(found) == {'duplicate pairs inside train', 'validation too small to select on',
+                            'shortcuts to the label'}
     sharpness = found.probes.query('trait == "vertical sharpness"').auc.iloc[0]
     assert sharpness == pytest.approx(0.92, abs=0.01)

@@ -192,7 +192,7 @@ def _read_classes(root: Path) -> dict[str, str | None]:
     if not path.exists(): return {}
     try: classes = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error: raise UsageError(f'{path}: damaged ({error}).') from None
-    if not isinstance(classes, dict) or not set(classes.values()) <= {*VOCAB, None}:
+    if not isinstance(classes, dict) or not all(label in (*VOCAB, None) for label in classes.values()):
         raise UsageError(f'{path}: expected an object that maps names of classes to {", ".join(VOCAB)} or null.')
     return classes
 

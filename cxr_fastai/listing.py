@@ -64,10 +64,12 @@ def _text(path: Path) -> str:
 def _parse(path: Path, text: str) -> pd.DataFrame:
     header = text.split('\n', 1)[0]
     delimiter = max(DELIMITERS, key=header.count)
-    names = [name.strip().lower() for name in next(csv.reader([header.strip()], delimiter=delimiter), [])]
+    names, *rows = csv.reader(StringIO(text, newline=''), delimiter=delimiter, strict=True)
+    names = [name.strip().lower() for name in names]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f'{path}: its header has the column {", ".join(twice)} twice.')
-    table = pd.read_csv(StringIO(text), sep=delimiter, dtype=str, header=0, names=names, index_col=False,
-                        keep_default_na=False, na_values=[''], skip_blank_lines=False)
-    table = table[table.notna().any(axis=1)].apply(lambda column: column.str.strip().replace('', None))
-    return table.set_axis(table.index + 2)
+    lengths = pd.Series([len(row) for row in rows], range(2, len(rows) + 2), dtype=int)
+    if (long := lengths > len(names)).any():
+        raise UsageError(f'{path}: more cells than the header has in {rows_where(long)}.')
+    cells = [[cell.strip() or None for cell in row] + [None]*(len(names) - len(row)) for row in rows]
+    return pd.DataFrame(cells, lengths.index, names, dtype=object).dropna(how='all')

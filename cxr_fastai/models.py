@@ -22,7 +22,7 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 def normalize(films: Tensor) -> Tensor:
     """Grey films in [0, 1], (n, 1, h, w), as the networks want them: ImageNet-normalised, (n, 3, h, w)."""
-    return (films - MEAN.to(films.device))/STD.to(films.device)  # broadcasting makes the three channels
+    return (films - MEAN.to(films.device)).div_(STD.to(films.device))  # broadcasting makes the three channels
 
 
 def denormalize(films: Tensor) -> Tensor:

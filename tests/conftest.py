@@ -26,7 +26,7 @@ def run(films, tmp_path_factory) -> Run:
     """A baseline trained for two epochs through the command line; not to be changed by a test."""
     folder = tmp_path_factory.mktemp('runs')/'run'
     assert main(['train', '--data', str(films), '--out', str(folder), '--epochs', '2', '--size', '64',
-                 '--batch-size', '8', '--seed', '1']) == 0
+                 '--batch-size', '8', '--seed', '1', '--workers', '0']) == 0
     return Run.open(folder)
 
 

@@ -10,8 +10,12 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from cxr_fastai.cli import app, main
+from cxr_fastai.images import Preprocessing
+from cxr_fastai.inference import Predictor
+from cxr_fastai.run import Run
 
 README = (Path(__file__).parents[1]/'README.md').read_text()
 
@@ -27,7 +31,7 @@ def refused(capsys, argv: list, code: int, says: str) -> None:
 
 @pytest.fixture
 def train(films, tmp_path):
-    return ['train', '--data', films, '--out', tmp_path/'run', '--epochs', '1', '--size', '48']
+    return ['train', '--data', films, '--out', tmp_path/'run', '--epochs', '1', '--size', '48', '--workers', '0']
 
 
 def test_help_is_quick_because_it_loads_neither_torch_nor_pandas():
@@ -65,7 +69,7 @@ def test_the_version_is_that_of_the_package(capsys):
 
 def test_missing_films_say_how_to_get_some(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    refused(capsys, ['train'], 1, 'data/chest_xray: no such folder.*--data DIR.*Kaggle.*cxr-fastai data demo')
+    refused(capsys, ['train'], 1, 'data/chest_xray: no such folder.*--data DIR.*cxr-fastai data download.*data demo')
     refused(capsys, ['train', '--data', 'nowhere'], 1, 'nowhere: no such folder')
 
 
@@ -73,7 +77,7 @@ def test_cxr_data_is_found(films, monkeypatch, tmp_path):
     monkeypatch.setenv('CXR_DATA', str(films))
     monkeypatch.chdir(tmp_path)
     for folder in ('runs/baseline', 'runs/baseline-2'):
-        assert main(['train', '--epochs', '1', '--size', '48', '--limit', '2']) == 0
+        assert main(['train', '--epochs', '1', '--size', '48', '--limit', '2', '--workers', '0']) == 0
         assert (tmp_path/folder/'learner.pkl').is_file()
 
 
@@ -97,6 +101,42 @@ def test_one_class_or_an_empty_split_is_wrong_usage(capsys, films, tmp_path):
 def test_wrong_options_of_train(capsys, train, tmp_path, options, code, says):
     refused(capsys, [*train, *options], code, says)
     assert not (tmp_path/'run').exists()
+
+
+def test_a_leak_is_refused_unless_it_is_allowed_and_recorded(capsys, films, tmp_path):
+    leaky = Path(shutil.copytree(films, tmp_path/'leaky'))
+    film = sorted((leaky/'train/PNEUMONIA').iterdir())[0]
+    shutil.copy(film, leaky/'test/PNEUMONIA'/f'{film.stem}0.jpeg')
+    argv = ['train', '--data', leaky, '--out', tmp_path/'run', '--epochs', '1', '--size', '48', '--workers', '0']
+    refused(capsys, argv, 2, '1 patients have films in two splits.*data audit.*--allow-leakage')
+    assert not (tmp_path/'run').exists()
+    assert main([str(word) for word in [*argv, '--allow-leakage', '--limit', '3']]) == 0
+    assert '"allow_leakage": true' in (tmp_path/'run/recipe.json').read_text()
+
+
+@pytest.mark.parametrize('resize', ['pad', 'crop'])
+def test_the_way_to_resize_travels_from_training_to_prediction(train, films, tmp_path, resize):
+    tall = tmp_path/'tall.png'
+    Image.open(next((films/'test').rglob('*.jpeg'))).resize((96, 180)).save(tall)
+    assert main([str(word) for word in [*train, '--resize', resize, '--limit', '3']]) == 0
+    predictor = Predictor.load(tmp_path/'run')
+    assert predictor.config.resize == resize and Run.open(tmp_path/'run').recipe.resize == resize
+    row, = predictor.predict([tall])
+    score = lambda seen: predictor.scores(seen.load(tall)[None].copy())[0]
+    assert row['p_pneumonia'] == score(Preprocessing(48, resize)) != score(Preprocessing(48))
+
+
+def test_odd_films_are_predicted_with_a_note_and_others_rejected(run, films, tmp_path):
+    from filmfiles import DEEP, dicom, encoded
+    folder = tmp_path/'in'
+    folder.mkdir()
+    odd = {'a.png': encoded(DEEP), 'b.dcm': dicom(), 'c.dcm': dicom(Modality='CT'), 'd.tif': b'II*'}
+    for name, data in odd.items(): (folder/name).write_bytes(data)
+    assert main(['predict', str(run.path), str(folder), '--out', str(tmp_path/'p.csv')]) == 3
+    table = pd.read_csv(tmp_path/'p.csv')
+    assert table.status.to_list() == ['ok', 'ok', 'rejected', 'error']
+    assert table.code.fillna('').to_list() == ['', '', 'E_DICOM_MODALITY', 'E_FORMAT']
+    assert table.message[:2].str.contains('window 1014 to 3985').all() and table.message.str.len().max() <= 200
 
 
 def test_weights_of_the_wrong_shape_leave_no_run(capsys, train, tmp_path):
@@ -138,7 +178,8 @@ def test_a_full_disk_ends_with_six_and_one_line(films, tmp_path):
             'resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); '
             'from cxr_fastai.cli import main; sys.exit(main(sys.argv[1:]))')
     done = subprocess.run([sys.executable, '-c', code, 'train', '--data', str(films), '--out', str(tmp_path/'run'),
-                           '--epochs', '1', '--size', '48', '--limit', '4'], capture_output=True, text=True)
+                           '--epochs', '1', '--size', '48', '--limit', '4', '--workers', '0'], capture_output=True,
+                          text=True)
     assert done.returncode == 6 and 'learner.pkl: cannot be written (File too large)' in lines(done.stderr)[0]
     assert not list((tmp_path/'run').glob('*learner.pkl*'))
 

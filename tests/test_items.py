@@ -7,6 +7,7 @@ import pytest
 from cxr_fastai.core import CXRError, UsageError
 from cxr_fastai.items import (
     COLUMNS,
+    check_leakage,
     check_trainable,
     count_films,
     data_root,
@@ -14,6 +15,7 @@ from cxr_fastai.items import (
     doubt_validation,
     film_root,
     find_films,
+    leaking_patients,
     parse_name,
     read_items,
     split_patients,
@@ -93,16 +95,6 @@ def test_a_csv_names_films_splits_and_patients(tmp_path):
     assert film_root(tmp_path/'films.csv') == tmp_path
 
 
-@pytest.mark.parametrize(('text', 'complaint'), [
-    ('file,label\na.png,NORMAL\n', 'has no column path'), ('path,label\na.png,COVID\n', "found the classes 'COVID'"),
-    ('path,label,split\na.png,NORMAL,holdout\n', 'unknown split holdout'),
-    ('path,label\na.png,\n', 'no label in row 2'),
-    ('path,label\n,NORMAL\n', 'no path in row 2')])
-def test_a_csv_that_does_not_fit_is_refused(tmp_path, text, complaint):
-    (tmp_path/'films.csv').write_text(text)
-    with pytest.raises(UsageError, match=complaint): read_items(tmp_path/'films.csv')
-
-
 def test_a_third_class_is_named_in_the_refusal(tmp_path):
     with pytest.raises(UsageError, match='COVID.*expected NORMAL and PNEUMONIA'):
         read_items(plant(tmp_path, [*TREE, 'train/COVID/c.png']))
@@ -163,10 +155,53 @@ def test_the_data_folder_is_the_option_then_the_environment_then_the_default(tmp
     assert data_root(tmp_path/'data') == tmp_path/'data'
 
 
-def test_links_to_folders_are_not_followed(tmp_path):
+def test_links_are_not_followed_to_folders_or_films(tmp_path):
     plant(tmp_path/'in', ['a.png'])
+    plant(tmp_path/'out', ['b.png'])
     (tmp_path/'in'/'loop').symlink_to(tmp_path/'in')
-    assert [film.name for film in find_films(tmp_path/'in')[0]] == ['a.png']
+    (tmp_path/'in'/'b.png').symlink_to(tmp_path/'out'/'b.png')
+    films, ignored = find_films(tmp_path/'in')
+    assert [film.name for film in films] == ['a.png'] and ignored == {'link': 1}
+
+
+def test_suffixes_do_not_come_from_the_systems_table(tmp_path, monkeypatch):
+    import mimetypes
+    monkeypatch.setattr(mimetypes, 'types_map', {})
+    plant(tmp_path, ['a.JPG', 'b.jpeg', 'c.Png', 'd.tif', 'e.tiff', 'f.dcm', 'g.dicom', 'h.gif', 'i.webp', 'j'])
+    assert [film.name[0] for film in find_films(tmp_path)[0]] == list('abcdefg')
+
+
+OTHERS = ['train/normal /a.png', 'train/Normal/b.png', 'train/PNEUMONIA_BACTERIA/c.png', 'train/COVID/d.png']
+
+
+def test_other_names_of_classes_are_refused_with_what_was_found_and_what_to_write(tmp_path):
+    with pytest.raises(UsageError, match="found the classes 'COVID', 'Normal', 'PNEUMONIA_BACTERIA', 'normal '.*"
+                                         'classes.json.*null leaves a class out'):
+        read_items(plant(tmp_path, OTHERS))
+
+
+def test_other_names_of_classes_can_be_mapped(tmp_path):
+    plant(tmp_path, OTHERS)
+    (tmp_path/'classes.json').write_text('{"normal ": "NORMAL", "Normal": "NORMAL", "PNEUMONIA_BACTERIA": "PNEUMONIA", '
+                                         '"COVID": null}')
+    items = read_items(tmp_path)
+    assert dict(zip(items.path, items.label, strict=True)) == {
+        OTHERS[0]: 'NORMAL', OTHERS[1]: 'NORMAL', OTHERS[2]: 'PNEUMONIA'}
+    assert items.attrs['ignored'] == {'class COVID': 1, 'not a film': 1}
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '{"Normal": "HEALTHY"}', '{"Normal": []}'])
+def test_a_mapping_that_is_none_is_refused(tmp_path, text):
+    plant(tmp_path, OTHERS)
+    (tmp_path/'classes.json').write_text(text)
+    with pytest.raises(UsageError, match='classes.json: (damaged|expected an object)'): read_items(tmp_path)
+
+
+def test_a_patient_in_two_splits_is_refused(tmp_path):
+    items = read_items(plant(tmp_path, [*TREE, 'test/PNEUMONIA/person1_virus_9.png']))
+    assert leaking_patients(items).to_dict() == {'virus-1': ['test', 'train']}
+    with pytest.raises(UsageError, match='1 patients have films in two splits.*--allow-leakage'): check_leakage(items)
+    check_leakage(items[items.split != 'test'])
 
 
 @pytest.mark.real

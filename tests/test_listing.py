@@ -1,0 +1,102 @@
+"""A CSV lists films as well as a folder does, or one line says what is wrong with it."""
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cxr_fastai.cli import main
+from cxr_fastai.core import UsageError
+from cxr_fastai.inference import list_films
+from cxr_fastai.items import COLUMNS, read_items
+from cxr_fastai.listing import read_listing
+
+ROWS = 'path,label,split,patient\na.png,NORMAL,train,p1\nb é.png,PNEUMONIA,val,p2\nc.png,NORMAL,test,\n'
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name in ('a.png', 'b é.png', 'c.png'): (tmp_path/name).write_bytes(b'film')
+    return tmp_path
+
+
+def listed(folder: Path, text: str | bytes) -> pd.DataFrame:
+    (folder/'films.csv').write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_items(folder/'films.csv')
+
+
+EXPECTED = [['a.png', 'NORMAL', 'train', 'p1'], ['b é.png', 'PNEUMONIA', 'valid', 'p2'],
+            ['c.png', 'NORMAL', 'test', 'c']]
+FORMS = {'UTF-8': ROWS.encode(), 'BOM': ROWS.encode('utf-8-sig'), 'UTF-16': ROWS.encode('utf-16'),
+         'Windows-1252': ROWS.encode('cp1252'), 'CRLF': ROWS.replace('\n', '\r\n').encode(),
+         'semicolon': ROWS.replace(',', ';').encode(), 'tab': ROWS.replace(',', '\t').encode(),
+         'header': ROWS.replace('path,label', ' Path , LABEL').encode(),
+         'quotes': ROWS.replace('a.png', '" a.png "').encode(), 'empty rows': (ROWS + '\n,,,\n').encode()}
+
+
+@pytest.mark.parametrize('data', FORMS.values(), ids=FORMS)
+def test_the_usual_forms_of_a_csv_are_read(folder, data):
+    items = listed(folder, data)
+    assert items[['path', 'label', 'split', 'patient']].values.tolist() == EXPECTED and list(items) == COLUMNS
+
+
+def test_more_columns_do_no_harm(folder):
+    assert len(listed(folder, 'age,path,label\n3,a.png,NORMAL\n4,c.png,PNEUMONIA\n')) == 2
+
+
+@pytest.mark.parametrize(('text', 'complaint'), [
+    ('path,label\na.png,\nc.png,NORMAL\n', 'no label in row 2'), ('path,label\n,NORMAL\n', 'no path in row 2'),
+    ('path,label\na.png,COVID\nc.png,NORMAL\n', r"found the classes 'COVID', 'NORMAL' \(row 2\).*classes.json"),
+    ('path,label\ngone.png,NORMAL\na.png,NORMAL\n', 'no such file in row 2; paths count from'),
+    ('path,label\na.png,NORMAL\nc.png,NORMAL\na.png,PNEUMONIA\n', 'same film has two labels in rows 2, 4'),
+    ('path,label,label\na.png,NORMAL,NORMAL\n', 'header has the column label twice'),
+    ('path,label,split\na.png,NORMAL,holdout\n', 'unknown split holdout in row 2'),
+    ('path,label,split\na.png,NORMAL,\n', r'unknown split \(empty\) in row 2'),
+    ('', 'not a CSV'), ('\1\2\n\1', 'has no column path or label'), ('\0\n', 'not a CSV|has no column'),
+    ('path,label\n"a.png,NORMAL\n', 'not a CSV'),
+    ('file,label\na.png,NORMAL\n', 'has no column path; found file, label'),
+    ('path,label\na.png,NORMAL\nc.png,NORMAL,x,y\n', 'more cells than the header has in row 3')])
+def test_what_is_wrong_is_told_with_its_rows(folder, text, complaint, capsys):
+    with pytest.raises(UsageError, match=complaint): listed(folder, text)
+    assert main(['data', 'prepare', '--csv', str(folder/'films.csv')]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_ten_rows_are_named_and_all_counted(folder):
+    text = 'path,label\n' + ''.join(f'{i}.png,NORMAL\n' for i in range(1500))
+    with pytest.raises(UsageError, match=r'in rows 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 \(1,500 in all\)'):
+        listed(folder, text)
+
+
+def test_rows_that_repeat_another_count_once(folder):
+    items = listed(folder, 'path,label\na.png,NORMAL\na.png,NORMAL\nc.png,PNEUMONIA\n')
+    assert len(items) == 2 and items.attrs['ignored'] == {'listed twice': 1}
+
+
+@pytest.mark.slow
+def test_a_million_rows_are_read(tmp_path):
+    with open(tmp_path/'films.csv', 'w') as file:
+        file.write('path,label\n')
+        file.writelines(f'train/PNEUMONIA/person{i}_virus_{i}.jpeg,PNEUMONIA\n' for i in range(1_000_000))
+    table = read_listing(tmp_path/'films.csv')
+    assert len(table) == 1_000_000 and table.index[-1] == 1_000_001
+
+
+def test_a_csv_works_wherever_a_folder_does(films, run, tmp_path, capsys):
+    items = read_items(films)
+    items.replace({'split': {'valid': 'val'}}).to_csv(films.parent/'all.csv', index=False)
+    table = pd.read_csv(films.parent/'all.csv').assign(path=lambda t: 'films/' + t.path)
+    table.to_csv(films.parent/'all.csv', index=False)
+    listing = str(films.parent/'all.csv')
+    assert main(['train', '--csv', listing, '--out', str(tmp_path/'run'), '--epochs', '1', '--size', '48',
+                 '--limit', '3', '--workers', '0']) == 0
+    assert main(['evaluate', str(tmp_path/'run'), '--csv', listing, '--limit', '3']) == 0
+    assert main(['data', 'audit', '--csv', listing, '--out', str(tmp_path/'audit')]) == 0
+    assert main(['predict', str(tmp_path/'run'), listing, '--out', str(tmp_path/'p.csv')]) == 0
+    assert len(pd.read_csv(tmp_path/'p.csv')) == len(items)
+    assert main(['train', '--data', str(films), '--csv', listing]) == 2
+    assert 'name one of them' in capsys.readouterr().err
+
+
+def test_predicting_needs_no_labels(folder):
+    (folder/'films.csv').write_text('path\na.png\nc.png\n')
+    assert list_films([folder/'films.csv']) == [folder/'a.png', folder/'c.png']

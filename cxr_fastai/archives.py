@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from struct import error as StructError
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 from rich.console import Console
 
@@ -129,13 +128,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
             if folder.exists(): folder.rmdir()  # Windows renames onto no folder, not even an empty one
             os.replace(temporary, folder)
     finally: shutil.rmtree(temporary, ignore_errors=True)
-
-
-def list_films(folder: Path) -> pd.DataFrame:
-    """The columns path, label, split (as folders) of the films below `folder`, by path."""
-    paths = sorted(path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
-    rows = [(path.as_posix(), path.parts[1], path.parts[0]) for path in paths]
-    return pd.DataFrame(rows, columns=['path', 'label', 'split'])
 
 
 def check_hash(archive: Path, md5: str) -> None:

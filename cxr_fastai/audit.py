@@ -67,8 +67,8 @@ def audit(data: Path, workers: int | None = None, console: Console | None = None
     whole = films[films.code.isna()]
     probes = pd.concat([probe_label(whole), probe_shift(whole)], ignore_index=True)
     pairs = _pair_up(films, find_alike(thumbnails))
-    findings = [*_unreadable(films), *_leakage(items), *_duplicates(pairs), *_listed_twice(items), *_too_few(items),
-                *_telling(probes), *_names(films)]
+    findings = [*_unreadable(films), *_burned_in(films), *_leakage(items), *_duplicates(pairs), *_listed_twice(items),
+                *_too_few(items), *_telling(probes), *_names(films)]
     counts = items.groupby(['split', 'label', 'kind']).size().rename('films').reset_index()
     return Audit(data.resolve().name, len(items), counts, _facts(films, items), probes,
                  tuple(sorted(findings, key=lambda finding: finding.level != 'error')), _draw(films, pairs, root))
@@ -116,6 +116,14 @@ def _unreadable(films: pd.DataFrame) -> list[Finding]:
     codes = ', '.join(f'{n} {code}' for code, n in Counter(bad.code).items())
     return [Finding('error', 'films that cannot be used', len(bad), f'{codes}: mend or remove them.',
                     tuple(zip(bad['name'], bad.code, strict=True)))]
+
+
+def _burned_in(films: pd.DataFrame) -> list[Finding]:
+    burned = films[films.burned_in == True]  # noqa: E712  (missing for a film that cannot be read)
+    if burned.empty: return []
+    return [Finding('warning', 'films with burned-in text', len(burned), 'Their files say that the picture may name '
+                    'the patient: they are not shown here; do not share them.',
+                    tuple((name,) for name in burned['name']))]
 
 
 def _leakage(items: pd.DataFrame) -> list[Finding]:
@@ -182,7 +190,8 @@ def _names(films: pd.DataFrame) -> list[Finding]:
 def _facts(films: pd.DataFrame, items: pd.DataFrame) -> dict[str, Any]:
     whole = films[films.code.isna()]
     tally = lambda column: {str(value): int(n) for value, n in whole[column].value_counts().items()}
-    span = lambda column: [int(v) for v in whole[column].quantile([0, 0.5, 1])] if len(whole) else []
+    span = lambda column: dict(zip(('least', 'median', 'most'), map(int, whole[column].quantile([0, 0.5, 1])),
+                                   strict=True)) if len(whole) else {}
     return {'ignored': items.attrs['ignored'], 'patients': int(items.patient.nunique()), 'formats': tally('format'),
             'modes': tally('mode'), 'bits': {key.removesuffix('.0'): n for key, n in tally('bits').items()},
             'width': span('width'), 'height': span('height'), 'bytes': span('bytes')}

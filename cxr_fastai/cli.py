@@ -13,41 +13,15 @@ import typer
 from rich.console import Console
 from typer import Argument, Option
 
+from cxr_fastai import options as opt
 from cxr_fastai.core import CXRError, CXRWarning, UsageError, check_new, write_csv
-from cxr_fastai.options import (
-    Arch,
-    AuditFolder,
-    BatchSize,
-    Csv,
-    Data,
-    Epochs,
-    FilmFolder,
-    Films,
-    FilmSize,
-    Leakage,
-    LearningRate,
-    Limit,
-    NewFolder,
-    NewRun,
-    NewTable,
-    Origin,
-    RecipeName,
-    Resize,
-    RunFolder,
-    Seed,
-    Size,
-    Split,
-    Threads,
-    Valid,
-    Weights,
-    Workers,
-)
 from cxr_fastai.run import Run
 
 out, err = Console(), Console(stderr=True)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help='Get and look after films.')
 app.add_typer(data_app, name='data')
+
 
 @app.callback(invoke_without_command=True)
 def show_version(show: Annotated[bool, Option('--version', help='Print the version and exit.')] = False) -> None:
@@ -63,7 +37,7 @@ def show_version(show: Annotated[bool, Option('--version', help='Print the versi
 
 @data_app.command('demo')
 def data_demo(folder: Annotated[Path, Argument(metavar='DIR', help='Folder to make; it must not hold anything.')],
-              films: Films = 480, size: FilmSize = 256, seed: Seed = 0) -> None:
+              films: opt.Films = 480, size: opt.FilmSize = 256, seed: opt.Seed = 0) -> None:
     """Write synthetic chest films, with masks of their opacities, in the real data set's layout.
 
     Example: cxr-fastai data demo films --films 200
@@ -76,22 +50,20 @@ def data_demo(folder: Annotated[Path, Argument(metavar='DIR', help='Folder to ma
 
 @data_app.command('download')
 def data_download(folder: Annotated[Path, Argument(metavar='DIR', help='Folder to make; it must not hold anything.')],
-                  source: Origin = 'mendeley') -> None:
+                  source: opt.Origin = 'mendeley') -> None:
     """Fetch the 5,856 real films in the layout of the Kaggle set; run it again to go on after a cut.
 
     Example: cxr-fastai data download data/chest_xray --source mendeley
     """
+    from cxr_fastai.items import describe_items
     from cxr_fastai.sources import SOURCES, download
-    films = download(folder, source, out)
-    origin, ignored = SOURCES[source], films.attrs['ignored']
-    _say(f'{folder}: {len(films)} films from {origin.page} ({origin.licence})'
-         + (f'; ignored: {", ".join(f"{n} {reason}" for reason, n in ignored.items())}' if ignored else ''))
-    out.print(films.groupby(['split', 'label'], sort=False).size().unstack().to_string())
+    items = download(folder, source, out)
+    _say(f'{folder}: {describe_items(items)}. {SOURCES[source].licence}, {SOURCES[source].page}')
 
 
 @data_app.command('prepare')
-def data_prepare(folder: FilmFolder = None, csv: Csv = None, size: Size = 224, resize: Resize = 'squish',
-                 workers: Threads = None) -> None:
+def data_prepare(folder: opt.FilmFolder = None, csv: opt.Csv = None, size: opt.Size = 224,
+                 resize: opt.Resize = 'squish', workers: opt.Threads = None) -> None:
     """Decode every film once; `train` then takes them from there by itself. Run it again after a stop or a change.
 
     Example: cxr-fastai data prepare data/chest_xray --size 224
@@ -108,8 +80,8 @@ def data_prepare(folder: FilmFolder = None, csv: Csv = None, size: Size = 224, r
 
 
 @data_app.command('audit')
-def data_audit(folder: FilmFolder = None, csv: Csv = None, report: AuditFolder = Path('audit'),
-               workers: Threads = None) -> None:
+def data_audit(folder: opt.FilmFolder = None, csv: opt.Csv = None, report: opt.AuditFolder = Path('audit'),
+               workers: opt.Threads = None) -> None:
     """Tell what is wrong with a set of films before a network learns it; exit code 1 where a finding is an error.
 
     Example: cxr-fastai data audit data/chest_xray --out audit
@@ -125,10 +97,11 @@ def data_audit(folder: FilmFolder = None, csv: Csv = None, report: AuditFolder =
 
 
 @app.command()
-def train(data: Data = None, csv: Csv = None, arch: Arch = 'baseline', recipe: RecipeName = 'reference',
-          run: NewRun = None, epochs: Epochs = 15, lr: LearningRate = None, weights: Weights = None,
-          valid: Valid = 'official', size: Size = 224, resize: Resize = 'squish', batch_size: BatchSize = 32,
-          workers: Workers = None, limit: Limit = None, seed: Seed = 42, allow_leakage: Leakage = False) -> None:
+def train(data: opt.Data = None, csv: opt.Csv = None, arch: opt.Arch = 'baseline', recipe: opt.RecipeName = 'reference',
+          run: opt.NewRun = None, epochs: opt.Epochs = 15, lr: opt.LearningRate = None, weights: opt.Weights = None,
+          valid: opt.Valid = 'official', size: opt.Size = 224, resize: opt.Resize = 'squish',
+          batch_size: opt.BatchSize = 32, workers: opt.Workers = None, limit: opt.Limit = None, seed: opt.Seed = 42,
+          allow_leakage: opt.Leakage = False) -> None:
     """Train a network and write its run folder: recipe, items, history, journal and learner.pkl.
 
     Example: cxr-fastai train --arch resnet50 --valid patients --out runs/resnet50
@@ -144,8 +117,8 @@ def train(data: Data = None, csv: Csv = None, arch: Arch = 'baseline', recipe: R
 
 
 @app.command()
-def evaluate(run: RunFolder, data: Data = None, csv: Csv = None, split: Split = 'test', batch_size: BatchSize = 32,
-             limit: Limit = None) -> None:
+def evaluate(run: opt.RunFolder, data: opt.Data = None, csv: opt.Csv = None, split: opt.Split = 'test',
+             batch_size: opt.BatchSize = 32, limit: opt.Limit = None) -> None:
     """Measure a run on a split: predictions.csv, metrics.json and figures in its folder.
 
     Without --data the films are looked for where the run was trained. Example: cxr-fastai evaluate runs/resnet50
@@ -156,8 +129,8 @@ def evaluate(run: RunFolder, data: Data = None, csv: Csv = None, split: Split = 
     from cxr_fastai.display import metrics_table
     from cxr_fastai.interpret import save_figures
     figures = save_figures(folder, split)
-    out.print(f'{run}, {split} split: {metrics["n"]} films, {metrics["positives"]} of them pneumonia, threshold '
-              f'{metrics["threshold"]:g}', soft_wrap=True, markup=False, highlight=False)
+    _say(f'{run}, {split} split: {metrics["n"]} films, {metrics["positives"]} of them pneumonia, threshold '
+         f'{metrics["threshold"]:g}')
     out.print(metrics_table(metrics))
     _say(f'in {run}: predictions.csv, metrics.json, {", ".join(figures)}')
 
@@ -166,7 +139,7 @@ def evaluate(run: RunFolder, data: Data = None, csv: Csv = None, split: Split = 
 def predict(model: Annotated[Path, Argument(metavar='MODEL', help='Run folder, or an exported .pkl.')],
             films: Annotated[list[Path], Argument(metavar='FILM|DIR|CSV...', help=(
                 'Films, folders of films, or CSVs with a column path.'))],
-            table: NewTable = None, batch_size: BatchSize = 32) -> None:
+            table: opt.NewTable = None, batch_size: opt.BatchSize = 32) -> None:
     """Give each film the probability of pneumonia; a film that cannot be read gets a row with its error.
 
     Example: cxr-fastai predict runs/resnet50 film.jpeg more_films/ --out predictions.csv
@@ -187,21 +160,23 @@ def predict(model: Annotated[Path, Argument(metavar='MODEL', help='Run folder, o
 
 
 @app.command()
-def demo(folder: NewFolder = None, films: Films = 800, size: Size = 128, epochs: Epochs = 12,
-         seed: Seed = 0) -> None:
-    """The whole way on synthetic films: data, train (baseline), evaluate, predict. About two minutes on two cores.
+def demo(folder: opt.NewFolder = None, films: opt.Films = 800, size: opt.Size = 128, epochs: opt.Epochs = 12,
+         seed: opt.Seed = 0) -> None:
+    """The whole way on synthetic films: data, audit, train (baseline), evaluate, predict. Two minutes on two cores.
 
     Example: cxr-fastai demo --out demo
     """
     folder = folder or _free(Path('demo'))
     check_new(folder)
-    out.rule('1 of 4: data demo', align='left')
+    out.rule('1 of 5: data demo', align='left')
     data_demo(folder/'films', films, max(96, size*3//2), seed)
-    out.rule('2 of 4: train', align='left')
+    out.rule('2 of 5: data audit', align='left')
+    data_audit(folder/'films', report=folder/'audit')
+    out.rule('3 of 5: train', align='left')
     train(folder/'films', run=folder/'run', epochs=epochs, size=size, seed=seed)
-    out.rule('3 of 4: evaluate', align='left')
+    out.rule('4 of 5: evaluate', align='left')
     evaluate(folder/'run')
-    out.rule('4 of 4: predict', align='left')
+    out.rule('5 of 5: predict', align='left')
     predict(folder/'run', [folder/'films'/'test'], folder/'predictions.csv')
     _say(f'films in {folder/"films"}, run in {folder/"run"}, predictions in {folder/"predictions.csv"}')
 

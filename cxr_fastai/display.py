@@ -53,7 +53,17 @@ def audit_tables(audit: Audit) -> Group:
     for name in ('split', 'class', 'kind'): counts.add_column(name)
     counts.add_column('films', justify='right')
     for row in audit.counts.itertuples(): counts.add_row(row.split, row.label, row.kind, f'{row.films:,}')
-    return Group(counts, _probes_table(audit), _findings_table(audit))
+    return Group(counts, _files_table(audit), _probes_table(audit), _findings_table(audit))
+
+
+def _files_table(audit: Audit) -> Table:
+    table = Table(title='files', title_justify='left', show_header=False)
+    for name in ('formats', 'modes', 'bits', 'ignored'):
+        told = ', '.join(f'{value}: {n:,}' for value, n in audit.facts[name].items())
+        if told: table.add_row(name, escape(told))
+    for name in ('width', 'height', 'bytes'):
+        if span := audit.facts[name]: table.add_row(name, '{least:,} to {most:,}, median {median:,}'.format(**span))
+    return table
 
 
 def _probes_table(audit: Audit) -> Table:

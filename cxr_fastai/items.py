@@ -84,10 +84,11 @@ def split_patients(items: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def check_trainable(items: pd.DataFrame) -> None:
-    """Raise `UsageError` unless train has films of both classes and valid has any."""
+    """Raise `UsageError` unless train has two films of each class and valid has any."""
     counts = count_films(items)
-    if (counts.loc['train'] == 0).any():
-        raise UsageError(f'train holds {_counts(counts.loc["train"])}: a classifier needs films of both classes.')
+    if (counts.loc['train'] < 2).any():
+        raise UsageError(f'train holds {_counts(counts.loc["train"])}: a classifier needs two films or more of each '
+                         'class.')
     if not counts.loc['valid'].sum():
         raise UsageError('valid holds no film, so no epoch could be chosen: `--valid patients` takes a tenth of the '
                          'patients of train.')

@@ -15,8 +15,9 @@ import pandas as pd
 import requests
 from rich.console import Console
 
-from cxr_fastai.archives import check_hash, draw_films, hash_file, list_films, new_folder, unpack_films
+from cxr_fastai.archives import check_hash, draw_films, hash_file, new_folder, unpack_films
 from cxr_fastai.core import CXRError, CXRWarning, OutputError, UsageError, check_new, writing
+from cxr_fastai.items import find_films, read_items
 
 TIMEOUT = (10, 60)
 """Seconds to wait for a connection, and for the next bytes."""
@@ -59,8 +60,8 @@ def download(folder: Path, source: str | Source = 'mendeley', console: Console |
     """Bring the films of `source` to `folder`/train|val|test/NORMAL|PNEUMONIA, which appears whole or not at all.
 
     What is still incomplete waits in `folder`.download for the next call; a file of the source's name that lies there
-    is used instead of the network, and kept. Returns the columns path, label, split (as folders), with
-    `.attrs['ignored']` counting what was passed over. Raises `UsageError` where the folder has something in it,
+    is used instead of the network, and kept. Returns the items table, with `.attrs['ignored']` counting what was
+    passed over. Raises `UsageError` where the folder has something in it,
     `OutputError` where it cannot be written, `CXRError` where the films cannot be had or are not what they should be.
     """
     if isinstance(source, str):
@@ -74,7 +75,7 @@ def download(folder: Path, source: str | Source = 'mendeley', console: Console |
         check_hash(got, source.md5)
         with new_folder(folder) as temporary:
             skipped = source.arrange(got, temporary, console)
-            films = list_films(temporary)
+            films = find_films(temporary)[0]
             if len(films) != source.films:
                 raise CXRError(f'{got.name}: holds {len(films):,} films, and {source.films:,} are expected.')
     except (OutputError, UsageError): raise  # the archive is not to blame
@@ -83,8 +84,9 @@ def download(folder: Path, source: str | Source = 'mendeley', console: Console |
         _forget(_part(archive))
         archive.parent.rmdir()
     if source.doubt: warnings.warn(source.doubt, CXRWarning, stacklevel=2)
-    films.attrs['ignored'] = dict(skipped)
-    return films
+    items = read_items(folder)
+    items.attrs['ignored'] = dict(skipped)
+    return items
 
 
 def fetch_url(source: Source, archive: Path, console: Console | None = None) -> Path:

@@ -69,7 +69,7 @@ def _unit(thumbnails: np.ndarray) -> np.ndarray:
     """The thumbnails as rows of mean 0 and length 1, in 32 bits: a product of two rows is their correlation."""
     unit = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     unit -= unit.mean(axis=1, keepdims=True)
-    lengths = np.linalg.norm(unit, axis=1, keepdims=True)
+    lengths = np.sqrt(np.einsum('ij,ij->i', unit, unit))[:, None]  # norm() would need as much memory again
     unit /= np.where(lengths > 0, lengths, 1)
     return unit
 

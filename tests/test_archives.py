@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from cxr_fastai import archives
-from cxr_fastai.archives import choose_films, draw_films, list_films, new_folder, unpack_films
+from cxr_fastai.archives import choose_films, draw_films, new_folder, unpack_films
 from cxr_fastai.core import CXRError, OutputError, UsageError
+from cxr_fastai.items import find_films, read_items
 
 NAMES = ('chest_xray/train/NORMAL/IM-0001-0001.jpeg', 'chest_xray/train/PNEUMONIA/person1_virus_6.jpeg',
          'chest_xray/test/NORMAL/IM-0002-0001.jpeg', 'chest_xray/test/PNEUMONIA/person2_bacteria_7.jpeg')
@@ -47,7 +48,7 @@ def refused(tmp_path, archive, match):
 def test_films_come_out_as_they_went_in(tmp_path):
     skipped = unpack_films(films_zip(tmp_path/'a.zip'), tmp_path/'films')
     assert not skipped
-    assert len(list_films(tmp_path/'films')) == 4
+    assert len(find_films(tmp_path/'films')[0]) == 4
     assert (tmp_path/'films/train/PNEUMONIA/person1_virus_6.jpeg').read_bytes() == film(1)
 
 
@@ -143,7 +144,7 @@ def test_a_folder_is_copied_without_following_links(tmp_path):
     unpack_films(tmp_path/'a.zip', tmp_path/'cache/chest_xray/chest_xray')
     (tmp_path/'cache/chest_xray/train/NORMAL/link.jpeg').symlink_to('/etc/hostname')
     assert unpack_films(tmp_path/'cache', tmp_path/'films') == {'nested chest_xray': 4, 'link': 1}
-    assert len(list_films(tmp_path/'films')) == 4
+    assert len(find_films(tmp_path/'films')[0]) == 4
 
 
 def arrays(path, **other):
@@ -160,9 +161,9 @@ def arrays(path, **other):
 def test_arrays_become_grey_png_films(tmp_path):
     path, content = arrays(tmp_path/'a.npz')
     assert not draw_films(path, tmp_path/'films')
-    films = list_films(tmp_path/'films')
-    assert films.groupby(['split', 'label']).size().tolist() == [1, 1, 2, 2, 1, 1]
-    assert films.path[0] == 'test/NORMAL/medmnist-test-00001.png'
+    items = read_items(tmp_path/'films')
+    assert items.groupby(['split', 'label']).size().tolist() == [1, 1, 2, 2, 1, 1]
+    assert items.path[0] == 'test/NORMAL/medmnist-test-00001.png'
     with Image.open(tmp_path/'films/train/PNEUMONIA/medmnist-train-00002.png') as image:
         assert image.mode == 'L' and (np.asarray(image) == content['train_images'][1]).all()
 

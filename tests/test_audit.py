@@ -158,7 +158,8 @@ def test_no_patient_is_named_anywhere(films, tmp_path, capsys):
     shown = capsys.readouterr()
     for text in (shown.out, shown.err, *(path.read_text() for path in (tmp_path/'audit').iterdir())):
         assert not re.search('smith|' + re.escape(PATIENT), text, re.IGNORECASE)
-    assert 'not shown: it may carry' in (tmp_path/'audit/audit.html').read_text()
+    page = (tmp_path/'audit/audit.html').read_text()
+    assert 'not shown: it may carry' in page and 'films with burned-in text: 3' in page
 
 
 def test_the_files_are_one_page_and_one_object(films, tmp_path):

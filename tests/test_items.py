@@ -136,7 +136,10 @@ def test_limit_takes_the_first_of_each_class_and_split(films):
 def test_training_needs_both_classes_and_a_validation_film():
     items = table()
     with pytest.raises(UsageError, match='valid holds no film.*--valid patients'): check_trainable(items)
-    with pytest.raises(UsageError, match='train holds .* 0 PNEUMONIA'): check_trainable(items[items.label == 'NORMAL'])
+    for n in (0, 1):
+        few = pd.concat([items[items.label == 'NORMAL'], items[items.label == 'PNEUMONIA'].head(n)])
+        with pytest.raises(UsageError, match=f'train holds 39 NORMAL and {n} PNEUMONIA: .* two films or more'):
+            check_trainable(few)
 
 
 def test_sixteen_validation_films_are_doubted_with_their_interval():

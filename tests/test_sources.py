@@ -17,6 +17,7 @@ from test_archives import arrays, films_zip
 
 from cxr_fastai import sources
 from cxr_fastai.core import CXRError, CXRWarning, OutputError, UsageError
+from cxr_fastai.items import COLUMNS
 from cxr_fastai.sources import SOURCES, download
 
 
@@ -106,7 +107,7 @@ def waiting(films): return sorted(path.name for path in Path(f'{films}.download'
 
 def test_films_arrive_in_the_kaggle_layout(films, mendeley):
     table = download(films, mendeley)
-    assert table.columns.tolist() == ['path', 'label', 'split'] and len(table) == 4
+    assert table.columns.tolist() == COLUMNS and len(table) == 4
     assert all((films/path).is_file() for path in table.path)
     assert set(table.split) == {'train', 'test'} and set(table.label) == {'NORMAL', 'PNEUMONIA'}
     assert table.attrs['ignored'] == {'__MACOSX': 1}
@@ -293,7 +294,7 @@ def medmnist(server, tmp_path):
 
 def test_medmnist_says_what_its_val_cannot_show(films, medmnist):
     with pytest.warns(CXRWarning, match='names no patients') as caught: table = download(films, medmnist)
-    assert Counter(table.split) == {'train': 4, 'val': 2, 'test': 2}
+    assert Counter(table.split) == {'train': 4, 'valid': 2, 'test': 2}
     assert caught[0].filename == __file__
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from importlib.util import find_spec
 from io import StringIO
 from itertools import chain, islice
@@ -50,7 +50,7 @@ class FilmCache:
     rows: dict[str, int] = field(repr=False)
 
     # Model files and other processes get the decoder alone: it gives the same pixels, and knows no paths.
-    def __reduce__(self): return Preprocessing, (self.preprocessing.size, self.preprocessing.resize)
+    def __reduce__(self): return Preprocessing, astuple(self.preprocessing)
 
     def __contains__(self, path: str | Path) -> bool: return str(path) in self.rows
 
@@ -64,14 +64,13 @@ class FilmCache:
         return self.preprocessing.fit(film)
 
 
-
 def cache_folder(root: Path, preprocessing: Preprocessing) -> Path:
     """Where the films below `root` are cached: in CXR_CACHE, else in the user's own cache folder, for data may be read
     only. The name is that of `root`, made unique, and the preprocessing."""
     home = Path(os.environ.get('CXR_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'cxr_fastai'))
     whole = root.resolve()
     unique = hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]
-    return home.expanduser()/f'{whole.name}-{unique}'/f'{preprocessing.resize}-{preprocessing.size}'
+    return home.expanduser()/f'{whole.name}-{unique}'/'-'.join(map(str, astuple(preprocessing)))
 
 
 def find_cache(root: Path, preprocessing: Preprocessing) -> FilmCache | None:
@@ -95,9 +94,9 @@ def prepare(paths: Sequence[str], root: Path, preprocessing: Preprocessing, work
     """
     from filelock import FileLock, Timeout
     folder = cache_folder(root, preprocessing)
-    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, 'CXR_CACHE'): folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder/'lock', timeout=0), writing(folder):
+        with FileLock(folder/'lock', timeout=0), writing(folder, 'CXR_CACHE'):
             if not _is_current(folder): _start(folder)
             index = _read_index(folder, _rows(folder, preprocessing.size))
             known = {entry.path for entry in index if _is_fresh(root/entry.path, entry)}
@@ -146,8 +145,8 @@ def _decode(path: str, root: Path, preprocessing: Preprocessing, seen: dict[str,
         status, data = os.stat(film), read_bytes(film)
         sha256 = hashlib.sha256(data).hexdigest()
         pixels = None if sha256 in seen else preprocessing.fit(decode_film(data, preprocessing, suffix).pixels)
-    except FilmError as error: return FilmError(f'{film}: {error.code}: {error}', error.code)
-    except OSError as error: return FilmError(f'{film}: E_IO: {error.strerror}', 'E_IO')
+    except FilmError as error: return error.of(film)
+    except OSError as error: return FilmError(error.strerror or str(error), 'E_IO').of(film)
     return pixels, (path, status.st_mtime_ns, status.st_size, sha256)
 
 
@@ -176,11 +175,16 @@ def _rows(folder: Path, size: int) -> int: return (folder/'films.u8').stat().st_
 
 
 def _read_index(folder: Path, rows: int) -> list[Entry]:
-    """The whole lines of the index about the first `rows` films; a line that a crash has torn is left out."""
+    """The lines of the index about the first `rows` films, without what a crash has torn or filled with rubbish."""
     text = (folder/'index.csv').read_text(encoding='utf-8', errors='surrogateescape').rpartition('\n')[0]
-    entries = (Entry(int(row), path, int(mtime), int(size), sha256)
-               for row, path, mtime, size, sha256 in csv.reader(StringIO(text, newline='')))
-    return [entry for entry in entries if entry.row < rows]
+    entries = map(_entry, csv.reader(StringIO(text, newline='')))
+    return [entry for entry in entries if entry and entry.row < rows]
+
+
+def _entry(cells: list[str]) -> Entry | None:
+    try: row, path, mtime, size, sha256 = cells
+    except ValueError: return None
+    return Entry(int(row), path, int(mtime), int(size), sha256) if (row + mtime + size).isdecimal() else None
 
 
 def _is_fresh(path: Path, entry: Entry) -> bool:

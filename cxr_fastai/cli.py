@@ -73,9 +73,9 @@ def data_prepare(folder: opt.FilmFolder = None, csv: opt.Csv = None, size: opt.S
     from cxr_fastai.items import data_root, film_root, read_items
     root = data_root(_one_of(folder, csv))
     items = read_items(root)
-    place, decoded, bad = prepare(items.path, film_root(root), Preprocessing(size, resize), workers, out)
+    place, added, bad = prepare(items.path, film_root(root), Preprocessing(size, resize), workers, out)
     for error in bad: _print_line(f'error: {error}')
-    _say(f'{place}: {len(items) - len(bad):,} films, {decoded:,} of them decoded now')
+    _say(f'{place}: {len(items) - len(bad):,} films, {added:,} of them added now')
     if bad: raise typer.Exit(3)
 
 

@@ -52,6 +52,10 @@ class FilmError(CXRError):
 
     def __reduce__(self): return type(self), (str(self), self.code)
 
+    def of(self, path: str | Path) -> FilmError:
+        """The same error with the name of the film `path` and the code before its message."""
+        return FilmError(f'{path}: {self.code}: {self}'.replace('\n', ' '), self.code)
+
 
 class UsageError(CXRError):
     """What was asked for does not fit together."""
@@ -138,12 +142,12 @@ class Recipe:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the disk says against writing `path` into an `OutputError`."""
+def writing(path: Path, by: str = '--out') -> Iterator[None]:
+    """Turn what the disk says against writing `path`, which the user chooses `by` an option, into an `OutputError`."""
     try: yield
     except OSError as error:
-        raise OutputError(f'{path}: cannot be written ({error.strerror}). Free the disk or choose another place with '
-                          '--out; a file that was there before is whole.') from error
+        raise OutputError(f'{path}: cannot be written ({error.strerror}). Free the disk or choose another place by '
+                          f'{by}; a file that was there before is whole.') from error
 
 
 @contextmanager

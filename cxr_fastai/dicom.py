@@ -21,8 +21,7 @@ MODALITIES = ('CR', 'DX')
 TAGS = ['Modality', 'PhotometricInterpretation', 'SamplesPerPixel', 'PlanarConfiguration', 'Rows', 'Columns',
         'NumberOfFrames', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'PixelPaddingValue',
         'RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence', 'VOILUTSequence', 'VOILUTFunction', 'WindowCenter',
-        'WindowWidth', 'PresentationLUTShape', 'ViewPosition', 'BurnedInAnnotation', 'PixelData', 'FloatPixelData',
-        'DoubleFloatPixelData']
+        'WindowWidth', 'PresentationLUTShape', 'ViewPosition', 'BurnedInAnnotation', 'PixelData']
 SUFFIXES = ('.dcm', '.dicom')
 JPEG_EXTENDED = '1.2.840.10008.1.2.4.51'
 DEFLATED = '1.2.840.10008.1.2.1.99'
@@ -86,7 +85,7 @@ def _check(film: Dataset, max_pixels: int, modalities: tuple[str, ...]) -> None:
     if (frames := int(film.get('NumberOfFrames') or 1)) > 1: raise FilmError(f'{frames} frames', 'E_MULTIFRAME')
     if film.Rows*film.Columns > max_pixels:
         raise FilmError(f'{film.Columns}x{film.Rows} is over {max_pixels:,} pixels', 'E_TOO_LARGE')
-    raw = film.Rows*film.Columns*film.SamplesPerPixel*(film.BitsAllocated + 7)//8
+    raw = film.Rows*film.Columns*film.SamplesPerPixel*film.BitsAllocated//8
     if len(film.PixelData) > 2*raw + SLACK:
         raise FilmError(f'{len(film.PixelData):,} bytes for {raw:,} bytes of pixels', 'E_DICOM_CORRUPT')
 

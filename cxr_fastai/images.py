@@ -91,35 +91,34 @@ def read_film(path: str | Path) -> np.ndarray:
     return open_film(path).pixels
 
 
-def open_film(path: str | Path, for_: Preprocessing | None = None) -> Film:
-    """Decode the film `path`; where it is meant `for_` a preprocessing, at no more pixels than that needs.
+def open_film(path: str | Path, wanted: Preprocessing | None = None) -> Film:
+    """Decode the film `path`; where a preprocessing is `wanted`, at no more pixels than that needs.
 
     Raises `FilmError`, with the file's name in the message and a stable code.
     """
-    try: film = decode_film(read_bytes(path), for_, Path(path).suffix.lower())
-    except FilmError as error:
-        raise FilmError(f'{path}: {error.code}: {error}'.replace('\n', ' '), error.code) from error.__cause__
     suffix = Path(path).suffix.lower()
+    try: film = decode_film(read_bytes(path), wanted, suffix)
+    except FilmError as error: raise error.of(path) from error.__cause__
     if suffix in SUFFIXES and suffix not in FORMATS[film.format]:
         return replace(film, notes=(*film.notes, f'{film.format} in spite of its name'))
     return film
 
 
-def decode_film(data: bytes, for_: Preprocessing | None = None, suffix: str = '') -> Film:
+def decode_film(data: bytes, wanted: Preprocessing | None = None, suffix: str = '') -> Film:
     """Decode a film file's bytes; `suffix` of its name only helps to say what is wrong. Raises `FilmError`."""
     if not data: raise FilmError('the file is empty', 'E_EMPTY')
-    film = dicom.read_dicom(data, MAX_PIXELS) if dicom.is_dicom(data, suffix) else _from_picture(data, for_)
+    film = dicom.read_dicom(data, MAX_PIXELS) if dicom.is_dicom(data, suffix) else _from_picture(data, wanted)
     _check_shape(film.width, film.height)
     if _deviation(film.pixels) < MIN_DEVIATION: raise FilmError('it is blank: all pixels are nearly alike', 'E_BLANK')
     return film
 
 
-def _from_picture(data: bytes, for_: Preprocessing | None) -> Film:
+def _from_picture(data: bytes, wanted: Preprocessing | None) -> Film:
     try:
         with Image.open(BytesIO(data), formats=OPENED) as image:
             _check_picture(image, data)
             (width, height), mode = image.size, image.mode
-            if image.format == 'JPEG' and for_: image.draft('L', for_.enough(width, height))
+            if image.format == 'JPEG' and wanted: image.draft('L', wanted.enough(width, height))
             grey, notes = _grey(image)
             return Film(grey, image.format, mode, BITS[mode], width, height, tuple(notes))
     except FilmError: raise

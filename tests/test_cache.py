@@ -107,6 +107,14 @@ def test_films_that_cannot_be_read_are_told_and_left_out(root, paths):
     assert root/paths[2] not in find_cache(root, SMALL)
 
 
+def test_rubbish_in_the_index_is_passed_over(root, paths):
+    folder, _, _ = prepare(paths[:20], root, SMALL)
+    with open(folder/'index.csv', 'ab') as index: index.write(b'\0\0\0\n1,2\nx,y,z,1,2\n')
+    assert len(find_cache(root, SMALL).rows) == 20
+    prepare(paths, root, SMALL)
+    assert same(find_cache(root, SMALL), root, paths)
+
+
 @pytest.mark.parametrize('cut', ['index', 'films', 'both'])
 def test_what_a_crash_leaves_half_written_is_never_read(root, paths, cut):
     folder, _, _ = prepare(paths, root, SMALL)
@@ -219,7 +227,7 @@ def test_training_uses_the_cache_says_so_and_ends_with_the_same_weights(root, tm
     first = train(recipe, root, tmp_path/'first')
     assert 'come decoded from' not in capsys.readouterr().out
     assert main(['data', 'prepare', str(root), '--size', '64']) == 0
-    assert '60 films, 60 of them decoded now' in capsys.readouterr().out
+    assert '60 films, 60 of them added now' in capsys.readouterr().out
     second = train(recipe, root, tmp_path/'second')
     assert '48 of 48 films come decoded from' in capsys.readouterr().out
     columns = ['train_loss', 'valid_loss', 'roc_auc']
@@ -231,7 +239,7 @@ def test_prepare_tells_bad_films_and_ends_with_three(root, paths, capsys):
     (root/paths[0]).write_bytes(b'x')
     assert main(['data', 'prepare', str(root), '--size', '64', '--resize', 'pad', '--workers', '1']) == 3
     shown = capsys.readouterr()
-    assert f'error: {root/paths[0]}: E_FORMAT' in shown.err and '59 films, 59 of them decoded now' in shown.out
+    assert f'error: {root/paths[0]}: E_FORMAT' in shown.err and '59 films, 59 of them added now' in shown.out
     assert main(['data', 'prepare', str(root), '--resize', 'stretch']) == 2
 
 

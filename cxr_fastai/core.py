@@ -190,9 +190,12 @@ def progress(steps: Iterable[T], console: Console | None, total: int | None = No
 
 
 def _with_bar(steps: Iterable[T], console: Console, total: int) -> Iterator[T]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TimeRemainingColumn
-    rate = TaskProgressColumn(show_speed=True, text_format='')  # shown while there is no total to share out
-    columns = ('films', BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text: return Text(f'{task.speed:,.0f}/s' if task.speed else '')
+    columns = ('films', BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         yield from bar.track(steps, total)
 

@@ -13,6 +13,12 @@ torch.set_num_threads(1)  # small tensors gain nothing by more, and lose much wh
 REAL = os.environ.pop('CXR_DATA', None)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def no_cache_of_the_user(tmp_path_factory) -> None:
+    """No test meets, or leaves, films in the user's own cache."""
+    os.environ['CXR_CACHE'] = str(tmp_path_factory.mktemp('cache'))
+
+
 @pytest.fixture(scope='session')
 def films(tmp_path_factory) -> Path:
     """Sixty synthetic films of 96 px in the Kaggle layout."""

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from cxr_fastai.core import FilmError, OutputError, Recipe, UsageError, atomic, write_json, write_text
+from cxr_fastai.core import FilmError, OutputError, Recipe, UsageError, atomic, progress, write_json, write_text
 from cxr_fastai.models import make_recipe
 from cxr_fastai.run import Run
 
@@ -59,3 +59,13 @@ def test_the_journal_tells_the_newest_of_an_event(tmp_path):
     for seed in (1, 2): run.note('start', seed=seed)
     run.note('end')
     assert run.noted('start')['seed'] == 2
+
+
+def test_progress_is_a_bar_with_its_rate_on_a_terminal_and_silent_elsewhere():
+    from io import StringIO
+
+    from rich.console import Console
+    terminal, elsewhere = (Console(file=StringIO(), force_terminal=is_one, width=80) for is_one in (True, False))
+    for console in (terminal, elsewhere, None):
+        assert list(progress(iter('abc'), console, total=3)) == list('abc')
+    assert '3/3' in terminal.file.getvalue() and not elsewhere.file.getvalue()

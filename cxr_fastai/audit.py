@@ -2,12 +2,10 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,14 +15,10 @@ from rich.console import Console
 from cxr_fastai.core import FilmError, UsageError, write_json, write_text, writing
 from cxr_fastai.images import open_film
 from cxr_fastai.items import check_trainable, doubt_validation, film_root, leaking_patients, read_items
+from cxr_fastai.names import safe_name, safe_path
 from cxr_fastai.probes import LABEL, TELLING, probe_label, probe_shift
-from cxr_fastai.traits import find_alike, measure_films
+from cxr_fastai.traits import MOST_PAIRS, find_alike, measure_films
 
-KNOWN_WORDS = {
-    'im', 'normal', 'pneumonia', 'person', 'patient', 'bacteria', 'virus', 'unknown', 'train', 'val', 'valid', 'test',
-    'chest', 'xray', 'ray', 'cxr', 'film', 'films', 'image', 'images', 'img', 'scan', 'view', 'pa', 'ap', 'lateral',
-    'left', 'right', 'medmnist', 'masks', 'data', 'dataset', 'kaggle', 'copy', 'dup', 'study', 'series', 'demo'}
-"""Words in the names of films that name nobody."""
 HARM = {True: 'A network can use what it sees of it in place of the disease.',
         False: 'What holds on the films of one split may not hold on those of the other.'}
 """What a telling number does, where it tells the label and where it tells a split."""
@@ -63,14 +57,16 @@ def audit(data: Path, workers: int | None = None, console: Console | None = None
     items, root = read_items(data), film_root(data)
     measured, thumbnails = measure_films(list(items.path), root, workers, console)
     films = pd.concat([items, measured], axis=1)
-    films['name'] = [safe_name(path) for path in items.path]
+    films.attrs['ignored'] = items.attrs['ignored']
+    films['name'] = [safe_path(path, number) for number, path in enumerate(items.path, 1)]
     whole = films[films.code.isna()]
     probes = pd.concat([probe_label(whole), probe_shift(whole)], ignore_index=True)
-    pairs = _pair_up(films, find_alike(thumbnails))
-    findings = [*_unreadable(films), *_burned_in(films), *_leakage(items), *_duplicates(pairs), *_listed_twice(items),
-                *_too_few(items), *_telling(probes), *_names(films)]
+    alike = find_alike(thumbnails)
+    pairs = _pair_up(films, alike)
+    findings = [*_unreadable(films), *_burned_in(films), *_leakage(items), *_duplicates(pairs), *_too_many(alike),
+                *_listed_twice(films), *_too_few(items), *_telling(probes), *_names(films)]
     counts = items.groupby(['split', 'label', 'kind']).size().rename('films').reset_index()
-    return Audit(data.resolve().name, len(items), counts, _facts(films, items), probes,
+    return Audit(safe_name(data.resolve().name, 'films'), len(items), counts, _facts(films, items), probes,
                  tuple(sorted(findings, key=lambda finding: finding.level != 'error')), _draw(films, pairs, root))
 
 
@@ -90,24 +86,6 @@ def render(audit: Audit) -> str:
     pictures = {name: f'data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}'
                 for name, jpeg in audit.pictures.items()}
     return pages.get_template('audit.html').render(audit=audit, pictures=pictures, telling=TELLING, shown=SHOWN)
-
-
-def safe_name(path: str) -> str:
-    """`path` as it may be shown: a part that looks as if it named a patient (two words that are not `KNOWN_WORDS`, one
-    with a date, or a caret as in DICOM) becomes `film-` and a hash of the path up to there."""
-    parts = PurePosixPath(path).parts
-    return '/'.join(_hide('/'.join(parts[:i + 1])) if _names_somebody(part) else part for i, part in enumerate(parts))
-
-
-def _hide(path: str) -> str:
-    hashed = hashlib.sha256(path.encode(errors='surrogateescape')).hexdigest()[:8]
-    return f'film-{hashed}{PurePosixPath(path).suffix}'
-
-
-def _names_somebody(part: str) -> bool:
-    stem = PurePosixPath(part).stem
-    words = [word for word in re.findall(r'[^\W\d_]{2,}', stem) if word.casefold() not in KNOWN_WORDS]
-    return '^' in stem or len(words) > 1 or bool(words and re.search(r'(19|20)\d\d[-_.]?\d\d[-_.]?\d\d', stem))
 
 
 def _unreadable(films: pd.DataFrame) -> list[Finding]:
@@ -131,7 +109,8 @@ def _leakage(items: pd.DataFrame) -> list[Finding]:
     if shared.empty: return []
     return [Finding('error', 'patients in two splits', len(shared), 'Figures on one split flatter: put each patient '
                     'into one; --valid patients does so for train and valid.',
-                    tuple((safe_name(patient), *splits) for patient, splits in shared.items()))]
+                    tuple((safe_name(patient, f'patient-{number}'), *splits)
+                          for number, (patient, splits) in enumerate(shared.items(), 1)))]
 
 
 def _pair_up(films: pd.DataFrame, alike: list[tuple[int, int, float]]) -> pd.DataFrame:
@@ -156,12 +135,18 @@ def _duplicates(pairs: pd.DataFrame) -> list[Finding]:
             for relation, found in pairs.groupby('relation')]
 
 
-def _listed_twice(items: pd.DataFrame) -> list[Finding]:
-    again = items.attrs['ignored'].get('listed twice', 0)
-    splits = items[items.duplicated('path', keep=False)].groupby('path').split.unique()
+def _too_many(alike: list[tuple[int, int, float]]) -> list[Finding]:
+    if len(alike) < MOST_PAIRS: return []
+    return [Finding('error', 'too many duplicate pairs to list', None, f'The search stopped after {MOST_PAIRS:,}: '
+                    'remove these copies and audit again.')]
+
+
+def _listed_twice(films: pd.DataFrame) -> list[Finding]:
+    again = films.attrs['ignored'].get('listed twice', 0)
+    splits = films[films.duplicated('path', keep=False)].groupby('path').agg({'name': 'first', 'split': 'unique'})
     findings = [Finding('warning', 'films listed twice', again, 'Only the first row of each counts.')] if again else []
     if len(splits): findings.append(Finding('error', 'films listed in two splits', len(splits), 'Leave each in one.',
-                                            tuple((safe_name(path), *found) for path, found in splits.items())))
+                                            tuple((name, *found) for name, found in splits.itertuples(index=False))))
     return findings
 
 
@@ -183,8 +168,8 @@ def _telling(probes: pd.DataFrame) -> list[Finding]:
 def _names(films: pd.DataFrame) -> list[Finding]:
     hidden = films['name'] != films.path
     if not hidden.any(): return []
-    return [Finding('warning', 'file names that may name patients', int(hidden.sum()), 'They are shown as film- and a '
-                    'hash here: rename the files before you share the set or a run trained on it.')]
+    return [Finding('warning', 'file names that may name patients', int(hidden.sum()), 'They are shown by their '
+                    'number in the order of paths: rename them before you share the set or a run trained on it.')]
 
 
 def _facts(films: pd.DataFrame, items: pd.DataFrame) -> dict[str, Any]:

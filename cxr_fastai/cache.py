@@ -1,7 +1,6 @@
 """Films decoded once: a memory-mapped array (n, size, size) with an index that knows when a file has changed."""
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -9,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
 from importlib.util import find_spec
-from io import StringIO
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
@@ -18,7 +16,7 @@ import numpy as np
 import PIL
 from PIL import features
 
-from cxr_fastai.core import CXRError, FilmError, progress, write_json, writing
+from cxr_fastai.core import CXRError, FilmError, UsageError, atomic, progress, write_json, writing
 from cxr_fastai.images import Preprocessing, decode_film, read_bytes
 
 if TYPE_CHECKING:
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
 
 DECODER = 1
 """To be raised when the same file no longer gives the same pixels; caches of another version are made anew."""
+FILES = ('films.u8', 'index.jsonl')
 CHUNK = 64
 """Films between two flushes to the disk: what a crash can cost."""
 
@@ -34,6 +33,15 @@ class Entry(NamedTuple):
     """A line of the index: the film at `row` is that of `path`, relative to the films' folder, as the file was when it
     had this modification time (ns), size (bytes) and SHA-256."""
     row: int
+    path: str
+    mtime: int
+    size: int
+    sha256: str
+
+
+class Decoded(NamedTuple):
+    """A film to be written: its pixels, and what its line of the index says after the row."""
+    pixels: np.ndarray | None
     path: str
     mtime: int
     size: int
@@ -49,7 +57,8 @@ class FilmCache:
     films: np.ndarray = field(repr=False)
     rows: dict[str, int] = field(repr=False)
 
-    # Model files and other processes get the decoder alone: it gives the same pixels, and knows no paths.
+    # Model files get the decoder alone, which gives the same pixels and knows no paths; so do workers that are not
+    # forked, which then decode: with a cache of every film there are none unless asked for.
     def __reduce__(self): return Preprocessing, astuple(self.preprocessing)
 
     def __contains__(self, path: str | Path) -> bool: return str(path) in self.rows
@@ -66,16 +75,20 @@ class FilmCache:
 
 def cache_folder(root: Path, preprocessing: Preprocessing) -> Path:
     """Where the films below `root` are cached: in CXR_CACHE, else in the user's own cache folder, for data may be read
-    only. The name is that of `root`, made unique, and the preprocessing."""
+    only. The name is that of `root`, made unique, and the preprocessing. Raises `UsageError` without a home folder."""
     home = Path(os.environ.get('CXR_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'cxr_fastai'))
     whole = root.resolve()
     unique = hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]
-    return home.expanduser()/f'{whole.name}-{unique}'/'-'.join(map(str, astuple(preprocessing)))
+    try: home = home.expanduser()
+    except RuntimeError:
+        raise UsageError(f'{home}: no such home folder: name one for the cache by CXR_CACHE.') from None
+    return home/f'{whole.name}-{unique}'/'-'.join(map(str, astuple(preprocessing)))
 
 
 def find_cache(root: Path, preprocessing: Preprocessing) -> FilmCache | None:
     """The cache that `prepare` made of the films below `root`; None where there is none of today's decoder."""
-    folder = cache_folder(root, preprocessing)
+    try: folder = cache_folder(root, preprocessing)
+    except UsageError: return None
     if not _is_current(folder): return None
     n = _rows(folder, preprocessing.size)
     rows = {str(root/entry.path): entry.row for entry in _read_index(folder, n) if _is_fresh(root/entry.path, entry)}
@@ -98,23 +111,24 @@ def prepare(paths: Sequence[str], root: Path, preprocessing: Preprocessing, work
     try:
         with FileLock(folder/'lock', timeout=0), writing(folder, 'CXR_CACHE'):
             if not _is_current(folder): _start(folder)
-            index = _read_index(folder, _rows(folder, preprocessing.size))
+            index = _mend(folder, preprocessing.size)
             known = {entry.path for entry in index if _is_fresh(root/entry.path, entry)}
             todo = [path for path in dict.fromkeys(paths) if path not in known]
-            bad = list(_append(todo, folder, root, preprocessing, workers or os.cpu_count() or 1, console))
+            seen = {entry.sha256: entry.row for entry in index}
+            bad = list(_append(todo, seen, folder, root, preprocessing, workers or os.cpu_count() or 1, console))
     except Timeout:
         raise CXRError(f'{folder}: another `data prepare` is at work there: wait for it to end.') from None
     return folder, len(todo) - len(bad), bad
 
 
-def _append(todo: list[str], folder: Path, root: Path, preprocessing: Preprocessing, workers: int,
-            console: Console | None) -> Iterator[FilmError]:
-    """Decode the films `todo` and write them by chunks, the pixels always before the index; yield what failed."""
-    seen = {entry.sha256: entry.row for entry in _read_index(folder, _rows(folder, preprocessing.size))}
-    def decode(path: str) -> tuple | FilmError: return _decode(path, root, preprocessing, seen)
-    with ThreadPoolExecutor(workers) as pool, open(folder/'films.u8', 'r+b') as films, \
-            open(folder/'index.csv', 'r+b') as index:
-        row = _mend(films, index, preprocessing.size**2)
+def _append(todo: list[str], seen: dict[str, int], folder: Path, root: Path, preprocessing: Preprocessing,
+            workers: int, console: Console | None) -> Iterator[FilmError]:
+    """Decode the films `todo` whose bytes are not `seen` at some row yet, and write them by chunks, the pixels always
+    before the index; yield what failed."""
+    def decode(path: str) -> Decoded | FilmError: return _decode(path, root, preprocessing, seen)
+    row = _rows(folder, preprocessing.size)
+    with ThreadPoolExecutor(workers) as pool, open(folder/'films.u8', 'ab') as films, \
+            open(folder/'index.jsonl', 'ab') as index:
         chunks = (pool.map(decode, todo[start:start + CHUNK]) for start in range(0, len(todo), CHUNK))
         decoded = iter(progress(chain.from_iterable(chunks), console, len(todo)))
         while chunk := list(islice(decoded, CHUNK)):
@@ -123,22 +137,22 @@ def _append(todo: list[str], folder: Path, root: Path, preprocessing: Preprocess
             row = _write(good, row, seen, films, index)
 
 
-def _write(decoded: list[tuple], row: int, seen: dict[str, int], films: BinaryIO, index: BinaryIO) -> int:
+def _write(decoded: list[Decoded], row: int, seen: dict[str, int], films: BinaryIO, index: BinaryIO) -> int:
     """Write a chunk's new pixels from `row` on, then its index lines; return the next row."""
     entries = []
-    for pixels, facts in decoded:
-        if pixels is not None: films.write(pixels.tobytes())
-        entries.append(Entry(row if pixels is not None else seen[facts[-1]], *facts))
-        row += pixels is not None
+    for film in decoded:
+        new = film.pixels is not None
+        if new: films.write(film.pixels.tobytes())
+        entries.append(Entry(row if new else seen[film.sha256], *film[1:]))
+        row += new
     _flush(films)
     index.write(_lines(entries))
     _flush(index)
     return row
 
 
-def _decode(path: str, root: Path, preprocessing: Preprocessing, seen: dict[str, int]) -> tuple | FilmError:
-    """The film's pixels (None where a file of the same bytes has been `seen`) and what its index line says after the
-    row; or why there are none."""
+def _decode(path: str, root: Path, preprocessing: Preprocessing, seen: dict[str, int]) -> Decoded | FilmError:
+    """The film's pixels (None where a file of the same bytes has been `seen`), or why there are none."""
     film, suffix = root/path, Path(path).suffix.lower()
     try:
         # Asked before reading: a file that changes meanwhile is then decoded again.
@@ -147,25 +161,28 @@ def _decode(path: str, root: Path, preprocessing: Preprocessing, seen: dict[str,
         pixels = None if sha256 in seen else preprocessing.fit(decode_film(data, preprocessing, suffix).pixels)
     except FilmError as error: return error.of(film)
     except OSError as error: return FilmError(error.strerror or str(error), 'E_IO').of(film)
-    return pixels, (path, status.st_mtime_ns, status.st_size, sha256)
+    return Decoded(pixels, path, status.st_mtime_ns, status.st_size, sha256)
 
 
 def _versions() -> dict:
     """What decides the pixels beside the file and the preprocessing."""
     from importlib.metadata import version
-    return {'decoder': DECODER, 'pillow': PIL.__version__, 'libjpeg_turbo': features.version('libjpeg_turbo'),
-            'pydicom': version('pydicom') if find_spec('pydicom') else None}
+    libraries = {name: features.version(name) for name in ('libjpeg_turbo', 'jpg_2000', 'libtiff')}
+    packages = {name: version(name) if find_spec(module) else None
+                for name, module in (('pydicom', 'pydicom'), ('pyjpegls', 'jpeg_ls'))}
+    return {'decoder': DECODER, 'pillow': PIL.__version__, **libraries, **packages}
 
 
 def _is_current(folder: Path) -> bool:
-    try: return json.loads((folder/'decoder.json').read_text(encoding='utf-8')) == _versions()
+    try: made = json.loads((folder/'decoder.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
+    return made == _versions() and all((folder/name).is_file() for name in FILES)
 
 
 def _start(folder: Path) -> None:
     (folder/'decoder.json').unlink(missing_ok=True)  # so that no reader trusts what now becomes empty
     # Made anew and not cut: a training that has the old array mapped keeps it.
-    for name in ('films.u8', 'index.csv'):
+    for name in FILES:
         (folder/name).unlink(missing_ok=True)
         (folder/name).touch()
     write_json(folder/'decoder.json', _versions())
@@ -176,15 +193,15 @@ def _rows(folder: Path, size: int) -> int: return (folder/'films.u8').stat().st_
 
 def _read_index(folder: Path, rows: int) -> list[Entry]:
     """The lines of the index about the first `rows` films, without what a crash has torn or filled with rubbish."""
-    text = (folder/'index.csv').read_text(encoding='utf-8', errors='surrogateescape').rpartition('\n')[0]
-    entries = map(_entry, csv.reader(StringIO(text, newline='')))
-    return [entry for entry in entries if entry and entry.row < rows]
+    entries = map(_entry, (folder/'index.jsonl').read_bytes().splitlines())
+    return [entry for entry in entries if entry and 0 <= entry.row < rows]
 
 
-def _entry(cells: list[str]) -> Entry | None:
-    try: row, path, mtime, size, sha256 = cells
-    except ValueError: return None
-    return Entry(int(row), path, int(mtime), int(size), sha256) if (row + mtime + size).isdecimal() else None
+def _entry(line: bytes) -> Entry | None:
+    try: row, path, mtime, size, sha256 = json.loads(line)
+    except (ValueError, TypeError, RecursionError): return None
+    whole = all(isinstance(number, int) for number in (row, mtime, size)) and isinstance(path, str)
+    return Entry(row, path, mtime, size, sha256) if whole else None
 
 
 def _is_fresh(path: Path, entry: Entry) -> bool:
@@ -193,13 +210,14 @@ def _is_fresh(path: Path, entry: Entry) -> bool:
     return (status.st_mtime_ns, status.st_size) == (entry.mtime, entry.size)
 
 
-def _mend(films: BinaryIO, index: BinaryIO, pixels: int) -> int:
-    """Cut what a crash has left half-written off both files, stand at their ends, and return the next row."""
-    index.truncate(index.read().rfind(b'\n') + 1)
-    row = films.seek(0, os.SEEK_END)//pixels
-    films.truncate(row*pixels)
-    for file in (films, index): file.seek(0, os.SEEK_END)
-    return row
+def _mend(folder: Path, size: int) -> list[Entry]:
+    """Cut off what a crash has left half-written, so that no old line comes to mean a new row; return the index."""
+    rows = _rows(folder, size)
+    entries = _read_index(folder, rows)
+    if (lines := _lines(entries)) != (folder/'index.jsonl').read_bytes():
+        with atomic(folder/'index.jsonl') as temporary: temporary.write_bytes(lines)
+    os.truncate(folder/'films.u8', rows*size**2)
+    return entries
 
 
 def _flush(file: BinaryIO) -> None:
@@ -207,7 +225,4 @@ def _flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _lines(entries: list[Entry]) -> bytes:
-    text = StringIO()
-    csv.writer(text, lineterminator='\n').writerows(entries)
-    return text.getvalue().encode('utf-8', errors='surrogateescape')
+def _lines(entries: list[Entry]) -> bytes: return b''.join(json.dumps(entry).encode() + b'\n' for entry in entries)

@@ -153,7 +153,7 @@ def predict(model: Annotated[Path, Argument(metavar='MODEL', help='Run folder, o
     if table: write_csv(table, rows)
     bad = rows[rows.status != 'ok']
     out.print(predictions_table(rows))
-    for message in bad.message: _print_line(f'error: {message}')
+    for row in bad.itertuples(): _print_line(f'error: {row.path}: {row.message}')
     _say(f'{len(rows)} films, {(rows.prediction == "PNEUMONIA").sum()} called PNEUMONIA, {len(bad)} failed'
          + (f'; rows in {table}' if table else ''))
     if len(bad): raise typer.Exit(3)

@@ -4,14 +4,20 @@ Only the technical tags of `TAGS` are parsed; names, dates and identifiers are n
 """
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Container, Iterator, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from io import BytesIO
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cxr_fastai.core import Film, FilmError
-from cxr_fastai.windows import Transfer, all_levels, look_up, spread, transferred_grey
+from cxr_fastai.limits import check_pixels, check_scans
+from cxr_fastai.windows import count_levels, look_up, percentile_table, spread, weighted_percentiles
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -20,10 +26,12 @@ MODALITIES = ('CR', 'DX')
 """Computed and digital radiography. Others, such as CT, US or a scanned film (RG), are no films of this kind."""
 TAGS = ['Modality', 'PhotometricInterpretation', 'SamplesPerPixel', 'PlanarConfiguration', 'Rows', 'Columns',
         'NumberOfFrames', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'PixelPaddingValue',
-        'RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence', 'VOILUTSequence', 'VOILUTFunction', 'WindowCenter',
-        'WindowWidth', 'PresentationLUTShape', 'ViewPosition', 'BurnedInAnnotation', 'PixelData']
+        'PixelPaddingRangeLimit', 'RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence', 'VOILUTSequence',
+        'VOILUTFunction', 'WindowCenter', 'WindowWidth', 'BurnedInAnnotation', 'PixelData']
 SUFFIXES = ('.dcm', '.dicom')
 JPEG_EXTENDED = '1.2.840.10008.1.2.4.51'
+BY_PILLOW = ('1.2.840.10008.1.2.4.50', JPEG_EXTENDED, '1.2.840.10008.1.2.4.90', '1.2.840.10008.1.2.4.91')
+"""JPEG and JPEG 2000."""
 DEFLATED = '1.2.840.10008.1.2.1.99'
 PACKAGES = {'1.2.840.10008.1.2.4.80': 'pyjpegls', '1.2.840.10008.1.2.4.81': 'pyjpegls',
             '1.2.840.10008.1.2.4.201': 'pylibjpeg-openjpeg', '1.2.840.10008.1.2.4.202': 'pylibjpeg-openjpeg',
@@ -33,6 +41,12 @@ SLACK = 65_536
 """Bytes that compressed pixels may take beyond twice the raw ones; more is no picture but a trap for decoders."""
 BEYOND = 1e12
 """A value outside every window."""
+VISIBLE = 32
+"""Levels between the 1st and the 99th percentile that a declared window has to leave."""
+KINDS = re.compile('MONOCHROME[12]|RGB|YBR_[A-Z0-9_]+')
+"""Photometric interpretations of a radiograph, stored in colour or not."""
+PARSING = Lock()
+"""pydicom's validation is a switch of the whole process, and films are read in threads."""
 
 
 def is_dicom(data: bytes, suffix: str = '') -> bool:
@@ -40,51 +54,56 @@ def is_dicom(data: bytes, suffix: str = '') -> bool:
     return data[128:132] == b'DICM' or suffix in SUFFIXES or data[:4] in (b'\2\0\0\0', b'\x08\0\5\0')
 
 
-def read_dicom(data: bytes, max_pixels: int, modalities: tuple[str, ...] = MODALITIES) -> Film:
-    """Decode a DICOM file of at most `max_pixels` whose modality is one of `modalities`.
+def read_dicom(data: bytes, modalities: Container[str] = MODALITIES) -> Film:
+    """Decode a DICOM file whose modality is one of `modalities`.
 
-    Modality rescaling or LUT, then the file's VOI LUT or its first window, else percentiles; MONOCHROME1 is inverted.
-    Raises `FilmError` with a code E_DICOM_*, E_MULTIFRAME, E_TOO_LARGE or E_BLANK.
+    Modality rescaling or LUT, then what the file declares that shows something (VOI LUT, windows), else percentiles;
+    MONOCHROME1 is inverted, padding is black. Raises `FilmError` with a code E_DICOM_*, E_MULTIFRAME, E_BITDEPTH,
+    E_TOO_LARGE, E_TIMEOUT or E_BLANK; no text of the file is in its message.
     """
     if not find_spec('pydicom'):
         raise FilmError('reading DICOM needs pydicom: pip install "cxr_fastai[dicom]"', 'E_DICOM_SYNTAX')
-    from pydicom.config import disable_value_validation
     try:
-        # Its warnings about a damaged file quote whatever stands there, a name among others.
-        with disable_value_validation():
-            film = _parse(data)
-            _check(film, max_pixels, modalities)
-            return _grey(film, _decode(film))
+        film = _parse(data)
+        _check(film, modalities)
+        return _grey(film, _decode(film))
     except FilmError: raise
-    # pydicom lets AttributeError, ValueError, struct.error and others out.
-    except Exception as error:
-        said = (str(error).splitlines() or [''])[0]
-        raise FilmError(f'damaged ({type(error).__name__}: {said:.80})', 'E_DICOM_CORRUPT') from error
+    # pydicom lets AttributeError, ValueError, struct.error and others out; what they say may quote the file.
+    except Exception as error: raise FilmError(f'damaged ({type(error).__name__})', 'E_DICOM_CORRUPT') from error
 
 
 def _parse(data: bytes) -> Dataset:
+    """The elements `TAGS` that are not empty."""
     from pydicom import dcmread
+    from pydicom.config import disable_value_validation
     from pydicom.filereader import read_dataset
     if data[128:132] != b'DICM': raise FilmError('no DICM preamble', 'E_DICOM_CORRUPT')
-    meta = read_dataset(BytesIO(data[132:]), False, True, stop_when=lambda tag, *_: tag.group > 2)
-    syntax = meta.get('TransferSyntaxUID')
-    if not syntax: raise FilmError('it names no transfer syntax', 'E_DICOM_CORRUPT')
-    # Inflating has no limit in pydicom, and radiography does not use it.
-    if syntax == DEFLATED: raise FilmError(f'transfer syntax {DEFLATED} (deflated) is refused', 'E_DICOM_SYNTAX')
-    return dcmread(BytesIO(data), specific_tags=TAGS)
+    # Its warnings about a damaged file would quote whatever stands there, a name among others.
+    with PARSING, disable_value_validation():
+        meta = read_dataset(BytesIO(data[132:]), False, True, stop_when=lambda tag, *_: tag.group > 2)
+        syntax = meta.get('TransferSyntaxUID')
+        if not syntax: raise FilmError('it names no transfer syntax', 'E_DICOM_CORRUPT')
+        # Inflating has no limit in pydicom, and radiography does not use it.
+        if syntax == DEFLATED: raise FilmError(f'transfer syntax {DEFLATED} (deflated) is refused', 'E_DICOM_SYNTAX')
+        film = dcmread(BytesIO(data), specific_tags=TAGS)
+        for element in film:  # which also converts, and validates, each
+            if element.value is None or element.value == '': del film[element.tag]
+    return film
 
 
-def _check(film: Dataset, max_pixels: int, modalities: tuple[str, ...]) -> None:
+def _check(film: Dataset, modalities: Container[str]) -> None:
     """Raise `FilmError` for what is no single radiograph with pixels of a size that can be decoded."""
-    modality = film.get('Modality') or 'none'
+    modality = str(film.get('Modality', 'none'))
     if modality not in modalities:
-        raise FilmError(f'modality {modality}: only {" and ".join(modalities)} are films', 'E_DICOM_MODALITY')
-    if (kind := film.get('PhotometricInterpretation', '')) == 'PALETTE COLOR':
-        raise FilmError(f'{kind} is no radiograph', 'E_DICOM_MODALITY')
+        shown = modality if re.fullmatch('[A-Z]{2,4}|none', modality) else 'of no known name'
+        raise FilmError(f'modality {shown}: only CR and DX are films', 'E_DICOM_MODALITY')
     if 'PixelData' not in film: raise FilmError('it has no pixel data', 'E_DICOM_NOPIXEL')
+    if not KINDS.fullmatch(str(film.get('PhotometricInterpretation', ''))):
+        raise FilmError('its photometric interpretation is not that of a radiograph', 'E_DICOM_MODALITY')
     if (frames := int(film.get('NumberOfFrames') or 1)) > 1: raise FilmError(f'{frames} frames', 'E_MULTIFRAME')
-    if film.Rows*film.Columns > max_pixels:
-        raise FilmError(f'{film.Columns}x{film.Rows} is over {max_pixels:,} pixels', 'E_TOO_LARGE')
+    check_pixels(film.Columns, film.Rows)
+    if film.get('HighBit', film.BitsStored - 1) != film.BitsStored - 1:
+        raise FilmError(f'{film.BitsStored} bits that end at bit {film.HighBit} are not read', 'E_BITDEPTH')
     raw = film.Rows*film.Columns*film.SamplesPerPixel*film.BitsAllocated//8
     if len(film.PixelData) > 2*raw + SLACK:
         raise FilmError(f'{len(film.PixelData):,} bytes for {raw:,} bytes of pixels', 'E_DICOM_CORRUPT')
@@ -98,57 +117,93 @@ def _decode(film: Dataset) -> np.ndarray:
     except NotImplementedError: readable = False
     if not readable or (syntax == JPEG_EXTENDED and film.BitsStored > 8):  # Pillow's JPEG has 8 bits
         package = PACKAGES.get(str(syntax), 'python-gdcm')
-        raise FilmError(f'transfer syntax {syntax} ({syntax.name}) needs the package {package}', 'E_DICOM_SYNTAX')
+        shown = f'{syntax} ({syntax.name})' if re.fullmatch('[0-9.]+', syntax) else 'of no known name'
+        raise FilmError(f'transfer syntax {shown} needs the package {package}', 'E_DICOM_SYNTAX')
+    if syntax in BY_PILLOW: _check_frame(film)
     return film.pixel_array
+
+
+def _check_frame(film: Dataset) -> None:
+    """Raise `FilmError` where the compressed picture is not of the size that the file says, or has too many scans."""
+    from PIL import Image
+    from pydicom.encaps import get_frame
+    frame = get_frame(film.PixelData, 0, number_of_frames=1)
+    with Image.open(BytesIO(frame), formats=('JPEG', 'JPEG2000')) as image: size, form = image.size, image.format
+    if size != (film.Columns, film.Rows): raise FilmError('its picture is not of the size it says', 'E_DICOM_CORRUPT')
+    if form == 'JPEG': check_scans(frame, *size)
 
 
 def _grey(film: Dataset, stored: np.ndarray) -> Film:
     kind, burned = str(film.PhotometricInterpretation), str(film.get('BurnedInAnnotation')).upper() == 'YES'
-    grey, note = _from_colour(stored) if stored.ndim == 3 else _window(film, stored)
-    notes = {note: bool(note), 'MONOCHROME1 inverted': kind == 'MONOCHROME1',
-             'BurnedInAnnotation is YES: text in the picture may name the patient': burned}
-    return Film(255 - grey if kind == 'MONOCHROME1' else grey, 'DICOM', kind, int(film.BitsStored), film.Columns,
-                film.Rows, tuple(text for text, holds in notes.items() if holds), burned)
+    grey, notes = _from_colour(stored) if stored.ndim == 3 else _from_levels(film, stored)
+    if burned: notes.append('BurnedInAnnotation is YES: text in the picture may name the patient')
+    return Film(grey, 'DICOM', kind, int(film.BitsStored), film.Columns, film.Rows, tuple(notes), burned)
 
 
-def _from_colour(stored: np.ndarray) -> tuple[np.ndarray, str]:
+def _from_colour(stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
     from PIL import Image
     if stored.dtype != np.uint8: raise FilmError(f'colour of {8*stored.itemsize} bits', 'E_BITDEPTH')
-    return np.asarray(Image.fromarray(stored).convert('L')), 'colour to grey'
+    return np.asarray(Image.fromarray(stored).convert('L')), ['colour to grey']
 
 
-def _window(film: Dataset, stored: np.ndarray) -> tuple[np.ndarray, str]:
-    """Grey (h, w) by the file's own VOI LUT or window where that leaves something to see; else as it is up to 8 bits,
-    and by percentiles above."""
+def _from_levels(film: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Grey (h, w) through the file's own rescaling and window, upright in brightness, with black padding."""
+    levels, counts = count_levels(stored)
+    padding = _is_padding(film, levels)
+    meant, notes = _rescale(film, levels)
+    table, note = _window(film, meant, np.where(padding, 0, counts))
+    if note: notes.append(note)
+    if film.PhotometricInterpretation == 'MONOCHROME1':
+        table = 255 - table
+        notes.append('MONOCHROME1 inverted')
+    return look_up(stored, np.where(padding, np.uint8(0), table)), notes
+
+
+def _is_padding(film: Dataset, levels: np.ndarray) -> np.ndarray:
+    """Which of the stored `levels` mean that there is no pixel."""
+    ends = [_numbers(film.get(name)) for name in ('PixelPaddingValue', 'PixelPaddingRangeLimit')]
+    ends = [end[0] for end in ends if end] or [math.inf]
+    return (levels >= min(ends)) & (levels <= max(ends))
+
+
+def _rescale(film: Dataset, levels: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """What the stored `levels` mean, as floats; as they are, with a note, where the file's rescaling does not work."""
     from pydicom.pixels import apply_modality_lut
-    meant = lambda levels: np.asarray(apply_modality_lut(levels, film), float)
-    for note, table in _declared(film, stored, meant):
-        grey = look_up(stored, table)
-        if grey.std() >= 2: return grey, note
-    if film.BitsStored <= 8:
-        ends = meant(np.array([0, (1 << film.BitsStored) - 1]))
-        return look_up(stored, spread(meant(all_levels(stored)), ends.min(), ends.max())), ''
-    padding = film.get('PixelPaddingValue')
-    return transferred_grey(stored, meant, padding if isinstance(padding, int) else None)
+    with suppress(Exception):
+        for item in film.get('ModalityLUTSequence', ()):
+            item.LUTDescriptor[2] = 16 if item.LUTDescriptor[2] > 8 else 8  # pydicom takes no depth between
+        meant = np.asarray(apply_modality_lut(levels, film), float)
+        if np.isfinite(meant).all() and (np.ptp(meant) > 0 or len(levels) == 1): return meant, []
+    return levels.astype(float), ['its modality rescaling cannot be used']
 
 
-def _declared(film: Dataset, stored: np.ndarray, meant: Transfer) -> list[tuple[str, np.ndarray]]:
-    """The VOI LUT and the first window that the file declares, each as a note and a table of grey levels (uint8)."""
+def _window(film: Dataset, meant: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, str]:
+    """The grey level (uint8) of each of the values `meant`, by what the file declares and leaves something to see; else
+    as they are up to 8 bits, and by percentiles above. `counts` tells how often each occurs."""
+    for note, table in _declared(film, meant):
+        low, high = weighted_percentiles(table, counts, (1, 99))
+        if high - low >= VISIBLE: return table, note
+    if film.BitsStored > 8: return percentile_table(meant, counts)
+    signed, span = bool(film.PixelRepresentation), 1 << film.BitsStored
+    ends, _ = _rescale(film, np.array([0, span - 1]) - signed*span//2)
+    return spread(meant, ends.min(), ends.max()), ''
+
+
+def _declared(film: Dataset, meant: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """What of the file's VOI LUT and windows can be used, each as a note and the grey level (uint8) of each value."""
     from pydicom.pixels import apply_voi, apply_windowing
-    values, found = meant(all_levels(stored)), []
-    if film.get('VOILUTSequence'):
-        bits = film.VOILUTSequence[0].LUTDescriptor[2]
-        found.append(("the file's VOI LUT", spread(apply_voi(values.astype(int), film), 0, (1 << bits) - 1)))
-    centre, width = (_first(film.get(name)) for name in ('WindowCenter', 'WindowWidth'))
-    if centre is not None and width is not None and width >= 1:
-        # Two values far outside show what range pydicom maps the window to.
-        with np.errstate(over='ignore'): windowed = apply_windowing(np.append(values, [-BEYOND, BEYOND]), film)
-        table = spread(windowed[:-2], *windowed[-2:])
-        found.append((f"the file's window, centre {centre:g}, width {width:g}", table))
-    return found
+    with suppress(Exception):
+        depth = film.VOILUTSequence[0].LUTDescriptor[2]
+        yield "the file's VOI LUT", spread(apply_voi(meant.astype(int), film), 0, (1 << depth) - 1)
+    centres, widths = (_numbers(film.get(name)) for name in ('WindowCenter', 'WindowWidth'))
+    for i, (centre, width) in enumerate(zip(centres, widths, strict=False)):
+        with suppress(Exception), np.errstate(all='ignore'):
+            # Two values far outside show what range pydicom maps the window to.
+            grey = apply_windowing(np.append(meant, [-BEYOND, BEYOND]), film, i)
+            yield f"the file's window, centre {centre:g}, width {width:g}", spread(grey[:-2], *grey[-2:])
 
 
-def _first(value: Any) -> float | None:
-    """The first of one or several numbers; None where there is none."""
-    if value is None or value == '': return None
-    return float(value[0] if hasattr(value, '__getitem__') else value)
+def _numbers(value: Any) -> list[float]:
+    """One or several numbers, or none, as a list."""
+    if value is None: return []
+    return [float(number) for number in (value if isinstance(value, Sequence) else [value])]

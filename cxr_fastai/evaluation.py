@@ -70,7 +70,8 @@ def predict_items(predictor: Predictor, items: pd.DataFrame, root: Path, batch_s
     rows = pd.DataFrame(predictor.predict([root/path for path in items.path], batch_size, console))
     if (bad := rows[rows.status != 'ok']).size:
         more = f' (and {len(bad) - 1} more: `cxr-fastai predict` lists them)' if len(bad) > 1 else ''
-        raise FilmError(f'{bad.message.iloc[0]}{more}. Remove or mend it, then evaluate again.', bad.code.iloc[0])
+        raise FilmError(f'{bad.path.iloc[0]}: {bad.message.iloc[0]}{more}. Remove or mend it, then evaluate again.',
+                        bad.code.iloc[0])
     p = rows.p_pneumonia.astype(float)
     right = p.where(items.label == VOCAB[POSITIVE], 1 - p).clip(lower=np.finfo(float).tiny)
     return items.assign(p_pneumonia=p, prediction=rows.prediction, loss=-np.log(right))[COLUMNS]

@@ -15,6 +15,7 @@ from PIL.Image import Transpose
 
 from cxr_fastai import dicom
 from cxr_fastai.core import Film, FilmError, UsageError
+from cxr_fastai.limits import MAX_BYTES, MAX_PIXELS, check_pixels, check_scans, check_shape
 from cxr_fastai.windows import percentile_grey
 
 FORMATS = {'JPEG': ('.jpeg', '.jpg'), 'PNG': ('.png',), 'TIFF': ('.tiff', '.tif'), 'DICOM': dicom.SUFFIXES}
@@ -28,15 +29,11 @@ BITS = {'1': 1, 'L': 8, 'P': 8, 'PA': 8, 'LA': 8, 'La': 8, 'RGB': 8, 'RGBX': 8, 
 """Pillow's modes, and their bits a sample; deeper than 8 needs a window, or it would turn white or black."""
 PLAIN = ('L', 'RGB')
 """Modes that many films have, and that need no note."""
-MAX_PIXELS = 40_000_000
-MAX_BYTES = 400_000_000
-MAX_SCANNED = 400_000_000
-"""Pixels times scans of a progressive JPEG; each scan visits all pixels, and a few bytes make one."""
-MIN_SIDE = 64
-MAX_ASPECT = 4
 MIN_DEVIATION = 2
 """Grey levels; below that a film shows nothing."""
-WHITE_IS_ZERO, PHOTOMETRIC = 0, 262
+WHITE_IS_ZERO = 0
+PNG_BITS = 24
+"""Where the bits a sample stand in a PNG file."""
 TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
          6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
 """What makes a film upright, by its EXIF orientation."""
@@ -107,8 +104,8 @@ def open_film(path: str | Path, wanted: Preprocessing | None = None) -> Film:
 def decode_film(data: bytes, wanted: Preprocessing | None = None, suffix: str = '') -> Film:
     """Decode a film file's bytes; `suffix` of its name only helps to say what is wrong. Raises `FilmError`."""
     if not data: raise FilmError('the file is empty', 'E_EMPTY')
-    film = dicom.read_dicom(data, MAX_PIXELS) if dicom.is_dicom(data, suffix) else _from_picture(data, wanted)
-    _check_shape(film.width, film.height)
+    film = dicom.read_dicom(data) if dicom.is_dicom(data, suffix) else _from_picture(data, wanted)
+    check_shape(film.width, film.height)
     if _deviation(film.pixels) < MIN_DEVIATION: raise FilmError('it is blank: all pixels are nearly alike', 'E_BLANK')
     return film
 
@@ -134,26 +131,26 @@ def _from_picture(data: bytes, wanted: Preprocessing | None) -> Film:
 
 def _check_picture(image: Image.Image, data: bytes) -> None:
     """Raise `FilmError` for what the header alone refuses, before pixels are decoded."""
-    if image.width*image.height > MAX_PIXELS:
-        raise FilmError(f'{image.width}x{image.height} is over {MAX_PIXELS:,} pixels', 'E_TOO_LARGE')
+    check_pixels(*image.size)
     if getattr(image, 'is_animated', False): raise FilmError('several frames or pages', 'E_MULTIFRAME')
     if image.format not in FORMATS: raise FilmError(f'{image.format} is none of {", ".join(FORMATS)}', 'E_FORMAT')
     if image.mode not in BITS: raise FilmError(f'pixels of mode {image.mode}', 'E_BITDEPTH')
-    _check_shape(*image.size)
-    scans = data.count(b'\xff\xda') if image.format == 'JPEG' else 1
-    if scans*image.width*image.height > MAX_SCANNED:
-        raise FilmError(f'{scans} progressive scans of {image.width}x{image.height} would take too long', 'E_TIMEOUT')
+    if (bits := _stored_bits(image, data)) > 8 == BITS[image.mode]:
+        raise FilmError(f'{bits} bits of colour or transparency: store it as grey of 16 bits', 'E_BITDEPTH')
+    check_shape(*image.size)
+    if image.format == 'JPEG': check_scans(data, *image.size)
 
 
-def _check_shape(width: int, height: int) -> None:
-    if min(width, height) < MIN_SIDE: raise FilmError(f'{width}x{height} is under {MIN_SIDE} pixels', 'E_TOO_SMALL')
-    if max(width, height) > MAX_ASPECT*min(width, height):
-        raise FilmError(f'{width}x{height} is over {MAX_ASPECT} times as long as wide', 'E_TOO_SMALL')
+def _stored_bits(image: Image.Image, data: bytes) -> int:
+    """Bits a sample in the file, where Pillow may keep the upper 8 of them without a word."""
+    if image.format == 'PNG': return data[PNG_BITS]
+    return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))) if image.format == 'TIFF' else 8
 
 
 def _grey(image: Image.Image) -> tuple[np.ndarray, list[str]]:
     """The upright picture in grey, uint8 (h, w), and notes of what was done."""
     upright, notes = _turn(image)
+    # Turning makes a new picture, which lacks what the file's says beside its pixels.
     grey, more = (_from_deep if BITS[image.mode] > 8 else _from_bytes)(upright, image)
     return grey, notes + more
 
@@ -179,7 +176,7 @@ def _from_bytes(upright: Image.Image, image: Image.Image) -> tuple[np.ndarray, l
 def _from_deep(upright: Image.Image, image: Image.Image) -> tuple[np.ndarray, list[str]]:
     grey, note = percentile_grey(np.asarray(upright))
     # Pillow inverts such a TIFF only at 8 bits.
-    inverted = getattr(image, 'tag_v2', {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
+    inverted = getattr(image, 'tag_v2', {}).get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO
     return (255 - grey, [note, 'white is zero: inverted']) if inverted else (grey, [note])
 
 

@@ -58,7 +58,8 @@ class Predictor:
         row |= {'path': str(path), 'threshold': self.config.threshold}
         try: film = open_film(path, wanted)
         except FilmError as error:
-            return row | {'status': error.status, 'code': error.code, 'message': str(error)[:200]}, None
+            why = str(error).removeprefix(f'{path}: ')[:200]
+            return row | {'status': error.status, 'code': error.code, 'message': why}, None
         return row | {'status': 'ok', 'message': '; '.join(film.notes)[:200] or None}, wanted.fit(film.pixels)
 
     def _judge(self, score: float) -> dict:

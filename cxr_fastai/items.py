@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -97,8 +98,8 @@ def check_trainable(items: pd.DataFrame) -> None:
 def check_leakage(items: pd.DataFrame) -> None:
     """Raise `UsageError` where a patient has films in two splits: what is measured would flatter."""
     if n := len(leaking_patients(items)):
-        raise UsageError(f'{n} patients have films in two splits, so figures on one would flatter: `cxr-fastai data '
-                         'audit` lists them. --valid patients mends train and valid; --allow-leakage trains anyway.')
+        raise UsageError(f'patients with films in two splits: {n}. Figures on one would flatter: `cxr-fastai data '
+                         'audit` tells more. --valid patients mends train and valid; --allow-leakage trains anyway.')
 
 
 def leaking_patients(items: pd.DataFrame) -> pd.Series:
@@ -181,8 +182,8 @@ def _from_csv(path: Path) -> pd.DataFrame:
     if (unknown := ~split.isin(list(SPLITS))).any():
         found = ', '.join(sorted(set(split[unknown].fillna('(empty)'))))
         raise UsageError(f'{path}: unknown split {found} in {rows_where(unknown)}: use train, valid or test.')
-    table, repeats = drop_repeats(table.assign(split=split.map(SPLITS)), path)
-    items = _table(table, Counter({'listed twice': repeats} if repeats else {}), path)
+    table = table.assign(split=split.map(SPLITS), path=table.path.map(posixpath.normpath))
+    items = _table(table, Counter(), path)
     check_files(table, path)
     return items
 
@@ -192,7 +193,8 @@ def _read_classes(root: Path) -> dict[str, str | None]:
     path = film_root(root)/'classes.json'
     if not path.exists(): return {}
     try: classes = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error: raise UsageError(f'{path}: damaged ({error}).') from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UsageError(f'{path}: damaged ({type(error).__name__}).') from None
     if not isinstance(classes, dict) or not all(label in (*VOCAB, None) for label in classes.values()):
         raise UsageError(f'{path}: expected an object that maps names of classes to {", ".join(VOCAB)} or null.')
     return classes
@@ -209,6 +211,9 @@ def _table(films: pd.DataFrame, ignored: Counter, source: Path) -> pd.DataFrame:
     label = films.label.map(classes)
     for name, n in films.label[label.isna()].value_counts().items(): ignored[f'class {name}'] = n
     films = films.assign(label=label)[label.notna()]
+    if films.empty: raise CXRError(f'{source}: no film is left of the {len(label)} listed there.')
+    films, repeats = drop_repeats(films, source)
+    if repeats: ignored['listed twice'] = repeats
     parsed = [parse_name(path, label) for path, label in zip(films.path, films.label, strict=True)]
     told = pd.DataFrame(parsed, columns=['kind', 'patient'], index=films.index)
     patient = films['patient'].fillna(told.patient) if 'patient' in films else told.patient

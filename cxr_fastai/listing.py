@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import os
 from io import StringIO
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def read_listing(path: Path, needed: tuple[str, ...] = ('path', 'label')) -> pd.
     except (ValueError, csv.Error, OSError, UnicodeError) as error:
         raise UsageError(f'{path}: not a CSV with the columns {",".join(needed)}[,split,patient] ({error}).') from None
     if missing := [name for name in needed if name not in table]:
-        raise UsageError(f'{path}: has no column {" or ".join(missing)}; found {", ".join(map(str, table))}.')
+        raise UsageError(f'{path}: has no column {" or ".join(missing)}: its first row has to name the columns.')
     for name in needed:
         if (empty := table[name].isna()).any(): raise UsageError(f'{path}: no {name} in {rows_where(empty)}.')
     return table
@@ -33,17 +34,17 @@ def read_listing(path: Path, needed: tuple[str, ...] = ('path', 'label')) -> pd.
 
 def check_files(table: pd.DataFrame, path: Path) -> None:
     """Raise `UsageError` where a film that the CSV `path` lists is not there."""
-    absent = pd.Series([not (path.parent/film).is_file() for film in table.path], table.index)
+    absent = pd.Series([not os.path.isfile(path.parent/film) for film in table.path], table.index)
     if absent.any(): raise UsageError(f'{path}: no such file in {rows_where(absent)}; paths count from {path.parent}.')
 
 
 def drop_repeats(table: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, int]:
-    """`table` without rows that say again what another said, and their number. Raises `UsageError` where a film is
-    listed with two labels."""
+    """`table` without rows that say again what another said, and their number. Raises `UsageError` where `path` lists
+    a film with two labels."""
     labels = table.groupby('path').label.transform('nunique')
     if (both := labels > 1).any():
         raise UsageError(f'{path}: the same film has two labels in {rows_where(both)}.')
-    again = table.duplicated([name for name in ('path', 'split') if name in table])
+    again = table.duplicated(['path', 'split'])
     return table[~again], int(again.sum())
 
 

@@ -20,6 +20,7 @@ TRAITS = ('width', 'height', 'aspect', 'colour', 'bytes per pixel', 'mean grey',
           'horizontal sharpness')
 """Numbers that should tell nothing about a disease. Grey levels and sharpness (the mean step between neighbouring
 pixels) are those of the film squished to 224 px, as a network sees it; the border is its outer 5 %."""
+COLUMNS = ['format', 'mode', 'bits', 'bytes', 'digest', 'burned_in', 'code', *TRAITS]
 COLOUR = ('RGB', 'RGBA', 'RGBX', 'RGBa', 'CMYK', 'YCbCr', 'P', 'PA')
 """Modes that could hold colour, whatever they do hold."""
 THUMBNAIL = 32
@@ -43,7 +44,7 @@ def measure_films(paths: Sequence[str], root: Path, workers: int | None = None,
         parts = (pool.map(_measure, [root/path for path in paths[start:start + AT_A_TIME]])
                  for start in range(0, len(paths), AT_A_TIME))
         measured = list(progress((film for part in parts for film in part), console, len(paths)))
-    table = pd.DataFrame([traits for traits, _ in measured])
+    table = pd.DataFrame([traits for traits, _ in measured], columns=COLUMNS)
     return table, np.stack([thumbnail for _, thumbnail in measured])
 
 

@@ -1,8 +1,6 @@
 """Deep pixels (9 to 32 bits, or floats) become 8 bits through a window: what is below is black, above it white."""
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from cxr_fastai.core import FilmError
@@ -12,8 +10,6 @@ PERCENTILES = (0.5, 99.5)
 SAMPLE = 4_000_000
 """Pixels of a film of floats that are enough for its percentiles."""
 MOST_LEVELS = 1 << 16
-Transfer = Callable[[np.ndarray], np.ndarray]
-"""Stored values to what they mean: the same shape, as floats."""
 
 
 def percentile_grey(pixels: np.ndarray) -> tuple[np.ndarray, str]:
@@ -23,8 +19,8 @@ def percentile_grey(pixels: np.ndarray) -> tuple[np.ndarray, str]:
     """
     if np.issubdtype(pixels.dtype, np.integer) and np.ptp(pixels) < MOST_LEVELS:
         levels, counts = count_levels(pixels)
-        window = _percentiles(levels.astype(float), counts)
-        return look_up(pixels, spread(levels, *window)), _note(*window)
+        table, note = percentile_table(levels.astype(float), counts)
+        return look_up(pixels, table), note
     lost = pixels.size - np.count_nonzero(np.isfinite(pixels))
     sample = pixels.ravel()[::1 + pixels.size//SAMPLE]
     sample = sample[np.isfinite(sample)]
@@ -33,26 +29,29 @@ def percentile_grey(pixels: np.ndarray) -> tuple[np.ndarray, str]:
     return spread(pixels, *window), _note(*window) + (f'; {lost} pixels are no finite number' if lost else '')
 
 
-def transferred_grey(stored: np.ndarray, transfer: Transfer, padding: int | None = None) -> tuple[np.ndarray, str]:
-    """As `percentile_grey` of `transfer(stored)`, where `stored` (h, w) are integers; `padding` is a stored value that
-    means no pixel."""
-    levels, counts = count_levels(stored)
-    meant = transfer(levels)
-    window = _percentiles(meant, np.where(levels == padding, 0, counts) if padding is not None else counts)
-    return look_up(stored, spread(meant, *window)), _note(*window)
+def percentile_table(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, str]:
+    """The grey level (uint8) of each of `values` (n,) between their percentiles, where `counts` tells how often each
+    occurs; and a note of the window. Raises `FilmError` E_BLANK where all that occur are alike."""
+    there = values[counts > 0]
+    if not there.size: raise FilmError('every pixel is padding', 'E_BLANK')
+    window = _checked(*weighted_percentiles(values, counts, PERCENTILES), there.min(), there.max())
+    return spread(values, *window), _note(*window)
 
 
-def all_levels(stored: np.ndarray) -> np.ndarray:
-    """All integers from the least of `stored` to the greatest. Raises `FilmError` E_BITDEPTH where they span more than
-    16 bits."""
-    low, high = int(stored.min()), int(stored.max())
-    if high - low >= MOST_LEVELS: raise FilmError(f'values from {low} to {high} span more than 16 bits', 'E_BITDEPTH')
-    return np.arange(low, high + 1)
+def weighted_percentiles(values: np.ndarray, counts: np.ndarray, percentiles: tuple[float, float]) -> np.ndarray:
+    """The `percentiles` of `values` (n,), each of which occurs `counts` (n,) times; NaN where none occurs."""
+    order = np.argsort(values)
+    share = np.cumsum(counts[order])
+    if not share[-1]: return np.full(len(percentiles), np.nan)
+    return values[order][np.searchsorted(share, np.array(percentiles)/100*share[-1])].astype(float)
 
 
 def count_levels(stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`all_levels`, and how often each occurs."""
-    return all_levels(stored), np.bincount(_from_zero(stored).ravel())
+    """All integers from the least of `stored` to the greatest, and how often each occurs. Raises `FilmError`
+    E_BITDEPTH where they span more than 16 bits."""
+    low, high = int(stored.min()), int(stored.max())
+    if high - low >= MOST_LEVELS: raise FilmError(f'values from {low} to {high} span more than 16 bits', 'E_BITDEPTH')
+    return np.arange(low, high + 1), np.bincount(_from_zero(stored).ravel())
 
 
 def look_up(stored: np.ndarray, table: np.ndarray) -> np.ndarray:
@@ -70,15 +69,6 @@ def spread(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _from_zero(stored: np.ndarray) -> np.ndarray: return np.subtract(stored, int(stored.min()), dtype=np.int32)
-
-
-def _percentiles(values: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    order = np.argsort(values)
-    values, share = values[order], np.cumsum(counts[order])
-    if not share[-1]: raise FilmError('every pixel is padding', 'E_BLANK')
-    low, high = (values[np.searchsorted(share, p/100*share[-1])] for p in PERCENTILES)
-    there = values[counts[order] > 0]
-    return _checked(low, high, there[0], there[-1])
 
 
 def _checked(low: float, high: float, least: float, greatest: float) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 from pydicom import dcmread
+from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian as Explicit
@@ -36,9 +37,20 @@ def encoded(picture, form='PNG', **options) -> bytes:
 def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
     """The PNG of `GREY` with more chunks behind its header."""
     png = encoded(GREY)
-    extra = b''.join(struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
-                     for name, body in chunks)
-    return png[:33] + extra + png[33:]
+    return png[:33] + b''.join(_chunk(name, body) for name, body in chunks) + png[33:]
+
+
+def colour_png(bits: int) -> bytes:
+    """A PNG in colour of 8 or 16 bits a sample, with levels of 12 bits in the latter."""
+    rows = np.repeat(DEEP[..., None], 3, 2).astype('>u2' if bits == 16 else np.uint8)
+    packed = b''.join(b'\0' + row.tobytes() for row in rows)
+    chunks = ((b'IHDR', struct.pack('>IIBBBBB', DEEP.shape[1], DEEP.shape[0], bits, 2, 0, 0, 0)),
+              (b'IDAT', zlib.compress(packed)), (b'IEND', b''))
+    return b'\x89PNG\r\n\x1a\n' + b''.join(_chunk(name, body) for name, body in chunks)
+
+
+def _chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
 
 
 def progressive_with(scans: int, size: int) -> bytes:
@@ -50,6 +62,10 @@ def progressive_with(scans: int, size: int) -> bytes:
 
 def dicom(pixels=DEEP, syntax=Explicit, data=None, **tags) -> bytes:
     """A digital radiograph of 12 bits in 16, with a patient's name; `tags` change or (None) remove what it says."""
+    with disable_value_validation(): return _dicom(pixels, syntax, data, tags)
+
+
+def _dicom(pixels, syntax, data, tags: dict) -> bytes:
     film = FileDataset('', {}, file_meta=FileMetaDataset(), preamble=b'\0'*128)
     film.file_meta.TransferSyntaxUID = syntax
     film.file_meta.MediaStorageSOPClassUID = film.SOPClassUID = '1.2.840.10008.5.1.4.1.1.1.1'

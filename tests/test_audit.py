@@ -10,9 +10,10 @@ import pytest
 from filmfiles import PATIENT, dicom
 from PIL import Image
 
-from cxr_fastai.audit import audit, safe_name, save_audit
+from cxr_fastai.audit import audit, save_audit
 from cxr_fastai.cli import main
 from cxr_fastai.demo import make_demo
+from cxr_fastai.names import safe_path
 from cxr_fastai.probes import probe_label, probe_shift
 from cxr_fastai.traits import TRAITS, find_alike, measure_films
 
@@ -141,19 +142,35 @@ def test_films_listed_twice_are_found(clean):
     assert not any(name.startswith('duplicate pairs') for name in found)
 
 
+@pytest.mark.parametrize('path', [
+    'train/NORMAL/IM-0115-0001.jpeg', 'chest_xray/val/PNEUMONIA/person12_bacteria_34.jpeg', '00012345_003.png',
+    'train/NORMAL/NORMAL2-IM-0301-0001-0002.jpeg', 'train/NORMAL/medmnist-train-00001.png', 'cxr_PA.dcm',
+    '3fa9c1d27b.png', '0a1b2c3d-0a1b-0a1b.dcm', 'x-ray 12.png'])
+def test_names_that_name_nobody_are_shown(path): assert safe_path(path, 7) == path
+
+
 @pytest.mark.parametrize(('path', 'shown'), [
-    ('train/NORMAL/IM-0115-0001.jpeg', 'train/NORMAL/IM-0115-0001.jpeg'),
-    ('chest_xray/val/PNEUMONIA/person12_bacteria_34.jpeg', 'chest_xray/val/PNEUMONIA/person12_bacteria_34.jpeg'),
-    ('train/NORMAL/NORMAL2-IM-0301-0001-0002.jpeg', 'train/NORMAL/NORMAL2-IM-0301-0001-0002.jpeg'),
-    ('a/medmnist-train-00001.png', 'a/medmnist-train-00001.png'), ('00012345_003.png', '00012345_003.png')])
-def test_names_that_name_nobody_are_shown(path, shown): assert safe_name(path) == shown
+    ('train/NORMAL/Doe^Jane.dcm', 'train/NORMAL/film-7.dcm'), ('film/jane_doe.png', 'film/film-7.png'),
+    ('Müller, Anna.jpeg', 'film-7.jpeg'), ('Smith19701231.png', 'film-7.png'), ('JANE DOE/1.png', 'film-7.png'),
+    ('Smith.jpeg', 'film-7.jpeg'), ('patient_Smith.png', 'film-7.png'), ('Smith J.png', 'film-7.png'),
+    ('O Li.png', 'film-7.png'), ('李明.png', 'film-7.png'), ('李.png', 'film-7.png'), ('1.Smith', 'film-7'),
+    ('Smith.Jane/1.png', 'film-7.png')])
+def test_names_that_may_name_a_patient_are_not(path, shown): assert safe_path(path, 7) == shown
 
 
-@pytest.mark.parametrize('path', ['train/NORMAL/Doe^Jane.dcm', 'x/jane_doe.png', 'Müller, Anna.jpeg',
-                                  'Smith19701231.png', 'Doe_1970-12-31.jpeg', 'JANE DOE/1.png'])
-def test_names_that_may_name_a_patient_are_not(path):
-    assert not re.search('doe|jane|smith|anna|müller', safe_name(path).casefold())
-    assert safe_name(path) == safe_name(path) != safe_name('other/' + path)
+def test_a_patients_name_in_a_csv_or_a_folder_is_not_shown(clean, tmp_path):
+    folder = tmp_path/'Doe_Jane'
+    shutil.copytree(clean/'test', folder/'test')
+    rows = [(path.relative_to(folder).as_posix(), path.parts[-2], f'p{i}', 'train')
+            for i, path in enumerate(sorted(folder.rglob('*.jpeg')))]
+    table = pd.DataFrame(rows, columns=['path', 'label', 'patient', 'split'])
+    table.loc[:1, ['patient', 'split']] = [['Smith, J.', 'test'], ['Smith, J.', 'train']]
+    table.to_csv(folder/'films.csv', index=False)
+    for source in (folder/'films.csv', folder):
+        save_audit(audit(source), tmp_path/'audit')
+        for told in (tmp_path/'audit').iterdir():
+            assert not re.search('smith|doe|jane', told.read_text(), re.IGNORECASE)
+    assert 'patient-1' in {film[0] for finding in audit(folder/'films.csv').findings for film in finding.films}
 
 
 def test_no_patient_is_named_anywhere(few, tmp_path, capsys):
@@ -166,7 +183,7 @@ def test_no_patient_is_named_anywhere(few, tmp_path, capsys):
     for text in (shown.out, shown.err, *(path.read_text() for path in (tmp_path/'audit').iterdir())):
         assert not re.search('smith|' + re.escape(PATIENT), text, re.IGNORECASE)
     page = (tmp_path/'audit/audit.html').read_text()
-    assert 'not shown: it may carry' in page and 'films with burned-in text: 3' in page
+    assert 'not shown: its picture' in page and 'films with burned-in text: 3' in page
 
 
 def test_the_files_are_one_page_and_one_object(films, tmp_path):
@@ -210,6 +227,20 @@ def test_alike_is_pearsons_correlation_whatever_the_blocks(monkeypatch):
         assert {(i, j) for i, j, _ in find_alike(thumbnails, 0.9)} == wanted and len(wanted) > 50
 
 
+def test_more_pairs_than_can_be_listed_are_an_error(few, monkeypatch):
+    monkeypatch.setattr('cxr_fastai.traits.MOST_PAIRS', 3)
+    monkeypatch.setattr('cxr_fastai.audit.MOST_PAIRS', 3)
+    for i in range(3): as_jpeg(first(few/'train/NORMAL'), few/f'train/NORMAL/IM-900{i}-0001.jpeg', quality=80)
+    found = {finding.name: finding for finding in audit(few).findings}
+    assert found['too many duplicate pairs to list'].level == 'error'
+
+
+def test_a_set_of_nothing_but_bad_films_is_audited(tmp_path):
+    (tmp_path/'train/NORMAL').mkdir(parents=True)
+    for name in 'ab': (tmp_path/f'train/NORMAL/{name}.jpeg').write_bytes(b'x')
+    assert names(audit(tmp_path)) == {'films that cannot be used', 'not trainable as it is'}
+
+
 def test_probes_need_enough_films_and_patients():
     table = pd.DataFrame({trait: np.arange(60.0) for trait in TRAITS}).assign(
         split='train', label=['NORMAL', 'PNEUMONIA']*30, patient='one')
@@ -249,3 +280,15 @@ def test_the_real_set_has_28_copies_inside_train_and_nothing_across(real_films):
                             'shortcuts to the label'}
     sharpness = found.probes.query('trait == "vertical sharpness"').auc.iloc[0]
     assert sharpness == pytest.approx(0.92, abs=0.01)
+    counts = found.counts.groupby(['split', 'label', 'kind']).films.sum().to_dict()
+    assert counts == {('train', 'NORMAL', 'normal'): 1341, ('train', 'PNEUMONIA', 'bacteria'): 2530,
+                      ('train', 'PNEUMONIA', 'virus'): 1345, ('valid', 'NORMAL', 'normal'): 8,
+                      ('valid', 'PNEUMONIA', 'bacteria'): 8}
+
+
+@pytest.mark.real
+def test_on_the_originals_size_and_compression_give_the_label_away(real_films):
+    originals = real_films.parent/'chest_xray_originals'
+    if not originals.is_dir(): pytest.skip('no originals beside the real films')
+    told = audit(originals).probes.set_index('trait').auc
+    assert told['bytes per pixel'] > 0.99 and told['height'] > 0.88 and told['aspect'] > 0.84

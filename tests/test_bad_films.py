@@ -4,8 +4,10 @@ The numbers are those of the list of bad inputs that the project keeps: files 1 
 """
 import os
 import re
+import socket
 import subprocess
 import sys
+import types
 import zlib
 
 import numpy as np
@@ -14,6 +16,7 @@ from filmfiles import (
     DEEP,
     GREY,
     PATIENT,
+    colour_png,
     compressed,
     dicom,
     encoded,
@@ -27,7 +30,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
 from cxr_fastai.core import FilmError
-from cxr_fastai.images import Preprocessing, open_film
+from cxr_fastai.images import Preprocessing, decode_film, open_film
 
 OTHER = Image.fromarray(255 - GREY)
 FRAMES = {'save_all': True, 'append_images': [OTHER]}
@@ -77,6 +80,7 @@ REFUSED = {
     '28 HEIC': (b'\0\0\0\x18ftypheic' + bytes(2000), 'E_FORMAT', 'none of'),
     '28 GIF': (encoded(GREY, 'GIF'), 'E_FORMAT', 'GIF is none of'),
     '29 thousands of scans': (progressive_with(3000, 3000), 'E_TIMEOUT', 'progressive scans of 3000x3000'),
+    '29 sixty scans of nine megapixels': (progressive_with(60, 3000), 'E_TIMEOUT', 'progressive scans'),
     '33 CT slice': (dicom(Modality='CT'), 'E_DICOM_MODALITY', 'modality CT: only CR and DX'),
     '39 JPEG lossless': (dicom(GREY, '1.2.840.10008.1.2.4.70', encapsulate([JPEG])), 'E_DICOM_SYNTAX',
                          r'1\.2\.840\.10008\.1\.2\.4\.70 .*needs the package python-gdcm'),
@@ -86,17 +90,27 @@ REFUSED = {
     '42 no pixel data': (without('PixelData', dicom()), 'E_DICOM_NOPIXEL', 'no pixel data'),
     '43 no preamble': (dicom()[132:], 'E_DICOM_CORRUPT', 'no DICM preamble'),
     '43 no transfer syntax': (without('TransferSyntaxUID', dicom()), 'E_DICOM_CORRUPT', 'no transfer syntax'),
-    '44 truncated pixels': (dicom()[:-4000], 'E_DICOM_CORRUPT', 'less than expected'),
-    '45 too many rows': (dicom(Rows=60_000), 'E_DICOM_CORRUPT', 'less than expected'),
+    '44 truncated pixels': (dicom()[:-4000], 'E_DICOM_CORRUPT', r'damaged \(ValueError\)'),
+    '45 too many rows': (dicom(Rows=60_000), 'E_DICOM_CORRUPT', r'damaged \(ValueError\)'),
     '45 too many rows and columns': (dicom(Rows=60_000, Columns=60_000), 'E_TOO_LARGE', '60000x60000 is over'),
     '46 a billion frames': (dicom(NumberOfFrames=10**9), 'E_MULTIFRAME', '1000000000 frames'),
-    '47 13 bits allocated': (dicom(BitsAllocated=13), 'E_DICOM_CORRUPT', 'Bits Allocated'),
+    '47 13 bits allocated': (dicom(BitsAllocated=13), 'E_DICOM_CORRUPT', r'damaged \(ValueError\)'),
     '48 bad VR': (dicom().replace(b'\x28\0\x10\0US', b'\x28\0\x10\0ZZ'), 'E_DICOM_CORRUPT', 'damaged'),
     '49 report': (without('PixelData', dicom(Modality='SR')), 'E_DICOM_MODALITY', 'modality SR'),
     '49 ultrasound': (dicom(Modality='US'), 'E_DICOM_MODALITY', 'modality US'),
     '49 no modality': (without('Modality', dicom()), 'E_DICOM_MODALITY', 'modality none'),
+    '49 PDF': (without('PixelData', dicom(Modality='DOC')), 'E_DICOM_MODALITY', 'modality DOC'),
+    '49 modality with a name in it': (dicom(Modality='DOE^JANE'), 'E_DICOM_MODALITY', 'modality of no known name'),
     '50 secondary capture': (dicom(Modality='OT'), 'E_DICOM_MODALITY', 'modality OT'),
-    'RLE that swells': (dicom(GREY, RLELossless, encapsulate([bytes(200_000)])), 'E_DICOM_CORRUPT', 'bytes of pixels'),
+    '50 palette': (dicom(GREY, PhotometricInterpretation='PALETTE COLOR'), 'E_DICOM_MODALITY', 'photometric'),
+    'RLE that swells': (dicom(GREY, RLELossless, encapsulate([bytes(90_000)])), 'E_DICOM_CORRUPT', 'bytes of pixels'),
+    'JPEG 2000 of another size': (dicom(GREY, JPEG2000Lossless, encapsulate([encoded(smooth(300, 300), 'JPEG2000')])),
+                                  'E_DICOM_CORRUPT', 'not of the size it says'),
+    'scans in DICOM': (dicom(np.zeros((3000, 3000), np.uint8), JPEGBaseline8Bit,
+                             encapsulate([progressive_with(60, 3000)])), 'E_TIMEOUT', 'scans of 3000x3000'),
+    'bits that end elsewhere': (dicom(DEEP << 4, HighBit=15), 'E_BITDEPTH', '12 bits that end at bit 15'),
+    '16-bit colour PNG': (colour_png(16), 'E_BITDEPTH', '16 bits of colour'),
+
 }
 
 
@@ -128,7 +142,7 @@ READ = {
     '30 negative': (encoded(255 - GREY), None),
     '31 upside down': (encoded(GREY[::-1, ::-1]), None),
     '32 lateral view': (dicom(ViewPosition='LL'), 'window'),
-    '34 knee and cat': (encoded(smooth(200, 150, seed=1)), None),
+    '34 some other picture': (encoded(smooth(200, 150, seed=1)), None),
     '35 text page': (picture(lambda draw: draw.text((20, 20), 'Discharge letter', fill=0, font_size=28)), None),
     '35 noise': (encoded(NOISE), None),
     '38 MONOCHROME1': (dicom(PhotometricInterpretation='MONOCHROME1'), 'MONOCHROME1 inverted'),
@@ -173,7 +187,8 @@ def test_an_odd_film_is_read_and_what_was_done_is_noted(tmp_path, kind):
 def test_a_file_that_is_none_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path/'pipe')
     (tmp_path/'folder').mkdir()
-    for path in (tmp_path/'pipe', tmp_path/'folder', '/dev/zero'):
+    with socket.socket(socket.AF_UNIX) as listener: listener.bind(str(tmp_path/'socket'))
+    for path in (tmp_path/'pipe', tmp_path/'socket', tmp_path/'folder', '/dev/zero'):
         with pytest.raises(FilmError, match='not a regular file') as caught: open_film(path)
         assert caught.value.code == 'E_NOT_REGULAR'
 
@@ -184,7 +199,7 @@ def test_a_film_that_disappeared_is_refused_by_name(tmp_path):
 
 
 def test_a_huge_file_is_not_even_read(tmp_path):
-    with open(tmp_path/'huge.png', 'wb') as file: file.truncate(1 << 40)
+    with open(tmp_path/'huge.png', 'wb') as file: file.truncate(400_000_001)
     with pytest.raises(FilmError, match='bytes are over') as caught: open_film(tmp_path/'huge.png')
     assert caught.value.code == 'E_TOO_LARGE'
 
@@ -200,6 +215,19 @@ def test_without_pydicom_a_dicom_film_says_what_to_install(monkeypatch, tmp_path
     (tmp_path/'a.dcm').write_bytes(dicom())
     with pytest.raises(FilmError, match=r'pip install "cxr_fastai\[dicom\]"') as caught: open_film(tmp_path/'a.dcm')
     assert caught.value.code == 'E_DICOM_SYNTAX'
+
+
+def test_a_syntax_whose_plugin_is_absent_names_the_package(monkeypatch, tmp_path):
+    (tmp_path/'a.dcm').write_bytes(compressed(JPEGLSLossless))
+    monkeypatch.setattr('pydicom.pixels.get_decoder', lambda _: types.SimpleNamespace(is_available=False))
+    with pytest.raises(FilmError, match=r'E_DICOM_SYNTAX: .*1.2.840.10008.1.2.4.80 .*needs the package pyjpegls'):
+        open_film(tmp_path/'a.dcm')
+
+
+def test_films_with_the_scans_that_encoders_make_are_read():
+    for mode in ('L', 'RGB'):
+        large = Image.fromarray(smooth(2500, 3000)).convert(mode)
+        assert decode_film(encoded(large, 'JPEG', progressive=True)).pixels.shape == (2500, 3000)
 
 
 RAMP = np.uint16(8*np.broadcast_to(np.arange(8000), (5000, 8000)))

@@ -16,7 +16,7 @@ from PIL import Image
 from cxr_fastai import cache
 from cxr_fastai.cache import FilmCache, cache_folder, find_cache, prepare
 from cxr_fastai.cli import main
-from cxr_fastai.core import CXRError, OutputError
+from cxr_fastai.core import CXRError, OutputError, UsageError
 from cxr_fastai.data import film_block, locate, make_dls
 from cxr_fastai.images import Preprocessing
 from cxr_fastai.items import read_items
@@ -109,16 +109,50 @@ def test_films_that_cannot_be_read_are_told_and_left_out(root, paths):
 
 def test_rubbish_in_the_index_is_passed_over(root, paths):
     folder, _, _ = prepare(paths[:20], root, SMALL)
-    with open(folder/'index.csv', 'ab') as index: index.write(b'\0\0\0\n1,2\nx,y,z,1,2\n')
+    rubbish = b'\0\0\n[1, 2]\n[1, "x", 2, "", "y"]\n["0", "x", 1, 1, "y"]\n' + b'9'*5000 + b'\n' + b'['*200_000
+    with open(folder/'index.jsonl', 'ab') as index: index.write(rubbish)
     assert len(find_cache(root, SMALL).rows) == 20
     prepare(paths, root, SMALL)
-    assert same(find_cache(root, SMALL), root, paths)
+    assert same(find_cache(root, SMALL), root, paths) and len(find_cache(root, SMALL).rows) == len(paths)
+
+
+def test_an_old_line_never_comes_to_mean_a_new_film(root, paths):
+    folder, _, _ = prepare(paths[:10], root, SMALL)
+    os.truncate(folder/'films.u8', 7*64*64)
+    Image.open(root/paths[20]).rotate(90).save(root/'train/NORMAL/IM-7777-0001.jpeg')
+    prepare(['train/NORMAL/IM-7777-0001.jpeg'], root, SMALL)
+    found = find_cache(root, SMALL)
+    assert len(found.rows) == 8 and same(found, root, [*paths[:10], 'train/NORMAL/IM-7777-0001.jpeg'])
+
+
+@pytest.mark.parametrize('lost', ['films.u8', 'index.jsonl', 'decoder.json'])
+def test_a_cache_that_lacks_a_file_is_none_and_made_anew(root, paths, lost):
+    folder, _, _ = prepare(paths[:10], root, SMALL)
+    (folder/lost).unlink()
+    assert find_cache(root, SMALL) is None
+    assert prepare(paths[:10], root, SMALL)[1] == 10 and len(find_cache(root, SMALL).rows) == 10
+
+
+def test_without_a_home_folder_there_is_no_cache(root, paths, monkeypatch):
+    monkeypatch.setenv('CXR_CACHE', '~nobody-of-that-name/cache')
+    assert find_cache(root, SMALL) is None
+    with pytest.raises(UsageError, match='no such home folder: name one for the cache by CXR_CACHE'):
+        prepare(paths, root, SMALL)
+
+
+def test_odd_names_are_cached_like_others(root, paths, decoded):
+    odd = [os.fsdecode(name) for name in (b'a\rb.png', b'a\nb.png', b'"x", [1].png', b'\xff\xfe.png', 'é.png'.encode())]
+    for i, name in enumerate(odd): (root/name).write_bytes((root/paths[i]).read_bytes())
+    prepare(odd, root, SMALL)
+    decoded.clear()
+    prepare(odd, root, SMALL)
+    assert not decoded and same(find_cache(root, SMALL), root, odd) and len(find_cache(root, SMALL).rows) == 5
 
 
 @pytest.mark.parametrize('cut', ['index', 'films', 'both'])
 def test_what_a_crash_leaves_half_written_is_never_read(root, paths, cut):
     folder, _, _ = prepare(paths, root, SMALL)
-    for name, lost in (('index.csv', 30), ('films.u8', 5*64*64 + 100)):
+    for name, lost in (('index.jsonl', 30), ('films.u8', 5*64*64 + 100)):
         if cut in (name.split('.')[0], 'both'): os.truncate(folder/name, (folder/name).stat().st_size - lost)
     found = find_cache(root, SMALL)
     assert len(found.rows) < len(paths) and same(found, root, paths)
@@ -137,7 +171,7 @@ def test_a_killed_prepare_goes_on_where_it_stopped(root, paths, decoded, monkeyp
             'from cxr_fastai.items import read_items\nroot = Path(sys.argv[1])\n'
             'prepare(list(read_items(root).path), root, Preprocessing(64), 1)')
     process = subprocess.Popen([sys.executable, '-c', code, root])
-    index = cache_folder(root, SMALL)/'index.csv'
+    index = cache_folder(root, SMALL)/'index.jsonl'
     while process.poll() is None and (not index.exists() or index.stat().st_size == 0): os.sched_yield()
     process.kill()
     process.wait()
@@ -232,7 +266,7 @@ def test_training_uses_the_cache_says_so_and_ends_with_the_same_weights(root, tm
     assert '48 of 48 films come decoded from' in capsys.readouterr().out
     columns = ['train_loss', 'valid_loss', 'roc_auc']
     assert first.history[columns].equals(second.history[columns])
-    assert b'index.csv' not in (second/'learner.pkl').read_bytes()
+    assert b'index.jsonl' not in (second/'learner.pkl').read_bytes()
 
 
 def test_prepare_tells_bad_films_and_ends_with_three(root, paths, capsys):

@@ -108,7 +108,7 @@ def test_a_leak_is_refused_unless_it_is_allowed_and_recorded(capsys, films, tmp_
     film = sorted((leaky/'train/PNEUMONIA').iterdir())[0]
     shutil.copy(film, leaky/'test/PNEUMONIA'/f'{film.stem}0.jpeg')
     argv = ['train', '--data', leaky, '--out', tmp_path/'run', '--epochs', '1', '--size', '48', '--workers', '0']
-    refused(capsys, argv, 2, '1 patients have films in two splits.*data audit.*--allow-leakage')
+    refused(capsys, argv, 2, 'patients with films in two splits: 1.*data audit.*--allow-leakage')
     assert not (tmp_path/'run').exists()
     assert main([str(word) for word in [*argv, '--allow-leakage', '--limit', '3']]) == 0
     assert '"allow_leakage": true' in (tmp_path/'run/recipe.json').read_text()

@@ -2,10 +2,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cxr_fastai.artefacts import ModelConfig
 from cxr_fastai.core import UsageError
-from cxr_fastai.images import Preprocessing
+from cxr_fastai.images import Preprocessing, read_film
 from cxr_fastai.inference import COLUMNS, Predictor, list_films, prediction_table
 from cxr_fastai.models import build_model
 
@@ -32,9 +33,31 @@ def test_a_bad_film_gets_its_row_and_the_others_their_probability(predictor, pat
     table = prediction_table(predictor.predict([paths[0], tmp_path/'bad.jpeg', paths[1]]))
     assert list(table) == COLUMNS and table.status.to_list() == ['ok', 'error', 'ok']
     assert table.code[1] == 'E_EMPTY'
-    assert str(tmp_path/'bad.jpeg') in table.message[1] and np.isnan(table.p_pneumonia[1])
+    assert table.message[1] == 'E_EMPTY: the file is empty' and np.isnan(table.p_pneumonia[1])
     alone = prediction_table(predictor.predict(paths[:2]))
     assert np.allclose(table.p_pneumonia[[0, 2]], alone.p_pneumonia, rtol=0, atol=1e-6)
+
+
+def test_films_are_decoded_for_prediction_as_for_training(tmp_path):
+    torch.manual_seed(0)
+    predictor = Predictor(build_model('baseline').eval(), ModelConfig('baseline', 48, 0.5, resize='crop'))
+    noise = np.random.default_rng(0).integers(0, 256, (900, 700), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path/'large.jpeg')
+    wanted, whole = Preprocessing(48, 'crop'), read_film(tmp_path/'large.jpeg')
+    seen = wanted.load(tmp_path/'large.jpeg')
+    assert not np.array_equal(seen, wanted.fit(whole))  # decoded smaller, which makes a difference here
+    row, = predictor.predict([tmp_path/'large.jpeg'])
+    assert row['p_pneumonia'] == predictor.scores(seen[None].copy())[0]
+
+
+def test_a_film_that_disappears_after_the_search_gets_its_row(predictor, films, tmp_path):
+    import shutil
+    shutil.copytree(films/'test/NORMAL', tmp_path/'in')
+    found = list_films([tmp_path/'in'])
+    found[1].unlink()
+    found[2].write_bytes(b'')
+    table = prediction_table(predictor.predict(found))
+    assert table.code[:4].fillna('').to_list() == ['', 'E_IO', 'E_EMPTY', '']
 
 
 def test_nothing_but_bad_films_is_no_crash(predictor, tmp_path):

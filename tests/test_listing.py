@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from cxr_fastai.cli import main
-from cxr_fastai.core import UsageError
+from cxr_fastai.core import CXRError, UsageError
 from cxr_fastai.inference import list_films
 from cxr_fastai.items import COLUMNS, read_items
 from cxr_fastai.listing import read_listing
@@ -53,7 +53,7 @@ def test_more_columns_do_no_harm(folder):
     ('path,label,split\na.png,NORMAL,\n', r'unknown split \(empty\) in row 2'),
     ('', 'not a CSV'), ('\1\2\n\1', 'has no column path or label'), ('\0\n', 'not a CSV|has no column'),
     ('path,label\n"a.png,NORMAL\n', 'not a CSV'),
-    ('file,label\na.png,NORMAL\n', 'has no column path; found file, label'),
+    ('file,label\na.png,NORMAL\n', 'has no column path: its first row has to name'),
     ('path,label\na.png,NORMAL\nc.png,NORMAL,x,y\n', 'more cells than the header has in row 3')])
 def test_what_is_wrong_is_told_with_its_rows(folder, text, complaint, capsys):
     with pytest.raises(UsageError, match=complaint): listed(folder, text)
@@ -65,6 +65,19 @@ def test_ten_rows_are_named_and_all_counted(folder):
     text = 'path,label\n' + ''.join(f'{i}.png,NORMAL\n' for i in range(1500))
     with pytest.raises(UsageError, match=r'in rows 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 \(1,500 in all\)'):
         listed(folder, text)
+
+
+def test_a_film_with_two_labels_cannot_hide_behind_its_spelling(folder):
+    with pytest.raises(UsageError, match='two labels in rows 2, 3'):
+        listed(folder, 'path,label\na.png,NORMAL\n./x/../a.png,PNEUMONIA\n')
+    (folder/'classes.json').write_text('{"Normal": "NORMAL", "other": null}')
+    assert len(listed(folder, 'path,label\na.png,NORMAL\na.png,Normal\nc.png,other\n')) == 1
+    with pytest.raises(CXRError, match='no film is left of the 1'): listed(folder, 'path,label\nc.png,other\n')
+
+
+def test_no_row_and_no_film_is_refused(folder, tmp_path):
+    with pytest.raises(CXRError, match='no film is left of the 0'): listed(folder, 'path,label\n')
+    with pytest.raises(UsageError, match='no such file in row 2'): listed(folder, f'path,label\n{"x"*300}.png,NORMAL\n')
 
 
 def test_rows_that_repeat_another_count_once(folder):

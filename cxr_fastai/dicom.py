@@ -28,6 +28,8 @@ TAGS = ['Modality', 'PhotometricInterpretation', 'SamplesPerPixel', 'PlanarConfi
         'NumberOfFrames', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'PixelPaddingValue',
         'PixelPaddingRangeLimit', 'RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence', 'VOILUTSequence',
         'VOILUTFunction', 'WindowCenter', 'WindowWidth', 'BurnedInAnnotation', 'PixelData']
+PICTURES = (b'\xff\xd8\xff', b'\x89PNG', b'II*\0', b'MM\0*')
+"""How JPEG, PNG and TIFF files begin."""
 SUFFIXES = ('.dcm', '.dicom')
 JPEG_EXTENDED = '1.2.840.10008.1.2.4.51'
 BY_PILLOW = ('1.2.840.10008.1.2.4.50', JPEG_EXTENDED, '1.2.840.10008.1.2.4.90', '1.2.840.10008.1.2.4.91')
@@ -50,8 +52,9 @@ PARSING = Lock()
 
 
 def is_dicom(data: bytes, suffix: str = '') -> bool:
-    """Whether `data` says it is DICOM, or is without the preamble what a file called `suffix` should be."""
-    return data[128:132] == b'DICM' or suffix in SUFFIXES or data[:4] in (b'\2\0\0\0', b'\x08\0\5\0')
+    """Whether `data` says it is DICOM, or lacks only the preamble, or is no picture and called so by its `suffix`."""
+    named = suffix in SUFFIXES and not data.startswith(PICTURES)
+    return data[128:132] == b'DICM' or data[:4] in (b'\2\0\0\0', b'\x08\0\5\0') or named
 
 
 def read_dicom(data: bytes, modalities: Container[str] = MODALITIES) -> Film:

@@ -7,11 +7,11 @@ from pathlib import PurePosixPath
 from cxr_fastai.images import SUFFIXES
 
 KNOWN_WORDS = {
-    'anon', 'ap', 'bacteria', 'chest', 'copy', 'cr', 'crop', 'cxr', 'data', 'dataset', 'demo', 'dicom', 'dx', 'exam',
-    'faulty', 'film', 'films', 'folder', 'frontal', 'id', 'im', 'image', 'images', 'img', 'kaggle', 'lateral', 'left',
-    'masks', 'medmnist', 'normal', 'original', 'originals', 'pa', 'patient', 'person', 'pneumonia', 'ray', 'right',
-    'sample', 'scan', 'series', 'set', 'study', 'subset', 'test', 'train', 'unknown', 'val', 'valid', 'view', 'virus',
-    'xray'}
+    'anon', 'ap', 'bacteria', 'chest', 'chncxr', 'copy', 'covid', 'cr', 'crop', 'cxr', 'data', 'dataset', 'demo',
+    'dicom', 'dx', 'exam', 'faulty', 'film', 'films', 'folder', 'frontal', 'id', 'im', 'image', 'images', 'img',
+    'kaggle', 'lateral', 'left', 'masks', 'mcucxr', 'medmnist', 'normal', 'original', 'originals', 'pa', 'patient',
+    'person', 'pneumonia', 'ray', 'right', 'sample', 'scan', 'series', 'set', 'study', 'subset', 'test', 'train',
+    'unknown', 'val', 'valid', 'view', 'virus', 'xray'}
 """Words that name nobody; a name that has another word in it may be a person's."""
 HASH = re.compile(r'[0-9a-f]{8,}(-[0-9a-f]{4,})*')
 WORD = re.compile(r'[^\W\d_]+')

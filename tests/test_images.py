@@ -96,6 +96,10 @@ def test_the_content_decides_and_a_wrong_name_is_noted(tmp_path):
     (tmp_path/'a.jpeg').write_bytes(encoded(GREY))
     film = open_film(tmp_path/'a.jpeg')
     assert np.array_equal(film.pixels, GREY) and film.notes == ('PNG in spite of its name',)
+    (tmp_path/'b.dcm').write_bytes(encoded(GREY, 'TIFF'))
+    assert open_film(tmp_path/'b.dcm').notes == ('TIFF in spite of its name',)
+    (tmp_path/'c.png').write_bytes(dicom())
+    assert 'DICOM in spite of its name' in open_film(tmp_path/'c.png').notes
 
 
 @pytest.mark.parametrize('syntax', [JPEGBaseline8Bit, JPEG2000Lossless, RLELossless, JPEGLSLossless],

@@ -68,7 +68,8 @@ def _files_table(audit: Audit) -> Table:
 
 def _probes_table(audit: Audit) -> Table:
     from cxr_fastai.probes import TELLING
-    table = Table(title='what one number tells', title_justify='left')
+    table = Table(title='what one number tells', title_justify='left',
+                  caption='too few films or patients of each class' if audit.probes.empty else None)
     for name in ('of what', 'number', 'AUC'): table.add_column(name, justify='right' if name == 'AUC' else 'left')
     best = audit.probes.groupby('probe', sort=False).head(MOST_PROBES)
     for row in best.itertuples():

@@ -74,7 +74,7 @@ def list_films(sources: Iterable[Path]) -> list[Path]:
         if source.is_dir(): found = find_films(source)[0]
         elif source.suffix.lower() != '.csv': found = [source]
         else: found = [source.parent/path for path in read_listing(source, ('path',)).path]
-        if not found: raise UsageError(f'{source}: no films there.')
+        if not found: raise UsageError(f'{source}: no films there (links are not followed).')
         films += found
     return films
 

@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from cxr_fastai.core import VOCAB, CXRError, check_new, progress, writing
-from cxr_fastai.images import SUFFIXES
+from cxr_fastai.items import junk
 
 MAX_ENTRIES = 200_000
 MAX_BYTES = 20*10**9
@@ -36,8 +36,6 @@ ENCRYPTED = 0x1
 UNSAFE = re.compile(r'/|[A-Za-z]:|.*[\\\0]|(.*/)?\.\.(/|$)', re.DOTALL)
 """Names that could leave the target: absolute, with a drive, with backslashes, with `..`."""
 LAYOUT = re.compile(r'(?P<above>(chest_xray/){0,2})(?P<place>(train|val|test)/(NORMAL|PNEUMONIA)/[^/]+)')
-JUNK = {'__MACOSX': re.compile(r'(^|/)__MACOSX/'), '._*': re.compile(r'(^|/)\._[^/]*$'),
-        '.DS_Store': re.compile(r'(^|/)\.DS_Store$')}
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, StructError)
 """What `zipfile` lets out for an archive that is not whole."""
 
@@ -200,7 +198,4 @@ def _copy_films(source: Path, folder: Path, console: Console | None) -> Counter:
 
 def _reason(name: str) -> str | None:
     """Why the file `name` is no film of the data set; None where it is one."""
-    for reason, pattern in JUNK.items():
-        if pattern.search(name): return reason
-    if PurePosixPath(name).suffix.lower() not in SUFFIXES: return 'not a film'
-    return None if LAYOUT.fullmatch(name) else 'outside the class folders'
+    return junk(PurePosixPath(name)) or (None if LAYOUT.fullmatch(name) else 'outside the class folders')

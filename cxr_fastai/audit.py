@@ -66,7 +66,7 @@ def audit(data: Path, workers: int | None = None, console: Console | None = None
     findings = [*_unreadable(films), *_burned_in(films), *_leakage(items), *_duplicates(pairs), *_too_many(alike),
                 *_listed_twice(films), *_too_few(items), *_telling(probes), *_names(films)]
     counts = items.groupby(['split', 'label', 'kind']).size().rename('films').reset_index()
-    return Audit(safe_name(data.resolve().name, 'films'), len(items), counts, _facts(films, items), probes,
+    return Audit(safe_name(data.resolve().name, 'films'), len(items), counts, _facts(films, whole), probes,
                  tuple(sorted(findings, key=lambda finding: finding.level != 'error')), _draw(films, pairs, root))
 
 
@@ -97,7 +97,7 @@ def _unreadable(films: pd.DataFrame) -> list[Finding]:
 
 
 def _burned_in(films: pd.DataFrame) -> list[Finding]:
-    burned = films[films.burned_in == True]  # noqa: E712  (missing for a film that cannot be read)
+    burned = films[films.burned_in.eq(True)]  # missing for a film that cannot be read
     if burned.empty: return []
     return [Finding('warning', 'films with burned-in text', len(burned), 'Their files say that the picture may name '
                     'the patient: they are not shown here; do not share them.',
@@ -172,13 +172,14 @@ def _names(films: pd.DataFrame) -> list[Finding]:
                     'number in the order of paths: rename them before you share the set or a run trained on it.')]
 
 
-def _facts(films: pd.DataFrame, items: pd.DataFrame) -> dict[str, Any]:
-    whole = films[films.code.isna()]
+def _facts(films: pd.DataFrame, whole: pd.DataFrame) -> dict[str, Any]:
+    """What the files of the films are; of those that can be used, the `whole` ones, how they are stored."""
+    whole = whole.astype({'bits': int})
     tally = lambda column: {str(value): int(n) for value, n in whole[column].value_counts().items()}
     span = lambda column: dict(zip(('least', 'median', 'most'), map(int, whole[column].quantile([0, 0.5, 1])),
                                    strict=True)) if len(whole) else {}
-    return {'ignored': items.attrs['ignored'], 'patients': int(items.patient.nunique()), 'formats': tally('format'),
-            'modes': tally('mode'), 'bits': {key.removesuffix('.0'): n for key, n in tally('bits').items()},
+    return {'ignored': films.attrs['ignored'], 'patients': int(films.patient.nunique()), 'formats': tally('format'),
+            'modes': tally('mode'), 'bits': tally('bits'),
             'width': span('width'), 'height': span('height'), 'bytes': span('bytes')}
 
 

@@ -5,10 +5,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
 from importlib.util import find_spec
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 import PIL
 from PIL import features
 
-from cxr_fastai.core import CXRError, FilmError, UsageError, atomic, progress, write_json, writing
+from cxr_fastai.core import CXRError, FilmError, UsageError, atomic, in_threads, write_json, writing
 from cxr_fastai.images import Preprocessing, decode_film, read_bytes
 
 if TYPE_CHECKING:
@@ -33,15 +32,6 @@ class Entry(NamedTuple):
     """A line of the index: the film at `row` is that of `path`, relative to the films' folder, as the file was when it
     had this modification time (ns), size (bytes) and SHA-256."""
     row: int
-    path: str
-    mtime: int
-    size: int
-    sha256: str
-
-
-class Decoded(NamedTuple):
-    """A film to be written: its pixels, and what its line of the index says after the row."""
-    pixels: np.ndarray | None
     path: str
     mtime: int
     size: int
@@ -115,44 +105,39 @@ def prepare(paths: Sequence[str], root: Path, preprocessing: Preprocessing, work
             known = {entry.path for entry in index if _is_fresh(root/entry.path, entry)}
             todo = [path for path in dict.fromkeys(paths) if path not in known]
             seen = {entry.sha256: entry.row for entry in index}
-            bad = list(_append(todo, seen, folder, root, preprocessing, workers or os.cpu_count() or 1, console))
+            def decode(path: str) -> tuple | FilmError: return _decode(path, root, preprocessing, seen)
+            decoded = in_threads(decode, todo, workers, console)
+            bad = list(_append(decoded, folder, _rows(folder, preprocessing.size)))
     except Timeout:
         raise CXRError(f'{folder}: another `data prepare` is at work there: wait for it to end.') from None
     return folder, len(todo) - len(bad), bad
 
 
-def _append(todo: list[str], seen: dict[str, int], folder: Path, root: Path, preprocessing: Preprocessing,
-            workers: int, console: Console | None) -> Iterator[FilmError]:
-    """Decode the films `todo` whose bytes are not `seen` at some row yet, and write them by chunks, the pixels always
-    before the index; yield what failed."""
-    def decode(path: str) -> Decoded | FilmError: return _decode(path, root, preprocessing, seen)
-    row = _rows(folder, preprocessing.size)
-    with ThreadPoolExecutor(workers) as pool, open(folder/'films.u8', 'ab') as films, \
-            open(folder/'index.jsonl', 'ab') as index:
-        chunks = (pool.map(decode, todo[start:start + CHUNK]) for start in range(0, len(todo), CHUNK))
-        decoded = iter(progress(chain.from_iterable(chunks), console, len(todo)))
+def _append(decoded: Iterator[tuple | FilmError], folder: Path, row: int) -> Iterator[FilmError]:
+    """Write what was `decoded`, from `row` on, by chunks, the pixels always before the index; yield what failed."""
+    with open(folder/'films.u8', 'ab') as films, open(folder/'index.jsonl', 'ab') as index:
         while chunk := list(islice(decoded, CHUNK)):
             yield from (result for result in chunk if isinstance(result, FilmError))
-            good = [result for result in chunk if not isinstance(result, FilmError)]
-            row = _write(good, row, seen, films, index)
+            row = _write([result for result in chunk if not isinstance(result, FilmError)], row, films, index)
 
 
-def _write(decoded: list[Decoded], row: int, seen: dict[str, int], films: BinaryIO, index: BinaryIO) -> int:
+def _write(decoded: list[tuple[np.ndarray | None, Entry]], row: int, films: BinaryIO, index: BinaryIO) -> int:
     """Write a chunk's new pixels from `row` on, then its index lines; return the next row."""
     entries = []
-    for film in decoded:
-        new = film.pixels is not None
-        if new: films.write(film.pixels.tobytes())
-        entries.append(Entry(row if new else seen[film.sha256], *film[1:]))
-        row += new
+    for pixels, entry in decoded:
+        if pixels is not None:
+            films.write(pixels.tobytes())
+            entry, row = entry._replace(row=row), row + 1
+        entries.append(entry)
     _flush(films)
     index.write(_lines(entries))
     _flush(index)
     return row
 
 
-def _decode(path: str, root: Path, preprocessing: Preprocessing, seen: dict[str, int]) -> Decoded | FilmError:
-    """The film's pixels (None where a file of the same bytes has been `seen`), or why there are none."""
+def _decode(path: str, root: Path, preprocessing: Preprocessing, seen: dict[str, int]) -> tuple | FilmError:
+    """The film's pixels and its entry, whose row is still to be given; no pixels and the row where a file of the same
+    bytes has been `seen`; or why there are none."""
     film, suffix = root/path, Path(path).suffix.lower()
     try:
         # Asked before reading: a file that changes meanwhile is then decoded again.
@@ -161,7 +146,7 @@ def _decode(path: str, root: Path, preprocessing: Preprocessing, seen: dict[str,
         pixels = None if sha256 in seen else preprocessing.fit(decode_film(data, preprocessing, suffix).pixels)
     except FilmError as error: return error.of(film)
     except OSError as error: return FilmError(error.strerror or str(error), 'E_IO').of(film)
-    return Decoded(pixels, path, status.st_mtime_ns, status.st_size, sha256)
+    return pixels, Entry(seen.get(sha256, -1), path, status.st_mtime_ns, status.st_size, sha256)
 
 
 def _versions() -> dict:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-T = TypeVar('T')
+S, T = TypeVar('S'), TypeVar('T')
 VOCAB = ('NORMAL', 'PNEUMONIA')
 """The classes in the order of the network's outputs; the last one is the positive class."""
 POSITIVE = VOCAB.index('PNEUMONIA')
+UNDER_WAY = 64
+"""Films read in threads that nobody has asked for yet."""
 SILENCE = 30
 """Seconds between two lines of progress where there is no terminal."""
 
@@ -187,6 +191,18 @@ def progress(steps: Iterable[T], console: Console | None, total: int | None = No
     total = len(steps) if total is None else total
     if console and console.is_terminal: yield from _with_bar(steps, console, total)
     else: yield from _with_lines(steps, console, total)
+
+
+def in_threads(func: Callable[[S], T], films: Sequence[S], workers: int | None = None,
+               console: Console | None = None) -> Iterator[T]:
+    """`func` of each of the `films`, in their order, from `workers` threads (default: the cores), with `progress`.
+
+    Only some are under way at a time, so that results which nobody has taken yet do not fill the memory.
+    """
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        starts = range(0, len(films), UNDER_WAY)
+        results = chain.from_iterable(pool.map(func, films[start:start + UNDER_WAY]) for start in starts)
+        yield from progress(results, console, len(films))
 
 
 def _with_bar(steps: Iterable[T], console: Console, total: int) -> Iterator[T]:

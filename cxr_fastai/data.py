@@ -2,8 +2,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
@@ -19,7 +18,7 @@ from fasttransform import DisplayedTransform, Transform
 from torch import Tensor
 
 from cxr_fastai.cache import FilmCache
-from cxr_fastai.core import VOCAB, FilmError, Recipe
+from cxr_fastai.core import VOCAB, FilmError, Recipe, in_threads
 from cxr_fastai.images import Preprocessing, read_film
 from cxr_fastai.models import denormalize, normalize
 
@@ -132,7 +131,7 @@ def make_dls(items: pd.DataFrame, root: Path, recipe: Recipe, cache: FilmCache |
                                                  pin_memory=torch.cuda.is_available())
 
 
-def check_readable(paths: Iterable[Path]) -> None:
+def check_readable(paths: Sequence[Path]) -> None:
     """Read each film once, on all cores, so that a bad one is known before hours of training.
 
     Raises `FilmError` that names the first bad films and counts all.
@@ -141,7 +140,7 @@ def check_readable(paths: Iterable[Path]) -> None:
         try: read_film(path)
         except FilmError as error: return error
         return None
-    with ThreadPoolExecutor(os.cpu_count()) as pool: bad = [error for error in pool.map(complaint, paths) if error]
+    bad = [error for error in in_threads(complaint, paths) if error]
     if not bad: return
     more = f'; and {len(bad) - 3} more' if len(bad) > 3 else ''
     raise FilmError(f'{"; ".join(map(str, bad[:3]))}{more}. Remove or mend what cannot be read.', bad[0].code)

@@ -14,6 +14,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from cxr_fastai.core import Film, FilmError
 from cxr_fastai.limits import check_pixels, check_scans
@@ -128,7 +129,6 @@ def _decode(film: Dataset) -> np.ndarray:
 
 def _check_frame(film: Dataset) -> None:
     """Raise `FilmError` where the compressed picture is not of the size that the file says, or has too many scans."""
-    from PIL import Image
     from pydicom.encaps import get_frame
     frame = get_frame(film.PixelData, 0, number_of_frames=1)
     with Image.open(BytesIO(frame), formats=('JPEG', 'JPEG2000')) as image: size, form = image.size, image.format
@@ -144,7 +144,6 @@ def _grey(film: Dataset, stored: np.ndarray) -> Film:
 
 
 def _from_colour(stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    from PIL import Image
     if stored.dtype != np.uint8: raise FilmError(f'colour of {8*stored.itemsize} bits', 'E_BITDEPTH')
     return np.asarray(Image.fromarray(stored).convert('L')), ['colour to grey']
 

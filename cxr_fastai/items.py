@@ -7,7 +7,7 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 import pandas as pd
 
@@ -140,13 +140,14 @@ def find_films(folder: Path) -> tuple[list[Path], Counter]:
         folders.sort()
         for name in sorted(names):
             path = Path(base, name)
-            reason = _junk(path.relative_to(folder)) or ('link' if path.is_symlink() else None)
+            reason = junk(path.relative_to(folder)) or ('link' if path.is_symlink() else None)
             if reason: ignored[reason] += 1
             else: films.append(path)
     return films, ignored
 
 
-def _junk(path: Path) -> str | None:
+def junk(path: PurePath) -> str | None:
+    """Why the file `path` is no film, by its name; None where it may be one."""
     if '__MACOSX' in path.parts: return '__MACOSX'
     if path.name.startswith('._'): return '._*'
     if path.name == '.DS_Store': return '.DS_Store'

@@ -36,4 +36,3 @@ def safe_path(path: str, number: int) -> str:
     safe = [is_safe(folder) for folder in folders] + [is_safe(file.removesuffix(suffix))]
     if all(safe): return path
     return '/'.join([*folders[:safe.index(False)], f'film-{number}{suffix}'])
-

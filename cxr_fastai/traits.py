@@ -2,9 +2,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pandas as pd
 from PIL import Image
 from rich.console import Console
 
-from cxr_fastai.core import FilmError, progress
+from cxr_fastai.core import FilmError, in_threads
 from cxr_fastai.images import BILINEAR, Preprocessing, open_film
 
 TRAITS = ('width', 'height', 'aspect', 'colour', 'bytes per pixel', 'mean grey', 'border grey', 'vertical sharpness',
@@ -30,7 +28,6 @@ nothing between .985 and that."""
 MOST_PAIRS = 100_000
 BLOCK = 2048
 """Films compared with as many others at a time: 16 MB of correlations."""
-AT_A_TIME = 256
 
 
 def measure_films(paths: Sequence[str], root: Path, workers: int | None = None,
@@ -40,10 +37,7 @@ def measure_films(paths: Sequence[str], root: Path, workers: int | None = None,
     Columns: `format mode bits width height bytes digest burned_in`, those of `TRAITS`, and `code`; a film that cannot
     be used has only its code. `digest` is a hash of the decoded pixels. `workers` threads read (default: the cores).
     """
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        parts = (pool.map(_measure, [root/path for path in paths[start:start + AT_A_TIME]])
-                 for start in range(0, len(paths), AT_A_TIME))
-        measured = list(progress((film for part in parts for film in part), console, len(paths)))
+    measured = list(in_threads(_measure, [root/path for path in paths], workers, console))
     table = pd.DataFrame([traits for traits, _ in measured], columns=COLUMNS)
     return table, np.stack([thumbnail for _, thumbnail in measured])
 

@@ -3,9 +3,10 @@ from pathlib import Path
 
 from cxr_fastai.artefacts import load_learner, save_learner
 from cxr_fastai.audit import audit, save_audit
+from cxr_fastai.augment import AugmentFilms
 from cxr_fastai.cache import find_cache, prepare
-from cxr_fastai.core import POSITIVE, VOCAB, CXRError, Phase, Recipe
-from cxr_fastai.data import AugmentFilms, film_block, locate, make_dls
+from cxr_fastai.core import POSITIVE, VOCAB, CXRError
+from cxr_fastai.data import film_block, locate, make_dls
 from cxr_fastai.demo import make_demo
 from cxr_fastai.evaluation import evaluate, measure
 from cxr_fastai.images import Preprocessing, open_film, read_film
@@ -14,6 +15,7 @@ from cxr_fastai.interpret import describe, plot_confusion_matrix, plot_history, 
 from cxr_fastai.items import count_films, data_root, read_items, split_patients
 from cxr_fastai.learner import make_learner
 from cxr_fastai.models import ARCHS, BaselineCNN, build_model, make_recipe
+from cxr_fastai.recipe import Phase, Recipe
 from cxr_fastai.run import Run
 from cxr_fastai.sources import download
 from cxr_fastai.training import fit, train

@@ -11,7 +11,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cxr_fastai.core import CXRError, CXRWarning, Recipe, UsageError, atomic
+from cxr_fastai.core import CXRError, CXRWarning, UsageError, atomic
+from cxr_fastai.recipe import Recipe
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -25,6 +26,7 @@ class ModelConfig:
     threshold: float
     threshold_rule: str = 'fixed:0.5'
     resize: str = 'squish'
+    low_pass: float = 0.0
 
 
 def save_learner(learn: Learner, path: Path, recipe: Recipe) -> None:
@@ -34,7 +36,7 @@ def save_learner(learn: Learner, path: Path, recipe: Recipe) -> None:
     """
     import torch
     learn.config = asdict(ModelConfig(recipe.arch, recipe.size, recipe.threshold, f'fixed:{recipe.threshold:g}',
-                                      recipe.resize))
+                                      recipe.resize, recipe.low_pass))
     buffer = BytesIO()  # torch would tell of a full disk by a RuntimeError
     with _emptied(learn): torch.save(learn, buffer, pickle_module=pickle)
     with atomic(path) as temporary: temporary.write_bytes(buffer.getbuffer())

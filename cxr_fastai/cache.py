@@ -40,8 +40,9 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class FilmCache:
-    """Films that are decoded already and whose files have not changed since: `films` uint8 (n, size, size), and the row
-    of each path. `load` takes them from there, and decodes others as `preprocessing` does. `find_cache` opens one."""
+    """Films that are decoded already and whose files have not changed since: `films` uint8 (n, size, size), not yet
+    smoothed, and the row of each path. `load` takes them from there, and decodes others as `preprocessing` does.
+    `find_cache` opens one."""
     preprocessing: Preprocessing
     folder: Path
     films: np.ndarray = field(repr=False)
@@ -56,7 +57,7 @@ class FilmCache:
     def load(self, path: str | Path) -> np.ndarray:
         """What the network sees of the film `path`: grey uint8 (size, size). Raises `FilmError`."""
         row = self.rows.get(str(path))
-        return self.preprocessing.load(path) if row is None else self.films[row]
+        return self.preprocessing.load(path) if row is None else self.preprocessing.smooth(self.films[row])
 
     def fit(self, film: np.ndarray) -> np.ndarray:
         """`film`, grey uint8 (h, w), as grey uint8 (size, size)."""
@@ -65,14 +66,14 @@ class FilmCache:
 
 def cache_folder(root: Path, preprocessing: Preprocessing) -> Path:
     """Where the films below `root` are cached: in CXR_CACHE, else in the user's own cache folder, for data may be read
-    only. The name is that of `root`, made unique, and the preprocessing. Raises `UsageError` without a home folder."""
+    only. The name is that of `root`, made unique, and the kind of square. Raises `UsageError` without a home folder."""
     home = Path(os.environ.get('CXR_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'cxr_fastai'))
     whole = root.resolve()
     unique = hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]
     try: home = home.expanduser()
     except RuntimeError:
         raise UsageError(f'{home}: no such home folder: name one for the cache by CXR_CACHE.') from None
-    return home/f'{whole.name}-{unique}'/'-'.join(map(str, astuple(preprocessing)))
+    return home/f'{whole.name}-{unique}'/f'{preprocessing.size}-{preprocessing.resize}'
 
 
 def find_cache(root: Path, preprocessing: Preprocessing) -> FilmCache | None:
@@ -143,7 +144,7 @@ def _decode(path: str, root: Path, preprocessing: Preprocessing, seen: dict[str,
         # Asked before reading: a file that changes meanwhile is then decoded again.
         status, data = os.stat(film), read_bytes(film)
         sha256 = hashlib.sha256(data).hexdigest()
-        pixels = None if sha256 in seen else preprocessing.fit(decode_film(data, preprocessing, suffix).pixels)
+        pixels = None if sha256 in seen else preprocessing.square(decode_film(data, preprocessing, suffix).pixels)
     except FilmError as error: return error.of(film)
     except OSError as error: return FilmError(error.strerror or str(error), 'E_IO').of(film)
     return pixels, Entry(seen.get(sha256, -1), path, status.st_mtime_ns, status.st_size, sha256)

@@ -98,10 +98,10 @@ def data_audit(folder: opt.FilmFolder = None, csv: opt.Csv = None, report: opt.A
 
 @app.command()
 def train(data: opt.Data = None, csv: opt.Csv = None, arch: opt.Arch = 'baseline', recipe: opt.RecipeName = 'reference',
-          run: opt.NewRun = None, epochs: opt.Epochs = 15, lr: opt.LearningRate = None, weights: opt.Weights = None,
+          run: opt.NewRun = None, epochs: opt.Epochs = None, lr: opt.LearningRate = None, weights: opt.Weights = None,
           valid: opt.Valid = 'official', size: opt.Size = 224, resize: opt.Resize = 'squish',
           batch_size: opt.BatchSize = 32, workers: opt.Workers = None, limit: opt.Limit = None, seed: opt.Seed = 42,
-          allow_leakage: opt.Leakage = False) -> None:
+          allow_leakage: opt.Leakage = False, fields: opt.Fields = None) -> None:
     """Train a network and write its run folder: recipe, items, history, journal and learner.pkl.
 
     Example: cxr-fastai train --arch resnet50 --valid patients --out runs/resnet50
@@ -109,8 +109,10 @@ def train(data: opt.Data = None, csv: opt.Csv = None, arch: opt.Arch = 'baseline
     from cxr_fastai.items import data_root
     root = data_root(_one_of(data, csv))
     from cxr_fastai.models import make_recipe
+    from cxr_fastai.recipe import parse_fields
     chosen = make_recipe(arch, recipe, epochs, lr, weights, valid=valid, size=size, resize=resize,
-                         batch_size=batch_size, workers=workers, limit=limit, seed=seed, allow_leakage=allow_leakage)
+                         batch_size=batch_size, workers=workers, limit=limit, seed=seed, allow_leakage=allow_leakage,
+                         **parse_fields(fields or []))
     from cxr_fastai.training import train
     made = train(chosen, root, run or _free(Path('runs', arch)), out)
     _say(f'{made.path}: trained. Next: cxr-fastai evaluate {made.path}')
@@ -160,7 +162,7 @@ def predict(model: Annotated[Path, Argument(metavar='MODEL', help='Run folder, o
 
 
 @app.command()
-def demo(folder: opt.NewFolder = None, films: opt.Films = 800, size: opt.Size = 128, epochs: opt.Epochs = 12,
+def demo(folder: opt.NewFolder = None, films: opt.Films = 800, size: opt.Size = 128, epochs: opt.DemoEpochs = 12,
          seed: opt.Seed = 0) -> None:
     """The whole way on synthetic films: data, audit, train (baseline), evaluate, predict. Two minutes on two cores.
 

@@ -1,4 +1,4 @@
-"""The vocabulary that every module shares: classes, errors, the `Recipe` of a training, and whole or no files.
+"""The vocabulary that every module shares: classes, errors, and whole or no files.
 
     CXRError             exit 1  an expected failure: the value, why it is refused, what to do
     ├── FilmError        exit 1  one film cannot be read; has a stable `code` such as E_TRUNCATED
@@ -91,58 +91,6 @@ class Film:
     height: int
     notes: tuple[str, ...] = ()
     burned_in: bool = False
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of training: `epochs` at the learning rate `lr`, with the body frozen or not."""
-    name: str
-    epochs: int
-    lr: float
-    frozen: bool = False
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a training; `recipe.json` in the run folder is this, field by field.
-
-    `models.make_recipe` fills in the phases of an architecture. Lengths are pixels, angles degrees, `translate` a
-    share of the side, `flip` a probability; `brightness` and `contrast` b mean factors drawn from [1-b, 1+b];
-    `interpolation` (`nearest` or `bilinear`) is that of rotation and translation; `resize` is a key of
-    `images.RESIZES`; `workers` None means what suits the films; `allow_leakage` permits a patient in two splits.
-    """
-    arch: str
-    phases: tuple[Phase, ...]
-    name: str = 'reference'
-    weights: str = 'none'
-    valid: str = 'official'
-    size: int = 224
-    resize: str = 'squish'
-    batch_size: int = 32
-    workers: int | None = 0
-    limit: int | None = None
-    seed: int = 42
-    weight_decay: float = 1e-4
-    plateau_factor: float = 0.1
-    plateau_patience: int = 2
-    flip: float = 0.5
-    degrees: float = 10.0
-    translate: float = 0.1
-    brightness: float = 0.2
-    contrast: float = 0.2
-    interpolation: str = 'nearest'
-    threshold: float = 0.5
-    allow_leakage: bool = False
-
-    @property
-    def epochs(self) -> int:
-        """The total over the phases."""
-        return sum(phase.epochs for phase in self.phases)
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Recipe:
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**{**fields, 'phases': tuple(Phase(**phase) for phase in fields['phases'])})
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFilter, ImageOps, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from cxr_fastai import dicom
@@ -49,13 +49,18 @@ RESIZES = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What every film goes through on its way to the network; recipe and model file carry its fields. Raises
-    `UsageError` for a way to resize that does not exist."""
+    """What every film goes through on its way to the network; recipe and model file carry its fields.
+
+    `low_pass` is the standard deviation, as a share of the side, of a Gaussian that smooths every square; 0 leaves it
+    alone. Raises `UsageError` for what cannot be.
+    """
     size: int = 224
     resize: str = 'squish'
+    low_pass: float = 0.0
 
     def __post_init__(self):
         if self.resize not in RESIZES: raise UsageError(f'--resize {self.resize}: choose {", ".join(RESIZES)}.')
+        if not 0 <= self.low_pass <= 0.1: raise UsageError(f'low_pass {self.low_pass}: a share from 0 to .1 is needed.')
 
     @classmethod
     def of(cls, source: Any) -> Preprocessing:
@@ -74,8 +79,17 @@ class Preprocessing:
 
     def fit(self, film: np.ndarray) -> np.ndarray:
         """`film`, grey uint8 (h, w), as grey uint8 (size, size)."""
+        return self.smooth(self.square(film))
+
+    def square(self, film: np.ndarray) -> np.ndarray:
+        """`film`, grey uint8 (h, w), as a sharp square (size, size)."""
         if film.shape == (self.size, self.size): return film
         return np.asarray(RESIZES[self.resize](Image.fromarray(film), (self.size, self.size)))
+
+    def smooth(self, square: np.ndarray) -> np.ndarray:
+        """`square`, grey uint8 (size, size), without the detail that the low-pass takes away."""
+        if not self.low_pass: return square
+        return np.asarray(Image.fromarray(square).filter(ImageFilter.GaussianBlur(self.low_pass*self.size)))
 
     def enough(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that a film of `width` x `height` may be decoded at."""

@@ -15,15 +15,21 @@ from fastai.metrics import AccumMetric, ActivationType, accuracy
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-from cxr_fastai.core import POSITIVE, Phase, Recipe
+from cxr_fastai.core import POSITIVE, VOCAB
 from cxr_fastai.models import build_model
+from cxr_fastai.recipe import Phase, Recipe
+
+OPTIMIZERS = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}
+"""Weight decay as L2, and decoupled."""
 
 
 def make_learner(dls: DataLoaders, recipe: Recipe) -> Learner:
-    """The `Learner` of `recipe`: torch's own Adam with L2 weight decay on every parameter, cross-entropy, and the
+    """The `Learner` of `recipe`: torch's own optimiser with weight decay on every parameter, cross-entropy, and the
     metrics of the history. Raises `CXRError` where the weights cannot be had."""
     model = build_model(recipe.arch, recipe.weights).to(memory_format=torch.channels_last)
-    return Learner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=partial(OptimWrapper, opt=torch.optim.Adam),
+    loss_func = CrossEntropyLossFlat(weight=_class_weights(dls) if recipe.class_weights else None,
+                                     label_smoothing=recipe.label_smoothing)
+    return Learner(dls, model, loss_func=loss_func, opt_func=partial(OptimWrapper, opt=OPTIMIZERS[recipe.optimizer]),
                    splitter=body_and_head, wd=recipe.weight_decay, train_bn=False, cbs=BnFreeze(),
                    metrics=[accuracy, _of_scores(roc_auc), _of_classes(sensitivity), _of_classes(specificity)])
 
@@ -69,6 +75,12 @@ def reuse_memory() -> bool:
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError): return False
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
+
+
+def _class_weights(dls: DataLoaders) -> torch.Tensor:
+    """For each class the inverse of its share of the training films, of mean 1 over the films: (2,)."""
+    counts = torch.bincount(torch.tensor([int(label) for label in dls.train_ds.tls[1]]), minlength=len(VOCAB))
+    return (len(dls.train_ds)/len(VOCAB)/counts).to(dls.device)
 
 
 def _recall(targs: np.ndarray, preds: np.ndarray, label: int) -> float:

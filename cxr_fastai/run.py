@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cxr_fastai.core import Recipe, UsageError, check_new, write_csv, write_json, writing
+from cxr_fastai.core import UsageError, check_new, write_csv, write_json, writing
+from cxr_fastai.recipe import Recipe
 
 if TYPE_CHECKING:
     import pandas as pd

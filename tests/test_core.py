@@ -5,8 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
-from cxr_fastai.core import FilmError, OutputError, Recipe, UsageError, atomic, progress, write_json, write_text
+from cxr_fastai.core import FilmError, OutputError, UsageError, atomic, progress, write_json, write_text
 from cxr_fastai.models import make_recipe
+from cxr_fastai.recipe import Recipe
 from cxr_fastai.run import Run
 
 

@@ -8,7 +8,8 @@ from fastai.torch_core import TensorImageBW
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from cxr_fastai.data import AugmentFilms, jitter, locate, make_dls, warp
+from cxr_fastai.augment import AugmentFilms, jitter, warp
+from cxr_fastai.data import locate, make_dls
 from cxr_fastai.images import Preprocessing, read_film
 from cxr_fastai.items import read_items
 from cxr_fastai.models import make_recipe, normalize

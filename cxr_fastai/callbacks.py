@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 import time
 from copy import deepcopy
+from typing import Any
 
 import pandas as pd
 import torch
@@ -30,10 +31,16 @@ def recipe_callbacks(recipe: Recipe) -> list[Callback]:
 
 
 class History(Callback):
-    """One row an epoch, in `rows` and in the run's `history.csv`, over all phases."""
+    """One row an epoch, in `rows` and in the run's `history.csv`, over all phases.
+
+    The first loss that is no finite number, in training or validation, ends the fit; `failure` then tells where.
+    """
     order = 55  # after the Recorder
 
-    def __init__(self, run: Run): self.run_folder, self.rows, self.diverged = run, [], False
+    def __init__(self, run: Run): self.run_folder, self.rows, self.failure = run, [], {}
+
+    def state_dict(self) -> dict[str, Any]: return {'rows': self.rows}
+    def load_state_dict(self, state: dict[str, Any]) -> None: self.rows = state['rows']
 
     def before_epoch(self):
         self.started, self.total, self.count = time.perf_counter(), 0.0, 0
@@ -41,9 +48,7 @@ class History(Callback):
 
     def after_batch(self):
         if not self.training: return
-        if not torch.isfinite(self.loss):
-            self.diverged = True
-            raise CancelFitException
+        if not torch.isfinite(self.loss): self._fail('training', self.loss, self.iter + 1)
         n = len(self.xb[0])  # MixUp has its labels elsewhere
         self.lr_now = max(self.lr_now, self.opt.hypers[-1]['lr'])
         self.total, self.count = self.total + self.loss.detach()*n, self.count + n
@@ -53,8 +58,15 @@ class History(Callback):
         row = measured | {'phase': self.phase, 'epoch': len(self.rows) + 1, 'lr': self.lr_now,
                           'train_loss': float(self.total)/self.count,  # fastai's is smoothed over older batches
                           'seconds': round(time.perf_counter() - self.started, 2)}
-        self.rows.append({name: row[name] for name in COLUMNS})
+        if not math.isfinite(row['valid_loss']): self._fail('validation', row['valid_loss'])
+        self.rows.append({name: row[name] if name == 'phase' else float(row[name]) for name in COLUMNS})
+        self.rows[-1]['epoch'] = len(self.rows)
         write_csv(self.run_folder/'history.csv', pd.DataFrame(self.rows))
+
+    def _fail(self, where: str, loss: float, batch: int | None = None):
+        self.failure = {'phase': self.phase, 'epoch': len(self.rows) + 1, 'where': where, 'batch': batch,
+                        'loss': str(float(loss)), 'lr': self.lr_now}
+        raise CancelFitException
 
 
 class KeepBest(Callback):
@@ -63,10 +75,15 @@ class KeepBest(Callback):
 
     def __init__(self): self.key, self.row, self.state = (-math.inf, -math.inf), None, None
 
+    def state_dict(self) -> dict[str, Any]: return {'key': self.key, 'row': self.row, 'state': self.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.key, self.row, self.state = tuple(state['key']), state['row'], state['state']
+
     def after_epoch(self):
         row = self.history.rows[-1]
         key = (row['roc_auc'] if math.isfinite(row['roc_auc']) else 0.0, -row['valid_loss'])
-        if not math.isfinite(row['valid_loss']) or key <= self.key: return
+        if key <= self.key: return
         self.key, self.row, self.state = key, row, deepcopy(self._weights())
 
     def _weights(self) -> dict[str, torch.Tensor]:
@@ -88,6 +105,12 @@ class ReduceOnPlateau(Callback):
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.opt.opt, factor=self.factor,
                                                                     patience=self.patience)
 
+    def state_dict(self) -> dict[str, Any]:
+        known = self.scheduler.state_dict()
+        return {name: known[name] for name in ('best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch')}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: self.scheduler.load_state_dict(state)
+
     def after_epoch(self): self.scheduler.step(self.history.rows[-1]['valid_loss'])
 
 
@@ -97,6 +120,9 @@ class AverageWeights(Callback):
     order = 9
 
     def __init__(self, decay: float): self.decay, self.mean, self.steps = decay, None, 0
+
+    def state_dict(self) -> dict[str, Any]: return {'mean': self.mean, 'steps': self.steps}
+    def load_state_dict(self, state: dict[str, Any]) -> None: self.mean, self.steps = state['mean'], state['steps']
 
     def before_fit(self): self.mean = self.mean or deepcopy(self.model.state_dict())
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -97,25 +97,46 @@ def data_audit(folder: opt.FilmFolder = None, csv: opt.Csv = None, report: opt.A
 
 
 @app.command()
-def train(data: opt.Data = None, csv: opt.Csv = None, arch: opt.Arch = 'baseline', recipe: opt.RecipeName = 'reference',
-          run: opt.NewRun = None, epochs: opt.Epochs = None, lr: opt.LearningRate = None, weights: opt.Weights = None,
-          valid: opt.Valid = 'official', size: opt.Size = 224, resize: opt.Resize = 'squish',
-          batch_size: opt.BatchSize = 32, workers: opt.Workers = None, limit: opt.Limit = None, seed: opt.Seed = 42,
-          allow_leakage: opt.Leakage = False, fields: opt.Fields = None) -> None:
-    """Train a network and write its run folder: recipe, items, history, journal and learner.pkl.
+def train(given: typer.Context, data: opt.Data = None, csv: opt.Csv = None, arch: opt.Arch = 'baseline',
+          recipe: opt.RecipeName = 'reference', run: opt.NewRun = None, epochs: opt.Epochs = None,
+          lr: opt.LearningRate = None, weights: opt.Weights = None, valid: opt.Valid = 'official',
+          size: opt.Size = 224, resize: opt.Resize = 'squish', batch_size: opt.BatchSize = 32,
+          workers: opt.Workers = None, limit: opt.Limit = None, seed: opt.Seed = 42,
+          allow_leakage: opt.Leakage = False, fields: opt.Fields = None, resume: opt.Resume = None) -> None:
+    """Train a network and write its run folder: recipe, items, history, journal, state and learner.pkl.
 
-    Example: cxr-fastai train --arch resnet50 --valid patients --out runs/resnet50
+    Example: cxr-fastai train --arch efficientnet_lite0 --recipe tuned --valid patients --out runs/lite
     """
+    if resume: return _resume(given, resume, _one_of(data, csv), run)
     from cxr_fastai.items import data_root
     root = data_root(_one_of(data, csv))
     from cxr_fastai.models import make_recipe
-    from cxr_fastai.recipe import parse_fields
-    chosen = make_recipe(arch, recipe, epochs, lr, weights, valid=valid, size=size, resize=resize,
-                         batch_size=batch_size, workers=workers, limit=limit, seed=seed, allow_leakage=allow_leakage,
-                         **parse_fields(fields or []))
+    chosen = make_recipe(**_recipe_options(given.params))
     from cxr_fastai.training import train
     made = train(chosen, root, run or _free(Path('runs', arch)), out)
     _say(f'{made.path}: trained. Next: cxr-fastai evaluate {made.path}')
+
+
+def _resume(given: typer.Context, folder: Path, data: Path | None, run: Path | None) -> None:
+    if run: raise UsageError(f'--out {run} and --resume {folder}: the run goes on in its own folder.')
+    known = Run.open(folder)
+    from cxr_fastai.items import data_root
+    root = data_root(data or Path(known.noted('start')['data']))
+    from cxr_fastai.models import revise_recipe
+    typed = {name: value for name, value in given.params.items()
+             if given.get_parameter_source(name).name == 'COMMANDLINE'}
+    from cxr_fastai.training import train
+    train(revise_recipe(known.recipe, **_recipe_options(typed)), root, folder, out, resume=True)
+    _say(f'{folder}: trained. Next: cxr-fastai evaluate {folder}')
+
+
+def _recipe_options(params: dict[str, Any]) -> dict[str, Any]:
+    """What `make_recipe` takes of the options `params`."""
+    from cxr_fastai.recipe import parse_fields
+    others = ('data', 'csv', 'run', 'resume', 'recipe', 'fields')
+    options = {name: value for name, value in params.items() if name not in others}
+    if 'recipe' in params: options['name'] = params['recipe']
+    return options | parse_fields(params.get('fields') or [])
 
 
 @app.command()
@@ -175,7 +196,9 @@ def demo(folder: opt.NewFolder = None, films: opt.Films = 800, size: opt.Size = 
     out.rule('2 of 5: data audit', align='left')
     data_audit(folder/'films', report=folder/'audit')
     out.rule('3 of 5: train', align='left')
-    train(folder/'films', run=folder/'run', epochs=epochs, size=size, seed=seed)
+    from cxr_fastai.models import make_recipe
+    from cxr_fastai.training import train
+    train(make_recipe('baseline', epochs=epochs, size=size, seed=seed), folder/'films', folder/'run', out)
     out.rule('4 of 5: evaluate', align='left')
     evaluate(folder/'run')
     out.rule('5 of 5: predict', align='left')

@@ -3,7 +3,8 @@
     CXRError             exit 1  an expected failure: the value, why it is refused, what to do
     ├── FilmError        exit 1  one film cannot be read; has a stable `code` such as E_TRUNCATED
     ├── UsageError       exit 2  what was asked for does not fit together; nothing was written
-    └── OutputError      exit 6  the disk refuses, or training produced no finite number
+    ├── OutputError      exit 6  the disk refuses, or training produced no finite number
+    └── Stopped          exit 130 or 143: a signal ended a training that can go on
 """
 from __future__ import annotations
 
@@ -71,6 +72,14 @@ class OutputError(CXRError):
     exit_code = 6
 
 
+class Stopped(CXRError):
+    """The signal `number` ended a training that can go on."""
+
+    def __init__(self, number: int, message: str = 'stopped'):
+        super().__init__(message)
+        self.number, self.exit_code = number, 128 + number
+
+
 class CXRWarning(UserWarning):
     """Something the user should know before believing a figure."""
 
@@ -125,7 +134,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write `table` to `path` atomically, without its index."""
-    write_text(path, table.to_csv(index=False, lineterminator='\n'))
+    write_text(path, csv_text(table))
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """`table` as CSV, without its index."""
+    return table.to_csv(index=False, lineterminator='\n')
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,6 +133,14 @@ def make_recipe(arch: str, name: str = 'reference', epochs: int | None = None, l
         raise UsageError(f'--size {recipe.size}: {arch} takes {facts.size} px alone.')
     Preprocessing.of(recipe)  # refuses what cannot be
     return recipe
+
+
+def revise_recipe(known: Recipe, **given: Any) -> Recipe:
+    """`known` with what is `given` in its place, by the names that `make_recipe` takes."""
+    phases = {'arch': known.arch, 'name': known.name, 'epochs': known.epochs, 'lr': known.phases[0].lr}
+    fields = {field: value for field, value in vars(known).items() if field not in (*phases, 'phases')}
+    asked = make_recipe(**(phases | fields | given))
+    return asked if phases.keys() & given.keys() else replace(asked, phases=known.phases)
 
 
 def find_arch(arch: str) -> Arch:

@@ -26,6 +26,8 @@ Fields = Annotated[list[str] | None, Option('--set', metavar='FIELD=VALUE', show
     'Another value for a field of the recipe, such as ema=0 (docs/recipe.md has them all); repeat it for more.'))]
 NewRun = Annotated[Path | None, Option('--out', metavar='RUN', show_default='runs/ARCH, or the next free', help=(
     'Run folder to make; it must not hold anything.'))]
+Resume = Annotated[Path | None, Option('--resume', metavar='RUN', show_default='start anew', help=(
+    'Go on with a run that was stopped, as it was begun.'))]
 NewFolder = Annotated[Path | None, Option('--out', metavar='DIR', show_default='demo, or the next free', help=(
     'Folder to make; it must not hold anything.'))]
 NewTable = Annotated[Path | None, Option('--out', metavar='FILE', show_default='print only', help=(

@@ -88,6 +88,13 @@ class Recipe:
         return cls(**{**fields, 'phases': tuple(Phase(**phase) for phase in fields['phases'])})
 
 
+def differences(known: Recipe, asked: Recipe) -> list[str]:
+    """What sets two recipes apart, as `field: was, now`; `workers` change no batch and do not count."""
+    names = [field.name for field in fields(Recipe) if field.name != 'workers']
+    return [f'{name}: {getattr(known, name)!r}, now {getattr(asked, name)!r}' for name in names
+            if getattr(known, name) != getattr(asked, name)]
+
+
 RECIPES: dict[str, dict[str, Any]] = {
     'reference': {},
     'tuned': {'low_pass': 1/128, 'translate': 0.0, 'brightness': 0.3, 'contrast': 0.3, 'interpolation': 'bilinear',

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,15 +68,25 @@ class Run:
 
     def start(self, recipe: Recipe, items: pd.DataFrame) -> None:
         """Write down what is about to be trained."""
-        write_json(self/'recipe.json', asdict(recipe))
         write_csv(self/'items.csv', items)
+        write_json(self/'recipe.json', asdict(recipe))  # last: with it the folder is a run
 
     def note(self, event: str, **facts: Any) -> None:
         """Append a line to `journal.jsonl`: when, what, and `facts`, which hold no NaN."""
         line = json.dumps({'time': datetime.now(UTC).isoformat(timespec='seconds'), 'event': event, **facts},
                           allow_nan=False)
-        with writing(self/'journal.jsonl'), open(self/'journal.jsonl', 'a', encoding='utf-8') as file:
-            file.write(line + '\n')
+        with writing(self/'journal.jsonl'), open(self/'journal.jsonl', 'ab+') as file:
+            torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b'\n'  # by a crash
+            file.write(b'\n'*bool(torn) + line.encode() + b'\n')
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training into this folder. Raises `UsageError` where one does."""
+        from filelock import FileLock, Timeout
+        try:
+            with FileLock(self/'.lock', timeout=0): yield
+        except Timeout:
+            raise UsageError(f'{self.path}: another process trains there: wait for it to end, or stop it.') from None
 
     def noted(self, event: str) -> dict[str, Any]:
         """The newest line of `journal.jsonl` about `event`; empty where there is none."""

@@ -1,58 +1,112 @@
 """A recipe and films become a run: phases, schedule, history, the best epoch."""
 from __future__ import annotations
 
+import hashlib
 import platform
 import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import pandas as pd
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback  # noqa: F401  (gives `Learner.no_bar`)
 from fastai.callback.schedule import ParamScheduler  # noqa: F401  (gives `Learner.fit_one_cycle`)
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from rich.console import Console
 
-from cxr_fastai.artefacts import save_learner
+from cxr_fastai.artefacts import save_learner, sha256
 from cxr_fastai.cache import FilmCache, find_cache
 from cxr_fastai.callbacks import History, KeepBest, ReduceOnPlateau, ShowEpochs, recipe_callbacks
-from cxr_fastai.core import CXRWarning, OutputError, check_new
+from cxr_fastai.checkpoint import PREVIOUS, Checkpoint, StopOnSignal, load_state, starting_at
+from cxr_fastai.core import VOCAB, CXRWarning, OutputError, Stopped, UsageError, check_new, csv_text, write_json
 from cxr_fastai.data import check_readable, make_dls
 from cxr_fastai.images import Preprocessing
 from cxr_fastai.items import check_leakage, check_trainable, describe_items, doubt_validation, film_root, read_items
 from cxr_fastai.learner import make_learner, reuse_memory, start_phase
-from cxr_fastai.recipe import Phase, Recipe
+from cxr_fastai.recipe import Phase, Recipe, differences
 from cxr_fastai.run import Run
 
 
-def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None) -> Run:
+def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None, resume: bool = False) -> Run:
     """Train by `recipe` on the films of `data` and write the run folder `out`, which must not exist.
 
-    Leaves the best epoch's network in `learner.pkl`. Two calls with one recipe on the CPU give the same weights.
+    Leaves the best epoch's network in `learner.pkl`. Two calls with one recipe on the CPU give the same weights, and so
+    do one call and another that goes on where it was stopped: `resume` takes `out` up again.
+
     Raises `CXRError`; whatever can be checked before training is checked before the folder is made.
     """
-    check_new(out)
+    if not resume: check_new(out)
     console, root = console or Console(), film_root(data)
     items = read_items(data, recipe.valid, recipe.seed, recipe.limit)
+    state = _take_up(Run.open(out), recipe, items) if resume else None
+    _check_items(items, recipe, console)
+    cache = _use_cache(items, root, recipe, console)
+    run = Run.open(out) if resume else Run.create(out)
+    with run.locked(), StopOnSignal() as stop:
+        set_seed(recipe.seed, reproducible=True)
+        dls = make_dls(items, root, recipe, cache)
+        learn = make_learner(dls, recipe)
+        if not resume: run.start(recipe, items)
+        run.note('resume' if resume else 'start', data=str(data.resolve()), device=str(dls.device),
+                 threads=torch.get_num_threads(), **_versions())
+        try: best = fit(learn, recipe, run, console, state, [stop])
+        except Stopped as stopped: raise _tell_stop(run, stopped) from None
+        except Diverged as failed:
+            if failed.best: save_learner(learn, run/'learner.pkl', recipe)
+            raise
+        save_learner(learn, run/'learner.pkl', recipe)
+        run.note('end', best={name: None if value != value else value for name, value in best.items()})
+        (run/PREVIOUS).unlink(missing_ok=True)
+    return run
+
+
+def _take_up(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any]:
+    """The state to go on from. Raises `UsageError` where `recipe`, `items` or the classes are not those of `run`."""
+    state = load_state(run)
+    known = Recipe.from_dict(state['identity']['recipe'])
+    other = differences(known, recipe)
+    if state['identity']['classes'] != list(VOCAB):
+        other.append(f'classes: {state["identity"]["classes"]}, now {list(VOCAB)}')
+    if state['identity']['items'] != hash_items(items): other.append(f'films: {_compare_items(run.items, items)}')
+    if other: raise UsageError(f'{run.path} was trained otherwise ({"; ".join(other)}): resume it as it was, or train '
+                               'into another --out.')
+    return state
+
+
+def _compare_items(known: pd.DataFrame, now: pd.DataFrame) -> str:
+    gone, new = set(known.path) - set(now.path), set(now.path) - set(known.path)
+    both = known.merge(now, on='path', suffixes=('', '_now'))
+    changed = (both[['label', 'split', 'patient']].to_numpy() != both[['label_now', 'split_now', 'patient_now']]).any(1)
+    return f'{len(gone)} are gone, {len(new)} are new, {int(changed.sum())} have another label, split or patient'
+
+
+def hash_items(items: pd.DataFrame) -> str:
+    """The SHA-256 that `items.csv` has with these `items`, in hex."""
+    return hashlib.sha256(csv_text(items).encode(errors='backslashreplace')).hexdigest()
+
+
+def _tell_stop(run: Run, stopped: Stopped) -> Stopped:
+    name = Signals(stopped.number).name
+    run.note('stop', signal=name)
+    return Stopped(stopped.number, f'stopped by {name}: `cxr-fastai train --resume {run.path}` goes on after the last '
+                                   'whole epoch.')
+
+
+def _check_items(items: pd.DataFrame, recipe: Recipe, console: Console) -> None:
+    """Describe the films; raise `CXRError` for those that cannot be trained on, warn of a validation that says little.
+    """
     console.print(describe_items(items), highlight=False, soft_wrap=True, markup=False)
     check_trainable(items)
     if not recipe.allow_leakage: check_leakage(items)
     if doubt := doubt_validation(items):
         advice = ' --valid patients is sounder.' if recipe.valid == 'official' else ''
-        warnings.warn(doubt + advice, CXRWarning, stacklevel=2)
-    cache = _use_cache(items, root, recipe, console)
-    set_seed(recipe.seed, reproducible=True)
-    dls = make_dls(items, root, recipe, cache)
-    learn = make_learner(dls, recipe)
-    run = Run.create(out)
-    run.start(recipe, items)
-    run.note('start', data=str(data.resolve()), device=str(dls.device), threads=torch.get_num_threads(), **_versions())
-    best = fit(learn, recipe, run, console)
-    save_learner(learn, run/'learner.pkl', recipe)
-    run.note('end', best={name: None if value != value else value for name, value in best.items()})  # NaN is not itself
-    return run
+        warnings.warn(doubt + advice, CXRWarning, stacklevel=3)
 
 
 def _use_cache(items: pd.DataFrame, root: Path, recipe: Recipe, console: Console) -> FilmCache | None:
@@ -66,23 +120,33 @@ def _use_cache(items: pd.DataFrame, root: Path, recipe: Recipe, console: Console
     return cache
 
 
-def fit(learn: Learner, recipe: Recipe, run: Run, console: Console | None = None) -> dict[str, Any]:
+def fit(learn: Learner, recipe: Recipe, run: Run, console: Console | None = None, state: dict[str, Any] | None = None,
+        cbs: Sequence[Callback] = ()) -> dict[str, Any]:
     """Fit `learn` through the phases of `recipe`, give it the best epoch's weights, and return that epoch's row of
-    `history.csv`. Without a `console` one is made for the standard output. A loss that is no finite number ends it
-    early; raises `OutputError` where no epoch came before that."""
+    `history.csv`. Goes on from `state`, if there is one, with `cbs` beside its own callbacks.
+
+    Raises `Diverged` at the first loss that is no finite number, after giving `learn` the best weights so far.
+    """
     reuse_memory()
     history, best, show = History(run), KeepBest(), ShowEpochs(console or Console())
+    checkpoint = Checkpoint(run, identify(recipe, run), state)
+    at, done = (state['phase'], state['epochs']) if state else (0, 0)
     # fastai's own bar writes control characters into logs.
-    cbs = [history, best, show, *recipe_callbacks(recipe)]
+    cbs = [history, best, show, checkpoint, *recipe_callbacks(recipe), *cbs]
     with learn.no_bar(), learn.no_logging(), learn.added_cbs(cbs), show:
-        for phase in recipe.phases:
-            if not history.diverged: fit_phase(learn, phase, recipe)
-    if best.state is None: raise OutputError('the loss is not a finite number: lower --lr, or check --weights.')
-    if history.diverged:
-        warnings.warn(f'the loss became infinite or no number in epoch {len(history.rows) + 1}, so training stopped; '
-                      f'epoch {best.row["epoch"]} is kept. A lower --lr may help.', CXRWarning, stacklevel=2)
-    learn.model.load_state_dict(best.state)
+        for i, phase in enumerate(recipe.phases[at:], at):
+            checkpoint.phase = i
+            with starting_at(learn, done if i == at else 0): fit_phase(learn, phase, recipe)
+            if history.failure: break
+    if best.state: learn.model.load_state_dict(best.state)
+    if history.failure: raise _failure(run, history.failure, best.row)
     return best.row
+
+
+def identify(recipe: Recipe, run: Run) -> dict[str, Any]:
+    """What has to be the same for a training to go on: the recipe, the films and the classes."""
+    return {'recipe': asdict(recipe), 'items': sha256(run/'items.csv') if (run/'items.csv').is_file() else '',
+            'classes': list(VOCAB)}
 
 
 def fit_phase(learn: Learner, phase: Phase, recipe: Recipe) -> None:
@@ -94,6 +158,22 @@ def fit_phase(learn: Learner, phase: Phase, recipe: Recipe) -> None:
     rates = slice(phase.lr*recipe.body_lr, phase.lr)
     if recipe.schedule == 'one-cycle': learn.fit_one_cycle(phase.epochs, rates)
     else: learn.fit(phase.epochs, rates, cbs=ReduceOnPlateau(recipe.plateau_factor, recipe.plateau_patience))
+
+
+class Diverged(OutputError):
+    """The loss became no finite number; `best` is the row of the best epoch before that, if there was one."""
+
+    def __init__(self, message: str, best: dict[str, Any] | None):
+        super().__init__(message)
+        self.best = best
+
+
+def _failure(run: Run, failure: dict[str, Any], best: dict[str, Any] | None) -> Diverged:
+    write_json(run/'failure.json', failure | {'best_epoch': best and best['epoch']})
+    batch = f', batch {failure["batch"]}' if failure['batch'] else ''
+    kept = f'epoch {best["epoch"]}, the best so far, is kept' if best else 'no epoch came before it'
+    return Diverged(f'the loss of {failure["where"]} is {failure["loss"]} in epoch {failure["epoch"]}{batch}, so '
+                    f'training ended; {kept}. Lower --lr, or check --weights and the films.', best)
 
 
 def _versions() -> dict[str, Any]:

@@ -86,9 +86,9 @@ def plot_robustness(robustness: pd.DataFrame, title: str = '') -> Figure:
         ax.plot(rows.strength, rows.auc, color=BLUE, marker='.', label='corrupted')
         _tidy(ax).set_title(f'{kind}, mean {rows.auc.mean():.3f}', fontsize=10)
         ax.set_xticks(rows.strength)
+        ax.set(xlabel='strength', ylabel='AUC')
+        ax.label_outer()
     figure.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=9, frameon=False)
-    figure.supylabel('AUC', fontsize=10)
-    figure.supxlabel('strength', fontsize=10)
     figure.suptitle(f'{title}, n = {robustness.n.iloc[0]}', fontsize=11, parse_math=False)
     return figure
 

@@ -141,7 +141,7 @@ def _recipe_options(params: dict[str, Any]) -> dict[str, Any]:
 
 @app.command()
 def evaluate(run: opt.RunFolder, data: opt.Data = None, csv: opt.Csv = None, split: opt.Split = 'test',
-             batch_size: opt.BatchSize = 32, limit: opt.Limit = None) -> None:
+             batch_size: opt.BatchSize = 32, limit: opt.Limit = None, robustness: opt.Robustness = False) -> None:
     """Measure a run on a split: predictions.csv, metrics.json and figures in its folder.
 
     Without --data the films are looked for where the run was trained. Example: cxr-fastai evaluate runs/resnet50
@@ -156,6 +156,7 @@ def evaluate(run: opt.RunFolder, data: opt.Data = None, csv: opt.Csv = None, spl
          f'{metrics["threshold"]:g}')
     out.print(metrics_table(metrics))
     _say(f'in {run}: predictions.csv, metrics.json, {", ".join(figures)}')
+    if robustness: _evaluate_robustness(folder, _one_of(data, csv), split, batch_size, limit)
 
 
 @app.command()
@@ -232,6 +233,14 @@ def run() -> None:
 def _one_of(folder: Path | None, csv: Path | None) -> Path | None:
     if folder and csv: raise UsageError(f'{folder} and --csv {csv}: name one of them.')
     return folder or csv
+
+
+def _evaluate_robustness(folder: Run, films: Path | None, split: str, batch_size: int, limit: int | None) -> None:
+    from cxr_fastai.display import robustness_table
+    from cxr_fastai.interpret import save_robustness
+    from cxr_fastai.robustness import evaluate_robustness
+    out.print(robustness_table(evaluate_robustness(folder, films, split, batch_size, limit, out)))
+    _say(f'in {folder.path}: robustness.csv, {save_robustness(folder, split)}')
 
 
 def _say(text: str) -> None: out.print(text, soft_wrap=True, markup=False)

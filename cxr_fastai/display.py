@@ -37,6 +37,26 @@ def _cells(estimate: dict, target: float | None) -> tuple[str, str, str]:
     return f'{value:.3f}', '' if low is None else f'{low:.3f} to {high:.3f}', met
 
 
+def robustness_table(robustness: pd.DataFrame) -> Table:
+    """The AUC by kind and strength of corruption, then on clean films and on those without shortcuts."""
+    from cxr_fastai.robustness import CLEAN, SHORTCUT, summarise
+    table = Table(title='AUC on corrupted films', title_justify='left', caption_justify='left')
+    strengths = sorted(set(robustness.strength) - {0})
+    for name in ('', *map(str, strengths), 'mean'): table.add_column(name, justify='right' if name else 'left')
+    for kind, rows in robustness.groupby('corruption', sort=False):
+        if kind not in (CLEAN, SHORTCUT): table.add_row(kind, *map(_auc, rows.auc), _auc(rows.auc.mean()))
+    table.add_section()
+    of, blank = summarise(robustness), [''] * len(strengths)
+    table.add_row(CLEAN, *blank, _auc(of['clean']))
+    table.add_row(SHORTCUT, *blank, _auc(of['shortcut']))
+    table.caption = (f'{_auc(of["corrupted"])} on average over the corruptions\n'
+                     f'{of["loss"]:+.3f} is what clean films have above films of equal sharpness (shortcut)')
+    return table
+
+
+def _auc(value: float) -> str: return 'undefined' if value != value else f'{value:.3f}'
+
+
 def predictions_table(rows: pd.DataFrame, most: int = 20) -> Table:
     """The first predictions, with the code of each film that could not be used."""
     table = Table(caption=f'the first {most} of {len(rows)}' if len(rows) > most else None)

@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit
 from scipy.stats import binomtest, norm, rankdata
 
-from cxr_fastai.core import POSITIVE, VOCAB, FilmError, UsageError, write_csv, write_json
+from cxr_fastai.core import POSITIVE, VOCAB, FilmError, UsageError, write_json
 from cxr_fastai.inference import Predictor
 from cxr_fastai.items import count_films, data_root, film_root, read_items
 from cxr_fastai.run import Run
@@ -33,7 +33,7 @@ def evaluate(run: Run, data: Path | None = None, split: str = 'test', batch_size
     predictor = Predictor.load(run.path)
     predictions = predict_items(predictor, items, root, batch_size, console)
     metrics = measure(predictions, predictor.config.threshold, predictor.config.threshold_rule)
-    write_csv(run/'predictions.csv', _merge_rows(run, predictions, split))
+    run.write_split('predictions.csv', predictions, split)
     write_json(run/'metrics.json', run.metrics | {split: metrics})
     return metrics
 
@@ -148,9 +148,3 @@ def _newcombe(auc: float, m: int, n: int) -> Estimate:
 
 def _estimate(value: float | None, low: float | None, high: float | None) -> Estimate:
     return {name: v if v is None else float(v) for name, v in (('value', value), ('low', low), ('high', high))}
-
-
-def _merge_rows(run: Run, predictions: pd.DataFrame, split: str) -> pd.DataFrame:
-    if not (run/'predictions.csv').exists(): return predictions
-    old = run.predictions
-    return pd.concat([old[old.split != split], predictions], ignore_index=True)

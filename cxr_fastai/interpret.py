@@ -23,9 +23,14 @@ def save_figures(run: Run, split: str) -> list[str]:
     if (run/'history.csv').exists(): figures['history'] = plot_history(run.history)
     if metrics['auc']['value'] is not None:
         figures[f'roc_{split}'] = plot_roc(predictions[predictions.split == split], metrics, title)
-    for name, figure in figures.items():
-        with atomic(run/'figures'/f'{name}.png') as temporary: figure.savefig(temporary, format='png', dpi=130)
-    return [f'figures/{name}.png' for name in figures]
+    return [_save(run, name, figure) for name, figure in figures.items()]
+
+
+def save_robustness(run: Run, split: str) -> str:
+    """Draw the run's robustness on `split` into its `figures/`; returns the name, relative to the run."""
+    table = run.robustness
+    return _save(run, f'robustness_{split}', plot_robustness(table[table.split == split],
+                                                             f'{run.recipe.arch}, {split} split'))
 
 
 def plot_confusion_matrix(metrics: dict, title: str = '') -> Figure:
@@ -66,6 +71,28 @@ def plot_roc(predictions: pd.DataFrame, metrics: dict, title: str = '') -> Figur
     return figure
 
 
+def plot_robustness(robustness: pd.DataFrame, title: str = '') -> Figure:
+    """AUC with its interval against strength, a panel a corruption, beside the AUC of clean films and of films
+    without shortcuts."""
+    corrupted = robustness[robustness.strength > 0]
+    plain = robustness[robustness.strength == 0].set_index('corruption').auc
+    kinds = list(corrupted.groupby('corruption', sort=False))
+    figure = Figure(figsize=(10, 2.6*-(-len(kinds)//4)), layout='constrained')
+    panels = figure.subplots(-(-len(kinds)//4), 4, sharex=True, sharey=True, squeeze=False).flat
+    for ax, (kind, rows) in zip(panels, kinds, strict=False):
+        for (name, auc), (colour, style) in zip(plain.items(), ((GREY, '--'), (ORANGE, ':')), strict=True):
+            ax.axhline(auc, color=colour, ls=style, lw=1.5, label=f'{name} {auc:.3f}')
+        ax.fill_between(rows.strength, rows.auc_low, rows.auc_high, color=BLUE, alpha=0.2, lw=0)
+        ax.plot(rows.strength, rows.auc, color=BLUE, marker='.', label='corrupted')
+        _tidy(ax).set_title(f'{kind}, mean {rows.auc.mean():.3f}', fontsize=10)
+        ax.set_xticks(rows.strength)
+        ax.set(xlabel='strength', ylabel='AUC')
+        ax.label_outer()
+    figure.legend(*ax.get_legend_handles_labels(), loc='outside lower center', ncols=3, fontsize=9, frameon=False)
+    figure.suptitle(f'{title}, n = {robustness.n.iloc[0]}', fontsize=11, parse_math=False)
+    return figure
+
+
 def plot_history(history: pd.DataFrame) -> Figure:
     """Losses, and validation figures, by epoch; the phases are shaded and named."""
     figure = Figure(figsize=(9, 3.6), layout='constrained')
@@ -90,6 +117,11 @@ def describe(estimate: Estimate) -> str:
     if estimate['value'] is None: return 'undefined'
     if estimate['low'] is None: return f'{estimate["value"]:.3f}'
     return f'{estimate["value"]:.3f} ({estimate["low"]:.3f} to {estimate["high"]:.3f})'
+
+
+def _save(run: Run, name: str, figure: Figure) -> str:
+    with atomic(run/'figures'/f'{name}.png') as temporary: figure.savefig(temporary, format='png', dpi=130)
+    return f'figures/{name}.png'
 
 
 def _shade_phases(ax: Axes, history: pd.DataFrame) -> None:

@@ -41,6 +41,8 @@ Weights = Annotated[str | None, Option('--weights', show_default='imagenet where
     'What to start from: imagenet, imagenet-v2, none, or the file of a state dict.'))]
 Valid = Annotated[str, Option('--valid', help='official: the val folder. patients: a tenth of the patients.')]
 Split = Annotated[str, Option('--split', help='Split to measure: train, valid or test.')]
+Robustness = Annotated[bool, Option('--robustness', help=(
+    'Also measure the AUC on films corrupted in 8 kinds and 5 strengths, and without shortcuts: 42 passes.'))]
 Size = Annotated[int, Option('--size', metavar='PX', min=48, max=2048, help=(
     'Side of the film the network sees, in pixels.'))]
 FilmSize = Annotated[int, Option('--size', metavar='PX', min=64, max=4096, help='Side of a film, in pixels.')]

@@ -62,6 +62,11 @@ class Run:
         return _read_csv(self/'predictions.csv')
 
     @property
+    def robustness(self) -> pd.DataFrame:
+        """One row a corruption and strength, for each split evaluated so."""
+        return _read_csv(self/'robustness.csv')
+
+    @property
     def metrics(self) -> dict[str, Any]:
         """One object a split evaluated so far."""
         return _read_json(self/'metrics.json') if (self/'metrics.json').exists() else {}
@@ -70,6 +75,14 @@ class Run:
         """Write down what is about to be trained."""
         write_csv(self/'items.csv', items)
         write_json(self/'recipe.json', asdict(recipe))  # last: with it the folder is a run
+
+    def write_split(self, name: str, table: pd.DataFrame, split: str) -> None:
+        """Write the rows of one `split` into the CSV `name`; those of other splits in it are kept."""
+        import pandas as pd
+        if (self/name).exists():
+            old = _read_csv(self/name)
+            table = pd.concat([old[old.split != split], table], ignore_index=True)
+        write_csv(self/name, table)
 
     def note(self, event: str, **facts: Any) -> None:
         """Append a line to `journal.jsonl`: when, what, and `facts`, which hold no NaN."""
@@ -100,7 +113,8 @@ class Run:
 
 TEXT = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase')
 """Columns that stay as they are written: a patient `007` is no number, and one called `NA` is not missing."""
-WRITER = {'items.csv': 'train', 'history.csv': 'train', 'predictions.csv': 'evaluate'}
+WRITER = {'items.csv': 'train', 'history.csv': 'train', 'predictions.csv': 'evaluate',
+          'robustness.csv': 'evaluate --robustness'}
 
 
 def _read_csv(path: Path) -> pd.DataFrame:

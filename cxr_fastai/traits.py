@@ -42,6 +42,12 @@ def measure_films(paths: Sequence[str], root: Path, workers: int | None = None,
     return table, np.stack([thumbnail for _, thumbnail in measured])
 
 
+def sharpness(seen: np.ndarray) -> tuple[float, float]:
+    """Vertical and horizontal mean step between neighbouring pixels of the film `seen` (h, w), in its grey levels."""
+    seen = seen.astype(np.float32)  # bytes would wrap around
+    return float(np.abs(np.diff(seen, axis=0)).mean()), float(np.abs(np.diff(seen, axis=1)).mean())
+
+
 def find_alike(thumbnails: np.ndarray, alike: float = ALIKE) -> list[tuple[int, int, float]]:
     """Pairs i < j of `thumbnails` uint8 (n, h, w) whose correlation (Pearson's, over the pixels) is at least `alike`,
     and the correlation, by blocks of matrix products; the first `MOST_PAIRS`. Blank ones are like nothing."""
@@ -85,6 +91,6 @@ def _measure(path: Path) -> tuple[dict[str, Any], np.ndarray]:
 def _look(seen: np.ndarray) -> dict[str, float]:
     edge = round(0.05*len(seen))
     inner = seen[edge:-edge, edge:-edge]
+    vertical, horizontal = sharpness(seen)
     return {'mean grey': float(seen.mean()), 'border grey': float((seen.sum() - inner.sum())/(seen.size - inner.size)),
-            'vertical sharpness': float(np.abs(np.diff(seen, axis=0)).mean()),
-            'horizontal sharpness': float(np.abs(np.diff(seen, axis=1)).mean())}
+            'vertical sharpness': vertical, 'horizontal sharpness': horizontal}

@@ -77,16 +77,20 @@ def _emptied(learn: Learner) -> Iterator[None]:
     kept = {name: getattr(learn, name) for name in ('dls', 'opt', 'path')}
     from fastcore.foundation import L
     folder = learn.dls.path
+    steps = [step for films_or_labels in learn.dls.train_ds.tls for step in films_or_labels.tfms]
+    openers = [(step, step.skip) for step in steps if hasattr(step, 'skip')]
     try:
         learn.dls.path = learn.path = Path('.')
         learn.dls, learn.opt = learn.dls.new_empty(), None
         for metric in learn.metrics: metric.reset()  # they hold the last scores and labels
         for dl in learn.dls.loaders:
             for films_or_labels in dl.dataset.tls: films_or_labels.splits = L([[], []])
+        for step, _ in openers: step.skip = False  # prediction owes an answer for every film
         yield
     finally:
         for name, value in kept.items(): setattr(learn, name, value)
         learn.dls.path = folder
+        for step, skip in openers: step.skip = skip
 
 
 def _first_line(error: Exception) -> str: return (str(error).splitlines() or [type(error).__name__])[0]

@@ -102,7 +102,8 @@ def train(given: typer.Context, data: opt.Data = None, csv: opt.Csv = None, arch
           lr: opt.LearningRate = None, weights: opt.Weights = None, valid: opt.Valid = 'official',
           size: opt.Size = 224, resize: opt.Resize = 'squish', batch_size: opt.BatchSize = 32,
           workers: opt.Workers = None, limit: opt.Limit = None, seed: opt.Seed = 42,
-          allow_leakage: opt.Leakage = False, fields: opt.Fields = None, resume: opt.Resume = None) -> None:
+          allow_leakage: opt.Leakage = False, on_bad_film: opt.BadFilm = 'fail', fields: opt.Fields = None,
+          resume: opt.Resume = None) -> None:
     """Train a network and write its run folder: recipe, items, history, journal, state and learner.pkl.
 
     Example: cxr-fastai train --arch efficientnet_lite0 --recipe tuned --valid patients --out runs/lite

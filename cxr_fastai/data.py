@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pandas as pd
 import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
+from fastai.data.load import SkipItemException
 from fastai.data.transforms import ColReader, ColSplitter, IntToFloatTensor
 from fastai.torch_core import TensorImage, TensorImageBW
 from fasttransform import DisplayedTransform, Transform
@@ -18,21 +20,26 @@ from torch import Tensor
 
 from cxr_fastai.augment import augmentations
 from cxr_fastai.cache import FilmCache
-from cxr_fastai.core import VOCAB, FilmError, in_threads
+from cxr_fastai.core import VOCAB, CXRWarning, FilmError, in_threads
 from cxr_fastai.images import Preprocessing, read_film
 from cxr_fastai.models import denormalize, normalize
 from cxr_fastai.recipe import Recipe
 
 
 class OpenFilm(Transform):
-    """A path, or a grey uint8 array (h, w), to a grey uint8 tensor (1, size, size), as `source` loads or fits it."""
+    """A path, or a grey uint8 array (h, w), to a grey uint8 tensor (1, size, size), as `source` loads or fits it. A
+    film that cannot be read raises `FilmError`, or where they are to `skip`, leaves the batch with a warning."""
 
-    def __init__(self, source: Preprocessing | FilmCache):
+    def __init__(self, source: Preprocessing | FilmCache, skip: bool = False):
         super().__init__()
-        self.source, self.input_types = source, (str, Path, np.ndarray)  # what `dls.test_dl` accepts
+        self.source, self.skip, self.input_types = source, skip, (str, Path, np.ndarray)  # what `dls.test_dl` accepts
 
     def encodes(self, film: str | Path | np.ndarray):
-        grey = (self.source.fit if isinstance(film, np.ndarray) else self.source.load)(film)
+        try: grey = (self.source.fit if isinstance(film, np.ndarray) else self.source.load)(film)
+        except FilmError as error:
+            if not self.skip: raise
+            warnings.warn(f'{error}: skipped', CXRWarning, stacklevel=2)
+            raise SkipItemException from error
         return TensorImageBW(torch.from_numpy(grey.copy())[None])
 
 
@@ -47,7 +54,7 @@ class NormalizeFilm(DisplayedTransform):
 def film_block(recipe: Recipe, cache: FilmCache | None = None) -> DataBlock:
     """The `DataBlock` of `recipe`, for a table with the columns `path` (complete), `label` and `split`. Films that
     `cache` holds are not decoded again; the batches are the same without it."""
-    opened = OpenFilm(cache or Preprocessing.of(recipe))
+    opened = OpenFilm(cache or Preprocessing.of(recipe), recipe.on_bad_film == 'skip')
     films = TransformBlock(type_tfms=opened, batch_tfms=[IntToFloatTensor, NormalizeFilm])
     return DataBlock(blocks=(films, CategoryBlock(vocab=list(VOCAB), sort=False)), get_x=ColReader('path'),
                      get_y=ColReader('label'), splitter=ColSplitter('split', on='valid'),
@@ -69,19 +76,18 @@ def make_dls(items: pd.DataFrame, root: Path, recipe: Recipe, cache: FilmCache |
                                                  pin_memory=torch.cuda.is_available())
 
 
-def check_readable(paths: Sequence[Path]) -> None:
-    """Read each film once, on all cores, so that a bad one is known before hours of training.
-
-    Raises `FilmError` that names the first bad films and counts all.
-    """
+def find_unreadable(paths: Sequence[Path]) -> dict[Path, FilmError]:
+    """Read each film once, on all cores, so that a bad one is known before hours of training."""
     def complaint(path: Path) -> FilmError | None:
         try: read_film(path)
         except FilmError as error: return error
         return None
-    bad = [error for error in in_threads(complaint, paths) if error]
-    if not bad: return
-    more = f'; and {len(bad) - 3} more' if len(bad) > 3 else ''
-    raise FilmError(f'{"; ".join(map(str, bad[:3]))}{more}. Remove or mend what cannot be read.', bad[0].code)
+    return {path: error for path, error in zip(paths, in_threads(complaint, paths), strict=True) if error}
+
+
+def name_films(bad: dict[Path, FilmError]) -> str:
+    """The first unreadable films with what is wrong with them, and how many more there are."""
+    return '; '.join(map(str, list(bad.values())[:3])) + (f'; and {len(bad) - 3} more' if len(bad) > 3 else '')
 
 
 def locate(items: pd.DataFrame, root: Path) -> pd.DataFrame:

@@ -32,7 +32,8 @@ class Predictor:
     def load(cls, model: Path) -> Predictor:
         """The predictor of a run folder or an exported `.pkl`. Raises `CXRError`."""
         learn = load_learner(find_learner(model))
-        return cls(learn.model.eval(), ModelConfig(**learn.config))
+        model = learn.model.eval().to(memory_format=torch.channels_last)  # half as fast again on a CPU
+        return cls(model, ModelConfig(**learn.config))
 
     @torch.inference_mode()
     def scores(self, films: np.ndarray) -> np.ndarray:

@@ -15,6 +15,8 @@ FilmFolder = Annotated[Path | None, Argument(metavar='DIR', show_default='CXR_DA
 Resize = Annotated[str, Option('--resize', help=(
     'How a film becomes a square: squish (the specification), or its aspect kept by pad or crop.'))]
 Leakage = Annotated[bool, Option('--allow-leakage', help='Train though a patient is in two splits; it is recorded.')]
+BadFilm = Annotated[str, Option('--on-bad-film', help=(
+    'What to do with a film that cannot be read: fail, or skip it with a warning.'))]
 Origin = Annotated[str, Option('--source', help=(
     'mendeley: 1.2 GB, no account needed. kaggle: the same films, with a val folder. medmnist: 0.2 GB, 224 px.'))]
 AuditFolder = Annotated[Path, Option('--out', metavar='DIR', help='Folder for audit.json and audit.html.')]

@@ -24,8 +24,18 @@ from cxr_fastai.artefacts import save_learner, sha256
 from cxr_fastai.cache import FilmCache, find_cache
 from cxr_fastai.callbacks import History, KeepBest, ReduceOnPlateau, ShowEpochs, recipe_callbacks
 from cxr_fastai.checkpoint import PREVIOUS, Checkpoint, StopOnSignal, load_state, starting_at
-from cxr_fastai.core import VOCAB, CXRWarning, OutputError, Stopped, UsageError, check_new, csv_text, write_json
-from cxr_fastai.data import check_readable, make_dls
+from cxr_fastai.core import (
+    VOCAB,
+    CXRWarning,
+    FilmError,
+    OutputError,
+    Stopped,
+    UsageError,
+    check_new,
+    csv_text,
+    write_json,
+)
+from cxr_fastai.data import find_unreadable, make_dls, name_films
 from cxr_fastai.images import Preprocessing
 from cxr_fastai.items import check_leakage, check_trainable, describe_items, doubt_validation, film_root, read_items
 from cxr_fastai.learner import make_learner, reuse_memory, start_phase
@@ -46,15 +56,17 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
     items = read_items(data, recipe.valid, recipe.seed, recipe.limit)
     state = _take_up(Run.open(out), recipe, items) if resume else None
     _check_items(items, recipe, console)
-    cache = _use_cache(items, root, recipe, console)
+    cache, bad = _use_cache(items, root, recipe, console)
+    readable = items[~items.path.isin(bad)]
+    check_trainable(readable)
     run = Run.open(out) if resume else Run.create(out)
     with run.locked(), StopOnSignal() as stop:
         set_seed(recipe.seed, reproducible=True)
-        dls = make_dls(items, root, recipe, cache)
+        dls = make_dls(readable, root, recipe, cache)
         learn = make_learner(dls, recipe)
         if not resume: run.start(recipe, items)
         run.note('resume' if resume else 'start', data=str(data.resolve()), device=str(dls.device),
-                 threads=torch.get_num_threads(), **_versions())
+                 threads=torch.get_num_threads(), unreadable=bad, **_versions())
         try: best = fit(learn, recipe, run, console, state, [stop])
         except Stopped as stopped: raise _tell_stop(run, stopped) from None
         except Diverged as failed:
@@ -109,15 +121,20 @@ def _check_items(items: pd.DataFrame, recipe: Recipe, console: Console) -> None:
         warnings.warn(doubt + advice, CXRWarning, stacklevel=3)
 
 
-def _use_cache(items: pd.DataFrame, root: Path, recipe: Recipe, console: Console) -> FilmCache | None:
-    """The cache of films that fits the recipe, if there is one; every film outside it is known to be readable."""
+def _use_cache(items: pd.DataFrame, root: Path, recipe: Recipe, console: Console) -> tuple[FilmCache | None, list[str]]:
+    """The cache of films that fits the recipe, if there is one, and the paths of films that cannot be read, if those
+    are to be skipped. Raises `FilmError` if not."""
     cache = find_cache(root, Preprocessing.of(recipe))
     films = [root/path for path in items[items.split.isin(['train', 'valid'])].path]
     unknown = [film for film in films if cache is None or film not in cache]
     if cache: console.print(f'{len(films) - len(unknown):,} of {len(films):,} films come decoded from {cache.folder}',
                             highlight=False, soft_wrap=True, markup=False)
-    check_readable(unknown)
-    return cache
+    bad = find_unreadable(unknown)
+    if bad and recipe.on_bad_film == 'fail':
+        raise FilmError(f'{name_films(bad)}. Remove or mend what cannot be read, or train with --on-bad-film skip.',
+                        next(iter(bad.values())).code)
+    if bad: warnings.warn(f'{len(bad)} films are skipped: {name_films(bad)}', CXRWarning, stacklevel=3)
+    return cache, [path.relative_to(root).as_posix() for path in bad]
 
 
 def fit(learn: Learner, recipe: Recipe, run: Run, console: Console | None = None, state: dict[str, Any] | None = None,

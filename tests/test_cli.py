@@ -12,7 +12,9 @@ import torch
 import torchvision
 from PIL import Image
 
+from cxr_fastai.artefacts import load_learner
 from cxr_fastai.cli import app, main
+from cxr_fastai.core import FilmError
 from cxr_fastai.images import Preprocessing
 from cxr_fastai.inference import Predictor
 from cxr_fastai.run import Run
@@ -151,14 +153,35 @@ def test_an_existing_run_is_refused_and_kept(capsys, run, films):
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob('*')} == before
 
 
-@pytest.mark.parametrize('workers', ['0', '2'])
-def test_a_film_that_goes_bad_during_training_is_named(capsys, films, tmp_path, workers, monkeypatch):
-    monkeypatch.setattr('cxr_fastai.training.check_readable', lambda _: None)
+@pytest.fixture
+def with_a_bad_film(films, tmp_path) -> tuple[Path, Path]:
     shutil.copytree(films, tmp_path/'films')
-    bad = sorted((tmp_path/'films/train/NORMAL').iterdir())[0]
+    bad = sorted((tmp_path/'films/train/NORMAL').iterdir())[1]  # fastai looks at the first one beforehand
     bad.write_bytes(bad.read_bytes()[:500])
-    refused(capsys, ['train', '--data', tmp_path/'films', '--out', tmp_path/'run', '--epochs', '1', '--size', '48',
-                     '--workers', workers], 1, f'^error: {re.escape(str(bad))}: E_TRUNCATED')
+    return tmp_path/'films', bad
+
+
+def training(data, out, workers='0') -> list:
+    return ['train', '--data', data, '--out', out, '--epochs', '1', '--size', '48', '--workers', workers]
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_a_film_that_goes_bad_during_training_is_named(capsys, with_a_bad_film, tmp_path, workers, monkeypatch):
+    monkeypatch.setattr('cxr_fastai.training.find_unreadable', lambda _: {})
+    data, bad = with_a_bad_film
+    refused(capsys, training(data, tmp_path/'run', workers), 1, f'^error: {re.escape(str(bad))}: E_TRUNCATED')
+
+
+@pytest.mark.parametrize('when', ['before', 'during'])
+def test_a_bad_film_can_be_skipped_and_is_named(capsys, with_a_bad_film, tmp_path, monkeypatch, when):
+    if when == 'during': monkeypatch.setattr('cxr_fastai.training.find_unreadable', lambda _: {})
+    data, bad = with_a_bad_film
+    assert main([*map(str, training(data, tmp_path/'run')), '--on-bad-film', 'skip']) == 0
+    assert f'{bad}: E_TRUNCATED' in (errors := capsys.readouterr().err) and 'skipped' in errors
+    assert Run.open(tmp_path/'run').noted('start')['unreadable'] == (
+        [bad.relative_to(data).as_posix()] if when == 'before' else [])
+    # The exported learner owes an answer for every film, and so complains.
+    with pytest.raises(FilmError): load_learner(tmp_path/'run'/'learner.pkl').predict(bad)
 
 
 def test_unreadable_films_are_named_before_training_starts(capsys, films, tmp_path):

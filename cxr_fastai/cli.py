@@ -118,6 +118,28 @@ def train(given: typer.Context, data: opt.Data = None, csv: opt.Csv = None, arch
     _say(f'{made.path}: trained. Next: cxr-fastai evaluate {made.path}')
 
 
+@app.command('lr-find')
+def lr_find(given: typer.Context, data: opt.Data = None, csv: opt.Csv = None, arch: opt.Arch = 'baseline',
+            recipe: opt.RecipeName = 'reference', weights: opt.Weights = None, valid: opt.Valid = 'official',
+            size: opt.Size = 224, resize: opt.Resize = 'squish', batch_size: opt.BatchSize = 32,
+            workers: opt.Workers = None, limit: opt.Limit = None, seed: opt.Seed = 42, fields: opt.Fields = None,
+            steps: opt.Steps = 100, curve: opt.NewCurve = Path('lr_find.png')) -> None:
+    """Suggest a learning rate for the first phase of a recipe, and draw the loss against it.
+
+    Example: cxr-fastai lr-find --arch baseline --recipe tuned --out lr_find.png
+    """
+    from cxr_fastai.items import data_root
+    root = data_root(_one_of(data, csv))
+    from cxr_fastai.models import make_recipe
+    chosen = make_recipe(**_recipe_options(given.params))
+    from cxr_fastai.interpret import plot_rates, save_figure
+    from cxr_fastai.rates import find_rates
+    rates = find_rates(chosen, root, steps)
+    save_figure(plot_rates(rates, f'{arch}, recipe {recipe}, {size} px'), curve)
+    write_csv(curve.with_suffix('.csv'), rates.curve)
+    _say(f'--lr {rates.suggestion:.1e} is suggested; the recipe has {chosen.phases[0].lr:.1e}. The curve is in {curve}')
+
+
 def _resume(given: typer.Context, folder: Path, data: Path | None, run: Path | None) -> None:
     if run: raise UsageError(f'--out {run} and --resume {folder}: the run goes on in its own folder.')
     known = Run.open(folder)
@@ -134,7 +156,7 @@ def _resume(given: typer.Context, folder: Path, data: Path | None, run: Path | N
 def _recipe_options(params: dict[str, Any]) -> dict[str, Any]:
     """What `make_recipe` takes of the options `params`."""
     from cxr_fastai.recipe import parse_fields
-    others = ('data', 'csv', 'run', 'resume', 'recipe', 'fields')
+    others = ('data', 'csv', 'run', 'resume', 'recipe', 'fields', 'steps', 'curve')
     options = {name: value for name, value in params.items() if name not in others}
     if 'recipe' in params: options['name'] = params['recipe']
     return options | parse_fields(params.get('fields') or [])

@@ -1,6 +1,8 @@
 """Predictions and history become pictures, each a matplotlib `Figure`; nothing here predicts again."""
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cxr_fastai.core import VOCAB, atomic
 from cxr_fastai.evaluation import TARGETS, Estimate, roc_curve
+from cxr_fastai.rates import Rates
 from cxr_fastai.run import Run
 
 # Okabe and Ito's colours, told apart also by the colour-blind.
@@ -112,6 +115,24 @@ def plot_history(history: pd.DataFrame) -> Figure:
     return figure
 
 
+def plot_rates(rates: Rates, title: str = '') -> Figure:
+    """The loss against the learning rate, and the rate that is suggested."""
+    figure, ax = _axes(6, 3.6)
+    ax.plot(rates.curve.lr, rates.curve.loss, color=BLUE, lw=2)
+    ax.axvline(rates.suggestion, color=ORANGE, ls='--', label=f'suggestion {rates.suggestion:.1e}')
+    # What the loss blows up to at the end would flatten the rest.
+    lowest, first = rates.curve.loss.min(), rates.curve.loss.iloc[0]
+    ax.set(xscale='log', xlabel='learning rate', ylabel='loss (smoothed)', ylim=(None, first + (first - lowest)))
+    ax.legend(frameon=False)
+    ax.set_title(title, fontsize=11, parse_math=False)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write `figure` to `path` as a PNG, atomically. Raises `OutputError`."""
+    with atomic(path) as temporary: figure.savefig(temporary, format='png', dpi=130)
+
+
 def describe(estimate: Estimate) -> str:
     """An estimate in words: `0.953 (0.931 to 0.968)`, or `undefined` where there is nothing to estimate from."""
     if estimate['value'] is None: return 'undefined'
@@ -120,7 +141,7 @@ def describe(estimate: Estimate) -> str:
 
 
 def _save(run: Run, name: str, figure: Figure) -> str:
-    with atomic(run/'figures'/f'{name}.png') as temporary: figure.savefig(temporary, format='png', dpi=130)
+    save_figure(figure, run/'figures'/f'{name}.png')
     return f'figures/{name}.png'
 
 

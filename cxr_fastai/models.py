@@ -137,6 +137,7 @@ def make_recipe(arch: str, name: str = 'reference', epochs: int | None = None, l
 
 def revise_recipe(known: Recipe, **given: Any) -> Recipe:
     """`known` with what is `given` in its place, by the names that `make_recipe` takes."""
+    if not given: return known
     phases = {'arch': known.arch, 'name': known.name, 'epochs': known.epochs, 'lr': known.phases[0].lr}
     fields = {field: value for field, value in vars(known).items() if field not in (*phases, 'phases')}
     asked = make_recipe(**(phases | fields | given))

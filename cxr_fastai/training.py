@@ -5,7 +5,7 @@ import hashlib
 import platform
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from signal import Signals
@@ -63,7 +63,7 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
     with run.locked(), StopOnSignal() as stop:
         set_seed(recipe.seed, reproducible=True)
         dls = make_dls(readable, root, recipe, cache)
-        learn = make_learner(dls, recipe)
+        learn = make_learner(dls, replace(recipe, weights='none') if resume else recipe)  # the state has its own
         if not resume: run.start(recipe, items)
         run.note('resume' if resume else 'start', data=str(data.resolve()), device=str(dls.device),
                  threads=torch.get_num_threads(), unreadable=bad, **_versions())

@@ -50,7 +50,7 @@ def robustness_table(robustness: pd.DataFrame) -> Table:
     table.add_row(CLEAN, *blank, _auc(of['clean']))
     table.add_row(SHORTCUT, *blank, _auc(of['shortcut']))
     table.caption = (f'{_auc(of["corrupted"])} on average over the corruptions\n'
-                     f'{of["loss"]:+.3f} is what clean films have above films of equal sharpness (shortcut)')
+                     f'{round(of["loss"], 3) + 0.0:.3f} lost where sharpness tells nothing (shortcut)')  # no -0.000
     return table
 
 

@@ -48,9 +48,9 @@ class History(Callback):
 
     def after_batch(self):
         if not self.training: return
-        if not torch.isfinite(self.loss): self._fail('training', self.loss, self.iter + 1)
-        n = len(self.xb[0])  # MixUp has its labels elsewhere
         self.lr_now = max(self.lr_now, self.opt.hypers[-1]['lr'])
+        if not torch.isfinite(self.loss): self._fail('training', self.loss.item(), self.iter + 1)
+        n = len(self.xb[0])  # MixUp has its labels elsewhere
         self.total, self.count = self.total + self.loss.detach()*n, self.count + n
 
     def after_epoch(self):
@@ -65,7 +65,7 @@ class History(Callback):
 
     def _fail(self, where: str, loss: float, batch: int | None = None):
         self.failure = {'phase': self.phase, 'epoch': len(self.rows) + 1, 'where': where, 'batch': batch,
-                        'loss': str(float(loss)), 'lr': self.lr_now}
+                        'loss': str(loss), 'lr': self.lr_now}
         raise CancelFitException
 
 
@@ -122,7 +122,10 @@ class AverageWeights(Callback):
     def __init__(self, decay: float): self.decay, self.mean, self.steps = decay, None, 0
 
     def state_dict(self) -> dict[str, Any]: return {'mean': self.mean, 'steps': self.steps}
-    def load_state_dict(self, state: dict[str, Any]) -> None: self.mean, self.steps = state['mean'], state['steps']
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state['steps']
+        self.mean = {name: value.to(self.dls.device) for name, value in state['mean'].items()}
 
     def before_fit(self): self.mean = self.mean or deepcopy(self.model.state_dict())
 
@@ -148,8 +151,12 @@ class GrowFilms(Callback):
 
     def __init__(self, share: float): self.share = share
 
+    def before_train(self): self._grow()
+
     def before_batch(self):  # the batch at hand is drawn already: this is for the next one
-        if not self.training: return
+        if self.training: self._grow()
+
+    def _grow(self) -> None:
         grown = self.share + (1 - self.share)*self.pct_train/self.WHOLE_AT
         for step in self.dls.train.after_batch.fs:
             if isinstance(step, AugmentFilms): step.share = min(1.0, grown)

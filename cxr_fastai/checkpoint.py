@@ -15,7 +15,7 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 
-from cxr_fastai.core import CXRError, Stopped, atomic
+from cxr_fastai.core import CXRError, Stopped, atomic, sync
 from cxr_fastai.run import Run
 
 PREVIOUS = 'state.previous.pt'
@@ -86,6 +86,7 @@ def save_state(run: Run, state: dict[str, Any]) -> None:
     torch.save(state, buffer)
     with atomic(run/'state.pt') as temporary:
         temporary.write_bytes(buffer.getbuffer())
+        sync(temporary)  # before the old one moves
         with suppress(FileNotFoundError): os.replace(run/'state.pt', run/PREVIOUS)
 
 

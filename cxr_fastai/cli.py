@@ -4,8 +4,11 @@ Stages are imported inside the commands, so that `--help` loads neither torch no
 """
 from __future__ import annotations
 
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -144,7 +147,8 @@ def _resume(given: typer.Context, folder: Path, data: Path | None, run: Path | N
     if run: raise UsageError(f'--out {run} and --resume {folder}: the run goes on in its own folder.')
     known = Run.open(folder)
     from cxr_fastai.items import data_root
-    root = data_root(data or Path(known.noted('start')['data']))
+    trained_on = known.noted('start').get('data')
+    root = data_root(data or (Path(trained_on) if trained_on else None))
     from cxr_fastai.models import revise_recipe
     typed = {name: value for name, value in given.params.items()
              if given.get_parameter_source(name).name == 'COMMANDLINE'}
@@ -232,13 +236,16 @@ def demo(folder: opt.NewFolder = None, films: opt.Films = 800, size: opt.Size = 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return its exit code."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _ending_on_sigterm():
         # Other packages' warnings are for their developers; ours are for the user, one line each.
         warnings.simplefilter('ignore')
         warnings.simplefilter('always', CXRWarning)
         warnings.showwarning = _show_warning
         try: app(argv)
-        except SystemExit as end: return int(end.code or 0)
+        except KeyboardInterrupt: return _tell_signal(signal.SIGINT)
+        except SystemExit as end:
+            code = int(end.code or 0)
+            return _tell_signal(signal.Signals(code - 128)) if code > 128 else code
         except CXRError as error:
             _print_line(f'error: {_last_line(error)}')
             return error.exit_code
@@ -246,6 +253,23 @@ def main(argv: list[str] | None = None) -> int:
             _print_line(f'error: {error.filename or "system"}: {error.strerror or error}')
             return 1
     return 0
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does: files are closed, temporary ones go."""
+    def end(number: int, _: object) -> None: sys.exit(128 + number)
+    try: before = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # only the main thread may listen
+        yield
+        return
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
+
+
+def _tell_signal(number: signal.Signals) -> int:
+    _print_line(f'error: stopped by {number.name}')
+    return 128 + number
 
 
 def run() -> None:
@@ -276,8 +300,9 @@ def _print_line(text: str) -> None: err.print(text, soft_wrap=True, markup=False
 
 
 def _last_line(error: CXRError) -> str:
-    """An error's message; a worker process hands it over as the last line of its traceback."""
-    return str(error).strip().splitlines()[-1].removeprefix(f'{type(error).__module__}.{type(error).__name__}: ')
+    """An error's message; a worker process hands it over as the last line of its traceback, a callback indented."""
+    last = str(error).strip().splitlines()[-1].strip()
+    return last.removeprefix(f'{type(error).__module__}.{type(error).__name__}: ')
 
 
 def _free(path: Path) -> Path:

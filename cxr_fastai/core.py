@@ -121,10 +121,15 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             yield temporary
-            with open(temporary, 'rb+') as file: os.fsync(file.fileno())
+            sync(temporary)
             os.replace(temporary, path)
     finally:
         with suppress(OSError): temporary.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until what was written to `path` is on the disk."""
+    with open(path, 'rb+') as file: os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

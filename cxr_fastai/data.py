@@ -1,7 +1,10 @@
 """Items become fastai `DataLoaders`: one channel read and augmented, three channels normalised."""
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +76,15 @@ def make_dls(items: pd.DataFrame, root: Path, recipe: Recipe, cache: FilmCache |
     workers = recipe.workers
     if workers is None: workers = 0 if cache and all(path in cache for path in source.path) else os.cpu_count()
     return film_block(recipe, cache).dataloaders(source, bs=recipe.batch_size, num_workers=workers, drop_last=False,
-                                                 pin_memory=torch.cuda.is_available())
+                                                 pin_memory=torch.cuda.is_available(), wif=follow_parent)
+
+
+def follow_parent() -> None:
+    """Let a worker process leave Ctrl-C, which a terminal sends to the whole group, to its parent, and end with that
+    even where it is killed (Linux); else the worker would keep the run's lock for a while."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
+    if sys.platform.startswith('linux'): ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
 
 
 def find_unreadable(paths: Sequence[Path]) -> dict[Path, FilmError]:

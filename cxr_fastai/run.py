@@ -84,6 +84,11 @@ class Run:
             table = pd.concat([old[old.split != split], table], ignore_index=True)
         write_csv(self/name, table)
 
+    def sweep(self) -> None:
+        """Remove what a training that was killed left half written."""
+        for name in TRAINED:
+            for left in self.path.glob(f'.{name}.*.tmp'): left.unlink(missing_ok=True)
+
     def note(self, event: str, **facts: Any) -> None:
         """Append a line to `journal.jsonl`: when, what, and `facts`, which hold no NaN."""
         line = json.dumps({'time': datetime.now(UTC).isoformat(timespec='seconds'), 'event': event, **facts},
@@ -113,6 +118,7 @@ class Run:
 
 TEXT = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase')
 """Columns that stay as they are written: a patient `007` is no number, and one called `NA` is not missing."""
+TRAINED = ('recipe.json', 'items.csv', 'history.csv', 'state.pt', 'failure.json', 'learner.pkl')
 WRITER = {'items.csv': 'train', 'history.csv': 'train', 'predictions.csv': 'evaluate',
           'robustness.csv': 'evaluate --robustness'}
 

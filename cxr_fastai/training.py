@@ -64,17 +64,21 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
         set_seed(recipe.seed, reproducible=True)
         dls = make_dls(readable, root, recipe, cache)
         learn = make_learner(dls, replace(recipe, weights='none') if resume else recipe)  # the state has its own
-        if not resume: run.start(recipe, items)
+        run.sweep()
         run.note('resume' if resume else 'start', data=str(data.resolve()), device=str(dls.device),
                  threads=torch.get_num_threads(), unreadable=bad, **_versions())
+        if not resume: run.start(recipe, items)
         try: best = fit(learn, recipe, run, console, state, [stop])
-        except Stopped as stopped: raise _tell_stop(run, stopped) from None
+        except Stopped: raise _tell_stop(run, stop.received) from None
+        except RuntimeError:  # SIGTERM may have gone to the workers too, and torch tells of their end
+            if not stop.received: raise
+            raise _tell_stop(run, stop.received) from None
         except Diverged as failed:
             if failed.best: save_learner(learn, run/'learner.pkl', recipe)
             raise
         save_learner(learn, run/'learner.pkl', recipe)
         run.note('end', best={name: None if value != value else value for name, value in best.items()})
-        (run/PREVIOUS).unlink(missing_ok=True)
+        for old in (PREVIOUS, 'failure.json'): (run/old).unlink(missing_ok=True)
     return run
 
 
@@ -103,11 +107,11 @@ def hash_items(items: pd.DataFrame) -> str:
     return hashlib.sha256(csv_text(items).encode(errors='backslashreplace')).hexdigest()
 
 
-def _tell_stop(run: Run, stopped: Stopped) -> Stopped:
-    name = Signals(stopped.number).name
+def _tell_stop(run: Run, number: int) -> Stopped:
+    name = Signals(number).name
     run.note('stop', signal=name)
-    return Stopped(stopped.number, f'stopped by {name}: `cxr-fastai train --resume {run.path}` goes on after the last '
-                                   'whole epoch.')
+    return Stopped(number, f'stopped by {name}: `cxr-fastai train --resume {run.path}` goes on after the last whole '
+                           'epoch.')
 
 
 def _check_items(items: pd.DataFrame, recipe: Recipe, console: Console) -> None:

@@ -1,5 +1,6 @@
 """Phases, history, the best epoch, the plateau, and the same run twice."""
 import dataclasses
+import json
 import math
 
 import pandas as pd
@@ -9,14 +10,15 @@ from fastai.learner import Learner
 from rich.console import Console
 
 from cxr_fastai import training
-from cxr_fastai.core import OutputError
+from cxr_fastai.artefacts import load_learner
+from cxr_fastai.callbacks import COLUMNS
 from cxr_fastai.data import make_dls
 from cxr_fastai.items import read_items
 from cxr_fastai.learner import make_learner
 from cxr_fastai.models import make_recipe
 from cxr_fastai.recipe import Phase
 from cxr_fastai.run import Run
-from cxr_fastai.training import COLUMNS, fit, train
+from cxr_fastai.training import Diverged, fit, train
 
 QUIET = Console(quiet=True)
 SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=16, limit=8, seed=5)
@@ -73,7 +75,6 @@ def scripted(monkeypatch, small, tmp_path, scores, recipe=SMALL):
     ([(0.8, 0.5), (0.9, 0.9), (0.7, 0.1)], 2),             # by AUC, in whichever phase
     ([(0.9, 0.5), (0.9, 0.4), (0.9, 0.4)], 2),             # by loss where the AUC ties, the first where that does too
     ([(math.nan, 0.5), (math.nan, 0.6), (math.nan, 0.3)], 3),  # by loss where it is undefined
-    ([(0.6, 0.5), (0.9, math.nan), (0.5, 0.2)], 1),        # never an epoch whose loss is no number
 ])
 def test_the_best_epoch_is_kept_across_phases(monkeypatch, small, tmp_path, scores, best):
     recipe = dataclasses.replace(SMALL, phases=phases(('one', 1, 1e-3), ('two', 2, 1e-3)))
@@ -81,24 +82,45 @@ def test_the_best_epoch_is_kept_across_phases(monkeypatch, small, tmp_path, scor
     assert (row['epoch'], weights) == (best, best)
 
 
-def test_a_loss_that_is_never_a_number_is_an_error(monkeypatch, small, tmp_path):
-    with pytest.raises(OutputError, match='not a finite number: lower --lr'):
-        scripted(monkeypatch, small, tmp_path, [(0.5, math.nan)]*2)
+def poisoned(monkeypatch, event):
+    """Let a weight become NaN at the first `event` of the second epoch."""
+    def poison(self):
+        if self.history.rows: self.model[0][0][0].weight.data.fill_(math.nan)
+    monkeypatch.setattr(training.History, event, poison, raising=False)
 
 
-def test_a_loss_that_blows_up_keeps_the_best_epoch_before_it(monkeypatch, small, tmp_path):
-    recipe = dataclasses.replace(SMALL, phases=phases(('one', 1, 1e-3), ('two', 2, 1e-3), ('three', 1, 1e-3)))
-    start_phase = training.start_phase
-
-    def poisoned(learn, phase):
-        start_phase(learn, phase)
-        if phase.name == 'two': learn.model[0][0][0].weight.data.fill_(math.nan)
-    monkeypatch.setattr(training, 'start_phase', poisoned)
+def test_a_loss_that_is_no_number_ends_training_with_the_best_epoch_before_it(monkeypatch, small, tmp_path):
+    poisoned(monkeypatch, 'before_batch')
     run = Run.create(tmp_path/'run')
-    with pytest.warns(UserWarning, match='no number in epoch 2, so training stopped; epoch 1 is kept'):
-        best = fit(small, recipe, run, QUIET)
-    assert best['epoch'] == 1 and len(run.history) == 1
+    recipe = dataclasses.replace(SMALL, phases=phases(('one', 1, 1e-3), ('two', 2, 1e-4)))
+    with pytest.raises(Diverged, match='of training is nan in epoch 2, batch 1, .*; epoch 1, .* is kept') as failed:
+        fit(small, recipe, run, QUIET)
+    assert failed.value.exit_code == 6 and failed.value.best['epoch'] == 1 and len(run.history) == 1
     assert all(torch.isfinite(parameter).all() for parameter in small.model.parameters())
+    assert json.loads((run/'failure.json').read_text()) == {
+        'phase': 'two', 'epoch': 2, 'where': 'training', 'batch': 1, 'loss': 'nan', 'lr': 1e-4, 'best_epoch': 1}
+
+
+def test_a_validation_loss_that_is_no_number_ends_training_too(monkeypatch, small, tmp_path):
+    poisoned(monkeypatch, 'before_validate')
+    run = Run.create(tmp_path/'run')
+    with pytest.raises(Diverged, match='loss of validation is nan in epoch 2, so training ended; epoch 1'):
+        fit(small, SMALL, run, QUIET)
+    assert len(run.history) == 1
+
+
+def test_without_an_epoch_before_it_there_is_no_network_to_keep(films, tmp_path):
+    hopeless = dataclasses.replace(SMALL, batch_size=4, phases=phases(('train', 2, 1e30)))
+    with pytest.raises(Diverged, match='no epoch came before it. Lower --lr'):
+        train(hopeless, films, tmp_path/'run', QUIET)
+    assert not (tmp_path/'run/learner.pkl').exists()
+
+
+def test_a_training_that_diverges_leaves_the_best_network_so_far(monkeypatch, films, tmp_path):
+    poisoned(monkeypatch, 'before_batch')
+    with pytest.raises(Diverged): train(SMALL, films, tmp_path/'run', QUIET)
+    network = load_learner(tmp_path/'run/learner.pkl').model
+    assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
 
 
 def test_a_plateau_of_the_validation_loss_lowers_the_learning_rate_for_good(monkeypatch, small, tmp_path):
@@ -139,7 +161,7 @@ def test_the_run_folder_tells_what_was_done(run, films):
 def test_every_option_of_train_reaches_its_target(films, tmp_path, monkeypatch, options, reached):
     from cxr_fastai.cli import main
     seen = []
-    monkeypatch.setattr(training, 'fit', lambda learn, recipe, run, console: seen.append((recipe, learn)) or {})
+    monkeypatch.setattr(training, 'fit', lambda learn, recipe, *_: seen.append((recipe, learn)) or {})
     assert main(['train', '--data', str(films), '--out', str(tmp_path/'run'), *options]) == 0
     recipe, learn = seen[0]
     assert reached(recipe, learn) and Run.open(tmp_path/'run').recipe == recipe

@@ -90,12 +90,15 @@ def save_state(run: Run, state: dict[str, Any]) -> None:
         with suppress(FileNotFoundError): os.replace(run/'state.pt', run/PREVIOUS)
 
 
-def load_state(run: Run) -> dict[str, Any]:
-    """The newest whole state of `run`, on the CPU; loading runs no code. Raises `CXRError` where there is none."""
-    for name in ('state.pt', PREVIOUS):
+def load_state(run: Run) -> dict[str, Any] | None:
+    """The newest whole state of `run`, on the CPU; loading runs no code. None where it was stopped before there was
+    one. Raises `CXRError` where none can be read."""
+    there = [run/name for name in ('state.pt', PREVIOUS) if (run/name).exists()]
+    for path in there:
         # Which exception a damaged file raises is up to pickle and zip.
-        with suppress(Exception): return torch.load(run/name, map_location='cpu', weights_only=True)
-    raise CXRError(f'{run/"state.pt"}: no state that can be read, so there is nothing to resume: train again.')
+        with suppress(Exception): return torch.load(path, map_location='cpu', weights_only=True)
+    if there: raise CXRError(f'{there[0]}: damaged, so there is nothing to resume: train again into another --out.')
+    return None
 
 
 @contextmanager

@@ -91,8 +91,13 @@ class Recipe:
 def differences(known: Recipe, asked: Recipe) -> list[str]:
     """What sets two recipes apart, as `field: was, now`; `workers` change no batch and do not count."""
     names = [field.name for field in fields(Recipe) if field.name != 'workers']
-    return [f'{name}: {getattr(known, name)!r}, now {getattr(asked, name)!r}' for name in names
+    return [f'{name}: {_show(getattr(known, name))}, now {_show(getattr(asked, name))}' for name in names
             if getattr(known, name) != getattr(asked, name)]
+
+
+def _show(value: Any) -> str:
+    if not isinstance(value, tuple): return repr(value)
+    return ' and '.join(f'{phase.epochs} epochs of {phase.name} at {phase.lr:g}' for phase in value)
 
 
 RECIPES: dict[str, dict[str, Any]] = {

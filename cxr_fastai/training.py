@@ -63,7 +63,7 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
     with run.locked(), StopOnSignal() as stop:
         set_seed(recipe.seed, reproducible=True)
         dls = make_dls(readable, root, recipe, cache)
-        learn = make_learner(dls, replace(recipe, weights='none') if resume else recipe)  # the state has its own
+        learn = make_learner(dls, replace(recipe, weights='none') if state else recipe)  # a state has its own
         run.sweep()
         run.note('resume' if resume else 'start', data=str(data.resolve()), device=str(dls.device),
                  threads=torch.get_num_threads(), unreadable=bad, **_versions())
@@ -82,14 +82,14 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
     return run
 
 
-def _take_up(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any]:
-    """The state to go on from. Raises `UsageError` where `recipe`, `items` or the classes are not those of `run`."""
+def _take_up(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any] | None:
+    """The state to go on from, if there is one yet. Raises `UsageError` where `recipe`, `items` or the classes are not
+    those of `run`."""
     state = load_state(run)
-    known = Recipe.from_dict(state['identity']['recipe'])
-    other = differences(known, recipe)
-    if state['identity']['classes'] != list(VOCAB):
-        other.append(f'classes: {state["identity"]["classes"]}, now {list(VOCAB)}')
-    if state['identity']['items'] != hash_items(items): other.append(f'films: {_compare_items(run.items, items)}')
+    known = state['identity'] if state else identify(run.recipe, run)
+    other = differences(Recipe.from_dict(known['recipe']), recipe)
+    if known['classes'] != list(VOCAB): other.append(f'classes: {known["classes"]}, now {list(VOCAB)}')
+    if known['items'] != hash_items(items): other.append(f'films: {_compare_items(run.items, items)}')
     if other: raise UsageError(f'{run.path} was trained otherwise ({"; ".join(other)}): resume it as it was, or train '
                                'into another --out.')
     return state
@@ -97,8 +97,8 @@ def _take_up(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any]:
 
 def _compare_items(known: pd.DataFrame, now: pd.DataFrame) -> str:
     gone, new = set(known.path) - set(now.path), set(now.path) - set(known.path)
-    both = known.merge(now, on='path', suffixes=('', '_now'))
-    changed = (both[['label', 'split', 'patient']].to_numpy() != both[['label_now', 'split_now', 'patient_now']]).any(1)
+    both, facts = known.merge(now, on='path', suffixes=('', '_now')), ['label', 'split', 'patient']
+    changed = (both[facts].to_numpy() != both[[f'{name}_now' for name in facts]].to_numpy()).any(axis=1)
     return f'{len(gone)} are gone, {len(new)} are new, {int(changed.sum())} have another label, split or patient'
 
 
@@ -194,7 +194,7 @@ def _failure(run: Run, failure: dict[str, Any], best: dict[str, Any] | None) -> 
     batch = f', batch {failure["batch"]}' if failure['batch'] else ''
     kept = f'epoch {best["epoch"]}, the best so far, is kept' if best else 'no epoch came before it'
     return Diverged(f'the loss of {failure["where"]} is {failure["loss"]} in epoch {failure["epoch"]}{batch}, so '
-                    f'training ended; {kept}. Lower --lr, or check --weights and the films.', best)
+                    f'training ended; {kept}. Train again with a lower --lr, or check --weights and the films.', best)
 
 
 def _versions() -> dict[str, Any]:

@@ -193,7 +193,7 @@ def test_unreadable_films_are_named_before_training_starts(capsys, films, tmp_pa
 
 
 def test_a_loss_that_is_no_number_ends_with_six(capsys, train):
-    refused(capsys, [*train, '--lr', '1e30'], 6, 'not a finite number: lower --lr')
+    refused(capsys, [*train, '--lr', '1e30'], 6, 'Train again with a lower --lr')
 
 
 def test_a_full_disk_ends_with_six_and_one_line(films, tmp_path):

@@ -107,7 +107,7 @@ CASES = [*((name, where) for name in ('two phases, plateau', 'tuned') for where 
          *((name, where) for name in ('two cycles', 'mixup') for where in list(WHERE)[1:6:4])]
 
 
-@pytest.mark.parametrize(('name', 'where'), CASES, ids=', '.join)
+@pytest.mark.parametrize(('name', 'where'), CASES)
 def test_a_training_that_stopped_goes_on_to_the_same_bits(films, tmp_path, monkeypatch, whole, name, where):
     recipe = recipe_of(name)
     run = stopped(monkeypatch, recipe, films, tmp_path/'run', *WHERE[where](recipe))
@@ -162,7 +162,7 @@ def test_a_damaged_state_falls_back_on_the_one_before(begun, films, damage, whol
 
 def test_two_damaged_states_are_told(begun, films):
     for name in ('state.pt', PREVIOUS): (begun/name).write_bytes(b'x')
-    with pytest.raises(CXRError, match='no state that can be read, so there is nothing to resume: train again'):
+    with pytest.raises(CXRError, match='state.pt: damaged, so there is nothing to resume: train again'):
         train(begun.recipe, films, begun.path, QUIET, resume=True)
 
 
@@ -201,7 +201,7 @@ def test_what_a_killed_process_left_half_written_is_swept_away(begun, films):
 @pytest.mark.parametrize(('changes', 'named'), [
     ({'seed': 4}, 'seed: 3, now 4'),
     ({'ema': 0.0, 'clip': 2.0}, 'clip: 1.0, now 2.0; ema: 0.99, now 0.0'),
-    ({'phases': (Phase('train', 3, 1e-3),)}, r'phases: .*lr=0.003.*, now .*lr=0.001'),
+    ({'phases': (Phase('train', 3, 1e-3),)}, 'phases: 3 epochs of train at 0.003, now 3 epochs of train at 0.001'),
 ])
 def test_another_recipe_is_refused_and_every_difference_named(begun, films, changes, named):
     with pytest.raises(UsageError, match=rf'was trained otherwise \(.*{named}\): resume it as it was'):

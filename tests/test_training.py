@@ -111,7 +111,7 @@ def test_a_validation_loss_that_is_no_number_ends_training_too(monkeypatch, smal
 
 def test_without_an_epoch_before_it_there_is_no_network_to_keep(films, tmp_path):
     hopeless = dataclasses.replace(SMALL, batch_size=4, phases=phases(('train', 2, 1e30)))
-    with pytest.raises(Diverged, match='no epoch came before it. Lower --lr'):
+    with pytest.raises(Diverged, match='no epoch came before it. Train again with a lower --lr'):
         train(hopeless, films, tmp_path/'run', QUIET)
     assert not (tmp_path/'run/learner.pkl').exists()
 

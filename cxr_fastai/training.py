@@ -5,6 +5,7 @@ import hashlib
 import platform
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -52,34 +53,40 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
     Raises `CXRError`; whatever can be checked before training is checked before the folder is made.
     """
     if not resume: check_new(out)
-    console, root = console or Console(), film_root(data)
-    items = read_items(data, recipe.valid, recipe.seed, recipe.limit)
-    state = _take_up(Run.open(out), recipe, items) if resume else None
-    _check_items(items, recipe, console)
-    cache, bad = _use_cache(items, root, recipe, console)
-    readable = items[~items.path.isin(bad)]
-    check_trainable(readable)
-    run = Run.open(out) if resume else Run.create(out)
-    with run.locked(), StopOnSignal() as stop:
+    console, root, run = console or Console(), film_root(data), Run(out)
+    with ExitStack() as held:
+        if resume: held.enter_context(run.locked())
+        items = read_items(data, recipe.valid, recipe.seed, recipe.limit)
+        state = _take_up(run, recipe, items) if resume else None
+        _check_items(items, recipe, console)
+        cache, bad = _use_cache(items, root, recipe, console)
+        readable = items[~items.path.isin(bad)]
+        check_trainable(readable)
         set_seed(recipe.seed, reproducible=True)
         dls = make_dls(readable, root, recipe, cache)
         learn = make_learner(dls, replace(recipe, weights='none') if state else recipe)  # a state has its own
+        if not resume: held.enter_context(Run.create(out).locked())
         run.sweep()
         run.note('resume' if resume else 'start', data=str(data.resolve()), device=str(dls.device),
                  threads=torch.get_num_threads(), unreadable=bad, **_versions())
         if not resume: run.start(recipe, items)
-        try: best = fit(learn, recipe, run, console, state, [stop])
-        except Stopped: raise _tell_stop(run, stop.received) from None
-        except RuntimeError:  # SIGTERM may have gone to the workers too, and torch tells of their end
-            if not stop.received: raise
-            raise _tell_stop(run, stop.received) from None
-        except Diverged as failed:
-            if failed.best: save_learner(learn, run/'learner.pkl', recipe)
-            raise
-        save_learner(learn, run/'learner.pkl', recipe)
-        run.note('end', best={name: None if value != value else value for name, value in best.items()})
-        for old in (PREVIOUS, 'failure.json'): (run/old).unlink(missing_ok=True)
+        _fit_and_save(learn, recipe, run, console, state)
     return run
+
+
+def _fit_and_save(learn: Learner, recipe: Recipe, run: Run, console: Console, state: dict[str, Any] | None) -> None:
+    try:
+        with StopOnSignal() as stop: best = fit(learn, recipe, run, console, state, [stop])
+    except Stopped: raise _tell_stop(run, stop.received) from None
+    except RuntimeError:  # SIGTERM may have gone to the workers too, and torch tells of their end
+        if not stop.received: raise
+        raise _tell_stop(run, stop.received) from None
+    except Diverged as failed:
+        if failed.best: save_learner(learn, run/'learner.pkl', recipe)
+        raise
+    save_learner(learn, run/'learner.pkl', recipe)
+    run.note('end', best={name: None if value != value else value for name, value in best.items()})  # NaN is not itself
+    for name in (PREVIOUS, 'failure.json'): (run/name).unlink(missing_ok=True)
 
 
 def _take_up(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any] | None:
@@ -99,7 +106,7 @@ def _compare_items(known: pd.DataFrame, now: pd.DataFrame) -> str:
     gone, new = set(known.path) - set(now.path), set(now.path) - set(known.path)
     both, facts = known.merge(now, on='path', suffixes=('', '_now')), ['label', 'split', 'patient']
     changed = (both[facts].to_numpy() != both[[f'{name}_now' for name in facts]].to_numpy()).any(axis=1)
-    return f'{len(gone)} are gone, {len(new)} are new, {int(changed.sum())} have another label, split or patient'
+    return f'{len(gone)} gone, {len(new)} new, {int(changed.sum())} with another label, split or patient'
 
 
 def hash_items(items: pd.DataFrame) -> str:

@@ -92,8 +92,8 @@ def test_one_class_or_an_empty_split_is_wrong_usage(capsys, films, tmp_path):
 
 
 @pytest.mark.parametrize(('options', 'code', 'says'), [
-    (['--arch', 'vgg'], 2, 'vgg is unknown: choose baseline or resnet50'),
-    (['--recipe', 'magic'], 2, 'there is only reference'),
+    (['--arch', 'vgg'], 2, 'vgg is unknown: choose baseline, resnet50, efficientnet_lite0, or'),
+    (['--recipe', 'magic'], 2, 'magic is unknown: choose reference or tuned'),
     (['--valid', 'random'], 2, 'choose official or patients'),
     (['--epochs', '0'], 2, 'at least 1'),
     (['--lr', '-1'], 2, 'a positive number'),

@@ -215,7 +215,7 @@ def test_more_workers_are_no_other_recipe(begun, films):
 def test_other_films_are_refused_and_counted(begun, films, tmp_path):
     other = Path(shutil.copytree(films, tmp_path/'films'))
     (other/begun.items.path[0]).unlink()
-    with pytest.raises(UsageError, match=r'\(films: 1 are gone, 1 are new, 0 have another label'):
+    with pytest.raises(UsageError, match=r'\(films: 1 gone, 0 new, 0 with another label'):
         train(begun.recipe, other, begun.path, QUIET, resume=True)
 
 
@@ -223,7 +223,7 @@ def test_films_that_changed_sides_are_counted(begun, films):
     now = read_items(films, limit=8)
     now.loc[now.index[now.split == 'train'][0], 'split'] = 'valid'
     counted = training._compare_items(begun.items, now)
-    assert counted == '0 are gone, 0 are new, 1 have another label, split or patient'
+    assert counted == '0 gone, 0 new, 1 with another label, split or patient'
 
 
 def test_other_classes_are_refused(begun, films, monkeypatch):

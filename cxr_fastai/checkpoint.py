@@ -15,11 +15,12 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 
-from cxr_fastai.core import CXRError, Stopped, atomic, sync
+from cxr_fastai.core import CXRError, Stopped, atomic, leads, sync
+from cxr_fastai.learner import network
 from cxr_fastai.run import Run
 
 PREVIOUS = 'state.previous.pt'
-PARTS = ('history', 'keep_best', 'average_weights', 'reduce_on_plateau')
+PARTS = ('history', 'keep_best', 'average_weights', 'reduce_on_plateau', 'precision')
 """Callbacks that remember something from one epoch to the next."""
 
 
@@ -42,13 +43,15 @@ class Checkpoint(Callback):
     def after_epoch(self): self._save(self.epoch + 1)
 
     def _save(self, epochs: int) -> None:
+        if not leads(): return
         parts = {name: part.state_dict() for name in PARTS if (part := getattr(self.learn, name, None))}
         save_state(self.run_folder, {
-            'identity': self.identity, 'phase': self.phase, 'epochs': epochs, 'model': self.model.state_dict(),
+            'identity': self.identity, 'phase': self.phase, 'epochs': epochs,
+            'model': network(self.learn).state_dict(),
             'optimizer': _plain(self.opt.opt.state_dict()), 'random': random_state(self.dls), **parts})
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state['model'])
+        network(self.learn).load_state_dict(state['model'])
         self.opt.opt.load_state_dict(state['optimizer'])
         for name in PARTS:
             if part := getattr(self.learn, name, None): part.load_state_dict(state[name])

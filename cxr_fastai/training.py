@@ -17,7 +17,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback  # noqa: F401  (gives `Learner.no_bar`)
 from fastai.callback.schedule import ParamScheduler  # noqa: F401  (gives `Learner.fit_one_cycle`)
 from fastai.learner import Learner
-from fastai.torch_core import set_seed
+from fastai.torch_core import num_distrib, set_seed
 from rich.console import Console
 
 from cxr_fastai.artefacts import save_learner, sha256
@@ -33,26 +33,34 @@ from cxr_fastai.core import (
     UsageError,
     check_new,
     csv_text,
+    leads,
     write_json,
 )
 from cxr_fastai.data import find_unreadable, make_dls, name_films
+from cxr_fastai.devices import CompileSteps, check_compile, choose_compile
 from cxr_fastai.images import Preprocessing
 from cxr_fastai.items import check_leakage, check_trainable, describe_items, doubt_validation, film_root, read_items
 from cxr_fastai.learner import make_learner, reuse_memory, start_phase
+from cxr_fastai.ranks import check_batch, once, shared, team
 from cxr_fastai.recipe import Phase, Recipe, differences
 from cxr_fastai.run import Run
+from cxr_fastai.tracking import check_tracker, tracked
 
 
-def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None, resume: bool = False) -> Run:
+@team()
+def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None, resume: bool = False,
+          compile: str = 'auto', track: str | None = None) -> Run:
     """Train by `recipe` on the films of `data` and write the run folder `out`, which must not exist.
 
     Leaves the best epoch's network in `learner.pkl`. Two calls with one recipe on the CPU give the same weights, and so
-    do one call and another that goes on where it was stopped: `resume` takes `out` up again.
+    do one call and another that goes on where it was stopped: `resume` takes `out` up again. `compile` is one of
+    `devices.COMPILE`, `track` of `tracking.TRACKERS`. In several processes, one of which writes, it trains one network.
 
     Raises `CXRError`; whatever can be checked before training is checked before the folder is made.
     """
     if not resume: check_new(out)
-    console, root = console or Console(), film_root(data)
+    _check_engine(recipe, compile, track)
+    console, root = console if console and leads() else Console(quiet=not leads()), film_root(data)
     items = read_items(data, recipe.valid, recipe.seed, recipe.limit)
     state = _take_up(Run.open(out), recipe, items) if resume else None
     _check_items(items, recipe, console)
@@ -64,11 +72,12 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
         set_seed(recipe.seed, reproducible=True)
         dls = make_dls(readable, root, recipe, cache)
         learn = make_learner(dls, replace(recipe, weights='none') if resume else recipe)  # the state has its own
+        compiled = choose_compile(compile, recipe, len(dls.train_ds), dls.device)
         run.sweep()
-        run.note('resume' if resume else 'start', data=str(data.resolve()), device=str(dls.device),
-                 threads=torch.get_num_threads(), unreadable=bad, **_versions())
+        run.note('resume' if resume else 'start', data=str(data.resolve()), device=str(dls.device), compiled=compiled,
+                 unreadable=bad, **_circumstances())
         if not resume: run.start(recipe, items)
-        try: best = fit(learn, recipe, run, console, state, [stop])
+        try: best = _fit_with(learn, recipe, run, console, state, stop, compiled, track)
         except Stopped: raise _tell_stop(run, stop.received) from None
         except RuntimeError:  # SIGTERM may have gone to the workers too, and torch tells of their end
             if not stop.received: raise
@@ -77,9 +86,26 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
             if failed.best: save_learner(learn, run/'learner.pkl', recipe)
             raise
         save_learner(learn, run/'learner.pkl', recipe)
-        run.note('end', best={name: None if value != value else value for name, value in best.items()})
-        for old in (PREVIOUS, 'failure.json'): (run/old).unlink(missing_ok=True)
+        _end(run, best)
     return run
+
+
+def _end(run: Run, best: dict[str, Any]) -> None:
+    run.note('end', best={name: None if value != value else value for name, value in best.items()})
+    for old in (PREVIOUS, 'failure.json') if leads() else (): (run/old).unlink(missing_ok=True)
+
+
+def _fit_with(learn: Learner, recipe: Recipe, run: Run, console: Console, state: dict[str, Any] | None,
+              stop: StopOnSignal, compiled: bool, track: str | None) -> dict[str, Any]:
+    """`fit` by the engine that was asked for."""
+    with shared(learn), tracked(track, run, recipe) as cbs:
+        return fit(learn, recipe, run, console, state, [stop, *cbs, *[CompileSteps(recipe.size)]*compiled])
+
+
+def _check_engine(recipe: Recipe, compile: str, track: str | None) -> None:
+    check_compile(compile)
+    check_tracker(track)
+    check_batch(recipe.batch_size)
 
 
 def _take_up(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any]:
@@ -133,7 +159,7 @@ def _use_cache(items: pd.DataFrame, root: Path, recipe: Recipe, console: Console
     unknown = [film for film in films if cache is None or film not in cache]
     if cache: console.print(f'{len(films) - len(unknown):,} of {len(films):,} films come decoded from {cache.folder}',
                             highlight=False, soft_wrap=True, markup=False)
-    bad = find_unreadable(unknown)
+    bad = once(find_unreadable, unknown)
     if bad and recipe.on_bad_film == 'fail':
         raise FilmError(f'{name_films(bad)}. Remove or mend what cannot be read, or train with --on-bad-film skip.',
                         next(iter(bad.values())).code)
@@ -197,6 +223,7 @@ def _failure(run: Run, failure: dict[str, Any], best: dict[str, Any] | None) -> 
                     f'training ended; {kept}. Lower --lr, or check --weights and the films.', best)
 
 
-def _versions() -> dict[str, Any]:
+def _circumstances() -> dict[str, Any]:
     packages = ('cxr_fastai', 'fastai', 'torch', 'torchvision')
-    return {'python': platform.python_version()} | {name: version(name) for name in packages}
+    return {'threads': torch.get_num_threads(), 'processes': num_distrib() or 1,
+            'python': platform.python_version()} | {name: version(name) for name in packages}

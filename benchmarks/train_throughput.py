@@ -1,11 +1,15 @@
 """Training films per second: our Learner against the specification's plain PyTorch script, in alternating rounds.
 
     python benchmarks/train_throughput.py --arch baseline --rounds 7
+    python benchmarks/train_throughput.py --compile             # ours as `train --compile on` has it
+    python benchmarks/train_throughput.py --arch efficientnet_lite0
     python benchmarks/train_throughput.py --memory default      # glibc's own behaviour for both
+    python benchmarks/train_throughput.py --profile             # then also where our time goes
 
 Both read, augment, collate and train, in this one process; a round is a few whole batches of each. The films are
 synthetic (`--data DIR` for others). `--memory kept` gives both sides what `learner.reuse_memory` gives ours in use, so
-that the ratio shows the rest; what keeping memory itself is worth shows between two runs of the script.
+that the ratio shows the rest; what keeping memory itself is worth shows between two runs of the script. Compiling
+itself is not timed: its seconds are printed apart.
 """
 import argparse
 import itertools
@@ -17,13 +21,16 @@ from pathlib import Path
 import torch
 import torchvision
 from fastai.callback.core import Callback, CancelTrainException, CancelValidException
+from fastai.learner import Learner
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 
 from cxr_fastai.core import VOCAB
 from cxr_fastai.data import make_dls
 from cxr_fastai.demo import make_demo
+from cxr_fastai.devices import CompileSteps
 from cxr_fastai.items import film_root, read_items
 from cxr_fastai.learner import make_learner, reuse_memory, start_phase
 from cxr_fastai.models import make_recipe
@@ -43,6 +50,15 @@ def plain_resnet50() -> nn.Module:
     model = torchvision.models.resnet50(weights=None)
     model.fc = nn.Linear(2048, 2)
     return model
+
+
+def plain_lite() -> nn.Module:
+    """timm's EfficientNet-Lite0 with two outputs, all of it training."""
+    import timm
+    return timm.create_model('tf_efficientnet_lite0', num_classes=2)
+
+
+PLAIN = {'baseline': plain_baseline, 'resnet50': plain_resnet50, 'efficientnet_lite0': plain_lite}
 
 
 class PlainFilms(torch.utils.data.Dataset):
@@ -67,7 +83,7 @@ def plain_round(arch: str, items, root: Path, size: int, bs: int):
     films = torch.utils.data.DataLoader(PlainFilms(items, root, size), batch_size=bs, shuffle=True, num_workers=0,
                                         drop_last=True)
     endless = itertools.chain.from_iterable(itertools.repeat(films))
-    model = {'baseline': plain_baseline, 'resnet50': plain_resnet50}[arch]().train()
+    model = PLAIN[arch]().train()
     optimiser, loss_func = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4), nn.CrossEntropyLoss()
 
     def train(n: int) -> None:
@@ -90,17 +106,51 @@ class FirstBatches(Callback):
     def before_validate(self): raise CancelValidException
 
 
-def our_round(arch: str, items, root: Path, size: int, bs: int):
-    """A function that trains our Learner for n batches of its own loader."""
+def our_learner(arch: str, items, root: Path, size: int, bs: int, compiled: bool = False) -> Learner:
+    """Our Learner before its last phase, as `train` makes it."""
     recipe = make_recipe(arch, weights='none', size=size, batch_size=bs)
     learn = make_learner(make_dls(items, root, recipe), recipe)
     start_phase(learn, recipe.phases[-1])
+    if compiled: learn.add_cb(CompileSteps(size))
+    return learn
+
+
+def our_round(learn: Learner):
+    """A function that trains `learn` for n batches of its own loader."""
     first = FirstBatches()
 
     def train(n: int) -> None:
         first.n = n
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=first)
     return train
+
+
+def matrix_rate(n: int = 2048, tries: int = 5) -> float:
+    """The best rate of a product of two matrices n x n in 32 bits, in GFLOP/s."""
+    a, b = torch.rand(2, n, n)
+    return 2*n**3/min(timed(lambda _: a @ b, 1) for _ in range(tries))/1e9
+
+
+def step_flops(learn: Learner) -> float:
+    """What the products and convolutions of a training step come to, forward and backward, in GFLOP."""
+    xb, yb = learn.dls.one_batch()
+    with FlopCounterMode(display=False) as counter: learn.loss_func(learn.model.train()(xb), yb).backward()
+    learn.opt.zero_grad()
+    return counter.get_total_flops()/1e9
+
+
+def print_profile(learn: Learner, batches: int = 4) -> None:
+    """Where the time of our steps goes: operators, the share of convolutions, and the rate against that of matrices."""
+    train, work, best = our_round(learn), step_flops(learn), matrix_rate()
+    train(1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile: train(batches)
+    seconds = timed(train, batches)/batches
+    found = profile.key_averages()
+    print(found.table(sort_by='self_cpu_time_total', row_limit=15, max_name_column_width=45))
+    all_time = sum(event.self_cpu_time_total for event in found)
+    conv_time = sum(event.self_cpu_time_total for event in found if 'conv' in event.key.lower())
+    print(f'convolutions: {conv_time/all_time:.0%} of the time; {work:.1f} GFLOP a step in {seconds:.2f} s: '
+          f'{work/seconds:.0f} GFLOP/s, {work/seconds/best:.0%} of the rate of matrix products ({best:.0f} GFLOP/s)')
 
 
 def timed(train, batches: int) -> float:
@@ -110,15 +160,29 @@ def timed(train, batches: int) -> float:
     return time.perf_counter() - start
 
 
+def compare(plain, ours, rounds: int, batches: int, batch_size: int) -> list[tuple[float, float]]:
+    """Films per second of both sides, round by round; every second round the other side goes first."""
+    rates = []
+    for i in range(rounds):
+        order = (plain, ours) if i % 2 == 0 else (ours, plain)
+        seconds = {train: timed(train, batches) for train in order}
+        rates.append(tuple(batches*batch_size/seconds[train] for train in (plain, ours)))
+        print(f'round {i + 1}: plain {rates[-1][0]:.1f}, ours {rates[-1][1]:.1f} films/s, '
+              f'ratio {rates[-1][1]/rates[-1][0]:.2f}', flush=True)
+    return rates
+
+
 def main() -> None:
     """Measure and print a line a round, then the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--arch', default='baseline', choices=['baseline', 'resnet50'])
+    parser.add_argument('--arch', default='baseline', choices=list(PLAIN))
     parser.add_argument('--data', type=Path, help='films (default: synthetic)')
     parser.add_argument('--size', type=int, default=224)
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--batches', type=int, default=4, help='in a round, for each side')
+    parser.add_argument('--compile', action='store_true', help='our steps by torch.compile')
+    parser.add_argument('--profile', action='store_true', help='then also where our time goes')
     parser.add_argument('--memory', choices=['kept', 'default'], default='kept')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -128,19 +192,16 @@ def main() -> None:
         if args.memory == 'kept': reuse_memory()
         shape = (film_root(root), args.size, args.batch_size)
         train_items = items[items.split == 'train']
-        plain, ours = plain_round(args.arch, train_items, *shape), our_round(args.arch, items, *shape)
-        for train in (plain, ours): train(2)  # warm up
-        films, ratios, rates = args.batches*args.batch_size, [], []
-        for i in range(args.rounds):
-            # Every second round the other side goes first.
-            order = (plain, ours) if i % 2 == 0 else (ours, plain)
-            seconds = {train: timed(train, args.batches) for train in order}
-            rates.append((films/seconds[plain], films/seconds[ours]))
-            ratios.append(seconds[plain]/seconds[ours])
-            print(f'round {i + 1}: plain {rates[-1][0]:.1f}, ours {rates[-1][1]:.1f} films/s, ratio {ratios[-1]:.2f}',
-                  flush=True)
+        learn = our_learner(args.arch, items, *shape, args.compile)
+        plain, ours = plain_round(args.arch, train_items, *shape), our_round(learn)
+        first = [timed(train, 2) for train in (plain, ours)]  # warm up
+        print(f'first two batches: plain {first[0]:.1f} s, ours {first[1]:.1f} s', flush=True)
+        rates = compare(plain, ours, args.rounds, args.batches, args.batch_size)
+        if args.profile: print_profile(learn)
     plain_rate, our_rate = (statistics.median(side) for side in zip(*rates, strict=True))
-    print(f'{args.arch}, {args.size} px, batch {args.batch_size}, memory {args.memory}, '
+    ratios = [our/plain for plain, our in rates]
+    print(f'{args.arch}, {args.size} px, batch {args.batch_size}, memory {args.memory}'
+          f'{", compiled" if args.compile else ""}, '
           f'{torch.get_num_threads()} threads: '
           f'median plain {plain_rate:.1f}, ours {our_rate:.1f} films/s, ratio {statistics.median(ratios):.2f} '
           f'({min(ratios):.2f} to {max(ratios):.2f})')

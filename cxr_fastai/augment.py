@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from inspect import signature
 
 import numpy as np
@@ -20,7 +21,19 @@ STRIDE = 32
 BEST_JPEG = 95
 
 
-class AugmentFilms(DisplayedTransform):
+class ByFilm(DisplayedTransform):
+    """A transform that draws something for each film. Where several processes share a batch, each draws for the whole
+    of it and keeps its own `parts`, so that the films come out as in one process."""
+    split_idx = 0
+    parts: Iterator[tuple[int, slice]] | None = None  # for each batch to come the films in all, and which are here
+
+    def per_film(self, films: Tensor, draw: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `draw` of a number of films gives for the `films` that are here, where they are."""
+        whole, here = next(self.parts) if self.parts else (len(films), slice(None))
+        return {name: value[here].to(films.device) for name, value in draw(whole).items()}
+
+
+class AugmentFilms(ByFilm):
     """Flip, rotation, translation, brightness, contrast and random crops of films (n, 1, h, w) in [0, 1]; the
     parameters are `Recipe`'s.
 
@@ -32,7 +45,7 @@ class AugmentFilms(DisplayedTransform):
 
     `share` of the side is what comes out; training may start with small films.
     """
-    order, split_idx = 20, 0
+    order = 20
 
     def __init__(self, flip: float = 0.5, degrees: float = 10.0, translate: float = 0.1, brightness: float = 0.2,
                  contrast: float = 0.2, interpolation: str = 'nearest', crop: float = 1.0, crop_aspect: float = 1.0,
@@ -57,7 +70,7 @@ class AugmentFilms(DisplayedTransform):
         return drawn | {'shift': shift + aside, 'scale': scale}
 
     def encodes(self, x: TensorImageBW):
-        p = {name: value.to(x.device) for name, value in self.draw(len(x), *x.shape[-2:]).items()}
+        p = self.per_film(x, lambda n: self.draw(n, *x.shape[-2:]))
         films = jitter(x.as_subclass(Tensor), p['brightness'], p['contrast'], p['brighter_first'])
         return TensorImageBW(warp(films, p['flip'], p['angle'], p['shift'], self.interpolation, p['scale'],
                                   self.side(x.shape[-1])))
@@ -67,21 +80,29 @@ class AugmentFilms(DisplayedTransform):
         return whole if self.share >= 1 else min(whole, max(STRIDE, round(whole*self.share/STRIDE)*STRIDE))
 
 
-class DegradeFilms(DisplayedTransform):
+class DegradeFilms(ByFilm):
     """Random resolution, low-pass and JPEG quality of films (n, 1, h, w) in [0, 1], so that none of them tells
     anything. The parameters, `Recipe`'s, are the greatest strengths; each film's is uniform from none to that."""
-    order, split_idx = 30, 0
+    order = 30
 
     def __init__(self, resolution: float = 1.0, blur: float = 0.0, jpeg: int = 0):
         super().__init__()
         self.resolution, self.blur, self.jpeg = resolution, blur, jpeg
 
     def encodes(self, x: TensorImageBW):
-        films, n = x.as_subclass(Tensor), len(x)
-        if self.resolution < 1: films = coarsen(films, self.resolution + torch.rand(n)*(1 - self.resolution))
-        if self.blur: films = blur(films, torch.rand(n)*self.blur*x.shape[-1])
-        if self.jpeg: films = recompress(films, torch.randint(self.jpeg, BEST_JPEG + 1, (n,)))
+        films, p = x.as_subclass(Tensor), self.per_film(x, self.draw)
+        if 'resolution' in p: films = coarsen(films, p['resolution'])
+        if 'blur' in p: films = blur(films, p['blur']*x.shape[-1])
+        if 'jpeg' in p: films = recompress(films, p['jpeg'])
         return TensorImageBW(films)
+
+    def draw(self, n: int) -> dict[str, Tensor]:
+        """Strengths for `n` films, of those that are asked for: factors of the side, shares of the side, qualities."""
+        drawn = {}
+        if self.resolution < 1: drawn['resolution'] = self.resolution + torch.rand(n)*(1 - self.resolution)
+        if self.blur: drawn['blur'] = torch.rand(n)*self.blur
+        if self.jpeg: drawn['jpeg'] = torch.randint(self.jpeg, BEST_JPEG + 1, (n,))
+        return drawn
 
 
 def augmentations(recipe: Recipe) -> list[Transform]:

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cxr_fastai.augment import AugmentFilms
 from cxr_fastai.core import write_csv
+from cxr_fastai.devices import Precision
+from cxr_fastai.learner import network
 from cxr_fastai.recipe import Recipe
 from cxr_fastai.run import Run
 
@@ -26,7 +28,8 @@ COLUMNS = ['phase', 'epoch', 'lr', 'train_loss', 'valid_loss', 'accuracy', 'roc_
 def recipe_callbacks(recipe: Recipe) -> list[Callback]:
     """The callbacks that `recipe` asks for in every phase."""
     wanted = [(recipe.mixup, MixUp, recipe.mixup), (recipe.clip, GradientClip, recipe.clip),
-              (recipe.ema, AverageWeights, recipe.ema), (recipe.start_size < 1, GrowFilms, recipe.start_size)]
+              (recipe.ema, AverageWeights, recipe.ema), (recipe.precision != 'fp32', Precision, recipe.precision),
+              (recipe.start_size < 1, GrowFilms, recipe.start_size)]
     return [make(value) for asked, make, value in wanted if asked]
 
 
@@ -50,8 +53,13 @@ class History(Callback):
         if not self.training: return
         self.lr_now = max(self.lr_now, self.opt.hypers[-1]['lr'])
         if not torch.isfinite(self.loss): self._fail('training', self.loss.item(), self.iter + 1)
-        n = len(self.xb[0])  # MixUp has its labels elsewhere
+        n = self.films_in_batch()
         self.total, self.count = self.total + self.loss.detach()*n, self.count + n
+
+    def films_in_batch(self) -> int:
+        """How many films `loss` is the mean over, those of other processes included."""
+        sharing = getattr(self.learn, 'share_batches', None)
+        return sharing.films if sharing else len(self.xb[0])  # MixUp has its labels elsewhere
 
     def after_epoch(self):
         measured = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1], strict=False))
@@ -88,7 +96,7 @@ class KeepBest(Callback):
 
     def _weights(self) -> dict[str, torch.Tensor]:
         averaging = getattr(self.learn, 'average_weights', None)
-        return averaging.mean if averaging else self.model.state_dict()
+        return averaging.mean if averaging else network(self.learn).state_dict()
 
 
 class ReduceOnPlateau(Callback):
@@ -127,22 +135,22 @@ class AverageWeights(Callback):
         self.steps = state['steps']
         self.mean = {name: value.to(self.dls.device) for name, value in state['mean'].items()}
 
-    def before_fit(self): self.mean = self.mean or deepcopy(self.model.state_dict())
+    def before_fit(self): self.mean = self.mean or deepcopy(network(self.learn).state_dict())
 
     @torch.no_grad()
     def after_batch(self):
         if not self.training: return
         self.steps += 1
         decay = min(self.decay, (1 + self.steps)/(10 + self.steps))
-        for name, now in self.model.state_dict().items():
+        for name, now in network(self.learn).state_dict().items():
             if now.is_floating_point(): self.mean[name].lerp_(now, 1 - decay)
             else: self.mean[name].copy_(now)
 
     def before_validate(self):
-        self.own = deepcopy(self.model.state_dict())
-        self.model.load_state_dict(self.mean)
+        self.own = deepcopy(network(self.learn).state_dict())
+        network(self.learn).load_state_dict(self.mean)
 
-    def after_validate(self): self.model.load_state_dict(self.own)
+    def after_validate(self): network(self.learn).load_state_dict(self.own)
 
 
 class GrowFilms(Callback):

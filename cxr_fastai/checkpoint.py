@@ -1,25 +1,30 @@
 """The state of a training, on disk after every epoch: whatever stops it costs one epoch, and it goes on bit by bit."""
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from io import BytesIO
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 
-from cxr_fastai.core import CXRError, Stopped, atomic, sync
+from cxr_fastai.core import VOCAB, CXRError, Stopped, UsageError, atomic, csv_text, leads, sync
+from cxr_fastai.learner import network
+from cxr_fastai.recipe import Recipe, differences
 from cxr_fastai.run import Run
 
 PREVIOUS = 'state.previous.pt'
-PARTS = ('history', 'keep_best', 'average_weights', 'reduce_on_plateau')
+PARTS = ('history', 'keep_best', 'average_weights', 'reduce_on_plateau', 'precision')
 """Callbacks that remember something from one epoch to the next."""
 
 
@@ -42,13 +47,15 @@ class Checkpoint(Callback):
     def after_epoch(self): self._save(self.epoch + 1)
 
     def _save(self, epochs: int) -> None:
+        if not leads(): return
         parts = {name: part.state_dict() for name in PARTS if (part := getattr(self.learn, name, None))}
         save_state(self.run_folder, {
-            'identity': self.identity, 'phase': self.phase, 'epochs': epochs, 'model': self.model.state_dict(),
+            'identity': self.identity, 'phase': self.phase, 'epochs': epochs,
+            'model': network(self.learn).state_dict(),
             'optimizer': _plain(self.opt.opt.state_dict()), 'random': random_state(self.dls), **parts})
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state['model'])
+        network(self.learn).load_state_dict(state['model'])
         self.opt.opt.load_state_dict(state['optimizer'])
         for name in PARTS:
             if part := getattr(self.learn, name, None): part.load_state_dict(state[name])
@@ -99,6 +106,32 @@ def load_state(run: Run) -> dict[str, Any] | None:
         with suppress(Exception): return torch.load(path, map_location='cpu', weights_only=True)
     if there: raise CXRError(f'{there[0]}: damaged, so there is nothing to resume: train again into another --out.')
     return None
+
+
+def take_up(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any] | None:
+    """The state that `run` goes on from, if there is one yet. Raises `UsageError` where `recipe`, `items` or the
+    classes are not those of `run`."""
+    state = load_state(run)
+    known, now = state['identity'] if state else identify(run.recipe, run.items), identify(recipe, items)
+    other = differences(Recipe.from_dict(known['recipe']), recipe)
+    if known['classes'] != now['classes']: other.append(f'classes: {known["classes"]}, now {now["classes"]}')
+    if known['items'] != now['items']: other.append(f'films: {_compare_items(run.items, items)}')
+    if other: raise UsageError(f'{run.path} was trained otherwise ({"; ".join(other)}): resume it as it was, or train '
+                               'into another --out.')
+    return state
+
+
+def identify(recipe: Recipe, items: pd.DataFrame) -> dict[str, Any]:
+    """What has to be the same for a training to go on: the recipe, the SHA-256 of the items as CSV, the classes."""
+    items = hashlib.sha256(csv_text(items).encode(errors='backslashreplace')).hexdigest()
+    return {'recipe': asdict(recipe), 'items': items, 'classes': list(VOCAB)}
+
+
+def _compare_items(known: pd.DataFrame, now: pd.DataFrame) -> str:
+    gone, new = set(known.path) - set(now.path), set(now.path) - set(known.path)
+    both, facts = known.merge(now, on='path', suffixes=('', '_now')), ['label', 'split', 'patient']
+    changed = (both[facts].to_numpy() != both[[f'{name}_now' for name in facts]].to_numpy()).any(axis=1)
+    return f'{len(gone)} gone, {len(new)} new, {int(changed.sum())} with another label, split or patient'
 
 
 @contextmanager

@@ -17,10 +17,10 @@ from rich.console import Console
 from typer import Argument, Option
 
 from cxr_fastai import options as opt
-from cxr_fastai.core import CXRError, CXRWarning, UsageError, check_new, write_csv
+from cxr_fastai.core import CXRError, CXRWarning, UsageError, check_new, leads, write_csv
 from cxr_fastai.run import Run
 
-out, err = Console(), Console(stderr=True)
+out, err = Console(quiet=not leads()), Console(stderr=True)
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help='Get and look after films.')
 app.add_typer(data_app, name='data')
@@ -106,18 +106,20 @@ def train(given: typer.Context, data: opt.Data = None, csv: opt.Csv = None, arch
           size: opt.Size = 224, resize: opt.Resize = 'squish', batch_size: opt.BatchSize = 32,
           workers: opt.Workers = None, limit: opt.Limit = None, seed: opt.Seed = 42,
           allow_leakage: opt.Leakage = False, on_bad_film: opt.BadFilm = 'fail', fields: opt.Fields = None,
+          precision: opt.Precision = 'auto', compile: opt.Compile = 'auto', track: opt.Track = None,
           resume: opt.Resume = None) -> None:
     """Train a network and write its run folder: recipe, items, history, journal, state and learner.pkl.
 
     Example: cxr-fastai train --arch efficientnet_lite0 --recipe tuned --valid patients --out runs/lite
     """
-    if resume: return _resume(given, resume, _one_of(data, csv), run)
+    engine = {'compile': compile, 'track': track}
+    if resume: return _resume(given, resume, _one_of(data, csv), run, engine)
     from cxr_fastai.items import data_root
     root = data_root(_one_of(data, csv))
     from cxr_fastai.models import make_recipe
     chosen = make_recipe(**_recipe_options(given.params))
     from cxr_fastai.training import train
-    made = train(chosen, root, run or _free(Path('runs', arch)), out)
+    made = train(chosen, root, run or _free(Path('runs', arch)), out, **engine)
     _say(f'{made.path}: trained. Next: cxr-fastai evaluate {made.path}')
 
 
@@ -143,7 +145,8 @@ def lr_find(given: typer.Context, data: opt.Data = None, csv: opt.Csv = None, ar
     _say(f'--lr {rates.suggestion:.1e} is suggested; the recipe has {chosen.phases[0].lr:.1e}. The curve is in {curve}')
 
 
-def _resume(given: typer.Context, folder: Path, data: Path | None, run: Path | None) -> None:
+def _resume(given: typer.Context, folder: Path, data: Path | None, run: Path | None,
+            engine: dict[str, Any]) -> None:
     if run: raise UsageError(f'--out {run} and --resume {folder}: the run goes on in its own folder.')
     known = Run.open(folder)
     from cxr_fastai.items import data_root
@@ -153,15 +156,18 @@ def _resume(given: typer.Context, folder: Path, data: Path | None, run: Path | N
     typed = {name: value for name, value in given.params.items()
              if given.get_parameter_source(name).name == 'COMMANDLINE'}
     from cxr_fastai.training import train
-    train(revise_recipe(known.recipe, **_recipe_options(typed)), root, folder, out, resume=True)
+    train(revise_recipe(known.recipe, **_recipe_options(typed)), root, folder, out, resume=True, **engine)
     _say(f'{folder}: trained. Next: cxr-fastai evaluate {folder}')
 
 
 def _recipe_options(params: dict[str, Any]) -> dict[str, Any]:
     """What `make_recipe` takes of the options `params`."""
     from cxr_fastai.recipe import parse_fields
-    others = ('data', 'csv', 'run', 'resume', 'recipe', 'fields', 'steps', 'curve')
+    others = ('data', 'csv', 'run', 'resume', 'recipe', 'fields', 'steps', 'curve', 'compile', 'track')
     options = {name: value for name, value in params.items() if name not in others}
+    if 'precision' in params:
+        from cxr_fastai.devices import choose_precision
+        options['precision'] = choose_precision(params['precision'])
     if 'recipe' in params: options['name'] = params['recipe']
     return options | parse_fields(params.get('fields') or [])
 
@@ -293,7 +299,8 @@ def _evaluate_robustness(folder: Run, films: Path | None, split: str, batch_size
 def _say(text: str) -> None: out.print(text, soft_wrap=True, markup=False)
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None: _print_line(f'warning: {message}')
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    if leads(): _print_line(f'warning: {message}')
 
 
 def _print_line(text: str) -> None: err.print(text, soft_wrap=True, markup=False, highlight=False)

@@ -102,6 +102,12 @@ class Film:
     burned_in: bool = False
 
 
+def leads() -> bool:
+    """True in the process that writes and speaks: the only one, or the first of several that `accelerate launch` or
+    `torchrun` started."""
+    return int(os.environ.get('WORLD_SIZE', 1)) < 2 or int(os.environ.get('RANK', 0)) == 0
+
+
 @contextmanager
 def writing(path: Path, by: str = '--out') -> Iterator[None]:
     """Turn what the disk says against writing `path`, which the user chooses `by` an option, into an `OutputError`."""
@@ -115,8 +121,12 @@ def writing(path: Path, by: str = '--out') -> Iterator[None]:
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary neighbour of `path` to write; then sync it and rename it over `path`.
 
-    A reader, or a crash, meets the old file or the new one and never half of one. Raises `OutputError`.
+    A reader, or a crash, meets the old file or the new one and never half of one. Raises `OutputError`. Of several
+    processes only the one that leads writes; what the others write goes nowhere.
     """
+    if not leads():
+        yield Path(os.devnull)
+        return
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         with writing(path):
@@ -193,7 +203,8 @@ def _with_lines(steps: Iterable[T], console: Console | None, total: int) -> Iter
 
 
 def check_new(folder: Path) -> None:
-    """Raise `UsageError` unless `folder` is still to be made, or is an empty folder."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    """Raise `UsageError` unless `folder` is still to be made, or is an empty folder. (A process that does not write
+    does not ask.)"""
+    if leads() and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f'{folder} exists already and nothing in it was overwritten: choose another --out, or delete '
                          'it.')

@@ -34,6 +34,11 @@ def make_learner(dls: DataLoaders, recipe: Recipe) -> Learner:
                    metrics=[accuracy, _of_scores(roc_auc), _of_classes(sensitivity), _of_classes(specificity)])
 
 
+def network(learn: Learner) -> nn.Sequential:
+    """The network of `learn` itself, also while several processes train it in a wrapper."""
+    return getattr(learn.model, 'module', learn.model)
+
+
 def start_phase(learn: Learner, phase: Phase) -> None:
     """Give `learn` a new optimiser and freeze or unfreeze the body; frozen includes its BatchNorm statistics."""
     learn.create_opt()

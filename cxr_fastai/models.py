@@ -86,11 +86,14 @@ class Arch:
     `phases`: for each recipe, (name, share of the epochs, learning rate, frozen) of its phases.
     `weights`: --weights name -> where they come from, as `read_weights` takes it; the first is the default.
     `size`: the only side that it takes; None where it takes any.
+    `compile_repaid`: device -> how many films of 224 px have to be trained on until compiling has repaid its own time;
+    a device is missing where that was not measured, or where there was no gain.
     """
     build: Callable[[], nn.Sequential]
     phases: dict[str, tuple[tuple[str, float, float, bool], ...]]
     weights: dict[str, str] = field(default_factory=dict)
     size: int | None = None
+    compile_repaid: dict[str, int] = field(default_factory=dict)
 
     @property
     def default_weights(self) -> str:

@@ -26,6 +26,12 @@ RecipeName = Annotated[str, Option('--recipe', help=(
     'How to train: reference is the specification, tuned the best classifier.'))]
 Fields = Annotated[list[str] | None, Option('--set', metavar='FIELD=VALUE', show_default='none', help=(
     'Another value for a field of the recipe, such as ema=0 (docs/recipe.md has them all); repeat it for more.'))]
+Precision = Annotated[str, Option('--precision', help=(
+    'Numbers that training reckons in: fp32, fp16, bf16, or auto: fp32 on a CPU, else what the GPU has.'))]
+Compile = Annotated[str, Option('--compile', help=(
+    'Compile the steps of training: on, off, or auto: where that is known to save time.'))]
+Track = Annotated[str | None, Option('--track', metavar='NAME', show_default='history.csv alone', help=(
+    'Also tell the history to tensorboard, wandb or mlflow.'))]
 NewRun = Annotated[Path | None, Option('--out', metavar='RUN', show_default='runs/ARCH, or the next free', help=(
     'Run folder to make; it must not hold anything.'))]
 Resume = Annotated[Path | None, Option('--resume', metavar='RUN', show_default='start anew', help=(

@@ -4,13 +4,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cxr_fastai.core import UsageError, check_new, write_csv, write_json, writing
+from cxr_fastai.core import UsageError, check_new, leads, write_csv, write_json, writing
 from cxr_fastai.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class Run:
     def create(cls, path: Path) -> Run:
         """Make the folder `path`. Raises `UsageError` where something is there, `OutputError` where it cannot be."""
         check_new(path)
-        with writing(path): (path/'figures').mkdir(parents=True)
+        if leads():
+            with writing(path): (path/'figures').mkdir(parents=True)
         return cls(path)
 
     @classmethod
@@ -86,11 +87,12 @@ class Run:
 
     def sweep(self) -> None:
         """Remove what a training that was killed left half written."""
-        for name in TRAINED:
+        for name in TRAINED if leads() else ():
             for left in self.path.glob(f'.{name}.*.tmp'): left.unlink(missing_ok=True)
 
     def note(self, event: str, **facts: Any) -> None:
         """Append a line to `journal.jsonl`: when, what, and `facts`, which hold no NaN."""
+        if not leads(): return
         line = json.dumps({'time': datetime.now(UTC).isoformat(timespec='seconds'), 'event': event, **facts},
                           allow_nan=False)
         with writing(self/'journal.jsonl'), open(self/'journal.jsonl', 'ab+') as file:
@@ -102,7 +104,7 @@ class Run:
         """Keep other processes from training into this folder. Raises `UsageError` where one does."""
         from filelock import FileLock, Timeout
         try:
-            with FileLock(self/'.lock', timeout=0): yield
+            with FileLock(self/'.lock', timeout=0) if leads() else nullcontext(): yield
         except Timeout:
             raise UsageError(f'{self.path}: another process trains there: wait for it to end, or stop it.') from None
 

@@ -1,12 +1,11 @@
 """A recipe and films become a run: phases, schedule, history, the best epoch."""
 from __future__ import annotations
 
-import hashlib
 import platform
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from signal import Signals
@@ -18,46 +17,51 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback  # noqa: F401  (gives `Learner.no_bar`)
 from fastai.callback.schedule import ParamScheduler  # noqa: F401  (gives `Learner.fit_one_cycle`)
 from fastai.learner import Learner
-from fastai.torch_core import set_seed
+from fastai.torch_core import num_distrib, set_seed
 from rich.console import Console
 
-from cxr_fastai.artefacts import save_learner, sha256
+from cxr_fastai.artefacts import save_learner
 from cxr_fastai.cache import FilmCache, find_cache
 from cxr_fastai.callbacks import History, KeepBest, ReduceOnPlateau, ShowEpochs, recipe_callbacks
-from cxr_fastai.checkpoint import PREVIOUS, Checkpoint, StopOnSignal, load_state, starting_at
+from cxr_fastai.checkpoint import PREVIOUS, Checkpoint, StopOnSignal, identify, starting_at, take_up
 from cxr_fastai.core import (
-    VOCAB,
     CXRWarning,
     FilmError,
     OutputError,
     Stopped,
-    UsageError,
     check_new,
-    csv_text,
+    leads,
     write_json,
 )
 from cxr_fastai.data import find_unreadable, make_dls, name_films
+from cxr_fastai.devices import CompileSteps, check_compile, choose_compile
 from cxr_fastai.images import Preprocessing
 from cxr_fastai.items import check_leakage, check_trainable, describe_items, doubt_validation, film_root, read_items
 from cxr_fastai.learner import make_learner, reuse_memory, start_phase
-from cxr_fastai.recipe import Phase, Recipe, differences
+from cxr_fastai.ranks import check_batch, once, shared, team
+from cxr_fastai.recipe import Phase, Recipe
 from cxr_fastai.run import Run
+from cxr_fastai.tracking import check_tracker, tracked
 
 
-def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None, resume: bool = False) -> Run:
+@team()
+def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None, resume: bool = False,
+          compile: str = 'auto', track: str | None = None) -> Run:
     """Train by `recipe` on the films of `data` and write the run folder `out`, which must not exist.
 
     Leaves the best epoch's network in `learner.pkl`. Two calls with one recipe on the CPU give the same weights, and so
-    do one call and another that goes on where it was stopped: `resume` takes `out` up again.
+    do one call and another that goes on where it was stopped: `resume` takes `out` up again. `compile` is one of
+    `devices.COMPILE`, `track` of `tracking.TRACKERS`. In several processes, one of which writes, it trains one network.
 
     Raises `CXRError`; whatever can be checked before training is checked before the folder is made.
     """
     if not resume: check_new(out)
-    console, root, run = console or Console(), film_root(data), Run(out)
+    _check_engine(recipe, compile, track)
+    console, root, run = console if console and leads() else Console(quiet=not leads()), film_root(data), Run(out)
     with ExitStack() as held:
         if resume: held.enter_context(run.locked())
         items = read_items(data, recipe.valid, recipe.seed, recipe.limit)
-        state = _take_up(run, recipe, items) if resume else None
+        state = take_up(run, recipe, items) if resume else None
         _check_items(items, recipe, console)
         cache, bad = _use_cache(items, root, recipe, console)
         readable = items[~items.path.isin(bad)]
@@ -65,18 +69,22 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
         set_seed(recipe.seed, reproducible=True)
         dls = make_dls(readable, root, recipe, cache)
         learn = make_learner(dls, replace(recipe, weights='none') if state else recipe)  # a state has its own
+        compiled = choose_compile(compile, recipe, len(dls.train_ds), dls.device)
         if not resume: held.enter_context(Run.create(out).locked())
         run.sweep()
-        run.note('resume' if resume else 'start', data=str(data.resolve()), device=str(dls.device),
-                 threads=torch.get_num_threads(), unreadable=bad, **_versions())
+        run.note('resume' if resume else 'start', data=str(data.resolve()), device=str(dls.device), compiled=compiled,
+                 unreadable=bad, **_circumstances())
         if not resume: run.start(recipe, items)
-        _fit_and_save(learn, recipe, run, console, state)
+        _fit_and_save(learn, recipe, run, console, state, compiled, track)
     return run
 
 
-def _fit_and_save(learn: Learner, recipe: Recipe, run: Run, console: Console, state: dict[str, Any] | None) -> None:
+def _fit_and_save(learn: Learner, recipe: Recipe, run: Run, console: Console, state: dict[str, Any] | None,
+                  compiled: bool, track: str | None) -> None:
+    engine = [CompileSteps(recipe.size)]*compiled
     try:
-        with StopOnSignal() as stop: best = fit(learn, recipe, run, console, state, [stop])
+        with StopOnSignal() as stop, shared(learn), tracked(track, run, recipe) as trackers:
+            best = fit(learn, recipe, run, console, state, [stop, *trackers, *engine])
     except Stopped: raise _tell_stop(run, stop.received) from None
     except RuntimeError:  # SIGTERM may have gone to the workers too, and torch tells of their end
         if not stop.received: raise
@@ -86,32 +94,13 @@ def _fit_and_save(learn: Learner, recipe: Recipe, run: Run, console: Console, st
         raise
     save_learner(learn, run/'learner.pkl', recipe)
     run.note('end', best={name: None if value != value else value for name, value in best.items()})  # NaN is not itself
-    for name in (PREVIOUS, 'failure.json'): (run/name).unlink(missing_ok=True)
+    for old in (PREVIOUS, 'failure.json') if leads() else (): (run/old).unlink(missing_ok=True)
 
 
-def _take_up(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any] | None:
-    """The state to go on from, if there is one yet. Raises `UsageError` where `recipe`, `items` or the classes are not
-    those of `run`."""
-    state = load_state(run)
-    known = state['identity'] if state else identify(run.recipe, run)
-    other = differences(Recipe.from_dict(known['recipe']), recipe)
-    if known['classes'] != list(VOCAB): other.append(f'classes: {known["classes"]}, now {list(VOCAB)}')
-    if known['items'] != hash_items(items): other.append(f'films: {_compare_items(run.items, items)}')
-    if other: raise UsageError(f'{run.path} was trained otherwise ({"; ".join(other)}): resume it as it was, or train '
-                               'into another --out.')
-    return state
-
-
-def _compare_items(known: pd.DataFrame, now: pd.DataFrame) -> str:
-    gone, new = set(known.path) - set(now.path), set(now.path) - set(known.path)
-    both, facts = known.merge(now, on='path', suffixes=('', '_now')), ['label', 'split', 'patient']
-    changed = (both[facts].to_numpy() != both[[f'{name}_now' for name in facts]].to_numpy()).any(axis=1)
-    return f'{len(gone)} gone, {len(new)} new, {int(changed.sum())} with another label, split or patient'
-
-
-def hash_items(items: pd.DataFrame) -> str:
-    """The SHA-256 that `items.csv` has with these `items`, in hex."""
-    return hashlib.sha256(csv_text(items).encode(errors='backslashreplace')).hexdigest()
+def _check_engine(recipe: Recipe, compile: str, track: str | None) -> None:
+    check_compile(compile)
+    check_tracker(track)
+    check_batch(recipe.batch_size)
 
 
 def _tell_stop(run: Run, number: int) -> Stopped:
@@ -140,7 +129,7 @@ def _use_cache(items: pd.DataFrame, root: Path, recipe: Recipe, console: Console
     unknown = [film for film in films if cache is None or film not in cache]
     if cache: console.print(f'{len(films) - len(unknown):,} of {len(films):,} films come decoded from {cache.folder}',
                             highlight=False, soft_wrap=True, markup=False)
-    bad = find_unreadable(unknown)
+    bad = once(find_unreadable, unknown)
     if bad and recipe.on_bad_film == 'fail':
         raise FilmError(f'{name_films(bad)}. Remove or mend what cannot be read, or train with --on-bad-film skip.',
                         next(iter(bad.values())).code)
@@ -157,7 +146,7 @@ def fit(learn: Learner, recipe: Recipe, run: Run, console: Console | None = None
     """
     reuse_memory()
     history, best, show = History(run), KeepBest(), ShowEpochs(console or Console())
-    checkpoint = Checkpoint(run, identify(recipe, run), state)
+    checkpoint = Checkpoint(run, identify(recipe, run.items if (run/'items.csv').is_file() else pd.DataFrame()), state)
     at, done = (state['phase'], state['epochs']) if state else (0, 0)
     # fastai's own bar writes control characters into logs.
     cbs = [history, best, show, checkpoint, *recipe_callbacks(recipe), *cbs]
@@ -169,12 +158,6 @@ def fit(learn: Learner, recipe: Recipe, run: Run, console: Console | None = None
     if best.state: learn.model.load_state_dict(best.state)
     if history.failure: raise _failure(run, history.failure, best.row)
     return best.row
-
-
-def identify(recipe: Recipe, run: Run) -> dict[str, Any]:
-    """What has to be the same for a training to go on: the recipe, the films and the classes."""
-    return {'recipe': asdict(recipe), 'items': sha256(run/'items.csv') if (run/'items.csv').is_file() else '',
-            'classes': list(VOCAB)}
 
 
 def fit_phase(learn: Learner, phase: Phase, recipe: Recipe) -> None:
@@ -204,6 +187,7 @@ def _failure(run: Run, failure: dict[str, Any], best: dict[str, Any] | None) -> 
                     f'training ended; {kept}. Train again with a lower --lr, or check --weights and the films.', best)
 
 
-def _versions() -> dict[str, Any]:
+def _circumstances() -> dict[str, Any]:
     packages = ('cxr_fastai', 'fastai', 'torch', 'torchvision')
-    return {'python': platform.python_version()} | {name: version(name) for name in packages}
+    return {'threads': torch.get_num_threads(), 'processes': num_distrib() or 1,
+            'python': platform.python_version()} | {name: version(name) for name in packages}

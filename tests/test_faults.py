@@ -149,7 +149,7 @@ def begun(films, tmp_path, monkeypatch) -> Run:
 
 def test_a_state_loads_without_running_code_and_knows_what_it_is_of(begun, films):
     state = torch.load(begun/'state.pt', weights_only=True)
-    assert state['identity']['items'] == training.hash_items(read_items(films, limit=8)) and state['epochs'] == 2
+    assert state['identity'] == checkpoint.identify(begun.recipe, read_items(films, limit=8)) and state['epochs'] == 2
 
 
 @pytest.mark.parametrize('damage', [lambda data: b'', lambda data: data[:len(data)//2], lambda data: b'x' + data[1:]])
@@ -222,12 +222,12 @@ def test_other_films_are_refused_and_counted(begun, films, tmp_path):
 def test_films_that_changed_sides_are_counted(begun, films):
     now = read_items(films, limit=8)
     now.loc[now.index[now.split == 'train'][0], 'split'] = 'valid'
-    counted = training._compare_items(begun.items, now)
+    counted = checkpoint._compare_items(begun.items, now)
     assert counted == '0 gone, 0 new, 1 with another label, split or patient'
 
 
 def test_other_classes_are_refused(begun, films, monkeypatch):
-    monkeypatch.setattr(training, 'VOCAB', ('NORMAL', 'COVID'))
+    monkeypatch.setattr(checkpoint, 'VOCAB', ('NORMAL', 'COVID'))
     with pytest.raises(UsageError, match=r"classes: \['NORMAL', 'PNEUMONIA'\], now \['NORMAL', 'COVID'\]"):
         train(begun.recipe, films, begun.path, QUIET, resume=True)
 

@@ -11,16 +11,18 @@ PACKAGE = Path(cxr_fastai.__file__).parent
 LAYERS = {'__init__': -1, 'core': 0, 'recipe': 0, 'run': 0, 'limits': 1, 'windows': 1, 'dicom': 1, 'images': 1,
           'cache': 1, 'names': 1, 'listing': 1, 'items': 1, 'weights': 1, 'models': 1, 'demo': 2, 'archives': 2,
           'sources': 2, 'traits': 2, 'probes': 2, 'audit': 2, 'corruptions': 2, 'shortcut': 2, 'augment': 2, 'data': 2,
-          'learner': 3, 'callbacks': 3, 'checkpoint': 3, 'rates': 4, 'training': 4, 'artefacts': 4, 'inference': 5,
-          'evaluation': 5, 'interpret': 6, 'robustness': 6, 'options': 7, 'display': 7, 'cli': 8, 'all': 8,
-          '__main__': 9}
+          'learner': 3, 'devices': 3, 'callbacks': 3, 'checkpoint': 3, 'ranks': 3, 'tracking': 3, 'rates': 4,
+          'training': 4, 'artefacts': 4, 'inference': 5, 'evaluation': 5, 'interpret': 6, 'robustness': 6, 'options': 7,
+          'display': 7, 'cli': 8, 'all': 8, '__main__': 9}
 # Within a layer these, and no others, may look at a neighbour.
 NEIGHBOURS = {('recipe', 'core'), ('run', 'core'), ('run', 'recipe'), ('dicom', 'windows'), ('dicom', 'limits'),
               ('images', 'limits'), ('images', 'windows'), ('images', 'dicom'), ('cache', 'images'),
               ('names', 'images'), ('items', 'images'), ('items', 'listing'), ('models', 'images'),
               ('models', 'weights'), ('sources', 'archives'), ('probes', 'traits'), ('audit', 'traits'),
               ('audit', 'probes'), ('shortcut', 'traits'), ('shortcut', 'corruptions'), ('augment', 'corruptions'),
-              ('data', 'augment'), ('training', 'artefacts'), ('evaluation', 'inference')}
+              ('data', 'augment'), ('devices', 'learner'), ('callbacks', 'learner'), ('callbacks', 'devices'),
+              ('checkpoint', 'learner'), ('ranks', 'checkpoint'), ('training', 'artefacts'),
+              ('evaluation', 'inference')}
 
 
 def imported(module: Path) -> set[str]:

@@ -203,7 +203,7 @@ def test_a_full_disk_ends_with_six_and_one_line(films, tmp_path):
     done = subprocess.run([sys.executable, '-c', code, 'train', '--data', str(films), '--out', str(tmp_path/'run'),
                            '--epochs', '1', '--size', '48', '--limit', '4', '--workers', '0'], capture_output=True,
                           text=True)
-    assert done.returncode == 6 and 'learner.pkl: cannot be written (File too large)' in lines(done.stderr)[0]
+    assert done.returncode == 6 and 'state.pt: cannot be written (File too large)' in lines(done.stderr)[0]
     assert not list((tmp_path/'run').glob('*learner.pkl*'))
 
 

@@ -103,8 +103,8 @@ def _show(value: Any) -> str:
 RECIPES: dict[str, dict[str, Any]] = {
     'reference': {},
     'tuned': {'low_pass': 1/128, 'translate': 0.0, 'brightness': 0.3, 'contrast': 0.3, 'interpolation': 'bilinear',
-              'crop': 0.25, 'crop_aspect': 4/3, 'optimizer': 'adamw', 'weight_decay': 0.01, 'schedule': 'one-cycle',
-              'ema': 0.99},
+              'crop': 0.25, 'crop_aspect': 4/3, 'resolution': 0.4, 'blur': 0.012, 'jpeg': 30, 'start_size': 0.5,
+              'optimizer': 'adamw', 'weight_decay': 0.01, 'schedule': 'one-cycle', 'ema': 0.99},
 }
 """What sets a recipe apart from the specification, whatever the architecture."""
 

@@ -15,6 +15,7 @@ from cxr_fastai.devices import check_compile, choose_compile, choose_precision
 from cxr_fastai.inference import Predictor, list_films
 from cxr_fastai.learner import roc_auc
 from cxr_fastai.models import ARCHS, FROM_SCRATCH, Arch, make_recipe
+from cxr_fastai.recipe import Phase
 from cxr_fastai.training import train
 
 QUIET, CPU = Console(quiet=True), torch.device('cpu')
@@ -109,7 +110,8 @@ def test_only_whole_batches_of_whole_films_are_compiled(films, tmp_path, small, 
             return forward(x)
         return call
     monkeypatch.setattr(torch, 'compile', counted)
-    train(dataclasses.replace(small, start_size=0.7), films, tmp_path/'run', QUIET, compile='on')
+    longer = dataclasses.replace(small, start_size=0.7, phases=(Phase('train', 4, 1e-3),))
+    train(longer, films, tmp_path/'run', QUIET, compile='on')
     assert seen and set(seen) == {(6, 48, True)}
 
 

@@ -10,7 +10,7 @@
 Both read, augment, collate and train; a round is a few whole batches of each, while the other side waits. The films are
 synthetic (`--data DIR` for others). How memory is kept belongs to a process, so by default each side has its own: the
 plain script with glibc's behaviour, ours with what `learner.reuse_memory` sets. `--memory kept` and `--memory default`
-put both into one process, where that is the same for both. Compiling itself is not timed: its seconds are printed apart.
+put both into one process, with the same for both. Compiling itself is not timed: its seconds are printed apart.
 """
 import argparse
 import itertools

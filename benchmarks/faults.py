@@ -10,6 +10,7 @@ must come out equal to the bit. Needs Linux or macOS. `tests/test_faults.py` has
 """
 import argparse
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -34,7 +35,7 @@ import torch
 from cxr_fastai import core
 from cxr_fastai import run as runs
 from cxr_fastai.artefacts import load_learner
-from cxr_fastai.checkpoint import PREVIOUS, StopOnSignal, load_state
+from cxr_fastai.checkpoint import StopOnSignal, load_state
 from cxr_fastai.cli import main as cxr_fastai
 from cxr_fastai.demo import make_demo
 from cxr_fastai.models import ARCHS, PRETRAINED, Arch, BaselineCNN
@@ -170,8 +171,8 @@ class Bench:
         return run, kind, process.exitcode, time.perf_counter() - sent
 
     def resume(self, run: Path, kind: str, told: Counter) -> None:
-        """Go on with `run`, or start anew where it has no state yet, and count what comes out."""
-        if any((run/name).exists() for name in ('state.pt', PREVIOUS)):
+        """Go on with `run`, or start anew where it was not yet one, and count what comes out."""
+        if (run/'recipe.json').exists():
             try: load_state(Run.open(run))
             except core.CXRError: told['unreadable'] += 1
             else: told['resumed'] += finish(['train', '--resume', str(run)], self.log) == 0
@@ -183,13 +184,16 @@ class Bench:
 
 
 def kill(bench: Bench, n: int) -> str:
-    """Kill -9 `n` trainings."""
-    told = Counter(dict.fromkeys(('ended before', 'started anew', 'resumed', 'unreadable', 'equal'), 0))
-    for i in range(n):
+    """Kill -9 trainings until `n` of them had begun and not ended."""
+    told = Counter(dict.fromkeys(('killed', 'ended before', 'started anew', 'resumed', 'unreadable', 'equal'), 0))
+    for i in itertools.count():
+        if told['resumed'] + told['unreadable'] >= n: break
         run, kind, code, _ = bench.stop(signal.SIGKILL, i)
-        told['ended before'] += code == 0
-        bench.resume(run, kind, told)
-    return f'kill -9: {n} killed; ' + ', '.join(f'{name} {count}' for name, count in told.items())
+        if code == 0: told['ended before'] += 1
+        else:
+            told['killed'] += 1
+            bench.resume(run, kind, told)
+    return 'kill -9: ' + ', '.join(f'{name} {count}' for name, count in told.items())
 
 
 def terminate(bench: Bench, n: int) -> str:

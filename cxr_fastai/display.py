@@ -50,7 +50,8 @@ def robustness_table(robustness: pd.DataFrame) -> Table:
     table.add_row(CLEAN, *blank, _auc(of['clean']))
     table.add_row(SHORTCUT, *blank, _auc(of['shortcut']))
     table.caption = (f'{_auc(of["corrupted"])} on average over the corruptions\n'
-                     f'{round(of["loss"], 3) + 0.0:.3f} lost where sharpness tells nothing (shortcut)')  # no -0.000
+                     f'{abs(of["loss"]):.3f} {"lost" if of["loss"] >= 0 else "gained"} where sharpness tells nothing '
+                     '(shortcut)')
     return table
 
 

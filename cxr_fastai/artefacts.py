@@ -52,7 +52,7 @@ def load_learner(path: Path) -> Learner:
         warnings.simplefilter('ignore')
         # A broken or foreign pickle raises whatever its bytes ask for.
         try: learn = load(path)
-        except Exception as error: raise CXRError(f'{path}: not an exported learner ({_first_line(error)}).') from error
+        except Exception as error: raise CXRError(f'{path}: not an exported learner ({_cause(error)}).') from error
     if not hasattr(learn, 'config'):
         raise CXRError(f'{path}: an exported {type(learn).__name__} without film size and threshold, so not made by '
                        'cxr-fastai: export it with `cxr_fastai.artefacts.save_learner`.')
@@ -93,4 +93,7 @@ def _emptied(learn: Learner) -> Iterator[None]:
         for step, skip in openers: step.skip = skip
 
 
-def _first_line(error: Exception) -> str: return (str(error).splitlines() or [type(error).__name__])[0]
+def _cause(error: BaseException) -> str:
+    """The error's first line; fastai hides a missing package behind another."""
+    if isinstance(error.__context__, ModuleNotFoundError): return f'it needs the package {error.__context__.name}'
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -48,12 +48,12 @@ class AugmentFilms(ByFilm):
     order = 20
 
     def __init__(self, flip: float = 0.5, degrees: float = 10.0, translate: float = 0.1, brightness: float = 0.2,
-                 contrast: float = 0.2, interpolation: str = 'nearest', crop: float = 1.0, crop_aspect: float = 1.0,
-                 start_size: float = 1.0):
+                 contrast: float = 0.2, interpolation: str = 'nearest', crop: float = 1.0,
+                 crop_aspect: float = 1.0):
         super().__init__()
         self.flip, self.degrees, self.translate = flip, degrees, translate
         self.brightness, self.contrast, self.interpolation = brightness, contrast, interpolation
-        self.crop, self.crop_aspect, self.share = crop, crop_aspect, start_size
+        self.crop, self.crop_aspect, self.share = crop, crop_aspect, 1.0
 
     def draw(self, n: int, h: int, w: int) -> dict[str, Tensor]:
         """Parameters for `n` films: `flip` and `brighter_first` bool, `angle` in degrees, `shift` (n, 2) in pixels
@@ -77,7 +77,7 @@ class AugmentFilms(ByFilm):
 
     def side(self, whole: int) -> int:
         """The side of the films that come out, in pixels, where those that go in have the side `whole`."""
-        return whole if self.share >= 1 else min(whole, max(STRIDE, round(whole*self.share/STRIDE)*STRIDE))
+        return whole if self.share >= 1 else min(whole, max(2*STRIDE, round(whole*self.share/STRIDE)*STRIDE))
 
 
 class DegradeFilms(ByFilm):

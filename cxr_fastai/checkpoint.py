@@ -101,9 +101,12 @@ def load_state(run: Run) -> dict[str, Any] | None:
     """The newest whole state of `run`, on the CPU; loading runs no code. None where it was stopped before there was
     one. Raises `CXRError` where none can be read."""
     there = [run/name for name in ('state.pt', PREVIOUS) if (run/name).exists()]
-    for path in there:
+    for i, path in enumerate(there):
         # Which exception a damaged file raises is up to pickle and zip.
-        with suppress(Exception): return torch.load(path, map_location='cpu', weights_only=True)
+        with suppress(Exception):
+            state = torch.load(path, map_location='cpu', weights_only=True)
+            if i and leads(): there[0].unlink()  # or the next save would move it over the good one
+            return state
     if there: raise CXRError(f'{there[0]}: damaged, so there is nothing to resume: train again into another --out.')
     return None
 
@@ -112,6 +115,8 @@ def take_up(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any] | N
     """The state that `run` goes on from, if there is one yet. Raises `UsageError` where `recipe`, `items` or the
     classes are not those of `run`."""
     state = load_state(run)
+    if state is None and any((run/name).exists() for name in ('history.csv', 'learner.pkl')):
+        raise UsageError(f'{run.path} has been trained but has no state.pt to go on from: train into another --out.')
     known, now = state['identity'] if state else identify(run.recipe, run.items), identify(recipe, items)
     other = differences(Recipe.from_dict(known['recipe']), recipe)
     if known['classes'] != now['classes']: other.append(f'classes: {known["classes"]}, now {now["classes"]}')

@@ -24,14 +24,13 @@ def train(given: typer.Context, data: opt.Data = None, csv: opt.Csv = None, arch
 
     Example: cxr-fastai train --arch efficientnet_lite0 --recipe tuned --valid patients --out runs/lite
     """
-    engine = {'compile': compile, 'track': track}
-    if resume: return _resume(given, resume, one_of(data, csv), run, engine)
+    if resume: return _resume(given, resume, one_of(data, csv), run)
     from cxr_fastai.items import data_root
     root = data_root(one_of(data, csv))
     from cxr_fastai.models import make_recipe
     chosen = make_recipe(**_recipe_options(given.params))
     from cxr_fastai.training import train
-    made = train(chosen, root, run or free(Path('runs', arch)), out, **engine)
+    made = train(chosen, root, run or free(Path('runs', arch)), out, compile=compile, track=track)
     say(f'{made.path}: trained. Next: cxr-fastai evaluate {made.path}')
 
 
@@ -44,6 +43,7 @@ def lr_find(given: typer.Context, data: opt.Data = None, csv: opt.Csv = None, ar
 
     Example: cxr-fastai lr-find --arch baseline --recipe tuned --out lr_find.png
     """
+    _check_curve(curve)
     from cxr_fastai.items import data_root
     root = data_root(one_of(data, csv))
     from cxr_fastai.models import make_recipe
@@ -56,19 +56,27 @@ def lr_find(given: typer.Context, data: opt.Data = None, csv: opt.Csv = None, ar
     say(f'--lr {rates.suggestion:.1e} is suggested; the recipe has {chosen.phases[0].lr:.1e}. The curve is in {curve}')
 
 
-def _resume(given: typer.Context, folder: Path, data: Path | None, run: Path | None,
-            engine: dict[str, Any]) -> None:
+def _resume(given: typer.Context, folder: Path, data: Path | None, run: Path | None) -> None:
     if run: raise UsageError(f'--out {run} and --resume {folder}: the run goes on in its own folder.')
     known = Run.open(folder)
     from cxr_fastai.items import data_root
-    trained_on = known.noted('start').get('data')
-    root = data_root(data or (Path(trained_on) if trained_on else None))
+    root = data_root(data or known.films)
     from cxr_fastai.models import revise_recipe
     typed = {name: value for name, value in given.params.items()
              if given.get_parameter_source(name).name == 'COMMANDLINE'}
+    begun = known.noted('start', 'resume')
+    engine = {'compile': 'on' if begun.get('compiled') else 'off', 'track': begun.get('track')}
+    engine |= {name: typed[name] for name in engine.keys() & typed.keys()}
     from cxr_fastai.training import train
     train(revise_recipe(known.recipe, **_recipe_options(typed)), root, folder, out, resume=True, **engine)
     say(f'{folder}: trained. Next: cxr-fastai evaluate {folder}')
+
+
+def _check_curve(path: Path) -> None:
+    if path.suffix != '.png': raise UsageError(f'--out {path}: a name that ends in .png is needed.')
+    if not path.parent.is_dir(): raise UsageError(f'--out {path}: the folder {path.parent} does not exist.')
+    for file in (path, path.with_suffix('.csv')):
+        if file.exists(): raise UsageError(f'{file} exists already and was left alone: choose another --out.')
 
 
 def _recipe_options(params: dict[str, Any]) -> dict[str, Any]:

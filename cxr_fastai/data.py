@@ -21,7 +21,7 @@ from fastai.torch_core import TensorImage, TensorImageBW
 from fasttransform import DisplayedTransform, Transform
 from torch import Tensor
 
-from cxr_fastai.augment import augmentations
+from cxr_fastai.augment import AugmentFilms, augmentations  # noqa: F401  (older model files look for it here)
 from cxr_fastai.cache import FilmCache
 from cxr_fastai.core import VOCAB, CXRWarning, FilmError, in_threads
 from cxr_fastai.images import Preprocessing, read_film

@@ -18,7 +18,7 @@ from torch._dynamo.exc import TorchDynamoException
 from cxr_fastai.core import CXRWarning, UsageError
 from cxr_fastai.learner import network
 from cxr_fastai.models import find_arch
-from cxr_fastai.recipe import Recipe
+from cxr_fastai.recipe import CHOICES, Recipe
 
 COMPILE = ('auto', 'on', 'off')
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
@@ -27,7 +27,8 @@ DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 def choose_precision(asked: str) -> str:
     """The precision that `asked` means on this machine: for `auto`, bf16 on a GPU that has it, fp16 on another, fp32 on
     a CPU."""
-    if asked != 'auto': return asked
+    if asked in CHOICES['precision']: return asked
+    if asked != 'auto': raise UsageError(f'--precision {asked}: choose auto or {" or ".join(CHOICES["precision"])}.')
     if not torch.cuda.is_available(): return 'fp32'
     return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
 

@@ -44,8 +44,7 @@ def find_split(run: Run, data: Path | None, split: str, limit: int | None = None
     Where the run's own train or valid films are there, also in a copy of the folder, those are meant: never a film
     that it trained on as valid. Without `data` the folder is the one it was trained on. Raises `UsageError`.
     """
-    trained_on = run.noted('start').get('data')
-    root = data_root(data or (Path(trained_on) if trained_on and Path(trained_on).exists() else None))
+    root = data_root(data or (run.films if run.films and run.films.exists() else None))
     own = run.items[(run.items.split == split) & (split != 'test')]
     there = [(film_root(root)/path).exists() for path in own.path]
     items = own if there and all(there) else read_items(root)

@@ -122,7 +122,7 @@ def plot_rates(rates: Rates, title: str = '') -> Figure:
     ax.axvline(rates.suggestion, color=ORANGE, ls='--', label=f'suggestion {rates.suggestion:.1e}')
     # What the loss blows up to at the end would flatten the rest.
     lowest, first = rates.curve.loss.min(), rates.curve.loss.iloc[0]
-    ax.set(xscale='log', xlabel='learning rate', ylabel='loss (smoothed)', 
+    ax.set(xscale='log', xlabel='learning rate', ylabel='loss (smoothed)',
            ylim=(lowest - 0.1*(first - lowest), 2*first - lowest))
     ax.legend(frameon=False)
     ax.set_title(title, fontsize=11, parse_math=False)

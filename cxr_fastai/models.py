@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cxr_fastai.core import VOCAB, UsageError
 from cxr_fastai.images import Preprocessing
 from cxr_fastai.recipe import RECIPES, Phase, Recipe
-from cxr_fastai.weights import fill, need, read_weights
+from cxr_fastai.weights import fill, need, read_weights, timm_body
 
 # ImageNet's mean and standard deviation per channel, for pixels in [0, 1].
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
@@ -62,13 +62,12 @@ def resnet50() -> nn.Sequential:
 def timm_model(name: str) -> nn.Sequential:
     """timm's network `name` with a new last layer: average pooling and Linear after a body that gives maps
     (n, c, h, w), Linear alone after one that gives anything else. The body's children keep timm's names."""
-    import timm
-    body = timm.create_model(name, num_classes=0, global_pool='')
+    body = timm_body(name)
     shape = _shape_of(body)
     if len(shape) == 4 and shape[2] == shape[3]:
         head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shape[1], len(VOCAB))
         return nn.Sequential(body, nn.Sequential(*head))
-    body = timm.create_model(name, num_classes=0)
+    body = timm_body(name, pooled=True)
     return nn.Sequential(body, nn.Sequential(nn.Linear(_shape_of(body)[-1], len(VOCAB))))
 
 
@@ -130,10 +129,11 @@ def make_recipe(arch: str, name: str = 'reference', epochs: int | None = None, l
     phases = facts.phases[name]
     scale = 1 if lr is None else lr/phases[0][2]
     weights = _check_weights(arch, facts, weights or facts.default_weights)
+    whole = {'start_size': 1.0} if facts.size else {}
     recipe = Recipe(arch=arch, name=name, phases=_phases(phases, epochs, scale), weights=weights,
-                    **RECIPES[name] | fields)
-    if facts.size not in (None, recipe.size):
-        raise UsageError(f'--size {recipe.size}: {arch} takes {facts.size} px alone.')
+                    **RECIPES[name] | whole | fields)
+    if facts.size and (recipe.size, recipe.start_size) != (facts.size, 1):
+        raise UsageError(f'--size {recipe.size}, start_size {recipe.start_size:g}: {arch} takes {facts.size} px alone.')
     Preprocessing.of(recipe)  # refuses what cannot be
     return recipe
 

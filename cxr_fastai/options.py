@@ -25,7 +25,7 @@ Arch = Annotated[str, Option('--arch', help=(
 RecipeName = Annotated[str, Option('--recipe', help=(
     'How to train: reference is the specification, tuned the best classifier.'))]
 Fields = Annotated[list[str] | None, Option('--set', metavar='FIELD=VALUE', show_default='none', help=(
-    'Another value for a field of the recipe, such as ema=0 (docs/recipe.md has them all); repeat it for more.'))]
+    'Another value for a field of the recipe, such as ema=0 (`Recipe` has them all); repeat it for more.'))]
 Precision = Annotated[str, Option('--precision', help=(
     'Numbers that training reckons in: fp32, fp16, bf16, or auto: fp32 on a CPU, else what the GPU has.'))]
 Compile = Annotated[str, Option('--compile', help=(

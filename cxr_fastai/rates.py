@@ -1,7 +1,7 @@
 """How the loss answers to the learning rate: fastai's `lr_find`, a mock training whose rate grows at every step."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,6 +11,7 @@ from fastai.callback.schedule import valley
 from fastai.torch_core import set_seed
 
 from cxr_fastai.cache import find_cache
+from cxr_fastai.callbacks import recipe_callbacks
 from cxr_fastai.core import CXRError
 from cxr_fastai.data import make_dls
 from cxr_fastai.images import Preprocessing
@@ -38,10 +39,11 @@ def find_rates(recipe: Recipe, data: Path, steps: int = 100) -> Rates:
     set_seed(recipe.seed, reproducible=True)
     learn = make_learner(make_dls(items, root, recipe, find_cache(root, Preprocessing.of(recipe))), recipe)
     start_phase(learn, recipe.phases[0])
-    with TemporaryDirectory() as folder, learn.no_bar():
+    cbs = recipe_callbacks(replace(recipe, ema=0.0, start_size=1.0))
+    with TemporaryDirectory() as folder, learn.no_bar(), learn.added_cbs(cbs):
         learn.path = Path(folder)  # for the copy of the network that fastai goes back to
         try: suggestion = learn.lr_find(num_it=steps, show_plot=False, suggest_funcs=(valley,)).valley
-        except (IndexError, ValueError, RuntimeError) as error:  # too few points before the loss blew up
+        except (IndexError, ValueError) as error:  # too few points before the loss blew up
             raise CXRError(f'the loss of {recipe.arch} never falls, so there is no rate to suggest ({error}): check '
                            '--weights and the films.') from error
     curve = pd.DataFrame({'lr': map(float, learn.recorder.lrs), 'loss': map(float, learn.recorder.losses)})

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 from cxr_fastai.core import UsageError
@@ -75,7 +76,8 @@ class Recipe:
                 raise UsageError(f'{name} {value}: a number from {low:g} to {high:g} is needed.')
         for name, known in CHOICES.items():
             if (value := getattr(self, name)) not in known:
-                raise UsageError(f'{name} {value}: choose {" or ".join(known)}.')
+                option = name if name in SETTABLE else f'--{name.replace("_", "-")}'
+                raise UsageError(f'{option} {value}: choose {" or ".join(known)}.')
 
     @property
     def epochs(self) -> int:
@@ -110,13 +112,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 RANGES = {'flip': (0, 1), 'degrees': (0, 180), 'translate': (0, 0.5), 'brightness': (0, 1), 'contrast': (0, 1),
           'crop': (0.01, 1), 'crop_aspect': (1, 4), 'blur': (0, 0.1), 'resolution': (0.05, 1), 'jpeg': (0, 95),
-          'erase': (0, 1), 'mixup': (0, 10), 'start_size': (0.1, 1), 'weight_decay': (0, 10), 'body_lr': (0, 1),
+          'erase': (0, 1), 'mixup': (0, 10), 'start_size': (0.1, 1), 'weight_decay': (0, 10), 'body_lr': (1e-6, 1),
           'plateau_factor': (0, 0.99), 'plateau_patience': (0, 1000), 'label_smoothing': (0, 0.99),
           'clip': (0, math.inf), 'ema': (0, 0.99999), 'threshold': (0, 1)}
 CHOICES = {'interpolation': ('nearest', 'bilinear'), 'optimizer': ('adam', 'adamw'), 'valid': ('official', 'patients'),
            'schedule': ('plateau', 'one-cycle'), 'precision': ('fp32', 'fp16', 'bf16'),
            'on_bad_film': ('fail', 'skip')}
-SETTABLE = (*RANGES, 'low_pass', 'interpolation', 'optimizer', 'schedule', 'class_weights')
+SETTABLE = (*(RANGES.keys() - {'threshold'}), 'low_pass', 'interpolation', 'optimizer', 'schedule', 'class_weights')
 """Fields without an option of their own."""
 
 
@@ -127,10 +129,15 @@ def parse_fields(given: list[str]) -> dict[str, Any]:
 
 def _parse_field(text: str) -> tuple[str, Any]:
     name, _, value = text.partition('=')
-    kinds = {field.name: field.type for field in fields(Recipe) if field.name in SETTABLE}
-    if name not in kinds: raise UsageError(f'--set {text}: no such field: choose {", ".join(sorted(kinds))}.')
-    try: return name, PARSERS[kinds[name]](value)
-    except (ValueError, KeyError): raise UsageError(f'--set {text}: {kinds[name]} is needed.') from None
+    kinds = {field.name: field.type for field in fields(Recipe)}
+    if name not in SETTABLE:
+        near = get_close_matches(name, SETTABLE) or sorted(SETTABLE)
+        other = f'use --{name.replace("_", "-")}' if name in kinds else f'choose {" or ".join(near)}'
+        raise UsageError(f'--set {text}: no such field: {other}.')
+    parse, what = PARSERS[kinds[name]]
+    try: return name, parse(value.lower())
+    except (ValueError, KeyError): raise UsageError(f'--set {text}: {name}={what} is needed.') from None
 
 
-PARSERS = {'float': float, 'int': int, 'str': str, 'bool': {'true': True, 'false': False}.__getitem__}
+PARSERS = {'float': (float, 'NUMBER'), 'int': (int, 'WHOLE NUMBER'), 'str': (str, 'WORD'),
+           'bool': ({'true': True, 'false': False}.__getitem__, 'true or false')}

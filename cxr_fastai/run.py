@@ -108,13 +108,19 @@ class Run:
         except Timeout:
             raise UsageError(f'{self.path}: another process trains there: wait for it to end, or stop it.') from None
 
-    def noted(self, event: str) -> dict[str, Any]:
-        """The newest line of `journal.jsonl` about `event`; empty where there is none."""
+    @property
+    def films(self) -> Path | None:
+        """Where its films were when it was last trained; None where that is not known."""
+        data = self.noted('start', 'resume').get('data')
+        return Path(data) if data else None
+
+    def noted(self, *events: str) -> dict[str, Any]:
+        """The newest line of `journal.jsonl` about any of `events`; empty where there is none."""
         newest, journal = {}, self/'journal.jsonl'
         for text in journal.read_text(encoding='utf-8').splitlines() if journal.is_file() else ():
             with suppress(ValueError):  # a crash may have torn the last line
                 line = json.loads(text)
-                if line['event'] == event: newest = line
+                if line['event'] in events: newest = line
         return newest
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 from fastai.callback.core import Callback
 
-from cxr_fastai.core import UsageError, leads, writing
+from cxr_fastai.core import CXRWarning, UsageError, leads, writing
 from cxr_fastai.models import find_arch
 from cxr_fastai.recipe import Recipe
 from cxr_fastai.run import Run
@@ -109,12 +110,21 @@ class Track(Callback):
     """Hand each epoch's numbers to a `tracker`."""
     order = 62  # after the Checkpoint: an epoch that is told is an epoch that stays
 
-    def __init__(self, tracker: Tracker): self.tracker = tracker
+    def __init__(self, tracker: Tracker): self.tracker, self.lost = tracker, False
 
     def after_epoch(self):
         row = self.history.rows[-1]
-        self.tracker.log({name: value for name, value in row.items() if name not in ('phase', 'epoch')
-                          and math.isfinite(value)}, row['epoch'])
+        numbers = {name: value for name, value in row.items()
+                   if name not in ('phase', 'epoch') and math.isfinite(value)}
+        if not self.lost: self._tell(numbers, row['epoch'])
+
+    def _tell(self, numbers: dict[str, float], epoch: int):
+        # A server that went away is no reason to end a training; each library has errors of its own.
+        try: self.tracker.log(numbers, epoch)
+        except Exception as error:
+            self.lost = True
+            warnings.warn(f'the tracker failed ({error}), so nothing more is told to it; history.csv has it all.',
+                          CXRWarning, stacklevel=2)
 
 
 @contextmanager

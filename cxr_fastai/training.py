@@ -57,13 +57,15 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
     """
     if not resume: check_new(out)
     _check_engine(recipe, compile, track)
-    console, root, run = console if console and leads() else Console(quiet=not leads()), film_root(data), Run(out)
+    console, root, run = console if console and leads() else Console(quiet=not leads()), film_root(data)
+    run = Run.open(out) if resume else Run(out)
     with ExitStack() as held:
         if resume: held.enter_context(run.locked())
         items = read_items(data, recipe.valid, recipe.seed, recipe.limit)
         state = take_up(run, recipe, items) if resume else None
         _check_items(items, recipe, console)
         cache, bad = _use_cache(items, root, recipe, console)
+        if resume: bad = sorted({*bad, *run.noted('start', 'resume').get('unreadable', [])})  # as it was begun
         readable = items[~items.path.isin(bad)]
         check_trainable(readable)
         set_seed(recipe.seed, reproducible=True)
@@ -72,8 +74,9 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
         compiled = choose_compile(compile, recipe, len(dls.train_ds), dls.device)
         if not resume: held.enter_context(Run.create(out).locked())
         run.sweep()
-        run.note('resume' if resume else 'start', data=str(data.resolve()), device=str(dls.device), compiled=compiled,
-                 unreadable=bad, **_circumstances())
+        now = {'device': str(dls.device), 'compiled': compiled, **_circumstances()}
+        if resume: _warn_of_changes(run.noted('start', 'resume'), now)
+        run.note('resume' if resume else 'start', data=str(data.resolve()), unreadable=bad, track=track, **now)
         if not resume: run.start(recipe, items)
         _fit_and_save(learn, recipe, run, console, state, compiled, track)
     return run
@@ -95,6 +98,12 @@ def _fit_and_save(learn: Learner, recipe: Recipe, run: Run, console: Console, st
     save_learner(learn, run/'learner.pkl', recipe)
     run.note('end', best={name: None if value != value else value for name, value in best.items()})  # NaN is not itself
     for old in (PREVIOUS, 'failure.json') if leads() else (): (run/old).unlink(missing_ok=True)
+
+
+def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    other = [f'{name}: {before[name]}, now {value}' for name, value in now.items() if before.get(name, value) != value]
+    if other: warnings.warn(f'the run was begun otherwise ({"; ".join(other)}), so the last digits of its weights may '
+                            'not be those of a run that nothing stopped.', CXRWarning, stacklevel=3)
 
 
 def _check_engine(recipe: Recipe, compile: str, track: str | None) -> None:
@@ -166,7 +175,7 @@ def fit_phase(learn: Learner, phase: Phase, recipe: Recipe) -> None:
     own."""
     start_phase(learn, phase)
     learn.history.phase = phase.name
-    rates = slice(phase.lr*recipe.body_lr, phase.lr)
+    rates = slice(phase.lr*recipe.body_lr, phase.lr)  # from the body to the head
     if recipe.schedule == 'one-cycle': learn.fit_one_cycle(phase.epochs, rates)
     else: learn.fit(phase.epochs, rates, cbs=ReduceOnPlateau(recipe.plateau_factor, recipe.plateau_patience))
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cxr_fastai.core import CXRError, UsageError
 
-CLASSIFIERS = ('fc.', 'classifier.', 'head.')
-"""How the names of a last layer begin, which has other classes and is not wanted."""
+CLASSIFIERS = ('fc.', 'classifier.', 'head.', 'head_dist.', 'last_linear.')
+"""How the names of last layers begin, which have other classes and are not wanted."""
 State = dict[str, Tensor]
 
 
@@ -36,6 +36,16 @@ def fill(target: torch.nn.Module, state: State, name: str, by_order: bool = Fals
     target.load_state_dict(state)
 
 
+def timm_body(name: str, pooled: bool = False, pretrained: bool = False) -> torch.nn.Module:
+    """timm's network `name` without its last layer, and unless `pooled`, without the pooling before it, if that can
+    be left out."""
+    import timm
+    try: return timm.create_model(name, pretrained=pretrained, num_classes=0, **{} if pooled else {'global_pool': ''})
+    except (AssertionError, TypeError):
+        if pooled: raise
+        return timm_body(name, True, pretrained)
+
+
 def need(package: str, what: str, extra: str) -> None:
     """Raise `UsageError` where the optional `package` is not installed."""
     if find_spec(package) is None:
@@ -56,8 +66,7 @@ def _from_torchvision(what: str, name: str) -> State:
 
 
 def _from_timm(what: str, name: str) -> State:
-    import timm
-    try: return timm.create_model(what, pretrained=True).state_dict()
+    try: return timm_body(what, pretrained=True).state_dict()
     # No network, no such file at the hub, no pretrained weights: each raises a type of its own.
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]

@@ -65,9 +65,9 @@ def test_validation_and_the_best_epoch_have_the_average_and_training_goes_on_wit
 
 def test_films_start_small_and_end_whole(films, tmp_path):
     record = Record()
-    learn, _ = fitted(films, tmp_path, record, start_size=0.5)
-    assert record.sides[0] == 32 and record.sides[-1] == 64 and record.sides == sorted(record.sides)
-    assert learn.dls.valid.one_batch()[0].shape[-1] == 64
+    learn, _ = fitted(films, tmp_path, record, start_size=0.5, size=128)
+    assert record.sides[0] == 64 and record.sides[-1] == 128 and record.sides == sorted(record.sides)
+    assert learn.dls.valid.one_batch()[0].shape[-1] == 128
 
 
 def test_one_cycle_goes_up_to_the_rate_and_down_again_for_each_group(films, tmp_path):
@@ -106,7 +106,7 @@ def test_the_average_of_integers_is_the_newest():
     assert average.mean['num_batches_tracked'] == 7
 
 
-def test_the_share_of_the_side_is_the_transforms(films):
-    recipe = make_recipe('baseline', size=64, start_size=0.5, batch_size=4, limit=8)
+def test_films_are_whole_where_nothing_lets_them_grow(films):
+    recipe = make_recipe('baseline', 'tuned', size=128, batch_size=4, limit=8)
     dls = make_dls(read_items(films, limit=8), films, recipe)
-    assert [step.share for step in dls.train.after_batch.fs if isinstance(step, AugmentFilms)] == [0.5]
+    assert [step.share for step in dls.train.after_batch.fs if isinstance(step, AugmentFilms)] == [1]

@@ -291,3 +291,19 @@ def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, '-m', 'cxr_fastai', '--version'], capture_output=True, text=True, check=True,
                           env=os.environ)
     assert done.stdout.startswith('cxr_fastai ')
+
+
+@pytest.mark.parametrize(('name', 'says'), [('lr.csv', 'ends in .png'), ('no/lr.png', 'no does not exist'),
+                                            ('there.png', 'there.csv exists already')])
+def test_lr_find_writes_over_nothing(capsys, films, tmp_path, name, says):
+    (tmp_path/'there.csv').write_text('path,label')
+    refused(capsys, ['lr-find', '--data', films, '--out', tmp_path/name], 2, says)
+
+
+def test_lr_find_suggests_and_draws(capsys, films, tmp_path):
+    assert main(['lr-find', '--data', str(films), '--out', str(tmp_path/'lr.png'), '--size', '48', '--steps', '40',
+                 '--workers', '0', '--batch-size', '8']) == 0
+    assert re.search(r'--lr \d\.\de-\d\d is suggested; the recipe has 1.0e-03', capsys.readouterr().out)
+    curve = pd.read_csv(tmp_path/'lr.csv')
+    assert curve.lr.is_monotonic_increasing and curve.loss.notna().all()
+    assert Image.open(tmp_path/'lr.png').format == 'PNG'

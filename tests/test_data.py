@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 from fastai.torch_core import TensorImageBW
+from scipy.ndimage import gaussian_filter
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from cxr_fastai.augment import AugmentFilms, jitter, warp
+from cxr_fastai.cache import find_cache, prepare
 from cxr_fastai.data import locate, make_dls
 from cxr_fastai.images import Preprocessing, read_film
 from cxr_fastai.items import read_items
@@ -160,3 +162,17 @@ def test_worker_processes_read_the_same_films(items, films, recipe):
     dls = make_dls(items, films, dataclasses.replace(recipe, workers=2))
     alone = make_dls(items, films, recipe)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(dls.valid, alone.valid, strict=True))
+
+
+@pytest.mark.parametrize('cached', [False, True])
+def test_a_low_pass_is_the_same_in_training_and_in_prediction(items, films, cached):
+    recipe = make_recipe('baseline', size=64, low_pass=1/32)
+    preprocessing = Preprocessing.of(recipe)
+    if cached: prepare(list(items.path), films, preprocessing)
+    dls = make_dls(items, films, recipe, find_cache(films, preprocessing) if cached else None)
+    of_dls = torch.cat([batch[0].as_subclass(torch.Tensor) for batch in dls.valid])
+    pixels = np.stack([preprocessing.load(films/path) for path in items[items.split == 'valid'].path])
+    assert torch.equal(of_dls, normalize(torch.from_numpy(pixels)[:, None].float()/255))
+    sharp = np.stack([Preprocessing(64).load(films/path) for path in items[items.split == 'valid'].path])
+    theirs = np.stack([gaussian_filter(film.astype(float), 2, mode='nearest') for film in sharp])
+    assert np.abs(theirs - pixels).mean() < 1 < np.abs(sharp.astype(float) - pixels).mean()

@@ -160,6 +160,61 @@ def test_a_damaged_state_falls_back_on_the_one_before(begun, films, damage, whol
     assert same(begun, whole['tuned'])
 
 
+def test_a_run_without_its_state_is_not_trained_over(begun, films):
+    for name in ('state.pt', PREVIOUS): (begun/name).unlink()
+    before = (begun/'history.csv').read_bytes()
+    with pytest.raises(UsageError, match='has no state.pt to go on from: train into another --out'):
+        train(begun.recipe, films, begun.path, QUIET, resume=True)
+    assert (begun/'history.csv').read_bytes() == before
+
+
+def test_the_good_state_outlives_a_save_that_is_interrupted_after_a_fallback(begun, monkeypatch):
+    (begun/'state.pt').write_bytes(b'x')
+    state, calls, replace = load_state(begun), iter(range(9)), os.replace
+
+    def interrupted(*paths):
+        if next(calls): raise Crash
+        replace(*paths)
+    with monkeypatch.context() as patch, pytest.raises((Crash, FileNotFoundError)):
+        patch.setattr(checkpoint.os, 'replace', interrupted)
+        save_state(begun, state)
+        save_state(begun, state)
+    assert equal(load_state(begun), state)
+
+
+def test_a_folder_that_is_no_run_is_refused_and_not_made(films, tmp_path):
+    with pytest.raises(UsageError, match='not a run folder'):
+        train(recipe_of('tuned'), films, tmp_path/'typo', QUIET, resume=True)
+    assert not (tmp_path/'typo').exists()
+
+
+def test_a_resumed_run_is_compiled_and_tracked_as_it_was_begun(begun, films, monkeypatch):
+    begun.note('start', data=str(films), compiled=True, track='tensorboard', unreadable=[])
+    seen = {}
+    monkeypatch.setattr(training, 'train', lambda *_, **given: seen.update(given))
+    assert quietly(['train', '--resume', str(begun.path)])[0] == 0
+    assert (seen['compile'], seen['track'], seen['resume']) == ('on', 'tensorboard', True)
+    assert quietly(['train', '--resume', str(begun.path), '--compile', 'off'])[0] == 0 and seen['compile'] == 'off'
+
+
+def test_other_circumstances_are_told(begun, films):
+    begun.note('resume', data=str(films), compiled=False, threads=77, unreadable=[])
+    with pytest.warns(UserWarning, match='begun otherwise .threads: 77, now 1.'):
+        train(begun.recipe, films, begun.path, QUIET, resume=True)
+
+
+def test_films_that_were_skipped_stay_skipped(begun, films, whole):
+    begun.note('resume', data=str(films), unreadable=[begun.items.path[0]])
+    train(begun.recipe, films, begun.path, QUIET, resume=True)
+    assert begun.noted('resume')['unreadable'] == [begun.items.path[0]] and not same(begun, whole['tuned'])
+
+
+def test_a_run_that_moved_to_other_films_is_measured_there(begun, films, tmp_path):
+    other = Path(shutil.copytree(films, tmp_path/'elsewhere'))
+    train(begun.recipe, other, begun.path, QUIET, resume=True)
+    assert begun.films == other.resolve()
+
+
 def test_two_damaged_states_are_told(begun, films):
     for name in ('state.pt', PREVIOUS): (begun/name).write_bytes(b'x')
     with pytest.raises(CXRError, match='state.pt: damaged, so there is nothing to resume: train again'):

@@ -8,7 +8,7 @@ from torch import nn
 
 from cxr_fastai.core import CXRError, UsageError
 from cxr_fastai.models import ARCHS, build_model, denormalize, find_arch, make_recipe, normalize
-from cxr_fastai.weights import read_weights
+from cxr_fastai.weights import fill, read_weights, timm_body
 
 
 def count(model: nn.Module) -> int: return sum(parameter.numel() for parameter in model.parameters())
@@ -166,7 +166,7 @@ def test_timms_state_dict_fits_from_a_file(tmp_path):
 
 
 def test_a_network_of_one_size_refuses_others():
-    with pytest.raises(UsageError, match='--size 128: test_vit takes 160 px alone'):
+    with pytest.raises(UsageError, match='--size 128, start_size 1: test_vit takes 160 px alone'):
         make_recipe('test_vit', weights='none', size=128)
 
 
@@ -188,3 +188,17 @@ def test_tuned_is_short_and_keeps_the_network_whole():
     for arch in ARCHS:
         recipe = make_recipe(arch, 'tuned')
         assert recipe.epochs == 6 and recipe.schedule == 'one-cycle' and not any(p.frozen for p in recipe.phases)
+
+
+def test_a_network_of_one_size_is_tuned_on_whole_films():
+    assert make_recipe('test_vit', 'tuned', weights='none', size=160).start_size == 1
+    with pytest.raises(UsageError, match='start_size 0.5: test_vit takes 160 px alone'):
+        make_recipe('test_vit', 'tuned', weights='none', size=160, start_size=0.5)
+
+
+@pytest.mark.parametrize('arch', ['deit_tiny_distilled_patch16_224', 'legacy_seresnet18', 'levit_128s'])
+def test_odd_last_layers_are_left_out_of_timms_weights(arch):
+    import timm
+    body = build_model(arch)[0]
+    fill(body, timm.create_model(arch).state_dict(), 'w.pth')
+    fill(body, timm_body(arch).state_dict(), 'imagenet')

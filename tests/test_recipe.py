@@ -22,17 +22,19 @@ def test_numbers_out_of_range_are_refused(name):
 
 @pytest.mark.parametrize('name', CHOICES)
 def test_words_that_mean_nothing_are_refused(name):
-    with pytest.raises(UsageError, match=f'{name} best: choose '): make_recipe('baseline', **{name: 'best'})
+    with pytest.raises(UsageError, match='best: choose '): make_recipe('baseline', **{name: 'best'})
 
 
 def test_fields_are_parsed_by_their_type():
-    assert parse_fields(['ema=0', 'class_weights=true', 'schedule=one-cycle', 'jpeg=40']) == {
+    assert parse_fields(['ema=0', 'class_weights=True', 'schedule=one-cycle', 'jpeg=40']) == {
         'ema': 0.0, 'class_weights': True, 'schedule': 'one-cycle', 'jpeg': 40}
 
 
-@pytest.mark.parametrize(('text', 'why'), [('emma=0.9', 'no such field: choose blur, '), ('ema', 'float is needed'),
-                                           ('jpeg=4.5', 'int is needed'), ('class_weights=yes', 'bool is needed'),
-                                           ('arch=resnet50', 'no such field'), ('=1', 'no such field')])
+@pytest.mark.parametrize(('text', 'why'), [
+    ('emma=0.9', 'no such field: choose ema'), ('ema', 'ema=NUMBER is needed'),
+    ('jpeg=4.5', 'jpeg=WHOLE NUMBER is needed'), ('class_weights=yes', 'class_weights=true or false is needed'),
+    ('arch=resnet50', 'no such field: use --arch'), ('batch_size=4', 'no such field: use --batch-size'),
+    ('=1', 'no such field')])
 def test_what_is_no_field_is_refused(text, why):
     with pytest.raises(UsageError, match=f'--set {text}: {why}'): parse_fields([text])
 

@@ -57,7 +57,7 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
     """
     if not resume: check_new(out)
     _check_engine(recipe, compile, track)
-    console, root, run = console if console and leads() else Console(quiet=not leads()), film_root(data)
+    console, root = console if console and leads() else Console(quiet=not leads()), film_root(data)
     run = Run.open(out) if resume else Run(out)
     with ExitStack() as held:
         if resume: held.enter_context(run.locked())

@@ -88,13 +88,12 @@ def _fit_and_save(learn: Learner, recipe: Recipe, run: Run, console: Console, st
     try:
         with StopOnSignal() as stop, shared(learn), tracked(track, run, recipe) as trackers:
             best = fit(learn, recipe, run, console, state, [stop, *trackers, *engine])
-    except Stopped: raise _tell_stop(run, stop.received) from None
-    except RuntimeError:  # SIGTERM may have gone to the workers too, and torch tells of their end
-        if not stop.received: raise
-        raise _tell_stop(run, stop.received) from None
     except Diverged as failed:
         if failed.best: save_learner(learn, run/'learner.pkl', recipe)
         raise
+    except Exception:  # a signal may have gone to the workers too, whose end has many names
+        if not stop.received: raise
+        raise _tell_stop(run, stop.received) from None
     save_learner(learn, run/'learner.pkl', recipe)
     run.note('end', best={name: None if value != value else value for name, value in best.items()})  # NaN is not itself
     for old in (PREVIOUS, 'failure.json') if leads() else (): (run/old).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cxr_fastai.robustness import summarise
+from cxr_fastai.corruptions import summarise
 from cxr_fastai.run import Run
 
 SENSITIVITY = 0.95

@@ -27,6 +27,7 @@ class ModelConfig:
     threshold_rule: str = 'fixed:0.5'
     resize: str = 'squish'
     low_pass: float = 0.0
+    temperature: float | None = None
 
 
 def save_learner(learn: Learner, path: Path, recipe: Recipe) -> None:

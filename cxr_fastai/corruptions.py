@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
+import pandas as pd
 from PIL import Image, ImageFilter
 
 from cxr_fastai.images import BILINEAR
 
 STRENGTHS = (1, 2, 3, 4, 5)
+CLEAN, SHORTCUT = 'clean', 'shortcut'
+"""The rows that are no corruption; their strength is 0."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ def corrupt(square: np.ndarray, kind: str, strength: int, path: str, seed: int =
     """
     corruption = CORRUPTIONS[kind]
     return corruption.apply(square, corruption.values[strength - 1], film_rng(seed, path, kind))
+
+
+def summarise(table: pd.DataFrame) -> dict[str, float]:
+    """AUCs that stand for a robustness table: `clean`; `corrupted`, the mean over the kinds, each weighing the same;
+    `shortcut`; and `loss`, what clean films have above those without shortcuts."""
+    auc = table.groupby('corruption', sort=False).auc.mean()
+    return {'clean': float(auc[CLEAN]), 'corrupted': float(auc.drop([CLEAN, SHORTCUT]).mean()),
+            'shortcut': float(auc[SHORTCUT]), 'loss': float(auc[CLEAN] - auc[SHORTCUT])}
 
 
 def film_rng(seed: int, path: str, kind: str) -> np.random.Generator:

@@ -16,30 +16,9 @@ MOST_PROBES = 4
 """Numbers shown for each thing they could tell; the page has all."""
 
 
-def metrics_table(metrics: dict) -> Table:
-    """The metrics of one split, with their intervals and the specification's targets."""
-    from cxr_fastai.evaluation import TARGETS
-    table = Table(caption_justify='left')
-    for name in ('', 'value', '95 % interval', 'target'): table.add_column(name, justify='right' if name else 'left')
-    for name in ('auc', 'sensitivity', 'specificity', 'accuracy', 'ppv', 'npv', 'f1'):
-        table.add_row(name.upper() if name in ('auc', 'ppv', 'npv', 'f1') else name,
-                      *_cells(metrics[name], TARGETS.get(name)))
-    c = metrics['confusion']
-    table.caption = (f'{c["tp"]} true positives, {c["fn"]} false negatives\n'
-                     f'{c["tn"]} true negatives, {c["fp"]} false positives')
-    return table
-
-
-def _cells(estimate: dict, target: float | None) -> tuple[str, str, str]:
-    value, low, high = estimate['value'], estimate['low'], estimate['high']
-    if value is None: return 'undefined', '', ''
-    met = '' if target is None else f'>= {target:.0%} ' + ('[green]met[/]' if value >= target else '[red]missed[/]')
-    return f'{value:.3f}', '' if low is None else f'{low:.3f} to {high:.3f}', met
-
-
 def robustness_table(robustness: pd.DataFrame) -> Table:
     """The AUC by kind and strength of corruption, then on clean films and on those without shortcuts."""
-    from cxr_fastai.robustness import CLEAN, SHORTCUT, summarise
+    from cxr_fastai.corruptions import CLEAN, SHORTCUT, summarise
     table = Table(title='AUC on corrupted films', title_justify='left', caption_justify='left')
     strengths = sorted(set(robustness.strength) - {0})
     for name in ('', *map(str, strengths), 'mean'): table.add_column(name, justify='right' if name else 'left')

@@ -1,58 +1,75 @@
-"""One pass over a split gives the predictions table; every figure is derived from it, with its interval."""
+"""One pass over a split gives the predictions table; threshold and temperature come from valid alone, all figures from
+the table."""
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from scipy.optimize import brentq
-from scipy.special import expit, logit
-from scipy.stats import binomtest, norm, rankdata
 
-from cxr_fastai.core import POSITIVE, VOCAB, FilmError, UsageError, write_json
+from cxr_fastai.artefacts import find_learner, sha256
+from cxr_fastai.calibration import log_losses
+from cxr_fastai.core import POSITIVE, VOCAB, CXRWarning, FilmError, UsageError, write_csv, write_json
+from cxr_fastai.decision import DEFAULT, Decision, decide, parse_rule
 from cxr_fastai.inference import Predictor
-from cxr_fastai.items import count_films, data_root, film_root, read_items
+from cxr_fastai.items import count_films, data_root, film_root, parse_name, read_items
+from cxr_fastai.metrics import PREVALENCES, measure
 from cxr_fastai.run import Run
 
 COLUMNS = ['path', 'label', 'split', 'patient', 'p_pneumonia', 'prediction', 'loss']
-TARGETS = {'sensitivity': 0.95, 'specificity': 0.90}
-"""What the specification asks for."""
-Z95 = norm.ppf(0.975)
-Estimate = dict[str, float | None]
-"""`value`, and `low` and `high` of its 95 % interval; None where there is nothing to estimate from."""
 
 
-def evaluate(run: Run, data: Path | None = None, split: str = 'test', batch_size: int = 32,
-             limit: int | None = None, console: Console | None = None) -> dict[str, Any]:
-    """Predict the films of `split` once, write `predictions.csv` and `metrics.json` (other splits in them are kept),
-    and return the split's metrics. Raises `UsageError` for a split without films, `FilmError` for an unreadable film.
+def evaluate(run: Run, data: Path | None = None, split: str = 'test', batch_size: int = 32, limit: int | None = None,
+             console: Console | None = None, rule: str | None = None, prevalences: Sequence[float] = PREVALENCES,
+             by: Sequence[str] = ('kind',), again: bool = True) -> dict[str, Any]:
+    """Predict the films of `split` once, and those of valid where that was not done yet; choose the threshold on valid
+    by `rule` (default: that of the last time, else `decision.DEFAULT`); measure, and return the split's metrics.
+
+    Writes `predictions.csv`, `decision.json` and `metrics.json`, where other splits are kept, judged by the same
+    threshold. `by` names columns of the items that tell groups apart. Unless `again`, what the same network predicted
+    of the same paths before is taken as it is. Raises `UsageError` for a split without films or a rule that does not
+    exist, `FilmError` for an unreadable film.
     """
-    root, items = find_split(run, data, split, limit)
-    predictor = Predictor.load(run.path)
-    predictions = predict_items(predictor, items, root, batch_size, console)
-    metrics = measure(predictions, predictor.config.threshold, predictor.config.threshold_rule)
-    run.write_split('predictions.csv', predictions, split)
-    write_json(run/'metrics.json', run.metrics | {split: metrics})
-    return metrics
+    if rule: parse_rule(rule)
+    root, items = find_split(run, data, split, limit, by)
+    predictor, model = Predictor.load(run.path), sha256(find_learner(run.path))
+    predict = lambda items, root: predict_items(predictor, items, root, batch_size, console)
+    tables = known_predictions(run, model)
+    if again or not _has(tables, split, items): tables[split] = predict(items, root)
+    valid = _first(_own_films(run, 'valid'), limit)
+    if split != 'valid' and not _has(tables, 'valid', valid):
+        tables.pop('valid', None)
+        if folder := _folder_of(valid, data, run.films): tables['valid'] = predict(valid, folder)
+    decision = _decide(run, tables.get('valid'), rule, model)
+    tables = {name: judge(table, decision.threshold) for name, table in tables.items()}
+    groups = {column: items[column].to_numpy() for column in by}
+    measured = _measure_all(tables, split, groups, decision, run, prevalences)
+    write_csv(run/'predictions.csv', pd.concat(tables.values(), ignore_index=True))
+    if decision.valid: decision.save(run)
+    write_json(run/'metrics.json', measured)
+    return measured[split]
 
 
-def find_split(run: Run, data: Path | None, split: str, limit: int | None = None) -> tuple[Path, pd.DataFrame]:
-    """The films' folder and the items of `split` in it.
+def find_split(run: Run, data: Path | None, split: str, limit: int | None = None,
+               by: Sequence[str] = ()) -> tuple[Path, pd.DataFrame]:
+    """The films' folder and the items of `split` in it, with the columns `by` beside their own.
 
     Where the run's own train or valid films are there, also in a copy of the folder, those are meant: never a film
     that it trained on as valid. Without `data` the folder is the one it was trained on. Raises `UsageError`.
     """
     root = data_root(data or (run.films if run.films and run.films.exists() else None))
-    own = run.items[(run.items.split == split) & (split != 'test')]
-    there = [(film_root(root)/path).exists() for path in own.path]
-    items = own if there and all(there) else read_items(root)
-    chosen = items[items.split == split]
-    if (known := chosen.path.isin(run.items.path) & (items is not own) & (split != 'test')).any():
-        raise UsageError(f'{root}: {known.sum()} films of its {split} split are among those of the run, but not all of '
-                         "the run's are there: name the folder it was trained on, whole.")
-    if limit is not None: chosen = chosen.groupby('label', sort=False).head(limit)
+    own = _own_films(run, split) if split != 'test' else run.items[:0]
+    if _folder_of(own, root):
+        more = [column for column in by if column not in own]
+        items = own.merge(read_items(root, columns=more)[['path', *more]], on='path') if more else own
+    else:
+        items = read_items(root, columns=by)
+        _refuse_known(items, run, split, root)
+    chosen = _first(items[items.split == split], limit)
     if chosen.empty:
         found = count_films(items).sum(axis=1)
         raise UsageError(f'{root}: the split {split} has no films; found '
@@ -72,78 +89,78 @@ def predict_items(predictor: Predictor, items: pd.DataFrame, root: Path, batch_s
         raise FilmError(f'{bad.path.iloc[0]}: {bad.message.iloc[0]}{more}. Remove or mend it, then evaluate again.',
                         bad.code.iloc[0])
     p = rows.p_pneumonia.astype(float)
-    right = p.where(items.label == VOCAB[POSITIVE], 1 - p).clip(lower=np.finfo(float).tiny)
-    return items.assign(p_pneumonia=p, prediction=rows.prediction, loss=-np.log(right))[COLUMNS]
+    loss = log_losses((items.label == VOCAB[POSITIVE]).to_numpy(), p.to_numpy())
+    return items.reset_index(drop=True).assign(p_pneumonia=p, prediction=rows.prediction, loss=loss)[COLUMNS]
 
 
-def measure(predictions: pd.DataFrame, threshold: float, rule: str) -> dict[str, Any]:
-    """The metrics of one split, in the form of `metrics.json`.
-
-    Proportions have Wilson intervals, the AUC DeLong's on the logit scale, F1 Wilson's on the Jaccard index.
-    """
-    targs = (predictions.label == VOCAB[POSITIVE]).to_numpy()
-    p = predictions.p_pneumonia.to_numpy(float)
-    called = p >= threshold
-    tp, fp, fn, tn = (int(np.sum(a & b)) for a in (called, ~called) for b in (targs, ~targs))
-    return {'n': len(targs), 'positives': int(targs.sum()), 'threshold': threshold, 'threshold_rule': rule,
-            'accuracy': proportion(tp + tn, len(targs)), 'auc': roc_auc(targs, p),
-            'sensitivity': proportion(tp, tp + fn), 'specificity': proportion(tn, tn + fp),
-            'ppv': proportion(tp, tp + fp), 'npv': proportion(tn, tn + fn), 'f1': f1(tp, fp, fn),
-            'brier': float(np.mean((p - targs)**2)), 'confusion': {'tn': tn, 'fp': fp, 'fn': fn, 'tp': tp}}
+def judge(predictions: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """`predictions` with the column `prediction` as `threshold` has it."""
+    called = (predictions.p_pneumonia >= threshold).to_numpy().astype(int)
+    return predictions.assign(prediction=np.array(VOCAB)[called])
 
 
-def proportion(k: int, n: int) -> Estimate:
-    """k of n with Wilson's 95 % interval (Wilson 1927, without continuity correction)."""
-    if n == 0: return _estimate(None, None, None)
-    interval = binomtest(k, n).proportion_ci(method='wilson')
-    return _estimate(k/n, interval.low, interval.high)
+def known_predictions(run: Run, model: str) -> dict[str, pd.DataFrame]:
+    """The predictions of each split that the network with the SHA-256 `model` has made so far."""
+    same = [split for split, metrics in run.metrics.items() if metrics.get('model') == model]
+    if not same or not (run/'predictions.csv').exists(): return {}
+    return {split: rows for split, rows in run.predictions.groupby('split', sort=False) if split in same}
 
 
-def f1(tp: int, fp: int, fn: int) -> Estimate:
-    """F1 with the interval of J = tp/(tp + fp + fn), a proportion, mapped through F1 = 2J/(1 + J)."""
-    return {name: value if value is None else 2*value/(1 + value)
-            for name, value in proportion(tp, tp + fp + fn).items()}
+def _has(tables: Mapping[str, pd.DataFrame], split: str, items: pd.DataFrame) -> bool:
+    return split in tables and tables[split].path.to_list() == items.path.to_list()
 
 
-def roc_auc(targs: np.ndarray, scores: np.ndarray) -> Estimate:
-    """Area under the ROC curve of `scores` (n,) for the boolean `targs` (n,), with a 95 % interval.
-
-    DeLong's variance (1988; ranks as in Sun and Xu 2014) on the logit scale. Where that variance is 0 or undefined
-    (classes that separate completely, equal scores, one film of a class) Newcombe's method 5 (2006) instead, one-sided
-    for an AUC of 0 or 1. None for one class only.
-    """
-    positive, negative = scores[targs], scores[~targs]
-    m, n = len(positive), len(negative)
-    if not m or not n: return _estimate(None, None, None)
-    ranks = rankdata(np.concatenate([positive, negative]))
-    above = (ranks[:m] - rankdata(positive))/n        # share of negatives below each positive
-    below = 1 - (ranks[m:] - rankdata(negative))/m    # share of positives above each negative
-    auc = float(above.mean())
-    variance = above.var(ddof=1)/m + below.var(ddof=1)/n if min(m, n) > 1 else 0.0
-    if auc in (0.0, 1.0) or variance == 0: return _newcombe(auc, m, n)
-    half = Z95*np.sqrt(variance)/(auc*(1 - auc))
-    return _estimate(auc, *expit(logit(auc) + np.array([-half, half])))
+def _own_films(run: Run, split: str) -> pd.DataFrame:
+    """The items that `run` had in `split`, without films that training skipped as unreadable."""
+    items = run.items
+    bad = run.noted('start', 'resume').get('unreadable', [])
+    return items[(items.split == split) & ~items.path.isin(bad)]
 
 
-def roc_curve(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """False and true positive rates along the thresholds, from (0, 0) to (1, 1)."""
-    from sklearn.metrics import roc_curve as curve
-    fpr, tpr, _ = curve(predictions.label == VOCAB[POSITIVE], predictions.p_pneumonia)
-    return fpr, tpr
+def _folder_of(items: pd.DataFrame, *roots: Path | None) -> Path | None:
+    """The folder of the first of `roots` that has all films of `items`; None where none has, or there are no items."""
+    folders = [film_root(root) for root in roots if root and len(items)]
+    return next((folder for folder in folders if all((folder/path).exists() for path in items.path)), None)
 
 
-def _newcombe(auc: float, m: int, n: int) -> Estimate:
-    """The AUCs at which this one lies just z standard errors off, by Newcombe's variance of an AUC t."""
-    z, half = norm.ppf(0.95 if auc in (0.0, 1.0) else 0.975), (m + n)/2
-
-    def gap(t: float) -> float:
-        variance = t*(1 - t)/(m*n)*(2*half - 1 - (3*half - 3)/((2 - t)*(1 + t)))
-        return (auc - t)**2 - z**2*variance
-    edge = 1e-12
-    low = brentq(gap, edge, min(auc, 1 - edge)) if auc > 0 else 0.0
-    high = brentq(gap, max(auc, edge), 1 - edge) if auc < 1 else 1.0
-    return _estimate(auc, low, high)
+def _refuse_known(items: pd.DataFrame, run: Run, split: str, root: Path) -> None:
+    known = items.path[items.split == split].isin(run.items.path).sum() if split != 'test' else 0
+    if known: raise UsageError(f'{root}: {known} films of its {split} split are among those of the run, but not all of '
+                               "the run's are there: name the folder it was trained on, whole.")
 
 
-def _estimate(value: float | None, low: float | None, high: float | None) -> Estimate:
-    return {name: v if v is None else float(v) for name, v in (('value', value), ('low', low), ('high', high))}
+def _first(items: pd.DataFrame, limit: int | None) -> pd.DataFrame:
+    return items if limit is None else items.groupby('label', sort=False).head(limit)
+
+
+def _decide(run: Run, valid: pd.DataFrame | None, rule: str | None, model: str) -> Decision:
+    """By `rule`, or the rule of the last time, on the predictions of `valid`; without them what was decided before, or
+    the recipe's own threshold, with a warning."""
+    known = Decision.of(run, model)
+    if valid is not None: return decide(valid, rule or (known.rule if known else DEFAULT), model)
+    if known and rule in (None, known.rule): return known
+    if rule and not rule.startswith('fixed:'):
+        raise UsageError(f'--threshold {rule}: it is chosen on the validation films of the run, which are not at hand: '
+                         'evaluate where they are, or give fixed:T.')
+    threshold = parse_rule(rule)[1][0] if rule else run.recipe.threshold
+    if not rule: warnings.warn(f'the validation films of the run are not at hand, so no threshold was chosen on them: '
+                               f'{threshold:g} is used.', CXRWarning, stacklevel=3)
+    return Decision(threshold, rule or f'fixed:{threshold:g}', model=model)
+
+
+def _measure_all(tables: Mapping[str, pd.DataFrame], split: str, groups: Mapping[str, np.ndarray], decision: Decision,
+                 run: Run, prevalences: Sequence[float]) -> dict[str, Any]:
+    """The metrics of every split that has predictions: of `split`, in its `groups`, anew, of others where the decision
+    is another one than theirs."""
+    same = {'threshold': decision.threshold, 'threshold_rule': decision.rule, 'model': decision.model}
+    measured = {}
+    for name, table in tables.items():
+        known = run.metrics.get(name, {})
+        if name != split and known.items() >= same.items():
+            measured[name] = known
+            continue
+        columns = groups if name == split else {'kind': [parse_name(*film)[0] for film in zip(table.path, table.label,
+                                                                                            strict=True)]}
+        measured[name] = measure(table.assign(**columns), decision.threshold, decision.rule, decision.temperature,
+                                 prevalences, list(columns)) | {'model': decision.model}
+    return measured

@@ -1,8 +1,9 @@
 """A model file becomes a `Predictor`: films go in, a table of probabilities comes out."""
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -12,28 +13,51 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from cxr_fastai.artefacts import ModelConfig, find_learner, load_learner
-from cxr_fastai.core import POSITIVE, VOCAB, FilmError, UsageError, progress
+from cxr_fastai.artefacts import ModelConfig, find_learner, load_learner, sha256
+from cxr_fastai.calibration import temper
+from cxr_fastai.core import POSITIVE, VOCAB, CXRWarning, FilmError, UsageError, progress
+from cxr_fastai.decision import Decision
 from cxr_fastai.images import Preprocessing, open_film
 from cxr_fastai.items import find_films
 from cxr_fastai.listing import read_listing
 from cxr_fastai.models import normalize
+from cxr_fastai.run import Run
 
 COLUMNS = ['path', 'status', 'p_pneumonia', 'prediction', 'threshold', 'code', 'message']
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network in evaluation mode and what it was trained for. `Predictor.load(MODEL)` makes one."""
+    """A network in evaluation mode and what it was trained for. `Predictor.load(MODEL)` makes one.
+
+    A `calibrated` one gives probabilities, and the threshold, at the temperature fitted on validation films.
+    """
     model: nn.Module
     config: ModelConfig
+    calibrated: bool = False
 
     @classmethod
-    def load(cls, model: Path) -> Predictor:
-        """The predictor of a run folder or an exported `.pkl`. Raises `CXRError`."""
-        learn = load_learner(find_learner(model))
-        model = learn.model.eval().to(memory_format=torch.channels_last)  # half as fast again on a CPU
-        return cls(model, ModelConfig(**learn.config))
+    def load(cls, model: Path, calibrated: bool = False) -> Predictor:
+        """The predictor of an exported `.pkl`, or of a run folder, with what `evaluate` decided there. Raises
+        `CXRError`."""
+        file = find_learner(model)
+        learn = load_learner(file)
+        config = ModelConfig(**learn.config)
+        if model.is_dir(): config = _decided(Run(model), file, config)
+        if calibrated and config.temperature is None:
+            raise UsageError(f'{model}: --calibrated needs the temperature that `cxr-fastai evaluate RUN` fits on '
+                             'validation films: evaluate the run, and name its folder.')
+        network = learn.model.eval().to(memory_format=torch.channels_last)  # half as fast again on a CPU
+        return cls(network, config, calibrated)
+
+    @property
+    def threshold(self) -> float:
+        """From what probability on a film is called pneumonia."""
+        return self.show(self.config.threshold)
+
+    def show(self, score: float) -> float:
+        """A raw probability as this predictor tells it."""
+        return float(temper(score, self.config.temperature)) if self.calibrated else score
 
     @torch.inference_mode()
     def scores(self, films: np.ndarray) -> np.ndarray:
@@ -56,7 +80,7 @@ class Predictor:
 
     def _open(self, path: Path) -> tuple[dict, np.ndarray | None]:
         row, wanted = dict.fromkeys(COLUMNS), Preprocessing.of(self.config)
-        row |= {'path': str(path), 'threshold': self.config.threshold}
+        row |= {'path': str(path), 'threshold': self.threshold}
         try: film = open_film(path, wanted)
         except FilmError as error:
             why = str(error).removeprefix(f'{path}: ')[:200]
@@ -64,7 +88,7 @@ class Predictor:
         return row | {'status': 'ok', 'message': '; '.join(film.notes)[:200] or None}, wanted.fit(film.pixels)
 
     def _judge(self, score: float) -> dict:
-        return {'p_pneumonia': score, 'prediction': VOCAB[int(score >= self.config.threshold)]}
+        return {'p_pneumonia': self.show(score), 'prediction': VOCAB[int(score >= self.config.threshold)]}
 
 
 def list_films(sources: Iterable[Path]) -> list[Path]:
@@ -83,3 +107,13 @@ def list_films(sources: Iterable[Path]) -> list[Path]:
 def prediction_table(rows: Iterable[dict]) -> pd.DataFrame:
     """The rows of `Predictor.predict` as a table."""
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _decided(run: Run, file: Path, config: ModelConfig) -> ModelConfig:
+    """`config` with what was decided for the learner in `file`; with a warning as it is, where that was for another."""
+    known = Decision.of(run, sha256(file))
+    if known: return replace(config, threshold=known.threshold, threshold_rule=known.rule,
+                             temperature=known.temperature)
+    if run.decision: warnings.warn(f'{run/"decision.json"} was chosen for another learner.pkl, so it is not used: '
+                                   'evaluate the run again.', CXRWarning, stacklevel=3)
+    return config

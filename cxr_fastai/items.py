@@ -6,7 +6,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 
 import pandas as pd
@@ -45,14 +45,19 @@ def film_root(root: Path) -> Path:
     return root.parent if root.is_file() else root
 
 
-def read_items(root: Path, valid: str = 'official', seed: int = 42, limit: int | None = None) -> pd.DataFrame:
+def read_items(root: Path, valid: str = 'official', seed: int = 42, limit: int | None = None,
+               columns: Sequence[str] = ()) -> pd.DataFrame:
     """The items table of the folder or CSV `root`, sorted by path; `.attrs['ignored']` counts what was passed over.
 
-    `limit` keeps the first films of each class and split. Raises `CXRError` where no film is found, `UsageError` for
-    a class that is not in the vocabulary or an unknown `valid`.
+    `limit` keeps the first films of each class and split; `columns` names further ones of a CSV that are wanted. Raises
+    `CXRError` where no film is found, `UsageError` for a class that is not in the vocabulary, an unknown `valid` or a
+    column that is not there.
     """
     if valid not in VALID: raise UsageError(f'--valid {valid}: choose {" or ".join(VALID)}.')
-    items = _from_csv(root) if root.is_file() else _from_folders(root)
+    items = _from_csv(root, columns) if root.is_file() else _from_folders(root)
+    if missing := [name for name in columns if name not in items]:
+        raise UsageError(f'{root}: no column {" or ".join(missing)}: there are {", ".join(items)}, and what a CSV '
+                         'of films has beside them.')
     if valid == 'patients': items = split_patients(items, seed)
     if limit is not None: items = items.groupby(['split', 'label'], sort=False).head(limit).reset_index(drop=True)
     return items
@@ -177,7 +182,7 @@ def _place(folders: tuple[str, ...], flat: bool) -> tuple[str, str] | None:
     return (SPLITS[folders[0]], folders[1]) if len(folders) == 2 and folders[0] in SPLITS else None
 
 
-def _from_csv(path: Path) -> pd.DataFrame:
+def _from_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     table = read_listing(path)
     split = table['split'] if 'split' in table else pd.Series('train', table.index)
     if (unknown := ~split.isin(list(SPLITS))).any():
@@ -186,6 +191,9 @@ def _from_csv(path: Path) -> pd.DataFrame:
     table = table.assign(split=split.map(SPLITS), path=table.path.map(posixpath.normpath))
     items = _table(table, Counter(), path)
     check_files(table, path)
+    films = table.drop_duplicates('path').set_index('path')
+    for name in columns:
+        if name in films and name not in items: items[name] = items.path.map(films[name])
     return items
 
 

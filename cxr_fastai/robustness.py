@@ -18,18 +18,17 @@ import pandas as pd
 from rich.console import Console
 
 from cxr_fastai.core import POSITIVE, VOCAB, in_threads
-from cxr_fastai.corruptions import CORRUPTIONS, STRENGTHS, corrupt
-from cxr_fastai.evaluation import find_split, proportion, roc_auc
+from cxr_fastai.corruptions import CLEAN, CORRUPTIONS, SHORTCUT, STRENGTHS, corrupt
+from cxr_fastai.evaluation import find_split
 from cxr_fastai.images import Preprocessing, open_film
 from cxr_fastai.inference import Predictor
+from cxr_fastai.intervals import proportion, roc_auc
 from cxr_fastai.run import Run
 from cxr_fastai.shortcut import Equaliser
 
 SIDE = 224
 IN_MEMORY = 2**30
 """Bytes of squares above which they are kept in a temporary file."""
-CLEAN, SHORTCUT = 'clean', 'shortcut'
-"""The rows that are no corruption; their strength is 0."""
 COLUMNS = ['corruption', 'strength', 'n', 'auc', 'auc_low', 'auc_high', 'sensitivity', 'specificity']
 Variant = Callable[[np.ndarray, str], np.ndarray]
 """A square, grey uint8 (s, s), and its film's path become another square."""
@@ -81,14 +80,6 @@ def read_squares(items: pd.DataFrame, root: Path, preprocessing: Preprocessing, 
     read = in_threads(partial(_read, preprocessing=preprocessing), [root/path for path in items.path], workers, console)
     for i, (square, side) in enumerate(read): squares[i], sides[i] = square, side
     return squares, sides
-
-
-def summarise(table: pd.DataFrame) -> dict[str, float]:
-    """AUCs that stand for a robustness table: `clean`; `corrupted`, the mean over the kinds, each weighing the same;
-    `shortcut`; and `loss`, what clean films have above those without shortcuts."""
-    auc = table.groupby('corruption', sort=False).auc.mean()
-    return {'clean': float(auc[CLEAN]), 'corrupted': float(auc.drop([CLEAN, SHORTCUT]).mean()),
-            'shortcut': float(auc[SHORTCUT]), 'loss': float(auc[CLEAN] - auc[SHORTCUT])}
 
 
 def _read(path: Path, preprocessing: Preprocessing) -> tuple[np.ndarray, int]:

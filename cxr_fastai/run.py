@@ -43,7 +43,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The recipe it was trained with."""
-        try: return Recipe.from_dict(_read_json(self/'recipe.json'))
+        try: return Recipe.from_dict(read_json(self/'recipe.json'))
         except (TypeError, KeyError) as error:
             raise UsageError(f'{self/"recipe.json"}: not a recipe of this version ({error}): train again.') from None
 
@@ -63,6 +63,11 @@ class Run:
         return _read_csv(self/'predictions.csv')
 
     @property
+    def decision(self) -> dict[str, Any]:
+        """How a probability becomes a decision, as `evaluate` chose it; empty where it has not."""
+        return read_json(self/'decision.json') if (self/'decision.json').exists() else {}
+
+    @property
     def robustness(self) -> pd.DataFrame:
         """One row a corruption and strength, for each split evaluated so."""
         return _read_csv(self/'robustness.csv')
@@ -70,7 +75,7 @@ class Run:
     @property
     def metrics(self) -> dict[str, Any]:
         """One object a split evaluated so far."""
-        return _read_json(self/'metrics.json') if (self/'metrics.json').exists() else {}
+        return read_json(self/'metrics.json') if (self/'metrics.json').exists() else {}
 
     def start(self, recipe: Recipe, items: pd.DataFrame) -> None:
         """Write down what is about to be trained."""
@@ -126,6 +131,8 @@ class Run:
 
 TEXT = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase')
 """Columns that stay as they are written: a patient `007` is no number, and one called `NA` is not missing."""
+EXACT = ('p_pneumonia',)
+"""Columns of which every digit counts: a score may lie next to the threshold, and older pandas round the last one."""
 TRAINED = ('recipe.json', 'items.csv', 'history.csv', 'state.pt', 'failure.json', 'learner.pkl')
 WRITER = {'items.csv': 'train', 'history.csv': 'train', 'predictions.csv': 'evaluate',
           'robustness.csv': 'evaluate --robustness'}
@@ -136,12 +143,14 @@ def _read_csv(path: Path) -> pd.DataFrame:
     try:
         names = pd.read_csv(path, nrows=0).columns
         return pd.read_csv(path, dtype={name: str for name in names if name in TEXT}, keep_default_na=False,
-                           na_values={name: [''] for name in names if name not in TEXT})
+                           na_values={name: [''] for name in names if name not in (*TEXT, *EXACT)},
+                           converters={name: float for name in names if name in EXACT})
     except FileNotFoundError:
         raise UsageError(f'{path} is missing: `cxr-fastai {WRITER[path.name]}` writes it.') from None
     except ValueError as error: raise UsageError(f'{path}: damaged ({error}).') from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file `path`. Raises `UsageError` where it is damaged."""
     try: return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error: raise UsageError(f'{path}: damaged ({error}).') from None

@@ -1,89 +1,17 @@
-"""Every figure against an independent implementation, and never without its interval."""
+"""One pass a split, the threshold from validation films alone, and nothing lost or mixed up on the way."""
 import json
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.special import expit, logit
-from sklearn import metrics as sk
 
-from cxr_fastai.core import FilmError, UsageError
-from cxr_fastai.evaluation import COLUMNS, evaluate, f1, find_split, measure, proportion, roc_auc
+from cxr_fastai.core import CXRWarning, FilmError, UsageError
+from cxr_fastai.decision import Decision
+from cxr_fastai.evaluation import COLUMNS, evaluate, find_split, judge
+from cxr_fastai.inference import Predictor
+from cxr_fastai.metrics import measure
 from cxr_fastai.run import Run
-
-RNG = np.random.default_rng(0)
-
-
-def table(targs, p, **columns) -> pd.DataFrame:
-    return pd.DataFrame({'label': np.where(targs, 'PNEUMONIA', 'NORMAL'), 'p_pneumonia': p} | columns)
-
-
-@pytest.mark.parametrize(('k', 'n', 'low', 'high'), [
-    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718),
-    (390, 390, 0.9902, 1)])
-def test_wilsons_golden_values(k, n, low, high):
-    assert list(proportion(k, n).values()) == pytest.approx([k/n, low, high], abs=5e-5)
-
-
-def test_nothing_of_nothing_is_undefined():
-    assert proportion(0, 0) == f1(0, 0, 0) == {'value': None, 'low': None, 'high': None}
-
-
-def test_the_auc_is_scikit_learns_also_with_ties():
-    for n in (10, 60, 624):
-        targs, p = RNG.random(n) < 0.6, RNG.random(n).round(1 if n == 60 else 9)
-        assert roc_auc(targs, p)['value'] == pytest.approx(sk.roc_auc_score(targs, p), abs=1e-12)
-
-
-def test_delongs_interval_is_the_one_of_its_definition():
-    targs = np.arange(80) < 50
-    p = np.clip(RNG.normal(0.4 + 0.3*targs, 0.2), 0, 1).round(2)
-    wins = (np.sign(np.subtract.outer(p[targs], p[~targs])) + 1)/2  # each positive against each negative
-    auc = wins.mean()
-    variance = wins.mean(1).var(ddof=1)/50 + wins.mean(0).var(ddof=1)/30
-    half = 1.959964*np.sqrt(variance)/(auc*(1 - auc))
-    assert list(roc_auc(targs, p).values()) == pytest.approx([auc, expit(logit(auc) - half), expit(logit(auc) + half)])
-
-
-def test_complete_separation_is_never_certain():
-    targs = np.arange(40) < 20
-    perfect, reversed_ = roc_auc(targs, targs.astype(float)), roc_auc(targs, 1.0 - targs)
-    assert perfect['value'] == perfect['high'] == 1 and 0.8 < perfect['low'] < 0.99
-    assert reversed_['value'] == reversed_['low'] == 0 and reversed_['high'] == pytest.approx(1 - perfect['low'])
-    fewer = roc_auc(np.arange(10) < 5, (np.arange(10) < 5).astype(float))
-    assert fewer['low'] < perfect['low']
-
-
-def test_one_class_has_no_auc():
-    assert roc_auc(np.ones(4, bool), np.arange(4.0))['value'] is None
-
-
-def test_an_auc_without_variance_still_has_an_interval():
-    for targs, p in [(np.arange(40) < 20, np.full(40, 0.5)), (np.arange(3) < 1, np.array([0.5, 0.1, 0.9]))]:
-        estimate = roc_auc(targs, p)
-        assert estimate['value'] == 0.5 and 0 < estimate['low'] < 0.45 and 0.55 < estimate['high'] < 1
-
-
-def test_the_interval_of_f1_holds_f1_and_shrinks():
-    few, many = f1(8, 1, 2), f1(800, 100, 200)
-    assert few['value'] == pytest.approx(many['value']) == pytest.approx(16/19)
-    assert few['low'] < many['low'] < many['value'] < many['high'] < few['high']
-
-
-def test_the_metrics_are_scikit_learns():
-    targs, p = RNG.random(200) < 0.6, RNG.random(200)
-    m = measure(table(targs, p), 0.4, 'fixed:0.4')
-    called = p >= 0.4
-    wanted = {'accuracy': sk.accuracy_score(targs, called), 'sensitivity': sk.recall_score(targs, called),
-              'specificity': sk.recall_score(targs, called, pos_label=0), 'ppv': sk.precision_score(targs, called),
-              'npv': sk.precision_score(targs, called, pos_label=0), 'f1': sk.f1_score(targs, called),
-              'auc': sk.roc_auc_score(targs, p)}
-    assert {name: m[name]['value'] for name in wanted} == pytest.approx(wanted)
-    assert all(m[name]['low'] < m[name]['value'] < m[name]['high'] for name in wanted)
-    assert m['brier'] == pytest.approx(sk.brier_score_loss(targs, p))
-    assert list(m['confusion'].values()) == sk.confusion_matrix(targs, called).ravel().tolist()
-    assert (m['n'], m['positives'], m['threshold'], m['threshold_rule']) == (200, targs.sum(), 0.4, 'fixed:0.4')
 
 
 @pytest.fixture
@@ -95,11 +23,105 @@ def copy(run, tmp_path) -> Run:
 def test_evaluating_writes_the_contracts_files(copy, films):
     measured = evaluate(copy, films, 'test')
     predictions = pd.read_csv(copy/'predictions.csv')
-    assert list(predictions) == COLUMNS and len(predictions) == measured['n'] == 12
-    assert json.loads((copy/'metrics.json').read_text()) == {'test': measured}
+    assert list(predictions) == COLUMNS and predictions.split.value_counts().to_dict() == {'test': 12, 'valid': 12}
+    assert json.loads((copy/'metrics.json').read_text())['test'] == measured and measured['n'] == 12
     right = predictions.p_pneumonia.where(predictions.label == 'PNEUMONIA', 1 - predictions.p_pneumonia)
     assert np.allclose(predictions.loss, -np.log(right), atol=1e-5)
-    assert measured == measure(predictions, 0.5, 'fixed:0.5')
+    again = copy.predictions.query('split == "test"').assign(kind=lambda table: table.path.map(kind))
+    decided = Decision(**copy.decision)
+    assert measured == measure(again, decided.threshold, 'sensitivity:0.95', decided.temperature, by=['kind']) | {
+        'model': decided.model}
+
+
+def kind(path: str) -> str: return next((kind for kind in ('bacteria', 'virus') if kind in path), 'normal')
+
+
+def test_the_threshold_comes_from_valid_and_permuted_test_labels_change_nothing(copy, films, tmp_path):
+    evaluate(copy, films, 'test')
+    first = copy.decision
+    shutil.copytree(films, tmp_path/'turned')
+    shutil.move(tmp_path/'turned/test/NORMAL', tmp_path/'turned/test/X')
+    shutil.move(tmp_path/'turned/test/PNEUMONIA', tmp_path/'turned/test/NORMAL')
+    shutil.move(tmp_path/'turned/test/X', tmp_path/'turned/test/PNEUMONIA')
+    turned = evaluate(copy, tmp_path/'turned', 'test')
+    assert copy.decision == first and turned['threshold'] == first['threshold']
+
+
+def test_every_call_in_the_table_is_that_of_the_threshold(copy, films):
+    for rule in ('fixed:0.3', 'youden', 'sensitivity:0.9'):
+        measured = evaluate(copy, films, 'test', rule=rule)
+        table = copy.predictions
+        assert set(judge(table, measured['threshold']).prediction == table.prediction) == {True}
+        assert measured['threshold_rule'] == rule == copy.metrics['valid']['threshold_rule']
+        assert copy.metrics['valid']['threshold'] == measured['threshold'] == copy.decision['threshold']
+
+
+def test_a_rule_is_remembered(copy, films):
+    evaluate(copy, films, 'test', rule='fixed:0.25')
+    assert evaluate(copy, films, 'test')['threshold'] == 0.25
+
+
+def test_predict_decides_as_evaluate_did(copy, films):
+    measured = evaluate(copy, films, 'test', rule='fixed:0.45')
+    table = copy.predictions.query('split == "test"')
+    rows = list(Predictor.load(copy.path).predict([films/path for path in table.path]))
+    assert [row['prediction'] for row in rows] == table.prediction.to_list()
+    assert {row['threshold'] for row in rows} == {measured['threshold']}
+
+
+def test_calibrated_predictions_decide_alike_and_order_alike(copy, films):
+    evaluate(copy, films, 'test')
+    paths = [films/path for path in copy.predictions.path]
+    raw, calibrated = (pd.DataFrame(Predictor.load(copy.path, warm).predict(paths)) for warm in (False, True))
+    t = copy.decision['temperature']
+    assert t != 1 and (raw.prediction == calibrated.prediction).all()
+    assert np.allclose(np.log(calibrated.p_pneumonia/(1 - calibrated.p_pneumonia))*t,
+                       np.log(raw.p_pneumonia/(1 - raw.p_pneumonia)))
+    with pytest.raises(UsageError, match='--calibrated needs the temperature'):
+        Predictor.load(copy/'learner.pkl', calibrated=True)
+
+
+def test_a_decision_for_another_network_is_not_used(copy, films):
+    evaluate(copy, films, 'test', rule='fixed:0.45')
+    with open(copy/'learner.pkl', 'ab') as file: file.write(b' ')
+    with pytest.warns(CXRWarning, match='chosen for another learner.pkl'):
+        assert Predictor.load(copy.path).threshold == 0.5
+    evaluate(copy, films, 'valid')
+    assert set(copy.metrics) == {'valid'} and copy.metrics['valid']['threshold_rule'] == 'sensitivity:0.95'
+
+
+def test_validation_films_that_were_predicted_need_not_be_there_again(copy, films, tmp_path):
+    shutil.copytree(films/'test', tmp_path/'elsewhere/test')
+    there = evaluate(copy, films, 'valid')
+    hide(copy, tmp_path)
+    assert evaluate(copy, tmp_path/'elsewhere', 'test')['threshold'] == there['threshold']
+
+
+def hide(run: Run, folder) -> None:
+    """Make `run` forget where its films are."""
+    run.note('resume', data=str(folder/'nowhere'))
+
+
+def test_without_validation_films_no_threshold_is_chosen_on_others(copy, films, tmp_path):
+    shutil.copytree(films/'test', tmp_path/'elsewhere/test')
+    hide(copy, tmp_path)
+    with pytest.warns(CXRWarning, match='not at hand, so no threshold was chosen'):
+        assert evaluate(copy, tmp_path/'elsewhere', 'test')['threshold_rule'] == 'fixed:0.5'
+    with pytest.raises(UsageError, match='youden: it is chosen on the validation films'):
+        evaluate(copy, tmp_path/'elsewhere', 'test', rule='youden')
+    assert evaluate(copy, tmp_path/'elsewhere', 'test', rule='fixed:0.4')['threshold'] == 0.4
+    assert not copy.decision
+
+
+def test_groups_of_any_column_of_a_csv(copy, films, tmp_path):
+    items = pd.DataFrame({'path': sorted(str(path) for path in (films/'test').rglob('*.jpeg'))})
+    items = items.assign(label=items.path.str.extract('(NORMAL|PNEUMONIA)')[0], split='test', sex=['f', 'm']*6)
+    items.to_csv(tmp_path/'films.csv', index=False)
+    measured = evaluate(copy, tmp_path/'films.csv', 'test', by=['kind', 'sex'])
+    assert [group['column'] for group in measured['subgroups']] == ['kind', 'sex']
+    assert measured['subgroups'][1] == {'column': 'sex', 'group': None, 'suppressed': 2}  # six films each
+    with pytest.raises(UsageError, match='no column age: there are path, label, split, patient, kind'):
+        evaluate(copy, films, 'test', by=['age'])
 
 
 def test_a_second_split_joins_the_first_and_a_second_time_replaces_it(copy):
@@ -159,4 +181,4 @@ def test_an_unreadable_film_is_named_and_nothing_is_written(copy, films, tmp_pat
     next((tmp_path/'elsewhere').rglob('IM*.jpeg')).write_bytes(b'broken')
     with pytest.raises(FilmError, match=r'IM-\d+-\d+.jpeg: E_FORMAT.*Remove or mend it'):
         evaluate(copy, tmp_path/'elsewhere', 'test')
-    assert not (copy/'metrics.json').exists() and not (copy/'predictions.csv').exists()
+    assert not any((copy/name).exists() for name in ('metrics.json', 'predictions.csv', 'decision.json'))

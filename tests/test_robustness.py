@@ -10,11 +10,11 @@ import pytest
 from cxr_fastai import robustness
 from cxr_fastai.artefacts import ModelConfig
 from cxr_fastai.cli import main
-from cxr_fastai.corruptions import CORRUPTIONS, STRENGTHS
+from cxr_fastai.corruptions import CORRUPTIONS, STRENGTHS, summarise
 from cxr_fastai.evaluation import find_split
 from cxr_fastai.images import Preprocessing, open_film
 from cxr_fastai.interpret import plot_robustness
-from cxr_fastai.robustness import COLUMNS, evaluate_robustness, measure_robustness, summarise
+from cxr_fastai.robustness import COLUMNS, evaluate_robustness, measure_robustness
 from cxr_fastai.run import Run
 from cxr_fastai.traits import sharpness
 

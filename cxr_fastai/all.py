@@ -6,25 +6,38 @@ from cxr_fastai.audit import audit, save_audit
 from cxr_fastai.augment import AugmentFilms
 from cxr_fastai.cache import find_cache, prepare
 from cxr_fastai.core import POSITIVE, VOCAB, CXRError
-from cxr_fastai.corruptions import CORRUPTIONS, corrupt
+from cxr_fastai.corruptions import CORRUPTIONS, corrupt, summarise
+from cxr_fastai.curves import (
+    plot_calibration,
+    plot_net_benefit,
+    plot_precision_recall,
+    plot_risk_coverage,
+    plot_roc,
+    plot_scores,
+)
 from cxr_fastai.data import film_block, locate, make_dls
+from cxr_fastai.decision import Decision, decide
 from cxr_fastai.demo import make_demo
-from cxr_fastai.evaluation import evaluate, measure
+from cxr_fastai.evaluation import evaluate
 from cxr_fastai.images import Preprocessing, open_film, read_film
 from cxr_fastai.inference import Predictor, list_films, prediction_table
-from cxr_fastai.interpret import describe, plot_confusion_matrix, plot_history, plot_robustness, plot_roc
+from cxr_fastai.interpret import plot_confusion_matrix, plot_history, plot_robustness, typical_hits, worst_errors
+from cxr_fastai.intervals import describe
 from cxr_fastai.items import count_films, data_root, read_items, split_patients
 from cxr_fastai.learner import make_learner
+from cxr_fastai.metrics import measure
 from cxr_fastai.models import ARCHS, BaselineCNN, build_model, make_recipe
 from cxr_fastai.recipe import Phase, Recipe
-from cxr_fastai.robustness import measure_robustness, summarise
+from cxr_fastai.robustness import measure_robustness
 from cxr_fastai.run import Run
 from cxr_fastai.sources import download
 from cxr_fastai.training import fit, train
 
-__all__ = ['ARCHS', 'AugmentFilms', 'BaselineCNN', 'CORRUPTIONS', 'CXRError', 'POSITIVE', 'Path', 'Phase', 'Predictor',
-           'Preprocessing', 'Recipe', 'Run', 'VOCAB', 'audit', 'build_model', 'corrupt', 'count_films', 'data_root',
-           'describe', 'download', 'evaluate', 'film_block', 'find_cache', 'fit', 'list_films', 'load_learner',
-           'locate', 'make_demo', 'make_dls', 'make_learner', 'make_recipe', 'measure', 'measure_robustness',
-           'open_film', 'plot_confusion_matrix', 'plot_history', 'plot_robustness', 'plot_roc', 'prediction_table',
-           'prepare', 'read_film', 'read_items', 'save_audit', 'save_learner', 'split_patients', 'summarise', 'train']
+__all__ = ['ARCHS', 'AugmentFilms', 'BaselineCNN', 'CORRUPTIONS', 'CXRError', 'Decision', 'POSITIVE', 'Path', 'Phase',
+           'Predictor', 'Preprocessing', 'Recipe', 'Run', 'VOCAB', 'audit', 'build_model', 'corrupt', 'count_films',
+           'data_root', 'decide', 'describe', 'download', 'evaluate', 'film_block', 'find_cache', 'fit', 'list_films',
+           'load_learner', 'locate', 'make_demo', 'make_dls', 'make_learner', 'make_recipe', 'measure',
+           'measure_robustness', 'open_film', 'plot_calibration', 'plot_confusion_matrix', 'plot_history',
+           'plot_net_benefit', 'plot_precision_recall', 'plot_risk_coverage', 'plot_robustness', 'plot_roc',
+           'plot_scores', 'prediction_table', 'prepare', 'read_film', 'read_items', 'save_audit', 'save_learner',
+           'split_patients', 'summarise', 'train', 'typical_hits', 'worst_errors']

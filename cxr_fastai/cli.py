@@ -17,10 +17,10 @@ from typer import Argument, Option
 
 from cxr_fastai import cli_data
 from cxr_fastai import options as opt
+from cxr_fastai.cli_evaluate import evaluate, report
 from cxr_fastai.cli_train import lr_find, train
 from cxr_fastai.core import CXRError, CXRWarning, UsageError, check_new, write_csv
-from cxr_fastai.run import Run
-from cxr_fastai.terminal import complain, free, last_line, one_of, out, say, show_warning
+from cxr_fastai.terminal import complain, free, last_line, out, say, show_warning
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cli_data.app, name='data')
@@ -40,33 +40,15 @@ def show_version(show: Annotated[bool, Option('--version', help='Print the versi
 
 app.command()(train)
 app.command('lr-find')(lr_find)
-
-
-@app.command()
-def evaluate(run: opt.RunFolder, data: opt.Data = None, csv: opt.Csv = None, split: opt.Split = 'test',
-             batch_size: opt.BatchSize = 32, limit: opt.Limit = None, robustness: opt.Robustness = False) -> None:
-    """Measure a run on a split: predictions.csv, metrics.json and figures in its folder.
-
-    Without --data the films are looked for where the run was trained. Example: cxr-fastai evaluate runs/resnet50
-    """
-    folder = Run.open(run)
-    from cxr_fastai.evaluation import evaluate
-    metrics = evaluate(folder, one_of(data, csv), split, batch_size, limit, out)
-    from cxr_fastai.display import metrics_table
-    from cxr_fastai.interpret import save_figures
-    figures = save_figures(folder, split)
-    say(f'{run}, {split} split: {metrics["n"]} films, {metrics["positives"]} of them pneumonia, threshold '
-        f'{metrics["threshold"]:g}')
-    out.print(metrics_table(metrics))
-    say(f'in {run}: predictions.csv, metrics.json, {", ".join(figures)}')
-    if robustness: _evaluate_robustness(folder, one_of(data, csv), split, batch_size, limit)
+app.command()(evaluate)
+app.command()(report)
 
 
 @app.command()
 def predict(model: Annotated[Path, Argument(metavar='MODEL', help='Run folder, or an exported .pkl.')],
             films: Annotated[list[Path], Argument(metavar='FILM|DIR|CSV...', help=(
                 'Films, folders of films, or CSVs with a column path.'))],
-            table: opt.NewTable = None, batch_size: opt.BatchSize = 32) -> None:
+            table: opt.NewTable = None, batch_size: opt.BatchSize = 32, calibrated: opt.Calibrated = False) -> None:
     """Give each film the probability of pneumonia; a film that cannot be read gets a row with its error.
 
     Example: cxr-fastai predict runs/resnet50 film.jpeg more_films/ --out predictions.csv
@@ -76,7 +58,7 @@ def predict(model: Annotated[Path, Argument(metavar='MODEL', help='Run folder, o
     from cxr_fastai.display import predictions_table
     from cxr_fastai.inference import Predictor, list_films, prediction_table
     paths = list_films(films)
-    rows = prediction_table(Predictor.load(model).predict(paths, batch_size, out))
+    rows = prediction_table(Predictor.load(model, calibrated).predict(paths, batch_size, out))
     if table: write_csv(table, rows)
     bad = rows[rows.status != 'ok']
     out.print(predictions_table(rows))
@@ -89,25 +71,30 @@ def predict(model: Annotated[Path, Argument(metavar='MODEL', help='Run folder, o
 @app.command()
 def demo(folder: opt.NewFolder = None, films: opt.Films = 800, size: opt.Size = 128, epochs: opt.DemoEpochs = 12,
          seed: opt.Seed = 0) -> None:
-    """The whole way on synthetic films: data, audit, train (baseline), evaluate, predict. Two minutes on two cores.
+    """The whole way on synthetic films: data, audit, train (baseline), evaluate, predict, report.
+
+    Two minutes on two cores.
 
     Example: cxr-fastai demo --out demo
     """
     folder = folder or free(Path('demo'))
     check_new(folder)
-    out.rule('1 of 5: data demo', align='left')
+    out.rule('1 of 6: data demo', align='left')
     cli_data.data_demo(folder/'films', films, max(96, size*3//2), seed)
-    out.rule('2 of 5: data audit', align='left')
+    out.rule('2 of 6: data audit', align='left')
     cli_data.data_audit(folder/'films', report=folder/'audit')
-    out.rule('3 of 5: train', align='left')
+    out.rule('3 of 6: train', align='left')
     from cxr_fastai.models import make_recipe
     from cxr_fastai.training import train
     train(make_recipe('baseline', epochs=epochs, size=size, seed=seed), folder/'films', folder/'run', out)
-    out.rule('4 of 5: evaluate', align='left')
-    evaluate(folder/'run')
-    out.rule('5 of 5: predict', align='left')
+    out.rule('4 of 6: evaluate', align='left')
+    evaluate([folder/'run'])
+    out.rule('5 of 6: predict', align='left')
     predict(folder/'run', [folder/'films'/'test'], folder/'predictions.csv')
-    say(f'films in {folder/"films"}, run in {folder/"run"}, predictions in {folder/"predictions.csv"}')
+    out.rule('6 of 6: report', align='left')
+    report(folder/'run')
+    say(f'films in {folder/"films"}, run in {folder/"run"}, predictions in {folder/"predictions.csv"}, '
+        f'report in {folder/"run"/"report.html"}')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,11 +138,3 @@ def _tell_signal(number: signal.Signals) -> int:
 def run() -> None:
     """The console script: `main`, as the process's exit code."""
     sys.exit(main())
-
-
-def _evaluate_robustness(folder: Run, films: Path | None, split: str, batch_size: int, limit: int | None) -> None:
-    from cxr_fastai.display import robustness_table
-    from cxr_fastai.interpret import save_robustness
-    from cxr_fastai.robustness import evaluate_robustness
-    out.print(robustness_table(evaluate_robustness(folder, films, split, batch_size, limit, out)))
-    say(f'in {folder.path}: robustness.csv, {save_robustness(folder, split)}')

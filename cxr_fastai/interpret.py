@@ -1,32 +1,84 @@
-"""Predictions and history become pictures, each a matplotlib `Figure`; nothing here predicts again."""
+"""A run's predictions and history become pictures; nothing here predicts again."""
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
-from cxr_fastai.core import VOCAB, atomic
-from cxr_fastai.evaluation import TARGETS, Estimate, roc_curve
-from cxr_fastai.rates import Rates
+from cxr_fastai.core import VOCAB, FilmError, atomic
+from cxr_fastai.curves import (
+    plot_calibration,
+    plot_net_benefit,
+    plot_precision_recall,
+    plot_risk_coverage,
+    plot_roc,
+    plot_scores,
+)
+from cxr_fastai.drawing import BLUE, GREEN, GREY, ORANGE, axes, entitle, save_figure, tidy
+from cxr_fastai.images import open_film
 from cxr_fastai.run import Run
 
-# Okabe and Ito's colours, told apart also by the colour-blind.
-BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#767676'
+if TYPE_CHECKING:
+    from cxr_fastai.rates import Rates
+
+CURVES = {'roc': plot_roc, 'precision_recall': plot_precision_recall, 'calibration': plot_calibration,
+          'scores': plot_scores, 'net_benefit': plot_net_benefit, 'risk_coverage': plot_risk_coverage}
+"""What is drawn of every split that has both classes."""
+SHOWN = 12
+"""Errors, and hits, that are shown."""
+THUMB = 192
+"""Pixels of the longer side of a film that is shown."""
 
 
 def save_figures(run: Run, split: str) -> list[str]:
     """Draw what `evaluate` shows of `split` into the run's `figures/`; returns the names, relative to the run."""
     metrics, predictions = run.metrics[split], run.predictions
-    title = f'{run.recipe.arch}, {split} split'
+    title, rows = f'{run.recipe.arch}, {split} split', predictions[predictions.split == split]
     figures = {f'confusion_{split}': plot_confusion_matrix(metrics, title)}
     if (run/'history.csv').exists(): figures['history'] = plot_history(run.history)
     if metrics['auc']['value'] is not None:
-        figures[f'roc_{split}'] = plot_roc(predictions[predictions.split == split], metrics, title)
+        figures |= {f'{name}_{split}': plot(rows, metrics, title) for name, plot in CURVES.items()}
     return [_save(run, name, figure) for name, figure in figures.items()]
+
+
+def save_films(run: Run, split: str, root: Path) -> None:
+    """Put small pictures of the `worst_errors` and `typical_hits` of `split`, which lie below `root`, into the run's
+    `figures/films/`; none of a film with text that may name the patient."""
+    predictions = run.predictions.query('split == @split')
+    (run/'figures'/'films').mkdir(parents=True, exist_ok=True)
+    for path in pd.concat([worst_errors(predictions), typical_hits(predictions)]).path:
+        try: film = open_film(root/path)
+        except FilmError: continue
+        if film.burned_in: continue
+        image = Image.fromarray(film.pixels)
+        image.thumbnail((THUMB, THUMB))
+        with atomic(film_picture(run, path)) as temporary: image.save(temporary, 'PNG', optimize=True)
+
+
+def film_picture(run: Run, path: str) -> Path:
+    """Where the small picture of the film `path` is, called so that it tells nothing and meets no other."""
+    return run/'figures'/'films'/f'{hashlib.sha256(path.encode(errors="surrogateescape")).hexdigest()[:16]}.png'
+
+
+def worst_errors(predictions: pd.DataFrame, most: int = SHOWN) -> pd.DataFrame:
+    """The films called wrongly, the most certain first."""
+    return predictions[predictions.prediction != predictions.label].nlargest(most, 'loss')
+
+
+def typical_hits(predictions: pd.DataFrame, most: int = SHOWN) -> pd.DataFrame:
+    """Of the films of each class that are called rightly, those whose loss is nearest to the middle one, as many of
+    each."""
+    hits = predictions[predictions.prediction == predictions.label]
+    off = (hits.loss - hits.groupby('label').loss.transform('median')).abs()
+    nearest = hits.assign(off=off).sort_values(['off', 'path']).groupby('label', sort=True).head(most//len(VOCAB))
+    return nearest.sort_values('label', kind='stable').drop(columns='off')
 
 
 def save_robustness(run: Run, split: str) -> str:
@@ -41,7 +93,7 @@ def plot_confusion_matrix(metrics: dict, title: str = '') -> Figure:
     c = metrics['confusion']
     counts = np.array([[c['tn'], c['fp']], [c['fn'], c['tp']]])
     shares = counts/np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, ax = _axes(4.8, 4.4)
+    figure, ax = axes(4.8, 4.4)
     ax.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(counts):
         ax.text(j, i, f'{n}\n{shares[i, j]:.1%}', ha='center', va='center', fontsize=14,
@@ -50,44 +102,25 @@ def plot_confusion_matrix(metrics: dict, title: str = '') -> Figure:
     ax.set_yticks([0, 1], VOCAB, rotation=90, va='center')
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set_title(f'{title}\nn = {metrics["n"]}, threshold {metrics["threshold"]:g}', fontsize=11, parse_math=False)
+    entitle(ax, f'{title}\nn = {metrics["n"]}, threshold {metrics["threshold"]:g}')
     return figure
 
 
-def plot_roc(predictions: pd.DataFrame, metrics: dict, title: str = '') -> Figure:
-    """The ROC curve of one split, its AUC with interval, the operating point, and the specification's two targets."""
-    fpr, tpr = roc_curve(predictions)
-    figure, ax = _axes(4.8, 4.8)
-    ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=':')
-    ax.plot(fpr, tpr, color=BLUE, lw=2, label=f'AUC {describe(metrics["auc"])}')
-    sensitivity, specificity = metrics['sensitivity'], metrics['specificity']
-    ax.errorbar(1 - specificity['value'], sensitivity['value'], color=ORANGE, marker='o', ms=7, capsize=3,
-                xerr=[[specificity['high'] - specificity['value']], [specificity['value'] - specificity['low']]],
-                yerr=[[sensitivity['value'] - sensitivity['low']], [sensitivity['high'] - sensitivity['value']]],
-                label=f'threshold {metrics["threshold"]:g}: sensitivity {sensitivity["value"]:.3f}, '
-                      f'specificity {specificity["value"]:.3f}')
-    ax.fill_between([0, 1 - TARGETS['specificity']], TARGETS['sensitivity'], 1, color=GREEN, alpha=0.2, lw=0,
-                    label='both targets met')
-    ax.set(xlabel='1 - specificity', ylabel='sensitivity', xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect='equal')
-    ax.legend(loc='lower right', fontsize=8, frameon=False)
-    ax.set_title(f'{title}, n = {metrics["n"]}', fontsize=11, parse_math=False)
-    return figure
-
-
-def plot_robustness(robustness: pd.DataFrame, title: str = '') -> Figure:
+def plot_robustness(robustness: pd.DataFrame, title: str = '', columns: int = 4) -> Figure:
     """AUC with its interval against strength, a panel a corruption, beside the AUC of clean films and of films
     without shortcuts."""
     corrupted = robustness[robustness.strength > 0]
     plain = robustness[robustness.strength == 0].set_index('corruption').auc
     kinds = list(corrupted.groupby('corruption', sort=False))
-    figure = Figure(figsize=(10, 2.6*-(-len(kinds)//4)), layout='constrained')
-    panels = figure.subplots(-(-len(kinds)//4), 4, sharex=True, sharey=True, squeeze=False).flat
+    rows = -(-len(kinds)//columns)
+    figure = Figure(figsize=(2.5*columns, 2.6*rows), layout='constrained')
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for ax, (kind, rows) in zip(panels, kinds, strict=False):
         for (name, auc), (colour, style) in zip(plain.items(), ((GREY, '--'), (ORANGE, ':')), strict=True):
             ax.axhline(auc, color=colour, ls=style, lw=1.5, label=f'{name} {auc:.3f}')
         ax.fill_between(rows.strength, rows.auc_low, rows.auc_high, color=BLUE, alpha=0.2, lw=0)
         ax.plot(rows.strength, rows.auc, color=BLUE, marker='.', label='corrupted')
-        _tidy(ax).set_title(f'{kind}, mean {rows.auc.mean():.3f}', fontsize=10)
+        tidy(ax).set_title(f'{kind}, mean {rows.auc.mean():.3f}', fontsize=10)
         ax.set_xticks(rows.strength)
         ax.set(xlabel='strength', ylabel='AUC')
         ax.label_outer()
@@ -99,25 +132,37 @@ def plot_robustness(robustness: pd.DataFrame, title: str = '') -> Figure:
 def plot_history(history: pd.DataFrame) -> Figure:
     """Losses, and validation figures, by epoch; the phases are shaded and named."""
     figure = Figure(figsize=(9, 3.6), layout='constrained')
-    losses, scores = figure.subplots(1, 2)
-    for name, colour in (('train_loss', GREY), ('valid_loss', BLUE)):
-        losses.plot(history.epoch, history[name], color=colour, marker='.', label=name.replace('_', ' '))
-    for name, colour in (('roc_auc', BLUE), ('sensitivity', ORANGE), ('specificity', GREEN)):
-        scores.plot(history.epoch, history[name], color=colour, marker='.', label=name.replace('roc_auc', 'AUC'))
-    losses.set(title='loss', ylim=(0, None))
-    scores.set(title='validation', ylim=(None, 1.01))
-    for ax in (losses, scores):
-        _tidy(ax)
-        ax.set_xlabel('epoch')
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.legend(fontsize=8, frameon=False)
-        _shade_phases(ax, history)
+    for ax, draw in zip(figure.subplots(1, 2), EPOCHS.values(), strict=True): draw(ax, history)
     return figure
+
+
+def plot_epochs(history: pd.DataFrame, part: str) -> Figure:
+    """One half of `plot_history`: `losses` or `validation`."""
+    figure, ax = axes(4.8, 3.4)
+    EPOCHS[part](ax, history)
+    return figure
+
+
+def _draw_losses(ax: Axes, history: pd.DataFrame) -> None:
+    for name, colour in (('train_loss', GREY), ('valid_loss', BLUE)):
+        ax.plot(history.epoch, history[name], color=colour, marker='.', label=name.replace('_', ' '))
+    ax.set(title='loss', ylim=(0, None))
+    _finish_epochs(ax, history)
+
+
+def _draw_validation(ax: Axes, history: pd.DataFrame) -> None:
+    for name, colour in (('roc_auc', BLUE), ('sensitivity', ORANGE), ('specificity', GREEN)):
+        ax.plot(history.epoch, history[name], color=colour, marker='.', label=name.replace('roc_auc', 'AUC'))
+    ax.set(title='validation', ylim=(None, 1.01))
+    _finish_epochs(ax, history)
+
+
+EPOCHS = {'losses': _draw_losses, 'validation': _draw_validation}
 
 
 def plot_rates(rates: Rates, title: str = '') -> Figure:
     """The loss against the learning rate, and the rate that is suggested."""
-    figure, ax = _axes(6, 3.6)
+    figure, ax = axes(6, 3.6)
     ax.plot(rates.curve.lr, rates.curve.loss, color=BLUE, lw=2)
     ax.axvline(rates.suggestion, color=ORANGE, ls='--', label=f'suggestion {rates.suggestion:.1e}')
     # What the loss blows up to at the end would flatten the rest.
@@ -125,25 +170,20 @@ def plot_rates(rates: Rates, title: str = '') -> Figure:
     ax.set(xscale='log', xlabel='learning rate', ylabel='loss (smoothed)',
            ylim=(lowest - 0.1*(first - lowest), 2*first - lowest))
     ax.legend(frameon=False)
-    ax.set_title(title, fontsize=11, parse_math=False)
+    entitle(ax, title)
     return figure
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write `figure` to `path` as a PNG, atomically. Raises `OutputError`."""
-    with atomic(path) as temporary: figure.savefig(temporary, format='png', dpi=130)
-
-
-def describe(estimate: Estimate) -> str:
-    """An estimate in words: `0.953 (0.931 to 0.968)`, or `undefined` where there is nothing to estimate from."""
-    if estimate['value'] is None: return 'undefined'
-    if estimate['low'] is None: return f'{estimate["value"]:.3f}'
-    return f'{estimate["value"]:.3f} ({estimate["low"]:.3f} to {estimate["high"]:.3f})'
 
 
 def _save(run: Run, name: str, figure: Figure) -> str:
     save_figure(figure, run/'figures'/f'{name}.png')
     return f'figures/{name}.png'
+
+
+def _finish_epochs(ax: Axes, history: pd.DataFrame) -> None:
+    tidy(ax).set_xlabel('epoch')
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(fontsize=8, frameon=False)
+    _shade_phases(ax, history)
 
 
 def _shade_phases(ax: Axes, history: pd.DataFrame) -> None:
@@ -152,13 +192,3 @@ def _shade_phases(ax: Axes, history: pd.DataFrame) -> None:
         left, right = rows.epoch.min() - 0.5, rows.epoch.max() + 0.5
         ax.axvspan(left, right, color=GREY, alpha=0.12 if i % 2 == 0 else 0.03, lw=0, zorder=0)
         ax.text((left + right)/2, 0.02, name, ha='center', color=GREY, fontsize=8, transform=ax.get_xaxis_transform())
-
-
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout='constrained')
-    return figure, _tidy(figure.subplots())
-
-
-def _tidy(ax: Axes) -> Axes:
-    ax.spines[['top', 'right']].set_visible(False)
-    return ax

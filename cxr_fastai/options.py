@@ -51,6 +51,18 @@ Weights = Annotated[str | None, Option('--weights', show_default='imagenet where
     'What to start from: imagenet, imagenet-v2, none, or the file of a state dict.'))]
 Valid = Annotated[str, Option('--valid', help='official: the val folder. patients: a tenth of the patients.')]
 Split = Annotated[str, Option('--split', help='Split to measure: train, valid or test.')]
+Rule = Annotated[str | None, Option(
+    '--threshold', metavar='RULE', show_default='that of before, else sensitivity:0.95', help=(
+        'How the threshold is chosen, on validation films alone: fixed:T, sensitivity:S, youden, or cost:FN/FP.'))]
+Prevalences = Annotated[list[float] | None, Option(
+    '--prevalence', metavar='PERCENT', min=0.01, max=99.99, show_default='2, 10 and 30', help=(
+        'Tell PPV and NPV where so many of a hundred films show pneumonia; repeat it for more.'))]
+By = Annotated[list[str] | None, Option('--by', metavar='COLUMN', show_default='kind', help=(
+    'Also tell sensitivity, specificity and AUC of the groups in this column of the CSV; repeat it for more.'))]
+NewComparison = Annotated[Path | None, Option('--out', metavar='DIR', show_default='comparison, or the next free',
+                                              help='With several runs: folder to make for what sets them apart.')]
+Calibrated = Annotated[bool, Option('--calibrated', help=(
+    'Probabilities, and the threshold, at the temperature fitted on validation films; no decision changes.'))]
 Robustness = Annotated[bool, Option('--robustness', help=(
     'Also measure the AUC on films corrupted in 8 kinds and 5 strengths, and without shortcuts: 42 passes.'))]
 Size = Annotated[int, Option('--size', metavar='PX', min=48, max=2048, help=(
@@ -65,4 +77,11 @@ Threads = Annotated[int | None, Option('--workers', metavar='N', min=1, show_def
 Limit = Annotated[int | None, Option('--limit', metavar='N', min=1, show_default='all', help=(
     'Only the first N films of each class and split, for trials.'))]
 Seed = Annotated[int, Option('--seed', metavar='N', min=0, help='Seed of everything random.')]
+Audit = Annotated[Path | None, Option('--audit', metavar='DIR', show_default='audit, if it is of these films', help=(
+    'Folder that `data audit` wrote.'))]
+Pdf = Annotated[bool, Option('--pdf', help='Also print it to report.pdf, by Chromium or Chrome.')]
+HideNames = Annotated[bool, Option('--hide-names', help=(
+    'Call films by numbers whose names may be those of persons.'))]
+RunFolders = Annotated[list[Path], Argument(metavar='RUN...', help=(
+    'Folders that `train` made, or a folder of such folders.'))]
 RunFolder = Annotated[Path, Argument(metavar='RUN', help='Folder that `train` made.')]

@@ -1,0 +1,87 @@
+"""The commands `evaluate` and `report`: a run, or several, measured and told."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from cxr_fastai import options as opt
+from cxr_fastai.core import UsageError, check_new, write_json, writing
+from cxr_fastai.run import Run
+from cxr_fastai.terminal import free, one_of, out, say
+
+
+def evaluate(runs: opt.RunFolders, data: opt.Data = None, csv: opt.Csv = None, split: opt.Split = 'test',
+             threshold: opt.Rule = None, prevalence: opt.Prevalences = None, by: opt.By = None,
+             batch_size: opt.BatchSize = 32, limit: opt.Limit = None, robustness: opt.Robustness = False,
+             folder: opt.NewComparison = None) -> None:
+    """Measure a run on a split: predictions, metrics with intervals and figures in its folder. Several runs, or a
+    folder of runs, are compared on the same films.
+
+    Without --data the films are looked for where the run was trained. Example: cxr-fastai evaluate runs/resnet50
+    """
+    from cxr_fastai.comparison import find_runs
+    found = find_runs(runs)
+    if folder and len(found) == 1:
+        raise UsageError(f'--out {folder} is for several runs: what is found of one goes into its own folder.')
+    if folder: check_new(folder)
+    from cxr_fastai.evaluation import evaluate, find_split
+    from cxr_fastai.interpret import save_figures, save_films
+    films = one_of(data, csv)
+    given = {'rule': threshold, 'by': ('kind', *(by or ())), 'again': len(found) == 1}
+    if prevalence: given['prevalences'] = [share/100 for share in prevalence]
+    for run in found:
+        metrics = evaluate(run, films, split, batch_size, limit, out, **given)
+        figures = save_figures(run, split)
+        save_films(run, split, find_split(run, films, split, limit)[0])
+        _tell(run, split, metrics, figures)
+        if robustness: _evaluate_robustness(run, films, split, batch_size, limit)
+    if len(found) > 1: _compare(found, split, folder or free(Path('comparison')))
+
+
+def report(run: opt.RunFolder, audit: opt.Audit = None, pdf: opt.Pdf = False,
+           hide_names: opt.HideNames = False) -> None:
+    """Write a run's report.html, one page that needs nothing else, and model_card.md, from what was evaluated.
+
+    Example: cxr-fastai report runs/resnet50 --pdf
+    """
+    folder = Run.open(run)
+    from cxr_fastai.report import report
+    page = report(folder, audit, hide_names)
+    if pdf:
+        from cxr_fastai.printing import print_pdf
+        print_pdf(page, folder/'report.pdf')
+    say(f'in {run}: report.html, {"report.pdf, " if pdf else ""}model_card.md')
+
+
+def _tell(run: Run, split: str, metrics: dict, figures: list[str]) -> None:
+    from cxr_fastai.scores import metrics_tables
+    say(f'{run.path}, {split} split: {metrics["n"]} films, {metrics["positives"]} of them pneumonia, threshold '
+        f'{metrics["threshold"]:g} by the rule {metrics["threshold_rule"]}. {run.decision.get("margin", "")}'.rstrip())
+    out.print(metrics_tables(metrics))
+    say(f'in {run.path}: predictions.csv, metrics.json, decision.json, {", ".join(figures)}')
+
+
+def _compare(runs: list[Run], split: str, folder: Path) -> None:
+    from cxr_fastai.comparison import compare, name_runs, same_films, summarise_seeds
+    from cxr_fastai.curves import plot_comparison
+    from cxr_fastai.drawing import save_figure
+    from cxr_fastai.scores import comparison_tables
+    named = name_runs(runs)
+    metrics = {name: run.metrics[split] for name, run in named.items()}
+    tables = {name: run.predictions.query('split == @split') for name, run in named.items()}
+    shared = same_films(tables)
+    pairs = compare(shared, {name: metrics[name]['threshold'] for name in named}) if shared else []
+    seeds = summarise_seeds(named, split)
+    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder/'comparison.json', {'split': split, 'runs': metrics, 'pairs': pairs, 'seeds': seeds})
+    save_figure(plot_comparison(tables, metrics, f'{split} split'), folder/'comparison.png')
+    out.print(comparison_tables(metrics, pairs, seeds))
+    if not pairs: say('The runs have too few films in common for paired tests.')
+    say(f'in {folder}: comparison.json, comparison.png')
+
+
+def _evaluate_robustness(run: Run, films: Path | None, split: str, batch_size: int, limit: int | None) -> None:
+    from cxr_fastai.display import robustness_table
+    from cxr_fastai.interpret import save_robustness
+    from cxr_fastai.robustness import evaluate_robustness
+    out.print(robustness_table(evaluate_robustness(run, films, split, batch_size, limit, out)))
+    say(f'in {run.path}: robustness.csv, {save_robustness(run, split)}')

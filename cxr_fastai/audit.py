@@ -1,7 +1,6 @@
 """Items become findings: leakage, duplicates, unreadable films, too little validation, shortcuts."""
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -16,6 +15,7 @@ from cxr_fastai.core import FilmError, UsageError, write_json, write_text, writi
 from cxr_fastai.images import open_film
 from cxr_fastai.items import check_trainable, doubt_validation, film_root, leaking_patients, read_items
 from cxr_fastai.names import safe_name, safe_path
+from cxr_fastai.pages import data_uri, fill
 from cxr_fastai.probes import LABEL, TELLING, probe_label, probe_shift
 from cxr_fastai.traits import MOST_PAIRS, find_alike, measure_films
 
@@ -81,11 +81,8 @@ def save_audit(audit: Audit, folder: Path) -> None:
 
 def render(audit: Audit) -> str:
     """The audit as one HTML page, without scripts and without anything from elsewhere."""
-    from jinja2 import Environment, PackageLoader
-    pages = Environment(loader=PackageLoader('cxr_fastai'), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    pictures = {name: f'data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}'
-                for name, jpeg in audit.pictures.items()}
-    return pages.get_template('audit.html').render(audit=audit, pictures=pictures, telling=TELLING, shown=SHOWN)
+    pictures = {name: data_uri(jpeg, 'image/jpeg') for name, jpeg in audit.pictures.items()}
+    return fill('audit.html', audit=audit, pictures=pictures, telling=TELLING, shown=SHOWN)
 
 
 def _unreadable(films: pd.DataFrame) -> list[Finding]:

@@ -3,9 +3,12 @@ that validation and the exported learner are always what a `Predictor` gives."""
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +34,16 @@ def choose_precision(asked: str) -> str:
     if asked != 'auto': raise UsageError(f'--precision {asked}: choose auto or {" or ".join(CHOICES["precision"])}.')
     if not torch.cuda.is_available(): return 'fp32'
     return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
+
+
+def describe_hardware(device: torch.device) -> str:
+    """The processor that trains, in words that name no host."""
+    if device.type == 'cuda': return torch.cuda.get_device_name(device)
+    try: facts = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace')
+    except OSError: facts = ''
+    named = re.search(r'^model name\s*:\s*(.+)$', facts, re.MULTILINE)
+    name = named[1].strip() if named else platform.processor() or platform.machine() or 'unknown processor'
+    return f'{name}, {os.cpu_count()} cores'
 
 
 def check_compile(asked: str) -> None:

@@ -170,6 +170,13 @@ def build_model(arch: str, weights: str = 'none') -> nn.Sequential:
     return model
 
 
+def describe_network(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
+    """What a model card says of the network: its number of `parameters`, and where its first weights came from."""
+    source = find_arch(recipe.arch).weights.get(recipe.weights)
+    origin = source or ('random' if recipe.weights == 'none' else f'the file {Path(recipe.weights).name}')
+    return {'parameters': sum(weight.numel() for weight in model.parameters()), 'origin': origin}
+
+
 def _timm_arch(arch: str) -> Arch:
     choices = ', '.join(ARCHS)
     if find_spec('timm') is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from pathlib import PurePath
 from typing import Any
 
 from cxr_fastai.core import UsageError
@@ -139,5 +140,20 @@ def _parse_field(text: str) -> tuple[str, Any]:
     except (ValueError, KeyError): raise UsageError(f'--set {text}: {name}={what} is needed.') from None
 
 
+def command_line(recipe: Recipe) -> str:
+    """The `cxr-fastai train` that gives this recipe again; a file of weights is called by its name alone."""
+    usual = {field.name: field.default for field in fields(Recipe)} | RECIPES[recipe.name]
+    other = {name: value for name, value in vars(recipe).items() if value != usual[name] and name not in UNTOLD}
+    options = {'arch': recipe.arch, 'recipe': recipe.name, 'epochs': recipe.epochs, 'lr': f'{recipe.phases[0].lr:g}',
+               'weights': PurePath(recipe.weights).name}
+    options |= {name: value for name, value in other.items() if name not in SETTABLE}
+    flags = [f'--{name.replace("_", "-")}' + ('' if value is True else f' {value}') for name, value in options.items()]
+    return ' '.join(['cxr-fastai train --data DIR', *flags, *(
+        f'--set {name}={str(value).lower() if isinstance(value, bool) else value}' for name, value in other.items()
+        if name in SETTABLE)])
+
+
+UNTOLD = ('arch', 'name', 'phases', 'weights', 'workers', 'threshold')
+"""Fields that `command_line` tells otherwise, or that change nothing in what is trained."""
 PARSERS = {'float': (float, 'NUMBER'), 'int': (int, 'WHOLE NUMBER'), 'str': (str, 'WORD'),
            'bool': ({'true': True, 'false': False}.__getitem__, 'true or false')}

@@ -34,10 +34,11 @@ from cxr_fastai.core import (
     write_json,
 )
 from cxr_fastai.data import find_unreadable, make_dls, name_films
-from cxr_fastai.devices import CompileSteps, check_compile, choose_compile
+from cxr_fastai.devices import CompileSteps, check_compile, choose_compile, describe_hardware
 from cxr_fastai.images import Preprocessing
 from cxr_fastai.items import check_leakage, check_trainable, describe_items, doubt_validation, film_root, read_items
 from cxr_fastai.learner import make_learner, reuse_memory, start_phase
+from cxr_fastai.models import describe_network
 from cxr_fastai.ranks import check_batch, once, shared, team
 from cxr_fastai.recipe import Phase, Recipe
 from cxr_fastai.run import Run
@@ -74,9 +75,10 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
         compiled = choose_compile(compile, recipe, len(dls.train_ds), dls.device)
         if not resume: held.enter_context(Run.create(out).locked())
         run.sweep()
-        now = {'device': str(dls.device), 'compiled': compiled, **_circumstances()}
+        now = {'device': str(dls.device), 'compiled': compiled, **_circumstances(dls.device)}
         if resume: _warn_of_changes(run.noted('start', 'resume'), now)
-        run.note('resume' if resume else 'start', data=str(data.resolve()), unreadable=bad, track=track, **now)
+        run.note('resume' if resume else 'start', data=str(data.resolve()), unreadable=bad, track=track,
+                 **describe_network(learn.model, recipe), **now)
         if not resume: run.start(recipe, items)
         _fit_and_save(learn, recipe, run, console, state, compiled, track)
     return run
@@ -195,7 +197,7 @@ def _failure(run: Run, failure: dict[str, Any], best: dict[str, Any] | None) -> 
                     f'training ended; {kept}. Train again with a lower --lr, or check --weights and the films.', best)
 
 
-def _circumstances() -> dict[str, Any]:
+def _circumstances(device: torch.device) -> dict[str, Any]:
     packages = ('cxr_fastai', 'fastai', 'torch', 'torchvision')
-    return {'threads': torch.get_num_threads(), 'processes': num_distrib() or 1,
+    return {'hardware': describe_hardware(device), 'threads': torch.get_num_threads(), 'processes': num_distrib() or 1,
             'python': platform.python_version()} | {name: version(name) for name in packages}

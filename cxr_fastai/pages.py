@@ -1,0 +1,19 @@
+"""Templates become text: pages that need nothing else, in which no name can become markup."""
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+
+def fill(template: str, **values: Any) -> str:
+    """The package's `template` with `values`; in HTML everything that is not marked as markup is escaped. Raises
+    jinja2's `UndefinedError` for a value that is missing."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+    pages = Environment(loader=PackageLoader('cxr_fastai'), autoescape=select_autoescape(['html']), trim_blocks=True,
+                        lstrip_blocks=True, undefined=StrictUndefined)
+    return pages.get_template(template).render(**values)
+
+
+def data_uri(picture: bytes, kind: str) -> str:
+    """The bytes of a `picture` of the media type `kind`, as an address that holds it."""
+    return f'data:{kind};base64,{base64.b64encode(picture).decode()}'

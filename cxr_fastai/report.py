@@ -1,0 +1,157 @@
+"""A run becomes one page that needs nothing else: it reads the run's JSON, CSV and PNG files, and predicts nothing."""
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from cxr_fastai.calibration import reliability
+from cxr_fastai.card import NOT_A_DEVICE, OUTSIDE, count_kinds, describe_run, render_card
+from cxr_fastai.checklist import TOPICS
+from cxr_fastai.core import UsageError, write_text
+from cxr_fastai.corruptions import summarise
+from cxr_fastai.drawing import to_svg
+from cxr_fastai.interpret import (
+    CURVES,
+    EPOCHS,
+    film_picture,
+    plot_epochs,
+    plot_robustness,
+    typical_hits,
+    worst_errors,
+)
+from cxr_fastai.intervals import Estimate, describe
+from cxr_fastai.items import doubt_validation, leaking_patients
+from cxr_fastai.metrics import FEW, TARGETS
+from cxr_fastai.names import safe_path
+from cxr_fastai.pages import data_uri, fill
+from cxr_fastai.recipe import command_line
+from cxr_fastai.run import Run, read_json
+from cxr_fastai.scores import AT_A_THRESHOLD, OVERALL, name_figure
+from cxr_fastai.tradeoffs import threshold_table, truth
+
+SPLITS = ('test', 'valid', 'train')
+"""What the report is about, in order of preference."""
+SECTIONS = {'summary': 'Summary', 'data': 'Data', 'training': 'Training', 'performance': 'Performance',
+            'calibration': 'Calibration', 'thresholds': 'Thresholds', 'groups': 'Groups', 'robustness': 'Robustness',
+            'films': 'Films', 'card': 'Model card', 'checklist': 'Checklist', 'reproduce': 'How to reproduce it'}
+
+
+def report(run: Run, audit: Path | None = None, hide_names: bool = False) -> Path:
+    """Write `report.html` and `model_card.md` into `run` and return the page's path.
+
+    `audit` is the folder of a `data audit` of its films (default: that of `find_audit`). With `hide_names`, films
+    whose names may be a person's are called by numbers. Raises `UsageError` where nothing was evaluated yet, or for
+    another set's audit.
+    """
+    if not run.metrics: raise UsageError(f'{run.path}: nothing was evaluated yet: `cxr-fastai evaluate {run.path}`.')
+    split = next(split for split in SPLITS if split in run.metrics)
+    findings = read_audit(audit, run) if audit else find_audit(run)
+    write_text(run/'report.html', render(run, split, findings, hide_names))
+    write_text(run/'model_card.md', render_card(run, split))
+    return run/'report.html'
+
+
+def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names: bool = False) -> str:
+    """The report about `split` as HTML, with everything that it shows inside."""
+    metrics = run.metrics[split]
+    predictions = run.predictions.query('split == @split').reset_index(drop=True)
+    facts = {'metrics': metrics, 'split': split, 'run': run, 'targets': judge_targets(metrics), 'audit': audit,
+             'facts': describe_run(run), 'counts': count_kinds(run), 'flow': describe_flow(run),
+             'doubt': doubt_validation(run.items), 'leaks': len(leaking_patients(run.items)),
+             'valid': run.metrics.get('valid') if split != 'valid' else None, 'decision': run.decision,
+             'pictures': draw(run, predictions, metrics, split), 'thresholds': _thresholds(predictions, metrics),
+             'reliability': _reliability(predictions), 'robustness': _robustness(run, split),
+             'films': show_films(run, predictions, hide_names), 'command': command_line(run.recipe)}
+    sections = {name: title for name, title in SECTIONS.items() if facts.get(name, True) is not None}
+    return fill('report.html', **facts, sections=sections, topics=TOPICS, say=describe, name_figure=name_figure,
+                overall=OVERALL, at_a_threshold=AT_A_THRESHOLD, few=FEW, not_a_device=NOT_A_DEVICE, outside=OUTSIDE)
+
+
+def judge_targets(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each target of the specification: whether the figure meets it, and whether its interval is sure of that."""
+    return [{'name': name, 'target': target, 'estimate': metrics[name], 'verdict': _verdict(metrics[name], target)}
+            for name, target in TARGETS.items()]
+
+
+def describe_flow(run: Run) -> dict[str, Any]:
+    """How many films were found, could not be read, and went into each split; the test films are those evaluated."""
+    items, bad = run.items, run.noted('start', 'resume').get('unreadable', [])
+    return {'found': len(items), 'patients': items.patient.nunique(), 'unreadable': len(bad), 'limit': run.recipe.limit,
+            'splits': {split: rows.label.value_counts().sort_index().to_dict()
+                       for split, rows in items[~items.path.isin(bad)].groupby('split')}}
+
+
+def read_audit(folder: Path, run: Run) -> dict[str, Any]:
+    """What `data audit` found of the films of `run`. Raises `UsageError` where there is no audit, or another one's."""
+    path = folder/'audit.json'
+    if not path.is_file(): raise UsageError(f'{path}: no such file: `cxr-fastai data audit --out {folder}` writes it.')
+    audit = read_json(path)
+    found = pd.DataFrame(audit['counts']).groupby('label').films.sum().to_dict()
+    ours = run.items.label.value_counts().to_dict()
+    if found != ours and run.recipe.limit is None:
+        raise UsageError(f'{path} is about other films: it counts {found}, the run {ours}: audit the films of the run.')
+    return audit
+
+
+def find_audit(run: Run) -> dict[str, Any] | None:
+    """The audit in `audit/`, here or beside the run, where `data audit` leaves it, if it is of the films of `run`."""
+    for folder in (Path('audit'), run.path.parent/'audit'):
+        with suppress(UsageError): return read_audit(folder, run)
+    return None
+
+
+def show_films(run: Run, predictions: pd.DataFrame, hide_names: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """The worst errors and typical hits, each with its name, truth, probability and small picture (None where there is
+    none)."""
+    numbers = {path: number for number, path in enumerate(predictions.path, 1)}
+    chosen = {'errors': worst_errors(predictions), 'hits': typical_hits(predictions)}
+    return {kind: [{'name': safe_path(row.path, numbers[row.path]) if hide_names else row.path, 'label': row.label,
+                    'p': row.p_pneumonia, 'picture': _picture(film_picture(run, row.path))}
+                   for row in rows.itertuples()] for kind, rows in chosen.items()}
+
+
+def draw(run: Run, predictions: pd.DataFrame, metrics: dict[str, Any], split: str) -> dict[str, Markup]:
+    """Every figure of the page as an SVG, by name."""
+    figures = {part: plot_epochs(run.history, part) for part in EPOCHS}
+    if metrics['auc']['value'] is not None:
+        figures |= {name: plot(predictions, metrics, f'{split} split') for name, plot in CURVES.items()}
+    rows = _robust_rows(run, split)
+    if rows is not None: figures['robustness'] = plot_robustness(rows, f'{split} split', columns=2)
+    return {name: Markup(to_svg(figure, f'figure: {name.replace("_", " ")}')) for name, figure in figures.items()}
+
+
+def _verdict(estimate: Estimate, target: float) -> tuple[str, str]:
+    """A word that the page colours, and the verdict."""
+    if estimate['value'] is None: return 'warning', 'cannot be told'
+    if estimate['value'] >= target:
+        return ('good', 'met') if estimate['low'] >= target else ('good', 'met, though the interval reaches below it')
+    return ('error', 'missed') if estimate['high'] < target else ('error', 'missed, though the interval reaches it')
+
+
+def _thresholds(predictions: pd.DataFrame, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    return threshold_table(predictions, [metrics['threshold']]).to_dict('records')
+
+
+def _reliability(predictions: pd.DataFrame) -> list[dict[str, Any]]:
+    return reliability(*truth(predictions)).to_dict('records')
+
+
+def _robust_rows(run: Run, split: str) -> pd.DataFrame | None:
+    if not (run/'robustness.csv').exists(): return None
+    rows = run.robustness.query('split == @split')
+    return rows if len(rows) else None
+
+
+def _robustness(run: Run, split: str) -> dict[str, Any] | None:
+    rows = _robust_rows(run, split)
+    if rows is None: return None
+    kinds = rows[rows.strength > 0].groupby('corruption', sort=False)
+    worst = [{'kind': kind, 'mean': found.auc.mean(), 'worst': found.auc.min()} for kind, found in kinds]
+    return summarise(rows) | {'kinds': worst}
+
+
+def _picture(path: Path) -> str | None: return data_uri(path.read_bytes(), 'image/png') if path.is_file() else None

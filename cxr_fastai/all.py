@@ -5,6 +5,7 @@ from cxr_fastai.artefacts import load_learner, save_learner
 from cxr_fastai.audit import audit, save_audit
 from cxr_fastai.augment import AugmentFilms
 from cxr_fastai.cache import find_cache, prepare
+from cxr_fastai.comparison import compare, same_films
 from cxr_fastai.core import POSITIVE, VOCAB, CXRError
 from cxr_fastai.corruptions import CORRUPTIONS, corrupt, summarise
 from cxr_fastai.curves import (
@@ -28,16 +29,17 @@ from cxr_fastai.learner import make_learner
 from cxr_fastai.metrics import measure
 from cxr_fastai.models import ARCHS, BaselineCNN, build_model, make_recipe
 from cxr_fastai.recipe import Phase, Recipe
+from cxr_fastai.report import report
 from cxr_fastai.robustness import measure_robustness
 from cxr_fastai.run import Run
 from cxr_fastai.sources import download
 from cxr_fastai.training import fit, train
 
 __all__ = ['ARCHS', 'AugmentFilms', 'BaselineCNN', 'CORRUPTIONS', 'CXRError', 'Decision', 'POSITIVE', 'Path', 'Phase',
-           'Predictor', 'Preprocessing', 'Recipe', 'Run', 'VOCAB', 'audit', 'build_model', 'corrupt', 'count_films',
-           'data_root', 'decide', 'describe', 'download', 'evaluate', 'film_block', 'find_cache', 'fit', 'list_films',
-           'load_learner', 'locate', 'make_demo', 'make_dls', 'make_learner', 'make_recipe', 'measure',
-           'measure_robustness', 'open_film', 'plot_calibration', 'plot_confusion_matrix', 'plot_history',
+           'Predictor', 'Preprocessing', 'Recipe', 'Run', 'VOCAB', 'audit', 'build_model', 'compare', 'corrupt',
+           'count_films', 'data_root', 'decide', 'describe', 'download', 'evaluate', 'film_block', 'find_cache',
+           'fit', 'list_films', 'load_learner', 'locate', 'make_demo', 'make_dls', 'make_learner', 'make_recipe',
+           'measure', 'measure_robustness', 'open_film', 'plot_calibration', 'plot_confusion_matrix', 'plot_history',
            'plot_net_benefit', 'plot_precision_recall', 'plot_risk_coverage', 'plot_robustness', 'plot_roc',
-           'plot_scores', 'prediction_table', 'prepare', 'read_film', 'read_items', 'save_audit', 'save_learner',
-           'split_patients', 'summarise', 'train', 'typical_hits', 'worst_errors']
+           'plot_scores', 'prediction_table', 'prepare', 'read_film', 'read_items', 'report', 'same_films',
+           'save_audit', 'save_learner', 'split_patients', 'summarise', 'train', 'typical_hits', 'worst_errors']

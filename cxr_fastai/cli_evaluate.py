@@ -67,7 +67,7 @@ def _compare(runs: list[Run], split: str, folder: Path) -> None:
     from cxr_fastai.scores import comparison_tables
     named = name_runs(runs)
     metrics = {name: run.metrics[split] for name, run in named.items()}
-    tables = {name: run.predictions.query('split == @split') for name, run in named.items()}
+    tables = {name: run.predicted(split) for name, run in named.items()}
     shared = same_films(tables)
     pairs = compare(shared, {name: metrics[name]['threshold'] for name in named}) if shared else []
     seeds = summarise_seeds(named, split)

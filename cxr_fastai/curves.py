@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
 
 from cxr_fastai.calibration import logits, reliability, temper
 from cxr_fastai.drawing import BLUE, GREEN, GREY, INK, LINES, ORANGE, axes, entitle, tidy
@@ -82,6 +82,8 @@ def plot_calibration(predictions: pd.DataFrame, metrics: dict[str, Any], title: 
     tidy(ax).set(ylabel='share of pneumonia', xlim=UNIT, ylim=UNIT)
     ax.legend(loc='upper left', fontsize=8, frameon=False)
     tidy(spread).set(xlabel='probability of pneumonia', ylabel='films', yscale='log')
+    spread.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
+    spread.yaxis.set_minor_formatter(NullFormatter())
     entitle(ax, f'{title}, n = {metrics["n"]}')
     return figure
 
@@ -162,7 +164,7 @@ def _draw_forest(ax: Axes, metrics: Mapping[str, dict[str, Any]]) -> None:
         ax.errorbar(values, at, xerr=off, color=colour, marker='o', ms=5, ls='', capsize=2)
     for figure, target in TARGETS.items():
         i = figures.index(figure)
-        ax.plot([target, target], [i - 0.45, i + 0.45], color=GREEN, lw=1.5, ls='--',
+        ax.plot([target, target], [i - 0.45, i + 0.45], color=INK, lw=1.2, ls='--',
                 label='target' if figure == 'sensitivity' else None)
     ax.set_yticks(range(len(figures)), [name.replace('auc', 'AUC') for name in figures])
     tidy(ax).set(ylim=(len(figures) - 0.5, -0.5), xlabel='with 95 % intervals')

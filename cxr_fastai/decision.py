@@ -17,7 +17,7 @@ import pandas as pd
 
 from cxr_fastai.calibration import fit_temperature
 from cxr_fastai.core import POSITIVE, VOCAB, UsageError, write_json
-from cxr_fastai.intervals import proportion
+from cxr_fastai.metrics import SHARES, TARGETS, Calls, Sample
 from cxr_fastai.run import Run
 
 DEFAULT = 'sensitivity:0.95'
@@ -62,10 +62,8 @@ def decide(valid: pd.DataFrame, rule: str, model: str = '') -> Decision:
         raise UsageError(f'--threshold {rule}: the validation films are all {valid.label.iloc[0]}, which shows no '
                          'threshold: use films of both classes.')
     threshold, margin = choose(targs, p, *numbers)
-    called = p >= threshold
-    found = {'n': len(p), 'positives': int(targs.sum()),
-             'sensitivity': proportion(int((called & targs).sum()), int(targs.sum())),
-             'specificity': proportion(int((~called & ~targs).sum()), int((~targs).sum()))}
+    calls = Calls(Sample.of(valid), threshold)
+    found = {'n': len(p), 'positives': int(targs.sum()), **{name: calls.share(*SHARES[name]) for name in TARGETS}}
     return Decision(threshold, rule, fit_temperature(targs, p), model, margin, found)
 
 

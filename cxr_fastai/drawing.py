@@ -18,7 +18,8 @@ LINES = (BLUE, ORANGE, GREEN, '#CC79A7', '#E69F00', '#56B4E9', GREY)
 """For several runs in one figure."""
 VARIABLES = {BLUE: 'blue', ORANGE: 'orange', GREEN: 'green', GREY: 'soft', INK: 'ink', '#000000': 'ink'}
 """Colours that a page has a variable for, so that they suit a dark page as well."""
-FONT = re.compile(r'(font: (?:[a-z0-9]+ )*[\d.]+px) [^;"]+')
+FONT = re.compile(r'(font: (?:[a-z0-9]+ )*[\d.]+px|font-family:) [^;"]+')
+"""How matplotlib names letters: all at once before 3.11, the family alone since."""
 NOISE = re.compile(r'<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>| xmlns(:\w+)?="[^"]*"|<!--.*?-->',
                    re.DOTALL)
 

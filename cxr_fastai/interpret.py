@@ -39,19 +39,18 @@ THUMB = 192
 
 def save_figures(run: Run, split: str) -> list[str]:
     """Draw what `evaluate` shows of `split` into the run's `figures/`; returns the names, relative to the run."""
-    metrics, predictions = run.metrics[split], run.predictions
-    title, rows = f'{run.recipe.arch}, {split} split', predictions[predictions.split == split]
+    metrics, predictions, title = run.metrics[split], run.predicted(split), f'{run.recipe.arch}, {split} split'
     figures = {f'confusion_{split}': plot_confusion_matrix(metrics, title)}
     if (run/'history.csv').exists(): figures['history'] = plot_history(run.history)
     if metrics['auc']['value'] is not None:
-        figures |= {f'{name}_{split}': plot(rows, metrics, title) for name, plot in CURVES.items()}
+        figures |= {f'{name}_{split}': plot(predictions, metrics, title) for name, plot in CURVES.items()}
     return [_save(run, name, figure) for name, figure in figures.items()]
 
 
 def save_films(run: Run, split: str, root: Path) -> None:
     """Put small pictures of the `worst_errors` and `typical_hits` of `split`, which lie below `root`, into the run's
     `figures/films/`; none of a film with text that may name the patient."""
-    predictions = run.predictions.query('split == @split')
+    predictions = run.predicted(split)
     (run/'figures'/'films').mkdir(parents=True, exist_ok=True)
     for path in pd.concat([worst_errors(predictions), typical_hits(predictions)]).path:
         try: film = open_film(root/path)

@@ -49,6 +49,10 @@ def report(run: Run, audit: Path | None = None, hide_names: bool = False) -> Pat
     """
     if not run.metrics: raise UsageError(f'{run.path}: nothing was evaluated yet: `cxr-fastai evaluate {run.path}`.')
     split = next(split for split in SPLITS if split in run.metrics)
+    n, rows = run.metrics[split]['n'], len(run.predicted(split))
+    if 'calibration' not in run.metrics[split] or n != rows:
+        raise UsageError(f'{run.path}: metrics.json is of an older version, or of other predictions ({n} films, {rows} '
+                         f'in predictions.csv): `cxr-fastai evaluate {run.path} --split {split}`.')
     findings = read_audit(audit, run) if audit else find_audit(run)
     write_text(run/'report.html', render(run, split, findings, hide_names))
     write_text(run/'model_card.md', render_card(run, split))
@@ -58,7 +62,7 @@ def report(run: Run, audit: Path | None = None, hide_names: bool = False) -> Pat
 def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names: bool = False) -> str:
     """The report about `split` as HTML, with everything that it shows inside."""
     metrics = run.metrics[split]
-    predictions = run.predictions.query('split == @split').reset_index(drop=True)
+    predictions = run.predicted(split)
     facts = {'metrics': metrics, 'split': split, 'run': run, 'targets': judge_targets(metrics), 'audit': audit,
              'facts': describe_run(run), 'counts': count_kinds(run), 'flow': describe_flow(run),
              'doubt': doubt_validation(run.items), 'leaks': len(leaking_patients(run.items)),
@@ -142,7 +146,7 @@ def _reliability(predictions: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _robust_rows(run: Run, split: str) -> pd.DataFrame | None:
     if not (run/'robustness.csv').exists(): return None
-    rows = run.robustness.query('split == @split')
+    rows = run.robustness[lambda table: table.split == split]
     return rows if len(rows) else None
 
 

@@ -62,6 +62,10 @@ class Run:
         """One row a film, for each split evaluated so far."""
         return _read_csv(self/'predictions.csv')
 
+    def predicted(self, split: str) -> pd.DataFrame:
+        """The predictions of one `split`."""
+        return self.predictions[lambda table: table.split == split].reset_index(drop=True)
+
     @property
     def decision(self) -> dict[str, Any]:
         """How a probability becomes a decision, as `evaluate` chose it; empty where it has not."""

@@ -44,7 +44,7 @@ def say(estimate: dict, sign: str = '') -> str:
 
 def say_p(p: float | None) -> str:
     """A p value, in three digits."""
-    return '' if p is None else '< .001' if p < 0.001 else f'{p:.3f}'
+    return '' if p is None else '< .001' if p < 0.001 else _short(f'{p:.3f}')
 
 
 def _short(number: str) -> str: return number.replace('0.', '.', 1) if number.lstrip('+-').startswith('0.') else number
@@ -99,7 +99,7 @@ def _pairs_table(pairs: list[dict]) -> Table:
     patients = '' if pairs[0]['p_patients'] is None else (
         ';\n"patients" is the p of the AUC where films of one patient belong together')
     table = _table(f'against {pairs[0]["against"]}, on the same {pairs[0]["n"]} films',
-                   ('run', 'AUC, difference', 'p', 'patients', 'right alone : wrong alone', 'p'),
+                   ('run', 'AUC, difference', 'p', 'patients', 'alone right : wrong', 'p'),
                    f'p by DeLong, and by McNemar (exact); in brackets adjusted for the number of runs (Holm){patients}')
     for row in pairs:
         auc, calls = row['auc'], row['mcnemar']
@@ -125,4 +125,4 @@ def _table(title: str, columns: tuple[str, ...], caption: str | None = None) -> 
 
 def _met(estimate: dict, target: float | None) -> str:
     if target is None or estimate['value'] is None: return ''
-    return f'>= {target:.0%} ' + ('[green]met[/]' if estimate['value'] >= target else '[red]missed[/]')
+    return f'>={target:.0%} ' + ('[green]met[/]' if estimate['value'] >= target else '[red]missed[/]')

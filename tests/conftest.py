@@ -1,5 +1,6 @@
 """Shared films and runs: synthetic, small, made once a session. `CXR_DATA` is hidden from all but `real` tests."""
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,12 @@ def real_films() -> Path:
     """The real films that CXR_DATA names; skips where it is not set."""
     if not REAL: pytest.skip('CXR_DATA does not name the real films')
     return Path(REAL)
+
+
+@pytest.fixture(scope='session')
+def evaluated(run, films, tmp_path_factory) -> Run:
+    """A copy of that run, evaluated on its test films through the command line; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp('evaluated')/'run'
+    shutil.copytree(run.path, folder)
+    assert main(['evaluate', str(folder), '--data', str(films)]) == 0
+    return Run.open(folder)

@@ -239,7 +239,8 @@ def test_evaluate_shows_the_targets_and_draws(capsys, run, films, tmp_path):
     shown = capsys.readouterr()
     assert 'sensitivity' in shown.out and re.search('met|missed', shown.out) and 'SHA-256' in shown.err
     drawn = {path.name for path in (tmp_path/'run/figures').iterdir()}
-    assert drawn == {'confusion_test.png', 'roc_test.png', 'history.png'}
+    curves = ('calibration', 'confusion', 'net_benefit', 'precision_recall', 'risk_coverage', 'roc', 'scores')
+    assert drawn == {'films', 'history.png', *(f'{name}_test.png' for name in curves)}
 
 
 def test_evaluate_needs_a_run(capsys, tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cxr_fastai.corruptions import CORRUPTIONS, STRENGTHS, corrupt, film_rng
 from cxr_fastai.demo import Chest, draw_film
-from cxr_fastai.evaluation import roc_auc
+from cxr_fastai.intervals import roc_auc
 from cxr_fastai.shortcut import Equaliser
 from cxr_fastai.traits import sharpness
 

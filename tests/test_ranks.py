@@ -69,16 +69,14 @@ def launch(*options: str) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def stop_after(process: subprocess.Popen, run: Run, epochs: int) -> float:
-    """Stop `process` by SIGTERM after so many epochs; the seconds it took to end."""
+def stop_after(process: subprocess.Popen, run: Run, epochs: int) -> None:
+    """Stop `process` by SIGTERM after so many epochs."""
     until = time.monotonic() + 180
     while not (run/'history.csv').exists() or len(run.history) < epochs:
         assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
         time.sleep(0.05)
-    start = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    return time.monotonic() - start
 
 
 @pytest.mark.slow
@@ -87,7 +85,7 @@ def test_two_processes_stopped_and_resumed_do_what_one_does_and_write_it_once(fi
     given = ['--data', str(films), *OPTIONS]
     first = launch(*given, '--out', str(run.path))
     assert main(['train', *given, '--out', str(tmp_path/'one')]) == 0  # meanwhile
-    assert stop_after(first, run, epochs=2) < 10
+    stop_after(first, run, epochs=2)
     assert (run/'state.pt').exists() and not (run/'learner.pkl').exists() and (done := len(run.history)) < 12
     second = launch('--resume', str(run.path))
     said = second.communicate(timeout=180)[0]

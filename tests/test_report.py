@@ -1,0 +1,280 @@
+"""One page that needs nothing else, in which no name becomes markup and no figure stands without its interval."""
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cxr_fastai.card import describe_run, render_card
+from cxr_fastai.checklist import TOPICS
+from cxr_fastai.cli import main
+from cxr_fastai.core import UsageError
+from cxr_fastai.interpret import film_picture, typical_hits, worst_errors
+from cxr_fastai.intervals import describe
+from cxr_fastai.printing import find_browser
+from cxr_fastai.recipe import Recipe, command_line
+from cxr_fastai.report import SECTIONS, describe_flow, judge_targets, read_audit, report
+from cxr_fastai.run import Run
+
+SCRIPT = '<script>alert(1)</script>.jpeg'
+
+
+@pytest.fixture
+def copy(evaluated, tmp_path, monkeypatch) -> Run:
+    """A run to change, whose report is made without curves, which take their time and have their own tests."""
+    shutil.copytree(evaluated.path, tmp_path/'run')
+    monkeypatch.setattr('cxr_fastai.report.draw', lambda *_: {})
+    return Run(tmp_path/'run')
+
+
+@pytest.fixture(scope='module')
+def page(evaluated, tmp_path_factory) -> str:
+    """The whole page, with everything on it."""
+    shutil.copytree(evaluated.path, folder := tmp_path_factory.mktemp('report')/'run')
+    return report(Run(folder)).read_text()
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its tags with their attributes, its words, and what is never closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.words, self.open = [], '', []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ('meta', 'br', 'img', 'wbr', 'use'): self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs): self.tags.append((tag, dict(attrs)))
+    def handle_endtag(self, tag): assert self.open.pop() == tag
+    def handle_data(self, data): self.words += data
+
+
+def test_the_page_needs_nothing_else(page):
+    found = Page(page)
+    assert not found.open and len(page) < 5_000_000
+    policy = next(attrs['content'] for tag, attrs in found.tags if attrs.get('http-equiv') == 'Content-Security-Policy')
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert not {'script', 'iframe', 'object', 'embed', 'link', 'form', 'base'} & {tag for tag, _ in found.tags}
+    for tag, attrs in found.tags:
+        assert not any(name.startswith('on') for name in attrs), (tag, attrs)
+        for name in {'src', 'href', 'xlink:href', 'srcset', 'action'} & set(attrs):
+            assert attrs[name].startswith(('#', 'data:image/')), attrs[name]
+    assert not re.findall(r'https?://|@import|url\((?!#)', page)
+
+
+def test_every_link_has_its_target_and_no_identifier_stands_twice(page):
+    tags = Page(page).tags
+    names = [attrs['id'] for _, attrs in tags if 'id' in attrs]
+    assert len(names) == len(set(names))
+    links = [attrs[name] for _, attrs in tags for name in ('href', 'xlink:href') if name in attrs]
+    links = [link[1:] for link in links if link.startswith('#')]
+    assert set(links) <= set(names) and {'summary', 'films', 'checklist'} <= set(links)
+
+
+def test_the_page_has_its_sections_and_the_figures_of_the_metrics(page, evaluated):
+    words, metrics = re.sub(r'\s+', ' ', Page(page).words), evaluated.metrics['test']
+    for title in SECTIONS.values():
+        if title != 'Robustness': assert title in words
+    for name in ('auc', 'sensitivity', 'specificity', 'ppv', 'mcc', 'average_precision'):
+        value, low, high = (f'{metrics[name][key]:.3f}' for key in ('value', 'low', 'high'))
+        assert f'{value} {low} to {high}' in words, name
+    for words_needed in ('not a medical device', '.54', 'To be written by a human', 'no claim of compliance',
+                         metrics['threshold_rule'], f'{metrics["n"]} films'): assert words_needed in words
+    assert page.count('<svg role="img"') == 8
+
+
+def test_a_film_called_like_markup_stays_text(copy):
+    table = copy.predictions
+    worst = worst_errors(copy.predicted('test')).path.iloc[0]
+    picture = film_picture(copy, worst).read_bytes()
+    named = 'test/NORMAL/' + SCRIPT
+    film_picture(copy, named).write_bytes(picture)
+    table.assign(path=table.path.replace(worst, named)).to_csv(copy/'predictions.csv', index=False)
+    found = Page(text := report(copy).read_text())
+    assert '<script' not in text and SCRIPT.replace('/', '/') in found.words.replace('\n', '')
+    assert 'script' not in {tag for tag, _ in found.tags}
+
+
+@pytest.mark.parametrize('name', ['"onerror="alert(1)', "javascript:alert('x')", r'$\bad$', '[/red]', 'a\x1b[31m',
+                                  '{{ 7*7 }}', '\u202egpj.exe', 'e\u0301.jpeg'])
+def test_no_name_breaks_the_page(copy, name):
+    table = copy.predictions
+    worst = worst_errors(copy.predicted('test')).path.iloc[0]
+    table.assign(path=table.path.replace(worst, f'test/NORMAL/{name}')).to_csv(copy/'predictions.csv', index=False)
+    found = Page(report(copy).read_text())
+    assert not found.open and name in found.words and '49' not in name
+    assert 'onerror' not in {attribute for _, attrs in found.tags for attribute in attrs}
+
+
+def test_names_that_may_be_persons_can_be_hidden(copy):
+    table = copy.predictions
+    worst = worst_errors(copy.predicted('test')).path.iloc[0]
+    named = table.assign(path=table.path.replace(worst, 'test/NORMAL/Meier_Anna.jpeg'))
+    named.to_csv(copy/'predictions.csv', index=False)
+    assert 'Meier_Anna' in report(copy).read_text()
+    hidden = report(copy, hide_names=True).read_text()
+    assert 'Meier' not in hidden and re.search(r'film-\d+\.jpeg', hidden)
+
+
+def test_films_are_shown_where_evaluate_left_their_pictures(copy):
+    test, page = copy.predicted('test'), report(copy).read_text()
+    shown = pd.concat([worst_errors(test), typical_hits(test)])
+    assert page.count('<img src="data:image/png;base64,') == len(shown) and 'no picture at hand' not in page
+    shutil.rmtree(copy/'figures/films')
+    assert report(copy).read_text().count('no picture at hand') == len(shown)
+
+
+def test_errors_are_the_most_certain_ones_and_hits_the_middle_of_each_class(evaluated):
+    films = pd.DataFrame({'path': list('abcdefgh'), 'label': ['NORMAL']*4 + ['PNEUMONIA']*4,
+                          'p_pneumonia': [0.1, 0.2, 0.4, 0.9, 0.95, 0.6, 0.7, 0.3]})
+    films['prediction'] = films.p_pneumonia.map(lambda p: 'PNEUMONIA' if p >= 0.5 else 'NORMAL')
+    right = films.p_pneumonia.where(films.label == 'PNEUMONIA', 1 - films.p_pneumonia)
+    films['loss'] = -right.map(__import__('math').log)
+    assert worst_errors(films).path.to_list() == ['d', 'h']
+    assert typical_hits(films, 2).path.to_list() == ['b', 'g']
+
+
+def test_targets_are_judged_with_their_intervals():
+    estimate = lambda value, low, high: {'value': value, 'low': low, 'high': high}
+    found = lambda sensitivity: judge_targets({'sensitivity': sensitivity, 'specificity': estimate(None, None, None)})
+    assert found(estimate(0.97, 0.96, 0.98))[0]['verdict'] == ('good', 'met')
+    assert 'reaches below' in found(estimate(0.96, 0.94, 0.98))[0]['verdict'][1]
+    assert found(estimate(0.90, 0.86, 0.93))[0]['verdict'] == ('error', 'missed')
+    assert 'reaches it' in found(estimate(0.94, 0.90, 0.96))[0]['verdict'][1]
+    assert found(estimate(0.94, 0.90, 0.96))[1]['verdict'][1] == 'cannot be told'
+
+
+def test_validation_films_are_called_what_they_are(copy):
+    metrics = json.loads((copy/'metrics.json').read_text())
+    (copy/'metrics.json').write_text(json.dumps({'valid': metrics['valid']}))
+    words = Page(report(copy).read_text()).words
+    assert 'These are valid films, not test films' in words and 'upper bound' in words
+
+
+def test_an_audit_is_shown_if_it_is_of_these_films(copy, films, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert 'were not audited' in report(copy).read_text()
+    (tmp_path/'elsewhere').mkdir()
+    main(['data', 'audit', str(films), '--out', str(tmp_path/'elsewhere/audit')])
+    text = report(copy, tmp_path/'elsewhere/audit').read_text()
+    finding = json.loads((tmp_path/'elsewhere/audit/audit.json').read_text())['findings'][0]
+    assert finding['name'] in text and 'were not audited' not in text
+    assert read_audit(tmp_path/'elsewhere/audit', copy)['films'] == 60
+    shutil.copytree(tmp_path/'elsewhere/audit', tmp_path/'audit')
+    assert finding['name'] in report(copy).read_text()  # found by itself
+    other = json.loads((tmp_path/'audit/audit.json').read_text())
+    other['counts'][0]['films'] += 1
+    (tmp_path/'audit/audit.json').write_text(json.dumps(other))
+    assert 'were not audited' in report(copy).read_text()
+    with pytest.raises(UsageError, match='is about other films'): report(copy, tmp_path/'audit')
+    with pytest.raises(UsageError, match='no such file'): report(copy, tmp_path/'nowhere')
+
+
+def test_the_flow_counts_every_film(evaluated):
+    flow = describe_flow(evaluated)
+    assert flow['found'] == 60 == sum(sum(labels.values()) for labels in flow['splits'].values()) + flow['unreadable']
+
+
+def test_a_run_that_was_not_evaluated_is_told_so(run, capsys, tmp_path):
+    shutil.copytree(run.path, tmp_path/'run')
+    assert main(['report', str(tmp_path/'run')]) == 2
+    assert 'nothing was evaluated yet: `cxr-fastai evaluate' in capsys.readouterr().err
+
+
+def test_metrics_of_an_older_version_or_of_other_predictions_are_refused(copy):
+    metrics = copy.metrics
+    (copy/'metrics.json').write_text(json.dumps({'test': {'n': 12, 'auc': metrics['test']['auc']}}))
+    with pytest.raises(UsageError, match='older version.*evaluate .* --split test'): report(copy)
+    (copy/'metrics.json').write_text(json.dumps(metrics))
+    copy.predictions.iloc[1:].to_csv(copy/'predictions.csv', index=False)
+    with pytest.raises(UsageError, match='12 films, 11 in predictions.csv'): report(copy)
+
+
+def test_robustness_is_shown_where_it_was_measured(copy):
+    rows = [('clean', 0, 0.99), *(('blur', s, 0.95) for s in range(1, 6)), ('shortcut', 0, 0.90)]
+    table = pd.DataFrame(rows, columns=['corruption', 'strength', 'auc']).assign(
+        n=12, auc_low=0.8, auc_high=0.995, sensitivity=1.0, specificity=1.0, split='test')
+    table.to_csv(copy/'robustness.csv', index=False)
+    words = Page(report(copy).read_text()).words
+    assert 'AUC 0.990 on clean films' in words and '0.090\nlost without the shortcut' in words
+
+
+def test_the_checklist_claims_nothing_that_is_not_there():
+    topics = {topic.name: topic for topic in TOPICS}
+    assert topics['Robustness'].status(SECTIONS.keys() - {'robustness'}) == 'needs a human'
+    assert topics['Robustness'].status(SECTIONS) == 'partly' and topics['Network'].status(SECTIONS) == 'filled'
+    assert topics['Explanations'].status(SECTIONS) == 'needs a human'
+    assert all(topic.human for topic in TOPICS if not topic.where)
+    told = {int(part) for topic in TOPICS for item in topic.claim.split(', ') if item for part in _span(item)}
+    assert told == set(range(1, 45))  # CLAIM has 44 items
+
+
+def _span(item: str) -> range:
+    first, _, last = item.partition('-')
+    return range(int(first), int(last or first) + 1)
+
+
+def test_the_card_is_in_the_hubs_format(copy):
+    hub = pytest.importorskip('huggingface_hub')
+    card = hub.ModelCard(render_card(copy, 'test'))
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert card.data.library_name == 'fastai' and card.data.pipeline_tag == 'image-classification'
+    assert results['auc'] == pytest.approx(copy.metrics['test']['auc']['value'], abs=1e-4)
+    assert {'dataset_split': 'test'}.items() <= vars(card.data.eval_results[0]).items()
+    for words in ('not a medical device', describe(copy.metrics['test']['auc']), 'To be written by a human', '422,530'):
+        assert words in card.content
+
+
+def test_the_card_names_no_folder_and_no_host(copy, films):
+    report(copy)
+    import platform
+    for name in ('model_card.md', 'report.html'):
+        text = (copy/name).read_text()
+        for secret in (str(films), str(Path.home()), str(copy.path), platform.node()):
+            if len(secret) > 5: assert secret not in text, (name, secret)
+
+
+def test_the_card_tells_what_an_older_run_did_not_write_down(copy):
+    (copy/'journal.jsonl').unlink()
+    facts = describe_run(copy)
+    assert 'not recorded' in facts['Hardware'] and facts['Versions'] == 'not recorded'
+
+
+@pytest.mark.parametrize('options', [
+    '', '--arch resnet50 --epochs 4 --lr 0.01', '--recipe tuned --set ema=0.9 --limit 5',
+    '--valid patients --size 96 --seed 7 --resize pad --set class_weights=true --allow-leakage --on-bad-film skip '
+    '--weights none --batch-size 16'])
+def test_the_command_that_reproduces_a_run_gives_its_recipe(options, monkeypatch, films, tmp_path):
+    recipes = []
+    monkeypatch.setattr('cxr_fastai.training.train', lambda recipe, *_, **__: recipes.append(recipe) or Run(tmp_path))
+    assert main(['train', '--data', str(films), '--precision', 'fp32', *options.split()]) == 0
+    typed = command_line(recipes[0]).replace('DIR', str(films)).split()
+    assert typed[:2] == ['cxr-fastai', 'train'] and main(typed[1:]) == 0
+    assert recipes[0] == recipes[1] and isinstance(recipes[1], Recipe)
+
+
+def test_a_pdf_needs_a_browser(copy, capsys, monkeypatch):
+    monkeypatch.setattr('cxr_fastai.printing.shutil.which', lambda _: None)
+    assert main(['report', str(copy.path), '--pdf']) == 1
+    assert 'neither Chromium nor Chrome was found' in capsys.readouterr().err
+    assert (copy/'report.html').is_file() and not (copy/'report.pdf').exists()
+
+
+@pytest.mark.skipif(not find_browser(), reason='no Chromium or Chrome here')
+def test_the_pdf_is_the_page(copy):
+    assert main(['report', str(copy.path), '--pdf']) == 0
+    assert (copy/'report.pdf').read_bytes().startswith(b'%PDF-')
+
+
+def test_a_browser_that_fails_leaves_the_old_pdf(copy, tmp_path, monkeypatch, capsys):
+    (copy/'report.pdf').write_text('precious')
+    (broken := tmp_path/'chromium').write_text('#!/bin/sh\nexit 3\n')
+    broken.chmod(0o755)
+    monkeypatch.setattr('cxr_fastai.printing.find_browser', lambda: str(broken))
+    assert main(['report', str(copy.path), '--pdf']) == 1 and 'exit status 3' in capsys.readouterr().err
+    assert (copy/'report.pdf').read_text() == 'precious'

@@ -13,7 +13,14 @@ from rich.console import Console
 
 from cxr_fastai.core import FilmError, UsageError, write_json, write_text, writing
 from cxr_fastai.images import open_film
-from cxr_fastai.items import check_trainable, doubt_validation, film_root, leaking_patients, read_items
+from cxr_fastai.items import (
+    check_trainable,
+    doubt_validation,
+    film_root,
+    identify_films,
+    leaking_patients,
+    read_items,
+)
 from cxr_fastai.names import safe_name, safe_path
 from cxr_fastai.pages import data_uri, fill
 from cxr_fastai.probes import LABEL, TELLING, probe_label, probe_shift
@@ -22,6 +29,8 @@ from cxr_fastai.traits import MOST_PAIRS, find_alike, measure_films
 HARM = {True: 'A network can use what it sees of it in place of the disease.',
         False: 'What holds on the films of one split may not hold on those of the other.'}
 """What a telling number does, where it tells the label and where it tells a split."""
+NOT_TRAINABLE, TOO_SMALL = 'not trainable as it is', 'validation too small to select on'
+"""Findings about splits, which a training may choose otherwise."""
 SHOWN = 40
 """Pairs of a finding that the page shows."""
 THUMB = 160
@@ -42,9 +51,11 @@ class Finding:
 @dataclass(frozen=True)
 class Audit:
     """What an audit found: `counts` by split, class and kind; `facts` about the files; `probes` (columns probe, trait,
-    auc); `findings`, errors first; and small pictures of duplicates, JPEG by name."""
+    auc); `findings`, errors first; and small pictures of duplicates, JPEG by name. `identity` is that of the films, by
+    `identify_films`."""
     data: str
     films: int
+    identity: str
     counts: pd.DataFrame
     facts: dict[str, Any]
     probes: pd.DataFrame
@@ -66,7 +77,8 @@ def audit(data: Path, workers: int | None = None, console: Console | None = None
     findings = [*_unreadable(films), *_burned_in(films), *_leakage(items), *_duplicates(pairs), *_too_many(alike),
                 *_listed_twice(films), *_too_few(items), *_telling(probes), *_names(films)]
     counts = items.groupby(['split', 'label', 'kind']).size().rename('films').reset_index()
-    return Audit(safe_name(data.resolve().name, 'films'), len(items), counts, _facts(films, whole), probes,
+    return Audit(safe_name(data.resolve().name, 'films'), len(items), identify_films(items), counts,
+                 _facts(films, whole), probes,
                  tuple(sorted(findings, key=lambda finding: finding.level != 'error')), _draw(films, pairs, root))
 
 
@@ -74,7 +86,8 @@ def save_audit(audit: Audit, folder: Path) -> None:
     """Write `audit.json` and `audit.html`, one page that needs nothing else, into `folder`. Raises `OutputError`."""
     with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     tables = {'counts': audit.counts.to_dict('records'), 'probes': audit.probes.to_dict('records')}
-    write_json(folder/'audit.json', {'data': audit.data, 'films': audit.films, **tables, 'facts': audit.facts,
+    write_json(folder/'audit.json', {'data': audit.data, 'films': audit.films, 'identity': audit.identity, **tables,
+                                     'facts': audit.facts,
                                      'findings': [asdict(finding) for finding in audit.findings]})
     write_text(folder/'audit.html', render(audit))
 
@@ -149,9 +162,9 @@ def _listed_twice(films: pd.DataFrame) -> list[Finding]:
 
 def _too_few(items: pd.DataFrame) -> list[Finding]:
     try: check_trainable(items)
-    except UsageError as error: return [Finding('warning', 'not trainable as it is', None, str(error))]
+    except UsageError as error: return [Finding('warning', NOT_TRAINABLE, None, str(error))]
     if not (doubt := doubt_validation(items)): return []
-    return [Finding('warning', 'validation too small to select on', None, f'{doubt} --valid patients is sounder.')]
+    return [Finding('warning', TOO_SMALL, None, f'{doubt} --valid patients is sounder.')]
 
 
 def _telling(probes: pd.DataFrame) -> list[Finding]:

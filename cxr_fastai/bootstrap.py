@@ -47,9 +47,11 @@ def mean_draws(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def deviation(draws: np.ndarray) -> float:
-    """The standard error that `draws` show; NaN among them is left out. 0 where nothing is left."""
+    """The standard error that `draws` show; NaN among them is left out. 0 where nothing is left, or nothing varies but
+    the last digits."""
     known = draws[~np.isnan(draws)]
-    return float(known.std(ddof=1)) if len(known) > 1 else 0.0
+    error = float(known.std(ddof=1)) if len(known) > 1 else 0.0
+    return error if error > 1e-9 else 0.0
 
 
 def middle(draws: np.ndarray) -> tuple[float | None, float | None]:

@@ -71,20 +71,27 @@ def chance_error(p: np.ndarray, bins: int = BINS, draws: int = NULL_DRAWS, seed:
 
 
 def recalibrate(targs: np.ndarray, p: np.ndarray, patients: np.ndarray) -> dict[str, Estimate]:
-    """`slope` and `intercept` of a logistic regression of `targs` on the logit of `p` (Cox 1958): 1 and 0 where the
-    probabilities are right, a slope below 1 where they are too extreme. Standard errors grouped by patient; undefined
-    where the classes separate or one is missing."""
-    nothing = {'slope': estimate(None), 'intercept': estimate(None)}
-    z = logits(p)
-    if targs.all() or not targs.any() or z.std() == 0: return nothing
+    """`slope` of a logistic regression of `targs` on the logit of `p` (Cox 1958), and `intercept` of one whose slope
+    is held at 1 (calibration in the large): 1 and 0 where the probabilities are right. A slope below 1 means that they
+    are too extreme, an intercept above 0 that they are too low. Standard errors grouped by patient; undefined where the
+    classes separate or one is missing."""
+    z, ones = logits(p), np.ones((len(p), 1))
+    if targs.all() or not targs.any(): return {'slope': estimate(None), 'intercept': estimate(None)}
+    slope = _logistic(targs, np.column_stack([z, ones]), None, patients) if np.ptp(z) > 1e-9 else estimate(None)
+    return {'slope': slope, 'intercept': _logistic(targs, ones, z, patients)}
+
+
+def _logistic(targs: np.ndarray, x: np.ndarray, offset: np.ndarray | None, patients: np.ndarray) -> Estimate:
+    """The first coefficient of a logistic regression on `x` (n, k) and a given `offset` (n,)."""
     import statsmodels.api as sm
+    groups = np.unique(patients, return_inverse=True)[1]
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        try: fitted = sm.Logit(targs.astype(float), sm.add_constant(z)).fit(
-            disp=False, cov_type='cluster', cov_kwds={'groups': np.unique(patients, return_inverse=True)[1]})
-        except Exception: return nothing  # separation is told by warnings and errors of many kinds
-    (intercept, slope), bounds = fitted.params, fitted.conf_int()
-    return {'slope': estimate(slope, *bounds[1]), 'intercept': estimate(intercept, *bounds[0])}
+        try:
+            fitted = sm.GLM(targs.astype(float), x, sm.families.Binomial(), offset=offset).fit(
+                cov_type='cluster', cov_kwds={'groups': groups})
+            return estimate(fitted.params[0], *fitted.conf_int()[0])
+        except Exception: return estimate(None)  # separation is told by warnings and errors of many kinds
 
 
 def reliability(targs: np.ndarray, p: np.ndarray, bins: int = 10) -> pd.DataFrame:

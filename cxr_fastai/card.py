@@ -1,7 +1,7 @@
 """The model card: what a run is, as facts for a page and as `model_card.md` in the format of the Hugging Face Hub."""
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.artefacts import sha256
 from cxr_fastai.core import VOCAB
@@ -9,6 +9,9 @@ from cxr_fastai.intervals import describe
 from cxr_fastai.pages import fill
 from cxr_fastai.recipe import Recipe, command_line
 from cxr_fastai.run import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NOT_A_DEVICE = 'Research software, not a medical device. It must not be used to diagnose anybody.'
 OUTSIDE = ("A network of this kind that scored an AUC of .95 on the test films of the public set of children's films "
@@ -22,7 +25,7 @@ UNKNOWN = 'not recorded'
 
 def describe_run(run: Run) -> dict[str, str]:
     """Facts about a run by name, in words; what an older run did not write down is `not recorded`."""
-    recipe, begun, history, items = run.recipe, run.noted('start', 'resume'), run.history, run.items
+    recipe, begun, history, items = run.recipe, run.noted('start', 'resume'), run.history, used_items(run)
     best = (run.noted('end').get('best') or {}).get('epoch', UNKNOWN)
     trained = items[items.split == 'train']
     parameters = begun.get('parameters')
@@ -55,12 +58,28 @@ def render_card(run: Run, split: str) -> str:
     results = {name: metrics[name] for name in FIGURES if metrics[name]['value'] is not None}
     return fill('model_card.md', run=run, split=split, metrics=metrics, results=results, facts=describe_run(run),
                 name=f'{run.recipe.arch}-{run.recipe.name}', not_a_device=NOT_A_DEVICE, outside=OUTSIDE,
-                command=command_line(run.recipe), say=describe, counts=count_kinds(run))
+                command=reproduce(run, split), say=describe, counts=count_kinds(run))
+
+
+def reproduce(run: Run, split: str) -> str:
+    """The commands, a line each, that give the run and its report again."""
+    metrics = run.metrics[split]
+    columns = {group['column']: None for group in metrics['subgroups'] if group['column'] != 'kind'}
+    options = [f'--split {split}', f'--threshold {metrics["threshold_rule"]}',
+               *(f'--by {column}' for column in columns),
+               *(f'--prevalence {100*row["prevalence"]:g}' for row in metrics['prevalences'])]
+    return '\n'.join([f'{command_line(run.recipe)} --out RUN', ' '.join(['cxr-fastai evaluate RUN', *options]),
+                      'cxr-fastai report RUN'])
+
+
+def used_items(run: Run) -> pd.DataFrame:
+    """The films of the run, without those that were skipped as unreadable."""
+    return run.items[~run.items.path.isin(run.noted('start', 'resume').get('unreadable', []))]
 
 
 def count_kinds(run: Run) -> list[dict[str, Any]]:
-    """Films and patients of the run by split, label and kind."""
-    groups = run.items.groupby(['split', 'label', 'kind'], sort=False)
+    """Films and patients that the run used, by split, label and kind."""
+    groups = used_items(run).groupby(['split', 'label', 'kind'], sort=False)
     table = groups.agg(films=('path', 'size'), patients=('patient', 'nunique')).reset_index()
     return table.sort_values(['split', 'label', 'kind'], key=lambda column: column.map(
         {'train': 0, 'valid': 1, 'test': 2}) if column.name == 'split' else column).to_dict('records')

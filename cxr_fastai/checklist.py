@@ -11,16 +11,17 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Topic:
     """A topic with its item numbers in the two guidelines; `where` is the section of the report that fills it, empty
-    where none can; `human` is what a human has to add, empty for nothing."""
+    where none can; `human` is what a human has to add, empty for nothing; `fact` is what that section must have."""
     name: str
     claim: str
     tripod: str
     where: str = ''
     human: str = ''
+    fact: str = ''
 
-    def status(self, sections: Container[str]) -> str:
-        """`filled`, `partly`, or `needs a human`, in a report that has these `sections`."""
-        if self.where not in sections: return 'needs a human'
+    def status(self, told: Container[str]) -> str:
+        """`filled`, `partly`, or `needs a human`, in a report that has told these sections and facts."""
+        if self.where not in told or (self.fact and self.fact not in told): return 'needs a human'
         return 'partly' if self.human else 'filled'
 
 
@@ -30,20 +31,21 @@ TOPICS = (
     Topic('Background and intended use', '3', '3a-3c', '', 'clinical setting, role of the model, known inequities'),
     Topic('Aims', '4', '4', '', 'aims and hypotheses'),
     Topic('Study design and goal', '5, 6', '4', '', 'prospective or retrospective; development, test or both'),
-    Topic('Sources of data, setting, dates', '7', '5a, 5b, 6a, 6c', 'data', 'where, when and why the films were taken'),
+    Topic('Sources of data, setting, dates', '7', '5a, 5b, 6a', 'data', 'where, when and why the films were taken'),
+    Topic('Treatments', '', '6c', '', 'what patients had received before the film'),
     Topic('Eligibility', '8', '6b', '', 'which patients were included and excluded'),
-    Topic('Preprocessing of films', '9', '7', 'card'),
+    Topic('Preprocessing of films', '9', '7, 12b', 'card'),
     Topic('Subsets', '10', '7', 'data'),
     Topic('De-identification', '11', '', '', 'how films and their names were freed of identities'),
-    Topic('Missing and unreadable films', '12', '11', 'data'),
+    Topic('Missing and unreadable films', '12', '11', 'data', 'films that never reached the folder'),
     Topic('Acquisition', '13', '9b', '', 'machines, views, protocols'),
     Topic('Reference standard', '14-18', '8a-8c', '', 'who labelled the films, by what, how well readers agree'),
-    Topic('Predictors', '', '9a-9c', 'card', ''),
+    Topic('Predictors', '', '9a, 9c', 'card'),
     Topic('Partitions, and the level at which they are disjoint', '19, 20', '12a', 'data'),
     Topic('Sample size', '21', '10', 'data', 'why so many films'),
     Topic('Network', '22', '12c, 22', 'card'),
     Topic('Software', '23', '18f', 'card'),
-    Topic('First weights', '24', '12c', 'card'),
+    Topic('First weights', '24', '12c', 'card', '', 'origin'),
     Topic('Training', '25', '12c', 'training'),
     Topic('Choice of the final model', '26', '12c', 'training'),
     Topic('Ensembles', '27', '12c', 'card'),
@@ -52,7 +54,7 @@ TOPICS = (
     Topic('Uncertainty', '29', '12e', 'performance'),
     Topic('Robustness', '30', '12d', 'robustness', 'other machines, views and populations'),
     Topic('Explanations', '31', '', 'explanations', 'whether what is marked makes clinical sense'),
-    Topic('Internal evaluation', '32', '12a, 16', 'performance'),
+    Topic('Internal evaluation', '32', '12a, 16', 'performance', '', 'internal'),
     Topic('External evaluation', '33', '16', '', 'films of another hospital'),
     Topic('Output and thresholds', '', '12g, 15', 'thresholds'),
     Topic('Fairness and subgroups', '', '14, 23b', 'groups', 'groups by age, sex, origin, machine: give them by --by'),

@@ -29,10 +29,12 @@ def evaluate(runs: opt.RunFolders, data: opt.Data = None, csv: opt.Csv = None, s
     given = {'rule': threshold, 'by': ('kind', *(by or ())), 'again': len(found) == 1}
     if prevalence: given['prevalences'] = [share/100 for share in prevalence]
     for run in found:
+        before = run.metrics
         metrics = evaluate(run, films, split, batch_size, limit, out, **given)
-        figures = save_figures(run, split)
+        for other in run.metrics:
+            if other != split and run.metrics[other] != before.get(other): save_figures(run, other)
         save_films(run, split, find_split(run, films, split, limit)[0])
-        _tell(run, split, metrics, figures)
+        _tell(run, split, metrics, save_figures(run, split))
         if robustness: _evaluate_robustness(run, films, split, batch_size, limit)
     if len(found) > 1: _compare(found, split, folder or free(Path('comparison')))
 
@@ -49,15 +51,20 @@ def report(run: opt.RunFolder, audit: opt.Audit = None, pdf: opt.Pdf = False,
     if pdf:
         from cxr_fastai.printing import print_pdf
         print_pdf(page, folder/'report.pdf')
+    else: (folder/'report.pdf').unlink(missing_ok=True)  # it was of another page
     say(f'in {run}: report.html, {"report.pdf, " if pdf else ""}model_card.md')
 
 
 def _tell(run: Run, split: str, metrics: dict, figures: list[str]) -> None:
+    from cxr_fastai.decision import Decision
     from cxr_fastai.scores import metrics_tables
+    decision = Decision.of(run, metrics['model'])
+    decided = decision if decision and decision.fits(metrics) else None
+    margin = decided.margin if decided else ''
     say(f'{run.path}, {split} split: {metrics["n"]} films, {metrics["positives"]} of them pneumonia, threshold '
-        f'{metrics["threshold"]:g} by the rule {metrics["threshold_rule"]}. {run.decision.get("margin", "")}'.rstrip())
+        f'{metrics["threshold"]:g} by the rule {metrics["threshold_rule"]}. {margin}'.rstrip())
     out.print(metrics_tables(metrics))
-    say(f'in {run.path}: predictions.csv, metrics.json, decision.json, {", ".join(figures)}')
+    say(f'in {run.path}: predictions.csv, metrics.json, {"decision.json, " if decided else ""}{", ".join(figures)}')
 
 
 def _compare(runs: list[Run], split: str, folder: Path) -> None:
@@ -73,7 +80,7 @@ def _compare(runs: list[Run], split: str, folder: Path) -> None:
     seeds = summarise_seeds(named, split)
     with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     write_json(folder/'comparison.json', {'split': split, 'runs': metrics, 'pairs': pairs, 'seeds': seeds})
-    save_figure(plot_comparison(tables, metrics, f'{split} split'), folder/'comparison.png')
+    save_figure(plot_comparison(shared or tables, metrics, f'{split} split'), folder/'comparison.png')
     out.print(comparison_tables(metrics, pairs, seeds))
     if not pairs: say('The runs have too few films in common for paired tests.')
     say(f'in {folder}: comparison.json, comparison.png')

@@ -12,6 +12,7 @@ import pandas as pd
 from cxr_fastai.bootstrap import auc_draws, deviation
 from cxr_fastai.core import UsageError
 from cxr_fastai.intervals import compare_auc, difference
+from cxr_fastai.items import identify_films
 from cxr_fastai.metrics import Sample
 from cxr_fastai.run import Run
 
@@ -54,9 +55,9 @@ def same_films(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 def compare(tables: Mapping[str, pd.DataFrame], thresholds: Mapping[str, float]) -> list[dict[str, Any]]:
     """What sets each run apart from the first, on the same films, each at its own threshold.
 
-    The difference of the AUCs with DeLong's interval and p, and `p_patients`, which the bootstrap of patients shows
-    where patients have several films; McNemar's exact test of which films are called rightly; and each p as Holm
-    (1979) adjusts it for the number of runs. `tables` are those of `same_films`.
+    The difference of the AUCs with DeLong's interval and p, which take films as independent, and `p_patients`, which
+    the bootstrap of patients shows where patients have several films; McNemar's exact test of which films are called
+    rightly; and each p as Holm (1979) adjusts it for the number of runs. `tables` are those of `same_films`.
     """
     (base, first), *others = tables.items()
     sample = Sample.of(first)
@@ -78,12 +79,13 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
 
 
 def summarise_seeds(runs: Mapping[str, Run], split: str) -> list[dict[str, Any]]:
-    """Mean and standard deviation of `FIGURES` on `split` over runs that differ in their seed alone: an object for each
-    recipe that has several seeds, with the names of its `runs` and {mean, sd} of each figure."""
+    """Mean and standard deviation of `FIGURES` on `split` over runs on the same films that differ in their seed alone:
+    an object for each recipe that has several seeds, with the names of its `runs` and {mean, sd} of each figure."""
     alike: dict[Any, list[str]] = {}
-    for name, run in runs.items(): alike.setdefault(replace(run.recipe, seed=0, workers=0), []).append(name)
+    for name, run in runs.items():
+        alike.setdefault((replace(run.recipe, seed=0, workers=0), identify_films(run.items)), []).append(name)
     return [{'runs': names, **_spread([runs[name].metrics[split] for name in names])}
-            for names in alike.values() if len(names) > 1]
+            for names in alike.values() if len({runs[name].recipe.seed for name in names}) > 1]
 
 
 def _spread(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
@@ -109,6 +111,7 @@ def _adjusted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         known = [value for value in values if value is not None]
         found = iter(multipletests(known, method='holm')[1].tolist() if known else [])
         return [None if value is None else next(found) for value in values]
-    aucs, calls = holm([row['auc']['p'] for row in rows]), holm([row['mcnemar']['p'] for row in rows])
-    return [{**row, 'auc': row['auc'] | {'p_holm': auc}, 'mcnemar': row['mcnemar'] | {'p_holm': call}}
-            for row, auc, call in zip(rows, aucs, calls, strict=True)]
+    aucs, calls = [row['auc']['p'] for row in rows], [row['mcnemar']['p'] for row in rows]
+    adjusted = map(holm, (aucs, calls, [row['p_patients'] for row in rows]))
+    return [{**row, 'auc': row['auc'] | {'p_holm': auc}, 'mcnemar': row['mcnemar'] | {'p_holm': call},
+             'p_patients_holm': patients} for row, auc, call, patients in zip(rows, *adjusted, strict=True)]

@@ -13,7 +13,7 @@ from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatte
 from cxr_fastai.calibration import logits, reliability, temper
 from cxr_fastai.drawing import BLUE, GREEN, GREY, INK, LINES, ORANGE, axes, entitle, tidy
 from cxr_fastai.intervals import describe
-from cxr_fastai.metrics import HALF, TARGETS
+from cxr_fastai.metrics import HALF, TARGETS, truth
 from cxr_fastai.tradeoffs import (
     net_benefit,
     precision_recall,
@@ -21,7 +21,6 @@ from cxr_fastai.tradeoffs import (
     risk_coverage,
     roc_band,
     roc_curve,
-    truth,
 )
 
 UNIT = (-0.02, 1.02)
@@ -140,7 +139,7 @@ def plot_risk_coverage(predictions: pd.DataFrame, metrics: dict[str, Any], title
 
 def plot_comparison(tables: Mapping[str, pd.DataFrame], metrics: Mapping[str, dict[str, Any]],
                     title: str = '') -> Figure:
-    """The ROC curves of several runs on the same films, and their figures with intervals side by side."""
+    """The ROC curves of several runs by their predictions `tables`, and their figures with intervals side by side."""
     figure = Figure(figsize=(10.5, 4.8), layout='constrained')
     ax, forest = figure.subplots(1, 2, width_ratios=[1, 1.15])
     for (name, table), colour in zip(tables.items(), LINES*len(tables), strict=False):

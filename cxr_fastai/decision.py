@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_fastai.calibration import fit_temperature
-from cxr_fastai.core import POSITIVE, VOCAB, UsageError, write_json
+from cxr_fastai.core import UsageError, write_json
 from cxr_fastai.metrics import SHARES, TARGETS, Calls, Sample
 from cxr_fastai.run import Run
 
@@ -46,6 +46,11 @@ class Decision:
             raise UsageError(f'{run/"decision.json"}: damaged ({error}): delete it and evaluate again.') from None
         return decision if decision.model == model else None
 
+    def fits(self, metrics: dict[str, Any]) -> bool:
+        """Whether the `metrics` of a split are of this decision."""
+        return (self.threshold, self.rule, self.model) == tuple(
+            metrics.get(name) for name in ('threshold', 'threshold_rule', 'model'))
+
     def save(self, run: Run) -> None:
         """Write it into `run`."""
         write_json(run/'decision.json', asdict(self))
@@ -54,15 +59,16 @@ class Decision:
 def decide(valid: pd.DataFrame, rule: str, model: str = '') -> Decision:
     """The threshold that `rule` chooses on `valid`, a predictions table, and the temperature fitted there.
 
-    Raises `UsageError` for a rule that does not exist and for a class without films.
+    Raises `UsageError` for a rule that does not exist, and for one that needs films of both classes and has not.
     """
     choose, numbers = parse_rule(rule)
-    targs, p = (valid.label == VOCAB[POSITIVE]).to_numpy(), valid.p_pneumonia.to_numpy(float)
-    if targs.all() or not targs.any():
+    sample = Sample.of(valid)
+    targs, p = sample.targs, sample.p
+    if choose is not fixed and (targs.all() or not targs.any()):
         raise UsageError(f'--threshold {rule}: the validation films are all {valid.label.iloc[0]}, which shows no '
                          'threshold: use films of both classes.')
     threshold, margin = choose(targs, p, *numbers)
-    calls = Calls(Sample.of(valid), threshold)
+    calls = Calls(sample, threshold)
     found = {'n': len(p), 'positives': int(targs.sum()), **{name: calls.share(*SHARES[name]) for name in TARGETS}}
     return Decision(threshold, rule, fit_temperature(targs, p), model, margin, found)
 
@@ -85,7 +91,8 @@ def keep_sensitivity(targs: np.ndarray, p: np.ndarray, target: float) -> tuple[f
     threshold = _below(np.sort(p[targs])[j - 1], p)
     if not wanted: return threshold, (f'{n} validation films of pneumonia are too few to show a sensitivity of '
                                       f'{target:g}: all are called, and {n/(n + 1):.2f} is to be expected of others.')
-    return threshold, (f'{n - j + 1} of {n} validation films of pneumonia are called ({(n - j + 1)/n:.4f}), so that '
+    called = int((p[targs] >= threshold).sum())
+    return threshold, (f'{called} of {n} validation films of pneumonia are called ({called/n:.4f}), so that at least '
                        f'{1 - j/(n + 1):.4f} are to be expected of others: the margin for {n} films.')
 
 

@@ -2,6 +2,7 @@
 the table."""
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,28 +27,37 @@ COLUMNS = ['path', 'label', 'split', 'patient', 'p_pneumonia', 'prediction', 'lo
 def evaluate(run: Run, data: Path | None = None, split: str = 'test', batch_size: int = 32, limit: int | None = None,
              console: Console | None = None, rule: str | None = None, prevalences: Sequence[float] = PREVALENCES,
              by: Sequence[str] = ('kind',), again: bool = True) -> dict[str, Any]:
-    """Predict the films of `split` once, and those of valid where that was not done yet; choose the threshold on valid
-    by `rule` (default: that of the last time, else `decision.DEFAULT`); measure, and return the split's metrics.
+    """Predict the films of `split` once, and all of the run's own valid where that was not done yet; choose the
+    threshold on valid by `rule` (default: that of the last time, else `decision.DEFAULT`); measure, and return the
+    split's metrics.
 
     Writes `predictions.csv`, `decision.json` and `metrics.json`, where other splits are kept, judged by the same
     threshold. `by` names columns of the items that tell groups apart. Unless `again`, what the same network predicted
-    of the same paths before is taken as it is. Raises `UsageError` for a split without films or a rule that does not
+    of the same files before is taken as it is. Raises `UsageError` for a split without films or a rule that does not
     exist, `FilmError` for an unreadable film.
     """
     if rule: parse_rule(rule)
+    by = [column.strip().lower() for column in by]  # as the header of a listing is read
     root, items = find_split(run, data, split, limit, by)
     predictor, model = Predictor.load(run.path), sha256(find_learner(run.path))
-    predict = lambda items, root: predict_items(predictor, items, root, batch_size, console)
-    tables = known_predictions(run, model)
-    if again or not _has(tables, split, items): tables[split] = predict(items, root)
-    valid = _first(_own_films(run, 'valid'), limit)
-    if split != 'valid' and not _has(tables, 'valid', valid):
+    tables, stamps = known_predictions(run, model), {}
+
+    def predict(name: str, items: pd.DataFrame, root: Path) -> None:
+        tables[name] = predict_items(predictor, items, root, batch_size, console)
+        stamps[name] = stamp_films(items, root)
+    if again or not _has(run, tables, split, items, root): predict(split, items, root)
+    valid = _own_films(run, 'valid')
+    folder = _folder_of(valid, run.films, data)
+    if split != 'valid' and not _has(run, tables, 'valid', valid, folder):
         tables.pop('valid', None)
-        if folder := _folder_of(valid, data, run.films): tables['valid'] = predict(valid, folder)
-    decision = _decide(run, tables.get('valid'), rule, model)
+        if folder: predict('valid', valid, folder)
+    whole = tables['valid'] if 'valid' in tables and _same_paths(tables['valid'], valid) else None
+    decision = _decide(run, whole, rule, model)
     tables = {name: judge(table, decision.threshold) for name, table in tables.items()}
     groups = {column: items[column].to_numpy() for column in by}
-    measured = _measure_all(tables, split, groups, decision, run, prevalences)
+    measured = {name: measure_split(run, tables[name], decision, groups, prevalences, stamps.get(name))
+                if name == split else _measure_again(run, name, tables[name], decision, stamps.get(name))
+                for name in tables}
     write_csv(run/'predictions.csv', pd.concat(tables.values(), ignore_index=True))
     if decision.valid: decision.save(run)
     write_json(run/'metrics.json', measured)
@@ -106,8 +116,20 @@ def known_predictions(run: Run, model: str) -> dict[str, pd.DataFrame]:
     return {split: rows for split, rows in run.predictions.groupby('split', sort=False) if split in same}
 
 
-def _has(tables: Mapping[str, pd.DataFrame], split: str, items: pd.DataFrame) -> bool:
-    return split in tables and tables[split].path.to_list() == items.path.to_list()
+def stamp_films(items: pd.DataFrame, root: Path) -> str:
+    """A SHA-256 that changes with the paths, sizes and times of the films' files."""
+    facts = ((path, (stat := (root/path).stat()).st_size, stat.st_mtime_ns) for path in items.path)
+    return hashlib.sha256(repr(list(facts)).encode(errors='surrogateescape')).hexdigest()
+
+
+def _has(run: Run, tables: Mapping[str, pd.DataFrame], split: str, items: pd.DataFrame, root: Path | None) -> bool:
+    """Whether `tables` has the predictions of `items`, of the files as they are now below `root` (None: are gone)."""
+    return split in tables and _same_paths(tables[split], items) and (
+        root is None or run.metrics[split].get('films') == stamp_films(items, root))
+
+
+def _same_paths(predictions: pd.DataFrame, items: pd.DataFrame) -> bool:
+    return predictions.path.to_list() == items.path.to_list()
 
 
 def _own_films(run: Run, split: str) -> pd.DataFrame:
@@ -140,27 +162,33 @@ def _decide(run: Run, valid: pd.DataFrame | None, rule: str | None, model: str) 
     if valid is not None: return decide(valid, rule or (known.rule if known else DEFAULT), model)
     if known and rule in (None, known.rule): return known
     if rule and not rule.startswith('fixed:'):
-        raise UsageError(f'--threshold {rule}: it is chosen on the validation films of the run, which are not at hand: '
-                         'evaluate where they are, or give fixed:T.')
+        raise UsageError(f'--threshold {rule}: it is chosen on all validation films of the run, which are not at hand: '
+                         'evaluate where they are, without --limit, or give fixed:T.')
     threshold = parse_rule(rule)[1][0] if rule else run.recipe.threshold
-    if not rule: warnings.warn(f'the validation films of the run are not at hand, so no threshold was chosen on them: '
+    if not rule: warnings.warn(f'not all validation films of the run are at hand, so no threshold was chosen on them: '
                                f'{threshold:g} is used.', CXRWarning, stacklevel=3)
     return Decision(threshold, rule or f'fixed:{threshold:g}', model=model)
 
 
-def _measure_all(tables: Mapping[str, pd.DataFrame], split: str, groups: Mapping[str, np.ndarray], decision: Decision,
-                 run: Run, prevalences: Sequence[float]) -> dict[str, Any]:
-    """The metrics of every split that has predictions: of `split`, in its `groups`, anew, of others where the decision
-    is another one than theirs."""
-    same = {'threshold': decision.threshold, 'threshold_rule': decision.rule, 'model': decision.model}
-    measured = {}
-    for name, table in tables.items():
-        known = run.metrics.get(name, {})
-        if name != split and known.items() >= same.items():
-            measured[name] = known
-            continue
-        columns = groups if name == split else {'kind': [parse_name(*film)[0] for film in zip(table.path, table.label,
-                                                                                            strict=True)]}
-        measured[name] = measure(table.assign(**columns), decision.threshold, decision.rule, decision.temperature,
-                                 prevalences, list(columns)) | {'model': decision.model}
-    return measured
+def measure_split(run: Run, predictions: pd.DataFrame, decision: Decision, groups: Mapping[str, np.ndarray],
+                  prevalences: Sequence[float], stamp: str | None = None) -> dict[str, Any]:
+    """The metrics of a split's `predictions`, in `groups` by column; with the network and the files they are of."""
+    split = predictions.split.iloc[0]
+    metrics = measure(predictions.assign(**groups), decision.threshold, decision.rule, decision.temperature,
+                      prevalences, list(groups))
+    return metrics | {'model': decision.model, 'films': stamp or run.metrics.get(split, {}).get('films')}
+
+
+def _measure_again(run: Run, split: str, predictions: pd.DataFrame, decision: Decision,
+                   stamp: str | None) -> dict[str, Any]:
+    """The metrics of a split that was not asked for: as they are known, or measured anew, where it was predicted just
+    now or the decision is another one."""
+    known = run.metrics.get(split, {})
+    if stamp is None and decision.fits(known) and known['calibrated']['temperature'] == decision.temperature:
+        return known
+    if lost := sorted({group['column'] for group in known.get('subgroups', ())} - {'kind'}):
+        warnings.warn(f'the split {split} is judged by another threshold now, without its groups by {", ".join(lost)}: '
+                      'evaluate it again.', CXRWarning, stacklevel=3)
+    kinds = [parse_name(*film)[0] for film in zip(predictions.path, predictions.label, strict=True)]
+    prevalences = [row['prevalence'] for row in known.get('prevalences', ())] or PREVALENCES
+    return measure_split(run, predictions, decision, {'kind': np.array(kinds)}, prevalences, stamp)

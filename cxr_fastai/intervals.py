@@ -16,10 +16,11 @@ def estimate(value: float | None, low: float | None = None, high: float | None =
     return {name: v if v is None else float(v) for name, v in (('value', value), ('low', low), ('high', high))}
 
 
-def describe(found: Estimate, digits: int = 3) -> str:
-    """An estimate in words: `0.953 (0.931 to 0.968)`, or `undefined` where there is nothing to estimate from."""
+def describe(found: Estimate, digits: int = 3, sign: str = '') -> str:
+    """An estimate in words: `0.953 (0.931 to 0.968)`, or `undefined` where there is nothing to estimate from. The
+    `sign` '+' tells positive numbers from negative ones."""
     if found['value'] is None: return 'undefined'
-    value, low, high = (None if found[name] is None else f'{found[name]:.{digits}f}'
+    value, low, high = (None if found[name] is None else f'{found[name]:{sign}.{digits}f}'
                         for name in ('value', 'low', 'high'))
     return value if low is None else f'{value} ({low} to {high})'
 
@@ -75,9 +76,10 @@ def compare_auc(targs: np.ndarray, first: np.ndarray, second: np.ndarray) -> Est
 
 
 def difference(value: float, error: float) -> Estimate:
-    """A difference with its standard `error`: the 95 % interval, and the two-sided `p` of its being none."""
-    p = float(2*norm.sf(abs(value)/error)) if error else float(value == 0)
-    return estimate(value, value - Z95*error, value + Z95*error) | {'p': p}
+    """A difference with its standard `error`: the 95 % interval, and the two-sided `p` of its being none. Where nothing
+    varies, as between networks that both separate the classes, there is neither, but for two that are the same."""
+    if not error: return estimate(value) | {'p': 1.0 if value == 0 else None}
+    return estimate(value, value - Z95*error, value + Z95*error) | {'p': float(2*norm.sf(abs(value)/error))}
 
 
 def predictive_values(sensitivity: Estimate, specificity: Estimate, positives: float, negatives: float,
@@ -85,8 +87,8 @@ def predictive_values(sensitivity: Estimate, specificity: Estimate, positives: f
     """PPV and NPV at a `prevalence` in (0, 1) by Bayes' rule, where `positives` and `negatives` are the (effective)
     numbers of films behind the two rates.
 
-    Intervals on the logit scale by Mercaldo, Lau and Zhou (2007), with z²/2 films added to each cell, as they advise
-    for rates near 0 or 1.
+    Intervals on the logit scale by Mercaldo, Lau and Zhou (2007); where a rate is 0 or 1, with z²/2 films added to each
+    cell, as they advise there.
     """
     a, b = sensitivity['value'], specificity['value']
     if a is None or b is None: return estimate(None), estimate(None)
@@ -99,7 +101,7 @@ def _predictive(right: float, n: float, other: float, m: float, prior: float) ->
     other class are called so."""
     called = right*prior + (1 - other)*(1 - prior)
     if called == 0: return estimate(None)
-    more = Z95**2/2
+    more = Z95**2/2 if {right, other} & {0, 1} else 0.0
     a, b = (right*n + more)/(n + 2*more), (other*m + more)/(m + 2*more)
     centre = logit(prior) + np.log(a/(1 - b))
     half = Z95*np.sqrt((1 - a)/(a*(n + 2*more)) + b/((1 - b)*(m + 2*more)))

@@ -1,6 +1,7 @@
 """Files on disk become the items table, one row a film: `path label split patient kind`."""
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import posixpath
@@ -128,6 +129,12 @@ def count_films(items: pd.DataFrame) -> pd.DataFrame:
     """Films by split (rows train, valid, test) and class (columns in the order of the vocabulary)."""
     counts = pd.crosstab(items.split, items.label)
     return counts.reindex(index=['train', 'valid', 'test'], columns=list(VOCAB), fill_value=0)
+
+
+def identify_films(items: pd.DataFrame) -> str:
+    """The SHA-256 of the films' paths and labels, in whatever splits they are."""
+    films = sorted(zip(items.path, items.label, strict=True))
+    return hashlib.sha256('\n'.join(map('\0'.join, films)).encode(errors='surrogateescape')).hexdigest()
 
 
 def describe_items(items: pd.DataFrame) -> str:

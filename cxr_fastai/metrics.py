@@ -44,6 +44,11 @@ SHARES = {'accuracy': (('tp', 'tn'), ('fp', 'fn')), 'sensitivity': (('tp',), ('f
 """Figure -> the cells of the confusion matrix that are right, and those that are wrong."""
 
 
+def truth(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each film shows pneumonia, and the probability given to it: (n,) and (n,)."""
+    return (predictions.label == VOCAB[POSITIVE]).to_numpy(), predictions.p_pneumonia.to_numpy(float)
+
+
 @dataclass(frozen=True)
 class Sample:
     """Films with their truth `targs` (true: pneumonia), probability `p` and patients, each (n,)."""
@@ -55,8 +60,7 @@ class Sample:
     def of(cls, predictions: pd.DataFrame) -> Sample:
         """The sample of a predictions table; without a column patient each film is a patient of its own."""
         patients = predictions['patient'] if 'patient' in predictions else pd.Series(range(len(predictions)))
-        return cls((predictions.label == VOCAB[POSITIVE]).to_numpy(), predictions.p_pneumonia.to_numpy(float),
-                   patients.astype(str).to_numpy())
+        return cls(*truth(predictions), patients.astype(str).to_numpy())
 
     @cached_property
     def weights(self) -> np.ndarray:
@@ -95,12 +99,12 @@ class Calls:
 
     def effective(self, right: Sequence[str], wrong: Sequence[str]) -> float:
         """How many independent films would make that share vary as much as the draws of patients do: at most the films
-        that there are (Kish's effective sample size). Where the share is 0 or 1 and does not vary, the patients."""
+        that there are (Kish's effective sample size). Where it does not vary, as a share of 0 or 1, the patients."""
         k, n = sum(self.n[cell] for cell in right), sum(self.n[cell] for cell in (*right, *wrong))
         if not self.sample.grouped: return n
-        if k in (0, n): return self.sample.count(np.any([self.films[cell] for cell in (*right, *wrong)], axis=0))
-        error = deviation(self.share_draws(right, wrong))
-        return min(n, k/n*(1 - k/n)/error**2) if error else n
+        error = deviation(self.share_draws(right, wrong)) if 0 < k < n else 0.0
+        if error: return min(n, k/n*(1 - k/n)/error**2)
+        return self.sample.count(np.any([self.films[cell] for cell in (*right, *wrong)], axis=0))
 
     def rates(self) -> dict[str, Any]:
         """Every figure that depends on the threshold, and the counts."""
@@ -178,7 +182,8 @@ def at_prevalence(calls: Calls, prevalence: float) -> dict[str, Any]:
 
 def measure_groups(predictions: pd.DataFrame, column: str, threshold: float) -> list[dict[str, Any]]:
     """Sensitivity, specificity and AUC in each group that `column` tells apart; the AUC of a group of one class is
-    against all films of the other. Groups of fewer than `FEW` films have no figures and are counted as one row."""
+    against all films of the other. A rate of fewer than `FEW` films is not told; groups of fewer are counted in a row.
+    """
     groups = predictions[column].fillna('missing').astype(str)
     sizes = groups.value_counts()
     rows = [_measure_group(predictions, column, name, groups == name, threshold)
@@ -192,10 +197,11 @@ def _measure_group(predictions: pd.DataFrame, column: str, name: str, chosen: pd
     inside = predictions[chosen]
     labels = set(inside.label)
     both = inside if len(labels) > 1 else predictions[chosen | ~predictions.label.isin(labels)]
-    rates, sample = Calls(Sample.of(inside), threshold).rates(), Sample.of(both)
-    positives = int((inside.label == VOCAB[POSITIVE]).sum())
-    return {'column': column, 'group': name, 'n': len(inside), 'positives': positives,
-            **{rate: rates[rate] for rate in TARGETS}, 'auc': area(sample)}
+    calls = Calls(Sample.of(inside), threshold)
+    told = {rate: calls.share(*SHARES[rate]) if sum(calls.n[cell] for cells in SHARES[rate] for cell in cells) >= FEW
+            else estimate(None) for rate in TARGETS}
+    return {'column': column, 'group': name, 'n': len(inside), 'positives': calls.n['tp'] + calls.n['fn'], **told,
+            'auc': area(Sample.of(both))}
 
 
 def _mcc(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.ndarray) -> np.ndarray:

@@ -28,6 +28,13 @@ def safe_name(name: str, stand_in: str) -> str:
     return name if is_safe(name) else stand_in
 
 
+def short_path(path: str) -> str:
+    """`path` without the folders above its own two, where they are not those of the data root: of one that is absolute
+    or leads out of it."""
+    parts = PurePosixPath(path).parts
+    return '/'.join(parts[-3:]) if path.startswith('/') or '..' in parts else path
+
+
 def safe_path(path: str, number: int) -> str:
     """`path` as it may be shown: from the first part that may be a person's name on, `film-` and `number` instead."""
     *folders, file = PurePosixPath(path).parts

@@ -8,11 +8,13 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from cxr_fastai.calibration import reliability
-from cxr_fastai.card import NOT_A_DEVICE, OUTSIDE, count_kinds, describe_run, render_card
+from cxr_fastai.artefacts import sha256
+from cxr_fastai.audit import NOT_TRAINABLE, TOO_SMALL
+from cxr_fastai.card import NOT_A_DEVICE, OUTSIDE, count_kinds, describe_run, render_card, reproduce, used_items
 from cxr_fastai.checklist import TOPICS
 from cxr_fastai.core import UsageError, write_text
 from cxr_fastai.corruptions import summarise
+from cxr_fastai.decision import Decision
 from cxr_fastai.drawing import to_svg
 from cxr_fastai.interpret import (
     CURVES,
@@ -24,14 +26,13 @@ from cxr_fastai.interpret import (
     worst_errors,
 )
 from cxr_fastai.intervals import Estimate, describe
-from cxr_fastai.items import doubt_validation, leaking_patients
+from cxr_fastai.items import doubt_validation, identify_films, leaking_patients
 from cxr_fastai.metrics import FEW, TARGETS
-from cxr_fastai.names import safe_path
+from cxr_fastai.names import safe_path, short_path
 from cxr_fastai.pages import data_uri, fill
-from cxr_fastai.recipe import command_line
 from cxr_fastai.run import Run, read_json
 from cxr_fastai.scores import AT_A_THRESHOLD, OVERALL, name_figure
-from cxr_fastai.tradeoffs import threshold_table, truth
+from cxr_fastai.tradeoffs import threshold_table
 
 SPLITS = ('test', 'valid', 'train')
 """What the report is about, in order of preference."""
@@ -49,30 +50,43 @@ def report(run: Run, audit: Path | None = None, hide_names: bool = False) -> Pat
     """
     if not run.metrics: raise UsageError(f'{run.path}: nothing was evaluated yet: `cxr-fastai evaluate {run.path}`.')
     split = next(split for split in SPLITS if split in run.metrics)
-    n, rows = run.metrics[split]['n'], len(run.predicted(split))
-    if 'calibration' not in run.metrics[split] or n != rows:
-        raise UsageError(f'{run.path}: metrics.json is of an older version, or of other predictions ({n} films, {rows} '
-                         f'in predictions.csv): `cxr-fastai evaluate {run.path} --split {split}`.')
+    check_fresh(run, split)
     findings = read_audit(audit, run) if audit else find_audit(run)
     write_text(run/'report.html', render(run, split, findings, hide_names))
     write_text(run/'model_card.md', render_card(run, split))
     return run/'report.html'
 
 
+def check_fresh(run: Run, split: str) -> None:
+    """Raise `UsageError` where the metrics of `split` are of an older version, other predictions or another network."""
+    metrics, n, learner = run.metrics[split], len(run.predicted(split)), run/'learner.pkl'
+    why = ('are of an older version' if 'calibration' not in metrics else
+           f'are of {metrics["n"]} films, predictions.csv of {n}' if metrics['n'] != n else
+           'are of another network' if learner.is_file() and sha256(learner) != metrics['model'] else None)
+    if why: raise UsageError(f'{run.path}: the metrics of {split} {why}: `cxr-fastai evaluate {run.path} --split '
+                             f'{split}`.')
+
+
 def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names: bool = False) -> str:
     """The report about `split` as HTML, with everything that it shows inside."""
-    metrics = run.metrics[split]
-    predictions = run.predicted(split)
+    metrics, predictions = run.metrics[split], run.predicted(split)
+    decision, own = Decision.of(run, metrics['model']), run.items[run.items.split == split]
     facts = {'metrics': metrics, 'split': split, 'run': run, 'targets': judge_targets(metrics), 'audit': audit,
              'facts': describe_run(run), 'counts': count_kinds(run), 'flow': describe_flow(run),
+             'command': reproduce(run, split),
              'doubt': doubt_validation(run.items), 'leaks': len(leaking_patients(run.items)),
-             'valid': run.metrics.get('valid') if split != 'valid' else None, 'decision': run.decision,
+             'valid': run.metrics.get('valid') if split != 'valid' else None,
+             'decision': decision if decision and decision.fits(metrics) else None,
+             'elsewhere': not set(predictions.path) <= set(own.path), 'begun': run.noted('start', 'resume'),
              'pictures': draw(run, predictions, metrics, split), 'thresholds': _thresholds(predictions, metrics),
-             'reliability': _reliability(predictions), 'robustness': _robustness(run, split),
-             'films': show_films(run, predictions, hide_names), 'command': command_line(run.recipe)}
+             'robustness': _robustness(run, split),
+             'films': show_films(run, predictions, hide_names)}
     sections = {name: title for name, title in SECTIONS.items() if facts.get(name, True) is not None}
-    return fill('report.html', **facts, sections=sections, topics=TOPICS, say=describe, name_figure=name_figure,
-                overall=OVERALL, at_a_threshold=AT_A_THRESHOLD, few=FEW, not_a_device=NOT_A_DEVICE, outside=OUTSIDE)
+    told = {*sections, *(['internal'] if split == 'test' and not facts['elsewhere'] else []),
+            *(['origin'] if 'origin' in facts['begun'] else [])}
+    return fill('report.html', **facts, sections=sections, topics=TOPICS, told=told, say=describe,
+                name_figure=name_figure, overall=OVERALL, at_a_threshold=AT_A_THRESHOLD, few=FEW,
+                not_a_device=NOT_A_DEVICE, outside=OUTSIDE)
 
 
 def judge_targets(metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -82,11 +96,13 @@ def judge_targets(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def describe_flow(run: Run) -> dict[str, Any]:
-    """How many films were found, could not be read, and went into each split; the test films are those evaluated."""
-    items, bad = run.items, run.noted('start', 'resume').get('unreadable', [])
-    return {'found': len(items), 'patients': items.patient.nunique(), 'unreadable': len(bad), 'limit': run.recipe.limit,
+    """How many films the run found and could not read, what went into each split, and how valid was chosen."""
+    used, valid = used_items(run), {'official': 'the films of the folder val', 'patients': (
+        'a tenth of the patients of train and val, drawn by the seed, with the shares of the classes kept')}
+    return {'found': len(run.items), 'patients': run.items.patient.nunique(), 'limit': run.recipe.limit,
+            'unreadable': len(run.items) - len(used), 'valid': valid[run.recipe.valid],
             'splits': {split: rows.label.value_counts().sort_index().to_dict()
-                       for split, rows in items[~items.path.isin(bad)].groupby('split')}}
+                       for split, rows in used.groupby('split')}}
 
 
 def read_audit(folder: Path, run: Run) -> dict[str, Any]:
@@ -94,11 +110,10 @@ def read_audit(folder: Path, run: Run) -> dict[str, Any]:
     path = folder/'audit.json'
     if not path.is_file(): raise UsageError(f'{path}: no such file: `cxr-fastai data audit --out {folder}` writes it.')
     audit = read_json(path)
-    found = pd.DataFrame(audit['counts']).groupby('label').films.sum().to_dict()
-    ours = run.items.label.value_counts().to_dict()
-    if found != ours and run.recipe.limit is None:
-        raise UsageError(f'{path} is about other films: it counts {found}, the run {ours}: audit the films of the run.')
-    return audit
+    if not isinstance(audit, dict) or audit.get('identity') != identify_films(run.items):
+        raise UsageError(f'{path} is about other films than those of the run: audit these.')
+    return audit | {'findings': [finding for finding in audit['findings']
+                                 if finding['name'] not in (NOT_TRAINABLE, TOO_SMALL)]}  # the run chose its splits
 
 
 def find_audit(run: Run) -> dict[str, Any] | None:
@@ -113,7 +128,8 @@ def show_films(run: Run, predictions: pd.DataFrame, hide_names: bool = False) ->
     none)."""
     numbers = {path: number for number, path in enumerate(predictions.path, 1)}
     chosen = {'errors': worst_errors(predictions), 'hits': typical_hits(predictions)}
-    return {kind: [{'name': safe_path(row.path, numbers[row.path]) if hide_names else row.path, 'label': row.label,
+    name = lambda path: safe_path(path, numbers[path]) if hide_names else short_path(path)
+    return {kind: [{'name': name(row.path), 'label': row.label,
                     'p': row.p_pneumonia, 'picture': _picture(film_picture(run, row.path))}
                    for row in rows.itertuples()] for kind, rows in chosen.items()}
 
@@ -125,7 +141,20 @@ def draw(run: Run, predictions: pd.DataFrame, metrics: dict[str, Any], split: st
         figures |= {name: plot(predictions, metrics, f'{split} split') for name, plot in CURVES.items()}
     rows = _robust_rows(run, split)
     if rows is not None: figures['robustness'] = plot_robustness(rows, f'{split} split', columns=2)
-    return {name: Markup(to_svg(figure, f'figure: {name.replace("_", " ")}')) for name, figure in figures.items()}
+    return {name: Markup(to_svg(figure, describe_plot(name, metrics))) for name, figure in figures.items()}
+
+
+def describe_plot(name: str, metrics: dict[str, Any]) -> str:
+    """What the figure `name` shows, for those who cannot see it."""
+    words = {'losses': 'training and validation loss by epoch', 'validation': 'validation figures by epoch',
+             'roc': f'ROC curve, AUC {describe(metrics["auc"])}',
+             'precision_recall': f'precision-recall curve, average precision {describe(metrics["average_precision"])}',
+             'calibration': f'reliability diagram, slope {describe(metrics["calibration"]["slope"])}',
+             'scores': 'histograms of the probability of pneumonia for normal films and for pneumonia',
+             'net_benefit': 'decision curve beside treating everybody and nobody',
+             'risk_coverage': 'accuracy against the share of films that are kept',
+             'robustness': 'AUC against the strength of each corruption'}
+    return f'Figure: {words[name]}'
 
 
 def _verdict(estimate: Estimate, target: float) -> tuple[str, str]:
@@ -138,10 +167,6 @@ def _verdict(estimate: Estimate, target: float) -> tuple[str, str]:
 
 def _thresholds(predictions: pd.DataFrame, metrics: dict[str, Any]) -> list[dict[str, Any]]:
     return threshold_table(predictions, [metrics['threshold']]).to_dict('records')
-
-
-def _reliability(predictions: pd.DataFrame) -> list[dict[str, Any]]:
-    return reliability(*truth(predictions)).to_dict('records')
 
 
 def _robust_rows(run: Run, split: str) -> pd.DataFrame | None:

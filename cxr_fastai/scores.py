@@ -1,11 +1,14 @@
 """What `evaluate` says in the terminal: the metrics of a split, and of several runs together."""
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+
+from cxr_fastai.intervals import describe
 
 NAMES = {'auc': 'AUC', 'ppv': 'PPV', 'npv': 'NPV', 'f1': 'F1', 'mcc': 'MCC', 'brier': 'Brier score'}
 """Figures that are not called by their own name."""
@@ -36,10 +39,7 @@ def name_figure(name: str) -> str:
 
 def say(estimate: dict, sign: str = '') -> str:
     """An estimate with its interval, where there are any, with the `sign` '+' also where it is positive."""
-    value, low, high = (estimate[name] for name in ('value', 'low', 'high'))
-    if value is None: return 'undefined'
-    value, low, high = (None if v is None else _short(f'{v:{sign}.3f}') for v in (value, low, high))
-    return value if low is None else f'{value} ({low} to {high})'
+    return _short(describe(estimate, sign=sign))
 
 
 def say_p(p: float | None) -> str:
@@ -47,7 +47,7 @@ def say_p(p: float | None) -> str:
     return '' if p is None else '< .001' if p < 0.001 else _short(f'{p:.3f}')
 
 
-def _short(number: str) -> str: return number.replace('0.', '.', 1) if number.lstrip('+-').startswith('0.') else number
+def _short(words: str) -> str: return re.sub(r'(?<![\d.])0\.', '.', words)  # a terminal has 80 columns
 
 
 def _rates_table(metrics: dict[str, Any]) -> Table:
@@ -97,14 +97,14 @@ def _groups_table(groups: list[dict]) -> Table:
 
 def _pairs_table(pairs: list[dict]) -> Table:
     patients = '' if pairs[0]['p_patients'] is None else (
-        ';\n"patients" is the p of the AUC where films of one patient belong together')
+        ';\n"patients" is the adjusted p of the AUC where films of one patient belong together')
     table = _table(f'against {pairs[0]["against"]}, on the same {pairs[0]["n"]} films',
                    ('run', 'AUC, difference', 'p', 'patients', 'alone right : wrong', 'p'),
                    f'p by DeLong, and by McNemar (exact); in brackets adjusted for the number of runs (Holm){patients}')
     for row in pairs:
         auc, calls = row['auc'], row['mcnemar']
         table.add_row(escape(row['run']), say(auc, '+'), f'{say_p(auc["p"])} ({say_p(auc["p_holm"])})',
-                      say_p(row['p_patients']), f'{calls["only_second"]} : {calls["only_first"]}',
+                      say_p(row['p_patients_holm']), f'{calls["only_second"]} : {calls["only_first"]}',
                       f'{say_p(calls["p"])} ({say_p(calls["p_holm"])})')
     return table
 

@@ -8,19 +8,13 @@ import pandas as pd
 
 from cxr_fastai.bootstrap import draw_patients, rate_draws
 from cxr_fastai.calibration import logits
-from cxr_fastai.core import POSITIVE, VOCAB
-from cxr_fastai.metrics import Calls, Sample, at_prevalence
+from cxr_fastai.metrics import Calls, Sample, at_prevalence, truth
 
 SHOWN = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Thresholds of `threshold_table`."""
 BAND_DRAWS = 500
 GRID = np.linspace(0, 1, 201)
 """Where a band is drawn."""
-
-
-def truth(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each film shows pneumonia, and the probability given to it: (n,) and (n,)."""
-    return (predictions.label == VOCAB[POSITIVE]).to_numpy(), predictions.p_pneumonia.to_numpy(float)
 
 
 def roc_curve(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:

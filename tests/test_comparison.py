@@ -61,7 +61,7 @@ def test_films_of_one_patient_make_a_difference_less_sure():
     copies = {name: pd.concat([one.assign(path=one.path.astype(str) + end) for end in 'xyz']) for name, one in
               {'a': table(FAIR), 'b': table(GOOD*0.7 + FAIR*0.3)}.items()}
     found, = compare(copies, dict.fromkeys(copies, 0.5))
-    assert found['auc']['p'] < found['p_patients']
+    assert found['auc']['p'] < found['p_patients'] == found['p_patients_holm']
 
 
 def test_only_films_that_all_have_are_compared():
@@ -123,6 +123,10 @@ def test_seeds_are_averaged_only_where_the_recipe_is_the_same(two):
     found, = summarise_seeds(runs, 'test')
     assert found['runs'] == ['a', 'b']
     assert found['brier'] == {'mean': pytest.approx(0.15), 'sd': pytest.approx(0.0707, abs=1e-4)}
-    recipe = json.loads((two/'b/recipe.json').read_text()) | {'flip': 0.1}
+    recipe = json.loads((two/'b/recipe.json').read_text())
+    for other in ({'flip': 0.1}, {'seed': 1}):  # another recipe, the same seed
+        (two/'b/recipe.json').write_text(json.dumps(recipe | other))
+        assert summarise_seeds(runs, 'test') == []
     (two/'b/recipe.json').write_text(json.dumps(recipe))
+    runs['b'].items.iloc[1:].to_csv(two/'b/items.csv', index=False)  # other films
     assert summarise_seeds(runs, 'test') == []

@@ -96,7 +96,17 @@ def test_a_rule_that_is_none_is_refused(rule, says):
     with pytest.raises(UsageError, match=says): parse_rule(rule)
 
 
-@pytest.mark.parametrize('rule', ['fixed:0.5', 'sensitivity:0.95', 'youden', 'cost:1/1'])
+def test_a_fixed_threshold_needs_no_second_class():
+    found = decide(valid(np.ones(9, bool), np.arange(9)/9), 'fixed:0.5')
+    assert found.threshold == 0.5 and found.temperature == 1 and found.valid['specificity']['value'] is None
+
+
+def test_the_margin_counts_equal_scores_as_they_are_called():
+    found = decide(valid(np.arange(200) >= 100, np.r_[np.linspace(0, 0.9, 100), np.ones(100)]), 'sensitivity:0.95')
+    assert found.margin.startswith('100 of 100 validation films of pneumonia are called (1.0000)')
+
+
+@pytest.mark.parametrize('rule', ['sensitivity:0.95', 'youden', 'cost:1/1'])
 def test_one_class_shows_no_threshold(rule):
     assert rule.partition(':')[0] in RULES
     with pytest.raises(UsageError, match='all PNEUMONIA'): decide(valid(np.ones(9, bool), np.arange(9)/9), rule)

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image, ImageOps
 
 from cxr_fastai.core import CXRWarning, FilmError, UsageError
 from cxr_fastai.decision import Decision
@@ -30,7 +31,7 @@ def test_evaluating_writes_the_contracts_files(copy, films):
     again = copy.predictions.query('split == "test"').assign(kind=lambda table: table.path.map(kind))
     decided = Decision(**copy.decision)
     assert measured == measure(again, decided.threshold, 'sensitivity:0.95', decided.temperature, by=['kind']) | {
-        'model': decided.model}
+        'model': decided.model, 'films': measured['films']}
 
 
 def kind(path: str) -> str: return next((kind for kind in ('bacteria', 'virus') if kind in path), 'normal')
@@ -105,19 +106,55 @@ def hide(run: Run, folder) -> None:
 def test_without_validation_films_no_threshold_is_chosen_on_others(copy, films, tmp_path):
     shutil.copytree(films/'test', tmp_path/'elsewhere/test')
     hide(copy, tmp_path)
-    with pytest.warns(CXRWarning, match='not at hand, so no threshold was chosen'):
+    with pytest.warns(CXRWarning, match='at hand, so no threshold was chosen'):
         assert evaluate(copy, tmp_path/'elsewhere', 'test')['threshold_rule'] == 'fixed:0.5'
-    with pytest.raises(UsageError, match='youden: it is chosen on the validation films'):
+    with pytest.raises(UsageError, match='youden: it is chosen on all validation films'):
         evaluate(copy, tmp_path/'elsewhere', 'test', rule='youden')
     assert evaluate(copy, tmp_path/'elsewhere', 'test', rule='fixed:0.4')['threshold'] == 0.4
     assert not copy.decision
+
+
+def test_a_trial_on_some_films_chooses_no_threshold(copy, films):
+    evaluate(copy, films, 'test', limit=2)
+    whole = copy.decision
+    assert whole['valid']['n'] == 12 == copy.metrics['valid']['n'] and copy.metrics['test']['n'] == 4
+    evaluate(copy, films, 'valid', limit=2)
+    assert copy.decision == whole and copy.metrics['valid']['n'] == 4
+    evaluate(copy, films, 'test')
+    assert copy.decision == whole and copy.metrics['valid']['n'] == 12  # predicted again, whole
+
+
+def test_films_of_another_folder_are_not_taken_for_known(copy, films, tmp_path):
+    first = evaluate(copy, films, 'test')
+    shutil.copytree(films, tmp_path/'turned')
+    for film in (tmp_path/'turned/test').rglob('*.jpeg'): ImageOps.mirror(Image.open(film)).save(film)
+    turned = evaluate(copy, tmp_path/'turned', 'test', again=False)
+    assert turned['auc'] != first['auc'] or turned['brier'] != first['brier']
+    assert evaluate(copy, films, 'test', again=False)['brier'] == first['brier']
+
+
+def test_another_threshold_judges_every_split_anew(copy, films, capsys):
+    evaluate(copy, films, 'valid', prevalences=[0.4])
+    evaluate(copy, films, 'test', rule='fixed:0.2')
+    valid = copy.metrics['valid']
+    assert (valid['threshold'], valid['prevalences'][0]['prevalence']) == (0.2, 0.4)
+    assert {group['column'] for group in valid['subgroups']} == {'kind'}
+
+
+def test_groups_that_cannot_be_told_again_are_missed_aloud(copy, films, tmp_path):
+    paths = sorted(str(path) for path in (films/'test').rglob('*.jpeg'))
+    pd.DataFrame({'path': paths, 'split': 'test', 'sex': 'f'}).assign(
+        label=lambda table: table.path.str.extract('(NORMAL|PNEUMONIA)')[0]).to_csv(tmp_path/'f.csv', index=False)
+    evaluate(copy, tmp_path/'f.csv', 'test', by=['sex'])
+    with pytest.warns(CXRWarning, match='split test is judged by another threshold now, without its groups by sex'):
+        evaluate(copy, films, 'valid', rule='fixed:0.2')
 
 
 def test_groups_of_any_column_of_a_csv(copy, films, tmp_path):
     items = pd.DataFrame({'path': sorted(str(path) for path in (films/'test').rglob('*.jpeg'))})
     items = items.assign(label=items.path.str.extract('(NORMAL|PNEUMONIA)')[0], split='test', sex=['f', 'm']*6)
     items.to_csv(tmp_path/'films.csv', index=False)
-    measured = evaluate(copy, tmp_path/'films.csv', 'test', by=['kind', 'sex'])
+    measured = evaluate(copy, tmp_path/'films.csv', 'test', by=['kind', 'Sex'])
     assert [group['column'] for group in measured['subgroups']] == ['kind', 'sex']
     assert measured['subgroups'][1] == {'column': 'sex', 'group': None, 'suppressed': 2}  # six films each
     with pytest.raises(UsageError, match='no column age: there are path, label, split, patient, kind'):

@@ -78,6 +78,11 @@ def test_a_perfect_network_is_never_certain(patients):
     for name in ('mcc', 'average_precision'): assert m[name] == {'value': 1, 'low': None, 'high': None}
 
 
+def test_films_of_one_patient_alone_are_one_patient():
+    m = measure(table(TARGS, P, patient='one'), 0.4, 'x')
+    for name in ('auc', 'sensitivity', 'accuracy'): assert m[name]['high'] - m[name]['low'] > 0.5, name
+
+
 def test_fewer_patients_are_less_certain_of_perfection():
     targs = np.arange(40) < 20
     low = {n: measure(table(targs, targs + 0.0, patient=np.arange(40)//n), 0.5, 'x') for n in (1, 4)}
@@ -130,6 +135,13 @@ def test_groups_are_told_apart_and_small_ones_hidden():
     assert groups['virus']['auc']['value'] == pytest.approx(
         sk.roc_auc_score(both.label == 'PNEUMONIA', both.p_pneumonia))
     assert groups['normal']['specificity']['value'] == pytest.approx((P[~TARGS] < 0.4).mean())
+
+
+def test_a_rate_of_few_films_is_not_told():
+    films = table(TARGS, P, sex=np.where(TARGS | (np.cumsum(~TARGS) < FEW), 'f', 'm'))  # one normal film too few
+    f, m = measure_groups(films, 'sex', 0.4)
+    assert f['specificity']['value'] is None and f['sensitivity']['value'] is not None
+    assert m['sensitivity']['value'] is None and m['specificity']['value'] is not None
 
 
 def test_a_group_of_both_classes_has_its_own_auc():

@@ -8,6 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cxr_fastai import card
+from cxr_fastai.audit import TOO_SMALL
 from cxr_fastai.card import describe_run, render_card
 from cxr_fastai.checklist import TOPICS
 from cxr_fastai.cli import main
@@ -111,6 +113,34 @@ def test_no_name_breaks_the_page(copy, name):
     assert 'onerror' not in {attribute for _, attrs in found.tags for attribute in attrs}
 
 
+def test_folders_above_the_films_are_not_shown(copy):
+    worst = worst_errors(copy.predicted('test')).path.iloc[0]
+    for path in ('/home/anna/secret/test/NORMAL/a.jpeg', '../../secret/test/NORMAL/a.jpeg'):
+        table = copy.predictions
+        table.assign(path=table.path.replace(worst, path)).to_csv(copy/'predictions.csv', index=False)
+        words = Page(report(copy).read_text()).words
+        assert 'secret' not in words and 'test/NORMAL/a.jpeg' in words.replace('\n', '')
+        assert 'some or all come from elsewhere' in words
+        worst = path
+
+
+def test_a_report_without_a_decision_or_with_anothers_says_nothing_of_it(copy):
+    margin = copy.decision['margin']
+    assert margin in report(copy).read_text()
+    changed = copy.decision | {'threshold': 0.123}
+    (copy/'decision.json').write_text(json.dumps(changed))
+    assert margin not in report(copy).read_text()
+    (copy/'decision.json').unlink()
+    assert 'of pneumonia are called' not in report(copy).read_text()
+
+
+def test_the_commands_give_the_same_page_again(copy, films):
+    assert main(['evaluate', str(copy.path), '--data', str(films), '--threshold', 'cost:3/1', '--prevalence', '5']) == 0
+    lines = card.reproduce(copy, 'test').splitlines()
+    assert lines[1] == 'cxr-fastai evaluate RUN --split test --threshold cost:3/1 --prevalence 5'
+    assert lines[0].endswith('--out RUN') and lines[2] == 'cxr-fastai report RUN'
+
+
 def test_names_that_may_be_persons_can_be_hidden(copy):
     table = copy.predictions
     worst = worst_errors(copy.predicted('test')).path.iloc[0]
@@ -153,7 +183,7 @@ def test_validation_films_are_called_what_they_are(copy):
     metrics = json.loads((copy/'metrics.json').read_text())
     (copy/'metrics.json').write_text(json.dumps({'valid': metrics['valid']}))
     words = Page(report(copy).read_text()).words
-    assert 'These are valid films, not test films' in words and 'upper bound' in words
+    assert 'These are valid films, not test films' in words and 'optimistic' in words
 
 
 def test_an_audit_is_shown_if_it_is_of_these_films(copy, films, tmp_path, monkeypatch):
@@ -162,16 +192,18 @@ def test_an_audit_is_shown_if_it_is_of_these_films(copy, films, tmp_path, monkey
     (tmp_path/'elsewhere').mkdir()
     main(['data', 'audit', str(films), '--out', str(tmp_path/'elsewhere/audit')])
     text = report(copy, tmp_path/'elsewhere/audit').read_text()
-    finding = json.loads((tmp_path/'elsewhere/audit/audit.json').read_text())['findings'][0]
-    assert finding['name'] in text and 'were not audited' not in text
-    assert read_audit(tmp_path/'elsewhere/audit', copy)['films'] == 60
+    told = json.loads((tmp_path/'elsewhere/audit/audit.json').read_text())
+    assert [finding['name'] for finding in told['findings']] == [TOO_SMALL] and TOO_SMALL not in text  # the run says so
+    assert 'Nothing was found to be wrong' in text and 'were not audited' not in text
+    told['findings'].append({'level': 'warning', 'name': 'planted', 'count': 3, 'advice': 'Dig it up.', 'films': []})
     shutil.copytree(tmp_path/'elsewhere/audit', tmp_path/'audit')
-    assert finding['name'] in report(copy).read_text()  # found by itself
-    other = json.loads((tmp_path/'audit/audit.json').read_text())
-    other['counts'][0]['films'] += 1
-    (tmp_path/'audit/audit.json').write_text(json.dumps(other))
-    assert 'were not audited' in report(copy).read_text()
-    with pytest.raises(UsageError, match='is about other films'): report(copy, tmp_path/'audit')
+    (tmp_path/'audit/audit.json').write_text(json.dumps(told))
+    assert 'planted: 3. Dig it up.' in report(copy).read_text()  # found by itself
+    assert read_audit(tmp_path/'audit', copy)['films'] == 60
+    for other in (told | {'identity': 'another'}, {}, [1]):
+        (tmp_path/'audit/audit.json').write_text(json.dumps(other))
+        assert 'were not audited' in report(copy).read_text()
+        with pytest.raises(UsageError, match='is about other films'): report(copy, tmp_path/'audit')
     with pytest.raises(UsageError, match='no such file'): report(copy, tmp_path/'nowhere')
 
 
@@ -186,13 +218,16 @@ def test_a_run_that_was_not_evaluated_is_told_so(run, capsys, tmp_path):
     assert 'nothing was evaluated yet: `cxr-fastai evaluate' in capsys.readouterr().err
 
 
-def test_metrics_of_an_older_version_or_of_other_predictions_are_refused(copy):
+def test_metrics_of_an_older_version_other_predictions_or_another_network_are_refused(copy, evaluated):
     metrics = copy.metrics
     (copy/'metrics.json').write_text(json.dumps({'test': {'n': 12, 'auc': metrics['test']['auc']}}))
     with pytest.raises(UsageError, match='older version.*evaluate .* --split test'): report(copy)
     (copy/'metrics.json').write_text(json.dumps(metrics))
     copy.predictions.iloc[1:].to_csv(copy/'predictions.csv', index=False)
-    with pytest.raises(UsageError, match='12 films, 11 in predictions.csv'): report(copy)
+    with pytest.raises(UsageError, match='are of 12 films, predictions.csv of 11'): report(copy)
+    shutil.copy(evaluated/'predictions.csv', copy/'predictions.csv')
+    with open(copy/'learner.pkl', 'ab') as file: file.write(b' ')
+    with pytest.raises(UsageError, match='of another network'): report(copy)
 
 
 def test_robustness_is_shown_where_it_was_measured(copy):
@@ -208,10 +243,25 @@ def test_the_checklist_claims_nothing_that_is_not_there():
     topics = {topic.name: topic for topic in TOPICS}
     assert topics['Robustness'].status(SECTIONS.keys() - {'robustness'}) == 'needs a human'
     assert topics['Robustness'].status(SECTIONS) == 'partly' and topics['Network'].status(SECTIONS) == 'filled'
-    assert topics['Explanations'].status(SECTIONS) == 'needs a human'
+    assert topics['Explanations'].status(SECTIONS) == topics['Internal evaluation'].status(SECTIONS) == 'needs a human'
+    assert topics['Internal evaluation'].status({*SECTIONS, 'internal'}) == 'filled'
     assert all(topic.human for topic in TOPICS if not topic.where)
     told = {int(part) for topic in TOPICS for item in topic.claim.split(', ') if item for part in _span(item)}
-    assert told == set(range(1, 45))  # CLAIM has 44 items
+    assert told == set(range(1, 45))  # CLAIM has 44 items, TRIPOD+AI 27 with their parts
+    parts = {'3': 'abc', '5': 'ab', '6': 'abc', '8': 'abc', '9': 'abc', '12': 'abcdefg', '18': 'abcdef', '20': 'abc',
+             '23': 'ab', '27': 'abc'}
+    wanted = {f'{n}{part}' for n in range(1, 28) for part in parts.get(str(n), [''])}
+    assert {item for topic in TOPICS for item in _letters(topic.tripod)} == wanted
+
+
+def _letters(items: str) -> list[str]:
+    """`3a-3c, 9b` as 3a, 3b, 3c and 9b."""
+    told = []
+    for item in filter(None, items.split(', ')):
+        first, _, last = item.partition('-')
+        letters = 'abcdefg'[ord(first[-1]) - 97:ord(last[-1]) - 96] if last else ''
+        told += [first[:-1] + letter for letter in letters] or [first]
+    return told
 
 
 def _span(item: str) -> range:
@@ -268,7 +318,9 @@ def test_a_pdf_needs_a_browser(copy, capsys, monkeypatch):
 @pytest.mark.skipif(not find_browser(), reason='no Chromium or Chrome here')
 def test_the_pdf_is_the_page(copy):
     assert main(['report', str(copy.path), '--pdf']) == 0
-    assert (copy/'report.pdf').read_bytes().startswith(b'%PDF-')
+    made = (copy/'report.pdf').read_bytes()
+    assert made.startswith(b'%PDF-') and made.count(b'/Type /Page\n') >= 3
+    assert main(['report', str(copy.path)]) == 0 and not (copy/'report.pdf').exists()  # it would tell something else
 
 
 def test_a_browser_that_fails_leaves_the_old_pdf(copy, tmp_path, monkeypatch, capsys):

@@ -31,8 +31,8 @@ def evaluate(runs: opt.RunFolders, data: opt.Data = None, csv: opt.Csv = None, s
     for run in found:
         before = run.metrics
         metrics = evaluate(run, films, split, batch_size, limit, out, **given)
-        for other in run.metrics:
-            if other != split and run.metrics[other] != before.get(other): save_figures(run, other)
+        for other in before.keys() & run.metrics.keys() - {split}:  # their figures tell what was before
+            if run.metrics[other] != before[other]: save_figures(run, other)
         save_films(run, split, find_split(run, films, split, limit)[0])
         _tell(run, split, metrics, save_figures(run, split))
         if robustness: _evaluate_robustness(run, films, split, batch_size, limit)

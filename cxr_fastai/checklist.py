@@ -53,7 +53,7 @@ TOPICS = (
     Topic('Measures of performance', '28', '12e', 'performance'),
     Topic('Uncertainty', '29', '12e', 'performance'),
     Topic('Robustness', '30', '12d', 'robustness', 'other machines, views and populations'),
-    Topic('Explanations', '31', '', 'explanations', 'whether what is marked makes clinical sense'),
+    Topic('Explanations', '31', '', 'films', 'whether what is marked makes clinical sense', 'cams'),
     Topic('Internal evaluation', '32', '12a, 16', 'performance', '', 'internal'),
     Topic('External evaluation', '33', '16', '', 'films of another hospital'),
     Topic('Output and thresholds', '', '12g, 15', 'thresholds'),

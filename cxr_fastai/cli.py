@@ -18,6 +18,7 @@ from typer import Argument, Option
 from cxr_fastai import cli_data
 from cxr_fastai import options as opt
 from cxr_fastai.cli_evaluate import evaluate, report
+from cxr_fastai.cli_explain import explain
 from cxr_fastai.cli_train import lr_find, train
 from cxr_fastai.core import CXRError, CXRWarning, UsageError, check_new, write_csv
 from cxr_fastai.terminal import complain, free, last_line, out, say, show_warning
@@ -42,6 +43,7 @@ app.command()(train)
 app.command('lr-find')(lr_find)
 app.command()(evaluate)
 app.command()(report)
+app.command()(explain)
 
 
 @app.command()

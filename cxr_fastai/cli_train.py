@@ -49,7 +49,7 @@ def lr_find(given: typer.Context, data: opt.Data = None, csv: opt.Csv = None, ar
     from cxr_fastai.models import make_recipe
     chosen = make_recipe(**_recipe_options(given.params))
     from cxr_fastai.drawing import save_figure
-    from cxr_fastai.interpret import plot_rates
+    from cxr_fastai.plots import plot_rates
     from cxr_fastai.rates import find_rates
     rates = find_rates(chosen, root, steps)
     save_figure(plot_rates(rates, f'{arch}, recipe {recipe}, {size} px'), curve)

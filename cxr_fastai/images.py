@@ -91,6 +91,21 @@ class Preprocessing:
         if not self.low_pass: return square
         return np.asarray(Image.fromarray(square).filter(ImageFilter.GaussianBlur(self.low_pass*self.size)))
 
+    def spread(self, heat: np.ndarray, height: int, width: int) -> np.ndarray:
+        """A map (size, size) of what the network saw, laid over the film (height, width) it came from: the inverse of
+        `square`. What was cut away by `crop` is 0."""
+        whole, side = Image.fromarray(heat.astype(np.float32)), len(heat)
+        if self.resize == 'pad':
+            scale = side/max(width, height)
+            left, top = (side - width*scale)/2, (side - height*scale)/2
+            whole = whole.resize((width, height), BILINEAR, (left, top, side - left, side - top))
+        elif self.resize == 'crop':
+            least = min(width, height)
+            whole, part = Image.new('F', (width, height)), whole.resize((least, least), BILINEAR)
+            whole.paste(part, ((width - least)//2, (height - least)//2))
+        else: whole = whole.resize((width, height), BILINEAR)
+        return np.asarray(whole)
+
     def enough(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that a film of `width` x `height` may be decoded at."""
         scale = 2*self.size/(max if self.resize == 'pad' else min)(width, height)

@@ -57,6 +57,19 @@ Rule = Annotated[str | None, Option(
 Prevalences = Annotated[list[float] | None, Option(
     '--prevalence', metavar='PERCENT', min=0.01, max=99.99, show_default='2, 10 and 30', help=(
         'Tell PPV and NPV where so many of a hundred films show pneumonia; repeat it for more.'))]
+SomeFilms = Annotated[list[Path] | None, Argument(metavar='FILM|DIR|CSV...', show_default='none', help=(
+    'Films, folders of films, or CSVs with a column path.'))]
+Method = Annotated[str, Option('--method', help=(
+    'How the map is made: gradcam, gradcam++, cam (heads of average pooling and one layer), or occlusion (slow).'))]
+Target = Annotated[str, Option('--target', help='The class whose evidence is shown: NORMAL or PNEUMONIA.')]
+Layer = Annotated[str | None, Option('--layer', metavar='NAME', show_default='the output of the body', help=(
+    'The layer whose maps are weighed, as named in the state dict.'))]
+ExplanationFolder = Annotated[Path | None, Option('--out', metavar='DIR', show_default='RUN/figures/explained', help=(
+    'Folder for the pictures, called by number.'))]
+TopLosses = Annotated[int | None, Option('--top-losses', metavar='N', min=1, show_default='name films', help=(
+    'Explain the N films of the split with the greatest loss.'))]
+BurnedIn = Annotated[bool, Option('--allow-burned-in', help=(
+    'Also show films whose files say that text in the picture may name the patient.'))]
 By = Annotated[list[str] | None, Option('--by', metavar='COLUMN', show_default='kind', help=(
     'Also tell sensitivity, specificity and AUC of the groups in this column of the CSV; repeat it for more.'))]
 NewComparison = Annotated[Path | None, Option('--out', metavar='DIR', show_default='comparison, or the next free',

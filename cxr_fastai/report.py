@@ -16,20 +16,13 @@ from cxr_fastai.core import UsageError, write_text
 from cxr_fastai.corruptions import summarise
 from cxr_fastai.decision import Decision
 from cxr_fastai.drawing import to_svg
-from cxr_fastai.interpret import (
-    CURVES,
-    EPOCHS,
-    film_picture,
-    plot_epochs,
-    plot_robustness,
-    typical_hits,
-    worst_errors,
-)
+from cxr_fastai.interpret import CURVES, film_picture, typical_hits, worst_errors
 from cxr_fastai.intervals import Estimate, describe
 from cxr_fastai.items import doubt_validation, identify_films, leaking_patients
 from cxr_fastai.metrics import FEW, TARGETS
 from cxr_fastai.names import safe_path, short_path
 from cxr_fastai.pages import data_uri, fill
+from cxr_fastai.plots import EPOCHS, plot_epochs, plot_robustness
 from cxr_fastai.run import Run, read_json
 from cxr_fastai.scores import AT_A_THRESHOLD, OVERALL, name_figure
 from cxr_fastai.tradeoffs import threshold_table
@@ -83,7 +76,8 @@ def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names
              'films': show_films(run, predictions, hide_names)}
     sections = {name: title for name, title in SECTIONS.items() if facts.get(name, True) is not None}
     told = {*sections, *(['internal'] if split == 'test' and not facts['elsewhere'] else []),
-            *(['origin'] if 'origin' in facts['begun'] else [])}
+            *(['origin'] if 'origin' in facts['begun'] else []),
+            *(['cams'] if any(film['cam'] for films in facts['films'].values() for film in films) else [])}
     return fill('report.html', **facts, sections=sections, topics=TOPICS, told=told, say=describe,
                 name_figure=name_figure, overall=OVERALL, at_a_threshold=AT_A_THRESHOLD, few=FEW,
                 not_a_device=NOT_A_DEVICE, outside=OUTSIDE)
@@ -124,13 +118,14 @@ def find_audit(run: Run) -> dict[str, Any] | None:
 
 
 def show_films(run: Run, predictions: pd.DataFrame, hide_names: bool = False) -> dict[str, list[dict[str, Any]]]:
-    """The worst errors and typical hits, each with its name, truth, probability and small picture (None where there is
-    none)."""
+    """The worst errors and typical hits, each with its name, truth, probability, and small pictures of film and map
+    (None where there is none)."""
     numbers = {path: number for number, path in enumerate(predictions.path, 1)}
     chosen = {'errors': worst_errors(predictions), 'hits': typical_hits(predictions)}
     name = lambda path: safe_path(path, numbers[path]) if hide_names else short_path(path)
     return {kind: [{'name': name(row.path), 'label': row.label,
-                    'p': row.p_pneumonia, 'picture': _picture(film_picture(run, row.path))}
+                    'p': row.p_pneumonia, 'picture': _picture(film_picture(run, row.path)),
+                     'cam': _picture(film_picture(run, row.path, 'cams'))}
                    for row in rows.itertuples()] for kind, rows in chosen.items()}
 
 

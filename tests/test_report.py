@@ -243,6 +243,7 @@ def test_the_checklist_claims_nothing_that_is_not_there():
     topics = {topic.name: topic for topic in TOPICS}
     assert topics['Robustness'].status(SECTIONS.keys() - {'robustness'}) == 'needs a human'
     assert topics['Robustness'].status(SECTIONS) == 'partly' and topics['Network'].status(SECTIONS) == 'filled'
+    assert topics['Explanations'].status({*SECTIONS, 'cams'}) == 'partly'
     assert topics['Explanations'].status(SECTIONS) == topics['Internal evaluation'].status(SECTIONS) == 'needs a human'
     assert topics['Internal evaluation'].status({*SECTIONS, 'internal'}) == 'filled'
     assert all(topic.human for topic in TOPICS if not topic.where)

@@ -1,0 +1,150 @@
+"""Why a network gave its scores: maps of single films, and `CXRInterpretation`, a run's errors in fastai's manner."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cxr_fastai.cams import activation_maps, enlarge, scale
+from cxr_fastai.core import VOCAB, CXRError, FilmError, UsageError
+from cxr_fastai.evaluation import evaluate, find_split
+from cxr_fastai.images import Preprocessing, open_film
+from cxr_fastai.inference import Predictor
+from cxr_fastai.interpret import film_picture, save_picture, shown_films
+from cxr_fastai.models import normalize
+from cxr_fastai.overlays import Explanation, blend, plot_gallery, plot_mean_maps
+from cxr_fastai.plots import plot_confusion_matrix
+from cxr_fastai.run import Run
+
+SIDE = 512
+"""Pixels of the longer side of a film that is shown under its map."""
+BURNED_IN = 'E_BURNED_IN'
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """Makes maps with the network of `predictor`: for the class `target`, by a `method` of `cams.METHODS`, at a `layer`
+    (default: the body's output). Raises `UsageError` for a class that is none."""
+    predictor: Predictor
+    target: str = VOCAB[-1]
+    method: str = 'gradcam'
+    layer: str | None = None
+
+    def __post_init__(self):
+        if self.target not in VOCAB: raise UsageError(f'--target {self.target}: choose {" or ".join(VOCAB)}.')
+
+    def maps(self, films: np.ndarray) -> np.ndarray:
+        """Maps (n, size, size) from 0 to 1 of grey uint8 films (n, size, size), each by its own largest value; 0
+        everywhere where nothing speaks for the target."""
+        x = normalize(torch.from_numpy(films)[:, None].float().div_(255.0))
+        raw = activation_maps(self.predictor.model, x, VOCAB.index(self.target), self.method, self.layer)
+        return scale(enlarge(raw, films.shape[-1])).numpy()
+
+    def explain(self, paths: Sequence[Path], names: Sequence[str] | None = None, labels: Sequence[str] | None = None,
+                batch_size: int = 32, burned_in: bool = False) -> Iterator[Explanation | FilmError]:
+        """An explanation a film, in their order; the error of one that cannot be used, or, unless `burned_in` films are
+        allowed, may show the name of its patient."""
+        wanted = zip(paths, names or map(str, paths), labels or [None]*len(paths), strict=True)
+        while batch := list(islice(wanted, batch_size)): yield from self._explain(batch, burned_in)
+
+    def _explain(self, batch: list[tuple[Path, str, str | None]], burned_in: bool) -> Iterator[Explanation | FilmError]:
+        seen = Preprocessing.of(self.predictor.config)
+        opened = [_open(path, burned_in) for path, *_ in batch]
+        films = [film for film in opened if isinstance(film, np.ndarray)]
+        squares = np.stack([seen.fit(film) for film in films]) if films else None
+        found = iter(zip(self.maps(squares), self.predictor.scores(squares), strict=True) if films else ())
+        for (_, name, label), film in zip(batch, opened, strict=True):
+            if isinstance(film, FilmError): yield film
+            else: yield self._place(film, name, label, *next(found))
+
+    def _place(self, film: np.ndarray, name: str, label: str | None, heat: np.ndarray, p: float) -> Explanation:
+        shown = Image.fromarray(film)
+        shown.thumbnail((SIDE, SIDE))
+        over = Preprocessing.of(self.predictor.config).spread(heat, shown.height, shown.width)
+        return Explanation(np.asarray(shown), np.clip(over, 0, 1), name, float(p), self.predictor.config.threshold,
+                           self.target, self.method, label)
+
+
+class CXRInterpretation:
+    """A run's errors on a split, and what it looked at. `from_run` makes one; every film is predicted once at most."""
+
+    def __init__(self, explainer: Explainer, predictions: pd.DataFrame, metrics: dict, root: Path):
+        self.explainer, self.predictions, self.metrics, self.root = explainer, predictions, metrics, root
+
+    @classmethod
+    def from_run(cls, run: Run, split: str = 'test', data: Path | None = None, **how: str) -> CXRInterpretation:
+        """That of `run` on `split`, evaluated now if it was not. `how` are `target`, `method` and `layer` of
+        `Explainer`."""
+        metrics = evaluate(run, data, split, again=False)
+        return cls(Explainer(Predictor.load(run.path), **how), run.predicted(split), metrics,
+                   find_split(run, data, split)[0])
+
+    def top_losses(self, k: int = 12) -> pd.DataFrame:
+        """The `k` films with the greatest loss, right or wrong."""
+        return self.predictions.nlargest(k, 'loss')
+
+    def most_confident_errors(self, k: int = 12) -> pd.DataFrame:
+        """The `k` films called wrongly whose loss is greatest."""
+        return self._wrong().nlargest(k, 'loss')
+
+    def errors(self, kind: str, k: int = 12) -> pd.DataFrame:
+        """The `k` worst errors of a `kind`: `false positive` or `false negative`. Raises `UsageError`."""
+        labels = {'false positive': VOCAB[0], 'false negative': VOCAB[1]}
+        if kind not in labels: raise UsageError(f'{kind!r} is no kind of error: choose {" or ".join(labels)}.')
+        wrong = self._wrong()
+        return wrong[wrong.label == labels[kind]].nlargest(k, 'loss')
+
+    def most_uncertain(self, k: int = 12) -> pd.DataFrame:
+        """The `k` films whose probability lies nearest to the threshold."""
+        off = (self.predictions.p_pneumonia - self.metrics['threshold']).abs()
+        return self.predictions.loc[off.nsmallest(k).index]
+
+    def cam(self, films: pd.DataFrame) -> list[Explanation]:
+        """The maps of `films`, rows of the predictions. Raises `FilmError` for one that is gone."""
+        found = list(self.explainer.explain([self.root/path for path in films.path], films.path.to_list(),
+                                            films.label.to_list()))
+        for one in found:
+            if isinstance(one, CXRError): raise one
+        return found
+
+    def plot_confusion_matrix(self) -> Figure:
+        """Counts, and shares of each true class."""
+        return plot_confusion_matrix(self.metrics)
+
+    def plot_top_losses(self, k: int = 12, heatmap: bool = True) -> Figure:
+        """The films with the greatest loss, under their maps."""
+        return plot_gallery(self.cam(self.top_losses(k)), f'the {k} greatest losses', heatmap=heatmap)
+
+    def plot_errors(self, kind: str, k: int = 12, heatmap: bool = True) -> Figure:
+        """The worst `false positive` or `false negative` films, under their maps."""
+        return plot_gallery(self.cam(self.errors(kind, k)), f'{kind}s, the most confident first', heatmap=heatmap)
+
+    def plot_mean_maps(self, k: int = 100) -> Figure:
+        """Where the network looks on average, over up to `k` films of each class."""
+        return plot_mean_maps(self.cam(self.predictions.groupby('label').head(k)))
+
+    def _wrong(self) -> pd.DataFrame: return self.predictions[self.predictions.prediction != self.predictions.label]
+
+
+def save_cams(run: Run, split: str, shown: CXRInterpretation) -> None:
+    """Put small pictures of the maps of the films that a report of `split` shows into the run's `figures/cams/`."""
+    rows = shown_films(run.predicted(split))
+    found = shown.explainer.explain([shown.root/path for path in rows.path], rows.path.to_list())
+    for path, one in zip(rows.path, found, strict=True):
+        if isinstance(one, Explanation): save_picture(blend(one), film_picture(run, path, 'cams'))
+
+
+def _open(path: Path, burned_in: bool) -> np.ndarray | FilmError:
+    try: film = open_film(path)
+    except FilmError as error: return error
+    if film.burned_in and not burned_in:
+        return FilmError('its file says that the picture may name the patient: --allow-burned-in shows it anyway.',
+                         BURNED_IN).of(path)
+    return film.pixels

@@ -66,6 +66,11 @@ def find_layer(model: nn.Sequential, name: str | None = None) -> nn.Module:
     raise UsageError(f'--layer {name}: no such layer: choose one such as {", ".join(near)}.')
 
 
+def check_method(method: str) -> None:
+    """Raise `UsageError` for a `method` that is none."""
+    if method not in METHODS: raise UsageError(f'--method {method}: choose {", ".join(METHODS)}.')
+
+
 def activation_maps(model: nn.Sequential, films: Tensor, target: int = POSITIVE, method: str = 'gradcam',
                     layer: str | None = None) -> Tensor:
     """Maps (n, h, w) of `films`, normalised (n, 3, s, s), for the class `target`, at the resolution of `layer`; 0 and
@@ -73,7 +78,7 @@ def activation_maps(model: nn.Sequential, films: Tensor, target: int = POSITIVE,
 
     Raises `UsageError` for a method, a layer or a head that gives no map.
     """
-    if method not in METHODS: raise UsageError(f'--method {method}: choose {", ".join(METHODS)}.')
+    check_method(method)
     with explaining(model): return METHODS[method](model, films, target, find_layer(model, layer)).detach()
 
 

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cxr_fastai.cams import activation_maps, enlarge, scale
+from cxr_fastai.cams import activation_maps, check_method, enlarge, find_layer, scale
 from cxr_fastai.core import VOCAB, CXRError, FilmError, UsageError
 from cxr_fastai.evaluation import evaluate, find_split
 from cxr_fastai.images import Preprocessing, open_film
@@ -31,7 +31,7 @@ BURNED_IN = 'E_BURNED_IN'
 @dataclass(frozen=True)
 class Explainer:
     """Makes maps with the network of `predictor`: for the class `target`, by a `method` of `cams.METHODS`, at a `layer`
-    (default: the body's output). Raises `UsageError` for a class that is none."""
+    (default: the body's output). Raises `UsageError` for what does not exist."""
     predictor: Predictor
     target: str = VOCAB[-1]
     method: str = 'gradcam'
@@ -39,6 +39,8 @@ class Explainer:
 
     def __post_init__(self):
         if self.target not in VOCAB: raise UsageError(f'--target {self.target}: choose {" or ".join(VOCAB)}.')
+        check_method(self.method)
+        find_layer(self.predictor.model, self.layer)
 
     def maps(self, films: np.ndarray) -> np.ndarray:
         """Maps (n, size, size) from 0 to 1 of grey uint8 films (n, size, size), each by its own largest value; 0

@@ -64,8 +64,9 @@ Method = Annotated[str, Option('--method', help=(
 Target = Annotated[str, Option('--target', help='The class whose evidence is shown: NORMAL or PNEUMONIA.')]
 Layer = Annotated[str | None, Option('--layer', metavar='NAME', show_default='the output of the body', help=(
     'The layer whose maps are weighed, as named in the state dict.'))]
-ExplanationFolder = Annotated[Path | None, Option('--out', metavar='DIR', show_default='RUN/figures/explained', help=(
-    'Folder for the pictures, called by number.'))]
+ExplanationFolder = Annotated[Path | None, Option(
+    '--out', metavar='DIR', show_default='RUN/figures/explained, or the next free', help=(
+        'Folder to make for the pictures, called by number.'))]
 TopLosses = Annotated[int | None, Option('--top-losses', metavar='N', min=1, show_default='name films', help=(
     'Explain the N films of the split with the greatest loss.'))]
 BurnedIn = Annotated[bool, Option('--allow-burned-in', help=(

@@ -110,6 +110,9 @@ def test_the_command_writes_a_picture_a_film_and_names_what_it_cannot_use(evalua
     code = main([str(word) for word in words])
     assert code == 3 and sorted(path.name for path in (tmp_path/'e').iterdir()) == ['0001.png', '0003.png']
     shown = capsys.readouterr()
+    before = (tmp_path/'e/0001.png').read_bytes()
+    assert main(['explain', str(evaluated.path), str(film), '--out', str(tmp_path/'e')]) == 2
+    assert (tmp_path/'e/0001.png').read_bytes() == before
     assert 'bad.jpeg: E_EMPTY' in shown.err and 'p(pneumonia)' in shown.out
     with Image.open(tmp_path/'e/0001.png') as picture: assert picture.size[0] > 500
 
@@ -129,7 +132,8 @@ def test_the_command_explains_the_greatest_losses_and_the_report_shows_maps(eval
 
 
 @pytest.mark.parametrize(('options', 'says'), [
-    ([], 'name films, or give --top-losses'), (['film.jpeg', '--top-losses', '3'], 'one of them'),
+    ([], 'name films, or give --top-losses'), (['film.jpeg', '--data', '.'], 'where the films of --top-losses are'),
+    (['film.jpeg', '--top-losses', '3'], 'one of them'),
     (['film.jpeg', '--method', 'magic'], '--method magic: choose'),
     (['film.jpeg', '--target', 'CAT'], '--target CAT: choose'),
     (['film.jpeg', '--layer', '7'], '--layer 7: no such layer')])
@@ -137,7 +141,7 @@ def test_wrong_options_are_told(evaluated, films, capsys, monkeypatch, tmp_path,
     shutil.copy(next((films/'test').rglob('*.jpeg')), tmp_path/'film.jpeg')
     monkeypatch.chdir(tmp_path)
     assert main(['explain', str(evaluated.path), *options, '--out', str(tmp_path/'e')]) == 2
-    assert says in capsys.readouterr().err
+    assert says in capsys.readouterr().err and not (tmp_path/'e').exists()
 
 
 def test_a_film_that_may_name_its_patient_is_not_shown_unless_allowed(tmp_path):

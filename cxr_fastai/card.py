@@ -19,6 +19,8 @@ OUTSIDE = ("A network of this kind that scored an AUC of .95 on the test films o
            'that a network was trained on does not tell how it does elsewhere.')
 FIGURES = ('auc', 'average_precision', 'accuracy', 'sensitivity', 'specificity', 'f1')
 """What the card's index of results has."""
+HUB = {'auc': 'roc_auc', 'sensitivity': 'recall', 'ppv': 'precision'}
+"""Figures that the Hub calls otherwise."""
 PACKAGES = ('cxr_fastai', 'fastai', 'torch', 'torchvision', 'python')
 UNKNOWN = 'not recorded'
 
@@ -56,7 +58,7 @@ def render_card(run: Run, split: str) -> str:
     """`model_card.md`: the facts of `describe_run` and the metrics of `split`."""
     metrics = run.metrics[split]
     results = {name: metrics[name] for name in FIGURES if metrics[name]['value'] is not None}
-    return fill('model_card.md', run=run, split=split, metrics=metrics, results=results, facts=describe_run(run),
+    return fill('model_card.md', hub=HUB, split=split, metrics=metrics, results=results, facts=describe_run(run),
                 name=f'{run.recipe.arch}-{run.recipe.name}', not_a_device=NOT_A_DEVICE, outside=OUTSIDE,
                 command=reproduce(run, split), say=describe, counts=count_kinds(run))
 

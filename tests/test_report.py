@@ -275,7 +275,8 @@ def test_the_card_is_in_the_hubs_format(copy):
     card = hub.ModelCard(render_card(copy, 'test'))
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert card.data.library_name == 'fastai' and card.data.pipeline_tag == 'image-classification'
-    assert results['auc'] == pytest.approx(copy.metrics['test']['auc']['value'], abs=1e-4)
+    assert results['roc_auc'] == pytest.approx(copy.metrics['test']['auc']['value'], abs=1e-4)
+    assert results['recall'] == pytest.approx(copy.metrics['test']['sensitivity']['value'], abs=1e-4)
     assert {'dataset_split': 'test'}.items() <= vars(card.data.eval_results[0]).items()
     for words in ('not a medical device', describe(copy.metrics['test']['auc']), 'To be written by a human', '422,530'):
         assert words in card.content

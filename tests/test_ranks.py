@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -83,9 +84,10 @@ def stop_after(process: subprocess.Popen, run: Run, epochs: int) -> None:
 def test_two_processes_stopped_and_resumed_do_what_one_does_and_write_it_once(films, tmp_path):
     run = Run(tmp_path/'two')
     given = ['--data', str(films), *OPTIONS]
-    first = launch(*given, '--out', str(run.path))
-    assert main(['train', *given, '--out', str(tmp_path/'one')]) == 0  # meanwhile
-    stop_after(first, run, epochs=2)
+    with ThreadPoolExecutor() as pool:
+        stopped = pool.submit(stop_after, launch(*given, '--out', str(run.path)), run, epochs=2)
+        assert main(['train', *given, '--out', str(tmp_path/'one')]) == 0  # meanwhile
+        stopped.result()
     assert (run/'state.pt').exists() and not (run/'learner.pkl').exists() and (done := len(run.history)) < 12
     second = launch('--resume', str(run.path))
     said = second.communicate(timeout=180)[0]

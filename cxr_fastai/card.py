@@ -1,7 +1,7 @@
 """The model card: what a run is, as facts for a page and as `model_card.md` in the format of the Hugging Face Hub."""
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cxr_fastai.artefacts import sha256
 from cxr_fastai.core import VOCAB
@@ -9,9 +9,6 @@ from cxr_fastai.intervals import describe
 from cxr_fastai.pages import fill
 from cxr_fastai.recipe import Recipe, command_line
 from cxr_fastai.run import Run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NOT_A_DEVICE = 'Research software, not a medical device. It must not be used to diagnose anybody.'
 OUTSIDE = ("A network of this kind that scored an AUC of .95 on the test films of the public set of children's films "
@@ -27,7 +24,7 @@ UNKNOWN = 'not recorded'
 
 def describe_run(run: Run) -> dict[str, str]:
     """Facts about a run by name, in words; what an older run did not write down is `not recorded`."""
-    recipe, begun, history, items = run.recipe, run.noted('start', 'resume'), run.history, used_items(run)
+    recipe, begun, history, items = run.recipe, run.noted('start', 'resume'), run.history, run.used_items
     best = (run.noted('end').get('best') or {}).get('epoch', UNKNOWN)
     trained = items[items.split == 'train']
     parameters = begun.get('parameters')
@@ -74,14 +71,9 @@ def reproduce(run: Run, split: str) -> str:
                       'cxr-fastai report RUN'])
 
 
-def used_items(run: Run) -> pd.DataFrame:
-    """The films of the run, without those that were skipped as unreadable."""
-    return run.items[~run.items.path.isin(run.noted('start', 'resume').get('unreadable', []))]
-
-
 def count_kinds(run: Run) -> list[dict[str, Any]]:
     """Films and patients that the run used, by split, label and kind."""
-    groups = used_items(run).groupby(['split', 'label', 'kind'], sort=False)
+    groups = run.used_items.groupby(['split', 'label', 'kind'], sort=False)
     table = groups.agg(films=('path', 'size'), patients=('patient', 'nunique')).reset_index()
     return table.sort_values(['split', 'label', 'kind'], key=lambda column: column.map(
         {'train': 0, 'valid': 1, 'test': 2}) if column.name == 'split' else column).to_dict('records')

@@ -58,8 +58,7 @@ def report(run: opt.RunFolder, audit: opt.Audit = None, pdf: opt.Pdf = False,
 def _tell(run: Run, split: str, metrics: dict, figures: list[str]) -> None:
     from cxr_fastai.decision import Decision
     from cxr_fastai.scores import metrics_tables
-    decision = Decision.of(run, metrics['model'])
-    decided = decision if decision and decision.fits(metrics) else None
+    decided = Decision.behind(run, metrics)
     margin = decided.margin if decided else ''
     say(f'{run.path}, {split} split: {metrics["n"]} films, {metrics["positives"]} of them pneumonia, threshold '
         f'{metrics["threshold"]:g} by the rule {metrics["threshold_rule"]}. {margin}'.rstrip())

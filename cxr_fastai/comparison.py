@@ -67,7 +67,7 @@ def compare(tables: Mapping[str, pd.DataFrame], thresholds: Mapping[str, float])
         gap = compare_auc(sample.targs, other, sample.p)
         right = [(scores >= thresholds[run]) == sample.targs for run, scores in ((base, sample.p), (name, other))]
         rows.append({'run': name, 'against': base, 'n': len(other), 'auc': gap, 'mcnemar': mcnemar(*right),
-                     'p_patients': _by_patients(sample, other)})
+                     'p_patients': _by_patients(sample, other, gap['value'])})
     return _adjusted(rows)
 
 
@@ -95,13 +95,12 @@ def _spread(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | No
             {'mean': float(np.mean(found)), 'sd': float(np.std(found, ddof=1))} for figure, found in values.items()}
 
 
-def _by_patients(sample: Sample, other: np.ndarray) -> float | None:
-    """The p of the AUCs' difference with the standard error that the bootstrap of patients shows; None where no patient
-    has several films."""
-    if not sample.grouped: return None
+def _by_patients(sample: Sample, other: np.ndarray, gap: float | None) -> float | None:
+    """The p of the AUCs' difference `gap` with the standard error that the bootstrap of patients shows; None where no
+    patient has several films."""
+    if gap is None or not sample.grouped: return None
     ours, theirs = (auc_draws(sample.weights, sample.targs, scores) for scores in (sample.p, other))
-    gap = compare_auc(sample.targs, other, sample.p)['value']
-    return None if gap is None else difference(gap, deviation(theirs - ours))['p']
+    return difference(gap, deviation(theirs - ours))['p']
 
 
 def _adjusted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

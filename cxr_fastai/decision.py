@@ -46,6 +46,12 @@ class Decision:
             raise UsageError(f'{run/"decision.json"}: damaged ({error}): delete it and evaluate again.') from None
         return decision if decision.model == model else None
 
+    @classmethod
+    def behind(cls, run: Run, metrics: dict[str, Any]) -> Decision | None:
+        """What was decided for `run`, where the `metrics` of a split are of that; None where they are of another."""
+        known = cls.of(run, metrics['model'])
+        return known if known and known.fits(metrics) else None
+
     def fits(self, metrics: dict[str, Any]) -> bool:
         """Whether the `metrics` of a split are of this decision."""
         return (self.threshold, self.rule, self.model) == tuple(

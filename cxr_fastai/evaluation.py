@@ -134,9 +134,7 @@ def _same_paths(predictions: pd.DataFrame, items: pd.DataFrame) -> bool:
 
 def _own_films(run: Run, split: str) -> pd.DataFrame:
     """The items that `run` had in `split`, without films that training skipped as unreadable."""
-    items = run.items
-    bad = run.noted('start', 'resume').get('unreadable', [])
-    return items[(items.split == split) & ~items.path.isin(bad)]
+    return run.used_items[lambda items: items.split == split]
 
 
 def _folder_of(items: pd.DataFrame, *roots: Path | None) -> Path | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,7 +17,7 @@ from cxr_fastai.evaluation import evaluate, find_split
 from cxr_fastai.images import Preprocessing, open_film
 from cxr_fastai.inference import Predictor
 from cxr_fastai.interpret import film_picture, save_picture, shown_films
-from cxr_fastai.models import normalize
+from cxr_fastai.models import to_input
 from cxr_fastai.overlays import Explanation, blend, plot_gallery, plot_mean_maps
 from cxr_fastai.plots import plot_confusion_matrix
 from cxr_fastai.run import Run
@@ -45,8 +44,7 @@ class Explainer:
     def maps(self, films: np.ndarray) -> np.ndarray:
         """Maps (n, size, size) from 0 to 1 of grey uint8 films (n, size, size), each by its own largest value; 0
         everywhere where nothing speaks for the target."""
-        x = normalize(torch.from_numpy(films)[:, None].float().div_(255.0))
-        raw = activation_maps(self.predictor.model, x, VOCAB.index(self.target), self.method, self.layer)
+        raw = activation_maps(self.predictor.model, to_input(films), VOCAB.index(self.target), self.method, self.layer)
         return scale(enlarge(raw, films.shape[-1])).numpy()
 
     def explain(self, paths: Sequence[Path], names: Sequence[str] | None = None, labels: Sequence[str] | None = None,

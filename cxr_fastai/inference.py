@@ -20,7 +20,7 @@ from cxr_fastai.decision import Decision
 from cxr_fastai.images import Preprocessing, open_film
 from cxr_fastai.items import find_films
 from cxr_fastai.listing import read_listing
-from cxr_fastai.models import normalize
+from cxr_fastai.models import to_input
 from cxr_fastai.run import Run
 
 COLUMNS = ['path', 'status', 'p_pneumonia', 'prediction', 'threshold', 'code', 'message']
@@ -62,8 +62,8 @@ class Predictor:
     @torch.inference_mode()
     def scores(self, films: np.ndarray) -> np.ndarray:
         """The probability of pneumonia (n,) of grey uint8 films (n, size, size)."""
-        x = normalize(torch.from_numpy(films)[:, None].float().div_(255.0))
-        return self.model(x).double().softmax(dim=1)[:, POSITIVE].numpy()  # 32 bits would round 1 - 1e-8 to 1
+        logits = self.model(to_input(films)).double()  # 32 bits would round 1 - 1e-8 to 1
+        return logits.softmax(dim=1)[:, POSITIVE].numpy()
 
     def predict(self, films: Sequence[Path], batch_size: int = 32, console: Console | None = None) -> Iterator[dict]:
         """A row a film, in their order, with the keys `COLUMNS`; a film that cannot be used gets the status `error` or

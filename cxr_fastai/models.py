@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,11 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 def normalize(films: Tensor) -> Tensor:
     """Grey films in [0, 1], (n, 1, h, w), as the networks want them: ImageNet-normalised, (n, 3, h, w)."""
     return (films - MEAN.to(films.device)).div_(STD.to(films.device))  # broadcasting makes the three channels
+
+
+def to_input(films: np.ndarray) -> Tensor:
+    """Grey uint8 films (n, s, s) as the networks want them, (n, 3, s, s)."""
+    return normalize(torch.from_numpy(films)[:, None].float().div_(255.0))
 
 
 def denormalize(films: Tensor) -> Tensor:

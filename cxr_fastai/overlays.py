@@ -11,6 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from cxr_fastai.core import VOCAB
+from cxr_fastai.images import Preprocessing
 
 CAVEAT = 'influenced the score; not a lesion outline'
 NO_EVIDENCE = 'no positive evidence'
@@ -85,7 +86,8 @@ def plot_gallery(found: Sequence[Explanation], title: str = '', columns: int = 4
 
 def plot_mean_maps(found: Sequence[Explanation], side: int = 112) -> Figure:
     """Where the network looks on average, by true class: the mean of the maps, each stretched to a square."""
-    groups = {label: [square(one.heat, side) for one in found if one.label == label] for label in VOCAB}
+    stretch = Preprocessing().spread
+    groups = {label: [stretch(one.heat, side, side) for one in found if one.label == label] for label in VOCAB}
     groups = {label: maps for label, maps in groups.items() if maps}
     figure = Figure(figsize=(3.4*len(groups) + 1, 3.6), layout='constrained')
     axes = figure.subplots(1, len(groups), squeeze=False)[0]
@@ -109,9 +111,3 @@ def show_overlay(ax: Axes, found: Explanation) -> None:
     """Draw a film under its map: the more evidence, the less of the film is seen. A map of zeros is not drawn."""
     show_film(ax, found.film)
     if not found.empty: ax.imshow(found.heat, cmap=MAP, vmin=0, vmax=1, alpha=OPACITY*found.heat**0.5)
-
-
-def square(heat: np.ndarray, side: int) -> np.ndarray:
-    """A map (h, w) stretched to (side, side)."""
-    from PIL import Image
-    return np.asarray(Image.fromarray(heat.astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR))

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from cxr_fastai.artefacts import sha256
 from cxr_fastai.audit import NOT_TRAINABLE, TOO_SMALL
-from cxr_fastai.card import NOT_A_DEVICE, OUTSIDE, count_kinds, describe_run, render_card, reproduce, used_items
+from cxr_fastai.card import NOT_A_DEVICE, OUTSIDE, count_kinds, describe_run, render_card, reproduce
 from cxr_fastai.checklist import TOPICS
 from cxr_fastai.core import UsageError, write_text
 from cxr_fastai.corruptions import summarise
@@ -63,13 +63,13 @@ def check_fresh(run: Run, split: str) -> None:
 def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names: bool = False) -> str:
     """The report about `split` as HTML, with everything that it shows inside."""
     metrics, predictions = run.metrics[split], run.predicted(split)
-    decision, own = Decision.of(run, metrics['model']), run.items[run.items.split == split]
+    own = run.items[run.items.split == split]
     facts = {'metrics': metrics, 'split': split, 'run': run, 'targets': judge_targets(metrics), 'audit': audit,
              'facts': describe_run(run), 'counts': count_kinds(run), 'flow': describe_flow(run),
              'command': reproduce(run, split),
              'doubt': doubt_validation(run.items), 'leaks': len(leaking_patients(run.items)),
              'valid': run.metrics.get('valid') if split != 'valid' else None,
-             'decision': decision if decision and decision.fits(metrics) else None,
+             'decision': Decision.behind(run, metrics),
              'elsewhere': not set(predictions.path) <= set(own.path), 'begun': run.noted('start', 'resume'),
              'pictures': draw(run, predictions, metrics, split), 'thresholds': _thresholds(predictions, metrics),
              'robustness': _robustness(run, split),
@@ -91,7 +91,7 @@ def judge_targets(metrics: dict[str, Any]) -> list[dict[str, Any]]:
 
 def describe_flow(run: Run) -> dict[str, Any]:
     """How many films the run found and could not read, what went into each split, and how valid was chosen."""
-    used, valid = used_items(run), {'official': 'the films of the folder val', 'patients': (
+    used, valid = run.used_items, {'official': 'the films of the folder val', 'patients': (
         'a tenth of the patients of train and val, drawn by the seed, with the shares of the classes kept')}
     return {'found': len(run.items), 'patients': run.items.patient.nunique(), 'limit': run.recipe.limit,
             'unreadable': len(run.items) - len(used), 'valid': valid[run.recipe.valid],

@@ -53,6 +53,16 @@ class Run:
         return _read_csv(self/'items.csv')
 
     @property
+    def unreadable(self) -> list[str]:
+        """The paths of films that its training skipped, since they could not be read."""
+        return self.noted('start', 'resume').get('unreadable', [])
+
+    @property
+    def used_items(self) -> pd.DataFrame:
+        """Its items without those that are `unreadable`."""
+        return self.items[lambda items: ~items.path.isin(self.unreadable)]
+
+    @property
     def history(self) -> pd.DataFrame:
         """One row an epoch."""
         return _read_csv(self/'history.csv')

@@ -66,7 +66,7 @@ def train(recipe: Recipe, data: Path, out: Path, console: Console | None = None,
         state = take_up(run, recipe, items) if resume else None
         _check_items(items, recipe, console)
         cache, bad = _use_cache(items, root, recipe, console)
-        if resume: bad = sorted({*bad, *run.noted('start', 'resume').get('unreadable', [])})  # as it was begun
+        if resume: bad = sorted({*bad, *run.unreadable})  # as it was begun
         readable = items[~items.path.isin(bad)]
         check_trainable(readable)
         set_seed(recipe.seed, reproducible=True)

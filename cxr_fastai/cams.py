@@ -22,6 +22,9 @@ PATCHES, STRIDES = 8, 16
 """An occluding square is an eighth of the side, and moves by a sixteenth."""
 EPSILON = 1e-6
 """Keeps a division by nothing finite in Grad-CAM++, as in its authors' code."""
+BODY = '0'
+"""The body's name in the state dict of every `Sequential(body, head)`."""
+POOLINGS = nn.MaxPool2d, nn.AvgPool2d
 
 
 @contextmanager
@@ -56,14 +59,23 @@ def watching(layer: nn.Module) -> Iterator[list[Tensor]]:
     finally: handle.remove()
 
 
-def find_layer(model: nn.Sequential, name: str | None = None) -> nn.Module:
-    """The layer of `model` called `name` as in its state dict, such as `0.2`; the body, whose output the head pools,
-    unless one is named. Raises `UsageError` for a name that is none."""
-    if name is None: return model[0]
+def find_layer(model: nn.Sequential, name: str | None = None, method: str = 'gradcam') -> nn.Module:
+    """The layer of `model` called `name` as in its state dict, such as `0.2`; unless one is named the body, whose
+    output the head pools, or where it ends in a pooling, which would cost resolution, for any `method` but cam the
+    layer before. Raises `UsageError` for a name that is none."""
+    if name is None:
+        leaves = [layer for layer in model[0].modules() if not list(layer.children())]
+        pooled = len(leaves) > 1 and isinstance(leaves[-1], POOLINGS)
+        return leaves[-2] if pooled and method != 'cam' else model[0]
     layers = dict(model.named_modules())
     if name in layers and name: return layers[name]
     near = [known for known in layers if known.startswith(name.split('.')[0])][1:9] or list(layers)[1:9]
     raise UsageError(f'--layer {name}: no such layer: choose one such as {", ".join(near)}.')
+
+
+def name_layer(model: nn.Sequential, layer: nn.Module) -> str:
+    """What `layer` is called in the state dict of `model`."""
+    return next(name for name, known in model.named_modules() if known is layer)
 
 
 def check_method(method: str) -> None:
@@ -79,7 +91,8 @@ def activation_maps(model: nn.Sequential, films: Tensor, target: int = POSITIVE,
     Raises `UsageError` for a method, a layer or a head that gives no map.
     """
     check_method(method)
-    with explaining(model): return METHODS[method](model, films, target, find_layer(model, layer)).detach()
+    place = find_layer(model, layer, method)
+    with explaining(model): return METHODS[method](model, films, target, place).detach()
 
 
 def enlarge(maps: Tensor, size: int) -> Tensor:

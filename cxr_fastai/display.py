@@ -34,6 +34,18 @@ def robustness_table(robustness: pd.DataFrame) -> Table:
     return table
 
 
+def check_table(check: dict) -> Table:
+    """The numbers of a check of maps, each with its target and whether it is reached."""
+    from cxr_fastai.sanity import CHECKS, tell
+    table = Table(title=f'{check["method"]} at layer {check["layer"]}, {check["films"]} films of pneumonia, '
+                        f'{check["empty"]} of them without positive evidence', title_justify='left')
+    for name in ('maps', 'found', 'target', ''): table.add_column(name, justify='left' if name == 'maps' else 'right')
+    for name, one in CHECKS.items():
+        holds = check['verdicts'].get(name)
+        table.add_row(one.words, tell(check[name]), one.aim, {True: 'holds', False: 'fails', None: ''}[holds])
+    return table
+
+
 def _auc(value: float) -> str: return 'undefined' if value != value else f'{value:.3f}'
 
 

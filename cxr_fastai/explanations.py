@@ -11,8 +11,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cxr_fastai.cams import activation_maps, check_method, enlarge, find_layer, scale
-from cxr_fastai.core import VOCAB, CXRError, FilmError, UsageError
+from cxr_fastai.cams import activation_maps, check_method, enlarge, find_layer, name_layer, scale
+from cxr_fastai.core import POSITIVE, VOCAB, CXRError, FilmError, UsageError
+from cxr_fastai.drawing import save_figure
 from cxr_fastai.evaluation import evaluate, find_split
 from cxr_fastai.images import Preprocessing, open_film
 from cxr_fastai.inference import Predictor
@@ -24,6 +25,10 @@ from cxr_fastai.run import Run
 
 SIDE = 512
 """Pixels of the longer side of a film that is shown under its map."""
+KINDS = dict(zip(('false positive', 'false negative'), VOCAB, strict=True))
+"""Kinds of error, and what the films of each show in truth."""
+BATCH = 32
+"""Films that go through the network at once."""
 BURNED_IN = 'E_BURNED_IN'
 
 
@@ -41,9 +46,24 @@ class Explainer:
         check_method(self.method)
         find_layer(self.predictor.model, self.layer)
 
+    @property
+    def place(self) -> str:
+        """The name of the layer whose maps are weighed."""
+        model = self.predictor.model
+        return name_layer(model, find_layer(model, self.layer, self.method))
+
     def maps(self, films: np.ndarray) -> np.ndarray:
         """Maps (n, size, size) from 0 to 1 of grey uint8 films (n, size, size), each by its own largest value; 0
         everywhere where nothing speaks for the target."""
+        return np.concatenate([self._maps(films[start:start + BATCH]) for start in range(0, len(films), BATCH)])
+
+    def scores(self, films: np.ndarray) -> np.ndarray:
+        """The probability (n,) of the target in grey uint8 films (n, size, size)."""
+        p = np.concatenate([self.predictor.scores(films[start:start + BATCH])
+                            for start in range(0, len(films), BATCH)])
+        return p if self.target == VOCAB[POSITIVE] else 1 - p
+
+    def _maps(self, films: np.ndarray) -> np.ndarray:
         raw = activation_maps(self.predictor.model, to_input(films), VOCAB.index(self.target), self.method, self.layer)
         return scale(enlarge(raw, films.shape[-1])).numpy()
 
@@ -96,10 +116,8 @@ class CXRInterpretation:
 
     def errors(self, kind: str, k: int = 12) -> pd.DataFrame:
         """The `k` worst errors of a `kind`: `false positive` or `false negative`. Raises `UsageError`."""
-        labels = {'false positive': VOCAB[0], 'false negative': VOCAB[1]}
-        if kind not in labels: raise UsageError(f'{kind!r} is no kind of error: choose {" or ".join(labels)}.')
-        wrong = self._wrong()
-        return wrong[wrong.label == labels[kind]].nlargest(k, 'loss')
+        if kind not in KINDS: raise UsageError(f'{kind!r} is no kind of error: choose {" or ".join(KINDS)}.')
+        return self._wrong()[lambda wrong: wrong.label == KINDS[kind]].nlargest(k, 'loss')
 
     def most_uncertain(self, k: int = 12) -> pd.DataFrame:
         """The `k` films whose probability lies nearest to the threshold."""
@@ -108,8 +126,7 @@ class CXRInterpretation:
 
     def cam(self, films: pd.DataFrame) -> list[Explanation]:
         """The maps of `films`, rows of the predictions. Raises `FilmError` for one that is gone."""
-        found = list(self.explainer.explain([self.root/path for path in films.path], films.path.to_list(),
-                                            films.label.to_list()))
+        found = list(self._explain(films))
         for one in found:
             if isinstance(one, CXRError): raise one
         return found
@@ -120,17 +137,44 @@ class CXRInterpretation:
 
     def plot_top_losses(self, k: int = 12, heatmap: bool = True) -> Figure:
         """The films with the greatest loss, under their maps."""
-        return plot_gallery(self.cam(self.top_losses(k)), f'the {k} greatest losses', heatmap=heatmap)
+        return self._gallery(self.top_losses(k), 'the greatest losses', heatmap)
 
     def plot_errors(self, kind: str, k: int = 12, heatmap: bool = True) -> Figure:
         """The worst `false positive` or `false negative` films, under their maps."""
-        return plot_gallery(self.cam(self.errors(kind, k)), f'{kind}s, the most confident first', heatmap=heatmap)
+        return self._gallery(self.errors(kind, k), f'{kind}s, the most confident first', heatmap)
+
+    def plot_uncertain(self, k: int = 12, heatmap: bool = True) -> Figure:
+        """The films nearest to the threshold, under their maps."""
+        return self._gallery(self.most_uncertain(k), 'the least certain, nearest to the threshold', heatmap)
 
     def plot_mean_maps(self, k: int = 100) -> Figure:
         """Where the network looks on average, over up to `k` films of each class."""
-        return plot_mean_maps(self.cam(self.predictions.groupby('label').head(k)))
+        return plot_mean_maps(self._seen(self.predictions.groupby('label').head(k)))
+
+    def _gallery(self, rows: pd.DataFrame, title: str, heatmap: bool) -> Figure:
+        found = self._seen(rows)
+        left_out = f', {len(rows) - len(found)} of them not to be shown' if len(found) < len(rows) else ''
+        return plot_gallery(found, f'{len(rows)} films: {title}{left_out}', heatmap=heatmap)
+
+    def _seen(self, rows: pd.DataFrame) -> list[Explanation]:
+        return [one for one in self._explain(rows) if isinstance(one, Explanation)]
+
+    def _explain(self, rows: pd.DataFrame) -> Iterator[Explanation | FilmError]:
+        return self.explainer.explain([self.root/path for path in rows.path], rows.path.to_list(),
+                                      rows.label.to_list())
 
     def _wrong(self) -> pd.DataFrame: return self.predictions[self.predictions.prediction != self.predictions.label]
+
+
+def save_galleries(run: Run, split: str, shown: CXRInterpretation, k: int = 12) -> list[str]:
+    """Draw the `k` films of `split` that tell most, of each sort of which there are any, and the mean maps, into the
+    run's `figures/`; returns the names, relative to the run."""
+    kinds = [kind for kind in KINDS if len(shown.errors(kind, k))]
+    figures = {'top_losses': shown.plot_top_losses(k), **{f'{kind}s': shown.plot_errors(kind, k) for kind in kinds},
+               'uncertain': shown.plot_uncertain(k), 'mean_maps': shown.plot_mean_maps()}
+    names = [f'figures/{name.replace(" ", "_")}_{split}.png' for name in figures]
+    for name, figure in zip(names, figures.values(), strict=True): save_figure(figure, run/name)
+    return names
 
 
 def save_cams(run: Run, split: str, shown: CXRInterpretation) -> None:

@@ -62,13 +62,15 @@ SomeFilms = Annotated[list[Path] | None, Argument(metavar='FILM|DIR|CSV...', sho
 Method = Annotated[str, Option('--method', help=(
     'How the map is made: gradcam, gradcam++, cam (heads of average pooling and one layer), or occlusion (slow).'))]
 Target = Annotated[str, Option('--target', help='The class whose evidence is shown: NORMAL or PNEUMONIA.')]
-Layer = Annotated[str | None, Option('--layer', metavar='NAME', show_default='the output of the body', help=(
+Layer = Annotated[str | None, Option('--layer', metavar='NAME', show_default='the last before pooling', help=(
     'The layer whose maps are weighed, as named in the state dict.'))]
 ExplanationFolder = Annotated[Path | None, Option(
     '--out', metavar='DIR', show_default='RUN/figures/explained, or the next free', help=(
         'Folder to make for the pictures, called by number.'))]
 TopLosses = Annotated[int | None, Option('--top-losses', metavar='N', min=1, show_default='name films', help=(
     'Explain the N films of the split with the greatest loss.'))]
+CheckMaps = Annotated[bool, Option('--check', help=(
+    'Check whether maps can be believed, on films of the split: numbers with targets, and figures for the report.'))]
 BurnedIn = Annotated[bool, Option('--allow-burned-in', help=(
     'Also show films whose files say that text in the picture may name the patient.'))]
 By = Annotated[list[str] | None, Option('--by', metavar='COLUMN', show_default='kind', help=(

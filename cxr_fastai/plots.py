@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from cxr_fastai.core import VOCAB
@@ -100,6 +101,53 @@ def plot_rates(rates: Rates, title: str = '') -> Figure:
     ax.legend(frameon=False)
     entitle(ax, title)
     return figure
+
+
+def plot_check(check: dict, title: str = '') -> Figure:
+    """What `cam_check.json` found, side by side: every one of `CHECKED`."""
+    figure = Figure(figsize=(12, 3.8), layout='constrained')
+    for ax, draw in zip(figure.subplots(1, len(CHECKED)), CHECKED.values(), strict=True): draw(ax, check)
+    figure.suptitle(f'{title}, {check["method"]} at layer {check["layer"]}, {check["films"]} films', fontsize=11,
+                    parse_math=False)
+    return figure
+
+
+def plot_checked(check: dict, part: str) -> Figure:
+    """One panel of `plot_check`: `deletion`, `forgetting` or `place`."""
+    figure, ax = axes(4.8, 3.6)
+    CHECKED[part](ax, check)
+    return figure
+
+
+def _draw_deletion(ax: Axes, check: dict) -> None:
+    lines = {'deletion': ('highest of the map first', ORANGE, '-'), 'deletion_random': ('by chance', GREY, '--'),
+             'insertion': ('brought back, highest first', BLUE, '-')}
+    for name, (label, colour, style) in lines.items():
+        ax.plot(check['steps'], check[name], color=colour, ls=style, marker='.', label=label)
+    tidy(ax).set(title='pixels made normal', xlabel='share of the pixels', ylabel='mean p(pneumonia)',
+                 ylim=(-0.02, 1.02))
+    ax.legend(fontsize=8, frameon=False)
+
+
+def _draw_forgetting(ax: Axes, check: dict) -> None:
+    stages = check['stages']
+    for name, label, colour in (('ssim', 'SSIM', BLUE), ('spearman', 'Spearman', ORANGE)):
+        ax.plot([stage[name] for stage in stages], color=colour, marker='.', label=label)
+        ax.axhline(check['pairs'][name], color=colour, ls=':', label=f'{label}, two films')
+    ax.set_xticks(range(len(stages)), [stage['layer'] for stage in stages], rotation=60, fontsize=8)
+    tidy(ax).set(title='layers drawn anew', xlabel='from the last layer back to', ylabel='similarity to the map',
+                 ylim=(None, 1))
+    ax.legend(fontsize=8, frameon=False, ncols=2)
+
+
+def _draw_place(ax: Axes, check: dict) -> None:
+    heat, (left, top, right, bottom) = np.array(check['mean_map']), check['thorax']
+    ax.imshow(heat, cmap='cividis', vmin=0, extent=(0, 1, 1, 0))
+    ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor='white', ls='--'))
+    ax.set(title='mean map, and the box of the thorax', xticks=[], yticks=[])
+
+
+CHECKED = {'deletion': _draw_deletion, 'forgetting': _draw_forgetting, 'place': _draw_place}
 
 
 def _finish_epochs(ax: Axes, history: pd.DataFrame) -> None:

@@ -22,8 +22,9 @@ from cxr_fastai.items import doubt_validation, identify_films, leaking_patients
 from cxr_fastai.metrics import FEW, TARGETS
 from cxr_fastai.names import safe_path, short_path
 from cxr_fastai.pages import data_uri, fill
-from cxr_fastai.plots import EPOCHS, plot_epochs, plot_robustness
+from cxr_fastai.plots import CHECKED, EPOCHS, plot_checked, plot_epochs, plot_robustness
 from cxr_fastai.run import Run, read_json
+from cxr_fastai.sanity import CHECKS, tell
 from cxr_fastai.scores import AT_A_THRESHOLD, OVERALL, name_figure
 from cxr_fastai.tradeoffs import threshold_table
 
@@ -31,7 +32,8 @@ SPLITS = ('test', 'valid', 'train')
 """What the report is about, in order of preference."""
 SECTIONS = {'summary': 'Summary', 'data': 'Data', 'training': 'Training', 'performance': 'Performance',
             'calibration': 'Calibration', 'thresholds': 'Thresholds', 'groups': 'Groups', 'robustness': 'Robustness',
-            'films': 'Films', 'card': 'Model card', 'checklist': 'Checklist', 'reproduce': 'How to reproduce it'}
+            'films': 'Films', 'maps': 'Whether maps can be believed', 'card': 'Model card', 'checklist': 'Checklist',
+            'reproduce': 'How to reproduce it'}
 
 
 def report(run: Run, audit: Path | None = None, hide_names: bool = False) -> Path:
@@ -72,15 +74,15 @@ def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names
              'decision': Decision.behind(run, metrics),
              'elsewhere': not set(predictions.path) <= set(own.path), 'begun': run.noted('start', 'resume'),
              'pictures': draw(run, predictions, metrics, split), 'thresholds': _thresholds(predictions, metrics),
-             'robustness': _robustness(run, split),
+             'robustness': _robustness(run, split), 'maps': _checked_maps(run),
              'films': show_films(run, predictions, hide_names)}
     sections = {name: title for name, title in SECTIONS.items() if facts.get(name, True) is not None}
     told = {*sections, *(['internal'] if split == 'test' and not facts['elsewhere'] else []),
             *(['origin'] if 'origin' in facts['begun'] else []),
             *(['cams'] if any(film['cam'] for films in facts['films'].values() for film in films) else [])}
     return fill('report.html', **facts, sections=sections, topics=TOPICS, told=told, say=describe,
-                name_figure=name_figure, overall=OVERALL, at_a_threshold=AT_A_THRESHOLD, few=FEW,
-                not_a_device=NOT_A_DEVICE, outside=OUTSIDE)
+                name_figure=name_figure, overall=OVERALL, at_a_threshold=AT_A_THRESHOLD, few=FEW, checks=CHECKS,
+                tell=tell, not_a_device=NOT_A_DEVICE, outside=OUTSIDE)
 
 
 def judge_targets(metrics: dict[str, Any]) -> list[dict[str, Any]]:
@@ -136,6 +138,8 @@ def draw(run: Run, predictions: pd.DataFrame, metrics: dict[str, Any], split: st
         figures |= {name: plot(predictions, metrics, f'{split} split') for name, plot in CURVES.items()}
     rows = _robust_rows(run, split)
     if rows is not None: figures['robustness'] = plot_robustness(rows, f'{split} split', columns=2)
+    check = _checked_maps(run)
+    if check and 'stages' in check: figures |= {name: plot_checked(check, name) for name in CHECKED}
     return {name: Markup(to_svg(figure, describe_plot(name, metrics))) for name, figure in figures.items()}
 
 
@@ -148,7 +152,10 @@ def describe_plot(name: str, metrics: dict[str, Any]) -> str:
              'scores': 'histograms of the probability of pneumonia for normal films and for pneumonia',
              'net_benefit': 'decision curve beside treating everybody and nobody',
              'risk_coverage': 'accuracy against the share of films that are kept',
-             'robustness': 'AUC against the strength of each corruption'}
+             'robustness': 'AUC against the strength of each corruption',
+             'deletion': 'probability while pixels become those of a normal film, and while they come back',
+             'forgetting': 'similarity of maps while layers are drawn anew, beside that of two films',
+             'place': 'the mean map, and the box of the thorax'}
     return f'Figure: {words[name]}'
 
 
@@ -176,6 +183,13 @@ def _robustness(run: Run, split: str) -> dict[str, Any] | None:
     kinds = rows[rows.strength > 0].groupby('corruption', sort=False)
     worst = [{'kind': kind, 'mean': found.auc.mean(), 'worst': found.auc.min()} for kind, found in kinds]
     return summarise(rows) | {'kinds': worst}
+
+
+def _checked_maps(run: Run) -> dict[str, Any] | None:
+    """What `explain --check` found of the run's network; None where it found nothing, or of another network."""
+    path, learner = run/'figures'/'cam_check.json', run/'learner.pkl'
+    check = read_json(path) if path.is_file() else None
+    return check if check and learner.is_file() and sha256(learner) == check['model'] else None
 
 
 def _picture(path: Path) -> str | None: return data_uri(path.read_bytes(), 'image/png') if path.is_file() else None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cxr_fastai.cams import METHODS, activation_maps, enlarge, explaining, find_layer, scale, watching
+from cxr_fastai.cams import BODY, METHODS, activation_maps, enlarge, explaining, find_layer, name_layer, scale, watching
 from cxr_fastai.core import UsageError
 from cxr_fastai.models import build_model
 
@@ -30,14 +30,15 @@ def model(request) -> nn.Sequential: return network(request.param)
 
 
 @pytest.mark.parametrize('target', [0, 1])
+@pytest.mark.parametrize('layer', [None, BODY])
 @pytest.mark.parametrize('method', ['gradcam', 'gradcam++'])
-def test_maps_are_those_of_the_package_grad_cam(model, method, target):
+def test_maps_are_those_of_the_package_grad_cam(model, method, layer, target):
     pytorch_grad_cam = pytest.importorskip('pytorch_grad_cam')
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     theirs = {'gradcam': pytorch_grad_cam.GradCAM, 'gradcam++': pytorch_grad_cam.GradCAMPlusPlus}[method]
-    with theirs(model=model, target_layers=[model[0]]) as cam:
+    with theirs(model=model, target_layers=[find_layer(model, layer)]) as cam:
         wanted = cam(FILMS, targets=[ClassifierOutputTarget(target)]*len(FILMS))
-    ours = enlarge(scale(activation_maps(model, FILMS, target, method)), 64).numpy()
+    ours = enlarge(scale(activation_maps(model, FILMS, target, method, layer)), 64).numpy()
     lowest = ours.min(axis=(1, 2), keepdims=True)
     assert np.abs((ours - lowest)/(ours.max(axis=(1, 2), keepdims=True) - lowest + 1e-7) - wanted).max() < 1e-4
 
@@ -109,6 +110,12 @@ def test_it_works_where_gradients_are_off(model):
 def test_a_map_without_evidence_stays_empty():
     maps = scale(torch.stack([torch.zeros(4, 4), torch.eye(4)*3]))
     assert not maps[0].any() and maps[1].max() == 1 and torch.isfinite(maps).all()
+
+
+@pytest.mark.parametrize(('arch', 'layer'), [('baseline', '0.3.2'), ('resnet50', '0'), ('efficientnet_lite0', '0')])
+def test_maps_are_of_the_last_layer_before_any_pooling_except_for_the_exact_cam(arch, layer):
+    model = build_model(arch)
+    assert name_layer(model, find_layer(model)) == layer and find_layer(model, method='cam') is model[0]
 
 
 def test_what_gives_no_map_is_refused():

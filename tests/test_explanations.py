@@ -99,7 +99,8 @@ def test_maps_of_films_come_with_their_scores(interpretation):
     assert all(one.heat.shape == one.film.shape and 0 <= one.heat.min() <= one.heat.max() <= 1 for one in found)
 
 
-@pytest.mark.parametrize('plot', ['plot_top_losses', 'plot_confusion_matrix', 'plot_mean_maps'])
+@pytest.mark.parametrize('plot', ['plot_top_losses', 'plot_uncertain', 'plot_confusion_matrix',
+                                  'plot_mean_maps'])
 def test_every_picture_is_a_figure(interpretation, plot): assert isinstance(getattr(interpretation, plot)(), Figure)
 
 
@@ -124,7 +125,8 @@ def test_the_command_explains_the_greatest_losses_and_the_report_shows_maps(eval
     assert 'class="cam"' not in report(run).read_text()
     assert main(['explain', str(tmp_path/'run'), '--top-losses', '3', '--split', 'test', '--data', str(films),
                  '--method', 'gradcam++', '--target', 'NORMAL']) == 0
-    assert len(list((run/'figures/explained').iterdir())) == 3 and (run/'figures/top_losses_test.png').is_file()
+    assert len(list((run/'figures/explained').iterdir())) == 3 and all(
+        (run/f'figures/{name}_test.png').is_file() for name in ('top_losses', 'uncertain', 'mean_maps'))
     shown = shown_films(run.predicted('test'))
     assert len(list((run/'figures/cams').iterdir())) == len(shown)
     page = report(run).read_text()
@@ -132,7 +134,7 @@ def test_the_command_explains_the_greatest_losses_and_the_report_shows_maps(eval
 
 
 @pytest.mark.parametrize(('options', 'says'), [
-    ([], 'name films, or give --top-losses'), (['film.jpeg', '--data', '.'], 'where the films of --top-losses are'),
+    ([], 'name films, or give --top-losses'), (['film.jpeg', '--data', '.'], 'where the films of a split are'),
     (['film.jpeg', '--top-losses', '3'], 'one of them'),
     (['film.jpeg', '--method', 'magic'], '--method magic: choose'),
     (['film.jpeg', '--target', 'CAT'], '--target CAT: choose'),

@@ -34,11 +34,11 @@ import torch
 
 from cxr_fastai import core
 from cxr_fastai import run as runs
-from cxr_fastai.artefacts import load_learner
 from cxr_fastai.checkpoint import StopOnSignal, load_state
 from cxr_fastai.cli import main as cxr_fastai
 from cxr_fastai.demo import make_demo
 from cxr_fastai.models import ARCHS, PRETRAINED, Arch, BaselineCNN
+from cxr_fastai.pickles import load_learner
 from cxr_fastai.run import Run
 
 EPOCHS = 4

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cxr_fastai.engines import TorchEngine
 from cxr_fastai.explanations import Explainer
 from cxr_fastai.similarity import likeness
 
@@ -69,7 +70,7 @@ def _forget(explainer: Explainer, films: np.ndarray, seed: int) -> Iterator[tupl
     """The maps after the layers of each stage, from the last, are drawn anew beside those before; and the name of the
     stage's first layer."""
     model = copy.deepcopy(explainer.predictor.model)
-    random = replace(explainer, predictor=replace(explainer.predictor, model=model))
+    random = replace(explainer, predictor=replace(explainer.predictor, engine=TorchEngine(model)))
     layers = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, 'reset_parameters')][::-1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,6 @@
 """Everything a notebook needs, by one `from cxr_fastai.all import *`."""
 from pathlib import Path
 
-from cxr_fastai.artefacts import load_learner, save_learner
 from cxr_fastai.audit import audit, save_audit
 from cxr_fastai.augment import AugmentFilms
 from cxr_fastai.cache import find_cache, prepare
@@ -30,6 +29,7 @@ from cxr_fastai.learner import make_learner
 from cxr_fastai.metrics import measure
 from cxr_fastai.models import ARCHS, BaselineCNN, build_model, make_recipe
 from cxr_fastai.overlays import plot_explanation, plot_gallery, plot_mean_maps
+from cxr_fastai.pickles import load_learner, save_learner
 from cxr_fastai.plots import plot_confusion_matrix, plot_history, plot_robustness
 from cxr_fastai.recipe import Phase, Recipe
 from cxr_fastai.report import report

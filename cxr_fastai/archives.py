@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from cxr_fastai.core import VOCAB, CXRError, check_new, progress, writing
-from cxr_fastai.items import junk
+from cxr_fastai.folders import junk
 
 MAX_ENTRIES = 200_000
 MAX_BYTES = 20*10**9

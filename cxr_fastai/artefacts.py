@@ -1,26 +1,28 @@
-"""Both ends of every model file: for now the exported `learner.pkl`."""
+"""What every model file has to say, and its weights: `ModelConfig`, safetensors, SHA-256."""
 from __future__ import annotations
 
 import hashlib
-import pickle
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from io import BytesIO
+import json
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cxr_fastai.core import CXRError, CXRWarning, UsageError, atomic
+import numpy as np
+
+from cxr_fastai.core import VOCAB, CXRError, UsageError, atomic
 from cxr_fastai.recipe import Recipe
 
 if TYPE_CHECKING:
-    from fastai.learner import Learner
+    from torch import nn
+
+WEIGHTS, LEARNER = 'model.safetensors', 'learner.pkl'
+MAX_HEADER = 2**22
+"""Bytes of a safetensors header above which the file is refused; a ResNet50's has 2^15."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What prediction has to know beside the weights; it travels in the model file as `learn.config`."""
+    """What prediction has to know beside the weights; it travels in every model file."""
     arch: str
     size: int
     threshold: float
@@ -29,42 +31,73 @@ class ModelConfig:
     low_pass: float = 0.0
     temperature: float | None = None
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> ModelConfig:
+        """That of a network trained by `recipe`, before anything was decided on validation films."""
+        return cls(recipe.arch, recipe.size, recipe.threshold, f'fixed:{recipe.threshold:g}', recipe.resize,
+                   recipe.low_pass)
 
-def save_learner(learn: Learner, path: Path, recipe: Recipe) -> None:
-    """Export `learn` to `path` for stock `load_learner`, atomically, with plain pickle and without a folder's name.
-
-    (fastai's `export` writes in place, embeds bytecode and paths, and leaves a gutted Learner when it fails.)
-    """
-    import torch
-    learn.config = asdict(ModelConfig(recipe.arch, recipe.size, recipe.threshold, f'fixed:{recipe.threshold:g}',
-                                      recipe.resize, recipe.low_pass))
-    buffer = BytesIO()  # torch would tell of a full disk by a RuntimeError
-    with _emptied(learn): torch.save(learn, buffer, pickle_module=pickle)
-    with atomic(path) as temporary: temporary.write_bytes(buffer.getbuffer())
-
-
-def load_learner(path: Path) -> Learner:
-    """The `Learner` in the file `path`, on the CPU. Unpickling runs whatever the file says, so it warns and names the
-    file's SHA-256. Raises `CXRError` where the file is no learner of this package."""
-    from fastai.learner import load_learner as load
-    warnings.warn(f'{path} is a pickle, which can run code while it loads: use it only from a source you trust. '
-                  f'SHA-256 {sha256(path)}', CXRWarning, stacklevel=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        # A broken or foreign pickle raises whatever its bytes ask for.
-        try: learn = load(path)
-        except Exception as error: raise CXRError(f'{path}: not an exported learner ({_cause(error)}).') from error
-    if not hasattr(learn, 'config'):
-        raise CXRError(f'{path}: an exported {type(learn).__name__} without film size and threshold, so not made by '
-                       'cxr-fastai: export it with `cxr_fastai.artefacts.save_learner`.')
-    return learn
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any], source: Path) -> ModelConfig:
+        """The inverse of `asdict`, of what the file `source` says; other keys are let be. Raises `CXRError` where
+        something is missing, of another kind, or of other classes."""
+        vocab = facts.get('vocab', VOCAB)
+        if tuple(vocab) != VOCAB:
+            raise CXRError(f'{source}: made for the classes {vocab}, in this order; {", ".join(VOCAB)} are meant here.')
+        known = {field.name: facts[field.name] for field in fields(cls) if field.name in facts}
+        try:
+            config = cls(**known)
+            whole = (config.size > 0, 0 <= config.threshold <= 1, config.low_pass >= 0, config.arch.isprintable(),
+                     config.temperature is None or config.temperature > 0)
+        except (TypeError, AttributeError) as error:
+            raise CXRError(f'{source}: not a model of ours ({error}).') from None
+        if not all(whole): raise CXRError(f'{source}: size, threshold, low_pass or temperature cannot be: {known}.')
+        return config
 
 
-def find_learner(model: Path) -> Path:
-    """The model file that `model` means: itself, or the `learner.pkl` of a run folder."""
-    path = model/'learner.pkl' if model.is_dir() else model
-    if path.is_file(): return path
-    raise UsageError(f'{model}: no model there: name a run folder that `cxr-fastai train` finished, or a .pkl file.')
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the state of `model` to `path` as safetensors, atomically: it holds numbers and names, and runs nothing."""
+    from safetensors.torch import save
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    with atomic(path) as temporary: temporary.write_bytes(save(state))
+
+
+def fill_weights(model: nn.Module, data: bytes, path: Path) -> None:
+    """Fill `model` with the bytes of what `save_weights` wrote to `path`. Raises `CXRError` where they are damaged or
+    of another network."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+    check_header(data, path)
+    try: model.load_state_dict(load(data))
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CXRError(f'{path}: not the weights of this network ({first}).') from None
+
+
+def tensor_bytes(tensors: dict[str, np.ndarray]) -> bytes:
+    """Arrays as safetensors. (Its own `save` writes the memory behind a view, not the view.)"""
+    from safetensors.numpy import save
+    return save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
+
+
+def check_header(data: bytes, path: Path) -> None:
+    """Raise `CXRError` where the header of the safetensors `data` is longer than any of ours, or than the file."""
+    length = int.from_bytes(data[:8], 'little')
+    if len(data) < 8 or length > min(MAX_HEADER, len(data) - 8):
+        raise CXRError(f'{path}: no safetensors file (a header of {length:,} bytes in a file of {len(data):,}).')
+
+
+def find_network(model: Path) -> Path:
+    """The file that holds the network of the run folder `model`, by whose SHA-256 it is known."""
+    for name in (WEIGHTS, LEARNER):
+        if (model/name).is_file(): return model/name
+    raise UsageError(f'{model}: no model there: name a run folder that `cxr-fastai train` finished, a bundle that '
+                     '`cxr-fastai export` made, or a .pkl file.')
+
+
+def identify_network(model: Path) -> str:
+    """The SHA-256 of `find_network`, by which a run's decision and figures know what they are of."""
+    return sha256(find_network(model))
 
 
 def sha256(path: Path) -> str:
@@ -72,29 +105,6 @@ def sha256(path: Path) -> str:
     with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-@contextmanager
-def _emptied(learn: Learner) -> Iterator[None]:
-    """`learn` without films, results, optimiser and paths; it gets them back, also after an exception."""
-    kept = {name: getattr(learn, name) for name in ('dls', 'opt', 'path')}
-    from fastcore.foundation import L
-    folder = learn.dls.path
-    steps = [step for films_or_labels in learn.dls.train_ds.tls for step in films_or_labels.tfms]
-    openers = [(step, step.skip) for step in steps if hasattr(step, 'skip')]
-    try:
-        learn.dls.path = learn.path = Path('.')
-        learn.dls, learn.opt = learn.dls.new_empty(), None
-        for metric in learn.metrics: metric.reset()  # they hold the last scores and labels
-        for dl in learn.dls.loaders:
-            for films_or_labels in dl.dataset.tls: films_or_labels.splits = L([[], []])
-        for step, _ in openers: step.skip = False  # prediction owes an answer for every film
-        yield
-    finally:
-        for name, value in kept.items(): setattr(learn, name, value)
-        learn.dls.path = folder
-        for step, skip in openers: step.skip = skip
-
-
-def _cause(error: BaseException) -> str:
-    """The error's first line; fastai hides a missing package behind another."""
-    if isinstance(error.__context__, ModuleNotFoundError): return f'it needs the package {error.__context__.name}'
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def config_text(config: ModelConfig, **more: Any) -> str:
+    """`config` and what `more` is known as JSON."""
+    return json.dumps({**asdict(config), 'vocab': list(VOCAB), **more}, indent=2, allow_nan=False) + '\n'

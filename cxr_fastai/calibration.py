@@ -7,26 +7,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
-from scipy.special import expit, logit, xlog1py, xlogy
+from scipy.special import xlog1py, xlogy
 
 from cxr_fastai.bootstrap import mean_draws, middle
 from cxr_fastai.intervals import Estimate, estimate, proportion
+from cxr_fastai.temperature import EDGE, logits
 
 BINS = 15
 NULL_DRAWS = 2000
 COLDEST, HOTTEST = 0.05, 20
-EDGE = 1e-15
-"""Probabilities nearer to 0 and 1 than this count as this far: double precision has no logit for 1."""
-
-
-def temper(p: np.ndarray | float, temperature: float) -> np.ndarray | float:
-    """Probabilities (n,) with their logits divided by `temperature` (Guo et al. 2017); their order stays."""
-    return p if temperature == 1 else expit(logits(p)/temperature)
-
-
-def logits(p: np.ndarray | float) -> np.ndarray | float:
-    """The logits of probabilities, those of 0 and 1 cut to what double precision tells from them."""
-    return logit(np.clip(p, EDGE, 1 - EDGE))
 
 
 def fit_temperature(targs: np.ndarray, p: np.ndarray) -> float:

@@ -115,7 +115,7 @@ def take_up(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any] | N
     """The state that `run` goes on from, if there is one yet. Raises `UsageError` where `recipe`, `items` or the
     classes are not those of `run`."""
     state = load_state(run)
-    if state is None and any((run/name).exists() for name in ('history.csv', 'learner.pkl')):
+    if state is None and any((run/name).exists() for name in ('history.csv', 'model.safetensors', 'learner.pkl')):
         raise UsageError(f'{run.path} has been trained but has no state.pt to go on from: train into another --out.')
     known, now = state['identity'] if state else identify(run.recipe, run.items), identify(recipe, items)
     other = differences(Recipe.from_dict(known['recipe']), recipe)

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer import Argument, Option
+from typer import Option
 
 from cxr_fastai import cli_data
 from cxr_fastai import options as opt
 from cxr_fastai.cli_evaluate import evaluate, report
 from cxr_fastai.cli_explain import explain
+from cxr_fastai.cli_predict import export, predict, trust
 from cxr_fastai.cli_train import lr_find, train
-from cxr_fastai.core import CXRError, CXRWarning, UsageError, check_new, write_csv
+from cxr_fastai.core import CXRError, CXRWarning, check_new
 from cxr_fastai.terminal import complain, free, last_line, out, say, show_warning
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -44,30 +45,9 @@ app.command('lr-find')(lr_find)
 app.command()(evaluate)
 app.command()(report)
 app.command()(explain)
-
-
-@app.command()
-def predict(model: Annotated[Path, Argument(metavar='MODEL', help='Run folder, or an exported .pkl.')],
-            films: Annotated[list[Path], Argument(metavar='FILM|DIR|CSV...', help=(
-                'Films, folders of films, or CSVs with a column path.'))],
-            table: opt.NewTable = None, batch_size: opt.BatchSize = 32, calibrated: opt.Calibrated = False) -> None:
-    """Give each film the probability of pneumonia; a film that cannot be read gets a row with its error.
-
-    Example: cxr-fastai predict runs/resnet50 film.jpeg more_films/ --out predictions.csv
-    """
-    if table and table.exists(): raise UsageError(f'{table} exists already and was left alone: choose another --out.')
-    if table and not table.parent.is_dir(): raise UsageError(f'{table}: the folder {table.parent} does not exist.')
-    from cxr_fastai.display import predictions_table
-    from cxr_fastai.inference import Predictor, list_films, prediction_table
-    paths = list_films(films)
-    rows = prediction_table(Predictor.load(model, calibrated).predict(paths, batch_size, out))
-    if table: write_csv(table, rows)
-    bad = rows[rows.status != 'ok']
-    out.print(predictions_table(rows))
-    for row in bad.itertuples(): complain(f'error: {row.path}: {row.message}')
-    say(f'{len(rows)} films, {(rows.prediction == "PNEUMONIA").sum()} called PNEUMONIA, {len(bad)} failed'
-        + (f'; rows in {table}' if table else ''))
-    if len(bad): raise typer.Exit(3)
+app.command()(export)
+app.command()(predict)
+app.command()(trust)
 
 
 @app.command()

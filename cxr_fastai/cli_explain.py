@@ -44,7 +44,7 @@ def _explain_films(model: Path, films: list[Path], place: Path, how: dict, batch
     from cxr_fastai.names import short_path
     paths = list_films(films)
     names = [short_path(str(path)) for path in paths]
-    return _draw(Explainer(Predictor.load(model), **how).explain(paths, names, None, batch_size, burned_in), place)
+    return draw(Explainer(Predictor.load(model), **how).explain(paths, names, None, batch_size, burned_in), place)
 
 
 def _explain_split(run: Run, split: str, data: Path | None, most: int, place: Path, how: dict, batch_size: int,
@@ -52,7 +52,7 @@ def _explain_split(run: Run, split: str, data: Path | None, most: int, place: Pa
     from cxr_fastai.explanations import CXRInterpretation, save_cams, save_galleries
     shown = CXRInterpretation.from_run(run, split, data, **how)
     rows = shown.top_losses(most)
-    bad = _draw(shown.explainer.explain([shown.root/path for path in rows.path], rows.path.to_list(),
+    bad = draw(shown.explainer.explain([shown.root/path for path in rows.path], rows.path.to_list(),
                                         rows.label.to_list(), batch_size, burned_in), place)
     save_cams(run, split, shown)
     say(f'in {run.path}: {", ".join(save_galleries(run, split, shown, most))}, and maps for its report')
@@ -69,7 +69,7 @@ def _check(run: Run, split: str, data: Path | None, folder: Path | None, how: di
     say(f'in {run.path}: figures/cam_check.json, figures/cam_check.png')
 
 
-def _draw(explained: Iterator[Explanation | FilmError], place: Path) -> int:
+def draw(explained: Iterator[Explanation | FilmError], place: Path) -> int:
     """Draw each explanation into `place`, called by its number; returns how many films could not be used."""
     from cxr_fastai.drawing import save_figure
     from cxr_fastai.overlays import plot_explanation

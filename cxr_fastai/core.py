@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -177,9 +177,15 @@ def in_threads(func: Callable[[S], T], films: Sequence[S], workers: int | None =
     Only some are under way at a time, so that results which nobody has taken yet do not fill the memory.
     """
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        starts = range(0, len(films), UNDER_WAY)
-        results = chain.from_iterable(pool.map(func, films[start:start + UNDER_WAY]) for start in starts)
-        yield from progress(results, console, len(films))
+        yield from progress(_ahead(pool, func, films), console, len(films))
+
+
+def _ahead(pool: ThreadPoolExecutor, func: Callable[[S], T], films: Iterable[S]) -> Iterator[T]:
+    waiting: deque[Future[T]] = deque()
+    for film in films:
+        waiting.append(pool.submit(func, film))
+        if len(waiting) == UNDER_WAY: yield waiting.popleft().result()
+    while waiting: yield waiting.popleft().result()
 
 
 def _with_bar(steps: Iterable[T], console: Console, total: int) -> Iterator[T]:

@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter, StrMethodFormatter
 
-from cxr_fastai.calibration import logits, reliability, temper
+from cxr_fastai.calibration import reliability
 from cxr_fastai.drawing import BLUE, GREEN, GREY, INK, LINES, ORANGE, axes, entitle, tidy
 from cxr_fastai.intervals import describe
 from cxr_fastai.metrics import HALF, TARGETS, truth
+from cxr_fastai.temperature import logits, temper
 from cxr_fastai.tradeoffs import (
     net_benefit,
     precision_recall,

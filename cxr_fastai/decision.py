@@ -27,7 +27,7 @@ DIGITS = range(2, 18)
 
 @dataclass(frozen=True)
 class Decision:
-    """`decision.json` in the run folder is this. `model` is the SHA-256 of the `learner.pkl` it was chosen for; `valid`
+    """`decision.json` in the run folder is this. `model` is the SHA-256 of the network that it was chosen for; `valid`
     says on which films, and what the threshold does there; `margin` is what the rule adds for their number, in words.
     """
     threshold: float

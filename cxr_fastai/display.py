@@ -1,6 +1,7 @@
 """Tables for the terminal."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -49,13 +50,13 @@ def check_table(check: dict) -> Table:
 def _auc(value: float) -> str: return 'undefined' if value != value else f'{value:.3f}'
 
 
-def predictions_table(rows: pd.DataFrame, most: int = 20) -> Table:
+def predictions_table(rows: Sequence[dict], most: int = 20) -> Table:
     """The first predictions, with the code of each film that could not be used."""
     table = Table(caption=f'the first {most} of {len(rows)}' if len(rows) > most else None)
     for name in ('film', 'p(pneumonia)', 'prediction'): table.add_column(name, overflow='fold')
-    for row in rows.head(most).itertuples():
-        judged = (f'{row.p_pneumonia:.4f}', row.prediction) if row.status == 'ok' else ('', row.code)
-        table.add_row(escape(row.path), *judged)
+    for row in rows[:most]:
+        judged = (f'{float(row["p_pneumonia"]):.4f}', row['prediction']) if row['status'] == 'ok' else ('', row['code'])
+        table.add_row(escape(row['path']), *judged)
     return table
 
 

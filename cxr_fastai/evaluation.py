@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from cxr_fastai.artefacts import find_learner, sha256
+from cxr_fastai.artefacts import identify_network
 from cxr_fastai.calibration import log_losses
 from cxr_fastai.core import POSITIVE, VOCAB, CXRWarning, FilmError, UsageError, write_csv, write_json
 from cxr_fastai.decision import DEFAULT, Decision, decide, parse_rule
@@ -39,7 +39,7 @@ def evaluate(run: Run, data: Path | None = None, split: str = 'test', batch_size
     if rule: parse_rule(rule)
     by = [column.strip().lower() for column in by]  # as the header of a listing is read
     root, items = find_split(run, data, split, limit, by)
-    predictor, model = Predictor.load(run.path), sha256(find_learner(run.path))
+    predictor, model = Predictor.load(run.path), identify_network(run.path)
     tables, stamps = known_predictions(run, model), {}
 
     def predict(name: str, items: pd.DataFrame, root: Path) -> None:

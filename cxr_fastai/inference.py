@@ -1,54 +1,70 @@
-"""A model file becomes a `Predictor`: films go in, a table of probabilities comes out."""
+"""A model file becomes a `Predictor`: films go in, a row of facts for each comes out."""
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-import torch
-from rich.console import Console
-from torch import nn
 
-from cxr_fastai.artefacts import ModelConfig, find_learner, load_learner, sha256
-from cxr_fastai.calibration import temper
-from cxr_fastai.core import POSITIVE, VOCAB, CXRWarning, FilmError, UsageError, progress
-from cxr_fastai.decision import Decision
+from cxr_fastai.artefacts import LEARNER, ModelConfig, fill_weights, find_network, sha256
+from cxr_fastai.bundle import GATE, Bundle, is_bundle
+from cxr_fastai.canary import Engine
+from cxr_fastai.core import VOCAB, CXRWarning, FilmError, UsageError, in_threads
+from cxr_fastai.engines import TorchEngine
+from cxr_fastai.folders import find_films
+from cxr_fastai.gate import OUTSIDE, Gate
 from cxr_fastai.images import Preprocessing, open_film
-from cxr_fastai.items import find_films
-from cxr_fastai.listing import read_listing
-from cxr_fastai.models import to_input
 from cxr_fastai.run import Run
+from cxr_fastai.temperature import temper
 
-COLUMNS = ['path', 'status', 'p_pneumonia', 'prediction', 'threshold', 'code', 'message']
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+COLUMNS = ('path', 'status', 'p_pneumonia', 'prediction', 'threshold', 'code', 'message')
+SHORT = 200
+"""Letters of a message."""
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network in evaluation mode and what it was trained for. `Predictor.load(MODEL)` makes one.
+    """What computes, and what it was trained for. `Predictor.load(MODEL)` makes one.
 
-    A `calibrated` one gives probabilities, and the threshold, at the temperature fitted on validation films.
+    A `calibrated` one gives probabilities, and the threshold, at the temperature fitted on validation films. One with a
+    `gate` gives none of a picture that is no chest film. With `tta` a film's probability is the mean of its own and
+    that of its mirror image.
     """
-    model: nn.Module
+    engine: Engine
     config: ModelConfig
     calibrated: bool = False
+    gate: Gate | None = None
+    tta: bool = False
 
     @classmethod
-    def load(cls, model: Path, calibrated: bool = False) -> Predictor:
-        """The predictor of an exported `.pkl`, or of a run folder, with what `evaluate` decided there. Raises
-        `CXRError`."""
-        file = find_learner(model)
-        learn = load_learner(file)
-        config = ModelConfig(**learn.config)
-        if model.is_dir(): config = _decided(Run(model), file, config)
-        if calibrated and config.temperature is None:
+    def load(cls, model: Path, calibrated: bool = False, engine: str = 'auto', gate: bool = True) -> Predictor:
+        """The predictor of a bundle (by the `engine` of `Bundle.engine`), of a run folder, with what `evaluate` decided
+        there, or of an exported `.pkl` that is trusted. Raises `CXRError`."""
+        load = _of_bundle if is_bundle(model) else _of_run if model.is_dir() else _of_pickle
+        found = load(model, engine)
+        if calibrated and found.config.temperature is None:
             raise UsageError(f'{model}: --calibrated needs the temperature that `cxr-fastai evaluate RUN` fits on '
                              'validation films: evaluate the run, and name its folder.')
-        network = learn.model.eval().to(memory_format=torch.channels_last)  # half as fast again on a CPU
-        return cls(network, config, calibrated)
+        return replace(found, calibrated=calibrated, gate=found.gate if gate else None)
+
+    def at(self, threshold: float) -> Predictor:
+        """The same with another threshold, told as this one tells probabilities."""
+        raw = float(temper(threshold, 1/self.config.temperature)) if self.calibrated else threshold
+        return replace(self, config=replace(self.config, threshold=raw, threshold_rule=f'fixed:{threshold:g}'))
+
+    @property
+    def model(self) -> Any:
+        """The torch network. Raises `UsageError` for an engine that has none."""
+        return self.engine.model
 
     @property
     def threshold(self) -> float:
@@ -59,46 +75,50 @@ class Predictor:
         """A raw probability as this predictor tells it."""
         return float(temper(score, self.config.temperature)) if self.calibrated else score
 
-    @torch.inference_mode()
     def scores(self, films: np.ndarray) -> np.ndarray:
         """The probability of pneumonia (n,) of grey uint8 films (n, size, size)."""
-        logits = self.model(to_input(films)).double()  # 32 bits would round 1 - 1e-8 to 1
-        return logits.softmax(dim=1)[:, POSITIVE].numpy()
+        return self._judge(films)[0]
 
-    def predict(self, films: Sequence[Path], batch_size: int = 32, console: Console | None = None) -> Iterator[dict]:
+    def predict(self, films: Sequence[Path], batch_size: int = 32, console: Console | None = None,
+                workers: int | None = None) -> Iterator[dict[str, Any]]:
         """A row a film, in their order, with the keys `COLUMNS`; a film that cannot be used gets the status `error` or
         `rejected` and its code, and stops nothing. The message of others tells what reading it took, such as the window
-        of a 16-bit film. A `console` that is a terminal gets a progress bar."""
-        batches = (films[start:start + batch_size] for start in range(0, len(films), batch_size))
-        return progress(chain.from_iterable(map(self._rows, batches)), console, len(films))
+        of a 16-bit film. `workers` threads read ahead (default: the cores). A `console` that is a terminal gets a
+        progress bar."""
+        opened = in_threads(self._open, films, workers, console)
+        while batch := list(islice(opened, batch_size)): yield from self._rows(batch)
 
-    def _rows(self, films: Sequence[Path]) -> Iterator[dict]:
-        rows, pixels = zip(*map(self._open, films), strict=True)
-        readable = [film for film in pixels if film is not None]
-        scores = iter(self.scores(np.stack(readable)).tolist() if readable else [])
-        for row, film in zip(rows, pixels, strict=True): yield row if film is None else row | self._judge(next(scores))
+    def _rows(self, batch: list[tuple[dict, np.ndarray | None]]) -> Iterator[dict]:
+        readable = [film for _, film in batch if film is not None]
+        found = zip(*self._judge(np.stack(readable)), strict=True) if readable else iter(())
+        for row, film in batch: yield row if film is None else row | self._tell(*next(found))
+
+    def _judge(self, films: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities, and how far each film is from those of the gate over what it allows; 0 without a gate."""
+        p, features = self.engine(films)
+        if self.tta: p = (p + self.engine(np.ascontiguousarray(films[:, :, ::-1]))[0])/2
+        return p, self.gate.measure(features, films) if self.gate else np.zeros(len(p))
 
     def _open(self, path: Path) -> tuple[dict, np.ndarray | None]:
         row, wanted = dict.fromkeys(COLUMNS), Preprocessing.of(self.config)
         row |= {'path': str(path), 'threshold': self.threshold}
         try: film = open_film(path, wanted)
         except FilmError as error:
-            why = str(error).removeprefix(f'{path}: ')[:200]
+            why = str(error).removeprefix(f'{path}: ')[:SHORT]
             return row | {'status': error.status, 'code': error.code, 'message': why}, None
-        return row | {'status': 'ok', 'message': '; '.join(film.notes)[:200] or None}, wanted.fit(film.pixels)
+        return row | {'status': 'ok', 'message': '; '.join(film.notes)[:SHORT] or None}, wanted.fit(film.pixels)
 
-    def _judge(self, score: float) -> dict:
-        return {'p_pneumonia': self.show(score), 'prediction': VOCAB[int(score >= self.config.threshold)]}
+    def _tell(self, score: float, distance: float) -> dict[str, Any]:
+        if distance > 1: return OUTSIDE
+        return {'p_pneumonia': self.show(float(score)), 'prediction': VOCAB[int(score >= self.config.threshold)]}
 
 
 def list_films(sources: Iterable[Path]) -> list[Path]:
-    """The films that `sources` mean: files as they are, folders with all films below them, sorted, and what a CSV has
-    in its column path. Raises `UsageError` where a folder or a CSV has none."""
+    """The films that `sources` mean: files as they are, folders with all films below them, sorted, what a CSV has in
+    its column path, and for `-` what standard input has, a line each. Raises `UsageError` where there are none."""
     films = []
     for source in sources:
-        if source.is_dir(): found = find_films(source)[0]
-        elif source.suffix.lower() != '.csv': found = [source]
-        else: found = [source.parent/path for path in read_listing(source, ('path',)).path]
+        found = _list(source)
         if not found: raise UsageError(f'{source}: no films there (links are not followed).')
         films += found
     return films
@@ -106,14 +126,49 @@ def list_films(sources: Iterable[Path]) -> list[Path]:
 
 def prediction_table(rows: Iterable[dict]) -> pd.DataFrame:
     """The rows of `Predictor.predict` as a table."""
+    import pandas as pd
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def _list(source: Path) -> list[Path]:
+    if str(source) == '-': return [Path(line.rstrip('\r\n')) for line in sys.stdin if line.strip()]
+    if source.is_dir(): return find_films(source)[0]
+    if source.suffix.lower() != '.csv': return [source]
+    from cxr_fastai.listing import read_listing
+    return [source.parent/path for path in read_listing(source, ('path',)).path]
+
+
+def _of_bundle(path: Path, engine: str) -> Predictor:
+    bundle = Bundle.open(path)
+    gate = Gate.from_tensors(bundle.tensors(GATE), path/GATE) if GATE in bundle else None
+    return Predictor(bundle.engine(engine), bundle.config, gate=gate)
+
+
+def _of_run(path: Path, _: str) -> Predictor:
+    run, file = Run(path), find_network(path)
+    if file.name == LEARNER: found = _of_pickle(file)  # a run of before there were safetensors
+    else:
+        from cxr_fastai.models import build_model
+        config = ModelConfig.of(run.recipe)
+        model = build_model(config.arch)
+        fill_weights(model, file.read_bytes(), file)
+        found = Predictor(TorchEngine(model), config)
+    return replace(found, config=_decided(run, file, found.config))
+
+
+def _of_pickle(path: Path, _: str = 'auto') -> Predictor:
+    if not path.is_file(): find_network(path)  # which tells what a model is
+    from cxr_fastai.pickles import load_learner
+    learn = load_learner(path)
+    return Predictor(TorchEngine(learn.model), ModelConfig.from_dict(learn.config, path))
+
+
 def _decided(run: Run, file: Path, config: ModelConfig) -> ModelConfig:
-    """`config` with what was decided for the learner in `file`; with a warning as it is, where that was for another."""
+    """`config` with what was decided for the network in `file`; with a warning as it is, where that was for another."""
+    from cxr_fastai.decision import Decision
     known = Decision.of(run, sha256(file))
     if known: return replace(config, threshold=known.threshold, threshold_rule=known.rule,
                              temperature=known.temperature)
-    if run.decision: warnings.warn(f'{run/"decision.json"} was chosen for another learner.pkl, so it is not used: '
-                                   'evaluate the run again.', CXRWarning, stacklevel=3)
+    if run.decision: warnings.warn(f'{run/"decision.json"} was chosen for another network, so it is not used: '
+                                   'evaluate the run again.', CXRWarning, stacklevel=4)
     return config

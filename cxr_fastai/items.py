@@ -8,11 +8,12 @@ import posixpath
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
 from cxr_fastai.core import VOCAB, CXRError, UsageError
+from cxr_fastai.folders import find_films
 from cxr_fastai.images import SUFFIXES
 from cxr_fastai.listing import check_files, drop_repeats, read_listing, rows_where
 
@@ -142,28 +143,6 @@ def describe_items(items: pd.DataFrame) -> str:
     films = '; '.join(f'{split}: {_counts(row)}' for split, row in count_films(items).iterrows() if row.sum())
     ignored = ', '.join(f'{n} {reason}' for reason, n in items.attrs.get('ignored', {}).items())
     return films + (f'; ignored: {ignored}' if ignored else '')
-
-
-def find_films(folder: Path) -> tuple[list[Path], Counter]:
-    """Films below `folder`, sorted, and a count of what was ignored, by reason. Links are not followed, to folders or
-    to films: they may lead in circles or out of the folder. (A CSV may list them.)"""
-    films, ignored = [], Counter()
-    for base, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(base, name)
-            reason = junk(path.relative_to(folder)) or ('link' if path.is_symlink() else None)
-            if reason: ignored[reason] += 1
-            else: films.append(path)
-    return films, ignored
-
-
-def junk(path: PurePath) -> str | None:
-    """Why the file `path` is no film, by its name; None where it may be one."""
-    if '__MACOSX' in path.parts: return '__MACOSX'
-    if path.name.startswith('._'): return '._*'
-    if path.name == '.DS_Store': return '.DS_Store'
-    return None if path.suffix.lower() in SUFFIXES else 'not a film'
 
 
 def _from_folders(root: Path) -> pd.DataFrame:

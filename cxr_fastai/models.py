@@ -31,7 +31,13 @@ def normalize(films: Tensor) -> Tensor:
 
 def to_input(films: np.ndarray) -> Tensor:
     """Grey uint8 films (n, s, s) as the networks want them, (n, 3, s, s)."""
-    return normalize(torch.from_numpy(films)[:, None].float().div_(255.0))
+    whole = np.require(films, requirements=['C', 'W'])  # a copy where it is a view, or read-only
+    return normalize(torch.from_numpy(whole)[:, None].float().div_(255.0))
+
+
+def pool(maps: Tensor) -> Tensor:
+    """The mean of each channel of what a body gives, (n, c, h, w), as (n, c); anything else flattened."""
+    return maps.mean(dim=(2, 3)) if maps.ndim == 4 else maps.flatten(1)
 
 
 def denormalize(films: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ NewFolder = Annotated[Path | None, Option('--out', metavar='DIR', show_default='
 NewCurve = Annotated[Path, Option('--out', metavar='FILE', help='PNG to write; the numbers go to a CSV beside it.')]
 Steps = Annotated[int, Option('--steps', metavar='N', min=20, help='Batches at most.')]
 NewTable = Annotated[Path | None, Option('--out', metavar='FILE', show_default='print only', help=(
-    'CSV to write; it must not exist.'))]
+    'Table to write, .csv, .json or .parquet; it must not exist.'))]
 Epochs = Annotated[int | None, Option('--epochs', metavar='N', show_default='reference 15, tuned 6', help=(
     'Epochs in all, over the phases.'))]
 DemoEpochs = Annotated[int, Option('--epochs', metavar='N', help='Epochs.')]
@@ -57,6 +57,26 @@ Rule = Annotated[str | None, Option(
 Prevalences = Annotated[list[float] | None, Option(
     '--prevalence', metavar='PERCENT', min=0.01, max=99.99, show_default='2, 10 and 30', help=(
         'Tell PPV and NPV where so many of a hundred films show pneumonia; repeat it for more.'))]
+Model = Annotated[Path, Argument(metavar='MODEL', help='Bundle (folder or zip), run folder, or an exported .pkl.')]
+PredictFilms = Annotated[list[Path], Argument(metavar='FILM|DIR|CSV|-...', help=(
+    'Films, folders of films, CSVs with a column path, or - for paths on standard input.'))]
+ResumeTable = Annotated[bool, Option('--resume', help='Go on with an --out that was stopped; the films are the same.')]
+Cut = Annotated[float | None, Option('--threshold', metavar='T', min=0, max=1, show_default="the model's", help=(
+    'Another threshold for these films.'))]
+Mirrored = Annotated[bool, Option('--tta', help=(
+    "Mean of a film's probability and that of its mirror image."))]
+Maps = Annotated[bool, Option('--explain', help=(
+    'Also draw what influenced each score, by number, into a folder beside --out.'))]
+NoGate = Annotated[bool, Option('--no-gate', help='Tell a probability also of what is no chest film.')]
+EngineKind = Annotated[str, Option('--engine', help=(
+    'What computes with a bundle: onnx, torch, or auto: ONNX Runtime where it is installed.'))]
+NewBundle = Annotated[Path | None, Option('--out', metavar='DIR', show_default='RUN/bundle', help=(
+    'Folder, or with --zip file, to make; an older bundle there is replaced.'))]
+AsZip = Annotated[bool, Option('--zip', help='One file instead of a folder.')]
+TrustWhat = Annotated[list[str], Argument(metavar='FILE|list|remove HEX', help=(
+    'A pickle to trust; or `list`; or `remove` and a SHA-256.'))]
+Hash = Annotated[str | None, Option('--sha256', metavar='HEX', show_default='none', help=(
+    'The SHA-256 of the file that its maker told you, by another way than the file came.'))]
 SomeFilms = Annotated[list[Path] | None, Argument(metavar='FILM|DIR|CSV...', show_default='none', help=(
     'Films, folders of films, or CSVs with a column path.'))]
 Method = Annotated[str, Option('--method', help=(

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from cxr_fastai.artefacts import sha256
+from cxr_fastai.artefacts import identify_network
 from cxr_fastai.audit import NOT_TRAINABLE, TOO_SMALL
 from cxr_fastai.card import NOT_A_DEVICE, OUTSIDE, count_kinds, describe_run, render_card, reproduce
 from cxr_fastai.checklist import TOPICS
@@ -54,10 +54,10 @@ def report(run: Run, audit: Path | None = None, hide_names: bool = False) -> Pat
 
 def check_fresh(run: Run, split: str) -> None:
     """Raise `UsageError` where the metrics of `split` are of an older version, other predictions or another network."""
-    metrics, n, learner = run.metrics[split], len(run.predicted(split)), run/'learner.pkl'
+    metrics, n = run.metrics[split], len(run.predicted(split))
     why = ('are of an older version' if 'calibration' not in metrics else
            f'are of {metrics["n"]} films, predictions.csv of {n}' if metrics['n'] != n else
-           'are of another network' if learner.is_file() and sha256(learner) != metrics['model'] else None)
+           'are of another network' if not _is_of(run, metrics) else None)
     if why: raise UsageError(f'{run.path}: the metrics of {split} {why}: `cxr-fastai evaluate {run.path} --split '
                              f'{split}`.')
 
@@ -187,9 +187,15 @@ def _robustness(run: Run, split: str) -> dict[str, Any] | None:
 
 def _checked_maps(run: Run) -> dict[str, Any] | None:
     """What `explain --check` found of the run's network; None where it found nothing, or of another network."""
-    path, learner = run/'figures'/'cam_check.json', run/'learner.pkl'
+    path = run/'figures'/'cam_check.json'
     check = read_json(path) if path.is_file() else None
-    return check if check and learner.is_file() and sha256(learner) == check['model'] else None
+    return check if check and _is_of(run, check) else None
+
+
+def _is_of(run: Run, found: dict[str, Any]) -> bool:
+    """Whether `found` is about the network of `run`, as far as that is there."""
+    try: return identify_network(run.path) == found['model']
+    except UsageError: return True
 
 
 def _picture(path: Path) -> str | None: return data_uri(path.read_bytes(), 'image/png') if path.is_file() else None

@@ -147,7 +147,7 @@ TEXT = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase')
 """Columns that stay as they are written: a patient `007` is no number, and one called `NA` is not missing."""
 EXACT = ('p_pneumonia',)
 """Columns of which every digit counts: a score may lie next to the threshold, and older pandas round the last one."""
-TRAINED = ('recipe.json', 'items.csv', 'history.csv', 'state.pt', 'failure.json', 'learner.pkl')
+TRAINED = ('recipe.json', 'items.csv', 'history.csv', 'state.pt', 'failure.json', 'model.safetensors', 'learner.pkl')
 WRITER = {'items.csv': 'train', 'history.csv': 'train', 'predictions.csv': 'evaluate',
           'robustness.csv': 'evaluate --robustness'}
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from cxr_fastai.ablations import deletion, forgetting
-from cxr_fastai.artefacts import sha256
+from cxr_fastai.artefacts import identify_network
 from cxr_fastai.cams import BODY, activation_maps
 from cxr_fastai.core import POSITIVE, VOCAB, UsageError, write_json
 from cxr_fastai.drawing import save_figure
@@ -86,7 +86,7 @@ def check_run(run: Run, split: str = 'test', data: Path | None = None, console: 
     normal, films = (read_squares(chosen[label], root, seen, console=console)[0] for label in VOCAB)
     masks = _read_masks(chosen[VOCAB[POSITIVE]], root, seen)
     found = check_maps(explainer, films, np.uint8(normal.mean(axis=0).round()), masks)
-    about = {'split': split, 'method': explainer.method, 'layer': explainer.place, 'model': sha256(run/'learner.pkl')}
+    about = {'split': split, 'method': explainer.method, 'layer': explainer.place, 'model': identify_network(run.path)}
     check = {**about, **found, 'verdicts': judge(found)}
     write_json(run/'figures'/'cam_check.json', check)
     if found['empty'] < found['films']:

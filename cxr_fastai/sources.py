@@ -17,7 +17,8 @@ from rich.console import Console
 
 from cxr_fastai.archives import check_hash, draw_films, hash_file, new_folder, unpack_films
 from cxr_fastai.core import CXRError, CXRWarning, OutputError, UsageError, check_new, writing
-from cxr_fastai.items import find_films, read_items
+from cxr_fastai.folders import find_films
+from cxr_fastai.items import read_items
 
 TIMEOUT = (10, 60)
 """Seconds to wait for a connection, and for the next bytes."""

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from cxr_fastai.bootstrap import draw_patients, rate_draws
-from cxr_fastai.calibration import logits
 from cxr_fastai.metrics import Calls, Sample, at_prevalence, truth
+from cxr_fastai.temperature import logits
 
 SHOWN = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Thresholds of `threshold_table`."""

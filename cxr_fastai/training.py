@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib, set_seed
 from rich.console import Console
 
-from cxr_fastai.artefacts import save_learner
+from cxr_fastai.artefacts import LEARNER, WEIGHTS, ModelConfig, save_weights
 from cxr_fastai.cache import FilmCache, find_cache
 from cxr_fastai.callbacks import History, KeepBest, ReduceOnPlateau, ShowEpochs, recipe_callbacks
 from cxr_fastai.checkpoint import PREVIOUS, Checkpoint, StopOnSignal, identify, starting_at, take_up
@@ -39,6 +39,7 @@ from cxr_fastai.images import Preprocessing
 from cxr_fastai.items import check_leakage, check_trainable, describe_items, doubt_validation, film_root, read_items
 from cxr_fastai.learner import make_learner, reuse_memory, start_phase
 from cxr_fastai.models import describe_network
+from cxr_fastai.pickles import save_learner
 from cxr_fastai.ranks import check_batch, once, shared, team
 from cxr_fastai.recipe import Phase, Recipe
 from cxr_fastai.run import Run
@@ -91,14 +92,20 @@ def _fit_and_save(learn: Learner, recipe: Recipe, run: Run, console: Console, st
         with StopOnSignal() as stop, shared(learn), tracked(track, run, recipe) as trackers:
             best = fit(learn, recipe, run, console, state, [stop, *trackers, *engine])
     except Diverged as failed:
-        if failed.best: save_learner(learn, run/'learner.pkl', recipe)
+        if failed.best: save_model(learn, run, recipe)
         raise
     except Exception:  # a signal may have gone to the workers too, whose end has many names
         if not stop.received: raise
         raise _tell_stop(run, stop.received) from None
-    save_learner(learn, run/'learner.pkl', recipe)
+    save_model(learn, run, recipe)
     run.note('end', best={name: None if value != value else value for name, value in best.items()})  # NaN is not itself
     for old in (PREVIOUS, 'failure.json') if leads() else (): (run/old).unlink(missing_ok=True)
+
+
+def save_model(learn: Learner, run: Run, recipe: Recipe) -> None:
+    """Write the network of `learn` into `run` as `model.safetensors`, and for fastai's users as `learner.pkl`."""
+    save_weights(learn.model, run/WEIGHTS)
+    if leads(): save_learner(learn, run/LEARNER, ModelConfig.of(recipe))
 
 
 def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -15,9 +15,10 @@ REAL = os.environ.pop('CXR_DATA', None)
 
 
 @pytest.fixture(scope='session', autouse=True)
-def no_cache_of_the_user(tmp_path_factory) -> None:
-    """No test meets, or leaves, films in the user's own cache."""
+def nothing_of_the_user(tmp_path_factory) -> None:
+    """No test meets, or leaves, films in the user's own cache, or hashes in the user's own trust store."""
     os.environ['CXR_CACHE'] = str(tmp_path_factory.mktemp('cache'))
+    os.environ['CXR_TRUST'] = str(tmp_path_factory.mktemp('trust')/'trust.json')
 
 
 @pytest.fixture(scope='session')
@@ -51,3 +52,11 @@ def evaluated(run, films, tmp_path_factory) -> Run:
     shutil.copytree(run.path, folder)
     assert main(['evaluate', str(folder), '--data', str(films)]) == 0
     return Run.open(folder)
+
+
+@pytest.fixture(scope='session')
+def bundle(evaluated, films, tmp_path_factory) -> Path:
+    """That run as a bundle, exported through the command line; not to be changed by a test."""
+    folder = tmp_path_factory.mktemp('bundles')/'bundle'
+    assert main(['export', str(evaluated.path), '--out', str(folder)]) == 0
+    return folder

@@ -1,24 +1,36 @@
-"""The exported learner: plain, without names, loadable anywhere, and equal to the one that was trained."""
+"""Learner and bundle: plain, without names, loadable anywhere, and equal to what was trained."""
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from cxr_fastai.artefacts import find_learner, load_learner, save_learner, sha256
+from cxr_fastai.artefacts import ModelConfig, find_network, sha256, tensor_bytes
+from cxr_fastai.bundle import FILES, Bundle
+from cxr_fastai.canary import Canary, ParityError, draw_films
+from cxr_fastai.cli import main
 from cxr_fastai.core import CXRError, UsageError
 from cxr_fastai.data import make_dls
+from cxr_fastai.deploy import fold, to_onnx
+from cxr_fastai.engines import OnnxEngine, TorchEngine
+from cxr_fastai.export import export, verify
 from cxr_fastai.inference import Predictor
 from cxr_fastai.items import read_items
 from cxr_fastai.learner import make_learner
-from cxr_fastai.models import make_recipe
+from cxr_fastai.models import build_model, make_recipe
+from cxr_fastai.pickles import load_learner, save_learner
+from cxr_fastai.run import Run
+from cxr_fastai.trust import UntrustedError, distrust, trust, trusted
 
 RECIPE = make_recipe('baseline', size=48, batch_size=8)
+CONFIG = ModelConfig.of(RECIPE)
 IN_A_FRESH_PROCESS = """
 import json, sys, warnings
 warnings.simplefilter('ignore')
@@ -44,9 +56,9 @@ def test_stock_fastai_the_reloaded_file_and_predict_agree(run, films, tmp_path):
     done = subprocess.run([sys.executable, '-c', IN_A_FRESH_PROCESS, *paths], cwd=tmp_path, text=True, check=True,
                           capture_output=True, env=os.environ | {'PYTHONPATH': ''})
     fresh = json.loads(done.stdout)
-    with pytest.warns(UserWarning, match='is a pickle'): predictor = Predictor.load(run.path)
+    predictor = Predictor.load(run.path)
     ours = [row['p_pneumonia'] for row in predictor.predict(paths, batch_size=3)]
-    with pytest.warns(UserWarning, match='is a pickle'): learn = load_learner(run/'learner.pkl')
+    learn = load_learner(run/'learner.pkl')
     with learn.no_bar(): direct = learn.get_preds(dl=learn.dls.test_dl(paths))[0][:, 1].tolist()
     assert np.allclose(fresh['probabilities'], direct, rtol=0, atol=1e-6)
     assert np.allclose(fresh['probabilities'], ours, rtol=0, atol=1e-6)
@@ -56,8 +68,8 @@ def test_stock_fastai_the_reloaded_file_and_predict_agree(run, films, tmp_path):
 def test_the_saved_learner_predicts_what_the_live_one_did(learn, films, tmp_path):
     items = read_items(films)
     with learn.no_bar(): live = learn.get_preds()[0][:, 1].numpy()
-    save_learner(learn, tmp_path/'learner.pkl', RECIPE)
-    with pytest.warns(UserWarning): predictor = Predictor.load(tmp_path/'learner.pkl')
+    save_learner(learn, tmp_path/'learner.pkl', CONFIG)
+    predictor = Predictor.load(tmp_path/'learner.pkl')
     rows = predictor.predict([films/path for path in items[items.split == 'valid'].path])
     assert np.allclose([row['p_pneumonia'] for row in rows], live, rtol=0, atol=1e-6)
 
@@ -73,41 +85,193 @@ def test_no_folder_film_or_code_is_in_the_file(run, films):
 def test_no_result_of_the_validation_films_is_in_the_file(learn, tmp_path):
     learn.validate()
     assert len(learn.metrics[1].preds)
-    save_learner(learn, tmp_path/'learner.pkl', RECIPE)
-    with pytest.warns(UserWarning): again = load_learner(tmp_path/'learner.pkl')
+    save_learner(learn, tmp_path/'learner.pkl', CONFIG)
+    again = load_learner(tmp_path/'learner.pkl')
     assert not again.metrics[1].preds and not any(map(len, again.dls.valid_ds.splits))
+    assert not hasattr(again, 'xb') and not hasattr(again, 'dl') and len(learn.xb)
 
 
 def test_saving_leaves_the_learner_whole(learn, tmp_path):
     dls, path = learn.dls, learn.path
     learn.create_opt()
     opt = learn.opt
-    save_learner(learn, tmp_path/'learner.pkl', RECIPE)
+    save_learner(learn, tmp_path/'learner.pkl', CONFIG)
     assert (learn.dls, learn.path, learn.opt) == (dls, path, opt) and learn.dls.path == path
 
 
 def test_a_failed_export_leaves_the_learner_and_the_old_file_whole(learn, tmp_path, monkeypatch):
-    save_learner(learn, tmp_path/'learner.pkl', RECIPE)
+    save_learner(learn, tmp_path/'learner.pkl', CONFIG)
     old, dls = sha256(tmp_path/'learner.pkl'), learn.dls
     monkeypatch.setattr(learn, 'model', lambda: None)  # a function of a function: plain pickle refuses it
-    with pytest.raises((AttributeError, pickle.PicklingError)): save_learner(learn, tmp_path/'learner.pkl', RECIPE)
+    with pytest.raises((AttributeError, pickle.PicklingError)): save_learner(learn, tmp_path/'learner.pkl', CONFIG)
     assert learn.dls is dls and sha256(tmp_path/'learner.pkl') == old
     assert [path.name for path in tmp_path.iterdir()] == ['learner.pkl']
 
 
 @pytest.mark.parametrize('content', [b'', b'not a model', pickle.dumps({'a': 1})])
-def test_a_file_that_is_no_learner_is_refused_in_one_line(tmp_path, content):
+def test_a_trusted_file_that_is_no_learner_is_refused_in_one_line(tmp_path, content):
     (tmp_path/'model.pkl').write_bytes(content)
-    with pytest.warns(UserWarning, match='SHA-256'), pytest.raises(CXRError, match='not an exported learner') as caught:
-        load_learner(tmp_path/'model.pkl')
+    with pytest.raises(UntrustedError): load_learner(tmp_path/'model.pkl')
+    trust(sha256(tmp_path/'model.pkl'), 'test')
+    with pytest.raises(CXRError, match='not an exported learner') as caught: load_learner(tmp_path/'model.pkl')
     assert '\n' not in str(caught.value)
 
 
-def test_a_pickle_of_another_package_is_refused(tmp_path):
+def test_a_trusted_pickle_of_another_package_is_refused(tmp_path):
     torch.save(torch.nn.Linear(1, 1), tmp_path/'model.pkl')
-    with pytest.raises(CXRError, match='not an exported learner|not made by'), pytest.warns(UserWarning):
-        load_learner(tmp_path/'model.pkl')
+    trust(sha256(tmp_path/'model.pkl'), 'test')
+    with pytest.raises(CXRError, match='not an exported learner|not made by'): load_learner(tmp_path/'model.pkl')
 
 
 def test_a_run_without_model_says_so(tmp_path):
-    with pytest.raises(UsageError, match='no model there'): find_learner(tmp_path)
+    with pytest.raises(UsageError, match='no model there'): find_network(tmp_path)
+
+
+@pytest.fixture(scope='module')
+def films_100(films) -> np.ndarray:
+    """120 films of 64 px: all synthetic ones, and all of them turned upside down."""
+    from cxr_fastai.images import Preprocessing
+    seen = Preprocessing(64)
+    found = np.stack([seen.load(path) for path in sorted((films).rglob('*.jpeg'))])
+    return np.concatenate([found, found[:, ::-1]])
+
+
+def test_every_form_of_a_model_predicts_the_same(bundle, evaluated, films_100):
+    opened = Bundle.open(bundle)
+    forms = {'run': Predictor.load(evaluated.path).engine, 'torch': opened.engine('torch'),
+             'onnx': opened.engine('onnx'), 'learner': TorchEngine(load_learner(bundle/'learner.pkl').model)}
+    found = {name: engine(films_100) for name, engine in forms.items()}
+    threshold = opened.config.threshold
+    assert len(films_100) >= 100 and found['run'][0].std() > 0.01
+    for name in ('torch', 'onnx', 'learner'):
+        assert np.abs(found[name][0] - found['run'][0]).max() <= 1e-4
+        assert ((found[name][0] >= threshold) == (found['run'][0] >= threshold)).all()
+        assert np.allclose(found[name][1], found['run'][1], atol=1e-4)
+
+
+@pytest.mark.parametrize('arch', ['baseline', 'resnet50', 'efficientnet_lite0'])
+def test_an_onnx_file_takes_films_as_they_are(arch):
+    import onnxruntime
+    torch.manual_seed(0)
+    model = build_model(arch).train()
+    with torch.no_grad(): model[0](torch.randn(8, 3, 64, 64))
+    films = np.random.default_rng(0).integers(0, 256, (5, 64, 64), dtype=np.uint8)
+    wanted = TorchEngine(model)(films)
+    data = to_onnx(model, 64, temperature=2.0)
+    found = OnnxEngine(data, Path('m.onnx'))(films)
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+    session = onnxruntime.InferenceSession(data, providers=['CPUExecutionProvider'])
+    cold, = session.run(['p_calibrated'], {'films': films[:1, None]})
+    logit = np.log(wanted[0][0]/(1 - wanted[0][0]))
+    assert cold[0] == pytest.approx(1/(1 + np.exp(-logit/2)), abs=1e-5)
+    assert session.get_inputs()[0].type == 'tensor(uint8)' and model[0].training is False
+
+
+def test_the_fold_is_exact_also_at_the_border():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1))
+    grey = torch.rand(2, 1, 8, 8)
+    from cxr_fastai.models import normalize
+    wanted = model(normalize(grey.clone()))
+    assert fold(model) and torch.allclose(model(torch.cat([grey, torch.ones_like(grey)], 1)), wanted, atol=1e-5)
+    assert not fold(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3)))
+
+
+def test_a_bundle_has_what_it_says_and_names_nothing(bundle, evaluated, films):
+    manifest = json.loads((bundle/'manifest.json').read_text())
+    assert set(manifest['files']) == set(FILES) and set(os.listdir(bundle)) == {*FILES, 'manifest.json'}
+    content = b''.join((bundle/name).read_bytes() for name in os.listdir(bundle))
+    with zipfile.ZipFile(bundle/'learner.pkl') as archive:
+        content += b''.join(archive.read(name) for name in archive.namelist())
+    secrets = [str(films), str(evaluated.path), sys.prefix, os.path.expanduser('~'), os.uname().nodename,
+               *evaluated.items.path.map(os.path.basename), *evaluated.items.patient]
+    assert not [secret for secret in secrets if len(secret) > 4 and secret.encode() in content]
+    config = json.loads((bundle/'config.json').read_text())
+    assert config['vocab'] == ['NORMAL', 'PNEUMONIA'] and config['threshold'] == evaluated.decision['threshold']
+    assert config['items_sha256'] == sha256(evaluated/'items.csv') and config['normalisation']['mean'][0] == 0.485
+
+
+def test_arrays_are_saved_as_they_are_seen():
+    from safetensors.numpy import load
+    table = np.arange(8.0).reshape(4, 2)
+    assert (load(tensor_bytes({'a': table[:, 1]}))['a'] == [1, 3, 5, 7]).all()
+
+
+def test_a_zip_is_the_same_bundle(bundle, tmp_path, films):
+    with zipfile.ZipFile(tmp_path/'b.zip', 'w') as archive:
+        for path in bundle.iterdir(): archive.write(path, path.name)
+    film = next((films/'test').rglob('*.jpeg'))
+    a, b = (next(Predictor.load(path).predict([film])) for path in (bundle, tmp_path/'b.zip'))
+    assert a == b
+
+
+def test_a_failed_export_leaves_the_old_bundle_whole(evaluated, bundle, tmp_path, monkeypatch):
+    shutil.copytree(bundle, tmp_path/'b')
+    before = {path.name: path.read_bytes() for path in (tmp_path/'b').iterdir()}
+
+    def fail(*_: object) -> None: raise ParityError('no')
+    for name in ('verify_afresh', 'fill_bundle'):
+        monkeypatch.setattr(f'cxr_fastai.export.{name}', fail)
+        monkeypatch.setattr('cxr_fastai.export.fill_bundle', lambda *_: None) if name == 'verify_afresh' else None
+        with pytest.raises(ParityError): export(evaluated, tmp_path/'b')
+        assert {path.name: path.read_bytes() for path in (tmp_path/'b').iterdir()} == before
+    assert os.listdir(tmp_path) == ['b']
+
+
+def test_an_export_overwrites_bundles_alone(evaluated, tmp_path):
+    (tmp_path/'b').mkdir()
+    (tmp_path/'b/precious').write_text('x')
+    with pytest.raises(UsageError, match='is no bundle'): export(evaluated, tmp_path/'b')
+    with pytest.raises(UsageError, match='go together'): export(evaluated, tmp_path/'c', as_zip=True)
+    with pytest.raises(UsageError, match='go together'): export(evaluated, tmp_path/'c.zip')
+
+
+def test_a_run_that_was_not_evaluated_is_not_exported(run, capsys, tmp_path):
+    assert main(['export', str(run.path), '--out', str(tmp_path/'b')]) == 2
+    assert 'not evaluated' in capsys.readouterr().err
+
+
+def test_verification_reads_every_file(bundle, tmp_path):
+    verify(bundle)
+    shutil.copytree(bundle, tmp_path/'b')
+    with open(tmp_path/'b/MODEL_CARD.md', 'a') as file: file.write(' ')
+    with pytest.raises(CXRError, match=r'MODEL_CARD.md: not the bytes that its manifest tells of'): verify(tmp_path/'b')
+
+
+def test_canary_films_tell_another_network(tmp_path):
+    torch.manual_seed(0)
+    one, other = (TorchEngine(build_model('baseline')) for _ in range(2))
+    canary = Canary.of(one, 64)
+    canary.check(one, tmp_path)
+    assert canary.films.shape == (8, 64, 64) and (draw_films(64) == canary.films).all()
+    again = Canary.from_dict(canary.as_dict(), tmp_path)
+    assert (again.films == canary.films).all() and (again.p == canary.p).all()
+    with torch.no_grad(): other.model[1][-1].bias += 3
+    with pytest.raises(ParityError, match='differs by'): canary.check(other, tmp_path)
+    with pytest.raises(CXRError, match='canary films are damaged'): Canary.from_dict({'films': b''}, tmp_path)
+
+
+def test_the_store_of_trust_takes_and_gives_back(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('CXR_TRUST', str(tmp_path/'new'/'trust.json'))
+    assert trusted() == {}
+    (tmp_path/'m.pkl').write_bytes(b'abc')
+    known = sha256(tmp_path/'m.pkl')
+    assert main(['trust', str(tmp_path/'m.pkl'), '--sha256', 'f'*64]) == 2 and trusted() == {}
+    assert 'it is another file' in capsys.readouterr().err
+    assert main(['trust', str(tmp_path/'m.pkl'), '--sha256', known.upper()]) == 0 and list(trusted()) == [known]
+    assert main(['trust', 'list']) == 0 and known in capsys.readouterr().out
+    assert oct((tmp_path/'new/trust.json').stat().st_mode)[-3:] == '600'
+    assert main(['trust', 'remove', known]) == 0 and trusted() == {}
+    with pytest.raises(UsageError, match='not among'): distrust(known)
+    for words in (['trust', 'x'], ['trust', 'list', '--sha256', known], ['trust', 'remove', 'zz']):
+        assert main(words) == 2
+    (tmp_path/'new/trust.json').write_text('[]')
+    with pytest.raises(CXRError, match='not a store'): trusted()
+
+
+def test_a_run_needs_no_pickle(evaluated, films, tmp_path, monkeypatch):
+    monkeypatch.setenv('CXR_TRUST', str(tmp_path/'none.json'))
+    shutil.copytree(evaluated.path, tmp_path/'run')
+    (tmp_path/'run/learner.pkl').unlink()
+    film = next((films/'test').rglob('*.jpeg'))
+    assert next(Predictor.load(tmp_path/'run').predict([film])) == next(Predictor.load(evaluated.path).predict([film]))
+    assert Run.open(tmp_path/'run').metrics['test']['model'] == sha256(tmp_path/'run/model.safetensors')

@@ -11,12 +11,11 @@ from cxr_fastai.calibration import (
     calibration_error,
     chance_error,
     fit_temperature,
-    logits,
     measure_calibration,
     recalibrate,
     reliability,
-    temper,
 )
+from cxr_fastai.temperature import logits, temper
 
 RNG = np.random.default_rng(0)
 P = RNG.random(624)

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
 
 from cxr_fastai.core import CXRWarning, FilmError, UsageError
 from cxr_fastai.decision import Decision
@@ -84,8 +85,9 @@ def test_calibrated_predictions_decide_alike_and_order_alike(copy, films):
 
 def test_a_decision_for_another_network_is_not_used(copy, films):
     evaluate(copy, films, 'test', rule='fixed:0.45')
-    with open(copy/'learner.pkl', 'ab') as file: file.write(b' ')
-    with pytest.warns(CXRWarning, match='chosen for another learner.pkl'):
+    file = copy/'model.safetensors'
+    save_file(load_file(file), file, {'another': 'network'})
+    with pytest.warns(CXRWarning, match='chosen for another network'):
         assert Predictor.load(copy.path).threshold == 0.5
     evaluate(copy, films, 'valid')
     assert set(copy.metrics) == {'valid'} and copy.metrics['valid']['threshold_rule'] == 'sensitivity:0.95'

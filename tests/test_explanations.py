@@ -10,6 +10,7 @@ from PIL import Image
 from cxr_fastai.artefacts import ModelConfig
 from cxr_fastai.cli import main
 from cxr_fastai.core import FilmError, UsageError
+from cxr_fastai.engines import TorchEngine
 from cxr_fastai.explanations import CXRInterpretation, Explainer
 from cxr_fastai.images import Preprocessing
 from cxr_fastai.inference import Predictor
@@ -151,7 +152,7 @@ def test_a_film_that_may_name_its_patient_is_not_shown_unless_allowed(tmp_path):
 
     from cxr_fastai.models import build_model
     (tmp_path/'a.dcm').write_bytes(dicom(BurnedInAnnotation='YES'))
-    explainer = Explainer(Predictor(build_model('baseline').eval(), ModelConfig('baseline', 48, 0.5)))
+    explainer = Explainer(Predictor(TorchEngine(build_model('baseline')), ModelConfig('baseline', 48, 0.5)))
     refused, = explainer.explain([tmp_path/'a.dcm'])
     assert isinstance(refused, FilmError) and 'may name the patient' in str(refused)
     shown, = explainer.explain([tmp_path/'a.dcm'], burned_in=True)

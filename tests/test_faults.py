@@ -17,11 +17,11 @@ from faults import add_tiny, equal, full_disk, outcome, poisoned, quietly, start
 from rich.console import Console
 
 from cxr_fastai import checkpoint, training
-from cxr_fastai.artefacts import load_learner
 from cxr_fastai.checkpoint import PREVIOUS, StopOnSignal, load_state, save_state
 from cxr_fastai.core import CXRError, UsageError
 from cxr_fastai.items import read_items
 from cxr_fastai.models import ARCHS, make_recipe
+from cxr_fastai.pickles import load_learner
 from cxr_fastai.recipe import Phase
 from cxr_fastai.run import Run
 from cxr_fastai.training import train

@@ -6,6 +6,7 @@ from PIL import Image
 
 from cxr_fastai.artefacts import ModelConfig
 from cxr_fastai.core import UsageError
+from cxr_fastai.engines import TorchEngine
 from cxr_fastai.images import Preprocessing, read_film
 from cxr_fastai.inference import COLUMNS, Predictor, list_films, prediction_table
 from cxr_fastai.models import build_model
@@ -14,7 +15,7 @@ from cxr_fastai.models import build_model
 @pytest.fixture(scope='module')
 def predictor() -> Predictor:
     torch.manual_seed(0)
-    return Predictor(build_model('baseline').eval(), ModelConfig('baseline', size=48, threshold=0.5))
+    return Predictor(TorchEngine(build_model('baseline')), ModelConfig('baseline', size=48, threshold=0.5))
 
 
 @pytest.fixture(scope='module')
@@ -31,7 +32,7 @@ def test_order_and_repeats_are_kept_and_the_batch_size_changes_nothing(predictor
 def test_a_bad_film_gets_its_row_and_the_others_their_probability(predictor, paths, tmp_path):
     (tmp_path/'bad.jpeg').write_bytes(b'')
     table = prediction_table(predictor.predict([paths[0], tmp_path/'bad.jpeg', paths[1]]))
-    assert list(table) == COLUMNS and table.status.to_list() == ['ok', 'error', 'ok']
+    assert list(table) == list(COLUMNS) and table.status.to_list() == ['ok', 'error', 'ok']
     assert table.code[1] == 'E_EMPTY'
     assert table.message[1] == 'E_EMPTY: the file is empty' and np.isnan(table.p_pneumonia[1])
     alone = prediction_table(predictor.predict(paths[:2]))
@@ -40,7 +41,7 @@ def test_a_bad_film_gets_its_row_and_the_others_their_probability(predictor, pat
 
 def test_films_are_decoded_for_prediction_as_for_training(tmp_path):
     torch.manual_seed(0)
-    predictor = Predictor(build_model('baseline').eval(), ModelConfig('baseline', 48, 0.5, resize='crop'))
+    predictor = Predictor(TorchEngine(build_model('baseline')), ModelConfig('baseline', 48, 0.5, resize='crop'))
     noise = np.random.default_rng(0).integers(0, 256, (900, 700), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path/'large.jpeg')
     wanted, whole = Preprocessing(48, 'crop'), read_film(tmp_path/'large.jpeg')
@@ -67,10 +68,10 @@ def test_nothing_but_bad_films_is_no_crash(predictor, tmp_path):
 
 def test_the_threshold_decides(paths):
     torch.manual_seed(0)
-    model = build_model('baseline').eval()
-    score = Predictor(model, ModelConfig('baseline', 48, 0.5)).scores(np.stack([Preprocessing(48).load(paths[0])]))[0]
+    engine = TorchEngine(build_model('baseline'))
+    score = engine(Preprocessing(48).load(paths[0])[None])[0][0]
     for threshold, called in ((score, 'PNEUMONIA'), (np.nextafter(score, 1), 'NORMAL')):
-        row, = Predictor(model, ModelConfig('baseline', 48, float(threshold))).predict([paths[0]])
+        row, = Predictor(engine, ModelConfig('baseline', 48, float(threshold))).predict([paths[0]])
         assert row['prediction'] == called and row['threshold'] == threshold
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cxr_fastai import card
 from cxr_fastai.audit import TOO_SMALL
@@ -80,7 +81,7 @@ def test_every_link_has_its_target_and_no_identifier_stands_twice(page):
 
 def test_the_page_has_its_sections_and_the_figures_of_the_metrics(page, evaluated):
     words, metrics = re.sub(r'\s+', ' ', Page(page).words), evaluated.metrics['test']
-    for title in SECTIONS.values():
+        if title not in ('Robustness', SECTIONS['maps']): assert title in words
         if title != 'Robustness': assert title in words
     for name in ('auc', 'sensitivity', 'specificity', 'ppv', 'mcc', 'average_precision'):
         value, low, high = (f'{metrics[name][key]:.3f}' for key in ('value', 'low', 'high'))
@@ -226,7 +227,7 @@ def test_metrics_of_an_older_version_other_predictions_or_another_network_are_re
     copy.predictions.iloc[1:].to_csv(copy/'predictions.csv', index=False)
     with pytest.raises(UsageError, match='are of 12 films, predictions.csv of 11'): report(copy)
     shutil.copy(evaluated/'predictions.csv', copy/'predictions.csv')
-    with open(copy/'learner.pkl', 'ab') as file: file.write(b' ')
+    save_file(load_file(copy/'model.safetensors'), copy/'model.safetensors', {'another': 'network'})
     with pytest.raises(UsageError, match='of another network'): report(copy)
 
 

@@ -13,6 +13,7 @@ from cxr_fastai.ablations import STEPS, TOP, deletion, forgetting, ranks
 from cxr_fastai.artefacts import ModelConfig
 from cxr_fastai.cams import METHODS
 from cxr_fastai.cli import main
+from cxr_fastai.engines import TorchEngine
 from cxr_fastai.explanations import Explainer
 from cxr_fastai.inference import Predictor
 from cxr_fastai.models import build_model
@@ -32,7 +33,7 @@ def explainer(head_weight: float = 1.0) -> Explainer:
     with torch.no_grad():
         for _ in range(3): model[0](torch.randn(8, 3, 64, 64))
         model[1][-1].weight.mul_(head_weight)
-    return Explainer(Predictor(model.eval(), ModelConfig('baseline', 64, 0.5)))
+    return Explainer(Predictor(TorchEngine(model), ModelConfig('baseline', 64, 0.5)))
 
 
 class Bright(nn.Module):
@@ -86,7 +87,8 @@ def test_ranks_order_the_pixels_of_each_map():
 @pytest.mark.parametrize('row', [0, 32])
 def test_deletion_tells_a_map_of_what_counts_from_one_of_what_does_not(row):
     films, normal = np.full((2, 64, 64), 220, np.uint8), np.zeros((64, 64), np.uint8)
-    judging = Explainer(Predictor(nn.Sequential(nn.Identity(), Bright()), ModelConfig('baseline', 64, 0.5)))
+    engine = TorchEngine(nn.Sequential(nn.Identity(), Bright()))
+    judging = Explainer(Predictor(engine, ModelConfig('baseline', 64, 0.5)))
     found = deletion(judging, films, corner(row, 0), normal, np.random.default_rng(0))
     at = STEPS.index(0.3)
     if row: assert found['drop'] == 0 and found['deletion'][0] == pytest.approx(found['deletion'][at - 1])

@@ -10,12 +10,12 @@ from fastai.learner import Learner
 from rich.console import Console
 
 from cxr_fastai import training
-from cxr_fastai.artefacts import load_learner
 from cxr_fastai.callbacks import COLUMNS
 from cxr_fastai.data import make_dls
 from cxr_fastai.items import read_items
 from cxr_fastai.learner import make_learner
 from cxr_fastai.models import make_recipe
+from cxr_fastai.pickles import load_learner
 from cxr_fastai.recipe import Phase
 from cxr_fastai.run import Run
 from cxr_fastai.training import Diverged, fit, train

@@ -1,0 +1,149 @@
+"""A bundle: a folder, or one zip of it, with all that prediction needs and nothing that runs code by being opened.
+
+    config.json         what the network is, sees, and how its probability becomes a decision
+    model.safetensors   its weights
+    model.onnx          the same, films in, probabilities out (where the extra onnx is installed)
+    canary.safetensors  eight synthetic films, and what the network says of them
+    gate.safetensors    what tells chest films from other pictures
+    MODEL_CARD.md       what is known about it
+    manifest.json       SHA-256 and size of each of these files
+    learner.pkl         for fastai's own `load_learner`; never opened unless its hash is trusted
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cxr_fastai.artefacts import LEARNER, WEIGHTS, ModelConfig, check_header
+from cxr_fastai.canary import Canary, Engine
+from cxr_fastai.core import CXRError, UsageError
+
+SCHEMA = 1
+CONFIG, MANIFEST, ONNX, CANARY, GATE, CARD = ('config.json', 'manifest.json', 'model.onnx', 'canary.safetensors',
+                                              'gate.safetensors', 'MODEL_CARD.md')
+FILES = (CONFIG, WEIGHTS, ONNX, CANARY, GATE, CARD, LEARNER)
+"""What a manifest may name."""
+MAX_BYTES, MAX_TEXT = 2**31, 2**20
+"""Bytes of a file, and of JSON, above which it is refused."""
+QUICK = 2
+"""Canary films that are predicted whenever a bundle is opened: one of each class."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The bundle in a folder or a zip `path`. Every file is checked against the manifest before it is used."""
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """The bundle `path`. Raises `UsageError` where there is none, `CXRError` for one that is damaged."""
+        if not is_bundle(path): raise UsageError(f'{path}: no bundle: `cxr-fastai export RUN` makes one.')
+        bundle = cls(path)
+        if bundle.facts.get('schema') != SCHEMA:
+            raise CXRError(f'{path}: a bundle of the schema {bundle.facts.get("schema")}; {SCHEMA} is meant here: '
+                           'export it again, or install the version of cxr-fastai that made it.')
+        return bundle
+
+    @cached_property
+    def manifest(self) -> dict[str, dict[str, Any]]:
+        """File -> its `sha256` and `size`."""
+        found = self._json(self._bytes(MANIFEST, MAX_TEXT), MANIFEST).get('files')
+        if not isinstance(found, dict) or not set(found) <= set(FILES) or not all(
+                isinstance(facts, dict) and {'sha256', 'size'} <= set(facts) for facts in found.values()):
+            raise CXRError(f'{self.path/MANIFEST}: no manifest of a bundle.')
+        return found
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """All that `config.json` says."""
+        return self._json(self.read(CONFIG), CONFIG)
+
+    @property
+    def config(self) -> ModelConfig:
+        """What prediction has to know."""
+        return ModelConfig.from_dict(self.facts, self.path/CONFIG)
+
+    @property
+    def canary(self) -> Canary:
+        """Its canary films."""
+        found = self.tensors(CANARY)
+        if {'films', 'p'} - set(found): raise CXRError(f'{self.path/CANARY}: its canary films are damaged.')
+        return Canary.checked(found['films'], found['p'], self.path/CANARY)
+
+    def __contains__(self, name: str) -> bool: return name in self.manifest
+
+    def read(self, name: str) -> bytes:
+        """The bytes of the file `name`. Raises `CXRError` where they are not those that the manifest tells of."""
+        if name not in self: raise CXRError(f'{self.path}: the bundle has no {name}.')
+        data = self._bytes(name, MAX_BYTES)
+        if hashlib.sha256(data).hexdigest() != self.manifest[name]['sha256']:
+            raise CXRError(f'{self.path/name}: not the bytes that its manifest tells of: it was damaged or changed. '
+                           'Get it anew.')
+        return data
+
+    def tensors(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays in the safetensors file `name`."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+        data = self.read(name)
+        check_header(data, self.path/name)
+        try: return load(data)
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CXRError(f'{self.path/name}: damaged ({error}).') from None
+
+    def engine(self, kind: str = 'auto') -> Engine:
+        """What computes: `onnx`, `torch`, or `auto`: ONNX Runtime where it is installed and the bundle has its file.
+        Raises `ParityError` where it does not predict of the first canary films what it should."""
+        if kind not in ('auto', 'onnx', 'torch'): raise UsageError(f'engine {kind}: choose auto, onnx or torch.')
+        made = self._onnx() if kind == 'onnx' or kind == 'auto' and ONNX in self and _has_runtime() else self._torch()
+        self.canary.check(made, self.path, QUICK, self.config.threshold)
+        return made
+
+    def _onnx(self) -> Engine:
+        from cxr_fastai.engines import OnnxEngine
+        return OnnxEngine(self.read(ONNX), self.path/ONNX)
+
+    def _torch(self) -> Engine:
+        from cxr_fastai.artefacts import fill_weights
+        from cxr_fastai.engines import TorchEngine
+        from cxr_fastai.models import build_model
+        model = build_model(self.config.arch)
+        fill_weights(model, self.read(WEIGHTS), self.path/WEIGHTS)
+        return TorchEngine(model)
+
+    def _bytes(self, name: str, most: int) -> bytes:
+        try:
+            if self.path.is_dir():
+                self._limit((self.path/name).stat().st_size, name, most)
+                return (self.path/name).read_bytes()
+            with zipfile.ZipFile(self.path) as archive:
+                self._limit(archive.getinfo(name).file_size, name, most)
+                return archive.read(name)
+        except (OSError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+            raise CXRError(f'{self.path}: {name} cannot be read from the bundle ({error}).') from None
+
+    def _limit(self, size: int, name: str, most: int) -> None:
+        if size > most: raise CXRError(f'{self.path/name}: {size:,} bytes; at most {most:,} are read.')
+
+    def _json(self, data: bytes, name: str) -> dict[str, Any]:
+        try: found = json.loads(data) if len(data) <= MAX_TEXT else None
+        except (ValueError, RecursionError): found = None
+        if not isinstance(found, dict): raise CXRError(f'{self.path/name}: not a JSON object: the bundle is damaged.')
+        return found
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether `path` is the folder or the zip of a bundle."""
+    return (path/MANIFEST).is_file() or path.suffix == '.zip' and path.is_file()
+
+
+def _has_runtime() -> bool:
+    from importlib.util import find_spec
+    return find_spec('onnxruntime') is not None

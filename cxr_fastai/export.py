@@ -1,0 +1,161 @@
+"""A run becomes a bundle: written beside its place, predicted with in a fresh process, and only then put there."""
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+import zipfile
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from cxr_fastai.artefacts import LEARNER, WEIGHTS, config_text, save_weights, sha256, tensor_bytes
+from cxr_fastai.bundle import CANARY, CARD, CONFIG, GATE, MANIFEST, ONNX, SCHEMA, Bundle
+from cxr_fastai.canary import Canary, ParityError
+from cxr_fastai.card import render_card
+from cxr_fastai.core import CXRWarning, UsageError, atomic, sync, writing
+from cxr_fastai.evaluation import find_split
+from cxr_fastai.gate import FILMS, Gate
+from cxr_fastai.images import Preprocessing
+from cxr_fastai.inference import Predictor
+from cxr_fastai.models import MEAN, STD
+from cxr_fastai.pickles import load_learner, save_learner
+from cxr_fastai.report import SPLITS
+from cxr_fastai.robustness import read_squares
+from cxr_fastai.run import Run
+from cxr_fastai.trust import UntrustedError
+
+PACKAGES = ('cxr_fastai', 'torch', 'safetensors', 'onnxruntime')
+FRESH = 'import sys; from pathlib import Path; from cxr_fastai.export import verify; verify(Path(sys.argv[1]))'
+INTENSITY = ('8 bits as they are; deeper films through the window that they declare, else from the 0.5th to the 99.5th '
+             'percentile')
+
+
+def export(run: Run, out: Path | None = None, as_zip: bool = False, console: Console | None = None) -> Path:
+    """Write the bundle of `run` to `out` (default: `bundle/` in the run), in the place of one that was there, and
+    return its path; `as_zip` makes one file of it, and `out` ends in .zip then.
+
+    Raises `UsageError` where the run was not evaluated, `ParityError` where the bundle does not predict in a fresh
+    process what the run does; an old bundle is whole then.
+    """
+    if not run.metrics:
+        raise UsageError(f'{run.path}: not evaluated, so it has no threshold and no figures for its card: `cxr-fastai '
+                         f'evaluate {run.path}` first.')
+    out = out or run/('bundle.zip' if as_zip else 'bundle')
+    check_place(out, as_zip)
+    with writing(out): out.parent.mkdir(parents=True, exist_ok=True)
+    made = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
+    try:
+        with writing(out):
+            made.mkdir()
+            fill_bundle(run, made, console)
+            for file in made.iterdir(): sync(file)
+        verify_afresh(made)
+        if as_zip: _zip(made, out)
+        else: _swap(made, out)
+    finally: shutil.rmtree(made, ignore_errors=True)
+    return out
+
+
+def check_place(out: Path, as_zip: bool) -> None:
+    """Raise `UsageError` where `out` is something else than a bundle, or does not end in .zip where it should."""
+    if as_zip != (out.suffix == '.zip'):
+        raise UsageError(f'--out {out}: --zip and a name that ends in .zip go together.')
+    if out.exists() and not ((out/MANIFEST).is_file() or as_zip and zipfile.is_zipfile(out)
+                             or out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f'{out} is no bundle, and was left alone: choose another --out.')
+
+
+def fill_bundle(run: Run, folder: Path, console: Console | None = None) -> None:
+    """Write the files of the bundle of `run` into `folder`, the manifest last."""
+    predictor = Predictor.load(run.path)
+    config, engine = predictor.config, predictor.engine
+    save_weights(predictor.model, folder/WEIGHTS)
+    canary = Canary.of(engine, config.size)
+    (folder/CANARY).write_bytes(tensor_bytes({'films': canary.films, 'p': canary.p}))
+    if (gate := fit_gate(run, predictor, console)): (folder/GATE).write_bytes(tensor_bytes(gate.as_tensors()))
+    if find_spec('onnx'):
+        from cxr_fastai.deploy import to_onnx
+        (folder/ONNX).write_bytes(to_onnx(predictor.model, config.size, config.temperature))
+    split = next(split for split in SPLITS if split in run.metrics)
+    (folder/CARD).write_text(render_card(run, split), encoding='utf-8')
+    (folder/CONFIG).write_text(config_text(config, schema=SCHEMA, normalisation={
+        'mean': _digits(MEAN), 'std': _digits(STD)}, intensity=INTENSITY, versions=_versions(),
+        items_sha256=sha256(run/'items.csv')), encoding='utf-8')
+    _copy_learner(run, folder, predictor)
+    files = {path.name: {'sha256': sha256(path), 'size': path.stat().st_size} for path in sorted(folder.iterdir())}
+    (folder/MANIFEST).write_text(json.dumps({'schema': SCHEMA, 'files': files}, indent=2) + '\n', encoding='utf-8')
+
+
+def fit_gate(run: Run, predictor: Predictor, console: Console | None = None) -> Gate | None:
+    """The gate of films like those that `run` was trained on; None, with a warning, where they are gone."""
+    try: found = {split: find_split(run, None, split, FILMS//2) for split in ('train', 'valid')}
+    except UsageError as error:
+        warnings.warn(f'no input gate, so any picture gets a probability: {error}', CXRWarning, stacklevel=3)
+        return None
+    seen, known = Preprocessing.of(predictor.config), []
+    for root, items in found.values():
+        films = read_squares(items, root, seen, console=console)[0]
+        features = [predictor.engine(films[start:start + 32])[1] for start in range(0, len(films), 32)]
+        known.append((np.concatenate(features), films))
+    return Gate.fit(*known)
+
+
+def verify_afresh(folder: Path) -> None:
+    """Run `verify` in a new process, which shares nothing with this one. Raises `ParityError`."""
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', FRESH, str(folder)], capture_output=True, text=True)
+    if done.returncode: raise ParityError(f'{folder.name}: the bundle does not predict in a fresh process what the run '
+                                          f'does, so nothing was exported ({done.stderr.strip().splitlines()[-1]}).')
+
+
+def verify(path: Path) -> None:
+    """Read every file of the bundle `path`, and predict the canary films with every engine that it has. Raises
+    `CXRError`."""
+    bundle = Bundle.open(path)
+    for name in bundle.manifest: bundle.read(name)
+    for kind in ['torch', *(['onnx'] if ONNX in bundle and find_spec('onnxruntime') else [])]:
+        bundle.canary.check(bundle.engine(kind), path, threshold=bundle.config.threshold)
+    if GATE in bundle: Gate.from_tensors(bundle.tensors(GATE), path/GATE)
+    if LEARNER in bundle and path.is_dir(): load_learner(path/LEARNER)  # which checks its own canary
+
+
+def _copy_learner(run: Run, folder: Path, predictor: Predictor) -> None:
+    if not (run/LEARNER).is_file(): return
+    try: learn = load_learner(run/LEARNER)
+    except UntrustedError as error:
+        warnings.warn(f'no {LEARNER} in the bundle: {error}', CXRWarning, stacklevel=4)
+        return
+    save_learner(learn, folder/LEARNER, predictor.config)
+
+
+def _digits(numbers: torch.Tensor) -> list[float]: return [round(number, 6) for number in numbers.flatten().tolist()]
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES if find_spec(name)}
+
+
+def _swap(made: Path, out: Path) -> None:
+    """Put the folder `made` in the place of `out`."""
+    old = out.with_name(f'.{out.name}.{os.getpid()}.old')
+    with writing(out):
+        if out.exists(): os.replace(out, old)
+        try: os.replace(made, out)
+        except OSError:
+            if old.exists(): os.replace(old, out)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _zip(made: Path, out: Path) -> None:
+    with atomic(out) as temporary, zipfile.ZipFile(temporary, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(made.iterdir()):
+            entry = zipfile.ZipInfo(path.name)  # whose date is fixed, and whose owner is nobody
+            archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)

@@ -3,6 +3,7 @@
     config.json         what the network is, sees, and how its probability becomes a decision
     model.safetensors   its weights
     model.onnx          the same, films in, probabilities out (where the extra onnx is installed)
+    model.int8.onnx     the same in 8 bits, where that was asked for and costs no accuracy
     canary.safetensors  eight synthetic films, and what the network says of them
     gate.safetensors    what tells chest films from other pictures
     MODEL_CARD.md       what is known about it
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +27,16 @@ import numpy as np
 from cxr_fastai.artefacts import LEARNER, WEIGHTS, ModelConfig, check_header
 from cxr_fastai.canary import Canary, Engine
 from cxr_fastai.core import CXRError, UsageError
+from cxr_fastai.shards import world
 
 SCHEMA = 1
-CONFIG, MANIFEST, ONNX, CANARY, GATE, CARD = ('config.json', 'manifest.json', 'model.onnx', 'canary.safetensors',
-                                              'gate.safetensors', 'MODEL_CARD.md')
-FILES = (CONFIG, WEIGHTS, ONNX, CANARY, GATE, CARD, LEARNER)
+CONFIG, MANIFEST, ONNX, INT8 = 'config.json', 'manifest.json', 'model.onnx', 'model.int8.onnx'
+CANARY, GATE, CARD = 'canary.safetensors', 'gate.safetensors', 'MODEL_CARD.md'
+FILES = (CONFIG, WEIGHTS, ONNX, INT8, CANARY, GATE, CARD, LEARNER)
 """What a manifest may name."""
 MAX_BYTES, MAX_TEXT = 2**31, 2**20
 """Bytes of a file, and of JSON, above which it is refused."""
+ENGINES = ('auto', 'onnx', 'int8', 'torch')
 QUICK = 2
 """Canary films that are predicted whenever a bundle is opened: one of each class."""
 
@@ -99,16 +104,21 @@ class Bundle:
             raise CXRError(f'{self.path/name}: damaged ({error}).') from None
 
     def engine(self, kind: str = 'auto') -> Engine:
-        """What computes: `onnx`, `torch`, or `auto`: ONNX Runtime where it is installed and the bundle has its file.
-        Raises `ParityError` where it does not predict of the first canary films what it should."""
-        if kind not in ('auto', 'onnx', 'torch'): raise UsageError(f'engine {kind}: choose auto, onnx or torch.')
-        made = self._onnx() if kind == 'onnx' or kind == 'auto' and ONNX in self and _has_runtime() else self._torch()
-        self.canary.check(made, self.path, QUICK, self.config.threshold)
+        """What computes: `onnx`, `int8`, `torch`, or `auto`: ONNX Runtime where it is installed and the bundle has its
+        file. Raises `ParityError` where it does not predict of the first canary films what it should."""
+        if kind not in ENGINES: raise UsageError(f'--engine {kind}: choose {", ".join(ENGINES)}.')
+        if kind == 'auto': kind = 'onnx' if ONNX in self and find_spec('onnxruntime') else 'torch'
+        made = self._torch() if kind == 'torch' else self._onnx(INT8 if kind == 'int8' else ONNX)
+        canary = self.tensors(CANARY)
+        known = replace(self.canary, p=canary['p_int8']) if kind == 'int8' and 'p_int8' in canary else self.canary
+        known.check(made, self.path, QUICK, self.config.threshold)
         return made
 
-    def _onnx(self) -> Engine:
+    def _onnx(self, name: str) -> Engine:
         from cxr_fastai.engines import OnnxEngine
-        return OnnxEngine(self.read(ONNX), self.path/ONNX)
+        if not find_spec('onnxruntime'): raise UsageError('--engine onnx needs pip install "cxr_fastai[onnx]".')
+        threads = max((os.cpu_count() or 1)//world(), 1) if world() > 1 else None
+        return OnnxEngine(self.read(name), self.path/name, threads)
 
     def _torch(self) -> Engine:
         from cxr_fastai.artefacts import fill_weights
@@ -142,8 +152,3 @@ class Bundle:
 def is_bundle(path: Path) -> bool:
     """Whether `path` is the folder or the zip of a bundle."""
     return (path/MANIFEST).is_file() or path.suffix == '.zip' and path.is_file()
-
-
-def _has_runtime() -> bool:
-    from importlib.util import find_spec
-    return find_spec('onnxruntime') is not None

@@ -36,9 +36,9 @@ class Canary:
 
     def check(self, engine: Engine, source: Path, few: int = FILMS, threshold: float = 0.5) -> None:
         """Raise `ParityError` unless `engine` predicts the same of the first `few` films, and calls them the same."""
-        p = engine(self.films[:few])[0]
-        worst = float(np.abs(p - self.p[:few]).max())
-        if not worst <= TOLERANCE or ((p >= threshold) != (self.p[:few] >= threshold)).any():
+        p, known = engine(self.films[:few])[0], self.p[:few]
+        worst, plain = float(np.abs(p - known).max()), np.abs(known - threshold) > TOLERANCE
+        if not worst <= TOLERANCE or ((p >= threshold) != (known >= threshold))[plain].any():
             raise ParityError(f'{source}: it does not predict what it did when it was saved (a probability differs by '
                               f'{worst:.2g}): it is damaged, or made for other software: get it anew.')
 

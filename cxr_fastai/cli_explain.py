@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from cxr_fastai import options as opt
-from cxr_fastai.core import FilmError, UsageError, check_new, writing
+from cxr_fastai.core import FilmError, UsageError, check_new, visible, writing
 from cxr_fastai.run import Run
 from cxr_fastai.terminal import complain, free, one_of, out, say
 
@@ -43,7 +43,7 @@ def _explain_films(model: Path, films: list[Path], place: Path, how: dict, batch
     from cxr_fastai.inference import Predictor, list_films
     from cxr_fastai.names import short_path
     paths = list_films(films)
-    names = [short_path(str(path)) for path in paths]
+    names = [visible(short_path(str(path))) for path in paths]
     return draw(Explainer(Predictor.load(model), **how).explain(paths, names, None, batch_size, burned_in), place)
 
 
@@ -69,8 +69,9 @@ def _check(run: Run, split: str, data: Path | None, folder: Path | None, how: di
     say(f'in {run.path}: figures/cam_check.json, figures/cam_check.png')
 
 
-def draw(explained: Iterator[Explanation | FilmError], place: Path) -> int:
-    """Draw each explanation into `place`, called by its number; returns how many films could not be used."""
+def draw(explained: Iterator[Explanation | FilmError | None], place: Path) -> int:
+    """Draw each explanation into `place`, called by its number (None only counts); returns how many films could not be
+    used."""
     from cxr_fastai.drawing import save_figure
     from cxr_fastai.overlays import plot_explanation
     with writing(place): place.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,7 @@ def draw(explained: Iterator[Explanation | FilmError], place: Path) -> int:
         if isinstance(one, FilmError):
             complain(f'error: {one}')
             bad += 1
-            continue
+        if one is None or isinstance(one, FilmError): continue
         save_figure(plot_explanation(one), place/f'{number:04d}.png')
         say(f'{place/f"{number:04d}.png"}: {one.name}: {one.words}')
     return bad

@@ -1,7 +1,8 @@
 """The commands `export`, `predict` and `trust`: model files out, probabilities, and whose pickles may be opened."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cxr_fastai import options as opt
-from cxr_fastai.core import POSITIVE, VOCAB, UsageError, check_new
+from cxr_fastai.core import POSITIVE, VOCAB, UsageError, check_new, leads, visible
 from cxr_fastai.run import Run
 from cxr_fastai.terminal import complain, out, say
 
@@ -21,7 +22,8 @@ SHOWN = 20
 """Rows that are printed."""
 
 
-def export(run: opt.RunFolder, bundle: opt.NewBundle = None, as_zip: opt.AsZip = False) -> None:
+def export(run: opt.RunFolder, bundle: opt.NewBundle = None, as_zip: opt.AsZip = False,
+           int8: opt.Int8 = False) -> None:
     """Make a bundle of a run that was evaluated: weights, decision, card and input gate, safe to share and quick to
     predict with. It is predicted with in a fresh process before it takes its place.
 
@@ -30,7 +32,7 @@ def export(run: opt.RunFolder, bundle: opt.NewBundle = None, as_zip: opt.AsZip =
     known = Run.open(run)
     from cxr_fastai.bundle import Bundle
     from cxr_fastai.export import export
-    made = Bundle.open(export(known, bundle, as_zip, out))
+    made = Bundle.open(export(known, bundle, as_zip, int8, out))
     say(f'{made.path}: {", ".join(made.manifest)}. Next: cxr-fastai predict {made.path} FILM...')
 
 
@@ -42,20 +44,26 @@ def predict(model: opt.Model, films: opt.PredictFilms, table: opt.NewTable = Non
 
     Example: cxr-fastai predict bundle film.jpeg more_films/ --out predictions.csv
     """
-    writer, done = _begin(table, resume, maps)
     from dataclasses import replace
 
     from cxr_fastai.inference import Predictor, list_films
-    paths = list_films(films)
-    if done and [row['path'] for row in done] != [_shown(path) for path in paths[:len(done)]]:
-        raise UsageError(f'--resume: {table} is about other films: name those that it was begun with.')
-    predictor = replace(Predictor.load(model, calibrated, 'torch' if maps else engine, not no_gate), tta=tta)
-    if threshold is not None: predictor = predictor.at(threshold)
-    if maps: check_new(_folder(table))
-    if writer and not done: writer.start()
-    rows = predictor.predict(paths[len(done):], batch_size, out, workers)
-    found = done + _write(rows, writer, batch_size)
-    if maps: _explain(predictor, paths, _folder(table))
+    from cxr_fastai.shards import gathered, shared, told
+    with gathered():
+        writer, done = _begin(table, resume, maps) if leads() else (None, [])
+        done, paths = told((done, list_films(films) if leads() else []))
+        if done and [row['path'] for row in done] != [_shown(path) for path in paths[:len(done)]]:
+            raise UsageError(f'--resume: {table} is about other films: name those that it was begun with.')
+        predictor = replace(Predictor.load(model, calibrated, 'torch' if maps else engine, not no_gate), tta=tta)
+        if threshold is not None: predictor = predictor.at(threshold)
+        if done and float(done[0]['threshold']) != predictor.threshold:
+            raise UsageError(f'--resume: {table} has the threshold {float(done[0]["threshold"]):g}, and now it would be '
+                             f'{predictor.threshold:g}: go on with the model and the options that it was begun with.')
+        if maps: check_new(_folder(table))
+        if writer and not done: writer.start()
+        work = partial(predictor.predict, batch_size=batch_size, console=out, workers=workers)
+        found = done + _write(shared(work, paths[len(done):]), writer, batch_size)
+    if not leads(): return
+    if maps: _explain(predictor, found, paths, _folder(table))
     _say(found, table)
 
 
@@ -87,7 +95,7 @@ def _begin(table: Path | None, resume: bool, maps: bool) -> tuple[CsvRows | None
     if not resume:
         raise UsageError(f'{table} exists already and was left alone: choose another --out, or give --resume.')
     try: return writer, writer.read()
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, RecursionError) as error:
         raise UsageError(f'--resume: {table} is no table of predictions ({error}).') from None
 
 
@@ -121,9 +129,11 @@ def _say(rows: list[dict[str, Any]], table: Path | None) -> None:
 def _folder(table: Path) -> Path: return table.with_name(f'{table.stem}_maps')
 
 
-def _explain(predictor: Predictor, paths: Iterable[Path], folder: Path) -> None:
+def _explain(predictor: Predictor, rows: list[dict[str, Any]], paths: list[Path], folder: Path) -> None:
+    """Draw a map of each film that has a probability, called by the number of its row."""
     from cxr_fastai.cli_explain import draw
     from cxr_fastai.explanations import Explainer
     from cxr_fastai.names import short_path
-    paths = list(paths)
-    draw(Explainer(predictor).explain(paths, [short_path(str(path)) for path in paths]), folder)
+    shown = [path for row, path in zip(rows, paths, strict=True) if row['status'] == 'ok']
+    found = Explainer(predictor).explain(shown, [visible(short_path(str(path))) for path in shown])
+    draw((next(found) if row['status'] == 'ok' else None for row in rows), folder)

@@ -208,6 +208,12 @@ def _with_lines(steps: Iterable[T], console: Console | None, total: int) -> Iter
             console.print(f'{done:,} of {total:,} films', highlight=False)
 
 
+def visible(text: str) -> str:
+    """`text` with escapes for what commands a terminal, turns the direction of writing, breaks a line, or is a byte of
+    a file's name that is no text."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
 def check_new(folder: Path) -> None:
     """Raise `UsageError` unless `folder` is still to be made, or is an empty folder. (A process that does not write
     does not ask.)"""

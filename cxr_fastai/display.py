@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from cxr_fastai.core import visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +59,7 @@ def predictions_table(rows: Sequence[dict], most: int = 20) -> Table:
     for name in ('film', 'p(pneumonia)', 'prediction'): table.add_column(name, overflow='fold')
     for row in rows[:most]:
         judged = (f'{float(row["p_pneumonia"]):.4f}', row['prediction']) if row['status'] == 'ok' else ('', row['code'])
-        table.add_row(escape(row['path']), *judged)
+        table.add_row(Text(visible(row['path'])), *judged)
     return table
 
 
@@ -73,7 +76,7 @@ def _files_table(audit: Audit) -> Table:
     table = Table(title='files', title_justify='left', show_header=False)
     for name in ('formats', 'modes', 'bits', 'ignored'):
         told = ', '.join(f'{value}: {n:,}' for value, n in audit.facts[name].items())
-        if told: table.add_row(name, escape(told))
+        if told: table.add_row(name, escape(visible(told)))
     for name in ('width', 'height', 'bytes'):
         if span := audit.facts[name]: table.add_row(name, '{least:,} to {most:,}, median {median:,}'.format(**span))
     return table

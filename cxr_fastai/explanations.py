@@ -88,8 +88,8 @@ class Explainer:
         shown = Image.fromarray(film)
         shown.thumbnail((SIDE, SIDE))
         over = Preprocessing.of(self.predictor.config).spread(heat, shown.height, shown.width)
-        return Explanation(np.asarray(shown), np.clip(over, 0, 1), name, float(p), self.predictor.config.threshold,
-                           self.target, self.method, label)
+        return Explanation(np.asarray(shown), np.clip(over, 0, 1), name, self.predictor.show(float(p)),
+                           self.predictor.threshold, self.target, self.method, label)
 
 
 class CXRInterpretation:

@@ -8,23 +8,27 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from rich.console import Console
 
 from cxr_fastai.artefacts import LEARNER, WEIGHTS, config_text, save_weights, sha256, tensor_bytes
-from cxr_fastai.bundle import CANARY, CARD, CONFIG, GATE, MANIFEST, ONNX, SCHEMA, Bundle
-from cxr_fastai.canary import Canary, ParityError
+from cxr_fastai.bundle import CANARY, CARD, CONFIG, GATE, INT8, MANIFEST, ONNX, SCHEMA, Bundle
+from cxr_fastai.canary import Canary, Engine, ParityError
 from cxr_fastai.card import render_card
-from cxr_fastai.core import CXRWarning, UsageError, atomic, sync, writing
+from cxr_fastai.core import POSITIVE, VOCAB, CXRError, CXRWarning, UsageError, atomic, sync, writing
+from cxr_fastai.engines import OnnxEngine
 from cxr_fastai.evaluation import find_split
 from cxr_fastai.gate import FILMS, Gate
 from cxr_fastai.images import Preprocessing
 from cxr_fastai.inference import Predictor
+from cxr_fastai.intervals import roc_auc
 from cxr_fastai.models import MEAN, STD
 from cxr_fastai.pickles import load_learner, save_learner
 from cxr_fastai.report import SPLITS
@@ -34,13 +38,29 @@ from cxr_fastai.trust import UntrustedError
 
 PACKAGES = ('cxr_fastai', 'torch', 'safetensors', 'onnxruntime')
 FRESH = 'import sys; from pathlib import Path; from cxr_fastai.export import verify; verify(Path(sys.argv[1]))'
+BATCH, CALIBRATION = 32, 128
+"""Films that go through the network at once; training films that show an 8-bit network how large numbers get."""
+MOST_CHANGE = 0.002
+"""The change of AUC from which on an 8-bit network is not kept."""
 INTENSITY = ('8 bits as they are; deeper films through the window that they declare, else from the 0.5th to the 99.5th '
              'percentile')
 
 
-def export(run: Run, out: Path | None = None, as_zip: bool = False, console: Console | None = None) -> Path:
+@dataclass(frozen=True)
+class Known:
+    """Films of a split, grey uint8 (n, s, s), whether each shows pneumonia (n,), and what the network says of them:
+    probabilities (n,) and features (n, c)."""
+    films: np.ndarray
+    targs: np.ndarray
+    p: np.ndarray
+    features: np.ndarray
+
+
+def export(run: Run, out: Path | None = None, as_zip: bool = False, int8: bool = False,
+           console: Console | None = None) -> Path:
     """Write the bundle of `run` to `out` (default: `bundle/` in the run), in the place of one that was there, and
-    return its path; `as_zip` makes one file of it, and `out` ends in .zip then.
+    return its path; `as_zip` makes one file of it, and `out` ends in .zip then; with `int8` it gets an 8-bit ONNX file
+    too, if that is as good.
 
     Raises `UsageError` where the run was not evaluated, `ParityError` where the bundle does not predict in a fresh
     process what the run does; an old bundle is whole then.
@@ -48,6 +68,7 @@ def export(run: Run, out: Path | None = None, as_zip: bool = False, console: Con
     if not run.metrics:
         raise UsageError(f'{run.path}: not evaluated, so it has no threshold and no figures for its card: `cxr-fastai '
                          f'evaluate {run.path}` first.')
+    if int8 and not find_spec('onnx'): raise UsageError('--int8 needs pip install "cxr_fastai[onnx]".')
     out = out or run/('bundle.zip' if as_zip else 'bundle')
     check_place(out, as_zip)
     with writing(out): out.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +76,7 @@ def export(run: Run, out: Path | None = None, as_zip: bool = False, console: Con
     try:
         with writing(out):
             made.mkdir()
-            fill_bundle(run, made, console)
+            fill_bundle(run, made, int8, console)
             for file in made.iterdir(): sync(file)
         verify_afresh(made)
         if as_zip: _zip(made, out)
@@ -73,39 +94,38 @@ def check_place(out: Path, as_zip: bool) -> None:
         raise UsageError(f'{out} is no bundle, and was left alone: choose another --out.')
 
 
-def fill_bundle(run: Run, folder: Path, console: Console | None = None) -> None:
+def fill_bundle(run: Run, folder: Path, int8: bool = False, console: Console | None = None) -> None:
     """Write the files of the bundle of `run` into `folder`, the manifest last."""
     predictor = Predictor.load(run.path)
-    config, engine = predictor.config, predictor.engine
+    config, known, more = predictor.config, read_known(run, predictor, console), {}
     save_weights(predictor.model, folder/WEIGHTS)
-    canary = Canary.of(engine, config.size)
-    (folder/CANARY).write_bytes(tensor_bytes({'films': canary.films, 'p': canary.p}))
-    if (gate := fit_gate(run, predictor, console)): (folder/GATE).write_bytes(tensor_bytes(gate.as_tensors()))
+    canary = Canary.of(predictor.engine, config.size)
+    tensors = {'films': canary.films, 'p': canary.p}
+    if known:
+        gate = Gate.fit(*((split.features, split.films) for split in known.values()))
+        (folder/GATE).write_bytes(tensor_bytes(gate.as_tensors()))
     if find_spec('onnx'):
         from cxr_fastai.deploy import to_onnx
-        (folder/ONNX).write_bytes(to_onnx(predictor.model, config.size, config.temperature))
+        (folder/ONNX).write_bytes(data := to_onnx(predictor.model, config.size, config.temperature))
+        if int8 and known: more['int8'] = _write_int8(folder, data, known, tensors)
+    (folder/CANARY).write_bytes(tensor_bytes(tensors))
     split = next(split for split in SPLITS if split in run.metrics)
     (folder/CARD).write_text(render_card(run, split), encoding='utf-8')
     (folder/CONFIG).write_text(config_text(config, schema=SCHEMA, normalisation={
         'mean': _digits(MEAN), 'std': _digits(STD)}, intensity=INTENSITY, versions=_versions(),
-        items_sha256=sha256(run/'items.csv')), encoding='utf-8')
+        items_sha256=sha256(run/'items.csv'), **more), encoding='utf-8')
     _copy_learner(run, folder, predictor)
     files = {path.name: {'sha256': sha256(path), 'size': path.stat().st_size} for path in sorted(folder.iterdir())}
     (folder/MANIFEST).write_text(json.dumps({'schema': SCHEMA, 'files': files}, indent=2) + '\n', encoding='utf-8')
 
 
-def fit_gate(run: Run, predictor: Predictor, console: Console | None = None) -> Gate | None:
-    """The gate of films like those that `run` was trained on; None, with a warning, where they are gone."""
+def read_known(run: Run, predictor: Predictor, console: Console | None = None) -> dict[str, Known]:
+    """Up to `FILMS` films of train and of valid of `run`; none, with a warning, where they are gone."""
     try: found = {split: find_split(run, None, split, FILMS//2) for split in ('train', 'valid')}
-    except UsageError as error:
-        warnings.warn(f'no input gate, so any picture gets a probability: {error}', CXRWarning, stacklevel=3)
-        return None
-    seen, known = Preprocessing.of(predictor.config), []
-    for root, items in found.values():
-        films = read_squares(items, root, seen, console=console)[0]
-        features = [predictor.engine(films[start:start + 32])[1] for start in range(0, len(films), 32)]
-        known.append((np.concatenate(features), films))
-    return Gate.fit(*known)
+    except CXRError as error:
+        warnings.warn(f'no input gate, so any picture gets a probability: {error}', CXRWarning, stacklevel=4)
+        return {}
+    return {split: _know(predictor, items, root, console) for split, (root, items) in found.items()}
 
 
 def verify_afresh(folder: Path) -> None:
@@ -120,10 +140,42 @@ def verify(path: Path) -> None:
     `CXRError`."""
     bundle = Bundle.open(path)
     for name in bundle.manifest: bundle.read(name)
-    for kind in ['torch', *(['onnx'] if ONNX in bundle and find_spec('onnxruntime') else [])]:
-        bundle.canary.check(bundle.engine(kind), path, threshold=bundle.config.threshold)
+    runtime = find_spec('onnxruntime')
+    kinds = {'torch': WEIGHTS, 'onnx': ONNX} if runtime else {'torch': WEIGHTS}
+    for kind, name in kinds.items():
+        if name in bundle: bundle.canary.check(bundle.engine(kind), path, threshold=bundle.config.threshold)
+    if INT8 in bundle and runtime: bundle.engine('int8')  # which has a canary of its own
     if GATE in bundle: Gate.from_tensors(bundle.tensors(GATE), path/GATE)
     if LEARNER in bundle and path.is_dir(): load_learner(path/LEARNER)  # which checks its own canary
+
+
+def _know(predictor: Predictor, items: pd.DataFrame, root: Path, console: Console | None) -> Known:
+    films = read_squares(items, root, Preprocessing.of(predictor.config), console=console)[0]
+    p, features = _run(predictor.engine, films)
+    return Known(films, (items.label == VOCAB[POSITIVE]).to_numpy(), p, features)
+
+
+def _run(engine: Engine, films: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    p, features = zip(*(engine(films[start:start + BATCH]) for start in range(0, len(films), BATCH)), strict=True)
+    return np.concatenate(p), np.concatenate(features)
+
+
+def _write_int8(folder: Path, data: bytes, known: dict[str, Known], tensors: dict[str, np.ndarray]) -> dict[str, float]:
+    """Write the 8-bit file and its canary, unless it is worse on validation films; returns what was measured."""
+    from cxr_fastai.quantise import to_int8
+    valid, rng = known['valid'], np.random.default_rng(0)
+    few = rng.permutation(len(known['train'].films))[:CALIBRATION]
+    small = to_int8(data, known['train'].films[few])
+    engine = OnnxEngine(small, folder/INT8)
+    before, after = (roc_auc(valid.targs, p)['value'] for p in (valid.p, _run(engine, valid.films)[0]))
+    change = None if before is None else round(after - before, 5)
+    if change is None or abs(change) >= MOST_CHANGE:
+        warnings.warn(f'no {INT8} in the bundle: it changes the AUC on validation films by {change}, and less than '
+                      f'{MOST_CHANGE} is asked.', CXRWarning, stacklevel=5)
+    else:
+        (folder/INT8).write_bytes(small)
+        tensors['p_int8'] = engine(tensors['films'])[0]
+    return {'auc_valid': before, 'auc_change': change}
 
 
 def _copy_learner(run: Run, folder: Path, predictor: Predictor) -> None:

@@ -226,3 +226,4 @@ def read_bytes(path: str | Path) -> bytes:
         if found.st_size > MAX_BYTES: raise FilmError(f'{found.st_size:,} bytes are over {MAX_BYTES:,}', 'E_TOO_LARGE')
         return Path(path).read_bytes()
     except OSError as error: raise FilmError(error.strerror or str(error), 'E_IO') from error
+    except ValueError: raise FilmError('no file can have this name', 'E_IO') from None  # a NUL, for one

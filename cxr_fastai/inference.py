@@ -1,6 +1,7 @@
 """A model file becomes a `Predictor`: films go in, a row of facts for each comes out."""
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -104,7 +105,7 @@ class Predictor:
         row |= {'path': str(path), 'threshold': self.threshold}
         try: film = open_film(path, wanted)
         except FilmError as error:
-            why = str(error).removeprefix(f'{path}: ')[:SHORT]
+            why = str(error).removeprefix(f'{path}: '.replace('\n', ' '))[:SHORT]
             return row | {'status': error.status, 'code': error.code, 'message': why}, None
         return row | {'status': 'ok', 'message': '; '.join(film.notes)[:SHORT] or None}, wanted.fit(film.pixels)
 
@@ -131,8 +132,8 @@ def prediction_table(rows: Iterable[dict]) -> pd.DataFrame:
 
 
 def _list(source: Path) -> list[Path]:
-    if str(source) == '-': return [Path(line.rstrip('\r\n')) for line in sys.stdin if line.strip()]
-    if source.is_dir(): return find_films(source)[0]
+    if str(source) == '-': return [Path(os.fsdecode(line.rstrip(b'\r\n'))) for line in sys.stdin.buffer if line.strip()]
+    if os.path.isdir(source): return find_films(source)[0]  # a Path would raise where the name is too long
     if source.suffix.lower() != '.csv': return [source]
     from cxr_fastai.listing import read_listing
     return [source.parent/path for path in read_listing(source, ('path',)).path]

@@ -21,6 +21,7 @@ from torch import Tensor
 from cxr_fastai.augment import ByFilm
 from cxr_fastai.checkpoint import random_state, set_random_state
 from cxr_fastai.core import FilmError, UsageError, leads
+from cxr_fastai.shards import part_of
 from cxr_fastai.weights import need
 
 T = TypeVar('T')
@@ -75,13 +76,6 @@ def shared(learn: Learner) -> Iterator[None]:
         learn.remove_cb(sharing)
         learn.dls.loaders = loaders
         for step in _by_film(loaders[0]): step.parts = None
-
-
-def part_of(n: int, rank: int, world: int) -> slice:
-    """Which of `n` films the process `rank` of `world` takes; sizes differ by one at most, and the first have more."""
-    few, more = divmod(n, world)
-    start = rank*few + min(rank, more)
-    return slice(start, start + few + (rank < more))
 
 
 class PartOfBatches(TfmdDL):

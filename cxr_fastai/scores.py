@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from cxr_fastai.core import visible
 from cxr_fastai.intervals import describe
 
 NAMES = {'auc': 'AUC', 'ppv': 'PPV', 'npv': 'NPV', 'f1': 'F1', 'mcc': 'MCC', 'brier': 'Brier score'}
@@ -27,7 +28,7 @@ def comparison_tables(metrics: dict[str, dict], pairs: list[dict], seeds: list[d
     """Several runs: their figures, what sets them apart on the same films, and how seeds vary."""
     table = _table('runs', ('run', 'films', 'AUC', 'sensitivity', 'specificity', 'threshold'))
     for name, found in metrics.items():
-        table.add_row(escape(name), str(found['n']), say(found['auc']), say(found['sensitivity']),
+        table.add_row(escape(visible(name)), str(found['n']), say(found['auc']), say(found['sensitivity']),
                       say(found['specificity']), f'{found["threshold"]:g}')
     return Group(table, *([_pairs_table(pairs)] if pairs else []), *map(_seeds_table, seeds))
 
@@ -90,7 +91,7 @@ def _groups_table(groups: list[dict]) -> Table:
                    'the AUC of a group of one class is against all films of the other')
     for row in groups:
         if row['group'] is None: table.add_row(f'{row["column"]}: {row["suppressed"]} groups too small to show', '')
-        else: table.add_row(escape(f'{row["column"]} {row["group"]}'), str(row['n']), say(row['sensitivity']),
+        else: table.add_row(escape(visible(f'{row["column"]} {row["group"]}')), str(row['n']), say(row['sensitivity']),
                             say(row['specificity']), say(row['auc']))
     return table
 
@@ -103,7 +104,7 @@ def _pairs_table(pairs: list[dict]) -> Table:
                    f'p by DeLong, and by McNemar (exact); in brackets adjusted for the number of runs (Holm){patients}')
     for row in pairs:
         auc, calls = row['auc'], row['mcnemar']
-        table.add_row(escape(row['run']), say(auc, '+'), f'{say_p(auc["p"])} ({say_p(auc["p_holm"])})',
+        table.add_row(escape(visible(row['run'])), say(auc, '+'), f'{say_p(auc["p"])} ({say_p(auc["p_holm"])})',
                       say_p(row['p_patients_holm']), f'{calls["only_second"]} : {calls["only_first"]}',
                       f'{say_p(calls["p"])} ({say_p(calls["p_holm"])})')
     return table
@@ -118,7 +119,7 @@ def _seeds_table(seeds: dict) -> Table:
 
 
 def _table(title: str, columns: tuple[str, ...], caption: str | None = None) -> Table:
-    table = Table(title=escape(title), title_justify='left', caption=caption, caption_justify='left')
+    table = Table(title=escape(visible(title)), title_justify='left', caption=caption, caption_justify='left')
     for name in columns: table.add_column(name, overflow='fold')
     return table
 

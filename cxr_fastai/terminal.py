@@ -6,19 +6,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cxr_fastai.core import CXRError, UsageError, leads
+from cxr_fastai.core import CXRError, UsageError, leads, visible
 
 out, err = Console(quiet=not leads()), Console(stderr=True)
 
 
 def say(text: str) -> None:
-    """Print `text` as it is, on a line that no console breaks."""
-    out.print(text, soft_wrap=True, markup=False)
+    """Print `text` on a line that no console breaks."""
+    out.print(visible(text), soft_wrap=True, markup=False)
 
 
 def complain(text: str) -> None:
     """Print `text` for errors and warnings."""
-    err.print(text, soft_wrap=True, markup=False, highlight=False)
+    err.print(visible(text), soft_wrap=True, markup=False, highlight=False)
 
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:

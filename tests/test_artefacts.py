@@ -16,7 +16,7 @@ from cxr_fastai.artefacts import ModelConfig, find_network, sha256, tensor_bytes
 from cxr_fastai.bundle import FILES, Bundle
 from cxr_fastai.canary import Canary, ParityError, draw_films
 from cxr_fastai.cli import main
-from cxr_fastai.core import CXRError, UsageError
+from cxr_fastai.core import CXRError, CXRWarning, UsageError
 from cxr_fastai.data import make_dls
 from cxr_fastai.deploy import fold, to_onnx
 from cxr_fastai.engines import OnnxEngine, TorchEngine
@@ -178,7 +178,7 @@ def test_the_fold_is_exact_also_at_the_border():
 
 def test_a_bundle_has_what_it_says_and_names_nothing(bundle, evaluated, films):
     manifest = json.loads((bundle/'manifest.json').read_text())
-    assert set(manifest['files']) == set(FILES) and set(os.listdir(bundle)) == {*FILES, 'manifest.json'}
+    assert set(manifest['files']) == {*FILES} - {'model.int8.onnx'} == set(os.listdir(bundle)) - {'manifest.json'}
     content = b''.join((bundle/name).read_bytes() for name in os.listdir(bundle))
     with zipfile.ZipFile(bundle/'learner.pkl') as archive:
         content += b''.join(archive.read(name) for name in archive.namelist())
@@ -275,3 +275,20 @@ def test_a_run_needs_no_pickle(evaluated, films, tmp_path, monkeypatch):
     film = next((films/'test').rglob('*.jpeg'))
     assert next(Predictor.load(tmp_path/'run').predict([film])) == next(Predictor.load(evaluated.path).predict([film]))
     assert Run.open(tmp_path/'run').metrics['test']['model'] == sha256(tmp_path/'run/model.safetensors')
+
+
+def test_eight_bits_are_kept_only_where_they_are_as_good(evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr('cxr_fastai.export.verify_afresh', lambda _: None)  # it is tested above, and takes long
+    monkeypatch.setattr('cxr_fastai.export._copy_learner', lambda *_: None)
+    monkeypatch.setattr('cxr_fastai.export.MOST_CHANGE', 1.0)
+    bundle = Bundle.open(export(evaluated, tmp_path/'b', int8=True))
+    verify(tmp_path/'b')
+    assert len(bundle.read('model.int8.onnx')) < 0.4*len(bundle.read('model.onnx'))
+    small, whole = bundle.engine('int8'), bundle.engine('onnx')
+    films = bundle.canary.films
+    assert 0 < np.abs(small(films)[0] - whole(films)[0]).max() < 0.1
+    assert abs(bundle.facts['int8']['auc_change']) < 1
+    monkeypatch.setattr('cxr_fastai.export.MOST_CHANGE', 0.0)
+    with pytest.warns(CXRWarning, match='less than 0.0 is asked'): export(evaluated, tmp_path/'b', int8=True)
+    with pytest.raises(CXRError, match='has no model.int8.onnx'): Bundle.open(tmp_path/'b').engine('int8')
+    with pytest.raises(UsageError, match='--engine x: choose auto'): Bundle.open(tmp_path/'b').engine('x')

@@ -10,16 +10,16 @@ import cxr_fastai
 PACKAGE = Path(cxr_fastai.__file__).parent
 LAYERS = {'__init__': -1, 'core': 0, 'recipe': 0, 'run': 0, 'limits': 1, 'windows': 1, 'dicom': 1, 'images': 1,
           'cache': 1, 'names': 1, 'listing': 1, 'items': 1, 'weights': 1, 'models': 1, 'intervals': 1, 'bootstrap': 1,
-          'pages': 1, 'drawing': 1, 'similarity': 1, 'temperature': 1, 'folders': 1, 'writers': 1, 'trust': 1,
-          'demo': 2, 'archives': 2, 'sources': 2, 'traits': 2, 'probes': 2, 'audit': 2, 'corruptions': 2,
+          'pages': 1, 'drawing': 1, 'similarity': 1, 'temperature': 1, 'shards': 1, 'folders': 1, 'writers': 1,
+          'trust': 1, 'demo': 2, 'archives': 2, 'sources': 2, 'traits': 2, 'probes': 2, 'audit': 2, 'corruptions': 2,
           'shortcut': 2, 'augment': 2, 'data': 2, 'calibration': 2, 'artefacts': 2, 'gate': 2, 'engines': 2,
-          'deploy': 2, 'learner': 3, 'devices': 3, 'callbacks': 3, 'checkpoint': 3, 'ranks': 3, 'tracking': 3,
-          'metrics': 3, 'canary': 3, 'rates': 4, 'training': 4, 'decision': 4, 'tradeoffs': 4, 'pickles': 4,
-          'bundle': 4, 'inference': 5, 'evaluation': 5, 'comparison': 5, 'curves': 5, 'cams': 5, 'overlays': 5,
-          'plots': 5, 'interpret': 6, 'explanations': 6, 'robustness': 6, 'ablations': 6, 'sanity': 6, 'card': 7,
-          'checklist': 7, 'report': 7, 'printing': 7, 'options': 7, 'display': 7, 'scores': 7, 'terminal': 7,
-          'export': 7, 'cli_data': 8, 'cli_train': 8, 'cli_evaluate': 8, 'cli_explain': 8, 'cli': 8, 'all': 8,
-          'cli_predict': 8, '__main__': 9}
+          'deploy': 2, 'quantise': 2, 'learner': 3, 'devices': 3, 'callbacks': 3, 'checkpoint': 3, 'ranks': 3,
+          'tracking': 3, 'metrics': 3, 'canary': 3, 'rates': 4, 'training': 4, 'decision': 4, 'tradeoffs': 4,
+          'pickles': 4, 'bundle': 4, 'inference': 5, 'evaluation': 5, 'comparison': 5, 'curves': 5, 'cams': 5,
+          'overlays': 5, 'plots': 5, 'interpret': 6, 'explanations': 6, 'robustness': 6, 'ablations': 6, 'sanity': 6,
+          'card': 7, 'checklist': 7, 'report': 7, 'printing': 7, 'options': 7, 'display': 7, 'scores': 7,
+          'terminal': 7, 'export': 7, 'cli_data': 8, 'cli_train': 8, 'cli_evaluate': 8, 'cli_explain': 8, 'cli': 8,
+          'all': 8, 'cli_predict': 8, '__main__': 9}
 # Within a layer these, and no others, may look at a neighbour.
 NEIGHBOURS = {('recipe', 'core'), ('run', 'core'), ('run', 'recipe'), ('dicom', 'windows'), ('dicom', 'limits'),
               ('images', 'limits'), ('images', 'windows'), ('images', 'dicom'), ('cache', 'images'),

@@ -7,21 +7,22 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from cxr_fastai.augment import AugmentFilms, DegradeFilms
 from cxr_fastai.cli import main
 from cxr_fastai.core import UsageError, write_text
-from cxr_fastai.ranks import check_batch, part_of
+from cxr_fastai.ranks import check_batch
 from cxr_fastai.run import Run
+from cxr_fastai.shards import part_of
 
 # A network without BatchNorm and dropout; a last batch of one film, which leaves the second process without any.
 OPTIONS = ['--arch', 'test_convnext', '--weights', 'none', '--size', '64', '--batch-size', '5', '--limit', '8', '--lr',
            '0.0005', '--epochs', '12', '--set', 'class_weights=true', '--set', 'ema=0.9', '--set', 'blur=0.02']
 LAUNCH = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines',
-          '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0', '-m', 'cxr_fastai',
-          'train']
+          '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0', '-m', 'cxr_fastai']
 
 
 @pytest.mark.parametrize(('n', 'world'), [(32, 2), (5, 2), (1, 2), (10, 4), (7, 3)])
@@ -65,8 +66,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
     with pytest.raises(UsageError, match='--batch-size 3: 4 processes share a batch: choose 4 or more'): check_batch(3)
 
 
-def launch(*options: str) -> subprocess.Popen:
-    return subprocess.Popen([*LAUNCH, *options], env=os.environ | {'OMP_NUM_THREADS': '1'}, text=True,
+def launch(*options: object) -> subprocess.Popen:
+    return subprocess.Popen([*LAUNCH, *map(str, options)], env=os.environ | {'OMP_NUM_THREADS': '1'}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -85,11 +86,11 @@ def test_two_processes_stopped_and_resumed_do_what_one_does_and_write_it_once(fi
     run = Run(tmp_path/'two')
     given = ['--data', str(films), *OPTIONS]
     with ThreadPoolExecutor() as pool:
-        stopped = pool.submit(stop_after, launch(*given, '--out', str(run.path)), run, epochs=2)
+        stopped = pool.submit(stop_after, launch('train', *given, '--out', str(run.path)), run, epochs=2)
         assert main(['train', *given, '--out', str(tmp_path/'one')]) == 0  # meanwhile
         stopped.result()
     assert (run/'state.pt').exists() and not (run/'learner.pkl').exists() and (done := len(run.history)) < 12
-    second = launch('--resume', str(run.path))
+    second = launch('train', '--resume', str(run.path))
     said = second.communicate(timeout=180)[0]
     assert second.returncode == 0, said
     one = Run(tmp_path/'one')
@@ -101,3 +102,16 @@ def test_two_processes_stopped_and_resumed_do_what_one_does_and_write_it_once(fi
     events = [line.split('"event": "')[1].split('"')[0] for line in (run/'journal.jsonl').read_text().splitlines()]
     assert events == ['start', 'stop', 'resume', 'end'] and run.noted('start')['processes'] == 2
     assert {path.name for path in run.path.iterdir()} == {path.name for path in one.path.iterdir()}
+
+
+@pytest.mark.slow
+def test_two_processes_predict_what_one_does_in_order(bundle, films, tmp_path):
+    (tmp_path/'bad.jpeg').write_bytes(b'')
+    wanted = ['predict', bundle, films/'test', tmp_path/'bad.jpeg', films/'train', '--batch-size', '4', '--out']
+    assert main([str(word) for word in (*wanted, tmp_path/'one.csv')]) == 3
+    process = launch(*wanted, tmp_path/'two.csv')
+    said, _ = process.communicate(timeout=300)
+    assert said.count('E_EMPTY: the file is empty') == 1 and said.count('rows in') == 1
+    one, two = (pd.read_csv(tmp_path/name) for name in ('one.csv', 'two.csv'))
+    assert np.allclose(one.pop('p_pneumonia'), two.pop('p_pneumonia'), atol=1e-6, equal_nan=True)
+    pd.testing.assert_frame_equal(one, two)

@@ -1,0 +1,102 @@
+"""What is no chest film gets no probability, however sure the network is."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxr_fastai.bundle import Bundle
+from cxr_fastai.core import CXRError
+from cxr_fastai.gate import OUT_OF_DISTRIBUTION, Gate, Space, thumbnails, unit
+from cxr_fastai.inference import Predictor, list_films, prediction_table
+
+RNG = np.random.default_rng(0)
+
+
+def pictures() -> dict[str, np.ndarray]:
+    """Pictures that scikit-image ships, grey."""
+    from skimage import data
+    found = {name: np.asarray(getattr(data, name)()) for name in (
+        'astronaut', 'camera', 'cat', 'coffee', 'coins', 'page', 'text', 'rocket', 'clock', 'brick', 'grass', 'moon')}
+    return {name: np.asarray(Image.fromarray(picture).convert('L')) for name, picture in found.items()}
+
+
+def others(films: np.ndarray) -> dict[str, np.ndarray]:
+    """What is made of films, and is none: each (n, s, s)."""
+    side = films.shape[-1]
+    return {'turned': np.rot90(films, 1, (1, 2)), 'negative': 255 - films,
+            'noise': RNG.integers(0, 256, films.shape, dtype=np.uint8),
+            'ramp': np.tile(np.linspace(0, 255, side), (2, side, 1)).astype(np.uint8),
+            'blank': np.full_like(films[:2], 128), 'swapped halves': np.roll(films, side//2, axis=2)}
+
+
+@pytest.fixture(scope='module')
+def gated(bundle) -> tuple[Predictor, Gate]:
+    predictor = Predictor.load(bundle)
+    return predictor, predictor.gate
+
+
+@pytest.fixture(scope='module')
+def seen(films) -> np.ndarray:
+    from cxr_fastai.images import Preprocessing
+    return np.stack([Preprocessing(64).load(path) for path in list_films([films/'test'])])
+
+
+def far(gated: tuple[Predictor, Gate], films: np.ndarray) -> np.ndarray:
+    predictor, gate = gated
+    return gate.measure(predictor.engine(np.ascontiguousarray(films))[1], films) > 1
+
+
+def test_films_that_were_held_out_pass(gated, seen): assert far(gated, seen).mean() <= 0.25  # of 12 films, 36 are known
+
+
+def test_what_is_no_film_is_turned_away(gated, seen):
+    shown = {name: far(gated, films).mean() for name, films in others(seen).items()}
+    squares = np.stack([np.asarray(Image.fromarray(picture).resize((64, 64))) for picture in pictures().values()])
+    shown['pictures'] = far(gated, squares).mean()
+    assert all(share >= 0.95 for share in shown.values()), shown
+
+
+def test_a_picture_gets_a_row_without_probability(gated, films, tmp_path):
+    Image.fromarray(pictures()['cat']).save(tmp_path/'cat.png')
+    paths = [*list_films([films/'test'])[:2], tmp_path/'cat.png']
+    table = prediction_table(gated[0].predict(paths))
+    assert table.status[2] == 'rejected' and table.code[2] == OUT_OF_DISTRIBUTION and np.isnan(table.p_pneumonia[2])
+    assert table.prediction.isna()[2] and '--no-gate' in table.message[2]
+
+
+def test_without_the_gate_every_picture_gets_a_probability(bundle, tmp_path):
+    Image.fromarray(pictures()['cat']).save(tmp_path/'cat.png')
+    row, = Predictor.load(bundle, gate=False).predict([tmp_path/'cat.png'])
+    assert row['status'] == 'ok' and 0 <= row['p_pneumonia'] <= 1
+
+
+def test_a_gate_is_the_same_after_it_was_saved(gated, seen, bundle, tmp_path):
+    predictor, gate = gated
+    again = Gate.from_tensors(gate.as_tensors(), tmp_path)
+    features = predictor.engine(seen)[1]
+    assert (again.measure(features, seen) == gate.measure(features, seen)).all()
+    with pytest.raises(CXRError, match="no gate .*bank"): Gate.from_tensors({}, tmp_path)
+    assert Bundle.open(bundle).tensors('gate.safetensors').keys() == gate.as_tensors().keys()
+
+
+def test_distances_are_those_of_mahalanobis_where_every_direction_is_told_apart():
+    vectors = RNG.normal(size=(400, 5)) @ RNG.normal(size=(5, 5))
+    space = Space.fit(vectors, components=4)
+    covariance = np.cov(vectors.T, bias=True)
+    off = vectors[:20] - vectors.mean(axis=0)
+    wanted = np.sqrt((off @ np.linalg.inv(covariance) * off).sum(axis=1))
+    assert space.distance(vectors[:20]) == pytest.approx(wanted, rel=0.02)
+
+
+def test_a_gate_turns_away_about_two_in_a_hundred_of_validation():
+    films, features = RNG.integers(0, 256, (600, 32, 32), dtype=np.uint8), RNG.normal(size=(600, 16)) + 3
+    gate = Gate.fit((features[:300], films[:300]), (features[300:], films[300:]))
+    assert 0.01 <= (gate.measure(features[300:], films[300:]) > 1).mean() <= 0.021
+
+
+@pytest.mark.parametrize('side', [16, 37, 224])
+def test_thumbnails_do_not_mind_size_or_contrast(side):
+    film = np.asarray(Image.fromarray(RNG.integers(0, 256, (8, 8), dtype=np.uint8)).resize((side, side)))[None]
+    thumb = thumbnails(film)
+    assert thumb.shape == (1, 256) and thumb.mean() == pytest.approx(0, abs=1e-9) and thumb.std() == pytest.approx(1)
+    assert thumbnails(film//2) == pytest.approx(thumb, abs=0.05)
+    assert np.linalg.norm(unit(RNG.normal(size=(3, 4))), axis=1) == pytest.approx(1)

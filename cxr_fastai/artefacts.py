@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 WEIGHTS, LEARNER = 'model.safetensors', 'learner.pkl'
 MAX_HEADER = 2**22
 """Bytes of a safetensors header above which the file is refused; a ResNet50's has 2^15."""
+MAX_SIZE = 2**12
+"""Side of a film, in px, above which no network is believed to want it."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,19 @@ class ModelConfig:
         """The inverse of `asdict`, of what the file `source` says; other keys are let be. Raises `CXRError` where
         something is missing, of another kind, or of other classes."""
         vocab = facts.get('vocab', VOCAB)
-        if tuple(vocab) != VOCAB:
-            raise CXRError(f'{source}: made for the classes {vocab}, in this order; {", ".join(VOCAB)} are meant here.')
+        if not isinstance(vocab, list | tuple) or tuple(vocab) != VOCAB:
+            raise CXRError(f'{source}: made for the classes {vocab!r:.80}, in this order; {", ".join(VOCAB)} are meant '
+                           'here.')
         known = {field.name: facts[field.name] for field in fields(cls) if field.name in facts}
         try:
             config = cls(**known)
-            whole = (config.size > 0, 0 <= config.threshold <= 1, config.low_pass >= 0, config.arch.isprintable(),
+            whole = (0 < config.size <= MAX_SIZE, type(config.size) is int, isinstance(config.resize, str),
+                     0 <= config.threshold <= 1, config.low_pass >= 0, config.arch.isprintable(),
                      config.temperature is None or config.temperature > 0)
         except (TypeError, AttributeError) as error:
             raise CXRError(f'{source}: not a model of ours ({error}).') from None
-        if not all(whole): raise CXRError(f'{source}: size, threshold, low_pass or temperature cannot be: {known}.')
+        if not all(whole):
+            raise CXRError(f'{source}: size, resize, threshold, low_pass or temperature cannot be: {known!r:.300}.')
         return config
 
 

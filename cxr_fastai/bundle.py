@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,9 +78,7 @@ class Bundle:
     @property
     def canary(self) -> Canary:
         """Its canary films."""
-        found = self.tensors(CANARY)
-        if {'films', 'p'} - set(found): raise CXRError(f'{self.path/CANARY}: its canary films are damaged.')
-        return Canary.checked(found['films'], found['p'], self.path/CANARY)
+        return self._canary('p')
 
     def __contains__(self, name: str) -> bool: return name in self.manifest
 
@@ -109,10 +107,18 @@ class Bundle:
         if kind not in ENGINES: raise UsageError(f'--engine {kind}: choose {", ".join(ENGINES)}.')
         if kind == 'auto': kind = 'onnx' if ONNX in self and find_spec('onnxruntime') else 'torch'
         made = self._torch() if kind == 'torch' else self._onnx(INT8 if kind == 'int8' else ONNX)
-        canary = self.tensors(CANARY)
-        known = replace(self.canary, p=canary['p_int8']) if kind == 'int8' and 'p_int8' in canary else self.canary
-        known.check(made, self.path, QUICK, self.config.threshold)
+        p = 'p_int8' if kind == 'int8' and 'p_int8' in self.tensors(CANARY) else 'p'
+        self._canary(p).check(made, self.path, QUICK, self.config.threshold)
         return made
+
+    def _canary(self, p: str) -> Canary:
+        found, size = self.tensors(CANARY), self.config.size
+        if {'films', p} - set(found): raise CXRError(f'{self.path/CANARY}: its canary films are damaged.')
+        canary = Canary.checked(found['films'], found[p], self.path/CANARY)
+        if (side := canary.films.shape[-1]) != size:
+            raise CXRError(f'{self.path/CANARY}: canary films of {side} px, for a network of {size} px: the bundle is '
+                           'damaged.')
+        return canary
 
     def _onnx(self, name: str) -> Engine:
         from cxr_fastai.engines import OnnxEngine
@@ -131,12 +137,14 @@ class Bundle:
     def _bytes(self, name: str, most: int) -> bytes:
         try:
             if self.path.is_dir():
+                if not (self.path/name).is_file(): raise OSError('no regular file')  # a pipe would wait for ever
                 self._limit((self.path/name).stat().st_size, name, most)
                 return (self.path/name).read_bytes()
             with zipfile.ZipFile(self.path) as archive:
                 self._limit(archive.getinfo(name).file_size, name, most)
                 return archive.read(name)
-        except (OSError, KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        except CXRError: raise
+        except Exception as error:  # what a broken zip raises is up to its bytes
             raise CXRError(f'{self.path}: {name} cannot be read from the bundle ({error}).') from None
 
     def _limit(self, size: int, name: str, most: int) -> None:

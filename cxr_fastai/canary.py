@@ -36,8 +36,14 @@ class Canary:
 
     def check(self, engine: Engine, source: Path, few: int = FILMS, threshold: float = 0.5) -> None:
         """Raise `ParityError` unless `engine` predicts the same of the first `few` films, and calls them the same."""
-        p, known = engine(self.films[:few])[0], self.p[:few]
-        worst, plain = float(np.abs(p - known).max()), np.abs(known - threshold) > TOLERANCE
+        known = self.p[:few]
+        try: p = engine(self.films[:few])[0]
+        except Exception as error:  # those of torch and ONNX Runtime share no base
+            why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise ParityError(f'{source}: it cannot predict the films that it was saved with ({why}): it is damaged, '
+                              'or made for other software: get it anew.') from error
+        same = p.shape == known.shape and p.dtype.kind == 'f'
+        worst, plain = float(np.abs(p - known).max()) if same else np.inf, np.abs(known - threshold) > TOLERANCE
         if not worst <= TOLERANCE or ((p >= threshold) != (known >= threshold))[plain].any():
             raise ParityError(f'{source}: it does not predict what it did when it was saved (a probability differs by '
                               f'{worst:.2g}): it is damaged, or made for other software: get it anew.')
@@ -49,16 +55,18 @@ class Canary:
     @classmethod
     def from_dict(cls, facts: dict[str, Any], source: Path) -> Canary:
         """The inverse of `as_dict`. Raises `CXRError` for what is none."""
-        try: return cls.checked(np.frombuffer(bytearray(facts['films']), np.uint8).reshape(
-            -1, facts['size'], facts['size']),
-                                np.array(facts['p'], np.float64), source)
-        except (KeyError, TypeError, ValueError): raise CXRError(f'{source}: its canary films are damaged.') from None
+        try:
+            films = np.frombuffer(bytearray(facts['films']), np.uint8).reshape(-1, facts['size'], facts['size'])
+            return cls.checked(films, np.array(facts['p'], np.float64), source)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            raise CXRError(f'{source}: its canary films are damaged.') from None
 
     @classmethod
     def checked(cls, films: np.ndarray, p: np.ndarray, source: Path) -> Canary:
         """A canary of what a file holds. Raises `CXRError` where that is no set of films with probabilities."""
         square = films.ndim == 3 and films.dtype == np.uint8 and films.shape[1] == films.shape[2]
-        if not (square and p.shape == (len(films),) and len(films) >= 1 and ((p >= 0) & (p <= 1)).all()):
+        told = p.dtype.kind == 'f' and p.shape == (len(films),) and ((p >= 0) & (p <= 1)).all()
+        if not (square and told and len(films) >= 1):
             raise CXRError(f'{source}: its canary films are damaged.')
         return cls(films, p)
 

@@ -119,4 +119,5 @@ def _tell_signal(number: signal.Signals) -> int:
 
 def run() -> None:
     """The console script: `main`, as the process's exit code."""
+    sys.stdout.reconfigure(errors='backslashreplace')  # a name may have letters that the terminal's encoding lacks
     sys.exit(main())

@@ -56,8 +56,8 @@ def predict(model: opt.Model, films: opt.PredictFilms, table: opt.NewTable = Non
         predictor = replace(Predictor.load(model, calibrated, 'torch' if maps else engine, not no_gate), tta=tta)
         if threshold is not None: predictor = predictor.at(threshold)
         if done and float(done[0]['threshold']) != predictor.threshold:
-            raise UsageError(f'--resume: {table} has the threshold {float(done[0]["threshold"]):g}, and now it would be '
-                             f'{predictor.threshold:g}: go on with the model and the options that it was begun with.')
+            raise UsageError(f'--resume: {table} has the threshold {float(done[0]["threshold"]):g}, now it would be '
+                             f'{predictor.threshold:g}: go on with the model and options that it was begun with.')
         if maps: check_new(_folder(table))
         if writer and not done: writer.start()
         work = partial(predictor.predict, batch_size=batch_size, console=out, workers=workers)

@@ -1,6 +1,7 @@
 """What computes: a torch network, or its ONNX file. Both take grey uint8 films and give probabilities and features."""
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,8 @@ from cxr_fastai.core import POSITIVE, CXRError, UsageError
 if TYPE_CHECKING:
     from torch import nn
 
-EXTERNAL = b'\x0a\x08location'
-"""How an ONNX file says, in the bytes of its protocol, that a tensor is in another file."""
+EXTERNAL = re.compile(rb'(\x0a|\x8a\x80*\x00)(\x08|\x88\x80*\x00)location')
+"""How an ONNX file says, in the bytes of its protocol, that a tensor is in another file; numbers may be padded."""
 
 
 class TorchEngine:
@@ -40,8 +41,8 @@ class OnnxEngine:
 
     def __init__(self, data: bytes, source: Path, threads: int | None = None):
         import onnxruntime
-        if EXTERNAL in data: raise CXRError(f'{source}: it keeps tensors in other files, which is refused.')
-        options = onnxruntime.SessionOptions()
+        if EXTERNAL.search(data): raise CXRError(f'{source}: it keeps tensors in other files, which is refused.')
+        self.source, options = source, onnxruntime.SessionOptions()
         options.log_severity_level = 4
         if threads: options.intra_op_num_threads = threads
         try: self.session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
@@ -52,8 +53,11 @@ class OnnxEngine:
 
     def __call__(self, films: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `TorchEngine` does."""
-        p, features = self.session.run(['p_pneumonia', 'features'], {'films': films[:, None]})
-        return p, features
+        try: p, features = self.session.run(['p_pneumonia', 'features'], {'films': films[:, None]})
+        except Exception as error:
+            raise CXRError(f'{self.source}: it cannot be computed ({str(error).splitlines()[0][:120]}).') from None
+        if len(p) == len(features) == len(films): return p, features
+        raise CXRError(f'{self.source}: it gives {len(p)} probabilities for {len(films)} films.')
 
     @property
     def model(self) -> Any:

@@ -72,7 +72,7 @@ def export(run: Run, out: Path | None = None, as_zip: bool = False, int8: bool =
     out = out or run/('bundle.zip' if as_zip else 'bundle')
     check_place(out, as_zip)
     with writing(out): out.parent.mkdir(parents=True, exist_ok=True)
-    made = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
+    made = out.with_name(f'.{out.name}.{os.getpid()}.made')  # not .tmp, which `atomic` calls the zip while it grows
     try:
         with writing(out):
             made.mkdir()

@@ -1,7 +1,7 @@
 """Whether a picture looks like the films that a network was trained on: if not, its probability means nothing.
 
-Two distances, since either alone lets something through: the network's features do not mind a negative, thumbnails do
-not mind a film upside down.
+Three distances, since each alone lets something through: the network's features do not mind a negative, nor thumbnails,
+all in all, a film upside down.
 """
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Space:
 @dataclass(frozen=True)
 class Gate:
     """A `bank` (m, c) of the network's mean features of training films, of length 1; the space of their thumbnails; and
-    the `limits` (2,) of the distances from both."""
+    the `limits` (3,) of the distances from both."""
     bank: np.ndarray
     thumbs: Space
     limits: np.ndarray
@@ -65,20 +65,22 @@ class Gate:
     @classmethod
     def fit(cls, train: tuple[np.ndarray, np.ndarray], valid: tuple[np.ndarray, np.ndarray]) -> Gate:
         """A gate that knows the features (n, c) and films uint8 (n, s, s) of training, and turns away `REJECTED` of
-        those of validation, as many by either distance."""
-        gate = cls(np.float16(unit(train[0])), Space.fit(thumbnails(train[1])), np.ones(2, np.float32))
-        return replace(gate, limits=np.float32([np.quantile(far, 1 - REJECTED/2) for far in gate.distances(*valid)]))
+        those of validation, as many by each distance."""
+        gate = cls(np.float16(unit(train[0])), Space.fit(thumbnails(train[1])), np.ones(3, np.float32))
+        limits = np.quantile(gate.distances(*valid), 1 - REJECTED/3, axis=1)
+        return replace(gate, limits=limits.astype(np.float32))
 
     def measure(self, features: np.ndarray, films: np.ndarray) -> np.ndarray:
-        """The greater of the two distances (n,) of each film, over its limit: above 1 it is no chest film."""
+        """The greatest of the distances (n,) of each film, over its limit: above 1 it is no chest film."""
         over = self.distances(features, films)/np.maximum(self.limits, 1e-9)[:, None]
         return np.where(films.std(axis=(1, 2)) < FLAT, np.inf, over.max(axis=0))
 
     def distances(self, features: np.ndarray, films: np.ndarray) -> np.ndarray:
-        """Two distances (2, n) of each film: of its features to the `NEAR`-th nearest of the bank, by angle (Sun et al.
-        2022), and of its thumbnail to those of training films."""
+        """Three distances (3, n) of each film: of its features to the `NEAR`-th nearest of the bank, by angle (Sun et
+        al. 2022); of its thumbnail to those of training films; and that over the one when it is turned upside down."""
         alike = np.sort(unit(features) @ self.bank.astype(np.float32).T, axis=1)
-        return np.stack([1 - alike[:, -min(NEAR, len(self.bank))], self.thumbs.distance(thumbnails(films))])
+        far, turned = (self.thumbs.distance(thumbnails(one)) for one in (films, films[:, ::-1]))
+        return np.stack([1 - alike[:, -min(NEAR, len(self.bank))], far, far/np.maximum(turned, 1e-9)])
 
     def as_tensors(self) -> dict[str, np.ndarray]:
         """Plain arrays, by name."""

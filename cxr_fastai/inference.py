@@ -15,7 +15,7 @@ import numpy as np
 from cxr_fastai.artefacts import LEARNER, ModelConfig, fill_weights, find_network, sha256
 from cxr_fastai.bundle import GATE, Bundle, is_bundle
 from cxr_fastai.canary import Engine
-from cxr_fastai.core import VOCAB, CXRWarning, FilmError, UsageError, in_threads
+from cxr_fastai.core import VOCAB, CXRError, CXRWarning, FilmError, UsageError, in_threads
 from cxr_fastai.engines import TorchEngine
 from cxr_fastai.folders import find_films
 from cxr_fastai.gate import OUTSIDE, Gate
@@ -141,8 +141,13 @@ def _list(source: Path) -> list[Path]:
 
 def _of_bundle(path: Path, engine: str) -> Predictor:
     bundle = Bundle.open(path)
-    gate = Gate.from_tensors(bundle.tensors(GATE), path/GATE) if GATE in bundle else None
-    return Predictor(bundle.engine(engine), bundle.config, gate=gate)
+    found = Predictor(bundle.engine(engine), bundle.config)
+    if GATE not in bundle: return found
+    found = replace(found, gate=Gate.from_tensors(bundle.tensors(GATE), path/GATE))
+    try: fits = found._judge(bundle.canary.films[:1])[1].shape == (1,)
+    except (ValueError, TypeError, IndexError): fits = False
+    if not fits: raise CXRError(f'{path/GATE}: not a gate of this network: the bundle is damaged, get it anew.')
+    return found
 
 
 def _of_run(path: Path, _: str) -> Predictor:

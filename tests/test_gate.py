@@ -22,7 +22,7 @@ def pictures() -> dict[str, np.ndarray]:
 def others(films: np.ndarray) -> dict[str, np.ndarray]:
     """What is made of films, and is none: each (n, s, s)."""
     side = films.shape[-1]
-    return {'turned': np.rot90(films, 1, (1, 2)), 'negative': 255 - films,
+    return {'turned': np.rot90(films, 1, (1, 2)), 'upside down': films[:, ::-1], 'negative': 255 - films,
             'noise': RNG.integers(0, 256, films.shape, dtype=np.uint8),
             'ramp': np.tile(np.linspace(0, 255, side), (2, side, 1)).astype(np.uint8),
             'blank': np.full_like(films[:2], 128), 'swapped halves': np.roll(films, side//2, axis=2)}

@@ -157,6 +157,11 @@ class Bundle:
         return found
 
 
+def manifest_text(files: dict[str, dict[str, Any]]) -> str:
+    """The manifest of `files`, name -> `sha256` and `size`."""
+    return json.dumps({'schema': SCHEMA, 'files': files}, indent=2) + '\n'
+
+
 def is_bundle(path: Path) -> bool:
     """Whether `path` is the folder or the zip of a bundle."""
     return (path/MANIFEST).is_file() or path.suffix == '.zip' and path.is_file()

@@ -36,6 +36,16 @@ def export(run: opt.RunFolder, bundle: opt.NewBundle = None, as_zip: opt.AsZip =
     say(f'{made.path}: {", ".join(made.manifest)}. Next: cxr-fastai predict {made.path} FILM...')
 
 
+def push_to_hub(bundle: opt.BundlePath, repo: opt.Repo, private: opt.Private = False,
+                with_pickle: opt.WithPickle = False) -> None:
+    """Upload a bundle to the Hugging Face Hub, with its model card.
+
+    Example: cxr-fastai push-to-hub bundle me/pneumonia
+    """
+    from cxr_fastai.hub import push
+    say(push(bundle, repo, private, with_pickle))
+
+
 def predict(model: opt.Model, films: opt.PredictFilms, table: opt.NewTable = None, resume: opt.ResumeTable = False,
             batch_size: opt.BatchSize = 32, calibrated: opt.Calibrated = False, threshold: opt.Cut = None,
             tta: opt.Mirrored = False, maps: opt.Maps = False, no_gate: opt.NoGate = False,

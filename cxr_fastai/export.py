@@ -1,7 +1,6 @@
 """A run becomes a bundle: written beside its place, predicted with in a fresh process, and only then put there."""
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ import torch
 from rich.console import Console
 
 from cxr_fastai.artefacts import LEARNER, WEIGHTS, config_text, save_weights, sha256, tensor_bytes
-from cxr_fastai.bundle import CANARY, CARD, CONFIG, GATE, INT8, MANIFEST, ONNX, SCHEMA, Bundle
+from cxr_fastai.bundle import CANARY, CARD, CONFIG, GATE, INT8, MANIFEST, ONNX, SCHEMA, Bundle, manifest_text
 from cxr_fastai.canary import Canary, Engine, ParityError
 from cxr_fastai.card import render_card
 from cxr_fastai.core import POSITIVE, VOCAB, CXRError, CXRWarning, UsageError, atomic, sync, writing
@@ -116,7 +115,7 @@ def fill_bundle(run: Run, folder: Path, int8: bool = False, console: Console | N
         items_sha256=sha256(run/'items.csv'), **more), encoding='utf-8')
     _copy_learner(run, folder, predictor)
     files = {path.name: {'sha256': sha256(path), 'size': path.stat().st_size} for path in sorted(folder.iterdir())}
-    (folder/MANIFEST).write_text(json.dumps({'schema': SCHEMA, 'files': files}, indent=2) + '\n', encoding='utf-8')
+    (folder/MANIFEST).write_text(manifest_text(files), encoding='utf-8')
 
 
 def read_known(run: Run, predictor: Predictor, console: Console | None = None) -> dict[str, Known]:

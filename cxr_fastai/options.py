@@ -74,6 +74,10 @@ NewBundle = Annotated[Path | None, Option('--out', metavar='DIR', show_default='
     'Folder, or with --zip file, to make; an older bundle there is replaced.'))]
 Int8 = Annotated[bool, Option('--int8', help=(
     'Also an ONNX file in 8 bits, kept where the AUC on validation films changes by less than .002.'))]
+BundlePath = Annotated[Path, Argument(metavar='BUNDLE', help='Folder or zip that `export` made.')]
+Repo = Annotated[str, Argument(metavar='USER/NAME', help='Repository on the Hub; it is made if it is not there.')]
+Private = Annotated[bool, Option('--private', help='Make a new repository private.')]
+WithPickle = Annotated[bool, Option('--with-pickle', help='Upload learner.pkl too, which others have to trust.')]
 AsZip = Annotated[bool, Option('--zip', help='One file instead of a folder.')]
 TrustWhat = Annotated[list[str], Argument(metavar='FILE|list|remove HEX', help=(
     'A pickle to trust; or `list`; or `remove` and a SHA-256.'))]

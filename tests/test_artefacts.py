@@ -292,3 +292,22 @@ def test_eight_bits_are_kept_only_where_they_are_as_good(evaluated, tmp_path, mo
     with pytest.warns(CXRWarning, match='less than 0.0 is asked'): export(evaluated, tmp_path/'b', int8=True)
     with pytest.raises(CXRError, match='has no model.int8.onnx'): Bundle.open(tmp_path/'b').engine('int8')
     with pytest.raises(UsageError, match='--engine x: choose auto'): Bundle.open(tmp_path/'b').engine('x')
+
+
+def test_a_bundle_goes_to_the_hub_without_its_pickle(bundle, monkeypatch, capsys):
+    sent = {}
+
+    class Api:
+        def create_repo(self, repo: str, **how: bool) -> None: sent.update(how, repo=repo)
+
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> None:
+            shutil.copytree(folder_path, bundle.parent/'sent')
+    monkeypatch.setattr('huggingface_hub.HfApi', Api)
+    assert main(['push-to-hub', str(bundle), 'me/model', '--private']) == 0
+    assert sent == {'repo': 'me/model', 'private': True, 'exist_ok': True}
+    assert 'https://huggingface.co/me/model' in capsys.readouterr().out
+    verify(bundle.parent/'sent')
+    assert not (bundle.parent/'sent/learner.pkl').exists()
+    assert (bundle.parent/'sent/README.md').read_bytes() == (bundle/'MODEL_CARD.md').read_bytes()
+    monkeypatch.setattr(Api, 'create_repo', lambda *_, **__: 1/0)
+    assert main(['push-to-hub', str(bundle), 'me/model']) == 1 and 'the Hub refused' in capsys.readouterr().err

@@ -17,7 +17,7 @@ TOP = 0.05
 """The share of the pixels that is taken away first."""
 STEPS = (0.0, TOP, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """Shares of the pixels at which the curves of deletion and insertion are measured."""
-LEAST_DROP = 0.001
+LEAST_DROP = 0.01
 """A loss of probability by random pixels that is smaller, or a gain, counts as this much."""
 PAIRS, DRAWS, STAGES, FEW = 50, 8, 12, 16
 """Pairs of films whose maps are compared; how often layers are drawn anew, in how many stages at most, and for how many
@@ -32,7 +32,7 @@ def deletion(explainer: Explainer, films: np.ndarray, heat: np.ndarray, normal: 
 
     Black, a blur, or the mean grey in place of a pixel is no film that the network knows (Sturmfels, Lundberg and Lee
     2020), and smooth opacities outlive a blur."""
-    order, chance = ranks(heat), ranks(rng.random(heat.shape))
+    order, chance = ranks(heat + 1e-9*rng.random(heat.shape)), ranks(rng.random(heat.shape))  # ties fall by chance
 
     def curve(ranked: np.ndarray, back: bool = False) -> list[float]:
         return [float(explainer.scores(np.where((ranked >= share) ^ back, films, normal)).mean()) for share in STEPS]
@@ -46,14 +46,17 @@ def deletion(explainer: Explainer, films: np.ndarray, heat: np.ndarray, normal: 
 def forgetting(explainer: Explainer, films: np.ndarray, heat: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
     """How alike the first `FEW` maps stay while layers lose what they learned, from the last to the first (Adebayo et
     al. 2018), beside pairs of maps of different films: `stages`, `pairs`, and by how much the pairs are more alike at
-    the stage that is worst. Each stage is the mean of `DRAWS`: by chance a random head may be much like the trained."""
-    chosen = [rng.choice(len(heat), 2, replace=len(heat) < 2) for _ in range(PAIRS)]
+    the stage that is worst. Each stage is the mean of `DRAWS`, since a random head of two classes is as often like the
+    trained one as like its opposite; `ssim_above` and `spearman_above` are the shares of draws above the pairs."""
+    if len(heat) < 2: return {}
+    chosen = [rng.choice(len(heat), 2, replace=False) for _ in range(PAIRS)]
     pairs, stages = likeness([(heat[i], heat[j]) for i, j in chosen]), {}
     for draw in range(DRAWS):
         for layer, maps in _forget(explainer, films[:FEW], draw):
             stages.setdefault(layer, []).append(likeness(list(zip(heat[:FEW], maps, strict=True))))
-    rows = [{'layer': layer, **{name: float(np.mean([one[name] for one in found])) for name in pairs}}
-            for layer, found in stages.items()]
+    rows = [{'layer': layer, **{name: float(np.mean([one[name] for one in found])) for name in pairs}, **{
+        f'{name}_above': float(np.mean([one[name] > base for one in found])) for name, base in pairs.items()}}
+        for layer, found in stages.items()]
     margins = {f'{name}_margin': base - max(row[name] for row in rows) for name, base in pairs.items()}
     return {'pairs': pairs, 'stages': rows, **margins}
 
@@ -74,6 +77,13 @@ def _forget(explainer: Explainer, films: np.ndarray, seed: int) -> Iterator[tupl
     layers = [(name, layer) for name, layer in model.named_modules() if hasattr(layer, 'reset_parameters')][::-1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for stage in np.array_split(np.arange(len(layers)), min(STAGES, len(layers))):
+        for stage in _stages([name for name, _ in layers]):
             for i in stage: layers[i][1].reset_parameters()
             yield layers[stage[-1]][0], random.maps(films)
+
+
+def _stages(names: list[str]) -> list[np.ndarray]:
+    """Which of the layers, from the last, are drawn anew together: each of the head alone, then parts of the body."""
+    head = sum(name.startswith('1.') for name in names)
+    body = np.arange(head, len(names))
+    return [*np.arange(head)[:, None], *np.array_split(body, min(STAGES, len(body)))]

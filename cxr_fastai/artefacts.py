@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHTS, LEARNER = 'model.safetensors', 'learner.pkl'
+ABOVE_ALL = math.nextafter(1, 2)
+"""The threshold that calls no film pneumonia."""
 MAX_HEADER = 2**22
 """Bytes of a safetensors header above which the file is refused; a ResNet50's has 2^15."""
 MAX_SIZE = 2**12
@@ -51,7 +54,7 @@ class ModelConfig:
         try:
             config = cls(**known)
             whole = (0 < config.size <= MAX_SIZE, type(config.size) is int, isinstance(config.resize, str),
-                     0 <= config.threshold <= 1, config.low_pass >= 0, config.arch.isprintable(),
+                     0 <= config.threshold <= ABOVE_ALL, config.low_pass >= 0, config.arch.isprintable(),
                      config.temperature is None or config.temperature > 0)
         except (TypeError, AttributeError) as error:
             raise CXRError(f'{source}: not a model of ours ({error}).') from None

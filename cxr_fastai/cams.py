@@ -20,6 +20,8 @@ from cxr_fastai.core import POSITIVE, UsageError
 
 PATCHES, STRIDES = 8, 16
 """An occluding square is an eighth of the side, and moves by a sixteenth."""
+LEAST_LOSS = 1e-6
+"""What covering a place costs in probability at least, or it is rounding."""
 EPSILON = 1e-6
 """Keeps a division by nothing finite in Grad-CAM++, as in its authors' code."""
 BODY = '0'
@@ -78,9 +80,15 @@ def name_layer(model: nn.Sequential, layer: nn.Module) -> str:
     return next(name for name, known in model.named_modules() if known is layer)
 
 
-def check_method(method: str) -> None:
-    """Raise `UsageError` for a `method` that is none."""
+def check_method(model: nn.Sequential, method: str, layer: str | None = None) -> None:
+    """Raise `UsageError` for a `method` or a `layer` that is none, or where the two or the head of `model` do not go
+    together."""
     if method not in METHODS: raise UsageError(f'--method {method}: choose {", ".join(METHODS)}.')
+    if method == 'occlusion' and layer: raise UsageError('--layer: --method occlusion looks at no layer.')
+    place, heads = find_layer(model, layer, method), [type(part) for part in model[1].modules()]
+    if method == 'cam' and not (place is model[0] and heads.count(nn.Linear) == 1 and nn.AdaptiveAvgPool2d in heads):
+        raise UsageError('--method cam: it needs a head of average pooling and one Linear, and the body as its layer: '
+                         'gradcam takes any.')
 
 
 def activation_maps(model: nn.Sequential, films: Tensor, target: int = POSITIVE, method: str = 'gradcam',
@@ -90,7 +98,7 @@ def activation_maps(model: nn.Sequential, films: Tensor, target: int = POSITIVE,
 
     Raises `UsageError` for a method, a layer or a head that gives no map.
     """
-    check_method(method)
+    check_method(model, method, layer)
     place = find_layer(model, layer, method)
     with explaining(model): return METHODS[method](model, films, target, place).detach()
 
@@ -107,11 +115,8 @@ def scale(maps: Tensor) -> Tensor:
 
 
 def _cam(model: nn.Sequential, films: Tensor, target: int, layer: nn.Module) -> Tensor:
-    linear = [module for module in model[1].modules() if isinstance(module, nn.Linear)]
-    if len(linear) != 1 or layer is not model[0]:
-        raise UsageError('--method cam: it needs a head of average pooling and one Linear, and the body as its layer: '
-                         'gradcam takes any.')
-    return _positive(model[0](films), linear[0].weight[target][None, :])
+    linear = next(part for part in model[1].modules() if isinstance(part, nn.Linear))
+    return _positive(layer(films), linear.weight[target][None, :])
 
 
 def _gradcam(model: nn.Sequential, films: Tensor, target: int, layer: nn.Module) -> Tensor:
@@ -130,8 +135,8 @@ def _occlusion(model: nn.Sequential, films: Tensor, target: int, layer: nn.Modul
     """The mean loss of probability over the squares that cover each place; a square has the film's mean grey."""
     side = films.shape[-1]
     patch, stride = max(side//PATCHES, 1), max(side//STRIDES, 1)
-    starts = range(0, side - patch + 1, stride)
-    lost, times = (torch.zeros(len(films), side, side) for _ in range(2))
+    starts = sorted({*range(0, side - patch, stride), side - patch})
+    lost, times = (torch.zeros(len(films), side, side, dtype=torch.float64) for _ in range(2))
     with torch.no_grad():
         whole = _probability(model, films, target)
         for top in starts:
@@ -141,7 +146,7 @@ def _occlusion(model: nn.Sequential, films: Tensor, target: int, layer: nn.Modul
                 covered[here] = films.mean(dim=(2, 3), keepdim=True)
                 lost[here] += (whole - _probability(model, covered, target))[:, None, None]
                 times[here] += 1
-    return (lost/times.clamp(min=1)).relu()
+    return torch.where(lost/times > LEAST_LOSS, lost/times, 0).float()
 
 
 METHODS: dict[str, Callable[[nn.Sequential, Tensor, int, nn.Module], Tensor]] = {
@@ -162,4 +167,4 @@ def _positive(seen: Tensor, weights: Tensor) -> Tensor:
 
 
 def _probability(model: nn.Sequential, films: Tensor, target: int) -> Tensor:
-    return model(films).softmax(dim=1)[:, target]
+    return model(films).double().softmax(dim=1)[:, target]  # 32 bits would round 1 - 1e-8 to 1

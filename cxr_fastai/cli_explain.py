@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cxr_fastai.overlays import Explanation
 
 
-def explain(run: opt.RunFolder, films: opt.SomeFilms = None, method: opt.Method = 'gradcam',
+def explain(run: opt.Explained, films: opt.SomeFilms = None, method: opt.Method = 'gradcam',
             target: opt.Target = 'PNEUMONIA', layer: opt.Layer = None, folder: opt.ExplanationFolder = None,
             top_losses: opt.TopLosses = None, check: opt.CheckMaps = False, split: opt.Split = 'test',
             data: opt.Data = None, csv: opt.Csv = None, burned_in: opt.BurnedIn = False,
@@ -29,8 +29,10 @@ def explain(run: opt.RunFolder, films: opt.SomeFilms = None, method: opt.Method 
     if bool(films) + bool(top_losses) + check != 1:
         raise UsageError('name films, or give --top-losses N, or --check: one of them.')
     if films and (data or csv): raise UsageError('--data and --csv tell where the films of a split are.')
-    known, how = Run.open(run), {'method': method, 'target': target, 'layer': layer}
+    how = {'method': method, 'target': target, 'layer': layer}
+    known = Run(run) if films and not (run/'recipe.json').exists() else Run.open(run)
     if check: return _check(known, split, one_of(data, csv), folder, how)
+    if not folder and not (run/'recipe.json').exists(): raise UsageError(f'{run}: not a run folder: name one by --out.')
     place = folder or free(run/'figures'/'explained')
     check_new(place)
     if top_losses: bad = _explain_split(known, split, one_of(data, csv), top_losses, place, how, batch_size, burned_in)
@@ -39,21 +41,19 @@ def explain(run: opt.RunFolder, films: opt.SomeFilms = None, method: opt.Method 
 
 
 def _explain_films(model: Path, films: list[Path], place: Path, how: dict, batch_size: int, burned_in: bool) -> int:
-    from cxr_fastai.explanations import Explainer
+    from cxr_fastai.explanations import Explainer, Subject
     from cxr_fastai.inference import Predictor, list_films
     from cxr_fastai.names import short_path
-    paths = list_films(films)
-    names = [visible(short_path(str(path))) for path in paths]
-    return draw(Explainer(Predictor.load(model), **how).explain(paths, names, None, batch_size, burned_in), place)
+    explainer = Explainer(Predictor.load(model, engine='torch'), **how)
+    subjects = [Subject(path, visible(short_path(str(path)))) for path in list_films(films)]
+    return draw(explainer.explain(subjects, batch_size, burned_in), place)
 
 
 def _explain_split(run: Run, split: str, data: Path | None, most: int, place: Path, how: dict, batch_size: int,
                    burned_in: bool) -> int:
     from cxr_fastai.explanations import CXRInterpretation, save_cams, save_galleries
     shown = CXRInterpretation.from_run(run, split, data, **how)
-    rows = shown.top_losses(most)
-    bad = draw(shown.explainer.explain([shown.root/path for path in rows.path], rows.path.to_list(),
-                                        rows.label.to_list(), batch_size, burned_in), place)
+    bad = draw(shown.explainer.explain(shown.subjects(shown.top_losses(most)), batch_size, burned_in), place)
     save_cams(run, split, shown)
     say(f'in {run.path}: {", ".join(save_galleries(run, split, shown, most))}, and maps for its report')
     return bad
@@ -66,7 +66,8 @@ def _check(run: Run, split: str, data: Path | None, folder: Path | None, how: di
     from cxr_fastai.sanity import check_run
     found = check_run(run, split, data, out, **how)
     out.print(check_table(found))
-    say(f'in {run.path}: figures/cam_check.json, figures/cam_check.png')
+    drawn = ', figures/cam_check.png' if (run/'figures/cam_check.png').is_file() else ''
+    say(f'in {run.path}: figures/cam_check.json{drawn}')
 
 
 def draw(explained: Iterator[Explanation | FilmError | None], place: Path) -> int:

@@ -142,8 +142,8 @@ def _folder(table: Path) -> Path: return table.with_name(f'{table.stem}_maps')
 def _explain(predictor: Predictor, rows: list[dict[str, Any]], paths: list[Path], folder: Path) -> None:
     """Draw a map of each film that has a probability, called by the number of its row."""
     from cxr_fastai.cli_explain import draw
-    from cxr_fastai.explanations import Explainer
+    from cxr_fastai.explanations import Explainer, Subject
     from cxr_fastai.names import short_path
     shown = [path for row, path in zip(rows, paths, strict=True) if row['status'] == 'ok']
-    found = Explainer(predictor).explain(shown, [visible(short_path(str(path))) for path in shown])
+    found = Explainer(predictor).explain([Subject(path, visible(short_path(str(path)))) for path in shown])
     draw((next(found) if row['status'] == 'ok' else None for row in rows), folder)

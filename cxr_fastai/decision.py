@@ -44,6 +44,8 @@ class Decision:
         try: decision = cls(**known)
         except TypeError as error:
             raise UsageError(f'{run/"decision.json"}: damaged ({error}): delete it and evaluate again.') from None
+        if not all(isinstance(number, int | float) for number in (decision.threshold, decision.temperature)):
+            raise UsageError(f'{run/"decision.json"}: damaged (no numbers): delete it and evaluate again.')
         return decision if decision.model == model else None
 
     @classmethod

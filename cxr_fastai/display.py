@@ -41,8 +41,8 @@ def robustness_table(robustness: pd.DataFrame) -> Table:
 def check_table(check: dict) -> Table:
     """The numbers of a check of maps, each with its target and whether it is reached."""
     from cxr_fastai.sanity import CHECKS, tell
-    table = Table(title=f'{check["method"]} at layer {check["layer"]}, {check["films"]} films of pneumonia, '
-                        f'{check["empty"]} of them without positive evidence', title_justify='left')
+    table = Table(title=f'{check["method"]} at layer {check["layer"]}, {check["films"]} films of pneumonia',
+                  title_justify='left')
     for name in ('maps', 'found', 'target', ''): table.add_column(name, justify='left' if name == 'maps' else 'right')
     for name, one in CHECKS.items():
         holds = check['verdicts'].get(name)

@@ -1,7 +1,7 @@
 """Why a network gave its scores: maps of single films, and `CXRInterpretation`, a run's errors in fastai's manner."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,9 +33,19 @@ BURNED_IN = 'E_BURNED_IN'
 
 
 @dataclass(frozen=True)
+class Subject:
+    """A film to explain: its `path`, the `name` it is called by, and, if known, what it shows in truth and the raw
+    probability `p` of pneumonia."""
+    path: Path
+    name: str = ''
+    label: str | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
 class Explainer:
     """Makes maps with the network of `predictor`: for the class `target`, by a `method` of `cams.METHODS`, at a `layer`
-    (default: the body's output). Raises `UsageError` for what does not exist."""
+    (default: the last before any pooling that ends the body). Raises `UsageError` for what does not exist."""
     predictor: Predictor
     target: str = VOCAB[-1]
     method: str = 'gradcam'
@@ -43,8 +53,7 @@ class Explainer:
 
     def __post_init__(self):
         if self.target not in VOCAB: raise UsageError(f'--target {self.target}: choose {" or ".join(VOCAB)}.')
-        check_method(self.method)
-        find_layer(self.predictor.model, self.layer)
+        check_method(self.predictor.model, self.method, self.layer)
 
     @property
     def place(self) -> str:
@@ -67,33 +76,35 @@ class Explainer:
         raw = activation_maps(self.predictor.model, to_input(films), VOCAB.index(self.target), self.method, self.layer)
         return scale(enlarge(raw, films.shape[-1])).numpy()
 
-    def explain(self, paths: Sequence[Path], names: Sequence[str] | None = None, labels: Sequence[str] | None = None,
-                batch_size: int = 32, burned_in: bool = False) -> Iterator[Explanation | FilmError]:
+    def explain(self, films: Iterable[Subject], batch_size: int = 32,
+                burned_in: bool = False) -> Iterator[Explanation | FilmError]:
         """An explanation a film, in their order; the error of one that cannot be used, or, unless `burned_in` films are
-        allowed, may show the name of its patient."""
-        wanted = zip(paths, names or map(str, paths), labels or [None]*len(paths), strict=True)
+        allowed, may show the name of its patient. Where a film's probability is known, it is not predicted again."""
+        wanted = iter(films)
         while batch := list(islice(wanted, batch_size)): yield from self._explain(batch, burned_in)
 
-    def _explain(self, batch: list[tuple[Path, str, str | None]], burned_in: bool) -> Iterator[Explanation | FilmError]:
+    def _explain(self, batch: list[Subject], burned_in: bool) -> Iterator[Explanation | FilmError]:
         seen = Preprocessing.of(self.predictor.config)
-        opened = [_open(path, burned_in) for path, *_ in batch]
-        films = [film for film in opened if isinstance(film, np.ndarray)]
-        squares = np.stack([seen.fit(film) for film in films]) if films else None
-        found = iter(zip(self.maps(squares), self.predictor.scores(squares), strict=True) if films else ())
-        for (_, name, label), film in zip(batch, opened, strict=True):
-            if isinstance(film, FilmError): yield film
-            else: yield self._place(film, name, label, *next(found))
+        opened = [_open(film.path, seen, burned_in) for film in batch]
+        pairs = [(subject, film) for subject, film in zip(batch, opened, strict=True) if isinstance(film, np.ndarray)]
+        squares = np.stack([seen.fit(film) for _, film in pairs]) if pairs else np.zeros((0, 1, 1), np.uint8)
+        known = [subject.p for subject, _ in pairs]
+        p = self.predictor.scores(squares) if None in known else known
+        found = iter(self._place(*pair, *of) for pair, of in zip(
+            pairs, zip(self.maps(squares) if pairs else (), p, strict=True), strict=True))
+        for film in opened: yield film if isinstance(film, FilmError) else next(found)
 
-    def _place(self, film: np.ndarray, name: str, label: str | None, heat: np.ndarray, p: float) -> Explanation:
+    def _place(self, subject: Subject, film: np.ndarray, heat: np.ndarray, p: float) -> Explanation:
         shown = Image.fromarray(film)
         shown.thumbnail((SIDE, SIDE))
         over = Preprocessing.of(self.predictor.config).spread(heat, shown.height, shown.width)
-        return Explanation(np.asarray(shown), np.clip(over, 0, 1), name, self.predictor.show(float(p)),
-                           self.predictor.threshold, self.target, self.method, label)
+        return Explanation(np.asarray(shown), np.clip(over, 0, 1), subject.name or str(subject.path),
+                           self.predictor.show(float(p)), self.predictor.threshold, self.target, self.method,
+                           subject.label)
 
 
 class CXRInterpretation:
-    """A run's errors on a split, and what it looked at. `from_run` makes one; every film is predicted once at most."""
+    """A run's errors on a split, and what it looked at. `from_run` makes one; no probability is predicted twice."""
 
     def __init__(self, explainer: Explainer, predictions: pd.DataFrame, metrics: dict, root: Path):
         self.explainer, self.predictions, self.metrics, self.root = explainer, predictions, metrics, root
@@ -149,19 +160,25 @@ class CXRInterpretation:
 
     def plot_mean_maps(self, k: int = 100) -> Figure:
         """Where the network looks on average, over up to `k` films of each class."""
-        return plot_mean_maps(self._seen(self.predictions.groupby('label').head(k)))
+        groups = self.predictions.groupby('label')
+        return plot_mean_maps(self._seen(pd.concat([rows.sample(min(k, len(rows)), random_state=0)
+                                                    for _, rows in groups])))
 
     def _gallery(self, rows: pd.DataFrame, title: str, heatmap: bool) -> Figure:
         found = self._seen(rows)
         left_out = f', {len(rows) - len(found)} of them not to be shown' if len(found) < len(rows) else ''
-        return plot_gallery(found, f'{len(rows)} films: {title}{left_out}', heatmap=heatmap)
+        how = f' ({self.explainer.method}, {self.explainer.target})' if heatmap else ''
+        return plot_gallery(found, f'{len(rows)} films: {title}{left_out}{how}', heatmap=heatmap)
 
     def _seen(self, rows: pd.DataFrame) -> list[Explanation]:
         return [one for one in self._explain(rows) if isinstance(one, Explanation)]
 
     def _explain(self, rows: pd.DataFrame) -> Iterator[Explanation | FilmError]:
-        return self.explainer.explain([self.root/path for path in rows.path], rows.path.to_list(),
-                                      rows.label.to_list())
+        return self.explainer.explain(self.subjects(rows))
+
+    def subjects(self, rows: pd.DataFrame) -> list[Subject]:
+        """The films of `rows` of the predictions, with what is known of them."""
+        return [Subject(self.root/row.path, row.path, row.label, row.p_pneumonia) for row in rows.itertuples()]
 
     def _wrong(self) -> pd.DataFrame: return self.predictions[self.predictions.prediction != self.predictions.label]
 
@@ -178,15 +195,16 @@ def save_galleries(run: Run, split: str, shown: CXRInterpretation, k: int = 12) 
 
 
 def save_cams(run: Run, split: str, shown: CXRInterpretation) -> None:
-    """Put small pictures of the maps of the films that a report of `split` shows into the run's `figures/cams/`."""
+    """Put small pictures of the films that a report of `split` shows, under their Grad-CAMs for pneumonia, whatever
+    `shown` is about, into the run's `figures/cams/`."""
     rows = shown_films(run.predicted(split))
-    found = shown.explainer.explain([shown.root/path for path in rows.path], rows.path.to_list())
+    found = Explainer(shown.explainer.predictor).explain(shown.subjects(rows))
     for path, one in zip(rows.path, found, strict=True):
         if isinstance(one, Explanation): save_picture(blend(one), film_picture(run, path, 'cams'))
 
 
-def _open(path: Path, burned_in: bool) -> np.ndarray | FilmError:
-    try: film = open_film(path)
+def _open(path: Path, seen: Preprocessing, burned_in: bool) -> np.ndarray | FilmError:
+    try: film = open_film(path, seen)  # decoded as for prediction
     except FilmError as error: return error
     if film.burned_in and not burned_in:
         return FilmError('its file says that the picture may name the patient: --allow-burned-in shows it anyway.',

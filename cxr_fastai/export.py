@@ -33,7 +33,6 @@ from cxr_fastai.pickles import load_learner, save_learner
 from cxr_fastai.report import SPLITS
 from cxr_fastai.robustness import read_squares
 from cxr_fastai.run import Run
-from cxr_fastai.trust import UntrustedError
 
 PACKAGES = ('cxr_fastai', 'torch', 'safetensors', 'onnxruntime')
 FRESH = 'import sys; from pathlib import Path; from cxr_fastai.export import verify; verify(Path(sys.argv[1]))'
@@ -180,7 +179,7 @@ def _write_int8(folder: Path, data: bytes, known: dict[str, Known], tensors: dic
 def _copy_learner(run: Run, folder: Path, predictor: Predictor) -> None:
     if not (run/LEARNER).is_file(): return
     try: learn = load_learner(run/LEARNER)
-    except UntrustedError as error:
+    except CXRError as error:  # of a network that our list does not know, or not trusted
         warnings.warn(f'no {LEARNER} in the bundle: {error}', CXRWarning, stacklevel=4)
         return
     save_learner(learn, folder/LEARNER, predictor.config)

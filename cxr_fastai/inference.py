@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,7 +155,7 @@ def _of_run(path: Path, _: str) -> Predictor:
     if file.name == LEARNER: found = _of_pickle(file)  # a run of before there were safetensors
     else:
         from cxr_fastai.models import build_model
-        config = ModelConfig.of(run.recipe)
+        config = ModelConfig.from_dict(asdict(ModelConfig.of(run.recipe)), run/'recipe.json')
         model = build_model(config.arch)
         fill_weights(model, file.read_bytes(), file)
         found = Predictor(TorchEngine(model), config)

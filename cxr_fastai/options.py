@@ -127,3 +127,5 @@ HideNames = Annotated[bool, Option('--hide-names', help=(
 RunFolders = Annotated[list[Path], Argument(metavar='RUN...', help=(
     'Folders that `train` made, or a folder of such folders.'))]
 RunFolder = Annotated[Path, Argument(metavar='RUN', help='Folder that `train` made.')]
+Explained = Annotated[Path, Argument(metavar='RUN', help=(
+    'Folder that `train` made; to explain films that are named, a bundle or a trusted .pkl as well.'))]

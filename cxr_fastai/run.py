@@ -161,10 +161,10 @@ def _read_csv(path: Path) -> pd.DataFrame:
                            converters={name: float for name in names if name in EXACT})
     except FileNotFoundError:
         raise UsageError(f'{path} is missing: `cxr-fastai {WRITER[path.name]}` writes it.') from None
-    except ValueError as error: raise UsageError(f'{path}: damaged ({error}).') from None
+    except (ValueError, RecursionError) as error: raise UsageError(f'{path}: damaged ({error}).') from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in the file `path`. Raises `UsageError` where it is damaged."""
     try: return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error: raise UsageError(f'{path}: damaged ({error}).') from None
+    except (ValueError, RecursionError) as error: raise UsageError(f'{path}: damaged ({error}).') from None

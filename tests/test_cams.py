@@ -73,6 +73,29 @@ def test_any_layer_gives_maps_also_before_one_that_works_in_place(layer):
     assert maps.shape[-1] in (8, 16, 32) and (maps >= 0).all() and torch.isfinite(maps).all()
 
 
+def test_occlusion_covers_every_place_and_tells_no_rounding():
+    class Sure(nn.Module):
+        def __init__(self, by: float):
+            super().__init__()
+            self.by = by
+
+        def forward(self, x): return torch.stack([x.mean(dim=(1, 2, 3))*self.by, x.mean(dim=(1, 2, 3))*0 + 16], dim=1)
+    films = torch.rand(1, 3, 50, 50)
+    assert not activation_maps(nn.Sequential(nn.Identity(), Sure(1e-3)), films, 1, 'occlusion').any()
+    class Edge(nn.Module):
+        def forward(self, x): return x[:, :1, :, -2:].mean(dim=(1, 2, 3))[:, None]*torch.tensor([0.0, 8.0])
+    films = torch.zeros(1, 3, 50, 50)
+    films[..., -2:] = 1
+    assert activation_maps(nn.Sequential(nn.Identity(), Edge()), films, 1, 'occlusion')[0, :, -1].min() > 0
+
+
+def test_cam_refuses_a_head_without_pooling():
+    model = nn.Sequential(nn.Identity(), nn.Sequential(nn.Flatten(), nn.Linear(12, 2)))
+    with pytest.raises(UsageError, match='average pooling'): activation_maps(model, torch.rand(1, 3, 2, 2), 1, 'cam')
+    with pytest.raises(UsageError, match='--method occlusion looks at no layer'):
+        activation_maps(network('baseline'), FILMS, 1, 'occlusion', '0.2')
+
+
 def test_occlusion_finds_what_the_score_hangs_on():
     class Corner(nn.Module):
         def forward(self, x): return x[:, :1, :16, :16].mean(dim=(1, 2, 3))[:, None]*torch.tensor([0.0, 8.0])

@@ -11,7 +11,7 @@ from cxr_fastai.artefacts import ModelConfig
 from cxr_fastai.cli import main
 from cxr_fastai.core import FilmError, UsageError
 from cxr_fastai.engines import TorchEngine
-from cxr_fastai.explanations import CXRInterpretation, Explainer
+from cxr_fastai.explanations import CXRInterpretation, Explainer, Subject
 from cxr_fastai.images import Preprocessing
 from cxr_fastai.inference import Predictor
 from cxr_fastai.interpret import shown_films
@@ -153,10 +153,23 @@ def test_a_film_that_may_name_its_patient_is_not_shown_unless_allowed(tmp_path):
     from cxr_fastai.models import build_model
     (tmp_path/'a.dcm').write_bytes(dicom(BurnedInAnnotation='YES'))
     explainer = Explainer(Predictor(TorchEngine(build_model('baseline')), ModelConfig('baseline', 48, 0.5)))
-    refused, = explainer.explain([tmp_path/'a.dcm'])
+    refused, = explainer.explain([Subject(tmp_path/'a.dcm')])
     assert isinstance(refused, FilmError) and 'may name the patient' in str(refused)
-    shown, = explainer.explain([tmp_path/'a.dcm'], burned_in=True)
+    shown, = explainer.explain([Subject(tmp_path/'a.dcm')], burned_in=True)
     assert isinstance(shown, Explanation)
+
+
+def test_known_probabilities_are_not_predicted_again(interpretation, monkeypatch):
+    def refuse(*_: object) -> None: raise AssertionError
+    monkeypatch.setattr(Predictor, 'scores', refuse)
+    assert len(interpretation.cam(interpretation.top_losses(2))) == 2
+
+
+def test_a_bundle_explains_films_that_are_named(bundle, films, tmp_path, capsys):
+    film = str(next((films/'test').rglob('*.jpeg')))
+    assert main(['explain', str(bundle), film]) == 2 and 'name one by --out' in capsys.readouterr().err
+    assert main(['explain', str(bundle), film, '--out', str(tmp_path/'e')]) == 0
+    assert (tmp_path/'e/0001.png').is_file()
 
 
 def test_an_unknown_class_is_refused():

@@ -22,18 +22,14 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load
 
 from cxr_fastai import learner as ours
-from cxr_fastai.artefacts import ModelConfig, tensor_bytes
+from cxr_fastai.artefacts import LEARNER, WEIGHTS, ModelConfig, tensor_bytes
+from cxr_fastai.bundle import CANARY, CONFIG, GATE, INT8, MANIFEST, ONNX
 from cxr_fastai.cli import main
 from cxr_fastai.data import make_dls
 from cxr_fastai.items import read_items
 from cxr_fastai.models import make_recipe
 from cxr_fastai.pickles import load_learner, save_learner
 from cxr_fastai.trust import trust
-
-CONFIG, MANIFEST, WEIGHTS, ONNX, CANARY, GATE, LEARNER = (
-    'config.json', 'manifest.json', 'model.safetensors', 'model.onnx', 'canary.safetensors', 'gate.safetensors',
-    'learner.pkl')
-INT8 = 'model.int8.onnx'
 
 
 @pytest.fixture(scope='module')
@@ -68,10 +64,10 @@ class Bomb:
     """Writes the marker when it is unpickled."""
 
     def __init__(self, marker: Path): self.marker = marker
-    def __reduce__(self): return exec, (code(self.marker),)
+    def __reduce__(self): return exec, (order(self.marker),)
 
 
-def code(marker: Path) -> str: return f'open({str(marker)!r}, "w").close()'
+def order(marker: Path) -> str: return f'open({str(marker)!r}, "w").close()'
 def text(word: str) -> bytes: return b'X' + struct.pack('<I', len(word.encode())) + word.encode()
 def named(module: str, name: str) -> bytes: return f'c{module}\n{name}\n'.encode()
 def called(func: bytes, *args: bytes) -> bytes: return func + b'(' + b''.join(args) + b'tR'
@@ -109,8 +105,7 @@ def system(good: bytes, marker: Path) -> bytes:
 
 
 def dunder(good: bytes, marker: Path) -> bytes:
-    found = attribute(attribute(named('pathlib', 'Path'), '__init__'), '__class__')
-    return injected(good, found) + bytes(marker)[:0]
+    return injected(good, attribute(attribute(named('pathlib', 'Path'), '__init__'), '__globals__'))
 
 
 def method(good: bytes, marker: Path) -> bytes:
@@ -124,21 +119,21 @@ def globals_by_columns(good: bytes, marker: Path) -> bytes:
         return called(called(named('fastai.data.transforms', 'ColReader'), text(name)), of)
     func = named('cxr_fastai.learner', 'roc_auc') + b'}' + text('_fields') + b']' + text('__globals__') + b'asb'
     run = column('exec', column('__builtins__', column('__globals__', func)))
-    return injected(good, called(run, text(code(marker))))
+    return injected(good, called(run, text(order(marker))))
 
 
 def rebuilt_tensor(good: bytes, marker: Path) -> bytes:
     """It calls whatever function it is given."""
-    arguments = named('builtins', 'exec'), named('torch', 'Size'), text(code(marker)) + b'\x85', b'}'
+    arguments = named('builtins', 'exec'), named('torch', 'Size'), text(order(marker)) + b'\x85', b'}'
     return injected(good, called(named('torch._tensor', '_rebuild_from_type_v2'), *arguments))
 
 
 def old_instruction(good: bytes, marker: Path) -> bytes:
-    return injected(good, b'(' + text(code(marker)) + b'ibuiltins\nexec\n')
+    return injected(good, b'(' + text(order(marker)) + b'ibuiltins\nexec\n')
 
 
 def object_instruction(good: bytes, marker: Path) -> bytes:
-    return injected(good, b'(' + named('builtins', 'exec') + text(code(marker)) + b'o')
+    return injected(good, b'(' + named('builtins', 'exec') + text(order(marker)) + b'o')
 
 
 def foreign_layer(good: bytes, marker: Path) -> bytes:
@@ -195,14 +190,14 @@ UNARMED = {
     'a second pickle of the same name': lambda good, marker: rezipped(good, keep, {
         'archive/data.pkl': pickle.dumps(Bomb(marker))}),
     'a second pickle after the end': after_stop,
-    'code beside the pickle': lambda good, marker: rezipped(good, keep, {'archive/code/a.py': code(marker).encode()}),
+    'code beside the pickle': lambda good, marker: rezipped(good, keep, {'archive/code/a.py': order(marker).encode()}),
     'a program of torch': script,
     'half a file': lambda good, marker: good[:len(good)//2],
     'a byte less': lambda good, marker: good[:-1],
     'a flipped bit in the pickle': lambda good, marker: flipped(good, good.index(b'fastai.learner')),
     'a flipped bit in the weights': lambda good, marker: flipped(good, len(good)//2),
-    'an unknown compression': lambda good, marker: good[:8] + b'\x63' + good[9:].replace(
-        b'PK\x01\x02', b'PK\x01\x02' + b'\x63'*8),
+    'an unknown compression': lambda good, marker: flipped(good, good.rindex(b'PK\1\2') + 10),
+    'a password': lambda good, marker: flipped(good, good.rindex(b'PK\1\2') + 8),
     'nothing': lambda good, marker: b'',
     'an endless number': lambda good, marker: injected(good, b'L' + b'9'*10**5 + b'L\n'),
     'no end': lambda good, marker: rezipped(good, lambda old: old[:-1]),
@@ -400,7 +395,9 @@ def save_tensors(folder: Path, name: str, **more: np.ndarray | None) -> None:
     (folder/name).write_bytes(tensor_bytes({key: value for key, value in tensors.items() if value is not None}))
 
 
-def header(text: bytes, rest: bytes = b'') -> bytes: return struct.pack('<Q', len(text)) + text + rest
+def header(facts: bytes, rest: bytes = b'') -> bytes: return struct.pack('<Q', len(facts)) + facts + rest
+
+
 def tensor(dtype: str, shape: str, size: int) -> bytes:
     facts = f'{{"films": {{"dtype": "{dtype}", "shape": {shape}, "data_offsets": [0, {size}]}}}}'
     return header(facts.encode(), b'0'*size)
@@ -498,7 +495,7 @@ def test_weights_that_are_no_numbers_are_told_by_the_canary(field, changed, refu
 
 # Its ONNX file.
 
-def field(number: int, content: bytes) -> bytes: return number_of(number << 3 | 2) + number_of(len(content)) + content
+def member(number: int, content: bytes) -> bytes: return number_of(number << 3 | 2) + number_of(len(content)) + content
 
 
 def number_of(value: int) -> bytes:
@@ -511,12 +508,13 @@ def outside(data: bytes, place: str, key: bytes) -> bytes:
     model = onnx.load_from_string(data)
     first = model.graph.initializer.pop(0)
     size = str(len(numpy_helper.to_array(first).tobytes())).encode()
-    facts = (key + field(2, place.encode()), field(1, b'offset') + field(2, b'0'), field(1, b'length') + field(2, size))
-    tensor = b''.join(b'\x08' + number_of(side) for side in first.dims) + b'\x10\x01' + field(8, first.name.encode())
-    tensor += b''.join(field(13, fact) for fact in facts) + b'\x70\x01'
-    graph = model.graph.SerializeToString() + field(5, tensor)
+    facts = (key + member(2, place.encode()), member(1, b'offset') + member(2, b'0'),
+             member(1, b'length') + member(2, size))
+    tensor = b''.join(b'\x08' + number_of(side) for side in first.dims) + b'\x10\x01' + member(8, first.name.encode())
+    tensor += b''.join(member(13, fact) for fact in facts) + b'\x70\x01'
+    graph = model.graph.SerializeToString() + member(5, tensor)
     model.ClearField('graph')
-    return model.SerializeToString() + field(7, graph)
+    return model.SerializeToString() + member(7, graph)
 
 
 @pytest.mark.parametrize('key', [b'\x0a\x08location', b'\x0a\x88\x80\x00location', b'\x8a\x00\x88\x00location'],
@@ -629,6 +627,16 @@ def test_a_zip_packed_otherwise_is_refused(field, value, bundle, tmp_path, refus
     data[start + field] = data[entry + field + 2] = value
     (tmp_path/'b.zip').write_bytes(data)
     assert refused(tmp_path/'b.zip') == 1
+
+
+@pytest.mark.parametrize('name, value', [
+    ('size', -1), ('size', 10**9), ('size', '64'), ('resize', []), ('low_pass', 'x'), ('low_pass', None), ('arch', 5),
+    ('arch', [])], ids=repr)
+def test_a_run_whose_recipe_cannot_be_is_refused(name, value, evaluated, tmp_path, refused):
+    run = Path(shutil.copytree(evaluated.path, tmp_path/'run'))
+    recipe = json.loads((run/'recipe.json').read_text())
+    (run/'recipe.json').write_text(json.dumps(recipe | {name: value}))
+    assert refused(run) == 1
 
 
 def test_the_pickle_in_a_bundle_is_not_opened(changed, marker, film, monkeypatch):

@@ -284,7 +284,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch, films):
 def test_the_demo_goes_the_whole_way(tmp_path, capsys):
     assert main(['demo', '--out', str(tmp_path/'demo'), '--films', '40', '--size', '48', '--epochs', '1']) == 0
     made = {path.name for path in (tmp_path/'demo').iterdir()}
-    assert made == {'films', 'audit', 'run', 'predictions.csv'} and (tmp_path/'demo/run/metrics.json').is_file()
+    assert made == {'films', 'audit', 'run', 'bundle', 'predictions.csv'}
+    assert (tmp_path/'demo/run/metrics.json').is_file()
     refused(capsys, ['demo', '--out', tmp_path/'demo'], 2, 'exists already')
 
 

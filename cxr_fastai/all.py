@@ -3,6 +3,7 @@ from pathlib import Path
 
 from cxr_fastai.audit import audit, save_audit
 from cxr_fastai.augment import AugmentFilms
+from cxr_fastai.bundle import Bundle
 from cxr_fastai.cache import find_cache, prepare
 from cxr_fastai.comparison import compare, same_films
 from cxr_fastai.core import POSITIVE, VOCAB, CXRError
@@ -20,6 +21,7 @@ from cxr_fastai.decision import Decision, decide
 from cxr_fastai.demo import make_demo
 from cxr_fastai.evaluation import evaluate
 from cxr_fastai.explanations import CXRInterpretation, Explainer
+from cxr_fastai.export import export
 from cxr_fastai.images import Preprocessing, open_film, read_film
 from cxr_fastai.inference import Predictor, list_films, prediction_table
 from cxr_fastai.interpret import typical_hits, worst_errors
@@ -35,16 +37,17 @@ from cxr_fastai.recipe import Phase, Recipe
 from cxr_fastai.report import report
 from cxr_fastai.robustness import measure_robustness
 from cxr_fastai.run import Run
+from cxr_fastai.sanity import check_maps, check_run
 from cxr_fastai.sources import download
 from cxr_fastai.training import fit, train
 
-__all__ = ['ARCHS', 'AugmentFilms', 'BaselineCNN', 'CORRUPTIONS', 'CXRError', 'CXRInterpretation', 'Decision',
-           'Explainer', 'POSITIVE', 'Path', 'Phase', 'Predictor', 'Preprocessing', 'Recipe', 'Run', 'VOCAB', 'audit',
-           'build_model', 'compare', 'corrupt', 'count_films', 'data_root', 'decide', 'describe', 'download',
-           'evaluate', 'film_block', 'find_cache', 'fit', 'list_films', 'load_learner', 'locate', 'make_demo',
-           'make_dls', 'make_learner', 'make_recipe', 'measure', 'measure_robustness', 'open_film',
-           'plot_calibration', 'plot_confusion_matrix', 'plot_explanation', 'plot_gallery', 'plot_history',
-           'plot_mean_maps', 'plot_net_benefit', 'plot_precision_recall', 'plot_risk_coverage', 'plot_robustness',
-           'plot_roc', 'plot_scores', 'prediction_table', 'prepare', 'read_film', 'read_items', 'report',
-           'same_films', 'save_audit', 'save_learner', 'split_patients', 'summarise', 'train', 'typical_hits',
-           'worst_errors']
+__all__ = ['ARCHS', 'AugmentFilms', 'BaselineCNN', 'Bundle', 'CORRUPTIONS', 'CXRError', 'CXRInterpretation',
+           'Decision', 'Explainer', 'POSITIVE', 'Path', 'Phase', 'Predictor', 'Preprocessing', 'Recipe', 'Run',
+           'VOCAB', 'audit', 'build_model', 'check_maps', 'check_run', 'compare', 'corrupt', 'count_films',
+           'data_root', 'decide', 'describe', 'download', 'evaluate', 'export', 'film_block', 'find_cache', 'fit',
+           'list_films', 'load_learner', 'locate', 'make_demo', 'make_dls', 'make_learner', 'make_recipe', 'measure',
+           'measure_robustness', 'open_film', 'plot_calibration', 'plot_confusion_matrix', 'plot_explanation',
+           'plot_gallery', 'plot_history', 'plot_mean_maps', 'plot_net_benefit', 'plot_precision_recall',
+           'plot_risk_coverage', 'plot_robustness', 'plot_roc', 'plot_scores', 'prediction_table', 'prepare',
+           'read_film', 'read_items', 'report', 'same_films', 'save_audit', 'save_learner', 'split_patients',
+           'summarise', 'train', 'typical_hits', 'worst_errors']

@@ -43,9 +43,9 @@ class Check:
 
     @property
     def aim(self) -> str:
-        """The target in words."""
-        if self.strict: return f'{"over" if self.at_least else "under"} {self.target:g}'
-        return f'at {"least" if self.at_least else "most"} {self.target:g}'
+        """The target with its sign."""
+        signs = '><' if self.strict else '≥≤'
+        return f'{signs[0] if self.at_least else signs[1]} {self.target:g}'
 
 
 CHECKS = {

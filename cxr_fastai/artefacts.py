@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 WEIGHTS, LEARNER = 'model.safetensors', 'learner.pkl'
 ABOVE_ALL = math.nextafter(1, 2)
 """The threshold that calls no film pneumonia."""
+COLDEST, HOTTEST = 1e-3, 1e3
+"""Temperatures beyond which none is believed."""
 MAX_HEADER = 2**22
 """Bytes of a safetensors header above which the file is refused; a ResNet50's has 2^15."""
 MAX_SIZE = 2**12
@@ -55,7 +57,7 @@ class ModelConfig:
             config = cls(**known)
             whole = (0 < config.size <= MAX_SIZE, type(config.size) is int, isinstance(config.resize, str),
                      0 <= config.threshold <= ABOVE_ALL, config.low_pass >= 0, config.arch.isprintable(),
-                     config.temperature is None or config.temperature > 0)
+                     config.temperature is None or COLDEST <= config.temperature <= HOTTEST)
         except (TypeError, AttributeError) as error:
             raise CXRError(f'{source}: not a model of ours ({error}).') from None
         if not all(whole):

@@ -78,7 +78,7 @@ class Bundle:
     @property
     def canary(self) -> Canary:
         """Its canary films."""
-        return self._canary('p')
+        return self.canary_of()
 
     def __contains__(self, name: str) -> bool: return name in self.manifest
 
@@ -107,12 +107,13 @@ class Bundle:
         if kind not in ENGINES: raise UsageError(f'--engine {kind}: choose {", ".join(ENGINES)}.')
         if kind == 'auto': kind = 'onnx' if ONNX in self and find_spec('onnxruntime') else 'torch'
         made = self._torch() if kind == 'torch' else self._onnx(INT8 if kind == 'int8' else ONNX)
-        p = 'p_int8' if kind == 'int8' and 'p_int8' in self.tensors(CANARY) else 'p'
-        self._canary(p).check(made, self.path, QUICK, self.config.threshold)
+        self.canary_of(kind).check(made, self.path, QUICK, self.config.threshold)
         return made
 
-    def _canary(self, p: str) -> Canary:
+    def canary_of(self, kind: str = 'torch') -> Canary:
+        """Its canary films, and what an engine of this kind says of them: in 8 bits something else."""
         found, size = self.tensors(CANARY), self.config.size
+        p = 'p_int8' if kind == 'int8' and 'p_int8' in found else 'p'
         if {'films', p} - set(found): raise CXRError(f'{self.path/CANARY}: its canary films are damaged.')
         canary = Canary.checked(found['films'], found[p], self.path/CANARY)
         if (side := canary.films.shape[-1]) != size:
@@ -123,7 +124,8 @@ class Bundle:
     def _onnx(self, name: str) -> Engine:
         from cxr_fastai.engines import OnnxEngine
         if not find_spec('onnxruntime'): raise UsageError('--engine onnx needs pip install "cxr_fastai[onnx]".')
-        threads = max((os.cpu_count() or 1)//world(), 1) if world() > 1 else None
+        here = int(os.environ.get('LOCAL_WORLD_SIZE', world()))  # processes of this machine
+        threads = max((os.cpu_count() or 1)//here, 1) if here > 1 else None
         return OnnxEngine(self.read(name), self.path/name, threads)
 
     def _torch(self) -> Engine:

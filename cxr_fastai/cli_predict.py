@@ -65,6 +65,9 @@ def predict(model: opt.Model, films: opt.PredictFilms, table: opt.NewTable = Non
             raise UsageError(f'--resume: {table} is about other films: name those that it was begun with.')
         predictor = replace(Predictor.load(model, calibrated, 'torch' if maps else engine, not no_gate), tta=tta)
         if threshold is not None: predictor = predictor.at(threshold)
+        if not (predictor.gate or no_gate):
+            complain(f'warning: {model} has no input gate, so any picture gets a probability: a bundle that `export` '
+                     'makes has one.')
         if done and float(done[0]['threshold']) != predictor.threshold:
             raise UsageError(f'--resume: {table} has the threshold {float(done[0]["threshold"]):g}, now it would be '
                              f'{predictor.threshold:g}: go on with the model and options that it was begun with.')

@@ -13,16 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from rich.console import Console
 
 from cxr_fastai.artefacts import LEARNER, WEIGHTS, config_text, save_weights, sha256, tensor_bytes
-from cxr_fastai.bundle import CANARY, CARD, CONFIG, GATE, INT8, MANIFEST, ONNX, SCHEMA, Bundle, manifest_text
+from cxr_fastai.bundle import CANARY, CARD, CONFIG, FILES, GATE, INT8, MANIFEST, ONNX, SCHEMA, Bundle, manifest_text
 from cxr_fastai.canary import Canary, Engine, ParityError
 from cxr_fastai.card import render_card
 from cxr_fastai.core import POSITIVE, VOCAB, CXRError, CXRWarning, UsageError, atomic, sync, writing
-from cxr_fastai.engines import OnnxEngine
+from cxr_fastai.engines import OnnxEngine, TorchEngine
 from cxr_fastai.evaluation import find_split
 from cxr_fastai.gate import FILMS, Gate
 from cxr_fastai.images import Preprocessing
@@ -87,9 +86,15 @@ def check_place(out: Path, as_zip: bool) -> None:
     """Raise `UsageError` where `out` is something else than a bundle, or does not end in .zip where it should."""
     if as_zip != (out.suffix == '.zip'):
         raise UsageError(f'--out {out}: --zip and a name that ends in .zip go together.')
-    if out.exists() and not ((out/MANIFEST).is_file() or as_zip and zipfile.is_zipfile(out)
-                             or out.is_dir() and not any(out.iterdir())):
+    if out.exists() and not (_is_bundle(out) or out.is_dir() and not any(out.iterdir())):
         raise UsageError(f'{out} is no bundle, and was left alone: choose another --out.')
+
+
+def _is_bundle(out: Path) -> bool:
+    """Whether `out` is a bundle and nothing else."""
+    try: Bundle.open(out)
+    except CXRError: return False
+    return not out.is_dir() or {path.name for path in out.iterdir()} <= {*FILES, MANIFEST}
 
 
 def fill_bundle(run: Run, folder: Path, int8: bool = False, console: Console | None = None) -> None:
@@ -118,19 +123,22 @@ def fill_bundle(run: Run, folder: Path, int8: bool = False, console: Console | N
 
 
 def read_known(run: Run, predictor: Predictor, console: Console | None = None) -> dict[str, Known]:
-    """Up to `FILMS` films of train and of valid of `run`; none, with a warning, where they are gone."""
-    try: found = {split: find_split(run, None, split, FILMS//2) for split in ('train', 'valid')}
+    """Up to `FILMS` films of train and of valid of `run`, by chance; none, with a warning, where they are gone."""
+    try: return {split: _know(run, predictor, split, console) for split in ('train', 'valid')}
     except CXRError as error:
         warnings.warn(f'no input gate, so any picture gets a probability: {error}', CXRWarning, stacklevel=4)
         return {}
-    return {split: _know(predictor, items, root, console) for split, (root, items) in found.items()}
 
 
 def verify_afresh(folder: Path) -> None:
     """Run `verify` in a new process, which shares nothing with this one. Raises `ParityError`."""
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', FRESH, str(folder)], capture_output=True, text=True)
     if done.returncode: raise ParityError(f'{folder.name}: the bundle does not predict in a fresh process what the run '
-                                          f'does, so nothing was exported ({done.stderr.strip().splitlines()[-1]}).')
+                                          f'does, so nothing was exported ({_last(done)}).')
+
+
+def _last(done: subprocess.CompletedProcess) -> str:
+    return (done.stderr.strip().splitlines() or [f'it ended with {done.returncode}'])[-1]
 
 
 def verify(path: Path) -> None:
@@ -142,12 +150,17 @@ def verify(path: Path) -> None:
     kinds = {'torch': WEIGHTS, 'onnx': ONNX} if runtime else {'torch': WEIGHTS}
     for kind, name in kinds.items():
         if name in bundle: bundle.canary.check(bundle.engine(kind), path, threshold=bundle.config.threshold)
-    if INT8 in bundle and runtime: bundle.engine('int8')  # which has a canary of its own
-    if GATE in bundle: Gate.from_tensors(bundle.tensors(GATE), path/GATE)
-    if LEARNER in bundle and path.is_dir(): load_learner(path/LEARNER)  # which checks its own canary
+    if INT8 in bundle and runtime: bundle.canary_of('int8').check(bundle.engine('int8'), path)
+    Predictor.load(path, engine='torch')  # which sees whether the gate fits
+    if LEARNER in bundle and path.is_dir():
+        bundle.canary.check(TorchEngine(load_learner(path/LEARNER).model), path, threshold=bundle.config.threshold)
 
 
-def _know(predictor: Predictor, items: pd.DataFrame, root: Path, console: Console | None) -> Known:
+def _know(run: Run, predictor: Predictor, split: str, console: Console | None) -> Known:
+    root, items = find_split(run, None, split)
+    if not set(items.path) <= set(run.items[run.items.split == split].path):
+        raise UsageError(f'{root}: not the {split} films of the run, which were in {run.films}.')
+    items = items.sample(min(FILMS, len(items)), random_state=0)
     films = read_squares(items, root, Preprocessing.of(predictor.config), console=console)[0]
     p, features = _run(predictor.engine, films)
     return Known(films, (items.label == VOCAB[POSITIVE]).to_numpy(), p, features)
@@ -198,7 +211,7 @@ def _swap(made: Path, out: Path) -> None:
     with writing(out):
         if out.exists(): os.replace(out, old)
         try: os.replace(made, out)
-        except OSError:
+        except BaseException:  # a signal as well
             if old.exists(): os.replace(old, out)
             raise
     shutil.rmtree(old, ignore_errors=True)
@@ -209,3 +222,6 @@ def _zip(made: Path, out: Path) -> None:
         for path in sorted(made.iterdir()):
             entry = zipfile.ZipInfo(path.name)  # whose date is fixed, and whose owner is nobody
             archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
+        archive.close()
+        with zipfile.ZipFile(temporary) as written:
+            if broken := written.testzip(): raise ParityError(f'{out}: {broken} was written wrongly: export again.')

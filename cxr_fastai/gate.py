@@ -90,9 +90,12 @@ class Gate:
     @classmethod
     def from_tensors(cls, tensors: dict[str, np.ndarray], source: Path) -> Gate:
         """The inverse of `as_tensors`. Raises `CXRError` for what is none."""
-        try: return cls(tensors['bank'], Space(*(tensors[f'thumbs.{part}'] for part in Space.__dataclass_fields__)),
-                        tensors['limits'])
+        try:
+            thumbs = Space(*(tensors[f'thumbs.{part}'] for part in Space.__dataclass_fields__))
+            found = cls(tensors['bank'], thumbs, tensors['limits'])
         except KeyError as error: raise CXRError(f'{source}: no gate ({error} is missing).') from None
+        if not np.isfinite(found.limits).all(): raise CXRError(f'{source}: no gate (its limits are no numbers).')
+        return found
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

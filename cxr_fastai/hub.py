@@ -24,7 +24,8 @@ def push(path: Path, repo: str, private: bool = False, with_pickle: bool = False
         try:
             api = HfApi()
             api.create_repo(repo, private=private, exist_ok=True)
-            api.upload_folder(repo_id=repo, folder_path=made, commit_message='Bundle of cxr_fastai')
+            api.upload_folder(repo_id=repo, folder_path=made, commit_message='Bundle of cxr_fastai',
+                              delete_patterns=None if with_pickle else [LEARNER])
         except Exception as error:  # what carries its requests has errors of its own
             why = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise CXRError(f'{repo}: the Hub refused ({why}): log in by `hf auth login`, and name a repository of '

@@ -98,6 +98,9 @@ class Predictor:
         """Probabilities, and how far each film is from those of the gate over what it allows; 0 without a gate."""
         p, features = self.engine(films)
         if self.tta: p = (p + self.engine(np.ascontiguousarray(films[:, :, ::-1]))[0])/2
+        if not ((p >= 0) & (p <= 1)).all():
+            raise CXRError(f'{self.config.arch}: it gives {p.min():g} to {p.max():g} for a probability: the model is '
+                           'damaged, get it anew.')
         return p, self.gate.measure(features, films) if self.gate else np.zeros(len(p))
 
     def _open(self, path: Path) -> tuple[dict, np.ndarray | None]:
@@ -110,7 +113,7 @@ class Predictor:
         return row | {'status': 'ok', 'message': '; '.join(film.notes)[:SHORT] or None}, wanted.fit(film.pixels)
 
     def _tell(self, score: float, distance: float) -> dict[str, Any]:
-        if distance > 1: return OUTSIDE
+        if not distance <= 1: return OUTSIDE
         return {'p_pneumonia': self.show(float(score)), 'prediction': VOCAB[int(score >= self.config.threshold)]}
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from cxr_fastai.artefacts import ModelConfig
 from cxr_fastai.canary import Canary
-from cxr_fastai.core import CXRError, atomic
+from cxr_fastai.core import CXRError, CXRWarning, atomic
 from cxr_fastai.trust import check_trusted, trust
 from cxr_fastai.unpickler import Unpickler, check_network
 
@@ -44,7 +44,10 @@ def save_learner(learn: Learner, path: Path, config: ModelConfig) -> str:
     with _emptied(learn): torch.save(learn, buffer, pickle_module=pickle)
     with atomic(path) as temporary: temporary.write_bytes(buffer.getbuffer())
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
-    trust(digest, 'exported here')
+    try: trust(digest, 'exported here')
+    except CXRError as error:  # what took hours to train is whole all the same
+        warnings.warn(f'{path} is not in the store of trust, so this program will not open it: {error}', CXRWarning,
+                      stacklevel=2)
     return digest
 
 
@@ -67,9 +70,9 @@ def load_learner(path: Path) -> Learner:
     if not isinstance(facts, dict):
         raise CXRError(f'{path}: an exported {type(learn).__name__} without film size and threshold, so not made by '
                        'cxr-fastai: `cxr-fastai export` makes one.')
-    if 'canary' in facts:
-        from cxr_fastai.engines import TorchEngine
-        Canary.from_dict(facts['canary'], path).check(TorchEngine(learn.model), path)
+    if 'canary' not in facts: raise CXRError(f'{path}: without canary films: export it again.')
+    from cxr_fastai.engines import TorchEngine
+    Canary.from_dict(facts['canary'], path).check(TorchEngine(learn.model), path)
     return learn
 
 

@@ -2,10 +2,15 @@
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from enum import EnumType
+from functools import partial
 from importlib import import_module
+from random import Random
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
+
+import numpy as np
 
 from cxr_fastai.core import CXRError
 
@@ -30,6 +35,7 @@ ALLOWED = {
     'torch._tensor': '_rebuild_from_type_v2', 'torch._utils': '_rebuild_parameter _rebuild_tensor_v2',
     'torch.optim.adam': 'Adam', 'torch.optim.adamw': 'AdamW'}
 """What a learner's pickle may name, beside layers: classes that hold things, and functions without effect."""
+MAPPINGS = dict, OrderedDict
 LAYERS = ('torch.nn.modules.', 'timm.layers.', 'timm.models.', 'torchvision.models.')
 """Modules whose classes it may name if they are layers of a network."""
 CALLED = {'Format', 'OrderedDict', 'Parameter', 'Path', 'PosixPath', 'PurePosixPath', 'Random', 'Signature', 'Size',
@@ -72,12 +78,20 @@ class Unpickler(pickle._Unpickler):
 
     def _fill(self) -> None:
         made, state = self.stack[-2:]
-        parts = state if isinstance(state, tuple) else [state]
-        names = {str(name) for part in parts if isinstance(part, dict) for name in part} - OWN
-        if isinstance(made, type | FunctionType) or any(
-                name == '__setstate__' or callable(getattr(type(made), name, None)) for name in names):
+        names = {str(name) for name in state} - OWN if type(state) is dict else set()
+        known = type(state) is dict or type(state) is tuple and _has_state(made, state)
+        if not known or isinstance(made, type | FunctionType | partial) and type(state) is dict or any(
+                name in ('__setstate__', '__dict__') or callable(getattr(type(made), name, None)) for name in names):
             raise CXRError(f'it changes how {_name(made)} works, which no learner needs')
         self.load_build()
+
+    def _set(self) -> None:
+        if type(self.stack[-3]) not in MAPPINGS: raise CXRError('it sets what is in no dictionary')
+        self.load_setitem()
+
+    def _set_many(self) -> None:
+        if type(self.metastack[-1][-1]) not in MAPPINGS: raise CXRError('it sets what is in no dictionary')
+        self.load_setitems()
 
     def _append(self) -> None:
         if type(self.stack[-2]) is not list: raise CXRError('it adds to what is no list')
@@ -90,7 +104,7 @@ class Unpickler(pickle._Unpickler):
     def _refuse(self) -> None: raise CXRError('it has an instruction that no learner needs')
 
     dispatch |= {pickle.REDUCE[0]: _call, pickle.NEWOBJ[0]: _make, pickle.BUILD[0]: _fill, pickle.APPEND[0]: _append,
-                 pickle.APPENDS[0]: _extend,
+                 pickle.APPENDS[0]: _extend, pickle.SETITEM[0]: _set, pickle.SETITEMS[0]: _set_many,
                  **dict.fromkeys(pickle.INST + pickle.OBJ + pickle.NEWOBJ_EX + pickle.ADDITEMS, _refuse)}
 
 
@@ -106,6 +120,13 @@ def rebuilt(func: Any, kind: type, args: tuple, state: Any) -> Any:
     from torch._utils import _rebuild_parameter, _rebuild_tensor_v2
     if func in (_rebuild_parameter, _rebuild_tensor_v2): return _rebuild_from_type_v2(func, kind, args, state)
     raise CXRError(f'it makes a tensor by {_name(func)}, which no learner needs')
+
+
+def _has_state(made: Any, state: tuple) -> bool:
+    """Whether `made` is one of the few whose state is a tuple: random numbers, a kind of number, and fastai's way to
+    make an optimiser."""
+    if isinstance(made, partial): return getattr(state[0], '__name__', '') == 'OptimWrapper'
+    return isinstance(made, Random | np.dtype)
 
 
 def _name(thing: Any) -> str: return getattr(thing, '__qualname__', type(thing).__qualname__)

@@ -20,7 +20,7 @@ from cxr_fastai.core import CXRError, CXRWarning, UsageError
 from cxr_fastai.data import make_dls
 from cxr_fastai.deploy import fold, to_onnx
 from cxr_fastai.engines import OnnxEngine, TorchEngine
-from cxr_fastai.export import export, verify
+from cxr_fastai.export import export, verify, verify_afresh
 from cxr_fastai.inference import Predictor
 from cxr_fastai.items import read_items
 from cxr_fastai.learner import make_learner
@@ -164,7 +164,7 @@ def test_an_onnx_file_takes_films_as_they_are(arch):
     cold, = session.run(['p_calibrated'], {'films': films[:1, None]})
     logit = np.log(wanted[0][0]/(1 - wanted[0][0]))
     assert cold[0] == pytest.approx(1/(1 + np.exp(-logit/2)), abs=1e-5)
-    assert session.get_inputs()[0].type == 'tensor(uint8)' and model[0].training is False
+    assert session.get_inputs()[0].type == 'tensor(uint8)'
 
 
 def test_the_fold_is_exact_also_at_the_border():
@@ -221,8 +221,80 @@ def test_an_export_overwrites_bundles_alone(evaluated, tmp_path):
     (tmp_path/'b').mkdir()
     (tmp_path/'b/precious').write_text('x')
     with pytest.raises(UsageError, match='is no bundle'): export(evaluated, tmp_path/'b')
+    (tmp_path/'b/manifest.json').write_text('{"name": "a web page"}')
+    with pytest.raises(UsageError, match='is no bundle'): export(evaluated, tmp_path/'b')
+    with zipfile.ZipFile(tmp_path/'films.zip', 'w') as archive: archive.writestr('film.jpeg', b'x')
+    with pytest.raises(UsageError, match='is no bundle'): export(evaluated, tmp_path/'films.zip', as_zip=True)
+    assert (tmp_path/'b/precious').read_text() == 'x'
     with pytest.raises(UsageError, match='go together'): export(evaluated, tmp_path/'c', as_zip=True)
     with pytest.raises(UsageError, match='go together'): export(evaluated, tmp_path/'c.zip')
+
+
+def test_a_bundle_with_films_beside_it_is_left_alone(evaluated, bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path/'b')
+    (tmp_path/'b/film.jpeg').write_text('x')
+    with pytest.raises(UsageError, match='is no bundle'): export(evaluated, tmp_path/'b')
+
+
+def test_a_learner_of_another_network_is_found(evaluated, bundle, films, tmp_path, learn):
+    from cxr_fastai.bundle import manifest_text
+    shutil.copytree(bundle, tmp_path/'b')
+    save_learner(learn, tmp_path/'b/learner.pkl', ModelConfig('baseline', 64, 0.5))
+    files = json.loads((bundle/'manifest.json').read_text())['files']
+    files['learner.pkl']['sha256'] = sha256(tmp_path/'b/learner.pkl')
+    (tmp_path/'b/manifest.json').write_text(manifest_text(files))
+    with pytest.raises(ParityError): verify(tmp_path/'b')
+    with pytest.raises(ParityError, match='nothing was exported'): verify_afresh(tmp_path/'b')
+
+
+@pytest.mark.parametrize('when', [OSError, KeyboardInterrupt])
+def test_a_stop_while_bundles_change_places_leaves_the_old_one(evaluated, bundle, tmp_path, monkeypatch, when):
+    shutil.copytree(bundle, tmp_path/'b')
+    monkeypatch.setattr('cxr_fastai.export.fill_bundle', lambda *_: None)
+    monkeypatch.setattr('cxr_fastai.export.verify_afresh', lambda *_: None)
+    replace, calls = os.replace, []
+
+    def stop(a: Path, b: Path) -> None:
+        calls.append(a)
+        if len(calls) == 2: raise when('stopped')
+        replace(a, b)
+    monkeypatch.setattr('os.replace', stop)
+    with pytest.raises((CXRError, KeyboardInterrupt)): export(evaluated, tmp_path/'b')
+    monkeypatch.undo()
+    verify(tmp_path/'b')
+    assert os.listdir(tmp_path) == ['b']
+
+
+def test_films_of_another_set_make_no_gate(evaluated, tmp_path, monkeypatch):
+    from cxr_fastai.demo import make_demo
+    from cxr_fastai.export import read_known
+    make_demo(tmp_path/'films', films=40, size=64, seed=9)
+    monkeypatch.setattr(Run, 'films', tmp_path/'gone')
+    monkeypatch.setenv('CXR_DATA', str(tmp_path/'films'))
+    with pytest.warns(CXRWarning, match='no input gate'): assert read_known(evaluated, None) == {}
+
+
+def test_prediction_with_a_bundle_loads_neither_torch_nor_fastai_nor_pandas(bundle, films):
+    film = next((films/'test').rglob('*.jpeg'))
+    code = ('import sys; from cxr_fastai.cli import main; '
+            f'code = main(["predict", {str(bundle)!r}, {str(film)!r}, "--no-gate"]); '
+            'print(code, {"torch", "fastai", "pandas", "matplotlib", "scipy"} & set(sys.modules))')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.strip().endswith('0 set()')
+
+
+def test_a_probability_that_is_none_is_an_error(tmp_path):
+    def broken(films: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.full(len(films), np.nan), np.zeros((len(films), 2))
+    with pytest.raises(CXRError, match='the model is damaged'):
+        Predictor(broken, CONFIG).scores(np.zeros((1, 48, 48), np.uint8))
+
+
+def test_a_store_that_cannot_be_written_costs_no_learner(learn, tmp_path, monkeypatch):
+    monkeypatch.setenv('CXR_TRUST', '/dev/null/trust.json')
+    with pytest.warns(CXRWarning, match='not in the store of trust'):
+        save_learner(learn, tmp_path/'learner.pkl', CONFIG)
+    assert (tmp_path/'learner.pkl').is_file()
 
 
 def test_a_run_that_was_not_evaluated_is_not_exported(run, capsys, tmp_path):
@@ -300,7 +372,8 @@ def test_a_bundle_goes_to_the_hub_without_its_pickle(bundle, monkeypatch, capsys
     class Api:
         def create_repo(self, repo: str, **how: bool) -> None: sent.update(how, repo=repo)
 
-        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> None:
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str, delete_patterns: list) -> None:
+            assert delete_patterns == ['learner.pkl']
             shutil.copytree(folder_path, bundle.parent/'sent')
     monkeypatch.setattr('huggingface_hub.HfApi', Api)
     assert main(['push-to-hub', str(bundle), 'me/model', '--private']) == 0

@@ -74,8 +74,14 @@ def test_a_gate_is_the_same_after_it_was_saved(gated, seen, bundle, tmp_path):
     again = Gate.from_tensors(gate.as_tensors(), tmp_path)
     features = predictor.engine(seen)[1]
     assert (again.measure(features, seen) == gate.measure(features, seen)).all()
-    with pytest.raises(CXRError, match="no gate .*bank"): Gate.from_tensors({}, tmp_path)
+    with pytest.raises(CXRError, match="no gate .*is missing"): Gate.from_tensors({}, tmp_path)
     assert Bundle.open(bundle).tensors('gate.safetensors').keys() == gate.as_tensors().keys()
+
+
+def test_what_cannot_be_measured_is_turned_away(gated):
+    assert gated[0]._tell(0.9, np.nan)['code'] == OUT_OF_DISTRIBUTION
+    broken = gated[1].as_tensors() | {'limits': np.array([1, np.nan, 1], np.float32)}
+    with pytest.raises(CXRError, match='its limits are no numbers'): Gate.from_tensors(broken, 'b')
 
 
 def test_distances_are_those_of_mahalanobis_where_every_direction_is_told_apart():

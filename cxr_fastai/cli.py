@@ -56,7 +56,7 @@ def demo(folder: opt.NewFolder = None, films: opt.Films = 800, size: opt.Size = 
          seed: opt.Seed = 0) -> None:
     """The whole way on synthetic films: data, audit, train (baseline), evaluate, explain, export, predict, report.
 
-    Three minutes on two cores.
+    Four minutes on two cores.
 
     Example: cxr-fastai demo --out demo
     """

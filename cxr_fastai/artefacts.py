@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cxr_fastai.core import VOCAB, CXRError, UsageError, atomic
+from cxr_fastai.core import VOCAB, CXRError, UsageError, atomic, first_line
 from cxr_fastai.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -72,16 +72,19 @@ def save_weights(model: nn.Module, path: Path) -> None:
     with atomic(path) as temporary: temporary.write_bytes(save(state))
 
 
-def fill_weights(model: nn.Module, data: bytes, path: Path) -> None:
-    """Fill `model` with the bytes of what `save_weights` wrote to `path`. Raises `CXRError` where they are damaged or
-    of another network."""
+def load_network(arch: str, data: bytes, path: Path) -> nn.Module:
+    """The network `arch` with the bytes of what `save_weights` wrote to `path`. Raises `CXRError` where they are
+    damaged or of another network."""
     from safetensors import SafetensorError
     from safetensors.torch import load
+
+    from cxr_fastai.models import build_model
     check_header(data, path)
+    model = build_model(arch)
     try: model.load_state_dict(load(data))
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CXRError(f'{path}: not the weights of this network ({first}).') from None
+        raise CXRError(f'{path}: not the weights of this network ({first_line(error)}).') from None
+    return model
 
 
 def tensor_bytes(tensors: dict[str, np.ndarray]) -> bytes:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from cxr_fastai.artefacts import LEARNER, WEIGHTS, ModelConfig, check_header
+from cxr_fastai.artefacts import LEARNER, WEIGHTS, ModelConfig, check_header, load_network
 from cxr_fastai.canary import Canary, Engine
 from cxr_fastai.core import CXRError, UsageError
 from cxr_fastai.shards import world
@@ -129,12 +129,8 @@ class Bundle:
         return OnnxEngine(self.read(name), self.path/name, threads)
 
     def _torch(self) -> Engine:
-        from cxr_fastai.artefacts import fill_weights
         from cxr_fastai.engines import TorchEngine
-        from cxr_fastai.models import build_model
-        model = build_model(self.config.arch)
-        fill_weights(model, self.read(WEIGHTS), self.path/WEIGHTS)
-        return TorchEngine(model)
+        return TorchEngine(load_network(self.config.arch, self.read(WEIGHTS), self.path/WEIGHTS))
 
     def _bytes(self, name: str, most: int) -> bytes:
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cxr_fastai.core import VOCAB, CXRError
+from cxr_fastai.core import VOCAB, CXRError, first_line
 
 FILMS = 8
 TOLERANCE = 1e-4
@@ -39,9 +39,9 @@ class Canary:
         known = self.p[:few]
         try: p = engine(self.films[:few])[0]
         except Exception as error:  # those of torch and ONNX Runtime share no base
-            why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise ParityError(f'{source}: it cannot predict the films that it was saved with ({why}): it is damaged, '
-                              'or made for other software: get it anew.') from error
+            raise ParityError(f'{source}: it cannot predict the films that it was saved with '
+                              f'({first_line(error, 200)}): it is damaged, or made for other software: get it anew.'
+                              ) from error
         same = p.shape == known.shape and p.dtype.kind == 'f'
         worst, plain = float(np.abs(p - known).max()) if same else np.inf, np.abs(known - threshold) > TOLERANCE
         if not worst <= TOLERANCE or ((p >= threshold) != (known >= threshold))[plain].any():

@@ -30,9 +30,10 @@ def explain(run: opt.Explained, films: opt.SomeFilms = None, method: opt.Method 
         raise UsageError('name films, or give --top-losses N, or --check: one of them.')
     if films and (data or csv): raise UsageError('--data and --csv tell where the films of a split are.')
     how = {'method': method, 'target': target, 'layer': layer}
-    known = Run(run) if films and not (run/'recipe.json').exists() else Run.open(run)
+    is_run = (run/'recipe.json').exists()
+    known = Run.open(run) if is_run or not films else Run(run)
     if check: return _check(known, split, one_of(data, csv), folder, how)
-    if not folder and not (run/'recipe.json').exists(): raise UsageError(f'{run}: not a run folder: name one by --out.')
+    if not (folder or is_run): raise UsageError(f'{run}: not a run folder: name one by --out.')
     place = folder or free(run/'figures'/'explained')
     check_new(place)
     if top_losses: bad = _explain_split(known, split, one_of(data, csv), top_losses, place, how, batch_size, burned_in)

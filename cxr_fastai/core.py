@@ -39,6 +39,11 @@ class CXRError(Exception):
     exit_code = 1
 
 
+def first_line(error: BaseException, most: int | None = None) -> str:
+    """The first line of an error's message, or at most so many letters of it; its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
+
+
 REJECTED = ('E_TOO_SMALL', 'E_TOO_LARGE', 'E_BLANK', 'E_MULTIFRAME', 'E_DICOM_MODALITY')
 """Codes of files that may be whole, but are no film to judge."""
 

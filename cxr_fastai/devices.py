@@ -18,7 +18,7 @@ from fastcore.foundation import L
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from cxr_fastai.core import CXRWarning, UsageError
+from cxr_fastai.core import CXRWarning, UsageError, first_line
 from cxr_fastai.learner import network
 from cxr_fastai.models import find_arch
 from cxr_fastai.recipe import CHOICES, Recipe
@@ -113,7 +113,7 @@ class CompileSteps(Callback):
         try: return self.compiled(films)
         except TorchDynamoException as error:
             self.failed = True
-            warnings.warn(f'compiling failed ({str(error).strip().splitlines()[0]}), so training goes on without it.',
+            warnings.warn(f'compiling failed ({first_line(error)}), so training goes on without it.',
                           CXRWarning, stacklevel=2)
             return self.plain(films)
 

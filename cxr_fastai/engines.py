@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cxr_fastai.core import POSITIVE, CXRError, UsageError
+from cxr_fastai.core import POSITIVE, CXRError, UsageError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,7 +47,7 @@ class OnnxEngine:
         if threads: options.intra_op_num_threads = threads
         try: self.session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
         except Exception as error:  # its errors share no base
-            raise CXRError(f'{source}: not an ONNX model ({str(error).splitlines()[0][:120]}).') from None
+            raise CXRError(f'{source}: not an ONNX model ({first_line(error, 120)}).') from None
         if {'p_pneumonia', 'features'} - {output.name for output in self.session.get_outputs()}:
             raise CXRError(f'{source}: an ONNX model of another program: `cxr-fastai export` makes ours.')
 
@@ -55,7 +55,7 @@ class OnnxEngine:
         """As `TorchEngine` does."""
         try: p, features = self.session.run(['p_pneumonia', 'features'], {'films': films[:, None]})
         except Exception as error:
-            raise CXRError(f'{self.source}: it cannot be computed ({str(error).splitlines()[0][:120]}).') from None
+            raise CXRError(f'{self.source}: it cannot be computed ({first_line(error, 120)}).') from None
         if len(p) == len(features) == len(films): return p, features
         raise CXRError(f'{self.source}: it gives {len(p)} probabilities for {len(films)} films.')
 

@@ -17,7 +17,7 @@ OUTSIDE = {'status': 'rejected', 'code': OUT_OF_DISTRIBUTION, 'message': (
     'unlike the chest films that the network was trained on, so a probability would mean nothing: --no-gate tells it')}
 """What a row says of a picture that is let through by no gate."""
 FILMS = 800
-"""Training films that are looked at, half of each class."""
+"""Films of training, and of validation, that are looked at."""
 NEAR, COMPONENTS = 5, 64
 """Which neighbour counts; directions of thumbnails that are told apart."""
 FLAT = 1.0

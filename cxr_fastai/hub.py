@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 from cxr_fastai.artefacts import LEARNER
 from cxr_fastai.bundle import CARD, MANIFEST, Bundle, manifest_text
-from cxr_fastai.core import CXRError
+from cxr_fastai.core import CXRError, first_line
 from cxr_fastai.weights import need
 
 
@@ -27,9 +27,8 @@ def push(path: Path, repo: str, private: bool = False, with_pickle: bool = False
             api.upload_folder(repo_id=repo, folder_path=made, commit_message='Bundle of cxr_fastai',
                               delete_patterns=None if with_pickle else [LEARNER])
         except Exception as error:  # what carries its requests has errors of its own
-            why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise CXRError(f'{repo}: the Hub refused ({why}): log in by `hf auth login`, and name a repository of '
-                           'yours as user/name.') from None
+            raise CXRError(f'{repo}: the Hub refused ({first_line(error, 200)}): log in by `hf auth login`, and name a '
+                           'repository of yours as user/name.') from None
     return f'https://huggingface.co/{repo}'
 
 

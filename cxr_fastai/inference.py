@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cxr_fastai.artefacts import LEARNER, ModelConfig, fill_weights, find_network, sha256
+from cxr_fastai.artefacts import LEARNER, ModelConfig, find_network, load_network, sha256
 from cxr_fastai.bundle import GATE, Bundle, is_bundle
 from cxr_fastai.canary import Engine
 from cxr_fastai.core import VOCAB, CXRError, CXRWarning, FilmError, UsageError, in_threads
@@ -157,11 +157,8 @@ def _of_run(path: Path, _: str) -> Predictor:
     run, file = Run(path), find_network(path)
     if file.name == LEARNER: found = _of_pickle(file)  # a run of before there were safetensors
     else:
-        from cxr_fastai.models import build_model
         config = ModelConfig.from_dict(asdict(ModelConfig.of(run.recipe)), run/'recipe.json')
-        model = build_model(config.arch)
-        fill_weights(model, file.read_bytes(), file)
-        found = Predictor(TorchEngine(model), config)
+        found = Predictor(TorchEngine(load_network(config.arch, file.read_bytes(), file)), config)
     return replace(found, config=_decided(run, file, found.config))
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from cxr_fastai.artefacts import ModelConfig
 from cxr_fastai.canary import Canary
-from cxr_fastai.core import CXRError, CXRWarning, atomic
+from cxr_fastai.core import CXRError, CXRWarning, atomic, first_line
 from cxr_fastai.trust import check_trusted, trust
 from cxr_fastai.unpickler import Unpickler, check_network
 
@@ -134,4 +134,4 @@ def _emptied(learn: Learner) -> Iterator[None]:
 def _cause(error: BaseException) -> str:
     """The error's first line; fastai hides a missing package behind another."""
     if isinstance(error.__context__, ModuleNotFoundError): return f'it needs the package {error.__context__.name}'
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)

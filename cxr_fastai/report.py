@@ -65,7 +65,7 @@ def check_fresh(run: Run, split: str) -> None:
 def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names: bool = False) -> str:
     """The report about `split` as HTML, with everything that it shows inside."""
     metrics, predictions = run.metrics[split], run.predicted(split)
-    own = run.items[run.items.split == split]
+    own, check = run.items[run.items.split == split], _checked_maps(run)
     facts = {'metrics': metrics, 'split': split, 'run': run, 'targets': judge_targets(metrics), 'audit': audit,
              'facts': describe_run(run), 'counts': count_kinds(run), 'flow': describe_flow(run),
              'command': reproduce(run, split),
@@ -73,8 +73,8 @@ def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names
              'valid': run.metrics.get('valid') if split != 'valid' else None,
              'decision': Decision.behind(run, metrics),
              'elsewhere': not set(predictions.path) <= set(own.path), 'begun': run.noted('start', 'resume'),
-             'pictures': draw(run, predictions, metrics, split), 'thresholds': _thresholds(predictions, metrics),
-             'robustness': _robustness(run, split), 'maps': _checked_maps(run),
+             'pictures': draw(run, predictions, metrics, split, check), 'thresholds': _thresholds(predictions, metrics),
+             'robustness': _robustness(run, split), 'maps': check,
              'films': show_films(run, predictions, hide_names)}
     sections = {name: title for name, title in SECTIONS.items() if facts.get(name, True) is not None}
     told = {*sections, *(['internal'] if split == 'test' and not facts['elsewhere'] else []),
@@ -131,14 +131,14 @@ def show_films(run: Run, predictions: pd.DataFrame, hide_names: bool = False) ->
                    for row in rows.itertuples()] for kind, rows in chosen.items()}
 
 
-def draw(run: Run, predictions: pd.DataFrame, metrics: dict[str, Any], split: str) -> dict[str, Markup]:
-    """Every figure of the page as an SVG, by name."""
+def draw(run: Run, predictions: pd.DataFrame, metrics: dict[str, Any], split: str,
+         check: dict[str, Any] | None = None) -> dict[str, Markup]:
+    """Every figure of the page as an SVG, by name; `check` is what was found of its maps."""
     figures = {part: plot_epochs(run.history, part) for part in EPOCHS}
     if metrics['auc']['value'] is not None:
         figures |= {name: plot(predictions, metrics, f'{split} split') for name, plot in CURVES.items()}
     rows = _robust_rows(run, split)
     if rows is not None: figures['robustness'] = plot_robustness(rows, f'{split} split', columns=2)
-    check = _checked_maps(run)
     if check and 'stages' in check: figures |= {name: plot_checked(check, name) for name in CHECKED}
     return {name: Markup(to_svg(figure, describe_plot(name, metrics))) for name, figure in figures.items()}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cxr_fastai.core import CXRError, UsageError
+from cxr_fastai.core import CXRError, UsageError, first_line
 
 CLASSIFIERS = ('fc.', 'classifier.', 'head.', 'head_dist.', 'last_linear.')
 """How the names of last layers begin, which have other classes and are not wanted."""
@@ -69,9 +69,8 @@ def _from_timm(what: str, name: str) -> State:
     try: return timm_body(what, pretrained=True).state_dict()
     # No network, no such file at the hub, no pretrained weights: each raises a type of its own.
     except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CXRError(f"--weights {name}: timm's weights of {what} cannot be had ({first}). Pass --weights FILE "
-                       "(timm's state dict), or --weights none to train from scratch.") from error
+        raise CXRError(f"--weights {name}: timm's weights of {what} cannot be had ({first_line(error)}). Pass "
+                       "--weights FILE (timm's state dict), or --weights none to train from scratch.") from error
 
 
 def _from_package(what: str, name: str) -> State:

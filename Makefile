@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/cxr-fastai demo
@@ -18,6 +18,14 @@ lint: $(INSTALLED)
 $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Executes the notebooks anew and stores what they show.
+notebooks: .venv/.docs
+	$(BIN)/python nbs/execute.py
+
+.venv/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:

@@ -20,6 +20,7 @@ from cxr_fastai.data import film_block, locate, make_dls
 from cxr_fastai.decision import Decision, decide
 from cxr_fastai.demo import make_demo
 from cxr_fastai.evaluation import evaluate
+from cxr_fastai.examples import example_films, example_run
 from cxr_fastai.explanations import CXRInterpretation, Explainer
 from cxr_fastai.export import export
 from cxr_fastai.images import Preprocessing, open_film, read_film
@@ -41,13 +42,13 @@ from cxr_fastai.sanity import check_maps, check_run
 from cxr_fastai.sources import download
 from cxr_fastai.training import fit, train
 
-__all__ = ['ARCHS', 'AugmentFilms', 'BaselineCNN', 'Bundle', 'CORRUPTIONS', 'CXRError', 'CXRInterpretation',
-           'Decision', 'Explainer', 'POSITIVE', 'Path', 'Phase', 'Predictor', 'Preprocessing', 'Recipe', 'Run',
-           'VOCAB', 'audit', 'build_model', 'check_maps', 'check_run', 'compare', 'corrupt', 'count_films',
-           'data_root', 'decide', 'describe', 'download', 'evaluate', 'export', 'film_block', 'find_cache', 'fit',
-           'list_films', 'load_learner', 'locate', 'make_demo', 'make_dls', 'make_learner', 'make_recipe', 'measure',
-           'measure_robustness', 'open_film', 'plot_calibration', 'plot_confusion_matrix', 'plot_explanation',
-           'plot_gallery', 'plot_history', 'plot_mean_maps', 'plot_net_benefit', 'plot_precision_recall',
-           'plot_risk_coverage', 'plot_robustness', 'plot_roc', 'plot_scores', 'prediction_table', 'prepare',
-           'read_film', 'read_items', 'report', 'same_films', 'save_audit', 'save_learner', 'split_patients',
-           'summarise', 'train', 'typical_hits', 'worst_errors']
+__all__ = ['ARCHS', 'AugmentFilms', 'BaselineCNN', 'Bundle', 'CORRUPTIONS', 'CXRError', 'CXRInterpretation', 'Decision',
+           'Explainer', 'POSITIVE', 'Path', 'Phase', 'Predictor', 'Preprocessing', 'Recipe', 'Run', 'VOCAB', 'audit',
+           'build_model', 'check_maps', 'check_run', 'compare', 'corrupt', 'count_films', 'data_root', 'decide',
+           'describe', 'download', 'evaluate', 'example_films', 'example_run', 'export', 'film_block', 'find_cache',
+           'fit', 'list_films', 'load_learner', 'locate', 'make_demo', 'make_dls', 'make_learner', 'make_recipe',
+           'measure', 'measure_robustness', 'open_film', 'plot_calibration', 'plot_confusion_matrix',
+           'plot_explanation', 'plot_gallery', 'plot_history', 'plot_mean_maps', 'plot_net_benefit',
+           'plot_precision_recall', 'plot_risk_coverage', 'plot_robustness', 'plot_roc', 'plot_scores',
+           'prediction_table', 'prepare', 'read_film', 'read_items', 'report', 'same_films', 'save_audit',
+           'save_learner', 'split_patients', 'summarise', 'train', 'typical_hits', 'worst_errors']

@@ -17,9 +17,9 @@ LAYERS = {'__init__': -1, 'core': 0, 'recipe': 0, 'run': 0, 'limits': 1, 'window
           'ranks': 3, 'tracking': 3, 'metrics': 3, 'canary': 3, 'rates': 4, 'training': 4, 'decision': 4,
           'tradeoffs': 4, 'pickles': 4, 'bundle': 4, 'inference': 5, 'evaluation': 5, 'comparison': 5, 'curves': 5,
           'cams': 5, 'overlays': 5, 'plots': 5, 'interpret': 6, 'explanations': 6, 'robustness': 6, 'ablations': 6,
-          'sanity': 6, 'card': 7, 'checklist': 7, 'report': 7, 'printing': 7, 'options': 7, 'display': 7, 'scores': 7,
-          'terminal': 7, 'export': 7, 'hub': 7, 'cli_data': 8, 'cli_train': 8, 'cli_evaluate': 8, 'cli_explain': 8,
-          'cli': 8, 'all': 8, 'cli_predict': 8, '__main__': 9}
+          'sanity': 6, 'examples': 6, 'card': 7, 'checklist': 7, 'report': 7, 'printing': 7, 'options': 7,
+          'display': 7, 'scores': 7, 'terminal': 7, 'export': 7, 'hub': 7, 'cli_data': 8, 'cli_train': 8,
+          'cli_evaluate': 8, 'cli_explain': 8, 'cli': 8, 'all': 8, 'cli_predict': 8, '__main__': 9}
 # Within a layer these, and no others, may look at a neighbour.
 NEIGHBOURS = {('recipe', 'core'), ('run', 'core'), ('run', 'recipe'), ('dicom', 'windows'), ('dicom', 'limits'),
               ('images', 'limits'), ('images', 'windows'), ('images', 'dicom'), ('cache', 'images'),

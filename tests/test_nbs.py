@@ -1,17 +1,71 @@
-"""The notebooks run from top to bottom."""
+"""The notebooks run from top to bottom, on synthetic films and, where CXR_DATA names them, on some of the real ones."""
+import json
+import re
 from pathlib import Path
 
 import pytest
+from conftest import REAL
 
 NOTEBOOKS = sorted((Path(__file__).parents[1]/'nbs').glob('*.ipynb'))
+SHORT = [path for path in NOTEBOOKS if path.stem != '09_kaggle']
+cells = {path: json.loads(path.read_text())['cells'] for path in NOTEBOOKS}
+
+
+@pytest.fixture(scope='session')
+def shared(tmp_path_factory) -> Path:
+    """One folder for every notebook of every worker: the example films and run are made in it once."""
+    folder = tmp_path_factory.getbasetemp().parent/'notebooks'
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def execute(path: Path, shared: Path, tmp_path: Path) -> None:
+    from execnb.shell import CaptureShell
+    (tmp_path/'example').symlink_to(shared)
+    CaptureShell(tmp_path).execute(path, tmp_path/'run.ipynb', exc_stop=True)
+    assert '"output_type": "error"' not in (tmp_path/'run.ipynb').read_text()
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('path', SHORT, ids=lambda path: path.stem)
+def test_a_notebook_runs_on_synthetic_films(path, shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    execute(path, shared, tmp_path)
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('path', SHORT, ids=lambda path: path.stem)
+def test_a_notebook_runs_on_real_films(path, real_films, shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('CXR_DATA', str(real_films))
+    execute(path, shared, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.real
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path, tmp_path, monkeypatch):
-    from execnb.shell import CaptureShell
+def test_the_whole_story_runs_on_all_real_films(real_films, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    CaptureShell(tmp_path).execute(path, tmp_path/'run.ipynb', exc_stop=True)
-    shown = (tmp_path/'run.ipynb').read_text()
-    assert '"output_type": "error"' not in shown and 'image/png' in shown
+    monkeypatch.setenv('CXR_DATA', REAL)
+    execute(next(path for path in NOTEBOOKS if path not in SHORT), tmp_path/'made', tmp_path)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_a_notebook_shows_is_stored_and_names_no_machine(path):
+    code = [cell for cell in cells[path] if cell['cell_type'] == 'code']
+    outputs = json.dumps([cell['outputs'] for cell in code])
+    assert 'image/png' in outputs, 'run nbs/execute.py'
+    assert '"output_type": "error"' not in outputs
+    assert not any(cell['metadata'] or cell['execution_count'] for cell in code), 'clean it: nbs/execute.py does'
+    assert not re.search(r'/(home|tmp|root|work|Users)/|\\x1b', outputs)
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_opens_with_its_aim_asserts_and_ends_with_what_comes_next(path):
+    first, last = (''.join(cells[path][i]['source']) for i in (0, -1))
+    assert first.startswith('# ') and 'you will' in first.lower()
+    assert re.match('## (Exercises|Next)', last)
+    source = [''.join(cell['source']) for cell in cells[path] if cell['cell_type'] == 'code']
+    assert any('assert ' in text for text in source)
+    assert not any(re.search('^(def|class|for .*:$)', text, re.M) for text in source), 'logic belongs in a module'

@@ -122,6 +122,15 @@ def stamp_films(items: pd.DataFrame, root: Path) -> str:
     return hashlib.sha256(repr(list(facts)).encode(errors='surrogateescape')).hexdigest()
 
 
+def measure_split(run: Run, predictions: pd.DataFrame, decision: Decision, groups: Mapping[str, np.ndarray],
+                  prevalences: Sequence[float], stamp: str | None = None) -> dict[str, Any]:
+    """The metrics of a split's `predictions`, in `groups` by column; with the network and the files they are of."""
+    split = predictions.split.iloc[0]
+    metrics = measure(predictions.assign(**groups), decision.threshold, decision.rule, decision.temperature,
+                      prevalences, list(groups))
+    return metrics | {'model': decision.model, 'films': stamp or run.metrics.get(split, {}).get('films')}
+
+
 def _has(run: Run, tables: Mapping[str, pd.DataFrame], split: str, items: pd.DataFrame, root: Path | None) -> bool:
     """Whether `tables` has the predictions of `items`, of the files as they are now below `root` (None: are gone)."""
     return split in tables and _same_paths(tables[split], items) and (
@@ -166,15 +175,6 @@ def _decide(run: Run, valid: pd.DataFrame | None, rule: str | None, model: str) 
     if not rule: warnings.warn(f'not all validation films of the run are at hand, so no threshold was chosen on them: '
                                f'{threshold:g} is used.', CXRWarning, stacklevel=3)
     return Decision(threshold, rule or f'fixed:{threshold:g}', model=model)
-
-
-def measure_split(run: Run, predictions: pd.DataFrame, decision: Decision, groups: Mapping[str, np.ndarray],
-                  prevalences: Sequence[float], stamp: str | None = None) -> dict[str, Any]:
-    """The metrics of a split's `predictions`, in `groups` by column; with the network and the files they are of."""
-    split = predictions.split.iloc[0]
-    metrics = measure(predictions.assign(**groups), decision.threshold, decision.rule, decision.temperature,
-                      prevalences, list(groups))
-    return metrics | {'model': decision.model, 'films': stamp or run.metrics.get(split, {}).get('films')}
 
 
 def _measure_again(run: Run, split: str, predictions: pd.DataFrame, decision: Decision,

@@ -1,14 +1,15 @@
 """How the site is made: Sphinx reads our Markdown and docstrings, MyST-NB the notebooks, furo gives the look.
 
-Why these: MkDocs 1 and mkdocs-material are in maintenance, while Sphinx is kept up, reads docstrings by itself and checks
-every reference as it builds. MyST-NB shows the outputs that notebooks store without running them, and furo, search and
-formulas (MathML, by docutils) need nothing from another server.
+Why these: MkDocs 1 and mkdocs-material are in maintenance, while Sphinx is kept up, reads docstrings by itself and
+checks every reference as it builds. MyST-NB shows the outputs that notebooks store without running them, and furo,
+search and formulas (MathML, by docutils) need nothing from another server.
 """
 import os
 import re
 import shutil
 from dataclasses import is_dataclass
 from pathlib import Path
+from textwrap import indent
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -17,6 +18,7 @@ from typer.cli import get_docs_for_click
 from typer.main import get_command
 
 import cxr_fastai
+from cxr_fastai import cli
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -30,19 +32,21 @@ smartquotes = False  # `--` is an option
 
 nb_execution_mode = 'off'
 nb_merge_streams = True
+copybutton_prompt_text = '$ '
 myst_enable_extensions = ['dollarmath']
 myst_dmath_allow_space = myst_dmath_allow_digits = False
 myst_heading_anchors = 4  # as GitHub makes them
 myst_fence_as_directive = ['math']
 
 autodoc_default_options = {'members': True, 'member-order': 'bysource'}
-autodoc_preserve_defaults = True
 autodoc_typehints_format = 'short'
 python_use_unqualified_type_names = True
-python_maximum_signature_line_length = 88
+python_maximum_signature_line_length = 84
+add_module_names = False
 toc_object_entries_show_parents = 'hide'
 default_role = 'py:obj'
-nitpick_ignore_regex = [('py:.*', r'(?!cxr_fastai\.).*')]  # other packages' names: their sites are not at hand
+# Other packages' names, whose sites are not at hand, and type variables.
+nitpick_ignore_regex = [('py:.*', r'(?!cxr_fastai\.).*'), ('py:class', r'cxr_fastai\.\w+\.[ST]')]
 
 html_theme = 'furo'
 html_title = 'cxr_fastai'
@@ -60,8 +64,8 @@ html_theme_options = {
 pygments_style, pygments_dark_style = 'friendly', 'github-dark'
 
 LINK = re.compile(r'(?<=\]\()(?![a-z]+:|[#/])([^)\s#]+)(?=[)#\s])')
-PAGES = {'README.md': 'index.md', 'CONTRIBUTING.md': 'contributing.md', 'CHANGELOG.md': 'changelog.md', 'nbs': 'notebooks',
-         'docs': '.'}
+PAGES = {'README.md': 'index.md', 'CONTRIBUTING.md': 'contributing.md', 'CHANGELOG.md': 'changelog.md',
+         'nbs': 'notebooks', 'docs': '.'}
 """Where on the site a file or folder of the repository is; a link to anything else becomes a download."""
 
 
@@ -81,11 +85,12 @@ def write_if_new(path: Path, text: str) -> None:
 
 
 def commands() -> str:
-    """The page of all commands, from the command line itself."""
-    from cxr_fastai.cli import app
-    command = get_command(app)
-    return get_docs_for_click(obj=command, ctx=command.make_context('cxr-fastai', [], resilient_parsing=True),
-                              name='cxr-fastai')
+    """The page of all commands, from the command line itself; headings and the sidebar are its table of contents."""
+    command = get_command(cli.app)
+    context = command.make_context('cxr-fastai', [], resilient_parsing=True)
+    text = get_docs_for_click(obj=command, ctx=context, name='cxr-fastai', title='Commands')
+    text = re.sub(r'\*\*Commands\*\*:\n\n(\* .*\n)+', '', text)
+    return re.sub(r'(Examples?:) (cxr-fastai .*)', r'\1 `\2`', text)
 
 
 def map_links(text: str, folder: Path) -> str:
@@ -119,16 +124,24 @@ def read_include(app, path: Path, docname: str, source: list[str]) -> None:
     source[0] = map_links(source[0], (HERE/path).resolve().parent)
 
 
-def explain_fields(app, what: str, name: str, thing, options, lines: list[str]) -> None:
-    """Add the comments beside the fields of a dataclass to its docstring; one that ends with a stop heads a group."""
+def read_docstring(app, what: str, name: str, thing, options, lines: list[str]) -> None:
+    """What is indented in a docstring, or has arrows, is a drawing; the comments beside a dataclass's fields join it,
+    but for those that end with a stop, which head a group of fields."""
+    lines[:] = '\n\n'.join(keep_drawing(block) for block in '\n'.join(lines).split('\n\n')).split('\n')
     if what != 'class' or not is_dataclass(thing): return
     told = {field: ' '.join(text.split()) for field, text in docments(thing).items() if text}
     lines += ['', *(f':param {field}: {text}' for field, text in told.items() if not text.endswith('.')), '']
 
 
+def keep_drawing(block: str) -> str:
+    """`block`, as literal text if it is a drawing."""
+    drawing = block.startswith('    ') or '-->' in block
+    return '.. code-block:: text\n\n' + indent(block, '    ') if drawing else block
+
+
 def find_name(app, env, node, contnode):
     """Link the `name` of a docstring to the one thing in the package that has it; other code stays code."""
-    if node.get('reftype') != 'obj': return None
+    if node.get('reftype') != 'obj' or not isinstance(contnode, nodes.literal): return None
     domain, name = env.domains['py'], node['reftarget']
     ends = [key for key in domain.objects if key.endswith(f'.{name}') and key.startswith('cxr_fastai')]
     if len(ends) != 1: return nodes.literal('', name, classes=['code'])
@@ -151,5 +164,5 @@ def setup(app) -> None:
     app.connect('config-inited', gather)
     app.connect('source-read', read_page)
     app.connect('include-read', read_include)
-    app.connect('autodoc-process-docstring', explain_fields)
+    app.connect('autodoc-process-docstring', read_docstring)
     app.connect('missing-reference', find_name)

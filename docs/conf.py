@@ -125,8 +125,8 @@ def read_include(app, path: Path, docname: str, source: list[str]) -> None:
 
 
 def read_docstring(app, what: str, name: str, thing, options, lines: list[str]) -> None:
-    """What is indented in a docstring, or has arrows, is a drawing; the comments beside a dataclass's fields join it,
-    but for those that end with a stop, which head a group of fields."""
+    """Keep the drawings of a docstring, and add the comments beside a dataclass's fields, but for those that end with a
+    stop, which head a group of fields."""
     lines[:] = '\n\n'.join(keep_drawing(block) for block in '\n'.join(lines).split('\n\n')).split('\n')
     if what != 'class' or not is_dataclass(thing): return
     told = {field: ' '.join(text.split()) for field, text in docments(thing).items() if text}
@@ -134,16 +134,18 @@ def read_docstring(app, what: str, name: str, thing, options, lines: list[str]) 
 
 
 def keep_drawing(block: str) -> str:
-    """`block`, as literal text if it is a drawing."""
-    drawing = block.startswith('    ') or '-->' in block
-    return '.. code-block:: text\n\n' + indent(block, '    ') if drawing else block
+    """`block`, as literal text if it has columns or arrows."""
+    return '.. code-block:: text\n\n' + indent(block, '    ') if re.search(r'\S {3,}\S|-->', block) else block
 
 
 def find_name(app, env, node, contnode):
-    """Link the `name` of a docstring to the one thing in the package that has it; other code stays code."""
+    """Link the `name` of a docstring to the one thing in the package that has it; other code stays code.
+
+    A word without a dot is no attribute: more often it is a parameter of the same name."""
     if node.get('reftype') != 'obj' or not isinstance(contnode, nodes.literal): return None
     domain, name = env.domains['py'], node['reftarget']
-    ends = [key for key in domain.objects if key.endswith(f'.{name}') and key.startswith('cxr_fastai')]
+    ends = [key for key, thing in domain.objects.items() if key.endswith(f'.{name}') and key.startswith('cxr_fastai')
+            and ('.' in name or thing.objtype in ('class', 'exception', 'function', 'data'))]
     if len(ends) != 1: return nodes.literal('', name, classes=['code'])
     node['reftarget'] = ends[0]
     return domain.resolve_xref(env, node['refdoc'], app.builder, 'obj', ends[0], node, contnode)

@@ -19,8 +19,8 @@ DOCS = ROOT/'docs'
 GENERATED = DOCS/'commands.md'
 PAGES = sorted({*ROOT.glob('*.md'), *DOCS.glob('*.md'), *DOCS.glob('api/*.md'), *ROOT.glob('nbs/*.ipynb')}
                - {GENERATED})
-ASKED = ['quickstart', 'data', 'recipe', 'evaluation', 'explanation', 'models', 'reliability', 'benchmarks', 'faq',
-         'contributing', 'changelog', 'api/index', 'notebooks/index']
+ASKED = ['quickstart', 'data', 'training', 'recipe', 'evaluation', 'explanation', 'models', 'reliability', 'benchmarks',
+         'faq', 'contributing', 'changelog', 'api/index', 'notebooks/index']
 CODE = re.compile(r'^(`{3,})(?!\{).*?^\1 *$|^(?: {4}|\t).*$|(`+)(?!`).+?(?<!`)\2(?!`)', re.M | re.S)
 LINK = re.compile(r'\]\(\s*([^)\s]+)[^)]*\)|<(?:img|a)[^>]+(?:src|href)="([^"]+)"')
 

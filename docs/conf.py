@@ -52,7 +52,7 @@ html_theme = 'furo'
 html_title = 'cxr_fastai'
 html_favicon = html_logo = '_static/logo.svg'
 html_static_path = ['_static']
-html_css_files = ['house.css']
+html_css_files, html_js_files = ['house.css'], ['search.js']
 html_math_renderer = 'mathml'
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {

@@ -134,8 +134,9 @@ def read_docstring(app, what: str, name: str, thing, options, lines: list[str]) 
 
 
 def keep_drawing(block: str) -> str:
-    """`block`, as literal text if it has columns or arrows."""
-    return '.. code-block:: text\n\n' + indent(block, '    ') if re.search(r'\S {3,}\S|-->', block) else block
+    """`block`, as literal text if it has columns or arrows and is not that yet."""
+    drawing = not block.startswith('    ') and re.search(r'\S {3,}\S|-->', block)
+    return '.. code-block:: text\n\n' + indent(block, '    ') if drawing else block
 
 
 def find_name(app, env, node, contnode):

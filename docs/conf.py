@@ -42,7 +42,7 @@ autodoc_default_options = {'members': True, 'member-order': 'bysource'}
 autodoc_typehints_format = 'short'
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 84
-add_module_names = False
+add_module_names = viewcode_follow_imported_members = False
 toc_object_entries_show_parents = 'hide'
 default_role = 'py:obj'
 # Other packages' names, whose sites are not at hand, and type variables.

@@ -138,8 +138,8 @@ def _note(scope: Scope, status: int, seconds: float) -> None:
     """Log a request; what is polled is no news."""
     state, route = scope['state'], getattr(scope.get('route'), 'path', '-')
     log.log(logging.DEBUG if route in POLLED else logging.INFO,
-            'id=%s method=%s route=%s bytes=%s films=%s formats=%s status=%s ms=%.0f', state['id'], scope['method'], route,
-            state.get('bytes', 0), state.get('films', 0), state.get('formats', '-'), status or 'gone', 1000*seconds)
+            'id=%s method=%s route=%s bytes=%s films=%s formats=%s status=%s ms=%.0f', state['id'], scope['method'],
+            route, state.get('bytes', 0), state.get('films', 0), state.get('formats', '-'), status or 'gone', 1000*seconds)
 
 
 def _place(error: BaseException) -> str:

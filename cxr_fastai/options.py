@@ -75,6 +75,8 @@ NewBundle = Annotated[Path | None, Option('--out', metavar='DIR', show_default='
 Int8 = Annotated[bool, Option('--int8', help=(
     'Also an ONNX file in 8 bits, kept where the AUC on validation films changes by less than .002.'))]
 BundlePath = Annotated[Path, Argument(metavar='BUNDLE', help='Folder or zip that `export` made.')]
+NewSpace = Annotated[Path | None, Option('--space', metavar='DIR', show_default='none', help=(
+    'Also write a Hugging Face Space, a Gradio page in front of the bundle, to this new folder.'))]
 Repo = Annotated[str, Argument(metavar='USER/NAME', help='Repository on the Hub; it is made if it is not there.')]
 Private = Annotated[bool, Option('--private', help='Make a new repository private.')]
 WithPickle = Annotated[bool, Option('--with-pickle', help='Upload learner.pkl too, which others have to trust.')]

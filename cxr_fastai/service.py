@@ -87,14 +87,22 @@ class Service:
         path. With `explain`, each has a key `image` too: None, or what `picture` tells."""
         return list(await asyncio.gather(*(self._row(f'film-{i}', data, explain) for i, data in enumerate(films, 1))))
 
+    def answer(self, data: bytes) -> dict[str, Any]:
+        """The row of one film, explained, at once: for a program that has no others waiting."""
+        row, film, square = self._take('film', data)
+        if film is None: return row | {'image': None}
+        (p,), (distance,) = self.predictor.judge(square[None])
+        row |= self.predictor.tell(p, distance)
+        return row | {'image': self.picture(film, square, row['status'] == 'ok')}
+
     async def _row(self, name: str, data: bytes, explain: bool) -> dict[str, Any]:
-        row, film, square = await self._run(self.decoding, self._take, name, data, explain)
+        row, film, square = await self._run(self.decoding, self._take, name, data)
         if film is None: return row | ({'image': None} if explain else {})
         row |= self.predictor.tell(*await self.batcher.submit(square))
         if explain: row['image'] = await self._run(self.explaining, self.picture, film, square, row['status'] == 'ok')
         return row
 
-    def _take(self, name: str, data: bytes, whole: bool) -> tuple[dict[str, Any], Film | None, np.ndarray | None]:
+    def _take(self, name: str, data: bytes) -> tuple[dict[str, Any], Film | None, np.ndarray | None]:
         row, film = self.predictor.take(name, lambda wanted: decode_film(data, wanted))
         return row, film, None if film is None else self.predictor.preprocessing.fit(film.pixels)
 

@@ -16,7 +16,7 @@ class Batcher:
     """Gives films to `judge` in batches of at most `most`, in a thread of `pool`, one batch at a time.
 
     The first film waits `wait` seconds for others, while nothing is computed; films that arrive during a batch make the
-    next. A film whose request is gone is left out.
+    next. A film whose request is gone is left out; where a batch fails, each of its films is tried alone.
     """
 
     def __init__(self, judge: Judge, pool: Executor, most: int = 16, wait: float = 0.004,
@@ -49,9 +49,10 @@ class Batcher:
         try:
             loop = asyncio.get_running_loop()
             p, distances = await loop.run_in_executor(self.pool, self.judge, np.stack(films))
-        except Exception as error:  # a request's, not the end of all later ones
-            for one in found:
-                if not one.done(): one.set_exception(error)
+        except Exception as error:  # a film's, not the end of all others
+            if len(films) == 1: return None if found[0].done() else found[0].set_exception(error)
+            for film, one in zip(films, found, strict=True):
+                if not one.done(): await self._compute((film,), (one,))
             return
         for one, score, distance in zip(found, p, distances, strict=True):
             if not one.done(): one.set_result((float(score), float(distance)))

@@ -10,6 +10,25 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 SENDING = (h11.IDLE, h11.SEND_BODY)
 """What a client's side is in while a request is not whole."""
+LINGER = (h11.SEND_BODY, h11.ERROR)
+"""What it is in while more may come that nobody wants."""
+
+
+class Lingering:
+    """A transport that first closes its own side alone where the client is still sending: closed at once, it would
+    lose the answer on its way."""
+
+    def __init__(self, transport: asyncio.Transport, conn: h11.Connection):
+        self.transport, self.conn, self.closed = transport, conn, False
+
+    def __getattr__(self, name: str) -> Any: return getattr(self.transport, name)
+
+    def close(self) -> None:
+        """Close now, or when the client has ended or its time is over."""
+        lingers = self.conn.their_state in LINGER and not self.closed and not self.transport.is_closing()
+        self.closed = True
+        if lingers: self.transport.write_eof()
+        else: self.transport.close()
 
 
 class PromptProtocol(H11Protocol):
@@ -23,13 +42,14 @@ class PromptProtocol(H11Protocol):
         self.seconds, self.deadline = seconds, None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(Lingering(transport, self.conn))
         self._wait()
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.closed: return  # the rest of a request that has its answer
         if self.deadline is None and self.conn.their_state in SENDING: self._wait()
         super().data_received(data)
-        if self.conn.their_state not in SENDING: self._stop()
+        if self.conn.their_state not in (*SENDING, *LINGER): self._stop()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()

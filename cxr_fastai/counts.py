@@ -6,6 +6,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
+PREDICT = '/v1/predict'
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -22,6 +23,10 @@ class Counts:
         self.batch = Histogram('cxr_batch_films', 'Films computed together', buckets=BATCHES, registry=registry)
         self.waiting = Gauge('cxr_requests_waiting', 'Requests that are being answered', registry=registry)
         self.ready = Gauge('cxr_ready', '1 once the canary films agree', registry=registry)
+
+    def answered(self, path: str, status: int) -> None:
+        """Count a request for predictions by its status; others are not counted."""
+        if path == PREDICT: self.requests.labels(status or 'gone').inc()
 
     def text(self) -> bytes:
         """All of them."""

@@ -1,12 +1,13 @@
 """What every request passes before it is answered, and every answer on its way out: plain ASGI, one duty each."""
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -25,11 +26,18 @@ OPEN = ('/', '/health', '/ready', '/card', '/docs', '/openapi.json', '/favicon.i
 """What needs no token: the page itself, what it is about, and whether it lives."""
 POLLED = ('/health', '/ready', '/metrics')
 """What is asked over and over."""
+METHODS = ('GET', 'HEAD', 'OPTIONS', 'POST', 'PUT', 'PATCH', 'DELETE')
+"""What a log repeats; any other word may be a name."""
 
 
 def answer(refusal: Refusal) -> JSONResponse:
     """A refusal as JSON `{code, message}`."""
     return JSONResponse({'code': refusal.code, 'message': refusal.message}, refusal.status, refusal.headers)
+
+
+def is_open(scope: Scope) -> bool:
+    """Whether a request is for what needs no token."""
+    return scope['path'] in OPEN or scope['path'].startswith('/static/')
 
 
 class Guard:
@@ -52,7 +60,7 @@ class KnownHosts(Guard):
 
     def __init__(self, app: ASGIApp, hosts: Collection[str]):
         super().__init__(app)
-        self.hosts = hosts
+        self.hosts = {host.lower() for host in hosts}
 
     def check(self, scope: Scope, headers: Headers) -> None:
         told = headers.getlist('host')
@@ -67,7 +75,7 @@ class SameOrigin(Guard):
 
     def check(self, scope: Scope, headers: Headers) -> None:
         origin = headers.get('origin')
-        elsewhere = origin is not None and urlsplit(origin).netloc != headers.get('host')
+        elsewhere = origin is not None and origin.partition('://')[2] != headers.get('host')
         if scope['method'] == 'POST' and (elsewhere or headers.get('sec-fetch-site') == 'cross-site'):
             raise Refusal(400, 'E_ORIGIN', 'pages of other sites may not send films here.')
 
@@ -80,20 +88,19 @@ class Token(Guard):
         self.token = f'Bearer {token}'.encode()
 
     def check(self, scope: Scope, headers: Headers) -> None:
-        if scope['path'] in OPEN or scope['path'].startswith('/static/'): return
-        if not hmac.compare_digest(headers.get('authorization', '').encode(), self.token):
+        if not is_open(scope) and not hmac.compare_digest(headers.get('authorization', '').encode(), self.token):
             raise Refusal(401, 'E_TOKEN', 'send the header `Authorization: Bearer TOKEN`.', www_authenticate='Bearer')
 
 
 class PerClient(Guard):
-    """Refuses more than `most` requests at a time from one address."""
+    """Refuses more than `most` requests at a time from one address; what is open to all is not counted."""
 
     def __init__(self, app: ASGIApp, most: int):
         super().__init__(app)
         self.most, self.open = most, Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope['type'] != 'http': return await self.app(scope, receive, send)
+        if scope['type'] != 'http' or is_open(scope): return await self.app(scope, receive, send)
         client = (scope['client'] or ('',))[0]
         if self.open[client] >= self.most:
             refusal = Refusal(429, 'E_TOO_OFTEN', f'{self.most} of your requests wait already.', retry_after='1')
@@ -107,39 +114,44 @@ class PerClient(Guard):
 
 class Record:
     """Gives each answer an id and the safe `HEADERS`, turns what nobody foresaw into a 503, and logs a line: id,
-    method, route, size, status, milliseconds. No name, address, header or body gets into the log."""
+    method, route, size, status, milliseconds. No name, address, header or body gets into the log. `watch` is told the
+    path and the status of each."""
 
-    def __init__(self, app: ASGIApp): self.app = app
+    def __init__(self, app: ASGIApp, watch: Callable[[str, int], None] = lambda path, status: None):
+        self.app, self.watch = app, watch
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope['type'] != 'http': return await self.app(scope, receive, send)
-        scope['state']['id'], began = uuid.uuid4().hex[:12], time.monotonic()
-        facts = {'status': 0, 'sent': False}
+        began, name, status = time.monotonic(), uuid.uuid4().hex[:12], 0
+        scope.setdefault('state', {})['id'] = name
 
         async def sending(message: Message) -> None:
+            nonlocal status
             if message['type'] == 'http.response.start':
-                facts.update(status=message['status'], sent=True)
-                headers = MutableHeaders(scope=message)
-                for name, value in (HEADERS | {'x-request-id': scope['state']['id']}).items():
-                    headers.setdefault(name, value)
+                status, headers = message['status'], MutableHeaders(scope=message)
+                for header, value in (HEADERS | {'x-request-id': name}).items(): headers.setdefault(header, value)
             await send(message)
         try: await self.app(scope, receive, sending)
-        except Exception as error:
-            log.error('%s %s at %s', scope['state']['id'], type(error).__name__, _place(error))
-            if not facts['sent']:
-                refusal = Refusal(503, 'E_INTERNAL', f'it failed here; tell the operator {scope["state"]["id"]}.',
-                                  retry_after='1')
-                await answer(refusal)(scope, receive, sending)
+        except (Exception, asyncio.CancelledError) as error:  # the latter when the service can wait no longer
+            log.error('%s %s at %s', name, type(error).__name__, _place(error))
+            if not status: await answer(internal(name))(scope, receive, sending)
         finally:
-            _note(scope, facts['status'], time.monotonic() - began)
+            self.watch(scope['path'], status)
+            _note(scope, status, time.monotonic() - began)
+
+
+def internal(name: str) -> Refusal:
+    """What is said of the request `name` when something failed that nobody foresaw."""
+    return Refusal(503, 'E_INTERNAL', f'it failed here: tell the operator {name}.', retry_after='1')
 
 
 def _note(scope: Scope, status: int, seconds: float) -> None:
     """Log a request; what is polled is no news."""
     state, route = scope['state'], getattr(scope.get('route'), 'path', '-')
     log.log(logging.DEBUG if route in POLLED else logging.INFO,
-            'id=%s method=%s route=%s bytes=%s films=%s formats=%s status=%s ms=%.0f', state['id'], scope['method'],
-            route, state.get('bytes', 0), state.get('films', 0), state.get('formats', '-'), status or 'gone', 1000*seconds)
+            'id=%s method=%s route=%s bytes=%s films=%s formats=%s status=%s ms=%.0f', state['id'],
+            scope['method'] if scope['method'] in METHODS else '-', route, state.get('bytes', 0), state.get('films', 0),
+            state.get('formats', '-'), status or 'gone', 1000*seconds)
 
 
 def _place(error: BaseException) -> str:

@@ -12,8 +12,8 @@ from starlette.exceptions import HTTPException
 
 from cxr_fastai import __version__
 from cxr_fastai.answers import NOTICE, Answer, Model, State, problems
-from cxr_fastai.counts import CONTENT_TYPE
-from cxr_fastai.guards import answer
+from cxr_fastai.counts import CONTENT_TYPE, PREDICT
+from cxr_fastai.guards import answer, internal
 from cxr_fastai.images import sniff
 from cxr_fastai.service import Busy, Service
 from cxr_fastai.uploads import FIELD, Refusal, read_films
@@ -32,7 +32,7 @@ def service_of(request: Request) -> Service:
     return service
 
 
-@rest.post('/v1/predict', response_model_exclude_unset=True, openapi_extra={'requestBody': FORM},
+@rest.post(PREDICT, response_model_exclude_unset=True, openapi_extra={'requestBody': FORM},
            responses=problems(400, 401, 413, 415, 422, 429, 503), tags=['predict'])
 async def predict(request: Request, explain: bool = False) -> Answer:
     """The probability of pneumonia in each film: a form with one or more files in the field `films` (JPEG, PNG, TIFF or
@@ -45,7 +45,6 @@ async def predict(request: Request, explain: bool = False) -> Answer:
     began = time.monotonic()
     with service.admitted():
         rows = await _unless_gone(request, service.predict(films, explain), settings.seconds)
-    counts.requests.labels(200).inc()
     counts.seconds.observe(time.monotonic() - began)
     for row in rows: counts.films.labels(row['status'], row['code'] or '').inc()
     return Answer(films=rows)
@@ -92,18 +91,16 @@ async def _gone(request: Request) -> None:
     while (await request.receive())['type'] != 'http.disconnect': pass
 
 
-async def _refused(request: Request, refusal: Refusal) -> JSONResponse:
-    if request.url.path == '/v1/predict': request.app.state.counts.requests.labels(refusal.status).inc()
-    return answer(refusal)
+async def _refused(request: Request, refusal: Refusal) -> JSONResponse: return answer(refusal)
 
 
 async def _busy(request: Request, error: Busy) -> JSONResponse:
-    return await _refused(request, Refusal(503, 'E_BUSY', str(error), retry_after='1'))
+    return answer(Refusal(503, 'E_BUSY', str(error), retry_after='1'))
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     wrong = '; '.join(f'{".".join(map(str, one["loc"][1:]))}: {one["msg"]}' for one in error.errors())
-    return await _refused(request, Refusal(422, 'E_OPTION', wrong))
+    return answer(Refusal(422, 'E_OPTION', wrong))
 
 
 async def _other(request: Request, error: HTTPException) -> JSONResponse:
@@ -112,8 +109,7 @@ async def _other(request: Request, error: HTTPException) -> JSONResponse:
 
 
 async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
-    return await _refused(request, Refusal(503, 'E_INTERNAL', 'it failed here: tell the operator '
-                                           f'{request.scope["state"].get("id")}.', retry_after='1'))
+    return answer(internal(request.scope['state']['id']))
 
 
 TOLD = {Refusal: _refused, Busy: _busy, RequestValidationError: _invalid, HTTPException: _other,

@@ -7,9 +7,10 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from types import FrameType
 
 from cxr_fastai.core import CXRError, UsageError, first_line
 from cxr_fastai.settings import Settings
@@ -17,22 +18,28 @@ from cxr_fastai.settings import Settings
 BACKLOG = 128
 """Connections that wait for the process to take them."""
 FORMAT = '%(asctime)s %(levelname)s %(name)s %(message)s'
+SPEAKERS = ('cxr_fastai', 'uvicorn', 'asyncio')
+"""Whose words are logged: a package that reads films might quote them."""
+GRACE = 2
+"""Seconds beyond `Settings.drain` until a process that does not end is killed."""
+ENDS = (signal.SIGTERM, signal.SIGINT)
 
 
 def serve(settings: Settings, say: Callable[[str], None] = lambda text: None) -> int:
-    """Serve until SIGTERM or SIGINT, and return the exit code. The listening socket outlives a killed process, so that
-    callers wait for the next one instead of being turned away. Raises `UsageError` where the place is taken."""
+    """Serve until SIGTERM or SIGINT, and return the exit code: 0 for these too, since that is how a service ends.
+
+    The listening socket outlives a killed process, so that callers wait for the next one instead of being turned away.
+    Raises `UsageError` where the place is taken."""
     listening = listen(settings.host, settings.port)
     port = listening.getsockname()[1]
     say(f'serving {settings.bundle} at http://{_shown(settings.host)}:{port} (Ctrl-C ends it)')
-    spawn, stopped = multiprocessing.get_context('spawn'), threading.Event()
-    with listening:
+    with listening, _ending(settings.drain + GRACE) as told:
         while True:
-            process = spawn.Process(target=work, args=(settings, listening), name='cxr-fastai-serve')
-            process.start()
-            code = _wait(process, stopped)
-            if stopped.is_set() or code >= 0: return max(code, 0)
-            say(f'the serving process was ended by signal {-code}: a new one starts')
+            process = _start(settings, listening)
+            if told: process.terminate()  # while it started
+            process.join()
+            if told or process.exitcode >= 0: return max(process.exitcode, 0)
+            say(f'the serving process was ended by signal {-process.exitcode}: a new one starts')
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -50,33 +57,59 @@ def work(settings: Settings, listening: socket.socket) -> None:
 
     from cxr_fastai.protocol import PromptProtocol
     from cxr_fastai.web import make_app
-    logging.basicConfig(format=FORMAT, level=logging.INFO)
+    _speak()
     _end_with_parent()
-    failures: list[CXRError] = []
+    failures: list[Exception] = []
 
-    def fail(error: CXRError) -> None:
+    def fail(error: Exception) -> None:
         failures.append(error)
         server.should_exit = True
     config = uvicorn.Config(make_app(settings, fail), http=partial(PromptProtocol, seconds=settings.sending),
                             log_config=None, access_log=False, server_header=False, ws='none', proxy_headers=False,
-                            timeout_graceful_shutdown=int(settings.drain), lifespan='on')
+                            timeout_graceful_shutdown=settings.drain, lifespan='on')
     server = uvicorn.Server(config)
     server.run(sockets=[listening])
     for error in failures:
+        if not isinstance(error, CXRError): raise error
         logging.getLogger('cxr_fastai.serve').error('%s', first_line(error))
         raise SystemExit(error.exit_code)
 
 
-def _wait(process: multiprocessing.Process, stopped: threading.Event) -> int:
-    """Wait for `process` to end, and hand on what ends this one."""
-    def hand_on(number: int, _: FrameType | None) -> None:
-        stopped.set()
-        process.terminate()
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    try: process.join()
+def _start(settings: Settings, listening: socket.socket) -> multiprocessing.Process:
+    """A process that serves. It never sees the SIGINT of a terminal's Ctrl-C: the one beside it tells it to end."""
+    process = multiprocessing.get_context('spawn').Process(target=work, args=(settings, listening))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: process.start()
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return process
+
+
+@contextmanager
+def _ending(seconds: float) -> Iterator[list[int]]:
+    """The signals by which this process was told to end. It hands that on, and kills who has not ended in `seconds`."""
+    told: list[int] = []
+
+    def kill() -> None:
+        for child in multiprocessing.active_children(): child.kill()
+
+    def end(number: int, _: object) -> None:
+        told.append(number)
+        for child in multiprocessing.active_children(): child.terminate()
+        timer = threading.Timer(seconds, kill)
+        timer.daemon = True
+        timer.start()
+    before = {number: signal.signal(number, end) for number in ENDS}
+    try: yield told
     finally:
-        for number, told in before.items(): signal.signal(number, told)
-    return process.exitcode or 0
+        for number, handler in before.items(): signal.signal(number, handler)
+
+
+def _speak() -> None:
+    """Log what `SPEAKERS` say, and nothing of others."""
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: record.name.partition('.')[0] in SPEAKERS)
+    logging.basicConfig(format=FORMAT, level=logging.INFO, handlers=[handler])
+    warnings.simplefilter('ignore')
 
 
 def _end_with_parent() -> None:

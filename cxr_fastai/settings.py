@@ -25,7 +25,7 @@ class Settings:
     per_client: int = 0
     seconds: float = 30
     sending: float = 10
-    drain: float = 10
+    drain: float = 9
     batch: int = 16
     wait: float = 0.004
     token: str | None = None

@@ -134,8 +134,10 @@ class Service:
     @cached_property
     def network(self) -> nn.Module:
         """The torch network, loaded when the first map is asked for. Raises `UsageError` where PyTorch is missing."""
-        try: return self.bundle.engine('torch').model
+        try: import torch
         except ImportError: raise UsageError(NO_MAPS) from None
+        torch.set_num_threads(1)  # more of them wait for each other, at ten times the cost where the cores are busy
+        return self.bundle.engine('torch').model
 
     async def _run(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *args))

@@ -35,6 +35,9 @@ def answer(refusal: Refusal) -> JSONResponse:
     return JSONResponse({'code': refusal.code, 'message': refusal.message}, refusal.status, refusal.headers)
 
 
+ENDING = Refusal(503, 'E_ENDING', 'the service ends, and can wait no longer: try again.', retry_after='5')
+
+
 def is_open(scope: Scope) -> bool:
     """Whether a request is for what needs no token."""
     return scope['path'] in OPEN or scope['path'].startswith('/static/')
@@ -132,9 +135,10 @@ class Record:
                 for header, value in (HEADERS | {'x-request-id': name}).items(): headers.setdefault(header, value)
             await send(message)
         try: await self.app(scope, receive, sending)
-        except (Exception, asyncio.CancelledError) as error:  # the latter when the service can wait no longer
+        except (Exception, asyncio.CancelledError) as error:
             log.error('%s %s at %s', name, type(error).__name__, _place(error))
-            if not status: await answer(internal(name))(scope, receive, sending)
+            told = ENDING if isinstance(error, asyncio.CancelledError) else internal(name)
+            if not status: await answer(told)(scope, receive, sending)
         finally:
             self.watch(scope['path'], status)
             _note(scope, status, time.monotonic() - began)

@@ -11,9 +11,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from cxr_fastai.core import CXRError, UsageError, first_line
 from cxr_fastai.settings import Settings
+
+if TYPE_CHECKING:
+    import uvicorn
 
 BACKLOG = 128
 """Connections that wait for the process to take them."""
@@ -22,6 +26,8 @@ SPEAKERS = ('cxr_fastai', 'uvicorn', 'asyncio')
 """Whose words are logged: a package that reads films might quote them."""
 GRACE = 2
 """Seconds beyond `Settings.drain` until a process that does not end is killed."""
+HEADERS = 2**14
+"""Bytes of a request before its body."""
 ENDS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -53,10 +59,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 def work(settings: Settings, listening: socket.socket) -> None:
     """Serve in this process until it is told to stop; exit with the code of a bundle that cannot be opened."""
-    import uvicorn
-
-    from cxr_fastai.protocol import PromptProtocol
-    from cxr_fastai.web import make_app
     _speak()
     _end_with_parent()
     failures: list[Exception] = []
@@ -64,15 +66,24 @@ def work(settings: Settings, listening: socket.socket) -> None:
     def fail(error: Exception) -> None:
         failures.append(error)
         server.should_exit = True
-    config = uvicorn.Config(make_app(settings, fail), http=partial(PromptProtocol, seconds=settings.sending),
-                            log_config=None, access_log=False, server_header=False, ws='none', proxy_headers=False,
-                            timeout_graceful_shutdown=settings.drain, lifespan='on')
-    server = uvicorn.Server(config)
+    server = make_server(settings, fail)
     server.run(sockets=[listening])
     for error in failures:
         if not isinstance(error, CXRError): raise error
         logging.getLogger('cxr_fastai.serve').error('%s', first_line(error))
         raise SystemExit(error.exit_code)
+
+
+def make_server(settings: Settings, failed: Callable[[Exception], None] = lambda error: None) -> uvicorn.Server:
+    """What serves the app of `settings` on sockets that it is given; `failed` is told why there is nothing to serve."""
+    import uvicorn
+
+    from cxr_fastai.protocol import PromptProtocol
+    from cxr_fastai.web import make_app
+    return uvicorn.Server(uvicorn.Config(
+        make_app(settings, failed), http=partial(PromptProtocol, seconds=settings.sending), log_config=None,
+        access_log=False, server_header=False, ws='none', proxy_headers=False, lifespan='on',
+        timeout_graceful_shutdown=settings.drain, h11_max_incomplete_event_size=HEADERS))
 
 
 def _start(settings: Settings, listening: socket.socket) -> multiprocessing.Process:

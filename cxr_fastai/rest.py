@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from cxr_fastai import __version__
@@ -63,7 +63,7 @@ async def ready(request: Request) -> State:
     return State(status='ok')
 
 
-@rest.get('/metrics', responses=problems(401, 429), tags=['operate'], response_class=Response)
+@rest.get('/metrics', responses=problems(401, 429), tags=['operate'], response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Counters and timings for Prometheus."""
     return Response(request.app.state.counts.text(), media_type=CONTENT_TYPE)

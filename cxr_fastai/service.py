@@ -135,7 +135,8 @@ class Service:
     @cached_property
     def network(self) -> nn.Module:
         """The torch network, loaded when the first map is asked for. Raises `UsageError` where PyTorch is missing."""
-        try: import torch
+        try:
+            import torch
         except ImportError: raise UsageError(NO_MAPS) from None
         torch.set_num_threads(1)  # more of them wait for each other, at ten times the cost where the cores are busy
         return self.bundle.engine('torch').model

@@ -311,6 +311,7 @@ def test_the_document_of_the_interface_is_valid_and_tells_what_may_be_answered(c
     for schema in document['components']['schemas'].values(): Draft202012Validator.check_schema(schema)
     asked = document['paths']['/v1/predict']['post']
     assert set(asked['responses']) == {'200', '400', '401', '413', '415', '422', '429', '503'}
+    assert 'text/plain' in document['paths']['/metrics']['get']['responses']['200']['content']
     assert set(document['paths']) == {'/v1/predict', '/v1/model', '/health', '/ready', '/metrics'}
 
 
@@ -446,6 +447,14 @@ def test_tokens_are_compared_in_a_time_that_tells_nothing(named, monkeypatch):
     monkeypatch.setattr(hmac, 'compare_digest', lambda *pair: compared.append(pair) or compare(*pair))
     named.get('/v1/model', headers={'authorization': 'Bearer no'})
     assert compared == [(b'Bearer no', b'Bearer 0123456789abcdef')]
+
+
+def test_tokens_are_not_logged(named, caplog):
+    with caplog.at_level(logging.DEBUG):
+        for told in ('ZqRightXv', '0123456789abcdef'):
+            named.post('/v1/predict', files=form(b''), headers={'authorization': f'Bearer {told}'})
+    assert caplog.text.count('route=') == 2
+    for word in ('Bearer', 'ZqRightXv', '0123456789abcdef'): assert word not in caplog.text
 
 
 # What stays

@@ -48,8 +48,12 @@ class PromptProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.closed: return  # the rest of a request that has its answer
         if self.deadline is None and self.conn.their_state in SENDING: self._wait()
+        before = self.conn.their_state
         super().data_received(data)
         if self.conn.their_state not in (*SENDING, *LINGER): self._stop()
+        if (before, self.conn.their_state) == (h11.SEND_BODY, h11.IDLE):  # it has its answer: the next one's time begins
+            self._stop()
+            self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()

@@ -51,7 +51,7 @@ class PromptProtocol(H11Protocol):
         before = self.conn.their_state
         super().data_received(data)
         if self.conn.their_state not in (*SENDING, *LINGER): self._stop()
-        if (before, self.conn.their_state) == (h11.SEND_BODY, h11.IDLE):  # it has its answer: the next one's time begins
+        if (before, self.conn.their_state) == (h11.SEND_BODY, h11.IDLE):  # that has its answer: the next one's time
             self._stop()
             self._wait()
 

@@ -5,7 +5,9 @@
 
 The clients are threads of this process, each with one connection that it keeps, on the loopback, and share the cores
 with the service; each posts one film and waits for its answer. Rounds alternate between the Predictor (batches of 32,
-the same files) and every number of clients. `--soak` posts for so many seconds with 8 clients, checks each answer against the
+the same files) and every number of clients.
+
+`--soak` posts for so many seconds with 8 clients, checks each answer against the
 Predictor's, and prints the memory of the service every minute.
 """
 import argparse

@@ -20,6 +20,11 @@ $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Builds the site from pages, stored notebooks and docstrings; a warning fails it.
+docs: .venv/.docs
+	$(BIN)/python -m sphinx -n -W --keep-going -d docs/_build/doctrees docs docs/_build/html
+	@echo "Open docs/_build/html/index.html in a browser."
+
 # Executes the notebooks anew and stores what they show.
 notebooks: .venv/.docs
 	$(BIN)/python nbs/execute.py
@@ -29,4 +34,4 @@ notebooks: .venv/.docs
 	touch $@
 
 clean:
-	rm -rf .venv demo build dist *.egg-info
+	rm -rf .venv demo build dist *.egg-info docs/_build

@@ -20,14 +20,14 @@ from cxr_fastai.data import film_block, locate, make_dls
 from cxr_fastai.decision import Decision, decide
 from cxr_fastai.demo import make_demo
 from cxr_fastai.evaluation import evaluate
-from cxr_fastai.examples import example_films, example_run
+from cxr_fastai.examples import example_films, example_run, hold_out, list_held_out
 from cxr_fastai.explanations import CXRInterpretation, Explainer
 from cxr_fastai.export import export
 from cxr_fastai.images import Preprocessing, open_film, read_film
 from cxr_fastai.inference import Predictor, list_films, prediction_table
 from cxr_fastai.interpret import typical_hits, worst_errors
 from cxr_fastai.intervals import describe
-from cxr_fastai.items import count_films, data_root, read_items, split_patients
+from cxr_fastai.items import count_films, data_root, film_root, read_items, split_patients
 from cxr_fastai.learner import make_learner
 from cxr_fastai.metrics import measure
 from cxr_fastai.models import ARCHS, BaselineCNN, build_model, make_recipe
@@ -45,10 +45,10 @@ from cxr_fastai.training import fit, train
 __all__ = ['ARCHS', 'AugmentFilms', 'BaselineCNN', 'Bundle', 'CORRUPTIONS', 'CXRError', 'CXRInterpretation', 'Decision',
            'Explainer', 'POSITIVE', 'Path', 'Phase', 'Predictor', 'Preprocessing', 'Recipe', 'Run', 'VOCAB', 'audit',
            'build_model', 'check_maps', 'check_run', 'compare', 'corrupt', 'count_films', 'data_root', 'decide',
-           'describe', 'download', 'evaluate', 'example_films', 'example_run', 'export', 'film_block', 'find_cache',
-           'fit', 'list_films', 'load_learner', 'locate', 'make_demo', 'make_dls', 'make_learner', 'make_recipe',
-           'measure', 'measure_robustness', 'open_film', 'plot_calibration', 'plot_confusion_matrix',
-           'plot_explanation', 'plot_gallery', 'plot_history', 'plot_mean_maps', 'plot_net_benefit',
-           'plot_precision_recall', 'plot_risk_coverage', 'plot_robustness', 'plot_roc', 'plot_scores',
-           'prediction_table', 'prepare', 'read_film', 'read_items', 'report', 'same_films', 'save_audit',
-           'save_learner', 'split_patients', 'summarise', 'train', 'typical_hits', 'worst_errors']
+           'describe', 'download', 'evaluate', 'example_films', 'example_run', 'export', 'film_block', 'film_root',
+           'find_cache', 'fit', 'hold_out', 'list_films', 'list_held_out', 'load_learner', 'locate', 'make_demo',
+           'make_dls', 'make_learner', 'make_recipe', 'measure', 'measure_robustness', 'open_film', 'plot_calibration',
+           'plot_confusion_matrix', 'plot_explanation', 'plot_gallery', 'plot_history', 'plot_mean_maps',
+           'plot_net_benefit', 'plot_precision_recall', 'plot_risk_coverage', 'plot_robustness', 'plot_roc',
+           'plot_scores', 'prediction_table', 'prepare', 'read_film', 'read_items', 'report', 'same_films',
+           'save_audit', 'save_learner', 'split_patients', 'summarise', 'train', 'typical_hits', 'worst_errors']

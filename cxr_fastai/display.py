@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables for the terminal: what an audit found, what was predicted, how an AUC and maps hold; figures have `scores`."""
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ from cxr_fastai.core import POSITIVE, VOCAB, CXRWarning, FilmError, UsageError, 
 from cxr_fastai.decision import DEFAULT, Decision, decide, parse_rule
 from cxr_fastai.inference import Predictor
 from cxr_fastai.items import count_films, data_root, film_root, parse_name, read_items
-from cxr_fastai.metrics import PREVALENCES, measure
+from cxr_fastai.metrics import PREVALENCES, is_complete, measure
 from cxr_fastai.run import Run
 
 COLUMNS = ['path', 'label', 'split', 'patient', 'p_pneumonia', 'prediction', 'loss']
@@ -122,6 +122,15 @@ def stamp_films(items: pd.DataFrame, root: Path) -> str:
     return hashlib.sha256(repr(list(facts)).encode(errors='surrogateescape')).hexdigest()
 
 
+def measure_split(run: Run, predictions: pd.DataFrame, decision: Decision, groups: Mapping[str, np.ndarray],
+                  prevalences: Sequence[float], stamp: str | None = None) -> dict[str, Any]:
+    """The metrics of a split's `predictions`, in `groups` by column; with the network and the files they are of."""
+    split = predictions.split.iloc[0]
+    metrics = measure(predictions.assign(**groups), decision.threshold, decision.rule, decision.temperature,
+                      prevalences, list(groups))
+    return metrics | {'model': decision.model, 'films': stamp or run.metrics.get(split, {}).get('films')}
+
+
 def _has(run: Run, tables: Mapping[str, pd.DataFrame], split: str, items: pd.DataFrame, root: Path | None) -> bool:
     """Whether `tables` has the predictions of `items`, of the files as they are now below `root` (None: are gone)."""
     return split in tables and _same_paths(tables[split], items) and (
@@ -168,22 +177,13 @@ def _decide(run: Run, valid: pd.DataFrame | None, rule: str | None, model: str) 
     return Decision(threshold, rule or f'fixed:{threshold:g}', model=model)
 
 
-def measure_split(run: Run, predictions: pd.DataFrame, decision: Decision, groups: Mapping[str, np.ndarray],
-                  prevalences: Sequence[float], stamp: str | None = None) -> dict[str, Any]:
-    """The metrics of a split's `predictions`, in `groups` by column; with the network and the files they are of."""
-    split = predictions.split.iloc[0]
-    metrics = measure(predictions.assign(**groups), decision.threshold, decision.rule, decision.temperature,
-                      prevalences, list(groups))
-    return metrics | {'model': decision.model, 'films': stamp or run.metrics.get(split, {}).get('films')}
-
-
 def _measure_again(run: Run, split: str, predictions: pd.DataFrame, decision: Decision,
                    stamp: str | None) -> dict[str, Any]:
     """The metrics of a split that was not asked for: as they are known, or measured anew, where it was predicted just
-    now or the decision is another one."""
+    now, the decision is another one, or figures are missing."""
     known = run.metrics.get(split, {})
-    if stamp is None and decision.fits(known) and known['calibrated']['temperature'] == decision.temperature:
-        return known
+    if stamp is None and decision.fits(known) and is_complete(known) and (
+            known['calibrated']['temperature'] == decision.temperature): return known
     if lost := sorted({group['column'] for group in known.get('subgroups', ())} - {'kind'}):
         warnings.warn(f'the split {split} is judged by another threshold now, without its groups by {", ".join(lost)}: '
                       'evaluate it again.', CXRWarning, stacklevel=3)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock
 
-from cxr_fastai.core import writing
+from cxr_fastai.core import write_csv, writing
 from cxr_fastai.demo import make_demo
 from cxr_fastai.evaluation import evaluate
 from cxr_fastai.items import film_root, read_items, split_patients
@@ -18,7 +18,7 @@ from cxr_fastai.training import train
 
 FOLDER = Path('example')
 SYNTHETIC = 400
-REAL = {'train': 120, 'val': 40, 'test': 40}
+REAL = {'train': 120, 'valid': 40, 'test': 40}
 """Films of each class that are taken of the real ones."""
 
 
@@ -52,22 +52,31 @@ def example_run(folder: Path = FOLDER) -> Run:
     return Run.open(run)
 
 
+def list_held_out(root: Path, listing: Path) -> Path:
+    """Write the CSV `listing` of the films of `root` by `hold_out`, and return it; it can stand for a folder of films
+    everywhere."""
+    items = hold_out(read_items(root))
+    paths = [os.path.relpath(film_root(root)/path, listing.parent) for path in items.path]
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(listing, items.assign(path=paths))
+    return listing
+
+
+def hold_out(items: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """`items` without the official test films, split anew: a tenth of the patients as test, a tenth of the others as
+    valid. What is decided by looking at such a test split leaves the official one as it was."""
+    first = split_patients(items[items.split != 'test'], seed)
+    rest = split_patients(first[first.split != 'valid'], seed + 1)
+    return pd.concat([rest, first[first.split == 'valid'].assign(split='test')], ignore_index=True)
+
+
 def _copy_sample(root: Path, into: Path) -> None:
-    items = read_items(root)
-    sample = _hold_out(items[items.split != 'test']).groupby(['split', 'label'], sort=False)
-    for (split, label), films in sample:
-        for path in films.path.head(REAL[split]):
-            with writing(into):
-                (into/split/label).mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(film_root(root)/path, into/split/label/Path(path).name)
-
-
-def _hold_out(items: pd.DataFrame) -> pd.DataFrame:
-    """A tenth of the patients as test, a tenth of the others as val."""
-    first = split_patients(items, seed=0)
-    rest = split_patients(first[first.split != 'valid'], seed=1)
-    test = first[first.split == 'valid'].assign(split='test')
-    return pd.concat([rest.replace({'split': {'valid': 'val'}}), test])
+    """Copy `REAL` films of each class and split of `hold_out` into the layout of the data set."""
+    for (split, label), films in hold_out(read_items(root)).groupby(['split', 'label'], sort=False):
+        folder = into/split/label
+        with writing(into):
+            folder.mkdir(parents=True)
+            for path in films.path.head(REAL[split]): shutil.copyfile(film_root(root)/path, folder/Path(path).name)
 
 
 def _locked(folder: Path) -> FileLock:

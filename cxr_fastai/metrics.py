@@ -1,9 +1,9 @@
 """Predictions become metrics: every figure of a split with its interval, in the form of `metrics.json`."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,8 @@ HALF = 0.5
 """The threshold of the specification, whose figures stand beside those of the chosen one."""
 FEW = 10
 """Films in a group below which its figures would say little and might point at somebody."""
-SHARES = {'accuracy': (('tp', 'tn'), ('fp', 'fn')), 'sensitivity': (('tp',), ('fn',)),
-          'specificity': (('tn',), ('fp',)), 'ppv': (('tp',), ('fp',)), 'npv': (('tn',), ('fn',))}
+SHARES = {'sensitivity': (('tp',), ('fn',)), 'specificity': (('tn',), ('fp',)),
+          'accuracy': (('tp', 'tn'), ('fp', 'fn')), 'ppv': (('tp',), ('fp',)), 'npv': (('tn',), ('fn',))}
 """Figure -> the cells of the confusion matrix that are right, and those that are wrong."""
 
 
@@ -108,19 +108,23 @@ class Calls:
         return self.sample.count(np.any([self.films[cell] for cell in (*right, *wrong)], axis=0))
 
     def rates(self) -> dict[str, Any]:
-        """Every figure that depends on the threshold, and the counts."""
-        n, shares = self.n, {name: self.share(*cells) for name, cells in SHARES.items()}
-        return {**shares, 'f1': f1(n['tp'], n['fp'], n['fn'], self.effective(['tp'], ['fp', 'fn'])),
-                'balanced_accuracy': self._balanced_accuracy(shares['sensitivity'], shares['specificity']),
-                'mcc': self._correlation(), 'confusion': {cell: n[cell] for cell in ('tn', 'fp', 'fn', 'tp')}}
+        """Every figure of `AT_A_THRESHOLD`, and the counts."""
+        return {**{name: figure(self) for name, figure in AT_A_THRESHOLD.items()},
+                'confusion': {cell: self.n[cell] for cell in ('tn', 'fp', 'fn', 'tp')}}
 
-    def _balanced_accuracy(self, sensitivity: Estimate, specificity: Estimate) -> Estimate:
+    def f1(self) -> Estimate:
+        """The harmonic mean of sensitivity and PPV."""
+        return f1(*(self.n[cell] for cell in ('tp', 'fp', 'fn')), self.effective(['tp'], ['fp', 'fn']))
+
+    def balanced_accuracy(self) -> Estimate:
+        """The mean of sensitivity and specificity, its interval on the logit scale from the draws of patients."""
+        sensitivity, specificity = (self.share(*SHARES[name]) for name in TARGETS)
         if sensitivity['value'] is None or specificity['value'] is None: return estimate(None)
         middle = {name: (sensitivity[name] + specificity[name])/2 for name in sensitivity}
         error = deviation(sum(self.share_draws(*SHARES[name]) for name in TARGETS)/2)
         return on_logit_scale(middle['value'], error) if 0 < middle['value'] < 1 and error else middle
 
-    def _correlation(self) -> Estimate:
+    def correlation(self) -> Estimate:
         """Matthews' correlation coefficient (1975), its interval on Fisher's z scale; None for the interval where it is
         -1 or 1, and for all where a margin is empty."""
         value = _mcc(**{cell: np.float64(n) for cell, n in self.n.items()})
@@ -144,13 +148,18 @@ def measure(predictions: pd.DataFrame, threshold: float, rule: str, temperature:
                              for p in (sample.p, temper(sample.p, temperature)))
     return {'n': len(sample.p), 'positives': int(sample.targs.sum()), 'patients': sample.count(sample.targs | True),
             'threshold': threshold, 'threshold_rule': rule, **chosen.rates(),
-            'auc': area(sample), 'average_precision': average_precision(sample),
+            **{name: figure(sample) for name, figure in OVERALL.items()},
             'brier': calibration['brier']['value'], 'log_loss': calibration['log_loss']['value'],
             'at_half': {'threshold': HALF, **Calls(sample, HALF).rates()},
             'prevalences': [at_prevalence(chosen, prevalence) for prevalence in prevalences],
             'calibration': calibration, 'calibrated': {'temperature': temperature, **tempered},
             'subgroups': [group for column in by for group in measure_groups(predictions, column, threshold)],
             'intervals': {'grouped_by_patient': sample.grouped, 'draws': DRAWS, 'seed': SEED}}
+
+
+def is_complete(metrics: dict[str, Any]) -> bool:
+    """Whether the `metrics` of a split have all the figures of `measure`; those of an older version may lack some."""
+    return {*OVERALL, *AT_A_THRESHOLD, 'calibration'} <= metrics.keys()
 
 
 def area(sample: Sample) -> Estimate:
@@ -208,3 +217,11 @@ def _measure_group(predictions: pd.DataFrame, column: str, name: str, chosen: pd
 def _mcc(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.ndarray) -> np.ndarray:
     with np.errstate(invalid='ignore'):
         return (tp*tn - fp*fn)/np.sqrt((tp + fp)*(tp + fn)*(tn + fp)*(tn + fn))
+
+
+OVERALL: dict[str, Callable[[Sample], Estimate]] = {'auc': area, 'average_precision': average_precision}
+"""Figure over all thresholds -> how it is estimated; a row is in `metrics.json`, the terminal and the report."""
+AT_A_THRESHOLD: dict[str, Callable[[Calls], Estimate]] = {
+    **{name: partial(Calls.share, right=right, wrong=wrong) for name, (right, wrong) in SHARES.items()},
+    'f1': Calls.f1, 'balanced_accuracy': Calls.balanced_accuracy, 'mcc': Calls.correlation}
+"""The same for figures that depend on the threshold."""

@@ -38,7 +38,7 @@ def save_learner(learn: Learner, path: Path, config: ModelConfig) -> str:
     import torch
 
     from cxr_fastai.engines import TorchEngine
-    canary = Canary.of(TorchEngine(copy.deepcopy(learn.model)), config.size)  # an engine changes mode and layout
+    canary = Canary.of(TorchEngine(copy.deepcopy(learn.model).cpu()), config.size)  # engines change mode and layout
     learn.config = {**asdict(config), 'canary': canary.as_dict()}
     buffer = BytesIO()  # torch would tell of a full disk by a RuntimeError
     with _emptied(learn): torch.save(learn, buffer, pickle_module=pickle)

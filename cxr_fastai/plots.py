@@ -95,9 +95,9 @@ def plot_rates(rates: Rates, title: str = '') -> Figure:
     ax.plot(rates.curve.lr, rates.curve.loss, color=BLUE, lw=2)
     ax.axvline(rates.suggestion, color=ORANGE, ls='--', label=f'suggestion {rates.suggestion:.1e}')
     # What the loss blows up to at the end would flatten the rest.
-    lowest, first = rates.curve.loss.min(), rates.curve.loss.iloc[0]
+    lowest, before = rates.curve.loss.min(), rates.curve.loss[rates.curve.lr <= rates.suggestion].max()
     ax.set(xscale='log', xlabel='learning rate', ylabel='loss (smoothed)',
-           ylim=(lowest - 0.1*(first - lowest), 2*first - lowest))
+           ylim=(lowest - 0.1*(before - lowest), 2*before - lowest))
     ax.legend(frameon=False)
     entitle(ax, title)
     return figure

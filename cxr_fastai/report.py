@@ -19,13 +19,13 @@ from cxr_fastai.drawing import to_svg
 from cxr_fastai.interpret import CURVES, film_picture, typical_hits, worst_errors
 from cxr_fastai.intervals import Estimate, describe
 from cxr_fastai.items import doubt_validation, identify_films, leaking_patients
-from cxr_fastai.metrics import FEW, TARGETS
+from cxr_fastai.metrics import AT_A_THRESHOLD, FEW, OVERALL, TARGETS, is_complete
 from cxr_fastai.names import safe_path, short_path
 from cxr_fastai.pages import data_uri, fill
 from cxr_fastai.plots import CHECKED, EPOCHS, plot_checked, plot_epochs, plot_robustness
 from cxr_fastai.run import Run, read_json
 from cxr_fastai.sanity import CHECKS, tell
-from cxr_fastai.scores import AT_A_THRESHOLD, OVERALL, name_figure
+from cxr_fastai.scores import name_figure
 from cxr_fastai.tradeoffs import threshold_table
 
 SPLITS = ('test', 'valid', 'train')
@@ -55,7 +55,7 @@ def report(run: Run, audit: Path | None = None, hide_names: bool = False) -> Pat
 def check_fresh(run: Run, split: str) -> None:
     """Raise `UsageError` where the metrics of `split` are of an older version, other predictions or another network."""
     metrics, n = run.metrics[split], len(run.predicted(split))
-    why = ('are of an older version' if 'calibration' not in metrics else
+    why = ('are of an older version' if not is_complete(metrics) else
            f'are of {metrics["n"]} films, predictions.csv of {n}' if metrics['n'] != n else
            'are of another network' if not _is_of(run, metrics) else None)
     if why: raise UsageError(f'{run.path}: the metrics of {split} {why}: `cxr-fastai evaluate {run.path} --split '

@@ -152,6 +152,12 @@ WRITER = {'items.csv': 'train', 'history.csv': 'train', 'predictions.csv': 'eval
           'robustness.csv': 'evaluate --robustness'}
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in the file `path`. Raises `UsageError` where it is damaged."""
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error: raise UsageError(f'{path}: damaged ({error}).') from None
+
+
 def _read_csv(path: Path) -> pd.DataFrame:
     import pandas as pd
     try:
@@ -161,10 +167,4 @@ def _read_csv(path: Path) -> pd.DataFrame:
                            converters={name: float for name in names if name in EXACT})
     except FileNotFoundError:
         raise UsageError(f'{path} is missing: `cxr-fastai {WRITER[path.name]}` writes it.') from None
-    except (ValueError, RecursionError) as error: raise UsageError(f'{path}: damaged ({error}).') from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file `path`. Raises `UsageError` where it is damaged."""
-    try: return json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error: raise UsageError(f'{path}: damaged ({error}).') from None

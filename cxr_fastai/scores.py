@@ -13,8 +13,6 @@ from cxr_fastai.intervals import describe
 
 NAMES = {'auc': 'AUC', 'ppv': 'PPV', 'npv': 'NPV', 'f1': 'F1', 'mcc': 'MCC', 'brier': 'Brier score'}
 """Figures that are not called by their own name."""
-OVERALL = ('auc', 'average_precision')
-AT_A_THRESHOLD = ('sensitivity', 'specificity', 'accuracy', 'balanced_accuracy', 'ppv', 'npv', 'f1', 'mcc')
 
 
 def metrics_tables(metrics: dict[str, Any]) -> Group:
@@ -52,7 +50,7 @@ def _short(words: str) -> str: return re.sub(r'(?<![\d.])0\.', '.', words)  # a 
 
 
 def _rates_table(metrics: dict[str, Any]) -> Table:
-    from cxr_fastai.metrics import TARGETS
+    from cxr_fastai.metrics import AT_A_THRESHOLD, OVERALL, TARGETS
     half, c = metrics['at_half'], metrics['confusion']
     grouped = 'as wide as the patients, of whom some have several films, demand' if (
         metrics['intervals']['grouped_by_patient']) else 'films are independent'

@@ -53,7 +53,6 @@ class Service:
     def open(cls, path: Path, **how: Any) -> Service:
         """The service of the bundle `path`, or of a `model.onnx` inside one, computed by ONNX Runtime. Raises
         `CXRError` for what is none, `ParityError` unless all canary films are predicted as when it was exported."""
-        os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')  # ONNX Runtime would tell its maker what it runs
         bundle = Bundle.open(find_bundle(path))
         predictor = Predictor.load(bundle.path, engine='onnx')
         bundle.canary.check(predictor.engine, bundle.path, threshold=bundle.config.threshold)

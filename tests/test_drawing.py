@@ -1,9 +1,12 @@
 """A figure on a page takes the page's colours and letters, and brings nothing from elsewhere."""
 import re
 
+import pandas as pd
 import pytest
 
 from cxr_fastai.drawing import BLUE, INK, axes, entitle, save_figure, to_svg
+from cxr_fastai.plots import plot_rates
+from cxr_fastai.rates import Rates
 
 
 @pytest.fixture
@@ -39,3 +42,9 @@ def test_nothing_comes_from_elsewhere_and_identifiers_do_not_meet(figure):
 def test_a_picture_is_written_whole(figure, tmp_path):
     save_figure(figure, tmp_path/'f.png')
     assert (tmp_path/'f.png').read_bytes().startswith(b'\x89PNG') and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_learning_rates_curve_is_whole_up_to_the_suggestion_also_where_a_lucky_batch_comes_first():
+    curve = pd.DataFrame({'lr': [1e-7, 1e-5, 1e-3, 1e-2, 1], 'loss': [0.65, 0.70, 0.72, 0.66, 5]})
+    low, high = plot_rates(Rates(curve, 1e-3)).axes[0].get_ylim()
+    assert low < 0.65 and 0.72 < high < 1

@@ -63,3 +63,15 @@ def test_a_module_imports_only_from_below(module):
 def test_only_the_command_line_knows_typer():
     assert {path.stem for path in PACKAGE.glob('*.py') if re.search('(import|from) typer', path.read_text())} == {
         'cli', 'cli_data', 'cli_train', 'cli_explain', 'cli_predict', 'cli_serve', 'options'}
+
+
+def test_the_readme_shows_every_module_at_its_layer():
+    readme = (PACKAGE.parent/'README.md').read_text()
+    told = [(name, int(layer)) for layer, names in re.findall(r'^\| (\d) \| ((?:`\w+` ?)+)\|', readme, re.M)
+            for name in re.findall(r'\w+', names)]
+    assert dict(told) == {name: layer for name, layer in LAYERS.items() if not name.startswith('__')}
+    assert len(told) == len(dict(told)), 'a module is shown twice'
+
+
+def test_every_neighbour_that_is_allowed_is_one():
+    assert {(name, other) for name, other in NEIGHBOURS if other in imported(PACKAGE/f'{name}.py')} == NEIGHBOURS

@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, on synthetic films and, where CXR_DATA names them, on some of the real ones."""
 import json
+import os
 import re
 from pathlib import Path
 
@@ -14,7 +15,8 @@ cells = {path: json.loads(path.read_text())['cells'] for path in NOTEBOOKS}
 @pytest.fixture(scope='session')
 def shared(tmp_path_factory) -> Path:
     """One folder for every notebook of every worker: the example films and run are made in it once."""
-    folder = tmp_path_factory.getbasetemp().parent/'notebooks'
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'notebooks'
     folder.mkdir(exist_ok=True)
     return folder
 

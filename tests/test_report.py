@@ -223,6 +223,9 @@ def test_metrics_of_an_older_version_other_predictions_or_another_network_are_re
     metrics = copy.metrics
     (copy/'metrics.json').write_text(json.dumps({'test': {'n': 12, 'auc': metrics['test']['auc']}}))
     with pytest.raises(UsageError, match='older version.*evaluate .* --split test'): report(copy)
+    (copy/'metrics.json').write_text(json.dumps(metrics | {'test': {
+        name: figure for name, figure in metrics['test'].items() if name != 'mcc'}}))
+    with pytest.raises(UsageError, match='older version'): report(copy)
     (copy/'metrics.json').write_text(json.dumps(metrics))
     copy.predictions.iloc[1:].to_csv(copy/'predictions.csv', index=False)
     with pytest.raises(UsageError, match='are of 12 films, predictions.csv of 11'): report(copy)

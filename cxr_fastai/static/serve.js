@@ -212,9 +212,10 @@ function picture({card, row, size}, image) {
   $('.maps', card).hidden = !image.overlay;
   $('.note', card).textContent = image.note ? `No ${image.film ? 'map' : 'picture'}: ${image.note}.` : '';
   const facts = {format: image.format, mode: image.mode,
-                 reading: row.status === 'ok' && row.message || 'as it is stored',
+                 reading: row.status === 'ok' ? row.message || 'as it is stored' : '',
                  size: `${whole(image.width)} × ${whole(image.height)} px, ${bytes(size)}`};
   for (const [name, text] of Object.entries(facts)) $(`.${name}`, card).textContent = text;
+  $('.reading', card).parentNode.hidden = !facts.reading;
   $('.facts', card).hidden = false;
   const fade = () => { map.style.opacity = toggle.checked ? opacity.value / 100 : 0; };
   toggle.checked = row.prediction === 'PNEUMONIA';

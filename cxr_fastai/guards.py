@@ -97,6 +97,11 @@ class Token(Guard):
 
 class PerClient(Guard):
     """Refuses more than `most` requests at a time from one address; what is open to all is not counted."""
+    refusal = 429, 'E_TOO_OFTEN', '{} of your requests wait already.'
+
+    def who(self, scope: Scope) -> str:
+        """Whom a request counts for."""
+        return (scope['client'] or ('',))[0]
 
     def __init__(self, app: ASGIApp, most: int):
         super().__init__(app)
@@ -104,15 +109,23 @@ class PerClient(Guard):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope['type'] != 'http' or is_open(scope): return await self.app(scope, receive, send)
-        client = (scope['client'] or ('',))[0]
+        client, (status, code, words) = self.who(scope), self.refusal
         if self.open[client] >= self.most:
-            refusal = Refusal(429, 'E_TOO_OFTEN', f'{self.most} of your requests wait already.', retry_after='1')
-            return await answer(refusal)(scope, receive, send)
+            return await answer(Refusal(status, code, words.format(self.most), retry_after='1'))(scope, receive, send)
         self.open[client] += 1
         try: await self.app(scope, receive, send)
         finally:
             self.open[client] -= 1
             if not self.open[client]: del self.open[client]
+
+
+class Crowd(PerClient):
+    """Refuses more than `most` requests at a time from all together: each holds what it has sent in memory."""
+    refusal = 503, 'E_BUSY', '{} requests are under way already: try again in a moment.'
+
+    def who(self, scope: Scope) -> str:
+        """All are one."""
+        return ''
 
 
 class Record:

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from cxr_fastai import __version__
 from cxr_fastai.answers import NOTICE
 from cxr_fastai.counts import Counts
-from cxr_fastai.guards import KnownHosts, PerClient, Record, SameOrigin, Token
+from cxr_fastai.guards import Crowd, KnownHosts, PerClient, Record, SameOrigin, Token
 from cxr_fastai.rest import TOLD, rest
 from cxr_fastai.service import Service
 from cxr_fastai.settings import Settings
@@ -35,6 +35,7 @@ def make_app(settings: Settings, failed: Callable[[Exception], None] = lambda er
 def _guarded(app: ASGIApp, settings: Settings, counts: Counts) -> ASGIApp:
     """`app` behind all guards; the first to ask is the last here."""
     if settings.token: app = Token(app, settings.token)
+    app = Crowd(app, 2*settings.queue)  # as many may still be sending as are being answered
     if settings.per_client: app = PerClient(app, settings.per_client)
     return Record(KnownHosts(SameOrigin(app), {*LOCAL, settings.host, *settings.hosts}), counts.answered)
 

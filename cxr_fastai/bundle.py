@@ -66,6 +66,11 @@ class Bundle:
         return found
 
     @cached_property
+    def identity(self) -> str:
+        """The SHA-256 of its manifest, which has that of every file."""
+        return hashlib.sha256(self._bytes(MANIFEST, MAX_TEXT)).hexdigest()
+
+    @cached_property
     def facts(self) -> dict[str, Any]:
         """All that `config.json` says."""
         return self._json(self.read(CONFIG), CONFIG)

@@ -20,6 +20,7 @@ from cxr_fastai import options as opt
 from cxr_fastai.cli_evaluate import evaluate, report
 from cxr_fastai.cli_explain import explain
 from cxr_fastai.cli_predict import export, predict, push_to_hub, trust
+from cxr_fastai.cli_serve import serve
 from cxr_fastai.cli_train import lr_find, train
 from cxr_fastai.core import CXRError, CXRWarning, check_new
 from cxr_fastai.terminal import complain, free, last_line, out, say, show_warning
@@ -48,6 +49,7 @@ app.command()(explain)
 app.command()(export)
 app.command()(predict)
 app.command()(trust)
+app.command()(serve)
 app.command('push-to-hub')(push_to_hub)
 
 

@@ -23,17 +23,21 @@ SHOWN = 20
 
 
 def export(run: opt.RunFolder, bundle: opt.NewBundle = None, as_zip: opt.AsZip = False,
-           int8: opt.Int8 = False) -> None:
+           int8: opt.Int8 = False, space: opt.NewSpace = None) -> None:
     """Make a bundle of a run that was evaluated: weights, decision, card and input gate, safe to share and quick to
     predict with. It is predicted with in a fresh process before it takes its place.
 
     Example: cxr-fastai export runs/resnet50 --out pneumonia-bundle
     """
     known = Run.open(run)
+    if space: check_new(space)
     from cxr_fastai.bundle import Bundle
     from cxr_fastai.export import export
     made = Bundle.open(export(known, bundle, as_zip, int8, out))
     say(f'{made.path}: {", ".join(made.manifest)}. Next: cxr-fastai predict {made.path} FILM...')
+    if space:
+        from cxr_fastai.space import write_space
+        say(f'{write_space(made, space)}: a Space of Hugging Face: python app.py there tries it, git push shares it.')
 
 
 def push_to_hub(bundle: opt.BundlePath, repo: opt.Repo, private: opt.Private = False,

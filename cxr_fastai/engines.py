@@ -1,6 +1,7 @@
 """What computes: a torch network, or its ONNX file. Both take grey uint8 films and give probabilities and features."""
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,7 @@ class OnnxEngine:
     that is none of ours."""
 
     def __init__(self, data: bytes, source: Path, threads: int | None = None):
+        os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')  # it reports to its maker unless told not to
         import onnxruntime
         if EXTERNAL.search(data): raise CXRError(f'{source}: it keeps tensors in other files, which is refused.')
         self.source, options = source, onnxruntime.SessionOptions()

@@ -27,6 +27,9 @@ OPENED = ('JPEG', 'PNG', 'TIFF', 'GIF')
 BITS = {'1': 1, 'L': 8, 'P': 8, 'PA': 8, 'LA': 8, 'La': 8, 'RGB': 8, 'RGBX': 8, 'RGBA': 8, 'RGBa': 8, 'CMYK': 8,
         'YCbCr': 8, 'I;16': 16, 'I;16B': 16, 'I;16L': 16, 'I;16N': 16, 'I': 32, 'F': 32}
 """Pillow's modes, and their bits a sample; deeper than 8 needs a window, or it would turn white or black."""
+MARKS = (('JPEG', 0, b'\xff\xd8\xff'), ('PNG', 0, b'\x89PNG\r\n'), ('TIFF', 0, b'II*\0'), ('TIFF', 0, b'MM\0*'),
+         ('DICOM', 128, b'DICM'))
+"""How files begin: format, place, bytes."""
 PLAIN = ('L', 'RGB')
 """Modes that many films have, and that need no note."""
 MIN_DEVIATION = 2
@@ -128,6 +131,11 @@ def open_film(path: str | Path, wanted: Preprocessing | None = None) -> Film:
     if suffix in SUFFIXES and suffix not in FORMATS[film.format]:
         return replace(film, notes=(*film.notes, f'{film.format} in spite of its name'))
     return film
+
+
+def sniff(data: bytes) -> str:
+    """The format that a film file's first bytes promise, or `?`: `JPEG`, `PNG`, `TIFF`, `DICOM`."""
+    return next((name for name, place, mark in MARKS if data.startswith(mark, place)), '?')
 
 
 def decode_film(data: bytes, wanted: Preprocessing | None = None, suffix: str = '') -> Film:

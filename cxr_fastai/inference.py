@@ -4,7 +4,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from cxr_fastai.artefacts import LEARNER, ModelConfig, find_network, load_network, sha256
 from cxr_fastai.bundle import GATE, Bundle, is_bundle
 from cxr_fastai.canary import Engine
-from cxr_fastai.core import VOCAB, CXRError, CXRWarning, FilmError, UsageError, in_threads
+from cxr_fastai.core import VOCAB, CXRError, CXRWarning, Film, FilmError, UsageError, in_threads
 from cxr_fastai.engines import TorchEngine
 from cxr_fastai.folders import find_films
 from cxr_fastai.gate import OUTSIDE, Gate
@@ -68,6 +68,11 @@ class Predictor:
         return self.engine.model
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        """What every film goes through on its way to the network."""
+        return Preprocessing.of(self.config)
+
+    @property
     def threshold(self) -> float:
         """From what probability on a film is called pneumonia."""
         return self.show(self.config.threshold)
@@ -78,7 +83,7 @@ class Predictor:
 
     def scores(self, films: np.ndarray) -> np.ndarray:
         """The probability of pneumonia (n,) of grey uint8 films (n, size, size)."""
-        return self._judge(films)[0]
+        return self.judge(films)[0]
 
     def predict(self, films: Sequence[Path], batch_size: int = 32, console: Console | None = None,
                 workers: int | None = None) -> Iterator[dict[str, Any]]:
@@ -89,12 +94,17 @@ class Predictor:
         opened = in_threads(self._open, films, workers, console)
         while batch := list(islice(opened, batch_size)): yield from self._rows(batch)
 
-    def _rows(self, batch: list[tuple[dict, np.ndarray | None]]) -> Iterator[dict]:
-        readable = [film for _, film in batch if film is not None]
-        found = zip(*self._judge(np.stack(readable)), strict=True) if readable else iter(())
-        for row, film in batch: yield row if film is None else row | self._tell(*next(found))
+    def take(self, name: str, read: Callable[[Preprocessing], Film]) -> tuple[dict[str, Any], Film | None]:
+        """The row that `predict` begins for the film `name`, which `read` decodes for the preprocessing that it is
+        given; and the film, None where the row tells why there is none."""
+        row = dict.fromkeys(COLUMNS) | {'path': name, 'threshold': self.threshold}
+        try: film = read(self.preprocessing)
+        except FilmError as error:
+            why = str(error).removeprefix(f'{name}: '.replace('\n', ' '))[:SHORT]
+            return row | {'status': error.status, 'code': error.code, 'message': why}, None
+        return row | {'status': 'ok', 'message': '; '.join(film.notes)[:SHORT] or None}, film
 
-    def _judge(self, films: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def judge(self, films: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities, and how far each film is from those of the gate over what it allows; 0 without a gate."""
         p, features = self.engine(films)
         if self.tta: p = (p + self.engine(np.ascontiguousarray(films[:, :, ::-1]))[0])/2
@@ -103,18 +113,19 @@ class Predictor:
                            'damaged, get it anew.')
         return p, self.gate.measure(features, films) if self.gate else np.zeros(len(p))
 
-    def _open(self, path: Path) -> tuple[dict, np.ndarray | None]:
-        row, wanted = dict.fromkeys(COLUMNS), Preprocessing.of(self.config)
-        row |= {'path': str(path), 'threshold': self.threshold}
-        try: film = open_film(path, wanted)
-        except FilmError as error:
-            why = str(error).removeprefix(f'{path}: '.replace('\n', ' '))[:SHORT]
-            return row | {'status': error.status, 'code': error.code, 'message': why}, None
-        return row | {'status': 'ok', 'message': '; '.join(film.notes)[:SHORT] or None}, wanted.fit(film.pixels)
-
-    def _tell(self, score: float, distance: float) -> dict[str, Any]:
+    def tell(self, score: float, distance: float) -> dict[str, Any]:
+        """What `judge` found of a film, in the words of a row."""
         if not distance <= 1: return OUTSIDE
         return {'p_pneumonia': self.show(float(score)), 'prediction': VOCAB[int(score >= self.config.threshold)]}
+
+    def _open(self, path: Path) -> tuple[dict, np.ndarray | None]:
+        row, film = self.take(str(path), lambda wanted: open_film(path, wanted))
+        return row, None if film is None else self.preprocessing.fit(film.pixels)
+
+    def _rows(self, batch: list[tuple[dict, np.ndarray | None]]) -> Iterator[dict]:
+        readable = [film for _, film in batch if film is not None]
+        found = zip(*self.judge(np.stack(readable)), strict=True) if readable else iter(())
+        for row, film in batch: yield row if film is None else row | self.tell(*next(found))
 
 
 def list_films(sources: Iterable[Path]) -> list[Path]:
@@ -147,7 +158,7 @@ def _of_bundle(path: Path, engine: str) -> Predictor:
     found = Predictor(bundle.engine(engine), bundle.config)
     if GATE not in bundle: return found
     found = replace(found, gate=Gate.from_tensors(bundle.tensors(GATE), path/GATE))
-    try: fits = found._judge(bundle.canary.films[:1])[1].shape == (1,)
+    try: fits = found.judge(bundle.canary.films[:1])[1].shape == (1,)
     except (ValueError, TypeError, IndexError): fits = False
     if not fits: raise CXRError(f'{path/GATE}: not a gate of this network: the bundle is damaged, get it anew.')
     return found

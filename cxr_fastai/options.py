@@ -75,6 +75,8 @@ NewBundle = Annotated[Path | None, Option('--out', metavar='DIR', show_default='
 Int8 = Annotated[bool, Option('--int8', help=(
     'Also an ONNX file in 8 bits, kept where the AUC on validation films changes by less than .002.'))]
 BundlePath = Annotated[Path, Argument(metavar='BUNDLE', help='Folder or zip that `export` made.')]
+NewSpace = Annotated[Path | None, Option('--space', metavar='DIR', show_default='none', help=(
+    'Also write a Hugging Face Space, a Gradio page in front of the bundle, to this new folder.'))]
 Repo = Annotated[str, Argument(metavar='USER/NAME', help='Repository on the Hub; it is made if it is not there.')]
 Private = Annotated[bool, Option('--private', help='Make a new repository private.')]
 WithPickle = Annotated[bool, Option('--with-pickle', help='Upload learner.pkl too, which others have to trust.')]
@@ -129,3 +131,18 @@ RunFolders = Annotated[list[Path], Argument(metavar='RUN...', help=(
 RunFolder = Annotated[Path, Argument(metavar='RUN', help='Folder that `train` made.')]
 Explained = Annotated[Path, Argument(metavar='RUN', help=(
     'Folder that `train` made; to explain films that are named, a bundle or a trusted .pkl as well.'))]
+
+Host = Annotated[str, Option('--host', help='Address to listen at; 0.0.0.0 is every network that this machine has.')]
+Port = Annotated[int, Option('--port', min=0, max=65535, help='Port to listen at; 0 takes a free one.')]
+TokenFile = Annotated[Path | None, Option('--token-file', metavar='FILE', show_default='none', help=(
+    'File with the bearer token that requests have to bring.'))]
+AllowHost = Annotated[list[str] | None, Option('--allow-host', metavar='NAME', show_default='localhost, --host', help=(
+    'Name that the service goes by, as in a Host header; repeat it for more, `*` takes any.'))]
+MaxBody = Annotated[int, Option('--max-body', metavar='MB', min=1, help='Megabytes of a request.')]
+MaxFilms = Annotated[int, Option('--max-films', metavar='N', min=1, help='Films in a request.')]
+QueueLength = Annotated[int, Option('--queue', metavar='N', min=1, help='Requests that wait at most.')]
+ClientShare = Annotated[int, Option('--per-client', metavar='N', min=0, show_default='no limit', help=(
+    'Requests at a time from one address.'))]
+RequestTime = Annotated[float, Option('--timeout', metavar='SECONDS', min=1, help='For the answer to a request.')]
+SendTime = Annotated[float, Option('--send-timeout', metavar='SECONDS', min=1, help=(
+    'For a client to send a whole request; it is cut then.'))]

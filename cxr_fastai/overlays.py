@@ -63,10 +63,15 @@ def plot_explanation(found: Explanation) -> Figure:
 
 def blend(found: Explanation) -> np.ndarray:
     """The film under its map as plain pixels, uint8 (h, w, 3); the film alone where the map is empty."""
+    return blend_map(found.film, found.heat)
+
+
+def blend_map(film: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """A film, grey uint8 (h, w), under the map `heat` (h, w) from 0 to 1: uint8 (h, w, 3)."""
     from matplotlib import colormaps
-    alpha = (OPACITY*found.heat**0.5)[..., None]
-    grey = np.repeat(found.film[..., None], 3, axis=2)
-    return np.uint8(np.round(grey*(1 - alpha) + 255*colormaps[MAP](found.heat)[..., :3]*alpha))
+    alpha = (OPACITY*heat**0.5)[..., None]
+    grey = np.repeat(film[..., None], 3, axis=2)
+    return np.uint8(np.round(grey*(1 - alpha) + 255*colormaps[MAP](heat)[..., :3]*alpha))
 
 
 def plot_gallery(found: Sequence[Explanation], title: str = '', columns: int = 4, heatmap: bool = True) -> Figure:

@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 
 def fill(template: str, **values: Any) -> str:
@@ -12,6 +15,13 @@ def fill(template: str, **values: Any) -> str:
     pages = Environment(loader=PackageLoader('cxr_fastai'), autoescape=select_autoescape(['html']), trim_blocks=True,
                         lstrip_blocks=True, undefined=StrictUndefined)
     return pages.get_template(template).render(**values)
+
+
+def markdown(text: str) -> Markup:
+    """Markdown as HTML; what looks like markup in it stays text, and links lead nowhere but to the web."""
+    from markdown_it import MarkdownIt
+    from markupsafe import Markup
+    return Markup(MarkdownIt('commonmark', {'html': False}).enable('table').render(text))
 
 
 def data_uri(picture: bytes, kind: str) -> str:

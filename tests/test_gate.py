@@ -79,7 +79,7 @@ def test_a_gate_is_the_same_after_it_was_saved(gated, seen, bundle, tmp_path):
 
 
 def test_what_cannot_be_measured_is_turned_away(gated):
-    assert gated[0]._tell(0.9, np.nan)['code'] == OUT_OF_DISTRIBUTION
+    assert gated[0].tell(0.9, np.nan)['code'] == OUT_OF_DISTRIBUTION
     broken = gated[1].as_tensors() | {'limits': np.array([1, np.nan, 1], np.float32)}
     with pytest.raises(CXRError, match='its limits are no numbers'): Gate.from_tensors(broken, 'b')
 

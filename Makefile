@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint docs notebooks clean
+.PHONY: demo test test-all lint docs notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/cxr-fastai demo
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n logical --dist worksteal -m "not slow"
+
+# Also what takes long and has a shorter sibling in `make test`.
+test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -n logical --dist worksteal
 
 lint: $(INSTALLED)

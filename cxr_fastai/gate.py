@@ -14,7 +14,7 @@ from cxr_fastai.core import CXRError
 
 OUT_OF_DISTRIBUTION = 'E_OUT_OF_DISTRIBUTION'
 OUTSIDE = {'status': 'rejected', 'code': OUT_OF_DISTRIBUTION, 'message': (
-    'unlike the chest films that the network was trained on, so a probability would mean nothing: --no-gate tells it')}
+    'unlike the chest films that the network was trained on, so a probability would mean nothing')}
 """What a row says of a picture that is let through by no gate."""
 FILMS = 800
 """Films of training, and of validation, that are looked at."""

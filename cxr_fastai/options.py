@@ -67,7 +67,7 @@ Mirrored = Annotated[bool, Option('--tta', help=(
     "Mean of a film's probability and that of its mirror image."))]
 Maps = Annotated[bool, Option('--explain', help=(
     'Also draw what influenced each score, by number, into a folder beside --out.'))]
-NoGate = Annotated[bool, Option('--no-gate', help='Tell a probability also of what is no chest film.')]
+NoGate = Annotated[bool, Option('--no-gate', help='Tell a probability also of what the gate turns away.')]
 EngineKind = Annotated[str, Option('--engine', help=(
     'What computes with a bundle: onnx, int8, torch, or auto: ONNX Runtime where it is installed.'))]
 NewBundle = Annotated[Path | None, Option('--out', metavar='DIR', show_default='RUN/bundle', help=(

@@ -1,16 +1,19 @@
-"""Shared films and runs: synthetic, small, made once a session. `CXR_DATA` is hidden from all but `real` tests."""
+"""Shared films and runs: synthetic, small, made once. `CXR_DATA` is hidden from all but `real` tests."""
+import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from filelock import FileLock
 
+os.environ['OMP_NUM_THREADS'] = '1'  # small arrays gain nothing by more, and lose much where the cores are busy
 from cxr_fastai.cli import main
 from cxr_fastai.demo import make_demo
 from cxr_fastai.run import Run
+from cxr_fastai.trust import trust
 
-torch.set_num_threads(1)  # small tensors gain nothing by more, and lose much where the cores are busy
 REAL = os.environ.pop('CXR_DATA', None)
 
 
@@ -22,20 +25,44 @@ def nothing_of_the_user(tmp_path_factory) -> None:
 
 
 @pytest.fixture(scope='session')
-def films(tmp_path_factory) -> Path:
-    """Sixty synthetic films of 96 px in the Kaggle layout."""
-    folder = tmp_path_factory.mktemp('data')/'films'
-    make_demo(folder, films=60, size=96, seed=0)
-    return folder
+def once(tmp_path_factory, nothing_of_the_user) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Makes a folder by its name, once: the first worker of pytest-xdist that asks makes it, the others wait for it."""
+    base = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: base = base.parent
+
+    def make_once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = base/name/name, base/f'{name}.done'
+        with FileLock(base/f'{name}.lock'):
+            if done.exists(): trust_models(folder)
+            else:
+                shutil.rmtree(folder.parent, ignore_errors=True)
+                folder.parent.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+    return make_once
+
+
+def trust_models(folder: Path) -> None:
+    """Trust in this worker, too, what another has made."""
+    for path in folder.rglob('*.pkl'): trust(hashlib.sha256(path.read_bytes()).hexdigest(), 'made by another worker')
+
+
+def command(*words: object) -> None: assert main([str(word) for word in words]) == 0
 
 
 @pytest.fixture(scope='session')
-def run(films, tmp_path_factory) -> Run:
+def films(once) -> Path:
+    """Sixty synthetic films of 96 px in the Kaggle layout; not to be changed by a test."""
+    return once('films', lambda folder: make_demo(folder, films=60, size=96, seed=0))
+
+
+@pytest.fixture(scope='session')
+def run(once, films) -> Run:
     """A baseline trained for two epochs through the command line; not to be changed by a test."""
-    folder = tmp_path_factory.mktemp('runs')/'run'
-    assert main(['train', '--data', str(films), '--out', str(folder), '--epochs', '2', '--size', '64',
-                 '--batch-size', '8', '--seed', '1', '--workers', '0']) == 0
-    return Run.open(folder)
+    return Run.open(once('run', lambda folder: command(
+        'train', '--data', films, '--out', folder, '--epochs', 2, '--size', 64, '--batch-size', 8, '--seed', 1,
+        '--workers', 0)))
 
 
 @pytest.fixture(scope='session')
@@ -46,17 +73,15 @@ def real_films() -> Path:
 
 
 @pytest.fixture(scope='session')
-def evaluated(run, films, tmp_path_factory) -> Run:
+def evaluated(once, run, films) -> Run:
     """A copy of that run, evaluated on its test films through the command line; not to be changed by a test."""
-    folder = tmp_path_factory.mktemp('evaluated')/'run'
-    shutil.copytree(run.path, folder)
-    assert main(['evaluate', str(folder), '--data', str(films)]) == 0
-    return Run.open(folder)
+    def evaluate(folder: Path) -> None:
+        shutil.copytree(run.path, folder)
+        command('evaluate', folder, '--data', films)
+    return Run.open(once('evaluated', evaluate))
 
 
 @pytest.fixture(scope='session')
-def bundle(evaluated, films, tmp_path_factory) -> Path:
+def bundle(once, evaluated) -> Path:
     """That run as a bundle, exported through the command line; not to be changed by a test."""
-    folder = tmp_path_factory.mktemp('bundles')/'bundle'
-    assert main(['export', str(evaluated.path), '--out', str(folder)]) == 0
-    return folder
+    return once('bundle', lambda folder: command('export', evaluated.path, '--out', folder))

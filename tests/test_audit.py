@@ -97,7 +97,12 @@ def test_nothing_is_found_where_nothing_is_wrong(clean):
     assert not found.findings and found.films == 640 and found.probes.auc.max() < 0.7
 
 
-@pytest.mark.parametrize('plant', PLANTS, ids=lambda plant: plant.__name__)
+ALONE = (leaked_patient, exact_copy_in_another_split, truncated_film)
+"""The others are found alone in the longer run, and together in each."""
+
+
+@pytest.mark.parametrize('plant', [pytest.param(plant, marks=() if plant in ALONE else pytest.mark.slow,
+                                                id=plant.__name__) for plant in PLANTS])
 def test_each_plant_is_found_and_nothing_else(films, plant):
     planted = plant(films)
     assert names(audit(films)) == planted

@@ -86,13 +86,15 @@ def test_a_recipe_gets_the_callbacks_that_it_asks_for():
     assert [type(callback).__name__ for callback in asked] == ['MixUp', 'GradientClip', 'AverageWeights', 'GrowFilms']
 
 
+@pytest.fixture(scope='module')
+def plain(films, tmp_path_factory) -> Run: return fitted(films, tmp_path_factory.mktemp('plain'))[1]
+
+
 @pytest.mark.parametrize('fields', [{'mixup': 0.4}, {'clip': 0.5}, {'label_smoothing': 0.2}, {'class_weights': True},
                                     {'erase': 1.0}, {'optimizer': 'adamw', 'weight_decay': 0.1}])
-def test_every_choice_changes_what_is_learnt(films, tmp_path, fields):
-    (tmp_path/'a').mkdir()
-    (tmp_path/'b').mkdir()
-    plain, changed = fitted(films, tmp_path/'a')[1].history, fitted(films, tmp_path/'b', **fields)[1].history
-    assert plain.train_loss[1] != changed.train_loss[1]
+def test_every_choice_changes_what_is_learnt(plain, films, tmp_path, fields):
+    changed = fitted(films, tmp_path, **fields)[1]
+    assert plain.history.train_loss[1] != changed.history.train_loss[1]
 
 
 def test_the_average_of_integers_is_the_newest():

@@ -91,6 +91,7 @@ def test_runs_are_found_in_folders_and_named_apart(two, tmp_path):
 
 def test_the_command_compares_averages_seeds_and_predicts_nothing_twice(two, films, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('cxr_fastai.interpret.save_figures', lambda *_: [])
     argv = ['evaluate', str(two), '--data', str(films)]
     assert main(argv) == 0
     shown = capsys.readouterr().out
@@ -103,7 +104,6 @@ def test_the_command_compares_averages_seeds_and_predicts_nothing_twice(two, fil
 
     def refuse(*_): raise AssertionError('predicted again')
     monkeypatch.setattr('cxr_fastai.inference.Predictor.scores', refuse)
-    monkeypatch.setattr('cxr_fastai.interpret.save_figures', lambda *_: [])
     assert main(argv) == 0
     assert (tmp_path/'comparison/comparison.json').read_text() == (tmp_path/'comparison-2/comparison.json').read_text()
 

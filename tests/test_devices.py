@@ -88,9 +88,18 @@ def test_mixed_precision_goes_on_bit_by_bit(films, tmp_path, small, monkeypatch,
     assert ('scale' in scale) is (precision == 'fp16')
 
 
-@pytest.mark.slow
+def traced(forward, dynamic, options):
+    """All that `torch.compile` does but for the machine's own code."""
+    return COMPILE(forward, dynamic=dynamic, backend='eager')
+
+
+COMPILE = torch.compile
+
+
+@pytest.mark.parametrize('compiler', [traced, pytest.param(COMPILE, marks=pytest.mark.slow, id='compiled')])
 def test_compiled_training_is_the_same_goes_on_bit_by_bit_and_leaves_a_plain_learner(films, tmp_path, small,
-                                                                                      monkeypatch):
+                                                                                      monkeypatch, compiler):
+    monkeypatch.setattr(torch, 'compile', compiler)
     plain, whole = (train(small, films, tmp_path/way, QUIET, compile=way) for way in ('off', 'on'))
     again = interrupted(monkeypatch, small, films, tmp_path/'again', 3, compile='on')
     assert whole.noted('start')['compiled'] and not plain.noted('start')['compiled']

@@ -2,6 +2,7 @@
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from faults import add_tiny, equal, full_disk, outcome, poisoned, quietly, start, train_argv
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from cxr_fastai import checkpoint, training
@@ -103,8 +105,14 @@ WHERE = {
 }
 
 
-CASES = [*((name, where) for name in ('two phases, plateau', 'tuned') for where in WHERE),
-         *((name, where) for name in ('two cycles', 'mixup') for where in list(WHERE)[1:6:4])]
+ONCE_MORE = {'tuned': ('the first batch', 'validation', 'after an epoch', 'the last epoch'),
+             'mixup': ('before the model file',)}
+"""What another recipe shows already, stopped at the same place."""
+CASES = [*(('two phases, plateau', where) for where in WHERE),
+         ('tuned', 'the middle of an epoch'), ('tuned', 'after an epoch, before its state'),
+         ('tuned', 'before the model file'), ('two cycles', 'the middle of an epoch'),
+         ('two cycles', 'the end of a phase'), ('mixup', 'the middle of an epoch'),
+         *(pytest.param(name, where, marks=pytest.mark.slow) for name in ONCE_MORE for where in ONCE_MORE[name])]
 
 
 @pytest.mark.parametrize(('name', 'where'), CASES)
@@ -141,10 +149,18 @@ def test_a_run_that_ended_may_be_resumed_and_stays_as_it_is(films, tmp_path, who
     assert same(run, whole['tuned']) and not (run/PREVIOUS).exists()
 
 
-@pytest.fixture
-def begun(films, tmp_path, monkeypatch) -> Run:
+@pytest.fixture(scope='module')
+def third_epoch(films, tmp_path_factory) -> Run:
     """A run that stopped in its third epoch."""
-    return stopped(monkeypatch, recipe_of('tuned'), films, tmp_path/'begun', 'before_step', 2*BATCHES + 1)
+    with pytest.MonkeyPatch.context() as patch:
+        return stopped(patch, recipe_of('tuned'), films, tmp_path_factory.mktemp('third')/'run', 'before_step',
+                       2*BATCHES + 1)
+
+
+@pytest.fixture
+def begun(third_epoch, tmp_path) -> Run:
+    """A copy of it."""
+    return Run.open(Path(shutil.copytree(third_epoch.path, tmp_path/'begun')))
 
 
 def test_a_state_loads_without_running_code_and_knows_what_it_is_of(begun, films):
@@ -301,8 +317,16 @@ def test_a_torn_journal_takes_and_gives_further_lines(begun):
     assert begun.noted('stop')['signal'] == 'SIGINT' and begun.noted('start')['data']
 
 
+@pytest.fixture(scope='module')
+def three_epochs(films, tmp_path_factory) -> Run:
+    """A training of three epochs through the command line."""
+    folder = tmp_path_factory.mktemp('three')/'run'
+    assert quietly(train_argv(films, folder, epochs=3))[0] == 0
+    return Run.open(folder)
+
+
 @pytest.mark.parametrize('batch', [BATCHES + 1, BATCHES + 2, 2*BATCHES])
-def test_a_loss_that_is_no_number_keeps_the_last_good_state(films, tmp_path, batch):
+def test_a_loss_that_is_no_number_keeps_the_last_good_state(films, tmp_path, three_epochs, batch):
     argv = train_argv(films, tmp_path/'run', epochs=3)
     with poisoned(batch): code, told = quietly(argv)
     assert code == 6 and len(told.splitlines()) == 1 and 'nan in epoch 2' in told
@@ -311,13 +335,20 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(films, tmp_path, bat
     assert (failure['epoch'], failure['batch'], failure['best_epoch']) == (2, batch - BATCHES, 1)
     assert load_state(run)['epochs'] == 1 and (run/'learner.pkl').is_file()
     assert quietly(['train', '--resume', str(run.path)])[0] == 0
-    assert quietly(train_argv(films, tmp_path/'whole', epochs=3))[0] == 0
-    assert same(run, Run.open(tmp_path/'whole')) and not (run/'failure.json').exists()
+    assert same(run, three_epochs) and not (run/'failure.json').exists()
 
 
 @pytest.mark.parametrize('name', faults.TRAINED)
 def test_a_full_disk_spares_every_file_of_a_training(films, tmp_path, name):
     assert faults.fill_one(tmp_path, films, name, 60)
+
+
+def draw_nothing_but(name: str, monkeypatch, draw=Figure.savefig) -> None:
+    """Spare the time that the other pictures take."""
+    def savefig(figure: Figure, path: Path, **how) -> None:
+        if name in str(path): draw(figure, path, **how)
+        else: path.write_bytes(b'a picture')
+    monkeypatch.setattr(Figure, 'savefig', savefig)
 
 
 def test_a_full_disk_spares_every_file_of_an_evaluation(films, tmp_path, monkeypatch, run):
@@ -331,6 +362,7 @@ def test_a_full_disk_spares_every_file_of_an_evaluation(films, tmp_path, monkeyp
     for name in faults.EVALUATED:
         path = next(done.rglob(name))
         before = path.read_bytes()
+        draw_nothing_but(name, monkeypatch)
         with full_disk(name, 60): code, told = quietly(argv)
         assert code == 6 and path.read_bytes() == before and f'{name}: cannot be written (File too large)' in told
         assert len(told.splitlines()) == 1 and not list(done.rglob('*.tmp'))
@@ -345,13 +377,19 @@ def wait_for(path: Path, holding: bytes = b'') -> None:
         time.sleep(0.005)
 
 
+def alone() -> None:
+    """Fork workers, as a command of its own does; others would import everything anew in every epoch."""
+    add_tiny()
+    multiprocessing.set_start_method('fork', force=True)
+
+
 @pytest.fixture
 def launch(tmp_path):
     """Start a command; what it prints is in `log`. Nothing survives the test."""
     started = []
 
-    def launched(argv, **kwargs):
-        started.append(start([str(word) for word in argv], tmp_path/'log', **kwargs))
+    def launched(argv, before=alone):
+        started.append(start([str(word) for word in argv], tmp_path/'log', before))
         return started[-1]
     yield launched
     for process in started:

@@ -60,7 +60,7 @@ def test_a_picture_gets_a_row_without_probability(gated, films, tmp_path):
     paths = [*list_films([films/'test'])[:2], tmp_path/'cat.png']
     table = prediction_table(gated[0].predict(paths))
     assert table.status[2] == 'rejected' and table.code[2] == OUT_OF_DISTRIBUTION and np.isnan(table.p_pneumonia[2])
-    assert table.prediction.isna()[2] and '--no-gate' in table.message[2]
+    assert table.prediction.isna()[2] and 'would mean nothing' in table.message[2]
 
 
 def test_without_the_gate_every_picture_gets_a_probability(bundle, tmp_path):

@@ -281,7 +281,6 @@ class Anything:
     def __contains__(self, _): return True
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')  # pydicom tells of each of its odd samples
 @pytest.mark.parametrize('read', [open_film, lambda path: read_dicom(path.read_bytes(), Anything())],
                          ids=['as films', 'as pixels of any modality'])

@@ -85,21 +85,21 @@ def test_rows_that_repeat_another_count_once(folder):
     assert len(items) == 2 and items.attrs['ignored'] == {'listed twice': 1}
 
 
-@pytest.mark.slow
-def test_a_million_rows_are_read(tmp_path):
+@pytest.mark.parametrize('n', [100_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_very_many_rows_are_read(tmp_path, n):
     with open(tmp_path/'films.csv', 'w') as file:
         file.write('path,label\n')
-        file.writelines(f'train/PNEUMONIA/person{i}_virus_{i}.jpeg,PNEUMONIA\n' for i in range(1_000_000))
+        file.writelines(f'train/PNEUMONIA/person{i}_virus_{i}.jpeg,PNEUMONIA\n' for i in range(n))
     table = read_listing(tmp_path/'films.csv')
-    assert len(table) == 1_000_000 and table.index[-1] == 1_000_001
+    assert len(table) == n and table.index[-1] == n + 1
 
 
 def test_a_csv_works_wherever_a_folder_does(films, run, tmp_path, capsys):
     items = read_items(films)
-    items.replace({'split': {'valid': 'val'}}).to_csv(films.parent/'all.csv', index=False)
-    table = pd.read_csv(films.parent/'all.csv').assign(path=lambda t: 'films/' + t.path)
-    table.to_csv(films.parent/'all.csv', index=False)
-    listing = str(films.parent/'all.csv')
+    listing = str(tmp_path/'all.csv')
+    (tmp_path/'films').symlink_to(films)
+    table = items.replace({'split': {'valid': 'val'}}).assign(path=lambda t: 'films/' + t.path)
+    table.to_csv(listing, index=False)
     assert main(['train', '--csv', listing, '--out', str(tmp_path/'run'), '--epochs', '1', '--size', '48',
                  '--limit', '3', '--workers', '0']) == 0
     assert main(['evaluate', str(tmp_path/'run'), '--csv', listing, '--limit', '3']) == 0

@@ -21,8 +21,11 @@ def shared(tmp_path_factory) -> Path:
     return folder
 
 
-def execute(path: Path, shared: Path, tmp_path: Path) -> None:
+def execute(path: Path, shared: Path, tmp_path: Path, monkeypatch) -> None:
+    """Run the notebook `path` in `tmp_path`, with the examples and a store of trust that all notebooks share."""
     from execnb.shell import CaptureShell
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('CXR_TRUST', str(shared/'trust.json'))  # also restores it: notebooks may set another
     (tmp_path/'example').symlink_to(shared)
     CaptureShell(tmp_path).execute(path, tmp_path/'run.ipynb', exc_stop=True)
     assert '"output_type": "error"' not in (tmp_path/'run.ipynb').read_text()
@@ -31,26 +34,23 @@ def execute(path: Path, shared: Path, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('path', SHORT, ids=lambda path: path.stem)
 def test_a_notebook_runs_on_synthetic_films(path, shared, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    execute(path, shared, tmp_path)
+    execute(path, shared, tmp_path, monkeypatch)
 
 
 @pytest.mark.real
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('path', SHORT, ids=lambda path: path.stem)
 def test_a_notebook_runs_on_real_films(path, real_films, shared, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('CXR_DATA', str(real_films))
-    execute(path, shared, tmp_path)
+    execute(path, shared, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.filterwarnings('ignore')
 def test_the_whole_story_runs_on_all_real_films(real_films, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('CXR_DATA', REAL)
-    execute(next(path for path in NOTEBOOKS if path not in SHORT), tmp_path/'made', tmp_path)
+    execute(next(path for path in NOTEBOOKS if path not in SHORT), tmp_path, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)

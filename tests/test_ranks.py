@@ -1,26 +1,34 @@
 """Two processes train what one trains, and leave one run."""
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from runpy import run_path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from faults import start
 
+from cxr_fastai import terminal
 from cxr_fastai.augment import AugmentFilms, DegradeFilms
 from cxr_fastai.cli import main
-from cxr_fastai.core import UsageError, write_text
+from cxr_fastai.core import UsageError, leads, write_text
 from cxr_fastai.ranks import check_batch
 from cxr_fastai.run import Run
 from cxr_fastai.shards import part_of
 
 # A network without BatchNorm and dropout; a last batch of one film, which leaves the second process without any.
 OPTIONS = ['--arch', 'test_convnext', '--weights', 'none', '--size', '64', '--batch-size', '5', '--limit', '8', '--lr',
-           '0.0005', '--epochs', '12', '--set', 'class_weights=true', '--set', 'ema=0.9', '--set', 'blur=0.02']
+           '0.0005', '--epochs', '8', '--set', 'class_weights=true', '--set', 'ema=0.9', '--set', 'blur=0.02',
+           '--workers', '0']
 LAUNCH = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines',
           '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0', '-m', 'cxr_fastai']
 
@@ -54,6 +62,13 @@ def test_a_process_that_does_not_lead_leaves_no_trace(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('rank', [0, 1])
+def test_one_process_speaks_for_all(monkeypatch, rank):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('RANK', str(rank))
+    assert run_path(terminal.__file__)['out'].quiet is (rank > 0)
+
+
 def test_without_accelerate_the_extra_is_named(films, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setattr('cxr_fastai.weights.find_spec', lambda package: None)
@@ -66,36 +81,88 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
     with pytest.raises(UsageError, match='--batch-size 3: 4 processes share a batch: choose 4 or more'): check_batch(3)
 
 
-def launch(*options: object) -> subprocess.Popen:
-    return subprocess.Popen([*LAUNCH, *map(str, options)], env=os.environ | {'OMP_NUM_THREADS': '1'}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+class Team:
+    """Two processes that train or predict together; `log` has what they print."""
+
+    def __init__(self, processes: list, log: Path): self.processes, self.log = processes, log
+
+    def codes(self) -> list[int | None]:
+        """Their exit codes, None while they run."""
+        return [process.poll() if isinstance(process, subprocess.Popen) else process.exitcode
+                for process in self.processes]
+
+    def said(self) -> str: return self.log.read_text()
+
+    def stop(self) -> None:
+        for process in self.processes: os.kill(process.pid, signal.SIGTERM)
+
+    def until(self, there: Callable[[], bool]) -> None:
+        """Wait until something is there."""
+        deadline = time.monotonic() + 600
+        while not there():
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+
+    def ended(self) -> str:
+        """What they have said, once both have ended."""
+        self.until(lambda: None not in self.codes())
+        return self.said()
 
 
-def stop_after(process: subprocess.Popen, run: Run, epochs: int) -> None:
-    """Stop `process` by SIGTERM after so many epochs."""
-    until = time.monotonic() + 180
-    while not (run/'history.csv').exists() or len(run.history) < epochs:
-        assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+def accelerated(argv: list[str], log: Path) -> Team:
+    """What `accelerate launch` starts."""
+    with open(log, 'a') as file:
+        return Team([subprocess.Popen([*LAUNCH, *argv], stdout=file, stderr=subprocess.STDOUT)], log)
 
 
-@pytest.mark.slow
-def test_two_processes_stopped_and_resumed_do_what_one_does_and_write_it_once(films, tmp_path):
+def forked(argv: list[str], log: Path) -> Team:
+    """The same two, each told by its environment who it is, from a process that has imported everything."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    return Team([start(argv, log, partial(join, rank, port)) for rank in range(2)], log)
+
+
+def join(rank: int, port: int) -> None:
+    """Say in the environment what a launcher says there."""
+    os.environ |= {'WORLD_SIZE': '2', 'RANK': str(rank), 'LOCAL_WORLD_SIZE': '2', 'LOCAL_RANK': str(rank),
+                   'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port)}
+    terminal.out.quiet = not leads()  # which was decided before this was told
+
+
+@pytest.fixture(params=[forked, pytest.param(accelerated, marks=pytest.mark.slow)])
+def launch(request, tmp_path):
+    """Start a command in two processes. Nothing survives the test."""
+    teams = []
+
+    def launched(*options: object) -> Team:
+        teams.append(request.param([str(option) for option in options], tmp_path/f'log-{len(teams)}'))
+        return teams[-1]
+    yield launched
+    for process in (process for team in teams for process in team.processes): process.kill()
+
+
+def stop_after(team: Team, run: Run, epochs: int) -> None:
+    """Stop both by SIGTERM after so many epochs."""
+    team.until(lambda: (run/'history.csv').exists() and len(run.history) >= epochs or set(team.codes()) != {None})
+    assert set(team.codes()) == {None}, team.said()
+    team.stop()
+    team.ended()
+
+
+def test_two_processes_stopped_and_resumed_do_what_one_does_and_write_it_once(launch, films, tmp_path):
     run = Run(tmp_path/'two')
     given = ['--data', str(films), *OPTIONS]
     with ThreadPoolExecutor() as pool:
-        stopped = pool.submit(stop_after, launch('train', *given, '--out', str(run.path)), run, epochs=2)
+        stopped = pool.submit(stop_after, launch('train', *given, '--out', run.path), run, epochs=2)
         assert main(['train', *given, '--out', str(tmp_path/'one')]) == 0  # meanwhile
         stopped.result()
-    assert (run/'state.pt').exists() and not (run/'learner.pkl').exists() and (done := len(run.history)) < 12
-    second = launch('train', '--resume', str(run.path))
-    said = second.communicate(timeout=180)[0]
-    assert second.returncode == 0, said
-    one = Run(tmp_path/'one')
-    assert said.count(' AUC ') == 12 - done and said.count('trained. Next') == 1
-    assert run.history.epoch.tolist() == list(range(1, 13))
+    assert (run/'state.pt').exists() and not (run/'learner.pkl').exists() and (done := len(run.history)) < 8
+    second = launch('train', '--resume', run.path)
+    said, one = second.ended(), Run(tmp_path/'one')
+    assert not any(second.codes()), said
+    assert said.count(' AUC ') == 8 - done and said.count('trained. Next') == 1
+    assert run.history.epoch.tolist() == list(range(1, 9))
     assert (run.history.phase == one.history.phase).all()
     numbers = one.history.columns.drop(['phase', 'seconds'])
     assert np.allclose(run.history[numbers], one.history[numbers], rtol=0, atol=1e-4)
@@ -104,13 +171,12 @@ def test_two_processes_stopped_and_resumed_do_what_one_does_and_write_it_once(fi
     assert {path.name for path in run.path.iterdir()} == {path.name for path in one.path.iterdir()}
 
 
-@pytest.mark.slow
-def test_two_processes_predict_what_one_does_in_order(bundle, films, tmp_path):
+def test_two_processes_predict_what_one_does_in_order(launch, bundle, films, tmp_path):
     (tmp_path/'bad.jpeg').write_bytes(b'')
     wanted = ['predict', bundle, films/'test', tmp_path/'bad.jpeg', films/'train', '--batch-size', '4', '--out']
     assert main([str(word) for word in (*wanted, tmp_path/'one.csv')]) == 3
-    process = launch(*wanted, tmp_path/'two.csv')
-    said, _ = process.communicate(timeout=300)
+    team = launch(*wanted, tmp_path/'two.csv')
+    said = team.ended()
     assert said.count('E_EMPTY: the file is empty') == 1 and said.count('rows in') == 1
     one, two = (pd.read_csv(tmp_path/name) for name in ('one.csv', 'two.csv'))
     assert np.allclose(one.pop('p_pneumonia'), two.pop('p_pneumonia'), atol=1e-6, equal_nan=True)

@@ -135,7 +135,8 @@ def test_a_report_without_a_decision_or_with_anothers_says_nothing_of_it(copy):
     assert 'of pneumonia are called' not in report(copy).read_text()
 
 
-def test_the_commands_give_the_same_page_again(copy, films):
+def test_the_commands_give_the_same_page_again(copy, films, monkeypatch):
+    monkeypatch.setattr('cxr_fastai.interpret.save_figures', lambda *_: [])
     assert main(['evaluate', str(copy.path), '--data', str(films), '--threshold', 'cost:3/1', '--prevalence', '5']) == 0
     lines = card.reproduce(copy, 'test').splitlines()
     assert lines[1] == 'cxr-fastai evaluate RUN --split test --threshold cost:3/1 --prevalence 5'

@@ -13,7 +13,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n logical --dist worksteal -m "not slow"
 
 # Also what takes long and has a shorter sibling in `make test`.
-test-all: $(INSTALLED)
+test-all: .venv/.docs .venv/.space
 	$(BIN)/python -m pytest -n logical --dist worksteal
 
 lint: $(INSTALLED)
@@ -28,6 +28,11 @@ $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
 docs: .venv/.docs
 	$(BIN)/python -m sphinx -n -W --keep-going -d docs/_build/doctrees docs docs/_build/html
 	@echo "Open docs/_build/html/index.html in a browser."
+
+# Gradio wants an older Pillow than the tested one: it lies beside, for the test of a Space alone.
+.venv/.space: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --target .venv/space 'gradio>=6.0.0'
+	touch $@
 
 # Executes the notebooks anew and stores what they show.
 notebooks: .venv/.docs

@@ -21,7 +21,7 @@ from cxr_fastai.items import (
     leaking_patients,
     read_items,
 )
-from cxr_fastai.names import safe_name, safe_path
+from cxr_fastai.names import safe_name, safe_path, short_path
 from cxr_fastai.pages import data_uri, fill
 from cxr_fastai.probes import LABEL, TELLING, probe_label, probe_shift
 from cxr_fastai.traits import MOST_PAIRS, find_alike, measure_films
@@ -69,7 +69,7 @@ def audit(data: Path, workers: int | None = None, console: Console | None = None
     measured, thumbnails = measure_films(list(items.path), root, workers, console)
     films = pd.concat([items, measured], axis=1)
     films.attrs['ignored'] = items.attrs['ignored']
-    films['name'] = [safe_path(path, number) for number, path in enumerate(items.path, 1)]
+    films['name'] = [safe_path(short_path(path), number) for number, path in enumerate(items.path, 1)]
     whole = films[films.code.isna()]
     probes = pd.concat([probe_label(whole), probe_shift(whole)], ignore_index=True)
     alike = find_alike(thumbnails)
@@ -176,7 +176,7 @@ def _telling(probes: pd.DataFrame) -> list[Finding]:
 
 
 def _names(films: pd.DataFrame) -> list[Finding]:
-    hidden = films['name'] != films.path
+    hidden = films['name'] != films.path.map(short_path)
     if not hidden.any(): return []
     return [Finding('warning', 'file names that may name patients', int(hidden.sum()), 'They are shown by their '
                     'number in the order of paths: rename them before you share the set or a run trained on it.')]

@@ -52,10 +52,10 @@ def example_run(folder: Path = FOLDER) -> Run:
     return Run.open(run)
 
 
-def list_held_out(root: Path, listing: Path) -> Path:
+def list_held_out(root: Path, listing: Path, seed: int = 0) -> Path:
     """Write the CSV `listing` of the films of `root` by `hold_out`, and return it; it can stand for a folder of films
     everywhere."""
-    items = hold_out(read_items(root))
+    items = hold_out(read_items(root), seed)
     paths = [os.path.relpath(film_root(root)/path, listing.parent) for path in items.path]
     listing.parent.mkdir(parents=True, exist_ok=True)
     write_csv(listing, items.assign(path=paths))

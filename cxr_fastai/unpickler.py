@@ -38,9 +38,9 @@ ALLOWED = {
 MAPPINGS = dict, OrderedDict
 LAYERS = ('torch.nn.modules.', 'timm.layers.', 'timm.models.', 'torchvision.models.')
 """Modules whose classes it may name if they are layers of a network."""
-CALLED = {'Format', 'OrderedDict', 'Parameter', 'Path', 'PosixPath', 'PurePosixPath', 'Random', 'Signature', 'Size',
-          '_ParameterKind', '_reconstruct', '_rebuild_parameter', '_rebuild_tensor_v2', 'device', 'dtype', 'encode',
-          'partial', 'plain_attribute', 'rebuilt', 'scalar', 'set'}
+CALLED = {'Format', 'OrderedDict', 'Parameter', 'Path', 'PosixPath', 'Preprocessing', 'PurePosixPath', 'Random',
+          'Signature', 'Size', '_ParameterKind', '_reconstruct', '_rebuild_parameter', '_rebuild_tensor_v2', 'device',
+          'dtype', 'encode', 'partial', 'plain_attribute', 'rebuilt', 'scalar', 'set'}
 """What of these it may call; of all other classes it makes empty objects, and fills them."""
 PLAIN = {'builtins', 'collections', 'inspect', 'numpy', 'torch'}
 """Packages whose objects it may call them with: iterating over those of others could call anything."""

@@ -21,6 +21,7 @@ from cxr_fastai.data import film_block, locate, make_dls
 from cxr_fastai.images import Preprocessing
 from cxr_fastai.items import read_items
 from cxr_fastai.models import make_recipe
+from cxr_fastai.pickles import load_learner
 from cxr_fastai.training import train
 
 SMALL = Preprocessing(64)
@@ -288,3 +289,9 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(root, paths,
     prepare(paths, root, SMALL, 1, Console())
     lines = capsys.readouterr().out.splitlines()
     assert lines and all(line.endswith('of 60 films') for line in lines) and len(lines) <= 20
+
+
+def test_a_learner_that_was_trained_from_the_cache_is_opened_again(root, paths, tmp_path):
+    prepare(paths, root, SMALL)
+    run = train(make_recipe('baseline', epochs=1, size=64, batch_size=8, limit=8), root, tmp_path/'run')
+    assert load_learner(run/'learner.pkl').config['size'] == 64

@@ -29,9 +29,8 @@ ARCHS = ['baseline', 'resnet50', 'efficientnet_lite0']
 def model(request) -> nn.Sequential: return network(request.param)
 
 
-@pytest.mark.parametrize('target', [0, 1])
-@pytest.mark.parametrize('layer', [None, BODY])
-@pytest.mark.parametrize('method', ['gradcam', 'gradcam++'])
+@pytest.mark.parametrize(('method', 'layer', 'target'), [
+    ('gradcam', None, 1), ('gradcam', BODY, 0), ('gradcam++', None, 0), ('gradcam++', BODY, 1)])
 def test_maps_are_those_of_the_package_grad_cam(model, method, layer, target):
     pytorch_grad_cam = pytest.importorskip('pytorch_grad_cam')
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget

@@ -22,7 +22,7 @@ from cxr_fastai.scores import metrics_tables
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT/'CONTRIBUTING.md').read_text()
 README = (ROOT/'README.md').read_text()
-FILES = ('csv', 'json', 'pkl', 'py')
+FILES = ('csv', 'ini', 'json', 'pkl', 'py')
 EXAMPLES = re.findall(r'^```python\n(.*?)^```', TEXT, re.M | re.S)
 
 

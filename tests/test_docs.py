@@ -21,7 +21,7 @@ PAGES = sorted({*ROOT.glob('*.md'), *DOCS.glob('*.md'), *DOCS.glob('api/*.md'), 
                - {GENERATED})
 ASKED = ['quickstart', 'data', 'training', 'recipe', 'evaluation', 'explanation', 'models', 'reliability', 'benchmarks',
          'faq', 'contributing', 'changelog', 'api/index', 'notebooks/index']
-CODE = re.compile(r'^(`{3,})(?!\{).*?^\1 *$|^(?: {4}|\t).*$|(`+)(?!`).+?(?<!`)\2(?!`)', re.M | re.S)
+CODE = re.compile(r'^(`{3,})(?!\{).*?^\1 *$|^(?: {4}|\t)[^\n]*$|(`+)(?!`).+?(?<!`)\2(?!`)', re.M | re.S)
 LINK = re.compile(r'\]\(\s*([^)\s]+)[^)]*\)|<(?:img|a)[^>]+(?:src|href)="([^"]+)"')
 
 
@@ -38,6 +38,10 @@ def prose(page: Path) -> str:
 def links(page: Path) -> list[str]:
     found = [one or other for one, other in LINK.findall(CODE.sub('', prose(page)))]
     return [link for link in found if not urlsplit(link).scheme]
+
+
+def test_links_are_found_behind_code():
+    assert len(links(ROOT/'README.md')) > 10 and len(links(DOCS/'quickstart.md')) > 10
 
 
 @cache

@@ -33,7 +33,7 @@ SMALL = {'size': 48, 'limit': 8, 'batch_size': 4, 'seed': 3}
 BATCHES = 4
 """Training batches in an epoch: 16 films."""
 RECIPES = {
-    'two phases, plateau': ('reference', {'phases': (Phase('frozen', 2, 1e-3, True), Phase('fine-tune', 4, 0.3)),
+    'two phases, plateau': ('reference', {'phases': (Phase('frozen', 1, 1e-3, True), Phase('fine-tune', 3, 0.3)),
                                           'plateau_patience': 0, 'plateau_factor': 0.5}),
     'tuned': ('tuned', {'phases': (Phase('train', 3, 3e-3),), 'start_size': 0.5, 'clip': 1.0, 'body_lr': 0.5}),
     'two cycles': ('tuned', {'phases': (Phase('one', 2, 3e-3), Phase('two', 2, 1e-3)), 'start_size': 0.5}),

@@ -14,7 +14,7 @@ NOTICE = ('**Research software, not a medical device.** It must not be used to d
           'patient who could be recognised.')
 
 
-def judge(path: str | None):
+def judge(path: str | None) -> tuple[str, Image.Image | None, Image.Image | None]:
     """The decision in words, the film, and the film under its map."""
     if path is None: return '', None, None
     row = service.answer(Path(path).read_bytes())

@@ -53,12 +53,15 @@ def serving(bundle: Path):
 
 
 def ask(port: int, method: str, path: str, sent: bytes | None = None, kept: http.client.HTTPConnection | None = None):
-    """Status and body of the answer."""
+    """Status and body of the answer; 0 where the connection broke."""
     connection = kept or http.client.HTTPConnection('127.0.0.1', port, timeout=60)
-    try: connection.request(method, path, sent, HEADERS if sent else {})
-    except ConnectionError: return 0, b''
-    answer = connection.getresponse()
-    return answer.status, answer.read()
+    try:
+        connection.request(method, path, sent, HEADERS if sent else {})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except (OSError, http.client.HTTPException):
+        connection.close()
+        return 0, b''
 
 
 def post_all(port: int, films: list[bytes], clients: int, until: float | None = None, check=lambda film, told: None):
@@ -137,7 +140,9 @@ def soak(bundle: Path, paths: list[Path], seconds: int) -> None:
             statuses += found
             sizes.append(memory(process.pid))
             print(f'{dict(statuses)}, wrong {len(wrong)}, {sizes[-1]/1e6:.0f} MB', flush=True)
-    print(f'memory from the second minute on: {100*(sizes[-1]/sizes[min(1, len(sizes) - 1)] - 1):+.1f} %')
+    drift = sizes[-1]/sizes[min(1, len(sizes) - 1)] - 1
+    print(f'memory from the second minute on: {100*drift:+.1f} %')
+    if wrong or set(statuses) - {200, 429, 503} or drift > 0.1: sys.exit('the service did not hold')
 
 
 if __name__ == '__main__':

@@ -135,9 +135,12 @@ def _shown(path: Path | str) -> str:
 
 def _say(rows: list[dict[str, Any]], table: Path | None) -> None:
     from cxr_fastai.display import predictions_table
+    from cxr_fastai.gate import OUT_OF_DISTRIBUTION
     bad = [row for row in rows if row['status'] != 'ok']
     out.print(predictions_table(rows, SHOWN))
     for row in bad: complain(f'{row["status"]}: {row["path"]}: {row["message"]}')
+    if any(row['code'] == OUT_OF_DISTRIBUTION for row in bad):
+        complain('--no-gate tells the probability of what the gate has turned away.')
     called = sum(row['prediction'] == VOCAB[POSITIVE] for row in rows)
     say(f'{len(rows)} films, {called} called PNEUMONIA, {len(bad)} failed' + (f'; rows in {table}' if table else ''))
     if bad: raise typer.Exit(3)

@@ -36,5 +36,5 @@ def _read_token(file: opt.TokenFile) -> str | None:
     if file is None: return None
     try: token = file.read_text(encoding='ascii').strip()
     except (OSError, UnicodeError) as error: raise UsageError(f'--token-file {file}: {error}.') from None
-    if len(token) < 16: raise UsageError(f'--token-file {file}: at least 16 letters are needed, on one line.')
-    return token
+    if len(token) >= 16 and len(token.split()) == 1: return token
+    raise UsageError(f'--token-file {file}: at least 16 letters without a space are needed, on one line.')

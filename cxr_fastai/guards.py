@@ -108,7 +108,8 @@ class PerClient(Guard):
         self.most, self.open = most, Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope['type'] != 'http' or is_open(scope): return await self.app(scope, receive, send)
+        if scope['type'] != 'http' or is_open(scope) or scope['path'] in POLLED:
+            return await self.app(scope, receive, send)
         client, (status, code, words) = self.who(scope), self.refusal
         if self.open[client] >= self.most:
             return await answer(Refusal(status, code, words.format(self.most), retry_after='1'))(scope, receive, send)

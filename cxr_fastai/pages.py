@@ -2,19 +2,25 @@
 from __future__ import annotations
 
 import base64
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from markupsafe import Markup
 
 
 def fill(template: str, **values: Any) -> str:
     """The package's `template` with `values`; in HTML everything that is not marked as markup is escaped. Raises
     jinja2's `UndefinedError` for a value that is missing."""
+    return _templates().get_template(template).render(**values)
+
+
+@cache
+def _templates() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-    pages = Environment(loader=PackageLoader('cxr_fastai'), autoescape=select_autoescape(['html']), trim_blocks=True,
-                        lstrip_blocks=True, undefined=StrictUndefined)
-    return pages.get_template(template).render(**values)
+    return Environment(loader=PackageLoader('cxr_fastai'), autoescape=select_autoescape(['html']), trim_blocks=True,
+                       lstrip_blocks=True, undefined=StrictUndefined)
 
 
 def markdown(text: str) -> Markup:

@@ -10,6 +10,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 SENDING = (h11.IDLE, h11.SEND_BODY)
 """What a client's side is in while a request is not whole."""
+PATIENCE = 3
+"""How many times as long as for sending a client has between two readings of its answer."""
 LINGER = (h11.SEND_BODY, h11.ERROR)
 """What it is in while more may come that nobody wants."""
 
@@ -32,14 +34,15 @@ class Lingering:
 
 
 class PromptProtocol(H11Protocol):
-    """Cuts the connection `seconds` after a request's first byte, or after connecting, unless the request is whole.
+    """Cuts the connection `seconds` after a request's first byte, or after connecting, unless the request is whole; and
+    `PATIENCE` times as long after an answer has stopped being read.
 
-    uvicorn itself waits for ever for the rest of a header or a body.
+    uvicorn itself waits for ever for the rest of a header or a body, and for a client who takes its answer.
     """
 
     def __init__(self, *args: Any, seconds: float = 10, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.seconds, self.deadline = seconds, None
+        self.seconds, self.deadline, self.unread = seconds, None, None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(Lingering(transport, self.conn))
@@ -55,8 +58,22 @@ class PromptProtocol(H11Protocol):
             self._stop()
             self._wait()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()  # which may begin the next request, that came with this one
+        if self.deadline is None and self.conn.their_state is h11.SEND_BODY: self._wait()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.unread = self.loop.call_later(PATIENCE*self.seconds, self._cut)
+
+    def resume_writing(self) -> None:
+        if self.unread is not None: self.unread.cancel()
+        self.unread = None
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
+        if self.unread is not None: self.unread.cancel()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:

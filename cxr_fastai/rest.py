@@ -63,7 +63,7 @@ async def ready(request: Request) -> State:
     return State(status='ok')
 
 
-@rest.get('/metrics', responses=problems(401, 429), tags=['operate'], response_class=PlainTextResponse)
+@rest.get('/metrics', responses=problems(401), tags=['operate'], response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Counters and timings for Prometheus."""
     return Response(request.app.state.counts.text(), media_type=CONTENT_TYPE)

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,9 @@ BACKLOG = 128
 FORMAT = '%(asctime)s %(levelname)s %(name)s %(message)s'
 SPEAKERS = ('cxr_fastai', 'uvicorn', 'asyncio')
 """Whose words are logged: a package that reads films might quote them."""
-GRACE = 2
+QUICK, TRIES = 10, 3
+"""Seconds within which an end counts as one at the start; of so many in a row it is not started again."""
+GRACE = 1
 """Seconds beyond `Settings.drain` until a process that does not end is killed."""
 HEADERS = 2**14
 """Bytes of a request before its body."""
@@ -40,11 +43,15 @@ def serve(settings: Settings, say: Callable[[str], None] = lambda text: None) ->
     port = listening.getsockname()[1]
     say(f'serving {settings.bundle} at http://{_shown(settings.host)}:{port} (Ctrl-C ends it)')
     with listening, _ending(settings.drain + GRACE) as told:
+        quick = 0
         while True:
-            process = _start(settings, listening)
+            began, process = time.monotonic(), _start(settings, listening)
             if told: process.terminate()  # while it started
             process.join()
             if told or process.exitcode >= 0: return max(process.exitcode, 0)
+            quick = quick + 1 if time.monotonic() - began < QUICK else 0
+            if quick > TRIES: raise CXRError(f'the serving process ends by signal {-process.exitcode} as soon as it '
+                                             'starts: is there enough memory?')
             say(f'the serving process was ended by signal {-process.exitcode}: a new one starts')
 
 

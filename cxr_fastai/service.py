@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
@@ -24,10 +26,13 @@ from cxr_fastai.inference import Predictor
 if TYPE_CHECKING:
     from torch import nn
 
+log = logging.getLogger('cxr_fastai.serve')
 SIDE = 640
 """Pixels of the longer side of a film that is shown."""
 BURNED_IN = 'its file says that text in the picture may name the patient, so it is not shown'
 NO_MAPS = 'maps need PyTorch, which is not installed here'
+FAILED = {'status': 'error', 'code': 'E_INTERNAL', 'message': 'it failed here: tell the operator'}
+"""What a row says of a film that broke the network."""
 NO_EVIDENCE = 'nothing in it speaks for pneumonia'
 
 
@@ -46,7 +51,7 @@ class Service:
                  watch: Callable[[int], None] = lambda size: None):
         self.bundle, self.predictor, self.queue, self.waiting = bundle, predictor, queue, 0
         self.decoding, self.computing, self.explaining = (
-            ThreadPoolExecutor(threads) for threads in (os.cpu_count() or 1, 1, 1))
+            ThreadPoolExecutor(threads) for threads in (_cores(), 1, 1))
         self.batcher = Batcher(predictor.judge, self.computing, batch, wait, watch)
 
     @classmethod
@@ -97,14 +102,22 @@ class Service:
 
     async def _row(self, name: str, data: bytes, explain: bool) -> dict[str, Any]:
         row, film, square = await self._run(self.decoding, self._take, name, data)
-        if film is None: return row | ({'image': None} if explain else {})
-        row |= self.predictor.tell(*await self.batcher.submit(square))
+        if explain: row['image'] = None
+        if film is None: return row
+        try: row |= self.predictor.tell(*await self.batcher.submit(square))
+        except Exception as error:  # this film's, not the end of those beside it
+            log.error('a film failed: %s', type(error).__name__)
+            return row | FAILED
         if explain: row['image'] = await self._run(self.explaining, self.picture, film, square, row['status'] == 'ok')
         return row
 
     def _take(self, name: str, data: bytes) -> tuple[dict[str, Any], Film | None, np.ndarray | None]:
+        """The row that is begun, the film as it is shown, and as the network sees it: 40 megapixels wait for nobody."""
         row, film = self.predictor.take(name, lambda wanted: decode_film(data, wanted))
-        return row, film, None if film is None else self.predictor.preprocessing.fit(film.pixels)
+        if film is None: return row, None, None
+        shown, square = Image.fromarray(film.pixels), self.predictor.preprocessing.fit(film.pixels)
+        shown.thumbnail((SIDE, SIDE))
+        return row, replace(film, pixels=np.asarray(shown)), square
 
     def picture(self, film: Film, square: np.ndarray, judged: bool) -> dict[str, Any]:
         """What the file was, and the film as PNG in base64, alone (`film`) and under its map (`overlay`); each is None
@@ -112,11 +125,9 @@ class Service:
         facts = {'format': film.format, 'mode': film.mode, 'width': film.width, 'height': film.height,
                  'film': None, 'overlay': None, 'note': None}
         if film.burned_in: return facts | {'note': BURNED_IN}
-        shown = Image.fromarray(film.pixels)
-        shown.thumbnail((SIDE, SIDE))
-        facts['film'] = _png(shown)
+        facts['film'] = _png(Image.fromarray(film.pixels))
         if not judged: return facts
-        try: overlay = self.overlay(np.asarray(shown), square)
+        try: overlay = self.overlay(film.pixels, square)
         except UsageError as error: return facts | {'note': str(error)}
         return facts | ({'note': NO_EVIDENCE} if overlay is None else {'overlay': _png(Image.fromarray(overlay))})
 
@@ -142,6 +153,11 @@ class Service:
 
     async def _run(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *args))
+
+
+def _cores() -> int:
+    """The cores that this process may use, which in a container are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def find_bundle(path: Path) -> Path:

@@ -25,8 +25,8 @@ class Settings:
     per_client: int = 0
     seconds: float = 30
     sending: float = 10
-    drain: float = 9
+    drain: float = 8
     batch: int = 16
     wait: float = 0.004
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     hosts: tuple[str, ...] = ()

@@ -69,7 +69,7 @@ def site(app: FastAPI) -> None:
 
 
 @pages.get('/')
-async def home(request: Request) -> str:
+def home(request: Request) -> str:
     """Drop films, see decisions. While the model is opened it says so, and looks again."""
     service = request.app.state.service
     examples = [_thumbnail(film) for film in service.bundle.canary.films] if service else []
@@ -78,7 +78,7 @@ async def home(request: Request) -> str:
 
 
 @pages.get('/card')
-async def card(request: Request) -> HTMLResponse:
+def card(request: Request) -> HTMLResponse:
     """The model card of the bundle."""
     service = request.app.state.service
     text = service and FRONT_MATTER.sub('', service.bundle.read(CARD).decode().replace('\r\n', '\n'))
@@ -87,7 +87,7 @@ async def card(request: Request) -> HTMLResponse:
 
 
 @pages.get('/docs')
-async def docs(request: Request) -> str:
+def docs(request: Request) -> str:
     """The REST interface, from its own OpenAPI document."""
     settings = request.app.state.settings
     return fill('api.html', **_frame(request), api=request.app.openapi(), markdown=markdown, limits=settings.limits,

@@ -220,8 +220,13 @@ def test_a_length_told_twice_alike_and_many_requests_on_a_connection_are_fine(qu
             assert answer(sock)[0] == 200
 
 
+HEALTH = b'GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n'
+"""A whole request that the next one follows in the same packet."""
+
+
 @pytest.mark.parametrize('sent', [b'', b'POST /v1/pre', head()[:-2], head('Content-Length: 90000'),
-                                  head('Transfer-Encoding: chunked') + b'8000\r\n'])
+                                  head('Transfer-Encoding: chunked') + b'8000\r\n', HEALTH + head()[:-2],
+                                  HEALTH + head('Content-Length: 90000')])
 @pytest.mark.parametrize('more', [b'', b'x'])
 def test_a_slow_request_is_cut_after_the_deadline_while_others_are_answered(quick, sent, more):
     began = time.monotonic()

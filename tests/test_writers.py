@@ -461,6 +461,6 @@ def test_a_picture_that_the_gate_turns_away_has_neither_probability_nor_map(bund
     assert code == 3 and (away['status'], away['code']) == ('rejected', 'E_OUT_OF_DISTRIBUTION')
     assert away['p_pneumonia'] == away['prediction'] == '' and inside['status'] == 'ok'
     assert [path.name for path in (tmp_path/'p_maps').iterdir()] == ['0002.png'] and 'noise.png: p(' not in said
-    assert 'rejected: ' in told and '--no-gate tells it' in told
+    assert 'rejected: ' in told and '--no-gate tells the probability' in told
     told, _ = rows_of(bundle, tmp_path/'noise.png', film, '--no-gate')
     assert told['status'] == 'ok' and 0 <= told['p_pneumonia'] <= 1

@@ -149,7 +149,7 @@ const whole = number => number.toLocaleString('en');
 /** The probability of a row in as many digits as tell it from the threshold. */
 function rounded({p_pneumonia: p, threshold: t}) {
   let digits = 3;
-  while (digits < 9 && (p >= t) !== (Number(p.toFixed(digits)) >= t)) digits++;
+  while (digits < 9 && [t, Number(t.toPrecision(4))].some(edge => (p >= t) !== (Number(p.toFixed(digits)) >= edge))) digits++;
   return p.toFixed(digits).replace(/^0/, '');
 }
 
@@ -287,7 +287,9 @@ for (const button of document.querySelectorAll('[data-example]')) button.addEven
 });
 $('#token').addEventListener('submit', event => {
   event.preventDefault();
-  sessionStorage.setItem('token', $('#secret').value.trim());
+  const secret = $('#secret').value.trim();
+  if (!/^[\x21-\x7e]+$/.test(secret)) return notice(words.E_WRONG_TOKEN, false, true);  // no header can hold it
+  sessionStorage.setItem('token', secret);
   $('#secret').value = '';
   release();
 });

@@ -29,7 +29,7 @@ def judge(path: str | None) -> tuple[str, Image.Image | None, Image.Image | None
 def _picture(png: str | None) -> Image.Image | None: return png and Image.open(BytesIO(base64.b64decode(png)))
 
 
-with gr.Blocks(title='Chest films') as demo:
+with gr.Blocks(title='Chest films', delete_cache=(600, 600)) as demo:
     gr.Markdown(f'# Normal or pneumonia, on a chest film\n{NOTICE}')
     with gr.Row():
         chosen = gr.File(label='A film: JPEG, PNG, TIFF or DICOM', type='filepath')
@@ -39,4 +39,4 @@ with gr.Blocks(title='Chest films') as demo:
         overlay = gr.Image(label=f'Grad-CAM: {CAVEAT}', format='png')
     chosen.change(judge, chosen, [words, film, overlay])
 
-if __name__ == '__main__': demo.launch(show_error=False)
+if __name__ == '__main__': demo.launch(show_error=False, max_file_size='20mb')

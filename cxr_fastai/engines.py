@@ -46,6 +46,7 @@ class OnnxEngine:
         if EXTERNAL.search(data): raise CXRError(f'{source}: it keeps tensors in other files, which is refused.')
         self.source, options = source, onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # others need the cores meanwhile
         if threads: options.intra_op_num_threads = threads
         try: self.session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
         except Exception as error:  # its errors share no base

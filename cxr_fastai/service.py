@@ -94,14 +94,14 @@ class Service:
 
     def answer(self, data: bytes) -> dict[str, Any]:
         """The row of one film, explained, at once: for a program that has no others waiting."""
-        row, film, square = self._take('film', data)
+        row, film, square = self._take('film', data, True)
         if film is None: return row | {'image': None}
         (p,), (distance,) = self.predictor.judge(square[None])
         row |= self.predictor.tell(p, distance)
         return row | {'image': self.picture(film, square, row['status'] == 'ok')}
 
     async def _row(self, name: str, data: bytes, explain: bool) -> dict[str, Any]:
-        row, film, square = await self._run(self.decoding, self._take, name, data)
+        row, film, square = await self._run(self.decoding, self._take, name, data, explain)
         if explain: row['image'] = None
         if film is None: return row
         try: row |= self.predictor.tell(*await self.batcher.submit(square))
@@ -111,13 +111,13 @@ class Service:
         if explain: row['image'] = await self._run(self.explaining, self.picture, film, square, row['status'] == 'ok')
         return row
 
-    def _take(self, name: str, data: bytes) -> tuple[dict[str, Any], Film | None, np.ndarray | None]:
-        """The row that is begun, the film as it is shown, and as the network sees it: 40 megapixels wait for nobody."""
+    def _take(self, name: str, data: bytes, show: bool) -> tuple[dict[str, Any], Film | None, np.ndarray | None]:
+        """The row that is begun, the film, and what the network sees of it. Its pixels, which may be 40 million, do not
+        wait with it: they are made as small as it is shown, or dropped."""
         row, film = self.predictor.take(name, lambda wanted: decode_film(data, wanted))
         if film is None: return row, None, None
-        shown, square = Image.fromarray(film.pixels), self.predictor.preprocessing.fit(film.pixels)
-        shown.thumbnail((SIDE, SIDE))
-        return row, replace(film, pixels=np.asarray(shown)), square
+        square = self.predictor.preprocessing.fit(film.pixels)
+        return row, replace(film, pixels=_small(film.pixels) if show else square), square
 
     def picture(self, film: Film, square: np.ndarray, judged: bool) -> dict[str, Any]:
         """What the file was, and the film as PNG in base64, alone (`film`) and under its map (`overlay`); each is None
@@ -153,6 +153,13 @@ class Service:
 
     async def _run(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *args))
+
+
+def _small(film: np.ndarray) -> np.ndarray:
+    """`film`, grey uint8 (h, w), with its longer side at most `SIDE`."""
+    shown = Image.fromarray(film)
+    shown.thumbnail((SIDE, SIDE))
+    return np.asarray(shown)
 
 
 def _cores() -> int:

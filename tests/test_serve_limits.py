@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 from filmfiles import dicom, encoded, smooth
 
+from cxr_fastai.core import CXRError
 from cxr_fastai.inference import Predictor
-from cxr_fastai.serve import listen, make_server
+from cxr_fastai.serve import listen, make_server, serve
 from cxr_fastai.settings import Limits, Settings
 
 LOCAL = '127.0.0.1'
@@ -465,3 +466,15 @@ def test_the_worker_does_not_outlive_who_started_it(start):
     worker = process.worker
     process.process.kill()
     until(lambda: not Path(f'/proc/{worker}').exists() or ' Z ' in Path(f'/proc/{worker}/stat').read_text())
+
+
+def test_a_process_that_is_killed_as_soon_as_it_starts_is_given_up(monkeypatch, bundle):
+    class Killed:
+        exitcode = -9
+
+        def join(self) -> None: started.append(self)
+    started, said = [], []
+    monkeypatch.setattr('cxr_fastai.serve._start', lambda settings, listening: Killed())
+    with pytest.raises(CXRError, match='ends by signal 9 as soon as it starts'):
+        serve(Settings(bundle, port=0), said.append)
+    assert len(started) == 4 and len(said) == 4  # where it serves, and three new ones

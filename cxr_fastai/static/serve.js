@@ -288,7 +288,7 @@ for (const button of document.querySelectorAll('[data-example]')) button.addEven
 $('#token').addEventListener('submit', event => {
   event.preventDefault();
   const secret = $('#secret').value.trim();
-  if (!/^[\x21-\x7e]+$/.test(secret)) return notice(words.E_WRONG_TOKEN, false, true);  // no header can hold it
+  if (!/^[\x20-\x7e]+$/.test(secret)) return notice(words.E_WRONG_TOKEN, false, true);  // no header can hold it
   sessionStorage.setItem('token', secret);
   $('#secret').value = '';
   release();

@@ -11,6 +11,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from textwrap import indent
 
+import fastapi  # noqa: F401  (autodoc plays the type checker while it imports, which pydantic's models do not bear)
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from fastcore.docments import docments

@@ -16,5 +16,5 @@ setup(name=c['lib_name'], version=c['version'], description=c['description'], au
       long_description=(HERE/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
       packages=find_packages(include=[c['lib_name'], f"{c['lib_name']}.*"]),
       install_requires=c['requirements'].split(), extras_require=extras,
-      package_data={c['lib_name']: ['templates/*', 'static/*']},
+      package_data={c['lib_name']: ['*/templates/*', '*/static/*']},
       entry_points={'console_scripts': c['console_scripts'].split()})

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from cxr_fastai.traits import THUMBNAIL, find_alike
+from cxr_fastai.data.image_stats import THUMBNAIL, find_alike
 
 
 def thumbnails(n: int, block: int = 10_000) -> np.ndarray:

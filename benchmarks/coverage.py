@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.stats import norm
 
-from cxr_fastai.bootstrap import auc_draws, middle
-from cxr_fastai.intervals import Estimate, estimate, predictive_values, proportion, roc_auc
-from cxr_fastai.metrics import SHARES, Calls, Sample, area
+from cxr_fastai.evaluation.bootstrap import auc_draws, middle
+from cxr_fastai.evaluation.intervals import Estimate, estimate, predictive_values, proportion, roc_auc
+from cxr_fastai.evaluation.metrics import SHARES, Calls, Sample, area
 
 SHARED = 0.5
 """The share of a score's variance that belongs to the patient."""

@@ -26,12 +26,12 @@ from fastai.vision.data import ImageBlock
 from torch.utils.data import DataLoader
 from train_throughput import PlainFilms
 
-from cxr_fastai.cache import find_cache, prepare
-from cxr_fastai.data import locate, make_dls
-from cxr_fastai.demo import make_demo
-from cxr_fastai.images import Preprocessing
-from cxr_fastai.items import film_root, read_items
-from cxr_fastai.models import make_recipe
+from cxr_fastai.data.items import film_root, read_items
+from cxr_fastai.data.loaders import locate, make_dls
+from cxr_fastai.images.cache import find_cache, prepare
+from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.images.synthetic import make_demo
+from cxr_fastai.models.architectures import make_recipe
 
 
 def count(batches) -> int:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from cxr_fastai.cams import activation_maps, enlarge, scale
-from cxr_fastai.models import build_model
+from cxr_fastai.interpretation.cam import activation_maps, enlarge, scale
+from cxr_fastai.models.architectures import build_model
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -32,14 +32,14 @@ from typing import Any
 
 import torch
 
-from cxr_fastai import core
-from cxr_fastai import run as runs
-from cxr_fastai.checkpoint import StopOnSignal, load_state
 from cxr_fastai.cli import main as cxr_fastai
-from cxr_fastai.demo import make_demo
-from cxr_fastai.models import ARCHS, PRETRAINED, Arch, BaselineCNN
-from cxr_fastai.pickles import load_learner
-from cxr_fastai.run import Run
+from cxr_fastai.core import files as core
+from cxr_fastai.core import run as runs
+from cxr_fastai.core.run import Run
+from cxr_fastai.images.synthetic import make_demo
+from cxr_fastai.inference.pickles import load_learner
+from cxr_fastai.models.architectures import ARCHS, PRETRAINED, Arch, BaselineCNN
+from cxr_fastai.training.checkpoint import StopOnSignal, load_state
 
 EPOCHS = 4
 KINDS = {
@@ -50,7 +50,7 @@ KINDS = {
 TRAINED = ('journal.jsonl', 'items.csv', 'recipe.json', 'state.pt', 'history.csv', 'learner.pkl', 'failure.json')
 EVALUATED = ('predictions.csv', 'metrics.json', 'confusion_test.png', 'roc_test.png', 'history.png', 'robustness.csv',
              'robustness_test.png')
-PRELOADED = ['cxr_fastai.training', 'cxr_fastai.evaluation', 'cxr_fastai.interpret', 'cxr_fastai.robustness',
+PRELOADED = ['cxr_fastai.training.training', 'cxr_fastai.evaluation.evaluation', 'cxr_fastai.interpretation.interpretation', 'cxr_fastai.evaluation.robustness',
              'sklearn.metrics', 'filelock']
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
-from cxr_fastai.images import Preprocessing
-from cxr_fastai.inference import Predictor, list_films
+from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.inference.predictor import Predictor, list_films
 
 PICTURES = ('astronaut', 'brick', 'camera', 'cat', 'cell', 'checkerboard', 'clock', 'coffee', 'coins', 'colorwheel',
             'grass', 'gravel', 'horse', 'hubble_deep_field', 'immunohistochemistry', 'logo', 'microaneurysms', 'moon',

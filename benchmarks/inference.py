@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cxr_fastai.bundle import INT8, Bundle
-from cxr_fastai.inference import Predictor, list_films
-from cxr_fastai.pickles import load_learner
+from cxr_fastai.inference.bundle import INT8, Bundle
+from cxr_fastai.inference.pickles import load_learner
+from cxr_fastai.inference.predictor import Predictor, list_films
 
 
 def ways(run: Path, bundle: Path, paths: list[Path], batch_size: int) -> dict[str, Callable[[], np.ndarray]]:

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cxr_fastai.corruptions import summarise
-from cxr_fastai.run import Run
+from cxr_fastai.core.run import Run
+from cxr_fastai.images.corruptions import summarise
 
 SENSITIVITY = 0.95
 TARGET = 0.985

@@ -30,13 +30,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 
-from cxr_fastai.core import VOCAB
-from cxr_fastai.data import make_dls
-from cxr_fastai.demo import make_demo
-from cxr_fastai.devices import CompileSteps
-from cxr_fastai.items import film_root, read_items
-from cxr_fastai.learner import make_learner, reuse_memory, start_phase
-from cxr_fastai.models import make_recipe
+from cxr_fastai.core.files import VOCAB
+from cxr_fastai.data.items import film_root, read_items
+from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.images.synthetic import make_demo
+from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.training.hardware import CompileSteps
+from cxr_fastai.training.learner import make_learner, reuse_memory, start_phase
 
 
 def plain_baseline() -> nn.Module:

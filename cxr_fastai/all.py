@@ -1,14 +1,16 @@
 """Everything a notebook needs, by one `from cxr_fastai.all import *`."""
 from pathlib import Path
 
-from cxr_fastai.audit import audit, save_audit
-from cxr_fastai.augment import AugmentFilms
-from cxr_fastai.bundle import Bundle
-from cxr_fastai.cache import find_cache, prepare
-from cxr_fastai.comparison import compare, same_films
-from cxr_fastai.core import POSITIVE, VOCAB, CXRError
-from cxr_fastai.corruptions import CORRUPTIONS, corrupt, summarise
-from cxr_fastai.curves import (
+from cxr_fastai.core.files import POSITIVE, VOCAB, CXRError
+from cxr_fastai.core.recipe import Phase, Recipe
+from cxr_fastai.core.run import Run
+from cxr_fastai.data.auditing import audit, save_audit
+from cxr_fastai.data.items import count_films, data_root, film_root, read_items, split_patients
+from cxr_fastai.data.loaders import film_block, locate, make_dls
+from cxr_fastai.data.sources import download
+from cxr_fastai.data.transforms import AugmentFilms
+from cxr_fastai.evaluation.comparison import compare, same_films
+from cxr_fastai.evaluation.curves import (
     plot_calibration,
     plot_net_benefit,
     plot_precision_recall,
@@ -16,31 +18,29 @@ from cxr_fastai.curves import (
     plot_roc,
     plot_scores,
 )
-from cxr_fastai.data import film_block, locate, make_dls
-from cxr_fastai.decision import Decision, decide
-from cxr_fastai.demo import make_demo
-from cxr_fastai.evaluation import evaluate
+from cxr_fastai.evaluation.evaluation import evaluate
+from cxr_fastai.evaluation.intervals import describe
+from cxr_fastai.evaluation.metrics import measure
+from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_robustness
+from cxr_fastai.evaluation.robustness import measure_robustness
+from cxr_fastai.evaluation.thresholds import Decision, decide
 from cxr_fastai.examples import example_films, example_run, hold_out, list_held_out
-from cxr_fastai.explanations import CXRInterpretation, Explainer
-from cxr_fastai.export import export
-from cxr_fastai.images import Preprocessing, open_film, read_film
-from cxr_fastai.inference import Predictor, list_films, prediction_table
-from cxr_fastai.interpret import typical_hits, worst_errors
-from cxr_fastai.intervals import describe
-from cxr_fastai.items import count_films, data_root, film_root, read_items, split_patients
-from cxr_fastai.learner import make_learner
-from cxr_fastai.metrics import measure
-from cxr_fastai.models import ARCHS, BaselineCNN, build_model, make_recipe
-from cxr_fastai.overlays import plot_explanation, plot_gallery, plot_mean_maps
-from cxr_fastai.pickles import load_learner, save_learner
-from cxr_fastai.plots import plot_confusion_matrix, plot_history, plot_robustness
-from cxr_fastai.recipe import Phase, Recipe
-from cxr_fastai.report import report
-from cxr_fastai.robustness import measure_robustness
-from cxr_fastai.run import Run
-from cxr_fastai.sanity import check_maps, check_run
-from cxr_fastai.sources import download
-from cxr_fastai.training import fit, train
+from cxr_fastai.images.cache import find_cache, prepare
+from cxr_fastai.images.corruptions import CORRUPTIONS, corrupt, summarise
+from cxr_fastai.images.decode import Preprocessing, open_film, read_film
+from cxr_fastai.images.synthetic import make_demo
+from cxr_fastai.inference.bundle import Bundle
+from cxr_fastai.inference.pickles import load_learner, save_learner
+from cxr_fastai.inference.predictor import Predictor, list_films, prediction_table
+from cxr_fastai.interpretation.checks import check_maps, check_run
+from cxr_fastai.interpretation.explainer import CXRInterpretation, Explainer
+from cxr_fastai.interpretation.interpretation import typical_hits, worst_errors
+from cxr_fastai.interpretation.overlays import plot_explanation, plot_gallery, plot_mean_maps
+from cxr_fastai.models.architectures import ARCHS, BaselineCNN, build_model, make_recipe
+from cxr_fastai.publishing.exporting import export
+from cxr_fastai.publishing.reporting import report
+from cxr_fastai.training.learner import make_learner
+from cxr_fastai.training.training import fit, train
 
 __all__ = ['ARCHS', 'AugmentFilms', 'BaselineCNN', 'Bundle', 'CORRUPTIONS', 'CXRError', 'CXRInterpretation', 'Decision',
            'Explainer', 'POSITIVE', 'Path', 'Phase', 'Predictor', 'Preprocessing', 'Recipe', 'Run', 'VOCAB', 'audit',

@@ -8,13 +8,13 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock
 
-from cxr_fastai.core import write_csv, writing
-from cxr_fastai.demo import make_demo
-from cxr_fastai.evaluation import evaluate
-from cxr_fastai.items import film_root, read_items, split_patients
-from cxr_fastai.models import make_recipe
-from cxr_fastai.run import Run
-from cxr_fastai.training import train
+from cxr_fastai.core.files import write_csv, writing
+from cxr_fastai.core.run import Run
+from cxr_fastai.data.items import film_root, read_items, split_patients
+from cxr_fastai.evaluation.evaluation import evaluate
+from cxr_fastai.images.synthetic import make_demo
+from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.training.training import train
 
 FOLDER = Path('example')
 SYNTHETIC = 400

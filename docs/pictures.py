@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cxr_fastai.all import Explainer, Predictor, Preprocessing, Run, list_films, make_recipe, open_film
-from cxr_fastai.augment import augmentations
-from cxr_fastai.curves import plot_calibration, plot_net_benefit, plot_risk_coverage, plot_roc, plot_scores
-from cxr_fastai.drawing import BLUE, GREY, INK, save_figure, tidy
-from cxr_fastai.explanations import Subject
-from cxr_fastai.overlays import show_film, show_overlay
-from cxr_fastai.plots import plot_history
+from cxr_fastai.core.figures import BLUE, GREY, INK, save_figure, tidy
+from cxr_fastai.data.transforms import augmentations
+from cxr_fastai.evaluation.curves import plot_calibration, plot_net_benefit, plot_risk_coverage, plot_roc, plot_scores
+from cxr_fastai.evaluation.plots import plot_history
+from cxr_fastai.interpretation.explainer import Subject
+from cxr_fastai.interpretation.overlays import show_film, show_overlay
 
 HERE = Path(__file__).parent
 SHOWN = ('bacteria', 'virus')

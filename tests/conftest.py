@@ -10,9 +10,9 @@ from filelock import FileLock
 
 os.environ['OMP_NUM_THREADS'] = '1'  # small arrays gain nothing by more, and lose much where the cores are busy
 from cxr_fastai.cli import main
-from cxr_fastai.demo import make_demo
-from cxr_fastai.run import Run
-from cxr_fastai.trust import trust
+from cxr_fastai.core.run import Run
+from cxr_fastai.images.synthetic import make_demo
+from cxr_fastai.inference.trust import trust
 
 REAL = os.environ.pop('CXR_DATA', None)
 

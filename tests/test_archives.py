@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_fastai import archives
-from cxr_fastai.archives import choose_films, draw_films, new_folder, unpack_films
-from cxr_fastai.core import CXRError, OutputError, UsageError
-from cxr_fastai.folders import find_films
-from cxr_fastai.items import read_items
+from cxr_fastai.core.files import CXRError, OutputError, UsageError
+from cxr_fastai.data import archives
+from cxr_fastai.data.archives import choose_films, draw_films, new_folder, unpack_films
+from cxr_fastai.data.folders import find_films
+from cxr_fastai.data.items import read_items
 
 NAMES = ('chest_xray/train/NORMAL/IM-0001-0001.jpeg', 'chest_xray/train/PNEUMONIA/person1_virus_6.jpeg',
          'chest_xray/test/NORMAL/IM-0002-0001.jpeg', 'chest_xray/test/PNEUMONIA/person2_bacteria_7.jpeg')

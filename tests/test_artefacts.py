@@ -13,22 +13,22 @@ import pytest
 import torch
 from safetensors.numpy import load
 
-from cxr_fastai.artefacts import ModelConfig, find_network, sha256, tensor_bytes
-from cxr_fastai.bundle import FILES, Bundle, manifest_text
-from cxr_fastai.canary import Canary, ParityError, draw_films
 from cxr_fastai.cli import main
-from cxr_fastai.core import CXRError, CXRWarning, UsageError
-from cxr_fastai.data import make_dls
-from cxr_fastai.deploy import fold, to_onnx
-from cxr_fastai.engines import OnnxEngine, TorchEngine
-from cxr_fastai.export import export, verify, verify_afresh
-from cxr_fastai.inference import Predictor
-from cxr_fastai.items import read_items
-from cxr_fastai.learner import make_learner
-from cxr_fastai.models import build_model, make_recipe
-from cxr_fastai.pickles import load_learner, save_learner
-from cxr_fastai.run import Run
-from cxr_fastai.trust import UntrustedError, distrust, trust, trusted
+from cxr_fastai.core.files import CXRError, CXRWarning, UsageError
+from cxr_fastai.core.run import Run
+from cxr_fastai.data.items import read_items
+from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.inference.bundle import FILES, Bundle, manifest_text
+from cxr_fastai.inference.config import ModelConfig, find_network, sha256, tensor_bytes
+from cxr_fastai.inference.engines import OnnxEngine, TorchEngine
+from cxr_fastai.inference.pickles import load_learner, save_learner
+from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.inference.selftest import Canary, ParityError, draw_films
+from cxr_fastai.inference.trust import UntrustedError, distrust, trust, trusted
+from cxr_fastai.models.architectures import build_model, make_recipe
+from cxr_fastai.publishing.exporting import export, verify, verify_afresh
+from cxr_fastai.publishing.onnx import fold, to_onnx
+from cxr_fastai.training.learner import make_learner
 
 RECIPE = make_recipe('baseline', size=48, batch_size=8)
 CONFIG = ModelConfig.of(RECIPE)
@@ -130,7 +130,7 @@ def test_a_run_without_model_says_so(tmp_path):
 @pytest.fixture(scope='module')
 def films_100(films) -> np.ndarray:
     """120 films of 64 px: all synthetic ones, and all of them turned upside down."""
-    from cxr_fastai.images import Preprocessing
+    from cxr_fastai.images.decode import Preprocessing
     seen = Preprocessing(64)
     found = np.stack([seen.load(path) for path in sorted((films).rglob('*.jpeg'))])
     return np.concatenate([found, found[:, ::-1]])
@@ -170,7 +170,7 @@ def test_an_onnx_file_takes_films_as_they_are(arch):
 def test_the_fold_is_exact_also_at_the_border():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1))
     grey = torch.rand(2, 1, 8, 8)
-    from cxr_fastai.models import normalize
+    from cxr_fastai.models.architectures import normalize
     wanted = model(normalize(grey.clone()))
     assert fold(model) and torch.allclose(model(torch.cat([grey, torch.ones_like(grey)], 1)), wanted, atol=1e-5)
     assert not fold(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3)))
@@ -209,8 +209,8 @@ def test_a_failed_export_leaves_the_old_bundle_whole(evaluated, bundle, tmp_path
 
     def fail(*_: object) -> None: raise ParityError('no')
     for name in ('verify_afresh', 'fill_bundle'):
-        monkeypatch.setattr(f'cxr_fastai.export.{name}', fail)
-        monkeypatch.setattr('cxr_fastai.export.fill_bundle', lambda *_: None) if name == 'verify_afresh' else None
+        monkeypatch.setattr(f'cxr_fastai.publishing.exporting.{name}', fail)
+        monkeypatch.setattr('cxr_fastai.publishing.exporting.fill_bundle', lambda *_: None) if name == 'verify_afresh' else None
         with pytest.raises(ParityError): export(evaluated, tmp_path/'b')
         assert {path.name: path.read_bytes() for path in (tmp_path/'b').iterdir()} == before
     assert os.listdir(tmp_path) == ['b']
@@ -260,8 +260,8 @@ def test_a_fresh_process_finds_other_predictions(bundle, tmp_path):
 @pytest.mark.parametrize('when', [OSError, KeyboardInterrupt])
 def test_a_stop_while_bundles_change_places_leaves_the_old_one(evaluated, bundle, tmp_path, monkeypatch, when):
     shutil.copytree(bundle, tmp_path/'b')
-    monkeypatch.setattr('cxr_fastai.export.fill_bundle', lambda *_: None)
-    monkeypatch.setattr('cxr_fastai.export.verify_afresh', lambda *_: None)
+    monkeypatch.setattr('cxr_fastai.publishing.exporting.fill_bundle', lambda *_: None)
+    monkeypatch.setattr('cxr_fastai.publishing.exporting.verify_afresh', lambda *_: None)
     replace, calls = os.replace, []
 
     def stop(a: Path, b: Path) -> None:
@@ -276,8 +276,8 @@ def test_a_stop_while_bundles_change_places_leaves_the_old_one(evaluated, bundle
 
 
 def test_films_of_another_set_make_no_gate(evaluated, tmp_path, monkeypatch):
-    from cxr_fastai.demo import make_demo
-    from cxr_fastai.export import read_known
+    from cxr_fastai.images.synthetic import make_demo
+    from cxr_fastai.publishing.exporting import read_known
     make_demo(tmp_path/'films', films=40, size=64, seed=9)
     monkeypatch.setattr(Run, 'films', tmp_path/'gone')
     monkeypatch.setenv('CXR_DATA', str(tmp_path/'films'))
@@ -360,9 +360,9 @@ def test_a_run_needs_no_pickle(evaluated, films, tmp_path, monkeypatch):
 
 
 def test_eight_bits_are_kept_only_where_they_are_as_good(evaluated, tmp_path, monkeypatch):
-    monkeypatch.setattr('cxr_fastai.export.verify_afresh', lambda _: None)  # it is tested above, and takes long
-    monkeypatch.setattr('cxr_fastai.export._copy_learner', lambda *_: None)
-    monkeypatch.setattr('cxr_fastai.export.MOST_CHANGE', 1.0)
+    monkeypatch.setattr('cxr_fastai.publishing.exporting.verify_afresh', lambda _: None)  # it is tested above, and takes long
+    monkeypatch.setattr('cxr_fastai.publishing.exporting._copy_learner', lambda *_: None)
+    monkeypatch.setattr('cxr_fastai.publishing.exporting.MOST_CHANGE', 1.0)
     bundle = Bundle.open(export(evaluated, tmp_path/'b', int8=True))
     verify(tmp_path/'b')
     assert len(bundle.read('model.int8.onnx')) < 0.4*len(bundle.read('model.onnx'))
@@ -370,7 +370,7 @@ def test_eight_bits_are_kept_only_where_they_are_as_good(evaluated, tmp_path, mo
     films = bundle.canary.films
     assert 0 < np.abs(small(films)[0] - whole(films)[0]).max() < 0.1
     assert abs(bundle.facts['int8']['auc_change']) < 1
-    monkeypatch.setattr('cxr_fastai.export.MOST_CHANGE', 0.0)
+    monkeypatch.setattr('cxr_fastai.publishing.exporting.MOST_CHANGE', 0.0)
     with pytest.warns(CXRWarning, match='less than 0.0 is asked'): export(evaluated, tmp_path/'b', int8=True)
     with pytest.raises(CXRError, match='has no model.int8.onnx'): Bundle.open(tmp_path/'b').engine('int8')
     with pytest.raises(UsageError, match='--engine x: choose auto'): Bundle.open(tmp_path/'b').engine('x')

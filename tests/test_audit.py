@@ -10,12 +10,12 @@ import pytest
 from filmfiles import PATIENT, dicom
 from PIL import Image
 
-from cxr_fastai.audit import audit, save_audit
 from cxr_fastai.cli import main
-from cxr_fastai.demo import make_demo
-from cxr_fastai.names import safe_path
-from cxr_fastai.probes import probe_label, probe_shift
-from cxr_fastai.traits import TRAITS, find_alike, measure_films
+from cxr_fastai.data.auditing import audit, save_audit
+from cxr_fastai.data.image_stats import TRAITS, find_alike, measure_films
+from cxr_fastai.data.names import safe_path
+from cxr_fastai.data.probes import probe_label, probe_shift
+from cxr_fastai.images.synthetic import make_demo
 
 
 @pytest.fixture(scope='module')
@@ -228,13 +228,13 @@ def test_alike_is_pearsons_correlation_whatever_the_blocks(monkeypatch):
     expected = np.triu(np.corrcoef(thumbnails.reshape(300, -1) + 1e-9*rng.random((300, 64))), 1) >= 0.9
     wanted = {(i, j) for i, j in np.argwhere(expected).tolist() if 7 not in (i, j)}
     for block in (2048, 64, 77):
-        monkeypatch.setattr('cxr_fastai.traits.BLOCK', block)
+        monkeypatch.setattr('cxr_fastai.data.image_stats.BLOCK', block)
         assert {(i, j) for i, j, _ in find_alike(thumbnails, 0.9)} == wanted and len(wanted) > 50
 
 
 def test_more_pairs_than_can_be_listed_are_an_error(few, monkeypatch):
-    monkeypatch.setattr('cxr_fastai.traits.MOST_PAIRS', 3)
-    monkeypatch.setattr('cxr_fastai.audit.MOST_PAIRS', 3)
+    monkeypatch.setattr('cxr_fastai.data.image_stats.MOST_PAIRS', 3)
+    monkeypatch.setattr('cxr_fastai.data.auditing.MOST_PAIRS', 3)
     for i in range(3): as_jpeg(first(few/'train/NORMAL'), few/f'train/NORMAL/IM-900{i}-0001.jpeg', quality=80)
     found = {finding.name: finding for finding in audit(few).findings}
     assert found['too many duplicate pairs to list'].level == 'error'

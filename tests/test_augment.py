@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torchvision.transforms.v2 import functional as TF
 
-from cxr_fastai.augment import AugmentFilms, DegradeFilms, augmentations, blur, coarsen, recompress, warp
-from cxr_fastai.models import make_recipe
+from cxr_fastai.data.transforms import AugmentFilms, DegradeFilms, augmentations, blur, coarsen, recompress, warp
+from cxr_fastai.models.architectures import make_recipe
 
 NONE = torch.zeros(1, dtype=torch.bool)
 ZERO = torch.zeros(1)

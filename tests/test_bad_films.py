@@ -29,8 +29,8 @@ from PIL import Image, ImageDraw
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
-from cxr_fastai.core import FilmError
-from cxr_fastai.images import Preprocessing, decode_film, open_film
+from cxr_fastai.core.files import FilmError
+from cxr_fastai.images.decode import Preprocessing, decode_film, open_film
 
 OTHER = Image.fromarray(255 - GREY)
 FRAMES = {'save_all': True, 'append_images': [OTHER]}
@@ -207,13 +207,13 @@ def test_a_huge_file_is_not_even_read(tmp_path):
 
 
 def test_no_name_or_date_of_a_patient_is_even_parsed():
-    from cxr_fastai import dicom as module
+    from cxr_fastai.images import dicom as module
     assert not {'PatientName', 'PatientID', 'PatientBirthDate', 'StudyDate', 'SOPInstanceUID'} & set(module.TAGS)
     assert PATIENT not in str(module._parse(dicom()))
 
 
 def test_without_pydicom_a_dicom_film_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr('cxr_fastai.dicom.find_spec', lambda _: None)
+    monkeypatch.setattr('cxr_fastai.images.dicom.find_spec', lambda _: None)
     (tmp_path/'a.dcm').write_bytes(dicom())
     with pytest.raises(FilmError, match=r'pip install "cxr_fastai\[dicom\]"') as caught: open_film(tmp_path/'a.dcm')
     assert caught.value.code == 'E_DICOM_SYNTAX'
@@ -241,7 +241,7 @@ LARGEST = {'16-bit PNG': lambda ramp: encoded(ramp, compress_level=1),
                                           progressive=True)}
 PEAKS = """
 import re, sys
-from cxr_fastai.images import Preprocessing
+from cxr_fastai.images.decode import Preprocessing
 for path in sys.argv[1:]:
     Preprocessing().load(path)
     print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])

@@ -13,16 +13,16 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from cxr_fastai import cache
-from cxr_fastai.cache import FilmCache, cache_folder, find_cache, prepare
 from cxr_fastai.cli import main
-from cxr_fastai.core import CXRError, OutputError, UsageError
-from cxr_fastai.data import film_block, locate, make_dls
-from cxr_fastai.images import Preprocessing
-from cxr_fastai.items import read_items
-from cxr_fastai.models import make_recipe
-from cxr_fastai.pickles import load_learner
-from cxr_fastai.training import train
+from cxr_fastai.core.files import CXRError, OutputError, UsageError
+from cxr_fastai.data.items import read_items
+from cxr_fastai.data.loaders import film_block, locate, make_dls
+from cxr_fastai.images import cache
+from cxr_fastai.images.cache import FilmCache, cache_folder, find_cache, prepare
+from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.inference.pickles import load_learner
+from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.training.training import train
 
 SMALL = Preprocessing(64)
 
@@ -167,8 +167,8 @@ def test_a_killed_prepare_goes_on_where_it_stopped(root, paths, decoded, monkeyp
         data = (root/paths[i % len(paths)]).read_bytes() + i.to_bytes(4, 'big')
         (root/f'train/NORMAL/IM-{i:05d}-0001.jpeg').write_bytes(data)
     paths = list(read_items(root).path)
-    code = ('import sys; from pathlib import Path; from cxr_fastai.cache import *\n'
-            'from cxr_fastai.items import read_items\nroot = Path(sys.argv[1])\n'
+    code = ('import sys; from pathlib import Path; from cxr_fastai.images.cache import *\n'
+            'from cxr_fastai.data.items import read_items\nroot = Path(sys.argv[1])\n'
             'prepare(list(read_items(root).path), root, Preprocessing(64), 1)')
     process = subprocess.Popen([sys.executable, '-c', code, root])
     index = cache_folder(root, SMALL)/'index.jsonl'

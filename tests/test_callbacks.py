@@ -7,14 +7,14 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from rich.console import Console
 
-from cxr_fastai.augment import AugmentFilms
-from cxr_fastai.callbacks import AverageWeights, recipe_callbacks
-from cxr_fastai.data import make_dls
-from cxr_fastai.items import read_items
-from cxr_fastai.learner import make_learner
-from cxr_fastai.models import make_recipe
-from cxr_fastai.run import Run
-from cxr_fastai.training import fit
+from cxr_fastai.core.run import Run
+from cxr_fastai.data.items import read_items
+from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.data.transforms import AugmentFilms
+from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.training.callbacks import AverageWeights, recipe_callbacks
+from cxr_fastai.training.learner import make_learner
+from cxr_fastai.training.training import fit
 
 QUIET = Console(quiet=True)
 

@@ -4,9 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from cxr_fastai.cams import BODY, METHODS, activation_maps, enlarge, explaining, find_layer, name_layer, scale, watching
-from cxr_fastai.core import UsageError
-from cxr_fastai.models import build_model
+from cxr_fastai.core.files import UsageError
+from cxr_fastai.interpretation.cam import (
+    BODY,
+    METHODS,
+    activation_maps,
+    enlarge,
+    explaining,
+    find_layer,
+    name_layer,
+    scale,
+    watching,
+)
+from cxr_fastai.models.architectures import build_model
 
 torch.manual_seed(0)
 FILMS = torch.randn(3, 3, 64, 64)

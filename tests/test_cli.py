@@ -14,11 +14,11 @@ import torchvision
 from PIL import Image
 
 from cxr_fastai.cli import app, main
-from cxr_fastai.core import FilmError
-from cxr_fastai.images import Preprocessing
-from cxr_fastai.inference import Predictor
-from cxr_fastai.pickles import load_learner
-from cxr_fastai.run import Run
+from cxr_fastai.core.files import FilmError
+from cxr_fastai.core.run import Run
+from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.inference.pickles import load_learner
+from cxr_fastai.inference.predictor import Predictor
 
 README = (Path(__file__).parents[1]/'README.md').read_text()
 
@@ -168,14 +168,14 @@ def training(data, out, workers='0') -> list:
 
 @pytest.mark.parametrize('workers', ['0', '2'])
 def test_a_film_that_goes_bad_during_training_is_named(capsys, with_a_bad_film, tmp_path, workers, monkeypatch):
-    monkeypatch.setattr('cxr_fastai.training.find_unreadable', lambda _: {})
+    monkeypatch.setattr('cxr_fastai.training.training.find_unreadable', lambda _: {})
     data, bad = with_a_bad_film
     refused(capsys, training(data, tmp_path/'run', workers), 1, f'^error: {re.escape(str(bad))}: E_TRUNCATED')
 
 
 @pytest.mark.parametrize('when', ['before', 'during'])
 def test_a_bad_film_can_be_skipped_and_is_named(capsys, with_a_bad_film, tmp_path, monkeypatch, when):
-    if when == 'during': monkeypatch.setattr('cxr_fastai.training.find_unreadable', lambda _: {})
+    if when == 'during': monkeypatch.setattr('cxr_fastai.training.training.find_unreadable', lambda _: {})
     data, bad = with_a_bad_film
     assert main([*map(str, training(data, tmp_path/'run')), '--on-bad-film', 'skip']) == 0
     assert f'{bad}: E_TRUNCATED' in (errors := capsys.readouterr().err) and 'skipped' in errors
@@ -276,12 +276,12 @@ def test_a_name_with_brackets_is_shown_as_it_is(capsys, run, films, tmp_path):
 
 def test_a_bug_keeps_its_traceback(monkeypatch, films):
     def bug(*_): raise ZeroDivisionError
-    monkeypatch.setattr('cxr_fastai.items.data_root', bug)
+    monkeypatch.setattr('cxr_fastai.data.items.data_root', bug)
     with pytest.raises(ZeroDivisionError): main(['train', '--data', str(films)])
 
 
 def test_the_demo_goes_the_whole_way(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr('cxr_fastai.export.verify_afresh', lambda _: None)  # as for the bundle of other tests
+    monkeypatch.setattr('cxr_fastai.publishing.exporting.verify_afresh', lambda _: None)  # as for the bundle of other tests
     assert main(['demo', '--out', str(tmp_path/'demo'), '--films', '40', '--size', '48', '--epochs', '1']) == 0
     made = {path.name for path in (tmp_path/'demo').iterdir()}
     assert made == {'films', 'audit', 'run', 'bundle', 'predictions.csv'}

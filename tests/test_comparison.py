@@ -8,10 +8,10 @@ import pytest
 from scipy.stats import binomtest
 
 from cxr_fastai.cli import main
-from cxr_fastai.comparison import compare, find_runs, mcnemar, name_runs, same_films, summarise_seeds
-from cxr_fastai.core import UsageError
-from cxr_fastai.intervals import compare_auc
-from cxr_fastai.run import Run
+from cxr_fastai.core.files import UsageError
+from cxr_fastai.core.run import Run
+from cxr_fastai.evaluation.comparison import compare, find_runs, mcnemar, name_runs, same_films, summarise_seeds
+from cxr_fastai.evaluation.intervals import compare_auc
 
 RNG = np.random.default_rng(0)
 TARGS = np.arange(120) < 70
@@ -91,7 +91,7 @@ def test_runs_are_found_in_folders_and_named_apart(two, tmp_path):
 
 def test_the_command_compares_averages_seeds_and_predicts_nothing_twice(two, films, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('cxr_fastai.interpret.save_figures', lambda *_: [])
+    monkeypatch.setattr('cxr_fastai.interpretation.interpretation.save_figures', lambda *_: [])
     argv = ['evaluate', str(two), '--data', str(films)]
     assert main(argv) == 0
     shown = capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_the_command_compares_averages_seeds_and_predicts_nothing_twice(two, fil
     assert (tmp_path/'comparison/comparison.png').read_bytes().startswith(b'\x89PNG')
 
     def refuse(*_): raise AssertionError('predicted again')
-    monkeypatch.setattr('cxr_fastai.inference.Predictor.scores', refuse)
+    monkeypatch.setattr('cxr_fastai.inference.predictor.Predictor.scores', refuse)
     assert main(argv) == 0
     assert (tmp_path/'comparison/comparison.json').read_text() == (tmp_path/'comparison-2/comparison.json').read_text()
 

@@ -12,12 +12,12 @@ from markupsafe import Markup
 from rich.console import Console
 from test_layers import LAYERS
 
-from cxr_fastai import options
-from cxr_fastai import report as pages
-from cxr_fastai.metrics import AT_A_THRESHOLD
-from cxr_fastai.models import ARCHS
-from cxr_fastai.run import Run
-from cxr_fastai.scores import metrics_tables
+from cxr_fastai.cli import options
+from cxr_fastai.cli.scores import metrics_tables
+from cxr_fastai.core.run import Run
+from cxr_fastai.evaluation.metrics import AT_A_THRESHOLD
+from cxr_fastai.models.architectures import ARCHS
+from cxr_fastai.publishing import reporting as pages
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT/'CONTRIBUTING.md').read_text()

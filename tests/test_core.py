@@ -5,10 +5,10 @@ from dataclasses import asdict
 
 import pytest
 
-from cxr_fastai.core import FilmError, OutputError, UsageError, atomic, progress, write_json, write_text
-from cxr_fastai.models import make_recipe
-from cxr_fastai.recipe import Recipe
-from cxr_fastai.run import Run
+from cxr_fastai.core.files import FilmError, OutputError, UsageError, atomic, progress, write_json, write_text
+from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.core.run import Run
+from cxr_fastai.models.architectures import make_recipe
 
 
 def test_a_failed_write_leaves_the_old_file_whole_and_nothing_beside_it(tmp_path):

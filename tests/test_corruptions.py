@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_fastai.corruptions import CORRUPTIONS, STRENGTHS, corrupt, film_rng
-from cxr_fastai.demo import Chest, draw_film
-from cxr_fastai.intervals import roc_auc
-from cxr_fastai.shortcut import Equaliser
-from cxr_fastai.traits import sharpness
+from cxr_fastai.data.image_stats import sharpness
+from cxr_fastai.evaluation.intervals import roc_auc
+from cxr_fastai.images.corruptions import CORRUPTIONS, STRENGTHS, corrupt, film_rng
+from cxr_fastai.images.shortcut import Equaliser
+from cxr_fastai.images.synthetic import Chest, draw_film
 
 SIDE = 128
 
@@ -50,14 +50,14 @@ def test_seed_and_film_decide_what_is_drawn(kind):
 
 
 def test_streams_do_not_hang_on_the_process():
-    code = 'from cxr_fastai.corruptions import film_rng; print(film_rng(1, "é.jpeg", "blur").integers(2**62))'
+    code = 'from cxr_fastai.images.corruptions import film_rng; print(film_rng(1, "é.jpeg", "blur").integers(2**62))'
     told = [subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
                            env={'PYTHONHASHSEED': seed, 'PYTHONPATH': ':'.join(sys.path)}).stdout for seed in '12']
     assert {int(text) for text in told} == {film_rng(1, 'é.jpeg', 'blur').integers(2**62)}
 
 
 def test_corruptions_load_without_torch():
-    code = 'import sys, cxr_fastai.shortcut; sys.exit("torch" in sys.modules)'
+    code = 'import sys, cxr_fastai.images.shortcut; sys.exit("torch" in sys.modules)'
     subprocess.run([sys.executable, '-c', code], check=True, env={'PYTHONPATH': ':'.join(sys.path)})
 
 

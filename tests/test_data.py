@@ -9,12 +9,12 @@ from scipy.ndimage import gaussian_filter
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from cxr_fastai.augment import AugmentFilms, jitter, warp
-from cxr_fastai.cache import find_cache, prepare
-from cxr_fastai.data import locate, make_dls
-from cxr_fastai.images import Preprocessing, read_film
-from cxr_fastai.items import read_items
-from cxr_fastai.models import make_recipe, normalize
+from cxr_fastai.data.items import read_items
+from cxr_fastai.data.loaders import locate, make_dls
+from cxr_fastai.data.transforms import AugmentFilms, jitter, warp
+from cxr_fastai.images.cache import find_cache, prepare
+from cxr_fastai.images.decode import Preprocessing, read_film
+from cxr_fastai.models.architectures import make_recipe, normalize
 
 H, W = 60, 48  # not square, so that mixing up the axes shows
 NONE = torch.tensor([False])

@@ -3,8 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_fastai.core import UsageError
-from cxr_fastai.decision import RULES, decide, keep_sensitivity, parse_rule
+from cxr_fastai.core.files import UsageError
+from cxr_fastai.evaluation.thresholds import RULES, decide, keep_sensitivity, parse_rule
 
 RNG = np.random.default_rng(0)
 

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_fastai.core import UsageError
-from cxr_fastai.demo import Chest, draw_film, make_demo
-from cxr_fastai.items import count_films, read_items
+from cxr_fastai.core.files import UsageError
+from cxr_fastai.data.items import count_films, read_items
+from cxr_fastai.images.synthetic import Chest, draw_film, make_demo
 
 
 def test_the_layout_and_names_are_the_real_sets(films):

@@ -8,15 +8,16 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from cxr_fastai import checkpoint, devices, training
 from cxr_fastai.cli import main
-from cxr_fastai.core import CXRWarning, Stopped, UsageError
-from cxr_fastai.devices import check_compile, choose_compile, choose_precision
-from cxr_fastai.inference import Predictor, list_films
-from cxr_fastai.learner import roc_auc
-from cxr_fastai.models import ARCHS, FROM_SCRATCH, Arch, make_recipe
-from cxr_fastai.recipe import Phase
-from cxr_fastai.training import train
+from cxr_fastai.core.files import CXRWarning, Stopped, UsageError
+from cxr_fastai.core.recipe import Phase
+from cxr_fastai.inference.predictor import Predictor, list_films
+from cxr_fastai.models.architectures import ARCHS, FROM_SCRATCH, Arch, make_recipe
+from cxr_fastai.training import checkpoint, training
+from cxr_fastai.training import hardware as devices
+from cxr_fastai.training.hardware import check_compile, choose_compile, choose_precision
+from cxr_fastai.training.learner import roc_auc
+from cxr_fastai.training.training import train
 
 QUIET, CPU = Console(quiet=True), torch.device('cpu')
 

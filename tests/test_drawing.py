@@ -4,9 +4,9 @@ import re
 import pandas as pd
 import pytest
 
-from cxr_fastai.drawing import BLUE, INK, axes, entitle, save_figure, to_svg
-from cxr_fastai.plots import plot_rates
-from cxr_fastai.rates import Rates
+from cxr_fastai.core.figures import BLUE, INK, axes, entitle, save_figure, to_svg
+from cxr_fastai.evaluation.plots import plot_rates
+from cxr_fastai.training.lr_finder import Rates
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from cxr_fastai.core import CXRWarning, FilmError, UsageError
-from cxr_fastai.decision import Decision
-from cxr_fastai.evaluation import COLUMNS, evaluate, find_split, judge
-from cxr_fastai.inference import Predictor
-from cxr_fastai.metrics import measure
-from cxr_fastai.run import Run
+from cxr_fastai.core.files import CXRWarning, FilmError, UsageError
+from cxr_fastai.core.run import Run
+from cxr_fastai.evaluation.evaluation import COLUMNS, evaluate, find_split, judge
+from cxr_fastai.evaluation.metrics import measure
+from cxr_fastai.evaluation.thresholds import Decision
+from cxr_fastai.inference.predictor import Predictor
 
 
 @pytest.fixture

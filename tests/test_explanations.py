@@ -7,17 +7,24 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cxr_fastai.artefacts import ModelConfig
 from cxr_fastai.cli import main
-from cxr_fastai.core import FilmError, UsageError
-from cxr_fastai.engines import TorchEngine
-from cxr_fastai.explanations import CXRInterpretation, Explainer, Subject
-from cxr_fastai.images import Preprocessing
-from cxr_fastai.inference import Predictor
-from cxr_fastai.interpret import shown_films
-from cxr_fastai.overlays import CAVEAT, NO_EVIDENCE, Explanation, plot_explanation, plot_gallery, plot_mean_maps
-from cxr_fastai.report import report
-from cxr_fastai.run import Run
+from cxr_fastai.core.files import FilmError, UsageError
+from cxr_fastai.core.run import Run
+from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.inference.config import ModelConfig
+from cxr_fastai.inference.engines import TorchEngine
+from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.interpretation.explainer import CXRInterpretation, Explainer, Subject
+from cxr_fastai.interpretation.interpretation import shown_films
+from cxr_fastai.interpretation.overlays import (
+    CAVEAT,
+    NO_EVIDENCE,
+    Explanation,
+    plot_explanation,
+    plot_gallery,
+    plot_mean_maps,
+)
+from cxr_fastai.publishing.reporting import report
 
 RNG = np.random.default_rng(0)
 
@@ -78,7 +85,7 @@ def interpretation(evaluated, films) -> CXRInterpretation: return CXRInterpretat
 
 def test_an_interpretation_predicts_nothing_that_is_known(evaluated, films, monkeypatch):
     def refuse(*_): raise AssertionError('predicted again')
-    monkeypatch.setattr('cxr_fastai.evaluation.predict_items', refuse)
+    monkeypatch.setattr('cxr_fastai.evaluation.evaluation.predict_items', refuse)
     assert len(CXRInterpretation.from_run(evaluated, 'test', films).predictions) == 12
 
 
@@ -122,7 +129,7 @@ def test_the_command_writes_a_picture_a_film_and_names_what_it_cannot_use(evalua
 def test_the_command_explains_the_greatest_losses_and_the_report_shows_maps(evaluated, films, tmp_path, monkeypatch):
     shutil.copytree(evaluated.path, tmp_path/'run')
     run = Run(tmp_path/'run')
-    monkeypatch.setattr('cxr_fastai.report.draw', lambda *_: {})
+    monkeypatch.setattr('cxr_fastai.publishing.reporting.draw', lambda *_: {})
     assert 'class="cam"' not in report(run).read_text()
     assert main(['explain', str(tmp_path/'run'), '--top-losses', '3', '--split', 'test', '--data', str(films),
                  '--method', 'gradcam++', '--target', 'NORMAL']) == 0
@@ -150,7 +157,7 @@ def test_wrong_options_are_told(evaluated, films, capsys, monkeypatch, tmp_path,
 def test_a_film_that_may_name_its_patient_is_not_shown_unless_allowed(tmp_path):
     from filmfiles import dicom
 
-    from cxr_fastai.models import build_model
+    from cxr_fastai.models.architectures import build_model
     (tmp_path/'a.dcm').write_bytes(dicom(BurnedInAnnotation='YES'))
     explainer = Explainer(Predictor(TorchEngine(build_model('baseline')), ModelConfig('baseline', 48, 0.5)))
     refused, = explainer.explain([Subject(tmp_path/'a.dcm')])

@@ -18,15 +18,15 @@ from faults import add_tiny, equal, full_disk, outcome, poisoned, quietly, start
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from cxr_fastai import checkpoint, training
-from cxr_fastai.checkpoint import PREVIOUS, StopOnSignal, load_state, save_state
-from cxr_fastai.core import CXRError, UsageError
-from cxr_fastai.items import read_items
-from cxr_fastai.models import ARCHS, make_recipe
-from cxr_fastai.pickles import load_learner
-from cxr_fastai.recipe import Phase
-from cxr_fastai.run import Run
-from cxr_fastai.training import train
+from cxr_fastai.core.files import CXRError, UsageError
+from cxr_fastai.core.recipe import Phase
+from cxr_fastai.core.run import Run
+from cxr_fastai.data.items import read_items
+from cxr_fastai.inference.pickles import load_learner
+from cxr_fastai.models.architectures import ARCHS, make_recipe
+from cxr_fastai.training import checkpoint, training
+from cxr_fastai.training.checkpoint import PREVIOUS, StopOnSignal, load_state, save_state
+from cxr_fastai.training.training import train
 
 QUIET = Console(quiet=True)
 SMALL = {'size': 48, 'limit': 8, 'batch_size': 4, 'seed': 3}
@@ -354,8 +354,8 @@ def draw_nothing_but(name: str, monkeypatch, draw=Figure.savefig) -> None:
 def test_a_full_disk_spares_every_file_of_an_evaluation(films, tmp_path, monkeypatch, run):
     rows = [('clean', 0), ('noise', 1), ('noise', 2), ('shortcut', 0)]
     table = pd.DataFrame(rows, columns=['corruption', 'strength']).assign(n=2, auc=0.5, auc_low=0.4, auc_high=0.6)
-    monkeypatch.setattr('cxr_fastai.robustness.measure_robustness', lambda *_, **__: table)
-    monkeypatch.setattr('cxr_fastai.display.robustness_table', lambda _: '')
+    monkeypatch.setattr('cxr_fastai.evaluation.robustness.measure_robustness', lambda *_, **__: table)
+    monkeypatch.setattr('cxr_fastai.cli.display.robustness_table', lambda _: '')
     done = Path(shutil.copytree(run.path, tmp_path/'run'))
     argv = ['evaluate', str(done), '--data', str(films), '--robustness']
     assert quietly(argv)[0] == 0
@@ -471,7 +471,7 @@ def test_a_signal_before_the_first_batch_is_one_line_and_leaves_no_folder(launch
 
 def test_ctrl_c_ends_other_commands_with_one_line(monkeypatch, films):
     def interrupted(*_): raise KeyboardInterrupt
-    monkeypatch.setattr('cxr_fastai.items.read_items', interrupted)
+    monkeypatch.setattr('cxr_fastai.data.items.read_items', interrupted)
     assert quietly(['data', 'prepare', str(films)]) == (130, 'error: stopped by SIGINT')
 
 

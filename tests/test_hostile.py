@@ -21,15 +21,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load
 
-from cxr_fastai import learner as ours
-from cxr_fastai.artefacts import LEARNER, WEIGHTS, ModelConfig, tensor_bytes
-from cxr_fastai.bundle import CANARY, CONFIG, GATE, INT8, MANIFEST, ONNX
 from cxr_fastai.cli import main
-from cxr_fastai.data import make_dls
-from cxr_fastai.items import read_items
-from cxr_fastai.models import make_recipe
-from cxr_fastai.pickles import load_learner, save_learner
-from cxr_fastai.trust import trust
+from cxr_fastai.data.items import read_items
+from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.inference.bundle import CANARY, CONFIG, GATE, INT8, MANIFEST, ONNX
+from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, tensor_bytes
+from cxr_fastai.inference.pickles import load_learner, save_learner
+from cxr_fastai.inference.trust import trust
+from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.training import learner as ours
 
 
 @pytest.fixture(scope='module')
@@ -118,7 +118,7 @@ def globals_by_columns(good: bytes, marker: Path) -> bytes:
     """fastai's ColReader is an allowed class, and takes any attribute of what has `_fields`."""
     def column(name: str, of: bytes) -> bytes:
         return called(called(named('fastai.data.transforms', 'ColReader'), text(name)), of)
-    func = named('cxr_fastai.learner', 'roc_auc') + b'}' + text('_fields') + b']' + text('__globals__') + b'asb'
+    func = named('cxr_fastai.training.learner', 'roc_auc') + b'}' + text('_fields') + b']' + text('__globals__') + b'asb'
     run = column('exec', column('__builtins__', column('__globals__', func)))
     return injected(good, called(run, text(order(marker))))
 
@@ -238,7 +238,7 @@ def test_an_attack_would_run_where_nothing_is_checked(pickled, marker):
 def test_a_hostile_pickle_is_not_opened_unless_trusted(pickled, refused, monkeypatch):
     def fail(*_: object, **__: object) -> None: raise AssertionError('it was opened')
     for name in ('pickle.Unpickler', 'pickle._Unpickler', 'pickle.load', 'pickle.loads', 'torch.load', 'torch.jit.load',
-                 'fastai.learner.load_learner', 'cxr_fastai.pickles.Unpickler', 'zipfile.ZipFile'):
+                 'fastai.learner.load_learner', 'cxr_fastai.inference.pickles.Unpickler', 'zipfile.ZipFile'):
         monkeypatch.setattr(name, fail)
     assert refused(pickled) == 4
 
@@ -645,7 +645,7 @@ def test_the_pickle_in_a_bundle_is_not_opened(changed, marker, film, monkeypatch
     seal(changed)
     vouched(changed/LEARNER)
     def fail(*_: object, **__: object) -> None: raise AssertionError('it was opened')
-    for name in ('pickle.Unpickler', 'torch.load', 'cxr_fastai.pickles.Unpickler'): monkeypatch.setattr(name, fail)
+    for name in ('pickle.Unpickler', 'torch.load', 'cxr_fastai.inference.pickles.Unpickler'): monkeypatch.setattr(name, fail)
     assert main(['predict', str(changed), str(film), '--no-gate']) == 0
     assert main(['predict', str(zipped(changed, changed.parent/'b.zip')), str(film), '--no-gate']) == 0
     assert not marker.exists()

@@ -4,12 +4,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cxr_fastai.artefacts import ModelConfig
-from cxr_fastai.core import UsageError
-from cxr_fastai.engines import TorchEngine
-from cxr_fastai.images import Preprocessing, read_film
-from cxr_fastai.inference import COLUMNS, Predictor, list_films, prediction_table
-from cxr_fastai.models import build_model
+from cxr_fastai.core.files import UsageError
+from cxr_fastai.images.decode import Preprocessing, read_film
+from cxr_fastai.inference.config import ModelConfig
+from cxr_fastai.inference.engines import TorchEngine
+from cxr_fastai.inference.predictor import COLUMNS, Predictor, list_films, prediction_table
+from cxr_fastai.models.architectures import build_model
 
 
 @pytest.fixture(scope='module')

@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from cxr_fastai.curves import plot_roc
-from cxr_fastai.interpret import plot_confusion_matrix, plot_history
-from cxr_fastai.intervals import describe
-from cxr_fastai.metrics import measure
+from cxr_fastai.evaluation.curves import plot_roc
+from cxr_fastai.evaluation.intervals import describe
+from cxr_fastai.evaluation.metrics import measure
+from cxr_fastai.interpretation.interpretation import plot_confusion_matrix, plot_history
 
 TARGS = np.arange(40) < 25
 PREDICTIONS = pd.DataFrame({'label': np.where(TARGS, 'PNEUMONIA', 'NORMAL'),

@@ -5,7 +5,15 @@ from scipy.special import expit, logit
 from scipy.stats import binomtest, norm
 from sklearn import metrics as sk
 
-from cxr_fastai.intervals import compare_auc, describe, difference, f1, predictive_values, proportion, roc_auc
+from cxr_fastai.evaluation.intervals import (
+    compare_auc,
+    describe,
+    difference,
+    f1,
+    predictive_values,
+    proportion,
+    roc_auc,
+)
 
 RNG = np.random.default_rng(0)
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cxr_fastai.core import CXRError, UsageError
-from cxr_fastai.items import (
+from cxr_fastai.core.files import CXRError, UsageError
+from cxr_fastai.data.items import (
     COLUMNS,
     check_leakage,
     check_trainable,

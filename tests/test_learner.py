@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from train_throughput import plain_baseline, plain_resnet50
 
-from cxr_fastai.learner import make_learner, reuse_memory, roc_auc, sensitivity, specificity, start_phase
-from cxr_fastai.models import make_recipe
+from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.training.learner import make_learner, reuse_memory, roc_auc, sensitivity, specificity, start_phase
 
 STEPS, FEW = 20, 3
 PLAIN = {'baseline': plain_baseline, 'resnet50': plain_resnet50}

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
-from cxr_fastai.metrics import FEW, Calls, Sample, measure, measure_groups
+from cxr_fastai.evaluation.metrics import FEW, Calls, Sample, measure, measure_groups
 
 RNG = np.random.default_rng(0)
 RATES = ('accuracy', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'balanced_accuracy', 'mcc')

@@ -6,9 +6,9 @@ import torch
 import torchvision
 from torch import nn
 
-from cxr_fastai.core import CXRError, UsageError
-from cxr_fastai.models import ARCHS, build_model, denormalize, find_arch, make_recipe, normalize
-from cxr_fastai.weights import fill, read_weights, timm_body
+from cxr_fastai.core.files import CXRError, UsageError
+from cxr_fastai.models.architectures import ARCHS, build_model, denormalize, find_arch, make_recipe, normalize
+from cxr_fastai.models.weights import fill, read_weights, timm_body
 
 
 def count(model: nn.Module) -> int: return sum(parameter.numel() for parameter in model.parameters())
@@ -179,8 +179,8 @@ def test_weights_that_timm_cannot_get_name_the_ways_out(monkeypatch):
 
 @pytest.mark.parametrize(('arch', 'package'), [('efficientnet_lite0', 'timm'), ('resnet18', 'timm')])
 def test_a_network_without_its_package_says_what_to_install(monkeypatch, arch, package):
-    monkeypatch.setattr('cxr_fastai.weights.find_spec', lambda _: None)
-    monkeypatch.setattr('cxr_fastai.models.find_spec', lambda _: None)
+    monkeypatch.setattr('cxr_fastai.models.weights.find_spec', lambda _: None)
+    monkeypatch.setattr('cxr_fastai.models.architectures.find_spec', lambda _: None)
     with pytest.raises(UsageError, match=r'pip install "cxr_fastai\[(lite|timm)\]"'): make_recipe(arch)
 
 

@@ -11,13 +11,13 @@ import pytest
 from filmfiles import GREY, encoded
 
 import cxr_fastai
-from cxr_fastai.inference import COLUMNS, Predictor
-from cxr_fastai.printing import find_browser
+from cxr_fastai.inference.predictor import COLUMNS, Predictor
+from cxr_fastai.publishing.pdf import find_browser
 
 for needed in ('fastapi', 'uvicorn', 'python_multipart', 'prometheus_client', 'onnxruntime'):
     pytest.importorskip(needed)
-from cxr_fastai.service import Service  # noqa: E402
-from cxr_fastai.settings import Limits, Settings  # noqa: E402
+from cxr_fastai.serving.service import Service  # noqa: E402
+from cxr_fastai.serving.settings import Limits, Settings  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not find_browser(), reason='no Chromium or Chrome here')
 PATIENCE = 30
@@ -36,8 +36,8 @@ def served(settings: Settings):
     """The address of a service in a thread."""
     import uvicorn
 
-    from cxr_fastai.serve import listen
-    from cxr_fastai.web import make_app
+    from cxr_fastai.serving.app import make_app
+    from cxr_fastai.serving.server import listen
     listening = listen(settings.host, 0)
     server = uvicorn.Server(uvicorn.Config(overheard(make_app(settings)), log_config=None, ws='none',
                                            timeout_graceful_shutdown=1))
@@ -404,7 +404,7 @@ def test_a_page_that_came_too_early_waits_for_the_model(upset, bundle, monkeypat
 
 
 def test_every_page_names_the_model_and_what_it_is_not(page, address, bundle):
-    from cxr_fastai.bundle import Bundle
+    from cxr_fastai.inference.bundle import Bundle
     identity = Bundle.open(bundle).identity
     for path in ('', 'card', 'docs'):
         page.goto(f'{address}/{path}')
@@ -472,14 +472,14 @@ def test_the_pages_are_accessible_and_fit(browser, address, guarded, good, width
 
 
 def test_every_code_has_plain_words():
-    from cxr_fastai.site import WORDS
+    from cxr_fastai.serving.pages import WORDS
     package = Path(cxr_fastai.__file__).parent
-    text = ''.join((package/f'{module}.py').read_text() for module in ('images', 'dicom', 'limits', 'windows', 'gate'))
+    text = ''.join(path.read_text() for path in [*package.glob('images/*.py'), package/'inference/gate.py'])
     assert set(re.findall(r"'(E_\w+)'", text)) <= set(WORDS)
 
 
 def test_the_script_makes_no_markup_of_text():
-    static = Path(cxr_fastai.__file__).parent/'static'
+    static = Path(cxr_fastai.__file__).parent/'serving/static'
     script = (static/'serve.js').read_text()
     assert not re.search('innerHTML|outerHTML|insertAdjacentHTML|document.write|eval', script)
     assert not re.search('https?://(?!www.w3.org)', script + (static/'serve.css').read_text())

@@ -18,9 +18,9 @@ from filmfiles import GREY, dicom, encoded
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin, TiffImagePlugin
 from pydicom import dcmread
 
-from cxr_fastai.bundle import CARD, CONFIG, MANIFEST, ONNX
 from cxr_fastai.cli import main
-from cxr_fastai.models import build_model
+from cxr_fastai.inference.bundle import CARD, CONFIG, MANIFEST, ONNX
+from cxr_fastai.models.architectures import build_model
 
 IN_FILMS = ('exif_artist', 'exif_description', 'exif_copyright', 'exif_xpauthor', 'exif_comment', 'jpeg_comment', 'xmp',
             'icc', 'png_text', 'png_itxt', 'png_ztxt', 'png_exif', 'tiff_host', 'dicom_name', 'dicom_id',
@@ -134,7 +134,7 @@ def made(planted, tmp_path_factory) -> dict[str, Path]:
         patch.setenv('MPLCONFIGDIR', matplotlib.get_cachedir())  # which it would make anew in another home
         for name in ('USER', 'LOGNAME', 'USERNAME'): patch.setenv(name, CANARIES['user'])
         for name in ('HOME', 'USERPROFILE'): patch.setenv(name, str(home))
-        patch.setattr('cxr_fastai.export.verify_afresh', lambda _: None)  # it reads alone, and takes long twice
+        patch.setattr('cxr_fastai.publishing.exporting.verify_afresh', lambda _: None)  # it reads alone, and takes long twice
         for words in commands: assert main([str(word) for word in words]) == 0
     return made
 

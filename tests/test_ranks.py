@@ -17,13 +17,12 @@ import pytest
 import torch
 from faults import start
 
-from cxr_fastai import terminal
-from cxr_fastai.augment import AugmentFilms, DegradeFilms
-from cxr_fastai.cli import main
-from cxr_fastai.core import UsageError, leads, write_text
-from cxr_fastai.ranks import check_batch
-from cxr_fastai.run import Run
-from cxr_fastai.shards import part_of
+from cxr_fastai.cli import main, terminal
+from cxr_fastai.core.files import UsageError, leads, write_text
+from cxr_fastai.core.run import Run
+from cxr_fastai.data.transforms import AugmentFilms, DegradeFilms
+from cxr_fastai.inference.shards import part_of
+from cxr_fastai.training.distributed import check_batch
 
 # A network without BatchNorm and dropout; a last batch of one film, which leaves the second process without any.
 OPTIONS = ['--arch', 'test_convnext', '--weights', 'none', '--size', '64', '--batch-size', '5', '--limit', '8', '--lr',
@@ -71,7 +70,7 @@ def test_one_process_speaks_for_all(monkeypatch, rank):
 
 def test_without_accelerate_the_extra_is_named(films, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setattr('cxr_fastai.weights.find_spec', lambda package: None)
+    monkeypatch.setattr('cxr_fastai.models.weights.find_spec', lambda package: None)
     assert main(['train', '--data', str(films), '--out', str(tmp_path/'run')]) == 2
     assert 'pip install "cxr_fastai[scale]"' in capsys.readouterr().err
 

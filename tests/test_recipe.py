@@ -3,9 +3,9 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from cxr_fastai.core import UsageError
-from cxr_fastai.models import make_recipe, revise_recipe
-from cxr_fastai.recipe import CHOICES, RANGES, RECIPES, Recipe, differences, parse_fields
+from cxr_fastai.core.files import UsageError
+from cxr_fastai.core.recipe import CHOICES, RANGES, RECIPES, Recipe, differences, parse_fields
+from cxr_fastai.models.architectures import make_recipe, revise_recipe
 
 
 def test_a_recipe_comes_back_from_its_json():

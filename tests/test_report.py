@@ -9,18 +9,18 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cxr_fastai import card
-from cxr_fastai.audit import TOO_SMALL
-from cxr_fastai.card import describe_run, render_card
-from cxr_fastai.checklist import TOPICS
 from cxr_fastai.cli import main
-from cxr_fastai.core import UsageError
-from cxr_fastai.interpret import film_picture, typical_hits, worst_errors
-from cxr_fastai.intervals import describe
-from cxr_fastai.printing import find_browser
-from cxr_fastai.recipe import Recipe, command_line
-from cxr_fastai.report import SECTIONS, describe_flow, judge_targets, read_audit, report
-from cxr_fastai.run import Run
+from cxr_fastai.core.files import UsageError
+from cxr_fastai.core.recipe import Recipe, command_line
+from cxr_fastai.core.run import Run
+from cxr_fastai.data.auditing import TOO_SMALL
+from cxr_fastai.evaluation.intervals import describe
+from cxr_fastai.interpretation.interpretation import film_picture, typical_hits, worst_errors
+from cxr_fastai.publishing import model_card as card
+from cxr_fastai.publishing.checklist import TOPICS
+from cxr_fastai.publishing.model_card import describe_run, render_card
+from cxr_fastai.publishing.pdf import find_browser
+from cxr_fastai.publishing.reporting import SECTIONS, describe_flow, judge_targets, read_audit, report
 
 SCRIPT = '<script>alert(1)</script>.jpeg'
 
@@ -29,7 +29,7 @@ SCRIPT = '<script>alert(1)</script>.jpeg'
 def copy(evaluated, tmp_path, monkeypatch) -> Run:
     """A run to change, whose report is made without curves, which take their time and have their own tests."""
     shutil.copytree(evaluated.path, tmp_path/'run')
-    monkeypatch.setattr('cxr_fastai.report.draw', lambda *_: {})
+    monkeypatch.setattr('cxr_fastai.publishing.reporting.draw', lambda *_: {})
     return Run(tmp_path/'run')
 
 
@@ -136,7 +136,7 @@ def test_a_report_without_a_decision_or_with_anothers_says_nothing_of_it(copy):
 
 
 def test_the_commands_give_the_same_page_again(copy, films, monkeypatch):
-    monkeypatch.setattr('cxr_fastai.interpret.save_figures', lambda *_: [])
+    monkeypatch.setattr('cxr_fastai.interpretation.interpretation.save_figures', lambda *_: [])
     assert main(['evaluate', str(copy.path), '--data', str(films), '--threshold', 'cost:3/1', '--prevalence', '5']) == 0
     lines = card.reproduce(copy, 'test').splitlines()
     assert lines[1] == 'cxr-fastai evaluate RUN --split test --threshold cost:3/1 --prevalence 5'
@@ -308,7 +308,7 @@ def test_the_card_tells_what_an_older_run_did_not_write_down(copy):
     '--weights none --batch-size 16'])
 def test_the_command_that_reproduces_a_run_gives_its_recipe(options, monkeypatch, films, tmp_path):
     recipes = []
-    monkeypatch.setattr('cxr_fastai.training.train', lambda recipe, *_, **__: recipes.append(recipe) or Run(tmp_path))
+    monkeypatch.setattr('cxr_fastai.training.training.train', lambda recipe, *_, **__: recipes.append(recipe) or Run(tmp_path))
     assert main(['train', '--data', str(films), '--precision', 'fp32', *options.split()]) == 0
     typed = command_line(recipes[0]).replace('DIR', str(films)).split()
     assert typed[:2] == ['cxr-fastai', 'train'] and main(typed[1:]) == 0
@@ -316,7 +316,7 @@ def test_the_command_that_reproduces_a_run_gives_its_recipe(options, monkeypatch
 
 
 def test_a_pdf_needs_a_browser(copy, capsys, monkeypatch):
-    monkeypatch.setattr('cxr_fastai.printing.shutil.which', lambda _: None)
+    monkeypatch.setattr('cxr_fastai.publishing.pdf.shutil.which', lambda _: None)
     assert main(['report', str(copy.path), '--pdf']) == 1
     assert 'neither Chromium nor Chrome was found' in capsys.readouterr().err
     assert (copy/'report.html').is_file() and not (copy/'report.pdf').exists()
@@ -334,6 +334,6 @@ def test_a_browser_that_fails_leaves_the_old_pdf(copy, tmp_path, monkeypatch, ca
     (copy/'report.pdf').write_text('precious')
     (broken := tmp_path/'chromium').write_text('#!/bin/sh\nexit 3\n')
     broken.chmod(0o755)
-    monkeypatch.setattr('cxr_fastai.printing.find_browser', lambda: str(broken))
+    monkeypatch.setattr('cxr_fastai.publishing.pdf.find_browser', lambda: str(broken))
     assert main(['report', str(copy.path), '--pdf']) == 1 and 'exit status 3' in capsys.readouterr().err
     assert (copy/'report.pdf').read_text() == 'precious'

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from cxr_fastai.ablations import STAGES, STEPS, TOP, _stages, deletion, forgetting, ranks
-from cxr_fastai.artefacts import ModelConfig
-from cxr_fastai.cams import METHODS
 from cxr_fastai.cli import main
-from cxr_fastai.engines import TorchEngine
-from cxr_fastai.explanations import Explainer
-from cxr_fastai.inference import Predictor
-from cxr_fastai.models import build_model
-from cxr_fastai.report import report
-from cxr_fastai.run import Run
-from cxr_fastai.sanity import CHECKS, cam_error, check_maps, judge, locate, outside
-from cxr_fastai.similarity import SIDE, WINDOW, correlation, likeness, rank_correlation, shrink, ssim
+from cxr_fastai.core.run import Run
+from cxr_fastai.inference.config import ModelConfig
+from cxr_fastai.inference.engines import TorchEngine
+from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.interpretation.cam import METHODS
+from cxr_fastai.interpretation.checks import CHECKS, cam_error, check_maps, judge, locate, outside
+from cxr_fastai.interpretation.explainer import Explainer
+from cxr_fastai.interpretation.faithfulness import STAGES, STEPS, TOP, _stages, deletion, forgetting, ranks
+from cxr_fastai.interpretation.similarity import SIDE, WINDOW, correlation, likeness, rank_correlation, shrink, ssim
+from cxr_fastai.models.architectures import build_model
+from cxr_fastai.publishing.reporting import report
 
 RNG = np.random.default_rng(0)
 FILMS = RNG.integers(0, 255, (4, 64, 64), dtype=np.uint8)
@@ -197,7 +197,7 @@ def test_the_command_writes_every_number_and_a_figure(checked, films):
 
 
 def test_the_report_shows_it_unless_it_is_of_another_network(checked, tmp_path, monkeypatch):
-    monkeypatch.setattr('cxr_fastai.report.draw', lambda *_: {})  # curves take their time, and have their own tests
+    monkeypatch.setattr('cxr_fastai.publishing.reporting.draw', lambda *_: {})  # curves take their time, and have their own tests
     page = report(checked).read_text()
     assert 'Whether maps can be believed' in page
     assert all(check.words[1:].replace("'", '&#39;') in page for check in CHECKS.values())

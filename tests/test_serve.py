@@ -19,14 +19,14 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from cxr_fastai.bundle import CANARY, MANIFEST, Bundle, manifest_text
-from cxr_fastai.core import FilmError, UsageError
-from cxr_fastai.images import Preprocessing, open_film
-from cxr_fastai.inference import COLUMNS, Predictor
-from cxr_fastai.overlays import Explanation, blend
-from cxr_fastai.service import Service, find_bundle
-from cxr_fastai.settings import Limits, Settings
-from cxr_fastai.web import make_app
+from cxr_fastai.core.files import FilmError, UsageError
+from cxr_fastai.images.decode import Preprocessing, open_film
+from cxr_fastai.inference.bundle import CANARY, MANIFEST, Bundle, manifest_text
+from cxr_fastai.inference.predictor import COLUMNS, Predictor
+from cxr_fastai.interpretation.overlays import Explanation, blend
+from cxr_fastai.serving.app import make_app
+from cxr_fastai.serving.service import Service, find_bundle
+from cxr_fastai.serving.settings import Limits, Settings
 
 HERE = 'http://127.0.0.1:8000'
 PATIENT = 'ZqPatientXv'
@@ -156,8 +156,8 @@ def explained(client, paths) -> list[dict]:
 
 
 def test_an_explained_film_comes_under_the_map_that_explain_draws(bundle, paths, explained):
-    from cxr_fastai.cams import activation_maps, enlarge, scale
-    from cxr_fastai.models import to_input
+    from cxr_fastai.interpretation.cam import activation_maps, enlarge, scale
+    from cxr_fastai.models.architectures import to_input
     predictor, drawn = Predictor.load(bundle, engine='torch'), 0
     for path, row in zip(paths, explained, strict=True):
         if row['status'] != 'ok' or not row['image']['overlay']: continue
@@ -242,9 +242,9 @@ def disagreeing(bundle, tmp_path_factory) -> Path:
 CODES = '''
 import json, multiprocessing, sys
 from pathlib import Path
-import cxr_fastai.web, uvicorn
-from cxr_fastai.serve import listen, work
-from cxr_fastai.settings import Settings
+import cxr_fastai.serving.app, uvicorn
+from cxr_fastai.serving.server import listen, work
+from cxr_fastai.serving.settings import Settings
 
 def code(path):
     process = multiprocessing.get_context('fork').Process(target=work, args=(Settings(path), listen('127.0.0.1', 0)))
@@ -263,7 +263,7 @@ def test_the_process_ends_with_the_code_of_what_is_wrong_with_the_bundle(disagre
     expected = {disagreeing: 5, damaged: 1, tmp_path/'learner.pkl': 2, tmp_path: 2}
     told = subprocess.run([sys.executable, '-c', CODES, *expected], capture_output=True, text=True, check=True)
     assert json.loads(told.stdout) == list(expected.values()), told.stderr
-    assert 'Traceback' not in told.stderr and told.stderr.count('ERROR cxr_fastai.serve') == len(expected)
+    assert 'Traceback' not in told.stderr and told.stderr.count('ERROR cxr_fastai.serving.server') == len(expected)
 
 
 def test_only_bundles_are_served(bundle, tmp_path):
@@ -388,7 +388,7 @@ def test_what_nobody_foresaw_is_a_503_and_a_line_without_what_was_sent(client, m
     with caplog.at_level(logging.DEBUG):
         told = client.post('/v1/predict', files=form(dicom(PatientName=PATIENT), name=NAME))
     assert refused(told, 503, 'E_INTERNAL') and told.headers['x-request-id'] in told.json()['message']
-    lines = [record.getMessage() for record in caplog.records if record.name == 'cxr_fastai.serve']
+    lines = [record.getMessage() for record in caplog.records if record.name == 'cxr_fastai.serving.server']
     assert len(lines) == 2 and 'RuntimeError at test_serve.py:' in lines[0] and 'status=503' in lines[1]
     assert PATIENT not in caplog.text and 'Traceback' not in caplog.text
 
@@ -485,8 +485,8 @@ LOADED = '''
 import json, sys, time
 from pathlib import Path
 from starlette.testclient import TestClient
-from cxr_fastai.settings import Settings
-from cxr_fastai.web import make_app
+from cxr_fastai.serving.settings import Settings
+from cxr_fastai.serving.app import make_app
 with TestClient(make_app(Settings(Path(sys.argv[1]))), 'http://127.0.0.1') as client:
     while client.get('/ready').status_code != 200: time.sleep(.01)
     film = [('films', ('a', Path(sys.argv[2]).read_bytes()))]
@@ -496,7 +496,7 @@ with TestClient(make_app(Settings(Path(sys.argv[1]))), 'http://127.0.0.1') as cl
 
 
 def test_a_process_that_explains_nothing_holds_no_fastai_no_pickles_no_pandas_and_no_torch(bundle, paths):
-    names = ['fastai', 'cxr_fastai.pickles', 'cxr_fastai.learner', 'pandas', 'typer', 'torch']
+    names = ['fastai', 'cxr_fastai.inference.pickles', 'cxr_fastai.training.learner', 'pandas', 'typer', 'torch']
     told = subprocess.run([sys.executable, '-W', 'ignore', '-c', LOADED, bundle, paths[0], *names], check=True,
                           capture_output=True, text=True, env=os.environ)
     assert json.loads(told.stdout) == []

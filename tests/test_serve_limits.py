@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from filmfiles import dicom, encoded, smooth
 
-from cxr_fastai.core import CXRError
-from cxr_fastai.inference import Predictor
-from cxr_fastai.serve import listen, make_server, serve
-from cxr_fastai.settings import Limits, Settings
+from cxr_fastai.core.files import CXRError
+from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.serving.server import listen, make_server, serve
+from cxr_fastai.serving.settings import Limits, Settings
 
 LOCAL = '127.0.0.1'
 PATIENT = 'ZqPatientXv'
@@ -474,7 +474,7 @@ def test_a_process_that_is_killed_as_soon_as_it_starts_is_given_up(monkeypatch, 
 
         def join(self) -> None: started.append(self)
     started, said = [], []
-    monkeypatch.setattr('cxr_fastai.serve._start', lambda settings, listening: Killed())
+    monkeypatch.setattr('cxr_fastai.serving.server._start', lambda settings, listening: Killed())
     with pytest.raises(CXRError, match='ends by signal 9 as soon as it starts'):
         serve(Settings(bundle, port=0), said.append)
     assert len(started) == 4 and len(said) == 4  # where it serves, and three new ones

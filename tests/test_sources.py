@@ -15,10 +15,10 @@ import requests
 from rich.console import Console
 from test_archives import arrays, films_zip
 
-from cxr_fastai import sources
-from cxr_fastai.core import CXRError, CXRWarning, OutputError, UsageError
-from cxr_fastai.items import COLUMNS
-from cxr_fastai.sources import SOURCES, download
+from cxr_fastai.core.files import CXRError, CXRWarning, OutputError, UsageError
+from cxr_fastai.data import sources
+from cxr_fastai.data.items import COLUMNS
+from cxr_fastai.data.sources import SOURCES, download
 
 
 @dataclass
@@ -319,7 +319,7 @@ def kaggle(films, tmp_path, monkeypatch):
 
 
 def test_kaggle_films_come_from_the_cache_of_kagglehub(films, kaggle, tmp_path):
-    from cxr_fastai.archives import unpack_films
+    from cxr_fastai.data.archives import unpack_films
     unpack_films(films_zip(tmp_path/'made.zip'), tmp_path/'cache/chest_xray')
     unpack_films(tmp_path/'made.zip', tmp_path/'cache/chest_xray/chest_xray')
     asked = []

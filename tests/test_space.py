@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from cxr_fastai.bundle import Bundle
 from cxr_fastai.cli import main
-from cxr_fastai.core import UsageError
-from cxr_fastai.space import NEEDED, needed, write_space
+from cxr_fastai.core.files import UsageError
+from cxr_fastai.inference.bundle import Bundle
+from cxr_fastai.publishing.space import NEEDED, needed, write_space
 
 GRADIO = Path(sys.prefix)/'space'
 """Gradio wants an older Pillow than the tested one, so `make test-all` installs it beside."""
@@ -62,7 +62,7 @@ def test_what_a_space_needs_is_enough_to_answer_with_a_map(space, films):
     banned = ('fastai', 'fastcore', 'pandas', 'sklearn', 'scipy', 'statsmodels', 'requests', 'gradio')
     done = subprocess.run([sys.executable, '-c', (
         f'import sys\nfor name in {banned}: sys.modules[name] = None\n'
-        'from pathlib import Path\nfrom cxr_fastai.service import Service\n'
+        'from pathlib import Path\nfrom cxr_fastai.serving.service import Service\n'
         f'row = Service.open(Path("bundle")).answer(Path({str(film)!r}).read_bytes())\n'
         'print(row["status"], row["image"]["format"])')], cwd=space, capture_output=True, text=True)
     assert done.stdout.split()[-1:] == ['JPEG'], done.stderr

@@ -8,9 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from cxr_fastai.core import UsageError
-from cxr_fastai.models import BaselineCNN, make_recipe
-from cxr_fastai.training import train
+from cxr_fastai.core.files import UsageError
+from cxr_fastai.models.architectures import BaselineCNN, make_recipe
+from cxr_fastai.training.training import train
 
 QUIET = Console(quiet=True)
 SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=16, limit=8, seed=5)
@@ -27,7 +27,7 @@ def fake(monkeypatch, name: str, **content) -> None:
     module = ModuleType(name)
     vars(module).update(content)
     monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr('cxr_fastai.weights.find_spec', lambda package: package == name)
+    monkeypatch.setattr('cxr_fastai.models.weights.find_spec', lambda package: package == name)
 
 
 def secrets(films, tmp_path) -> list[str]: return [str(films), str(tmp_path), 'anna', 'bacteria', socket.gethostname()]
@@ -80,6 +80,6 @@ def test_mlflow_gets_the_same_by_its_client(films, tmp_path, recipe, monkeypatch
 @pytest.mark.parametrize(('name', 'match'), [('mlflow', 'pip install "cxr_fastai\\[mlflow\\]"'),
                                              ('sacred', '--track sacred: choose tensorboard or wandb or mlflow')])
 def test_what_cannot_be_told_is_refused_before_training(films, tmp_path, monkeypatch, name, match):
-    monkeypatch.setattr('cxr_fastai.weights.find_spec', lambda package: None)
+    monkeypatch.setattr('cxr_fastai.models.weights.find_spec', lambda package: None)
     with pytest.raises(UsageError, match=match): train(SMALL, films, tmp_path/'run', QUIET, track=name)
     assert not (tmp_path/'run').exists()

@@ -9,16 +9,16 @@ import torch
 from fastai.learner import Learner
 from rich.console import Console
 
-from cxr_fastai import training
-from cxr_fastai.callbacks import COLUMNS
-from cxr_fastai.data import make_dls
-from cxr_fastai.items import read_items
-from cxr_fastai.learner import make_learner
-from cxr_fastai.models import make_recipe
-from cxr_fastai.pickles import load_learner
-from cxr_fastai.recipe import Phase
-from cxr_fastai.run import Run
-from cxr_fastai.training import Diverged, fit, train
+from cxr_fastai.core.recipe import Phase
+from cxr_fastai.core.run import Run
+from cxr_fastai.data.items import read_items
+from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.inference.pickles import load_learner
+from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.training import training
+from cxr_fastai.training.callbacks import COLUMNS
+from cxr_fastai.training.learner import make_learner
+from cxr_fastai.training.training import Diverged, fit, train
 
 QUIET = Console(quiet=True)
 SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=16, limit=8, seed=5)
@@ -169,7 +169,7 @@ def test_every_option_of_train_reaches_its_target(films, tmp_path, monkeypatch, 
 
 def test_weights_from_a_file_reach_the_network(films, tmp_path, monkeypatch):
     from cxr_fastai.cli import main
-    from cxr_fastai.models import build_model
+    from cxr_fastai.models.architectures import build_model
     state = build_model('baseline').state_dict()
     torch.save(state, tmp_path/'w.pth')
     seen = []

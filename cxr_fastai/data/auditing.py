@@ -1,0 +1,207 @@
+"""Items become findings: leakage, duplicates, unreadable films, too little validation, shortcuts."""
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+from rich.console import Console
+
+from cxr_fastai.core.files import FilmError, UsageError, write_json, write_text, writing
+from cxr_fastai.core.templates import data_uri, fill
+from cxr_fastai.data.image_stats import MOST_PAIRS, find_alike, measure_films
+from cxr_fastai.data.items import (
+    check_trainable,
+    doubt_validation,
+    film_root,
+    identify_films,
+    leaking_patients,
+    read_items,
+)
+from cxr_fastai.data.names import safe_name, safe_path, short_path
+from cxr_fastai.data.probes import LABEL, TELLING, probe_label, probe_shift
+from cxr_fastai.images.decode import open_film
+
+HARM = {True: 'A network can use what it sees of it in place of the disease.',
+        False: 'What holds on the films of one split may not hold on those of the other.'}
+"""What a telling number does, where it tells the label and where it tells a split."""
+NOT_TRAINABLE, TOO_SMALL = 'not trainable as it is', 'validation too small to select on'
+"""Findings about splits, which a training may choose otherwise."""
+SHOWN = 40
+"""Pairs of a finding that the page shows."""
+THUMB = 160
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong (`error`) or doubtful (`warning`) about a set of films: how often (None where there is
+    nothing to count), which films or patients (in groups that belong together), and what to do. No name in it is one
+    that a patient might have."""
+    level: str
+    name: str
+    count: int | None
+    advice: str
+    films: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found: `counts` by split, class and kind; `facts` about the files; `probes` (columns probe, trait,
+    auc); `findings`, errors first; and small pictures of duplicates, JPEG by name. `identity` is that of the films, by
+    `identify_films`."""
+    data: str
+    films: int
+    identity: str
+    counts: pd.DataFrame
+    facts: dict[str, Any]
+    probes: pd.DataFrame
+    findings: tuple[Finding, ...]
+    pictures: dict[str, bytes]
+
+
+def audit(data: Path, workers: int | None = None, console: Console | None = None) -> Audit:
+    """Look at every film of the folder or CSV `data`. Raises `CXRError` where there is no set of films to look at."""
+    items, root = read_items(data), film_root(data)
+    measured, thumbnails = measure_films(list(items.path), root, workers, console)
+    films = pd.concat([items, measured], axis=1)
+    films.attrs['ignored'] = items.attrs['ignored']
+    films['name'] = [safe_path(short_path(path), number) for number, path in enumerate(items.path, 1)]
+    whole = films[films.code.isna()]
+    probes = pd.concat([probe_label(whole), probe_shift(whole)], ignore_index=True)
+    alike = find_alike(thumbnails)
+    pairs = _pair_up(films, alike)
+    findings = [*_unreadable(films), *_burned_in(films), *_leakage(items), *_duplicates(pairs), *_too_many(alike),
+                *_listed_twice(films), *_too_few(items), *_telling(probes), *_names(films)]
+    counts = items.groupby(['split', 'label', 'kind']).size().rename('films').reset_index()
+    return Audit(safe_name(data.resolve().name, 'films'), len(items), identify_films(items), counts,
+                 _facts(films, whole), probes,
+                 tuple(sorted(findings, key=lambda finding: finding.level != 'error')), _draw(films, pairs, root))
+
+
+def save_audit(audit: Audit, folder: Path) -> None:
+    """Write `audit.json` and `audit.html`, one page that needs nothing else, into `folder`. Raises `OutputError`."""
+    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
+    tables = {'counts': audit.counts.to_dict('records'), 'probes': audit.probes.to_dict('records')}
+    write_json(folder/'audit.json', {'data': audit.data, 'films': audit.films, 'identity': audit.identity, **tables,
+                                     'facts': audit.facts,
+                                     'findings': [asdict(finding) for finding in audit.findings]})
+    write_text(folder/'audit.html', render(audit))
+
+
+def render(audit: Audit) -> str:
+    """The audit as one HTML page, without scripts and without anything from elsewhere."""
+    pictures = {name: data_uri(jpeg, 'image/jpeg') for name, jpeg in audit.pictures.items()}
+    return fill('audit.html', audit=audit, pictures=pictures, telling=TELLING, shown=SHOWN)
+
+
+def _unreadable(films: pd.DataFrame) -> list[Finding]:
+    bad = films[films.code.notna()]
+    if bad.empty: return []
+    codes = ', '.join(f'{n} {code}' for code, n in Counter(bad.code).items())
+    return [Finding('error', 'films that cannot be used', len(bad), f'{codes}: mend or remove them.',
+                    tuple(zip(bad['name'], bad.code, strict=True)))]
+
+
+def _burned_in(films: pd.DataFrame) -> list[Finding]:
+    burned = films[films.burned_in.eq(True)]  # missing for a film that cannot be read
+    if burned.empty: return []
+    return [Finding('warning', 'films with burned-in text', len(burned), 'Their files say that the picture may name '
+                    'the patient: they are not shown here; do not share them.',
+                    tuple((name,) for name in burned['name']))]
+
+
+def _leakage(items: pd.DataFrame) -> list[Finding]:
+    shared = leaking_patients(items)
+    if shared.empty: return []
+    return [Finding('error', 'patients in two splits', len(shared), 'Figures on one split flatter: put each patient '
+                    'into one; --valid patients does so for train and valid.',
+                    tuple((safe_name(patient, f'patient-{number}'), *splits)
+                          for number, (patient, splits) in enumerate(shared.items(), 1)))]
+
+
+def _pair_up(films: pd.DataFrame, alike: list[tuple[int, int, float]]) -> pd.DataFrame:
+    """The pairs of films that show the same, with the columns `first second name other relation exact`."""
+    rows = []
+    for i, j, _ in alike:
+        a, b = films.iloc[i], films.iloc[j]
+        if a.path == b.path: continue  # listed twice, which is another finding
+        relation = ('across classes' if a.label != b.label else 'across splits' if a.split != b.split
+                    else f'inside {a.split}')
+        rows.append((i, j, a['name'], b['name'], relation, a.digest == b.digest))
+    return pd.DataFrame(rows, columns=['first', 'second', 'name', 'other', 'relation', 'exact'])
+
+
+def _duplicates(pairs: pd.DataFrame) -> list[Finding]:
+    advice = {'across classes': 'One of the labels is wrong: find out which.',
+              'across splits': 'A split tests what another has taught: remove one of each.'}
+    return [Finding('error' if relation in advice else 'warning', f'duplicate pairs {relation}', len(found),
+                    f'{found.exact.sum()} of the pairs are the same to the pixel. '
+                    + advice.get(relation, 'They weigh double: remove one of each, or know it.'),
+                    tuple(zip(found['name'], found.other, strict=True)))
+            for relation, found in pairs.groupby('relation')]
+
+
+def _too_many(alike: list[tuple[int, int, float]]) -> list[Finding]:
+    if len(alike) < MOST_PAIRS: return []
+    return [Finding('error', 'too many duplicate pairs to list', None, f'The search stopped after {MOST_PAIRS:,}: '
+                    'remove these copies and audit again.')]
+
+
+def _listed_twice(films: pd.DataFrame) -> list[Finding]:
+    again = films.attrs['ignored'].get('listed twice', 0)
+    splits = films[films.duplicated('path', keep=False)].groupby('path').agg({'name': 'first', 'split': 'unique'})
+    findings = [Finding('warning', 'films listed twice', again, 'Only the first row of each counts.')] if again else []
+    if len(splits): findings.append(Finding('error', 'films listed in two splits', len(splits), 'Leave each in one.',
+                                            tuple((name, *found) for name, found in splits.itertuples(index=False))))
+    return findings
+
+
+def _too_few(items: pd.DataFrame) -> list[Finding]:
+    try: check_trainable(items)
+    except UsageError as error: return [Finding('warning', NOT_TRAINABLE, None, str(error))]
+    if not (doubt := doubt_validation(items)): return []
+    return [Finding('warning', TOO_SMALL, None, f'{doubt} --valid patients is sounder.')]
+
+
+def _telling(probes: pd.DataFrame) -> list[Finding]:
+    telling = probes[probes.auc > TELLING]
+    return [Finding('warning', 'shortcuts to the label' if probe == LABEL else f'shift between {probe}', len(found),
+                    ', '.join(f'{trait} {auc:.3f}' for trait, auc in zip(found.trait, found.auc, strict=True))
+                    + f': the AUC of each number alone. {HARM[probe == LABEL]}')
+            for probe, found in telling.groupby('probe', sort=False)]
+
+
+def _names(films: pd.DataFrame) -> list[Finding]:
+    hidden = films['name'] != films.path.map(short_path)
+    if not hidden.any(): return []
+    return [Finding('warning', 'file names that may name patients', int(hidden.sum()), 'They are shown by their '
+                    'number in the order of paths: rename them before you share the set or a run trained on it.')]
+
+
+def _facts(films: pd.DataFrame, whole: pd.DataFrame) -> dict[str, Any]:
+    """What the files of the films are; of those that can be used, the `whole` ones, how they are stored."""
+    whole = whole.astype({'bits': int})
+    tally = lambda column: {str(value): int(n) for value, n in whole[column].value_counts().items()}
+    span = lambda column: dict(zip(('least', 'median', 'most'), map(int, whole[column].quantile([0, 0.5, 1])),
+                                   strict=True)) if len(whole) else {}
+    return {'ignored': films.attrs['ignored'], 'patients': int(films.patient.nunique()), 'formats': tally('format'),
+            'modes': tally('mode'), 'bits': tally('bits'),
+            'width': span('width'), 'height': span('height'), 'bytes': span('bytes')}
+
+
+def _draw(films: pd.DataFrame, pairs: pd.DataFrame, root: Path) -> dict[str, bytes]:
+    """Small pictures of the pairs that are shown, by name; none of a film with text that may name the patient."""
+    shown = pairs.groupby('relation').head(SHOWN)
+    pictures = {}
+    for i in sorted({*shown['first'], *shown['second']}):
+        if films.burned_in[i]: continue
+        try: image = Image.fromarray(open_film(root/films.path[i]).pixels)
+        except FilmError: continue
+        image.thumbnail((THUMB, THUMB))
+        image.save(buffer := BytesIO(), 'JPEG', quality=80)
+        pictures[films['name'][i]] = buffer.getvalue()
+    return pictures

@@ -1,0 +1,96 @@
+"""What simple numbers tell about films without a network: how they are stored, how they look, which are alike."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from rich.console import Console
+
+from cxr_fastai.core.files import FilmError, in_threads
+from cxr_fastai.images.decode import BILINEAR, Preprocessing, open_film
+
+TRAITS = ('width', 'height', 'aspect', 'colour', 'bytes per pixel', 'mean grey', 'border grey', 'vertical sharpness',
+          'horizontal sharpness')
+"""Numbers that should tell nothing about a disease. Grey levels and sharpness (the mean step between neighbouring
+pixels) are those of the film squished to 224 px, as a network sees it; the border is its outer 5 %."""
+COLUMNS = ['format', 'mode', 'bits', 'bytes', 'digest', 'burned_in', 'code', *TRAITS]
+COLOUR = ('RGB', 'RGBA', 'RGBX', 'RGBa', 'CMYK', 'YCbCr', 'P', 'PA')
+"""Modes that could hold colour, whatever they do hold."""
+THUMBNAIL = 32
+ALIKE = 0.995
+"""Correlation of two thumbnails from which on they show the same film. On the real set copies lie above .999, and
+nothing between .985 and that."""
+MOST_PAIRS = 100_000
+BLOCK = 2048
+"""Films compared with as many others at a time: 16 MB of correlations."""
+
+
+def measure_films(paths: Sequence[str], root: Path, workers: int | None = None,
+                  console: Console | None = None) -> tuple[pd.DataFrame, np.ndarray]:
+    """A row for each of the films `paths` below `root`, in their order, and their thumbnails: uint8 (n, 32, 32).
+
+    Columns: `format mode bits width height bytes digest burned_in`, those of `TRAITS`, and `code`; a film that cannot
+    be used has only its code. `digest` is a hash of the decoded pixels. `workers` threads read (default: the cores).
+    """
+    measured = list(in_threads(_measure, [root/path for path in paths], workers, console))
+    table = pd.DataFrame([traits for traits, _ in measured], columns=COLUMNS)
+    return table, np.stack([thumbnail for _, thumbnail in measured])
+
+
+def sharpness(seen: np.ndarray) -> tuple[float, float]:
+    """Vertical and horizontal mean step between neighbouring pixels of the film `seen` (h, w), in its grey levels."""
+    seen = seen.astype(np.float32)  # bytes would wrap around
+    return float(np.abs(np.diff(seen, axis=0)).mean()), float(np.abs(np.diff(seen, axis=1)).mean())
+
+
+def find_alike(thumbnails: np.ndarray, alike: float = ALIKE) -> list[tuple[int, int, float]]:
+    """Pairs i < j of `thumbnails` uint8 (n, h, w) whose correlation (Pearson's, over the pixels) is at least `alike`,
+    and the correlation, by blocks of matrix products; the first `MOST_PAIRS`. Blank ones are like nothing."""
+    unit, pairs = _unit(thumbnails), []
+    for start in range(0, len(unit), BLOCK):
+        for other in range(start, len(unit), BLOCK):
+            pairs += _pairs(unit, start, other, alike)
+            if len(pairs) >= MOST_PAIRS: return pairs[:MOST_PAIRS]
+    return pairs
+
+
+def _pairs(unit: np.ndarray, start: int, other: int, alike: float) -> Iterator[tuple[int, int, float]]:
+    products = unit[start:start + BLOCK] @ unit[other:other + BLOCK].T
+    i, j = np.nonzero(products >= alike)
+    for a, b in zip(i.tolist(), j.tolist(), strict=True):
+        if start + a < other + b: yield start + a, other + b, min(1.0, float(products[a, b]))
+
+
+def _unit(thumbnails: np.ndarray) -> np.ndarray:
+    """The thumbnails as rows of mean 0 and length 1, in 32 bits: a product of two rows is their correlation."""
+    unit = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
+    unit -= unit.mean(axis=1, keepdims=True)
+    lengths = np.sqrt(np.einsum('ij,ij->i', unit, unit))[:, None]  # norm() would need as much memory again
+    unit /= np.where(lengths > 0, lengths, 1)
+    return unit
+
+
+def _measure(path: Path) -> tuple[dict[str, Any], np.ndarray]:
+    try: film = open_film(path)
+    except FilmError as error: return {'code': error.code}, np.zeros((THUMBNAIL, THUMBNAIL), np.uint8)
+    size = path.stat().st_size
+    digest = hashlib.blake2b(film.pixels.tobytes() + str(film.pixels.shape).encode(), digest_size=16).hexdigest()
+    thumbnail = np.asarray(Image.fromarray(film.pixels).resize((THUMBNAIL, THUMBNAIL), BILINEAR))
+    facts = {'format': film.format, 'mode': film.mode, 'bits': film.bits, 'width': film.width, 'height': film.height,
+             'bytes': size, 'digest': digest, 'burned_in': film.burned_in, 'code': None,
+             'aspect': film.width/film.height, 'colour': float(film.mode in COLOUR),
+             'bytes per pixel': size/(film.width*film.height)}
+    return facts | _look(Preprocessing(224).fit(film.pixels).astype(np.float32)), thumbnail
+
+
+def _look(seen: np.ndarray) -> dict[str, float]:
+    edge = round(0.05*len(seen))
+    inner = seen[edge:-edge, edge:-edge]
+    vertical, horizontal = sharpness(seen)
+    return {'mean grey': float(seen.mean()), 'border grey': float((seen.sum() - inner.sum())/(seen.size - inner.size)),
+            'vertical sharpness': vertical, 'horizontal sharpness': horizontal}

@@ -1,0 +1,106 @@
+"""Items become fastai `DataLoaders`: one channel read and augmented, three channels normalised."""
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
+import numpy as np
+import pandas as pd
+import torch
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
+from fastai.data.core import DataLoaders
+from fastai.data.load import SkipItemException
+from fastai.data.transforms import ColReader, ColSplitter, IntToFloatTensor
+from fastai.torch_core import TensorImage, TensorImageBW
+from fasttransform import DisplayedTransform, Transform
+from torch import Tensor
+
+from cxr_fastai.core.files import VOCAB, CXRWarning, FilmError, in_threads
+from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.data.transforms import AugmentFilms, augmentations  # noqa: F401  (older model files look for it here)
+from cxr_fastai.images.cache import FilmCache
+from cxr_fastai.images.decode import Preprocessing, read_film
+from cxr_fastai.models.architectures import denormalize, normalize
+
+
+class OpenFilm(Transform):
+    """A path, or a grey uint8 array (h, w), to a grey uint8 tensor (1, size, size), as `source` loads or fits it. A
+    film that cannot be read raises `FilmError`, or where they are to `skip`, leaves the batch with a warning."""
+
+    def __init__(self, source: Preprocessing | FilmCache, skip: bool = False):
+        super().__init__()
+        self.source, self.skip, self.input_types = source, skip, (str, Path, np.ndarray)  # what `dls.test_dl` accepts
+
+    def encodes(self, film: str | Path | np.ndarray):
+        try: grey = (self.source.fit if isinstance(film, np.ndarray) else self.source.load)(film)
+        except FilmError as error:
+            if not self.skip: raise
+            warnings.warn(f'{error}: skipped', CXRWarning, stacklevel=2)
+            raise SkipItemException from error
+        return TensorImageBW(torch.from_numpy(grey.copy())[None])
+
+
+class NormalizeFilm(DisplayedTransform):
+    """Grey films (n, 1, h, w) in [0, 1] to ImageNet-normalised (n, 3, h, w); the last step before the network."""
+    order = 99
+
+    def encodes(self, x: TensorImageBW): return TensorImage(normalize(x.as_subclass(Tensor)))
+    def decodes(self, x: TensorImage): return TensorImage(denormalize(x.as_subclass(Tensor)))
+
+
+def film_block(recipe: Recipe, cache: FilmCache | None = None) -> DataBlock:
+    """The `DataBlock` of `recipe`, for a table with the columns `path` (complete), `label` and `split`. Films that
+    `cache` holds are not decoded again; the batches are the same without it."""
+    opened = OpenFilm(cache or Preprocessing.of(recipe), recipe.on_bad_film == 'skip')
+    films = TransformBlock(type_tfms=opened, batch_tfms=[IntToFloatTensor, NormalizeFilm])
+    return DataBlock(blocks=(films, CategoryBlock(vocab=list(VOCAB), sort=False)), get_x=ColReader('path'),
+                     get_y=ColReader('label'), splitter=ColSplitter('split', on='valid'),
+                     batch_tfms=augmentations(recipe))
+
+
+def make_dls(items: pd.DataFrame, root: Path, recipe: Recipe, cache: FilmCache | None = None) -> DataLoaders:
+    """`DataLoaders` of the items' train and valid films below `root`, with the loader's settings of `recipe`.
+
+    Where that leaves the workers open, there is one a core, and none where `cache` holds every film.
+
+    Batches are images (n, 3, size, size) and categories (n,). The last, smaller batch of train is used too.
+    """
+    # Filtered first: to fastai's splitter whatever is not valid is train, test films included.
+    source = locate(items[items.split.isin(['train', 'valid'])], root)
+    workers = recipe.workers
+    if workers is None: workers = 0 if cache and all(path in cache for path in source.path) else os.cpu_count()
+    return film_block(recipe, cache).dataloaders(source, bs=recipe.batch_size, num_workers=workers, drop_last=False,
+                                                 pin_memory=torch.cuda.is_available(), wif=follow_parent)
+
+
+def follow_parent() -> None:
+    """Let a worker process leave Ctrl-C, which a terminal sends to the whole group, to its parent, and end with that
+    even where it is killed (Linux); else the worker would keep the run's lock for a while."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
+    if sys.platform.startswith('linux'): ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
+
+
+def find_unreadable(paths: Sequence[Path]) -> dict[Path, FilmError]:
+    """Read each film once, on all cores, so that a bad one is known before hours of training."""
+    def complaint(path: Path) -> FilmError | None:
+        try: read_film(path)
+        except FilmError as error: return error
+        return None
+    return {path: error for path, error in zip(paths, in_threads(complaint, paths), strict=True) if error}
+
+
+def name_films(bad: dict[Path, FilmError]) -> str:
+    """The first unreadable films with what is wrong with them, and how many more there are."""
+    return '; '.join(map(str, list(bad.values())[:3])) + (f'; and {len(bad) - 3} more' if len(bad) > 3 else '')
+
+
+def locate(items: pd.DataFrame, root: Path) -> pd.DataFrame:
+    """`items` with complete paths, as `dls.test_dl` and the `DataBlock` take them."""
+    return items.assign(path=[str(root/path) for path in items.path]).reset_index(drop=True)

@@ -1,0 +1,135 @@
+"""What may befall a film on its way to the network and leave it readable for a radiologist: eight kinds by strength.
+
+Validation films of one hospital share what gives the label away (sharpness, resolution, exposure, compression); what a
+network is worth shows in how its AUC holds when these change. The form is that of Hendrycks and Dietterich (2019,
+"Benchmarking Neural Network Robustness to Common Corruptions"), the kinds are those of radiography.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageFilter
+
+from cxr_fastai.images.decode import BILINEAR
+
+STRENGTHS = (1, 2, 3, 4, 5)
+CLEAN, SHORTCUT = 'clean', 'shortcut'
+"""The rows that are no corruption; their strength is 0."""
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """`apply(square, value, rng)` harms a grey uint8 (s, s) and returns another; `values` are the five strengths of
+    `what`, from mild to strong, lengths as shares of the side."""
+    apply: Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
+    what: str
+    values: tuple[float, float, float, float, float]
+
+
+def corrupt(square: np.ndarray, kind: str, strength: int, path: str, seed: int = 0) -> np.ndarray:
+    """The film `square`, grey uint8 (s, s), harmed by a `kind` of `CORRUPTIONS` at a `strength` from 1 to 5.
+
+    What is drawn depends on `seed`, `path` (relative to the films' folder) and `kind` alone, on every machine; not on
+    the strength, so that a film turns the same way at each and the strengths differ by nothing but strength.
+    """
+    corruption = CORRUPTIONS[kind]
+    return corruption.apply(square, corruption.values[strength - 1], film_rng(seed, path, kind))
+
+
+def summarise(table: pd.DataFrame) -> dict[str, float]:
+    """AUCs that stand for a robustness table: `clean`; `corrupted`, the mean over the kinds, each weighing the same;
+    `shortcut`; and `loss`, what clean films have above those without shortcuts."""
+    auc = table.groupby('corruption', sort=False).auc.mean()
+    return {'clean': float(auc[CLEAN]), 'corrupted': float(auc.drop([CLEAN, SHORTCUT]).mean()),
+            'shortcut': float(auc[SHORTCUT]), 'loss': float(auc[CLEAN] - auc[SHORTCUT])}
+
+
+def film_rng(seed: int, path: str, kind: str) -> np.random.Generator:
+    """The random stream of a film and a kind of corruption."""
+    digest = hashlib.sha256('\0'.join((str(seed), path, kind)).encode('utf-8', 'surrogateescape')).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], 'little'))
+
+
+def crop_and_scale(square: np.ndarray, area: float, rng: np.random.Generator) -> np.ndarray:
+    """Keep a square part of `area` (share of the film's) and enlarge it to the whole; it lies anywhere in the middle
+    half of the room there is, as a collimator set too narrow still means the chest."""
+    side = len(square)
+    part = side*np.sqrt(area)
+    left, top = (side - part)*rng.uniform(0.25, 0.75, 2)
+    return np.asarray(Image.fromarray(square).resize((side, side), BILINEAR, (left, top, left + part, top + part)))
+
+
+def blur(square: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """Smooth by a Gaussian of `sigma` (share of the side): a film that moved, or was scanned out of focus."""
+    return smooth(square, sigma*len(square), sigma*len(square))
+
+
+def noise(square: np.ndarray, deviation: float, rng: np.random.Generator) -> np.ndarray:
+    """Add Gaussian noise of the standard `deviation` (grey levels), independent in each pixel: a low dose."""
+    return _grey(square + deviation*rng.standard_normal(square.shape, np.float32))
+
+
+def gamma(square: np.ndarray, exponent: float, rng: np.random.Generator) -> np.ndarray:
+    """255*(g/255)**e with e the `exponent` (darker) or its inverse (brighter), drawn: another exposure or screen."""
+    return _grey(255*(np.arange(256)/255)**(exponent if rng.random() < 0.5 else 1/exponent))[square]
+
+
+def contrast(square: np.ndarray, factor: float, rng: np.random.Generator) -> np.ndarray:
+    """Shrink the distance of each pixel to the film's mean by `factor`: scatter, or a wide window."""
+    mean = square.mean()
+    return _grey(mean + factor*(np.arange(256) - mean))[square]
+
+
+def reencode(square: np.ndarray, quality: float, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Through a JPEG file of `quality` (that of libjpeg) and back."""
+    file = BytesIO()
+    Image.fromarray(square).save(file, 'JPEG', quality=int(quality))
+    return np.asarray(Image.open(file))
+
+
+def rotate(square: np.ndarray, degrees: float, rng: np.random.Generator) -> np.ndarray:
+    """Turn by `degrees`, to a side that is drawn, with black outside: a patient who leans, a cassette askew."""
+    return np.asarray(Image.fromarray(square).rotate(degrees if rng.random() < 0.5 else -degrees, BILINEAR))
+
+
+def blank_border(square: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Blacken a border as wide as `share` of the side: markers, text, arms and the edges of a collimator go."""
+    edge = round(share*len(square))
+    blanked = np.zeros_like(square)
+    inner = slice(edge, len(square) - edge)
+    blanked[inner, inner] = square[inner, inner]
+    return blanked
+
+
+def smooth(square: np.ndarray, vertical: float, horizontal: float) -> np.ndarray:
+    """`square`, grey uint8 (h, w), through a Gaussian of standard deviations in pixels, as Pillow approximates it."""
+    return np.asarray(Image.fromarray(square).filter(ImageFilter.GaussianBlur((horizontal, vertical))))
+
+
+def _grey(levels: np.ndarray) -> np.ndarray: return np.rint(levels).clip(0, 255).astype(np.uint8)
+
+
+CORRUPTIONS = {
+    # Two fifths of the area still hold both lungs of a film that was taken with arms and abdomen.
+    'crop and scale': Corruption(crop_and_scale, 'area kept', (0.9, 0.8, 0.65, 0.5, 0.4)),
+    # On a chest 30 cm wide .03 is 9 mm: consolidations and the heart's border stay, fine markings go.
+    'blur': Corruption(blur, 'sigma / side', (0.004, 0.008, 0.013, 0.02, 0.03)),
+    # Lungs and mediastinum differ by about 100 levels, an opacity and its lung by 30; the eye averages over pixels.
+    'noise': Corruption(noise, 'grey levels', (4, 8, 13, 20, 30)),
+    # Reading rooms differ by as much between an uncalibrated screen and a light box.
+    'gamma': Corruption(gamma, 'exponent or 1/exponent', (1.15, 1.3, 1.5, 1.75, 2)),
+    # A third of the levels, some 80, are more than a reader tells apart at once.
+    'contrast': Corruption(contrast, 'factor', (0.85, 0.7, 0.55, 0.4, 0.3)),
+    # Blocks are seen from about 15 on, and yet opacities are larger than a block of 8 px.
+    'JPEG quality': Corruption(reencode, 'quality', (60, 40, 25, 15, 8)),
+    # Augmentation in training reaches 10 degrees; children are held at more.
+    'rotation': Corruption(rotate, 'degrees', (3, 6, 10, 15, 20)),
+    # A tenth of each side leaves 64 % of the film; lungs begin at about a tenth.
+    'border': Corruption(blank_border, 'width / side', (0.02, 0.04, 0.06, 0.08, 0.1)),
+}
+"""Every kind, and the five strengths of each; the fifth is chosen so that a film can still be read."""

@@ -1,0 +1,30 @@
+"""What a film file may cost to decode, and what a film has to be."""
+from __future__ import annotations
+
+from cxr_fastai.core.files import FilmError
+
+MAX_PIXELS = 40_000_000
+MAX_BYTES = 400_000_000
+MAX_SCANNED = 400_000_000
+"""Pixels times scans of a progressive JPEG; each scan visits all pixels, and a few bytes make one."""
+MIN_SIDE = 64
+MAX_ASPECT = 4
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raise `FilmError` E_TOO_LARGE over `MAX_PIXELS`."""
+    if width*height > MAX_PIXELS: raise FilmError(f'{width}x{height} is over {MAX_PIXELS:,} pixels', 'E_TOO_LARGE')
+
+
+def check_shape(width: int, height: int) -> None:
+    """Raise `FilmError` E_TOO_SMALL for less than a thumbnail, and for a strip."""
+    if min(width, height) < MIN_SIDE: raise FilmError(f'{width}x{height} is under {MIN_SIDE} pixels', 'E_TOO_SMALL')
+    if max(width, height) > MAX_ASPECT*min(width, height):
+        raise FilmError(f'{width}x{height} is over {MAX_ASPECT} times as long as wide', 'E_TOO_SMALL')
+
+
+def check_scans(jpeg: bytes, width: int, height: int) -> None:
+    """Raise `FilmError` E_TIMEOUT for a JPEG of so many scans that decoding would take minutes."""
+    scans = jpeg.count(b'\xff\xda')
+    if scans*width*height > MAX_SCANNED:
+        raise FilmError(f'{scans} progressive scans of {width}x{height} would take too long', 'E_TIMEOUT')

@@ -1,0 +1,182 @@
+"""What stands behind the server's door: uploaded bytes become prediction rows, and pictures of why. Knows no HTTP."""
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from cxr_fastai.core.files import CXRError, Film, UsageError
+from cxr_fastai.images.decode import decode_film
+from cxr_fastai.inference.bundle import MANIFEST, ONNX, Bundle
+from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.serving.batching import Batcher
+
+if TYPE_CHECKING:
+    from torch import nn
+
+log = logging.getLogger('cxr_fastai.serving.server')
+SIDE = 640
+"""Pixels of the longer side of a film that is shown."""
+BURNED_IN = 'its file says that text in the picture may name the patient, so it is not shown'
+NO_MAPS = 'maps need PyTorch, which is not installed here'
+FAILED = {'status': 'error', 'code': 'E_INTERNAL', 'message': 'it failed here: tell the operator'}
+"""What a row says of a film that broke the network."""
+NO_EVIDENCE = 'nothing in it speaks for pneumonia'
+
+
+class Busy(CXRError):
+    """More is asked for than can wait."""
+
+
+class Service:
+    """A bundle that answers many at once. `open` makes one; between `running`'s ends it predicts.
+
+    Films are decoded in as many threads as there are cores, computed together by `Batcher` in one more, and explained
+    in another. At most `queue` requests wait at a time.
+    """
+
+    def __init__(self, bundle: Bundle, predictor: Predictor, queue: int = 32, batch: int = 16, wait: float = 0.004,
+                 watch: Callable[[int], None] = lambda size: None):
+        self.bundle, self.predictor, self.queue, self.waiting = bundle, predictor, queue, 0
+        self.decoding, self.computing, self.explaining = (
+            ThreadPoolExecutor(threads) for threads in (_cores(), 1, 1))
+        self.batcher = Batcher(predictor.judge, self.computing, batch, wait, watch)
+
+    @classmethod
+    def open(cls, path: Path, **how: Any) -> Service:
+        """The service of the bundle `path`, or of a `model.onnx` inside one, computed by ONNX Runtime. Raises
+        `CXRError` for what is none, `ParityError` unless all canary films are predicted as when it was exported."""
+        bundle = Bundle.open(find_bundle(path))
+        predictor = Predictor.load(bundle.path, engine='onnx')
+        bundle.canary.check(predictor.engine, bundle.path, threshold=bundle.config.threshold)
+        return cls(bundle, predictor, **how)
+
+    def facts(self) -> dict[str, Any]:
+        """What predicts, and how its probability becomes a decision."""
+        config = self.predictor.config
+        return {'arch': config.arch, 'size': config.size, 'threshold': self.predictor.threshold,
+                'threshold_rule': config.threshold_rule, 'sha256': self.bundle.identity,
+                'gate': self.predictor.gate is not None}
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Service]:
+        """Answers while the context lasts."""
+        task = asyncio.create_task(self.batcher.run())
+        try: yield self
+        finally:
+            task.cancel()
+            for pool in (self.decoding, self.computing, self.explaining): pool.shutdown(wait=False, cancel_futures=True)
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A place among the requests that wait. Raises `Busy` where there is none."""
+        if self.waiting >= self.queue: raise Busy(f'{self.waiting} requests wait already: try again in a moment.')
+        self.waiting += 1
+        try: yield
+        finally: self.waiting -= 1
+
+    async def predict(self, films: list[bytes], explain: bool = False) -> list[dict[str, Any]]:
+        """A row a film, in their order, with the keys of `inference.COLUMNS`: `film-1` and so on in the place of a
+        path. With `explain`, each has a key `image` too: None, or what `picture` tells."""
+        return list(await asyncio.gather(*(self._row(f'film-{i}', data, explain) for i, data in enumerate(films, 1))))
+
+    def answer(self, data: bytes) -> dict[str, Any]:
+        """The row of one film, explained, at once: for a program that has no others waiting."""
+        row, film, square = self._take('film', data, True)
+        if film is None: return row | {'image': None}
+        (p,), (distance,) = self.predictor.judge(square[None])
+        row |= self.predictor.tell(p, distance)
+        return row | {'image': self.picture(film, square, row['status'] == 'ok')}
+
+    async def _row(self, name: str, data: bytes, explain: bool) -> dict[str, Any]:
+        row, film, square = await self._run(self.decoding, self._take, name, data, explain)
+        if explain: row['image'] = None
+        if film is None: return row
+        try: row |= self.predictor.tell(*await self.batcher.submit(square))
+        except Exception as error:  # this film's, not the end of those beside it
+            log.error('a film failed: %s', type(error).__name__)
+            return row | FAILED
+        if explain: row['image'] = await self._run(self.explaining, self.picture, film, square, row['status'] == 'ok')
+        return row
+
+    def _take(self, name: str, data: bytes, show: bool) -> tuple[dict[str, Any], Film | None, np.ndarray | None]:
+        """The row that is begun, the film, and what the network sees of it. Its pixels, which may be 40 million, do not
+        wait with it: they are made as small as it is shown, or dropped."""
+        row, film = self.predictor.take(name, lambda wanted: decode_film(data, wanted))
+        if film is None: return row, None, None
+        square = self.predictor.preprocessing.fit(film.pixels)
+        return row, replace(film, pixels=_small(film.pixels) if show else square), square
+
+    def picture(self, film: Film, square: np.ndarray, judged: bool) -> dict[str, Any]:
+        """What the file was, and the film as PNG in base64, alone (`film`) and under its map (`overlay`); each is None
+        where the `note` says why."""
+        facts = {'format': film.format, 'mode': film.mode, 'width': film.width, 'height': film.height,
+                 'film': None, 'overlay': None, 'note': None}
+        if film.burned_in: return facts | {'note': BURNED_IN}
+        facts['film'] = _png(Image.fromarray(film.pixels))
+        if not judged: return facts
+        try: overlay = self.overlay(film.pixels, square)
+        except UsageError as error: return facts | {'note': str(error)}
+        return facts | ({'note': NO_EVIDENCE} if overlay is None else {'overlay': _png(Image.fromarray(overlay))})
+
+    def overlay(self, shown: np.ndarray, square: np.ndarray) -> np.ndarray | None:
+        """The film, grey uint8 (h, w), under the map of what the network saw in `square`: uint8 (h, w, 3), or None for
+        an empty map. Raises `UsageError` where PyTorch is missing."""
+        network = self.network
+        from cxr_fastai.interpretation.cam import activation_maps, enlarge, scale
+        from cxr_fastai.interpretation.overlays import blend_map
+        from cxr_fastai.models.architectures import to_input
+        heat = scale(enlarge(activation_maps(network, to_input(square[None])), square.shape[-1])).numpy()[0]
+        if not heat.any(): return None
+        return blend_map(shown, np.clip(self.predictor.preprocessing.spread(heat, *shown.shape), 0, 1))
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The torch network, loaded when the first map is asked for. Raises `UsageError` where PyTorch is missing."""
+        try:
+            import torch
+        except ImportError: raise UsageError(NO_MAPS) from None
+        torch.set_num_threads(1)  # more of them wait for each other, at ten times the cost where the cores are busy
+        return self.bundle.engine('torch').model
+
+    async def _run(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *args))
+
+
+def _small(film: np.ndarray) -> np.ndarray:
+    """`film`, grey uint8 (h, w), with its longer side at most `SIDE`."""
+    shown = Image.fromarray(film)
+    shown.thumbnail((SIDE, SIDE))
+    return np.asarray(shown)
+
+
+def _cores() -> int:
+    """The cores that this process may use, which in a container are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def find_bundle(path: Path) -> Path:
+    """The bundle that `path` means. Raises `UsageError` for a pickle or any other file."""
+    if path.name == ONNX and (path.parent/MANIFEST).is_file(): return path.parent
+    if path.suffix in ('.pkl', '.onnx', '.safetensors'):
+        raise UsageError(f'{path}: a service opens bundles alone, since they say how to use the network and cannot run '
+                         'code: `cxr-fastai export RUN` makes one.')
+    return path
+
+
+def _png(image: Image.Image) -> str:
+    buffer = BytesIO()
+    image.save(buffer, 'PNG', compress_level=3)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -13,8 +13,15 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.stats import norm
 
-from cxr_fastai.evaluation.bootstrap import auc_draws, middle
-from cxr_fastai.evaluation.intervals import Estimate, estimate, predictive_values, proportion, roc_auc
+from cxr_fastai.evaluation.intervals import (
+    Estimate,
+    auc_draws,
+    estimate,
+    middle,
+    predictive_values,
+    proportion,
+    roc_auc,
+)
 from cxr_fastai.evaluation.metrics import SHARES, Calls, Sample, area
 
 SHARED = 0.5

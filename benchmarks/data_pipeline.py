@@ -29,7 +29,7 @@ from train_throughput import PlainFilms
 from cxr_fastai.data.items import film_root, read_items
 from cxr_fastai.data.loaders import locate, make_dls
 from cxr_fastai.images.cache import find_cache, prepare
-from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.models.architectures import make_recipe
 

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
-from cxr_fastai.images.decode import Preprocessing
-from cxr_fastai.inference.predictor import Predictor, list_films
+from cxr_fastai.data.find import list_films
+from cxr_fastai.images.preprocessing import Preprocessing
+from cxr_fastai.inference.predictor import Predictor
 
 PICTURES = ('astronaut', 'brick', 'camera', 'cat', 'cell', 'checkerboard', 'clock', 'coffee', 'coins', 'colorwheel',
             'grass', 'gravel', 'horse', 'hubble_deep_field', 'immunohistochemistry', 'logo', 'microaneurysms', 'moon',

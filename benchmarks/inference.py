@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cxr_fastai.data.find import list_films
 from cxr_fastai.inference.bundle import INT8, Bundle
 from cxr_fastai.inference.pickles import load_learner
-from cxr_fastai.inference.predictor import Predictor, list_films
+from cxr_fastai.inference.predictor import Predictor
 
 
 def ways(run: Path, bundle: Path, paths: list[Path], batch_size: int) -> dict[str, Callable[[], np.ndarray]]:

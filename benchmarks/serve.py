@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cxr_fastai.inference.predictor import Predictor, list_films
+from cxr_fastai.data.find import list_films
+from cxr_fastai.inference.predictor import Predictor
 
 CLIENTS = (1, 4, 8, 32)
 BOUNDARY = 'film-boundary-0'

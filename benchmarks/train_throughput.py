@@ -30,7 +30,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 
-from cxr_fastai.core.files import VOCAB
+from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.data.items import film_root, read_items
 from cxr_fastai.data.loaders import make_dls
 from cxr_fastai.images.synthetic import make_demo

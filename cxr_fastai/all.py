@@ -1,13 +1,15 @@
 """Everything a notebook needs, by one `from cxr_fastai.all import *`."""
 from pathlib import Path
 
-from cxr_fastai.core.files import POSITIVE, VOCAB, CXRError
-from cxr_fastai.core.recipe import Phase, Recipe
+from cxr_fastai.core.errors import CXRError
+from cxr_fastai.core.recipe import POSITIVE, VOCAB, Phase, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.auditing import audit, save_audit
-from cxr_fastai.data.items import count_films, data_root, film_root, read_items, split_patients
+from cxr_fastai.data.find import list_films
+from cxr_fastai.data.items import data_root, film_root, read_items
 from cxr_fastai.data.loaders import film_block, locate, make_dls
 from cxr_fastai.data.sources import download
+from cxr_fastai.data.splits import count_films, split_patients
 from cxr_fastai.data.transforms import AugmentFilms
 from cxr_fastai.evaluation.comparison import compare, same_films
 from cxr_fastai.evaluation.curves import (
@@ -23,18 +25,20 @@ from cxr_fastai.evaluation.intervals import describe
 from cxr_fastai.evaluation.metrics import measure
 from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_robustness
 from cxr_fastai.evaluation.robustness import measure_robustness
-from cxr_fastai.evaluation.thresholds import Decision, decide
+from cxr_fastai.evaluation.thresholds import decide
 from cxr_fastai.examples import example_films, example_run, hold_out, list_held_out
 from cxr_fastai.images.cache import find_cache, prepare
 from cxr_fastai.images.corruptions import CORRUPTIONS, corrupt, summarise
-from cxr_fastai.images.decode import Preprocessing, open_film, read_film
+from cxr_fastai.images.decode import open_film, read_film
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.inference.bundle import Bundle
+from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.pickles import load_learner, save_learner
-from cxr_fastai.inference.predictor import Predictor, list_films, prediction_table
+from cxr_fastai.inference.predictor import Predictor, prediction_table
 from cxr_fastai.interpretation.checks import check_maps, check_run
-from cxr_fastai.interpretation.explainer import CXRInterpretation, Explainer
-from cxr_fastai.interpretation.interpretation import typical_hits, worst_errors
+from cxr_fastai.interpretation.explainer import Explainer
+from cxr_fastai.interpretation.interpretation import CXRInterpretation, typical_hits, worst_errors
 from cxr_fastai.interpretation.overlays import plot_explanation, plot_gallery, plot_mean_maps
 from cxr_fastai.models.architectures import ARCHS, BaselineCNN, build_model, make_recipe
 from cxr_fastai.publishing.exporting import export

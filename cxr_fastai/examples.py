@@ -10,7 +10,8 @@ from filelock import FileLock
 
 from cxr_fastai.core.files import write_csv, writing
 from cxr_fastai.core.run import Run
-from cxr_fastai.data.items import film_root, read_items, split_patients
+from cxr_fastai.data.items import film_root, read_items
+from cxr_fastai.data.splits import split_patients
 from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.models.architectures import make_recipe

@@ -8,7 +8,7 @@ from execnb.shell import CaptureShell
 from fastcore.nbio import read_nb, write_nb
 from nbdev.clean import clean_nb
 
-from cxr_fastai.core.files import CXRWarning
+from cxr_fastai.core.errors import CXRWarning
 
 HERE = Path(__file__).parent
 

@@ -12,7 +12,7 @@ os.environ['OMP_NUM_THREADS'] = '1'  # small arrays gain nothing by more, and lo
 from cxr_fastai.cli import main
 from cxr_fastai.core.run import Run
 from cxr_fastai.images.synthetic import make_demo
-from cxr_fastai.inference.trust import trust
+from cxr_fastai.inference.pickles import trust
 
 REAL = os.environ.pop('CXR_DATA', None)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_fastai.core.files import CXRError, OutputError, UsageError
+from cxr_fastai.core.errors import CXRError, OutputError, UsageError
 from cxr_fastai.data import archives
 from cxr_fastai.data.archives import choose_films, draw_films, new_folder, unpack_films
-from cxr_fastai.data.folders import find_films
+from cxr_fastai.data.find import find_films
 from cxr_fastai.data.items import read_items
 
 NAMES = ('chest_xray/train/NORMAL/IM-0001-0001.jpeg', 'chest_xray/train/PNEUMONIA/person1_virus_6.jpeg',

@@ -14,17 +14,16 @@ import torch
 from safetensors.numpy import load
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.files import CXRError, CXRWarning, UsageError
+from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import make_dls
 from cxr_fastai.inference.bundle import FILES, Bundle, manifest_text
 from cxr_fastai.inference.config import ModelConfig, find_network, sha256, tensor_bytes
 from cxr_fastai.inference.engines import OnnxEngine, TorchEngine
-from cxr_fastai.inference.pickles import load_learner, save_learner
+from cxr_fastai.inference.pickles import UntrustedError, distrust, load_learner, save_learner, trust, trusted
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.selftest import Canary, ParityError, draw_films
-from cxr_fastai.inference.trust import UntrustedError, distrust, trust, trusted
 from cxr_fastai.models.architectures import build_model, make_recipe
 from cxr_fastai.publishing.exporting import export, verify, verify_afresh
 from cxr_fastai.publishing.onnx import fold, to_onnx
@@ -130,7 +129,7 @@ def test_a_run_without_model_says_so(tmp_path):
 @pytest.fixture(scope='module')
 def films_100(films) -> np.ndarray:
     """120 films of 64 px: all synthetic ones, and all of them turned upside down."""
-    from cxr_fastai.images.decode import Preprocessing
+    from cxr_fastai.images.preprocessing import Preprocessing
     seen = Preprocessing(64)
     found = np.stack([seen.load(path) for path in sorted((films).rglob('*.jpeg'))])
     return np.concatenate([found, found[:, ::-1]])
@@ -170,7 +169,7 @@ def test_an_onnx_file_takes_films_as_they_are(arch):
 def test_the_fold_is_exact_also_at_the_border():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1))
     grey = torch.rand(2, 1, 8, 8)
-    from cxr_fastai.models.architectures import normalize
+    from cxr_fastai.models.inputs import normalize
     wanted = model(normalize(grey.clone()))
     assert fold(model) and torch.allclose(model(torch.cat([grey, torch.ones_like(grey)], 1)), wanted, atol=1e-5)
     assert not fold(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3)))

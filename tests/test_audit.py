@@ -11,10 +11,9 @@ from filmfiles import PATIENT, dicom
 from PIL import Image
 
 from cxr_fastai.cli import main
-from cxr_fastai.data.auditing import audit, save_audit
+from cxr_fastai.data.auditing import audit, probe_label, probe_shift, save_audit
+from cxr_fastai.data.find import safe_path
 from cxr_fastai.data.image_stats import TRAITS, find_alike, measure_films
-from cxr_fastai.data.names import safe_path
-from cxr_fastai.data.probes import probe_label, probe_shift
 from cxr_fastai.images.synthetic import make_demo
 
 

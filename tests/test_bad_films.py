@@ -29,8 +29,9 @@ from PIL import Image, ImageDraw
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
-from cxr_fastai.core.files import FilmError
-from cxr_fastai.images.decode import Preprocessing, decode_film, open_film
+from cxr_fastai.core.errors import FilmError
+from cxr_fastai.images.decode import decode_film, open_film
+from cxr_fastai.images.preprocessing import Preprocessing
 
 OTHER = Image.fromarray(255 - GREY)
 FRAMES = {'save_all': True, 'append_images': [OTHER]}
@@ -241,7 +242,7 @@ LARGEST = {'16-bit PNG': lambda ramp: encoded(ramp, compress_level=1),
                                           progressive=True)}
 PEAKS = """
 import re, sys
-from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.images.preprocessing import Preprocessing
 for path in sys.argv[1:]:
     Preprocessing().load(path)
     print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])

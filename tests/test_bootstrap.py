@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from cxr_fastai.evaluation.bootstrap import (
+from cxr_fastai.evaluation.intervals import (
     auc_draws,
     average_precision_draws,
     count_draws,

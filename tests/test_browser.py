@@ -5,8 +5,7 @@ import pytest
 
 from cxr_fastai.core.run import Run
 from cxr_fastai.interpretation.interpretation import worst_errors
-from cxr_fastai.publishing.pdf import find_browser
-from cxr_fastai.publishing.reporting import report
+from cxr_fastai.publishing.reporting import find_browser, report
 
 SCRIPT = '<script>alert(1)</script>.jpeg'
 pytestmark = pytest.mark.skipif(not find_browser(), reason='no Chromium or Chrome here')

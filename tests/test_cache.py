@@ -14,12 +14,12 @@ from filelock import FileLock
 from PIL import Image
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.files import CXRError, OutputError, UsageError
+from cxr_fastai.core.errors import CXRError, OutputError, UsageError
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import film_block, locate, make_dls
 from cxr_fastai.images import cache
 from cxr_fastai.images.cache import FilmCache, cache_folder, find_cache, prepare
-from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training.training import train

@@ -6,7 +6,6 @@ from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, log_loss
 
-from cxr_fastai.evaluation.bootstrap import draw_patients
 from cxr_fastai.evaluation.calibration import (
     calibration_error,
     chance_error,
@@ -15,7 +14,8 @@ from cxr_fastai.evaluation.calibration import (
     recalibrate,
     reliability,
 )
-from cxr_fastai.inference.temperature import logits, temper
+from cxr_fastai.evaluation.intervals import draw_patients
+from cxr_fastai.inference.config import logits, temper
 
 RNG = np.random.default_rng(0)
 P = RNG.random(624)

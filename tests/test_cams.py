@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cxr_fastai.core.files import UsageError
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.interpretation.cam import (
     BODY,
     METHODS,

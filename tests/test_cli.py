@@ -14,9 +14,9 @@ import torchvision
 from PIL import Image
 
 from cxr_fastai.cli import app, main
-from cxr_fastai.core.files import FilmError
+from cxr_fastai.core.errors import FilmError
 from cxr_fastai.core.run import Run
-from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.inference.predictor import Predictor
 

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import binomtest
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.files import UsageError
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.comparison import compare, find_runs, mcnemar, name_runs, same_films, summarise_seeds
 from cxr_fastai.evaluation.intervals import compare_auc

@@ -13,7 +13,7 @@ from rich.console import Console
 from test_layers import LAYERS
 
 from cxr_fastai.cli import options
-from cxr_fastai.cli.scores import metrics_tables
+from cxr_fastai.cli.output import metrics_tables
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.metrics import AT_A_THRESHOLD
 from cxr_fastai.models.architectures import ARCHS

@@ -5,7 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
-from cxr_fastai.core.files import FilmError, OutputError, UsageError, atomic, progress, write_json, write_text
+from cxr_fastai.core.errors import FilmError, OutputError, UsageError
+from cxr_fastai.core.files import atomic, write_json, write_text
+from cxr_fastai.core.progress import progress
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.models.architectures import make_recipe

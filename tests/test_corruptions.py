@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_fastai.data.image_stats import sharpness
 from cxr_fastai.evaluation.intervals import roc_auc
-from cxr_fastai.images.corruptions import CORRUPTIONS, STRENGTHS, corrupt, film_rng
-from cxr_fastai.images.shortcut import Equaliser
+from cxr_fastai.images.corruptions import CORRUPTIONS, STRENGTHS, Equaliser, corrupt, film_rng, sharpness
 from cxr_fastai.images.synthetic import Chest, draw_film
 
 SIDE = 128
@@ -57,7 +55,7 @@ def test_streams_do_not_hang_on_the_process():
 
 
 def test_corruptions_load_without_torch():
-    code = 'import sys, cxr_fastai.images.shortcut; sys.exit("torch" in sys.modules)'
+    code = 'import sys, cxr_fastai.images.corruptions; sys.exit("torch" in sys.modules)'
     subprocess.run([sys.executable, '-c', code], check=True, env={'PYTHONPATH': ':'.join(sys.path)})
 
 

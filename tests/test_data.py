@@ -13,8 +13,10 @@ from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import locate, make_dls
 from cxr_fastai.data.transforms import AugmentFilms, jitter, warp
 from cxr_fastai.images.cache import find_cache, prepare
-from cxr_fastai.images.decode import Preprocessing, read_film
-from cxr_fastai.models.architectures import make_recipe, normalize
+from cxr_fastai.images.decode import read_film
+from cxr_fastai.images.preprocessing import Preprocessing
+from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.models.inputs import normalize
 
 H, W = 60, 48  # not square, so that mixing up the axes shows
 NONE = torch.tensor([False])

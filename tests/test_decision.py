@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_fastai.core.files import UsageError
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.evaluation.thresholds import RULES, decide, keep_sensitivity, parse_rule
 
 RNG = np.random.default_rng(0)

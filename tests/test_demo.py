@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_fastai.core.files import UsageError
-from cxr_fastai.data.items import count_films, read_items
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.data.items import read_items
+from cxr_fastai.data.splits import count_films
 from cxr_fastai.images.synthetic import Chest, draw_film, make_demo
 
 

@@ -9,9 +9,10 @@ from rich.console import Console
 from torch import nn
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.files import CXRWarning, Stopped, UsageError
+from cxr_fastai.core.errors import CXRWarning, Stopped, UsageError
 from cxr_fastai.core.recipe import Phase
-from cxr_fastai.inference.predictor import Predictor, list_films
+from cxr_fastai.data.find import list_films
+from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.models.architectures import ARCHS, FROM_SCRATCH, Arch, make_recipe
 from cxr_fastai.training import checkpoint, training
 from cxr_fastai.training import hardware as devices

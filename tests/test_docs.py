@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from filelock import FileLock
 
-from cxr_fastai.publishing.pdf import find_browser
+from cxr_fastai.publishing.reporting import find_browser
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT/'docs'

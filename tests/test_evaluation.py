@@ -8,11 +8,11 @@ import pytest
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from cxr_fastai.core.files import CXRWarning, FilmError, UsageError
+from cxr_fastai.core.errors import CXRWarning, FilmError, UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import COLUMNS, evaluate, find_split, judge
 from cxr_fastai.evaluation.metrics import measure
-from cxr_fastai.evaluation.thresholds import Decision
+from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.predictor import Predictor
 
 

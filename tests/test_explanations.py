@@ -8,14 +8,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.files import FilmError, UsageError
+from cxr_fastai.core.errors import FilmError, UsageError
 from cxr_fastai.core.run import Run
-from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.engines import TorchEngine
 from cxr_fastai.inference.predictor import Predictor
-from cxr_fastai.interpretation.explainer import CXRInterpretation, Explainer, Subject
-from cxr_fastai.interpretation.interpretation import shown_films
+from cxr_fastai.interpretation.explainer import Explainer, Subject
+from cxr_fastai.interpretation.interpretation import CXRInterpretation, shown_films
 from cxr_fastai.interpretation.overlays import (
     CAVEAT,
     NO_EVIDENCE,

@@ -18,7 +18,7 @@ from faults import add_tiny, equal, full_disk, outcome, poisoned, quietly, start
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from cxr_fastai.core.files import CXRError, UsageError
+from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.recipe import Phase
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_items
@@ -355,7 +355,7 @@ def test_a_full_disk_spares_every_file_of_an_evaluation(films, tmp_path, monkeyp
     rows = [('clean', 0), ('noise', 1), ('noise', 2), ('shortcut', 0)]
     table = pd.DataFrame(rows, columns=['corruption', 'strength']).assign(n=2, auc=0.5, auc_low=0.4, auc_high=0.6)
     monkeypatch.setattr('cxr_fastai.evaluation.robustness.measure_robustness', lambda *_, **__: table)
-    monkeypatch.setattr('cxr_fastai.cli.display.robustness_table', lambda _: '')
+    monkeypatch.setattr('cxr_fastai.cli.output.robustness_table', lambda _: '')
     done = Path(shutil.copytree(run.path, tmp_path/'run'))
     argv = ['evaluate', str(done), '--data', str(films), '--robustness']
     assert quietly(argv)[0] == 0

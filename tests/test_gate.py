@@ -3,10 +3,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_fastai.core.files import CXRError
+from cxr_fastai.core.errors import CXRError
+from cxr_fastai.data.find import list_films
 from cxr_fastai.inference.bundle import Bundle
 from cxr_fastai.inference.gate import OUT_OF_DISTRIBUTION, Gate, Space, thumbnails, unit
-from cxr_fastai.inference.predictor import Predictor, list_films, prediction_table
+from cxr_fastai.inference.predictor import Predictor, prediction_table
 
 RNG = np.random.default_rng(0)
 
@@ -36,7 +37,7 @@ def gated(bundle) -> tuple[Predictor, Gate]:
 
 @pytest.fixture(scope='module')
 def seen(films) -> np.ndarray:
-    from cxr_fastai.images.decode import Preprocessing
+    from cxr_fastai.images.preprocessing import Preprocessing
     return np.stack([Preprocessing(64).load(path) for path in list_films([films/'test'])])
 
 

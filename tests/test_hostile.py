@@ -26,8 +26,7 @@ from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import make_dls
 from cxr_fastai.inference.bundle import CANARY, CONFIG, GATE, INT8, MANIFEST, ONNX
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, tensor_bytes
-from cxr_fastai.inference.pickles import load_learner, save_learner
-from cxr_fastai.inference.trust import trust
+from cxr_fastai.inference.pickles import load_learner, save_learner, trust
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training import learner as ours
 

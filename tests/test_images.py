@@ -10,9 +10,10 @@ from PIL import Image, ImageOps
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 from torchvision.transforms import functional as TF
 
-from cxr_fastai.core.files import FilmError
-from cxr_fastai.images.decode import Preprocessing, decode_film, open_film, read_film
+from cxr_fastai.core.errors import FilmError
+from cxr_fastai.images.decode import decode_film, open_film, read_film
 from cxr_fastai.images.dicom import read_dicom
+from cxr_fastai.images.preprocessing import Preprocessing
 
 RAMP = np.rint(255*np.clip((DEEP - np.percentile(DEEP, 0.5))/np.ptp(np.percentile(DEEP, [0.5, 99.5])), 0, 1))
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cxr_fastai.core.files import UsageError
-from cxr_fastai.images.decode import Preprocessing, read_film
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.data.find import list_films
+from cxr_fastai.images.decode import read_film
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.engines import TorchEngine
-from cxr_fastai.inference.predictor import COLUMNS, Predictor, list_films, prediction_table
+from cxr_fastai.inference.predictor import COLUMNS, Predictor, prediction_table
 from cxr_fastai.models.architectures import build_model
 
 

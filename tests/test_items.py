@@ -4,20 +4,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cxr_fastai.core.files import CXRError, UsageError
-from cxr_fastai.data.items import (
-    COLUMNS,
+from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.data.items import COLUMNS, data_root, describe_items, film_root, find_films, parse_name, read_items
+from cxr_fastai.data.splits import (
     check_leakage,
     check_trainable,
     count_films,
-    data_root,
-    describe_items,
     doubt_validation,
-    film_root,
-    find_films,
     leaking_patients,
-    parse_name,
-    read_items,
     split_patients,
 )
 

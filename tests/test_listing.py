@@ -5,10 +5,9 @@ import pandas as pd
 import pytest
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.files import CXRError, UsageError
-from cxr_fastai.data.find import read_listing
+from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.data.find import list_films, read_listing
 from cxr_fastai.data.items import COLUMNS, read_items
-from cxr_fastai.inference.predictor import list_films
 
 ROWS = 'path,label,split,patient\na.png,NORMAL,train,p1\nb é.png,PNEUMONIA,val,p2\nc.png,NORMAL,test,\n'
 

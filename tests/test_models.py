@@ -6,8 +6,9 @@ import torch
 import torchvision
 from torch import nn
 
-from cxr_fastai.core.files import CXRError, UsageError
-from cxr_fastai.models.architectures import ARCHS, build_model, denormalize, find_arch, make_recipe, normalize
+from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.models.architectures import ARCHS, build_model, find_arch, make_recipe
+from cxr_fastai.models.inputs import denormalize, normalize
 from cxr_fastai.models.weights import fill, read_weights, timm_body
 
 

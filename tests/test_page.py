@@ -12,12 +12,15 @@ from filmfiles import GREY, encoded
 
 import cxr_fastai
 from cxr_fastai.inference.predictor import COLUMNS, Predictor
-from cxr_fastai.publishing.pdf import find_browser
+from cxr_fastai.publishing.reporting import find_browser
 
 for needed in ('fastapi', 'uvicorn', 'python_multipart', 'prometheus_client', 'onnxruntime'):
     pytest.importorskip(needed)
-from cxr_fastai.serving.service import Service  # noqa: E402
-from cxr_fastai.serving.settings import Limits, Settings  # noqa: E402
+from cxr_fastai.serving.service import (  # noqa: E402
+    Limits,
+    Service,  # noqa: E402
+    Settings,
+)
 
 pytestmark = pytest.mark.skipif(not find_browser(), reason='no Chromium or Chrome here')
 PATIENCE = 30

@@ -18,10 +18,11 @@ import torch
 from faults import start
 
 from cxr_fastai.cli import main, terminal
-from cxr_fastai.core.files import UsageError, leads, write_text
+from cxr_fastai.core.environment import leads, part_of
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.files import write_text
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.transforms import AugmentFilms, DegradeFilms
-from cxr_fastai.inference.shards import part_of
 from cxr_fastai.training.distributed import check_batch
 
 # A network without BatchNorm and dropout; a last batch of one film, which leaves the second process without any.

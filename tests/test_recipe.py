@@ -3,7 +3,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from cxr_fastai.core.files import UsageError
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import CHOICES, RANGES, RECIPES, Recipe, differences, parse_fields
 from cxr_fastai.models.architectures import make_recipe, revise_recipe
 

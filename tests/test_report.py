@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.files import UsageError
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import Recipe, command_line
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.auditing import TOO_SMALL
@@ -19,8 +19,7 @@ from cxr_fastai.interpretation.interpretation import film_picture, typical_hits,
 from cxr_fastai.publishing import model_card as card
 from cxr_fastai.publishing.checklist import TOPICS
 from cxr_fastai.publishing.model_card import describe_run, render_card
-from cxr_fastai.publishing.pdf import find_browser
-from cxr_fastai.publishing.reporting import SECTIONS, describe_flow, judge_targets, read_audit, report
+from cxr_fastai.publishing.reporting import SECTIONS, describe_flow, find_browser, judge_targets, read_audit, report
 
 SCRIPT = '<script>alert(1)</script>.jpeg'
 
@@ -316,7 +315,7 @@ def test_the_command_that_reproduces_a_run_gives_its_recipe(options, monkeypatch
 
 
 def test_a_pdf_needs_a_browser(copy, capsys, monkeypatch):
-    monkeypatch.setattr('cxr_fastai.publishing.pdf.shutil.which', lambda _: None)
+    monkeypatch.setattr('cxr_fastai.publishing.reporting.shutil.which', lambda _: None)
     assert main(['report', str(copy.path), '--pdf']) == 1
     assert 'neither Chromium nor Chrome was found' in capsys.readouterr().err
     assert (copy/'report.html').is_file() and not (copy/'report.pdf').exists()
@@ -334,6 +333,6 @@ def test_a_browser_that_fails_leaves_the_old_pdf(copy, tmp_path, monkeypatch, ca
     (copy/'report.pdf').write_text('precious')
     (broken := tmp_path/'chromium').write_text('#!/bin/sh\nexit 3\n')
     broken.chmod(0o755)
-    monkeypatch.setattr('cxr_fastai.publishing.pdf.find_browser', lambda: str(broken))
+    monkeypatch.setattr('cxr_fastai.publishing.reporting.find_browser', lambda: str(broken))
     assert main(['report', str(copy.path), '--pdf']) == 1 and 'exit status 3' in capsys.readouterr().err
     assert (copy/'report.pdf').read_text() == 'precious'

@@ -9,12 +9,12 @@ import pytest
 
 from cxr_fastai.cli import main
 from cxr_fastai.core.run import Run
-from cxr_fastai.data.image_stats import sharpness
 from cxr_fastai.evaluation import robustness
 from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.robustness import COLUMNS, evaluate_robustness, measure_robustness
-from cxr_fastai.images.corruptions import CORRUPTIONS, STRENGTHS, summarise
-from cxr_fastai.images.decode import Preprocessing, open_film
+from cxr_fastai.images.corruptions import CORRUPTIONS, STRENGTHS, sharpness, summarise
+from cxr_fastai.images.decode import open_film
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.interpretation.interpretation import plot_robustness
 

@@ -16,8 +16,22 @@ from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.interpretation.cam import METHODS
 from cxr_fastai.interpretation.checks import CHECKS, cam_error, check_maps, judge, locate, outside
 from cxr_fastai.interpretation.explainer import Explainer
-from cxr_fastai.interpretation.faithfulness import STAGES, STEPS, TOP, _stages, deletion, forgetting, ranks
-from cxr_fastai.interpretation.similarity import SIDE, WINDOW, correlation, likeness, rank_correlation, shrink, ssim
+from cxr_fastai.interpretation.faithfulness import (
+    SIDE,
+    STAGES,
+    STEPS,
+    TOP,
+    WINDOW,
+    _stages,
+    correlation,
+    deletion,
+    forgetting,
+    likeness,
+    rank_correlation,
+    ranks,
+    shrink,
+    ssim,
+)
 from cxr_fastai.models.architectures import build_model
 from cxr_fastai.publishing.reporting import report
 

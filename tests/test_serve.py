@@ -19,14 +19,14 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from cxr_fastai.core.files import FilmError, UsageError
-from cxr_fastai.images.decode import Preprocessing, open_film
+from cxr_fastai.core.errors import FilmError, UsageError
+from cxr_fastai.images.decode import open_film
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import CANARY, MANIFEST, Bundle, manifest_text
 from cxr_fastai.inference.predictor import COLUMNS, Predictor
 from cxr_fastai.interpretation.overlays import Explanation, blend
 from cxr_fastai.serving.app import make_app
-from cxr_fastai.serving.service import Service, find_bundle
-from cxr_fastai.serving.settings import Limits, Settings
+from cxr_fastai.serving.service import Limits, Service, Settings, find_bundle
 
 HERE = 'http://127.0.0.1:8000'
 PATIENT = 'ZqPatientXv'
@@ -157,7 +157,7 @@ def explained(client, paths) -> list[dict]:
 
 def test_an_explained_film_comes_under_the_map_that_explain_draws(bundle, paths, explained):
     from cxr_fastai.interpretation.cam import activation_maps, enlarge, scale
-    from cxr_fastai.models.architectures import to_input
+    from cxr_fastai.models.inputs import to_input
     predictor, drawn = Predictor.load(bundle, engine='torch'), 0
     for path, row in zip(paths, explained, strict=True):
         if row['status'] != 'ok' or not row['image']['overlay']: continue
@@ -244,7 +244,7 @@ import json, multiprocessing, sys
 from pathlib import Path
 import cxr_fastai.serving.app, uvicorn
 from cxr_fastai.serving.server import listen, work
-from cxr_fastai.serving.settings import Settings
+from cxr_fastai.serving.service import Settings
 
 def code(path):
     process = multiprocessing.get_context('fork').Process(target=work, args=(Settings(path), listen('127.0.0.1', 0)))
@@ -485,7 +485,7 @@ LOADED = '''
 import json, sys, time
 from pathlib import Path
 from starlette.testclient import TestClient
-from cxr_fastai.serving.settings import Settings
+from cxr_fastai.serving.service import Settings
 from cxr_fastai.serving.app import make_app
 with TestClient(make_app(Settings(Path(sys.argv[1]))), 'http://127.0.0.1') as client:
     while client.get('/ready').status_code != 200: time.sleep(.01)

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from filmfiles import dicom, encoded, smooth
 
-from cxr_fastai.core.files import CXRError
+from cxr_fastai.core.errors import CXRError
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.serving.server import listen, make_server, serve
-from cxr_fastai.serving.settings import Limits, Settings
+from cxr_fastai.serving.service import Limits, Settings
 
 LOCAL = '127.0.0.1'
 PATIENT = 'ZqPatientXv'

@@ -15,7 +15,7 @@ import requests
 from rich.console import Console
 from test_archives import arrays, films_zip
 
-from cxr_fastai.core.files import CXRError, CXRWarning, OutputError, UsageError
+from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.data import sources
 from cxr_fastai.data.items import COLUMNS
 from cxr_fastai.data.sources import SOURCES, download

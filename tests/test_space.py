@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.files import UsageError
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.inference.bundle import Bundle
-from cxr_fastai.publishing.space import NEEDED, needed, write_space
+from cxr_fastai.publishing.hub import NEEDED, needed, write_space
 
 GRADIO = Path(sys.prefix)/'space'
 """Gradio wants an older Pillow than the tested one, so `make test-all` installs it beside."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cxr_fastai.core.files import UsageError
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.models.architectures import BaselineCNN, make_recipe
 from cxr_fastai.training.training import train
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
-from cxr_fastai.evaluation.tradeoffs import (
+from cxr_fastai.evaluation.thresholds import (
     SHOWN,
     net_benefit,
     precision_recall,

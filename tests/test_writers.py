@@ -24,13 +24,14 @@ from PIL import Image
 from cxr_fastai.cli import main
 from cxr_fastai.cli import run as console_script
 from cxr_fastai.core import files as core
-from cxr_fastai.core.files import OutputError, UsageError
-from cxr_fastai.images.decode import Preprocessing, read_film
+from cxr_fastai.core.errors import OutputError, UsageError
+from cxr_fastai.images.decode import read_film
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference import tables as writers
 from cxr_fastai.inference.bundle import Bundle
+from cxr_fastai.inference.config import temper
 from cxr_fastai.inference.predictor import COLUMNS, Predictor
 from cxr_fastai.inference.tables import FORMULA, JsonRows, ParquetRows, open_rows
-from cxr_fastai.inference.temperature import temper
 
 SUFFIXES = ['.csv', '.json', '.parquet']
 FORMULAS = ['=cmd|"/c calc"!A0.png', '+1.png', '-1.png', '@SUM(A1).png', '\t=1.png', '\r=1.png', '\0.png']
@@ -192,7 +193,7 @@ def odd(film, tmp_path_factory) -> Path:
 
 def names_of(odd: Path) -> list[str]:
     """The names below a folder as tables have them, in the order of `predict`."""
-    from cxr_fastai.data.folders import find_films
+    from cxr_fastai.data.find import find_films
     found = [str(path.relative_to(odd)) for path in find_films(odd)[0]]
     return [name.encode('utf-8', 'backslashreplace').decode() for name in found]
 

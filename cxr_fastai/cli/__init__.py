@@ -19,11 +19,12 @@ from cxr_fastai.cli import data as cli_data
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.evaluate import evaluate, report
 from cxr_fastai.cli.explain import explain
+from cxr_fastai.cli.output import complain, free, last_line, out, say, show_warning
 from cxr_fastai.cli.predict import export, predict, push_to_hub, trust
 from cxr_fastai.cli.serve import serve
-from cxr_fastai.cli.terminal import complain, free, last_line, out, say, show_warning
 from cxr_fastai.cli.train import lr_find, train
-from cxr_fastai.core.files import CXRError, CXRWarning, check_new
+from cxr_fastai.core.errors import CXRError, CXRWarning
+from cxr_fastai.core.files import check_new
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(cli_data.app, name='data')

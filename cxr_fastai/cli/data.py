@@ -8,7 +8,7 @@ import typer
 from typer import Argument
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.terminal import complain, one_of, out, say
+from cxr_fastai.cli.output import complain, one_of, out, say
 
 app = typer.Typer(no_args_is_help=True, help='Get and look after films.')
 
@@ -48,7 +48,7 @@ def data_prepare(folder: opt.FilmFolder = None, csv: opt.Csv = None, size: opt.S
     """
     from cxr_fastai.data.items import data_root, film_root, read_items
     from cxr_fastai.images.cache import prepare
-    from cxr_fastai.images.decode import Preprocessing
+    from cxr_fastai.images.preprocessing import Preprocessing
     root = data_root(one_of(folder, csv))
     items = read_items(root)
     place, added, bad = prepare(items.path, film_root(root), Preprocessing(size, resize), workers, out)
@@ -64,7 +64,7 @@ def data_audit(folder: opt.FilmFolder = None, csv: opt.Csv = None, report: opt.A
 
     Example: cxr-fastai data audit data/chest_xray --out audit
     """
-    from cxr_fastai.cli.display import audit_tables
+    from cxr_fastai.cli.output import audit_tables
     from cxr_fastai.data.auditing import audit, save_audit
     from cxr_fastai.data.items import data_root
     found = audit(data_root(one_of(folder, csv)), workers, out)

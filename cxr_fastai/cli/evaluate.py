@@ -4,8 +4,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.terminal import free, one_of, out, say
-from cxr_fastai.core.files import UsageError, check_new, write_json, writing
+from cxr_fastai.cli.output import free, one_of, out, say
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.files import check_new, write_json, writing
 from cxr_fastai.core.run import Run
 
 
@@ -49,15 +50,15 @@ def report(run: opt.RunFolder, audit: opt.Audit = None, pdf: opt.Pdf = False,
     from cxr_fastai.publishing.reporting import report
     page = report(folder, audit, hide_names)
     if pdf:
-        from cxr_fastai.publishing.pdf import print_pdf
+        from cxr_fastai.publishing.reporting import print_pdf
         print_pdf(page, folder/'report.pdf')
     else: (folder/'report.pdf').unlink(missing_ok=True)  # it was of another page
     say(f'in {run}: report.html, {"report.pdf, " if pdf else ""}model_card.md')
 
 
 def _tell(run: Run, split: str, metrics: dict, figures: list[str]) -> None:
-    from cxr_fastai.cli.scores import metrics_tables
-    from cxr_fastai.evaluation.thresholds import Decision
+    from cxr_fastai.cli.output import metrics_tables
+    from cxr_fastai.inference.decision import Decision
     decided = Decision.behind(run, metrics)
     margin = decided.margin if decided else ''
     say(f'{run.path}, {split} split: {metrics["n"]} films, {metrics["positives"]} of them pneumonia, threshold '
@@ -67,7 +68,7 @@ def _tell(run: Run, split: str, metrics: dict, figures: list[str]) -> None:
 
 
 def _compare(runs: list[Run], split: str, folder: Path) -> None:
-    from cxr_fastai.cli.scores import comparison_tables
+    from cxr_fastai.cli.output import comparison_tables
     from cxr_fastai.core.figures import save_figure
     from cxr_fastai.evaluation.comparison import compare, name_runs, same_films, summarise_seeds
     from cxr_fastai.evaluation.curves import plot_comparison
@@ -86,7 +87,7 @@ def _compare(runs: list[Run], split: str, folder: Path) -> None:
 
 
 def _evaluate_robustness(run: Run, films: Path | None, split: str, batch_size: int, limit: int | None) -> None:
-    from cxr_fastai.cli.display import robustness_table
+    from cxr_fastai.cli.output import robustness_table
     from cxr_fastai.evaluation.robustness import evaluate_robustness
     from cxr_fastai.interpretation.interpretation import save_robustness
     out.print(robustness_table(evaluate_robustness(run, films, split, batch_size, limit, out)))

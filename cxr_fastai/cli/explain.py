@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.terminal import complain, free, one_of, out, say
-from cxr_fastai.core.files import FilmError, UsageError, check_new, visible, writing
+from cxr_fastai.cli.output import complain, free, one_of, out, say
+from cxr_fastai.core.errors import FilmError, UsageError, visible
+from cxr_fastai.core.files import check_new, writing
 from cxr_fastai.core.run import Run
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ def explain(run: opt.Explained, films: opt.SomeFilms = None, method: opt.Method 
 
 
 def _explain_films(model: Path, films: list[Path], place: Path, how: dict, batch_size: int, burned_in: bool) -> int:
-    from cxr_fastai.data.names import short_path
-    from cxr_fastai.inference.predictor import Predictor, list_films
+    from cxr_fastai.data.find import list_films, short_path
+    from cxr_fastai.inference.predictor import Predictor
     from cxr_fastai.interpretation.explainer import Explainer, Subject
     explainer = Explainer(Predictor.load(model, engine='torch'), **how)
     subjects = [Subject(path, visible(short_path(str(path)))) for path in list_films(films)]
@@ -52,7 +53,7 @@ def _explain_films(model: Path, films: list[Path], place: Path, how: dict, batch
 
 def _explain_split(run: Run, split: str, data: Path | None, most: int, place: Path, how: dict, batch_size: int,
                    burned_in: bool) -> int:
-    from cxr_fastai.interpretation.explainer import CXRInterpretation, save_cams, save_galleries
+    from cxr_fastai.interpretation.interpretation import CXRInterpretation, save_cams, save_galleries
     shown = CXRInterpretation.from_run(run, split, data, **how)
     bad = draw(shown.explainer.explain(shown.subjects(shown.top_losses(most)), batch_size, burned_in), place)
     save_cams(run, split, shown)
@@ -63,7 +64,7 @@ def _explain_split(run: Run, split: str, data: Path | None, most: int, place: Pa
 def _check(run: Run, split: str, data: Path | None, folder: Path | None, how: dict) -> None:
     if folder: raise UsageError(f'--out {folder}: a check goes into the figures of its run.')
     if how.pop('target') != 'PNEUMONIA': raise UsageError('--target NORMAL: --check is of maps for PNEUMONIA.')
-    from cxr_fastai.cli.display import check_table
+    from cxr_fastai.cli.output import check_table
     from cxr_fastai.interpretation.checks import check_run
     found = check_run(run, split, data, out, **how)
     out.print(check_table(found))

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.terminal import complain, out, say
-from cxr_fastai.core.files import POSITIVE, VOCAB, UsageError, check_new, leads, visible
+from cxr_fastai.cli.output import complain, out, say
+from cxr_fastai.core.environment import leads
+from cxr_fastai.core.errors import UsageError, visible
+from cxr_fastai.core.files import check_new
+from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 
 if TYPE_CHECKING:
@@ -36,7 +39,7 @@ def export(run: opt.RunFolder, bundle: opt.NewBundle = None, as_zip: opt.AsZip =
     made = Bundle.open(export(known, bundle, as_zip, int8, out))
     say(f'{made.path}: {", ".join(made.manifest)}. Next: cxr-fastai predict {made.path} FILM...')
     if space:
-        from cxr_fastai.publishing.space import write_space
+        from cxr_fastai.publishing.hub import write_space
         say(f'{write_space(made, space)}: a Space of Hugging Face: python app.py there tries it, git push shares it.')
 
 
@@ -60,7 +63,8 @@ def predict(model: opt.Model, films: opt.PredictFilms, table: opt.NewTable = Non
     """
     from dataclasses import replace
 
-    from cxr_fastai.inference.predictor import Predictor, list_films
+    from cxr_fastai.data.find import list_films
+    from cxr_fastai.inference.predictor import Predictor
     from cxr_fastai.inference.shards import gathered, shared, told
     with gathered():
         writer, done = _begin(table, resume, maps) if leads() else (None, [])
@@ -90,7 +94,7 @@ def trust(what: opt.TrustWhat, sha256: opt.Hash = None) -> None:
 
     Example: cxr-fastai trust learner.pkl --sha256 HEX
     """
-    from cxr_fastai.inference import trust as store
+    from cxr_fastai.inference import pickles as store
     match what:
         case ['list'] if not sha256:
             for known, facts in store.trusted().items(): say(f'{known}  {facts["since"]}  {facts["why"]}')
@@ -134,7 +138,7 @@ def _shown(path: Path | str) -> str:
 
 
 def _say(rows: list[dict[str, Any]], table: Path | None) -> None:
-    from cxr_fastai.cli.display import predictions_table
+    from cxr_fastai.cli.output import predictions_table
     from cxr_fastai.inference.gate import OUT_OF_DISTRIBUTION
     bad = [row for row in rows if row['status'] != 'ok']
     out.print(predictions_table(rows, SHOWN))
@@ -152,7 +156,7 @@ def _folder(table: Path) -> Path: return table.with_name(f'{table.stem}_maps')
 def _explain(predictor: Predictor, rows: list[dict[str, Any]], paths: list[Path], folder: Path) -> None:
     """Draw a map of each film that has a probability, called by the number of its row."""
     from cxr_fastai.cli.explain import draw
-    from cxr_fastai.data.names import short_path
+    from cxr_fastai.data.find import short_path
     from cxr_fastai.interpretation.explainer import Explainer, Subject
     shown = [path for row, path in zip(rows, paths, strict=True) if row['status'] == 'ok']
     found = Explainer(predictor).explain([Subject(path, visible(short_path(str(path)))) for path in shown])

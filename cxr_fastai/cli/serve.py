@@ -6,8 +6,8 @@ from importlib.util import find_spec
 import typer
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.terminal import say
-from cxr_fastai.core.files import UsageError
+from cxr_fastai.cli.output import say
+from cxr_fastai.core.errors import UsageError
 
 NEEDED = ('fastapi', 'uvicorn', 'python_multipart', 'prometheus_client', 'onnxruntime')
 
@@ -25,7 +25,7 @@ def serve(bundle: opt.BundlePath, host: opt.Host = '127.0.0.1', port: opt.Port =
     if missing := [name for name in NEEDED if not find_spec(name)]:
         raise UsageError(f'serve needs {", ".join(missing)}: pip install "cxr_fastai[serve]".')
     from cxr_fastai.serving.server import serve
-    from cxr_fastai.serving.settings import Limits, Settings
+    from cxr_fastai.serving.service import Limits, Settings
     limits = Limits(max_body*2**20, max_films)
     code = serve(Settings(bundle, host, port, limits, queue, per_client, timeout, send_timeout,
                           token=_read_token(token_file), hosts=tuple(allow_host or ())), say)

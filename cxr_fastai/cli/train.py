@@ -7,8 +7,9 @@ from typing import Any
 import typer
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.terminal import free, one_of, out, say
-from cxr_fastai.core.files import UsageError, write_csv
+from cxr_fastai.cli.output import free, one_of, out, say
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.files import write_csv
 from cxr_fastai.core.run import Run
 
 

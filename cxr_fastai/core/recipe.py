@@ -5,9 +5,12 @@ import math
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cxr_fastai.core.files import UsageError
+from cxr_fastai.core.errors import UsageError
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -157,3 +160,6 @@ UNTOLD = ('arch', 'name', 'phases', 'weights', 'workers', 'threshold')
 """Fields that `command_line` tells otherwise, or that change nothing in what is trained."""
 PARSERS = {'float': (float, 'NUMBER'), 'int': (int, 'WHOLE NUMBER'), 'str': (str, 'WORD'),
            'bool': ({'true': True, 'false': False}.__getitem__, 'true or false')}
+VOCAB = ('NORMAL', 'PNEUMONIA')
+"""The classes in the order of the network's outputs; the last one is the positive class."""
+POSITIVE = VOCAB.index('PNEUMONIA')

@@ -10,7 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cxr_fastai.core.files import UsageError, check_new, leads, write_csv, write_json, writing
+from cxr_fastai.core.environment import leads
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.files import check_new, write_csv, write_json, writing
 from cxr_fastai.core.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -19,8 +19,11 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from cxr_fastai.core.files import VOCAB, CXRError, check_new, progress, writing
-from cxr_fastai.data.folders import junk
+from cxr_fastai.core.errors import CXRError
+from cxr_fastai.core.files import check_new, writing
+from cxr_fastai.core.progress import progress
+from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.data.find import junk
 
 MAX_ENTRIES = 200_000
 MAX_BYTES = 20*10**9

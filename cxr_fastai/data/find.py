@@ -1,15 +1,46 @@
-"""A CSV that lists films (path, label, split, patient) becomes a table, or one line that says what is wrong with it."""
+"""Which files are images: in folders, CSV lists and on the command line."""
 from __future__ import annotations
 
 import codecs
 import csv
 import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable
 from io import StringIO
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from cxr_fastai.core.files import UsageError
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.images.decode import SUFFIXES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def find_films(folder: Path) -> tuple[list[Path], Counter]:
+    """Films below `folder`, sorted, and a count of what was ignored, by reason. Links are not followed, to folders or
+    to films: they may lead in circles or out of the folder. (A CSV may list them.)"""
+    films, ignored = [], Counter()
+    for base, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(base, name)
+            reason = junk(path.relative_to(folder)) or ('link' if path.is_symlink() else None)
+            if reason: ignored[reason] += 1
+            else: films.append(path)
+    return films, ignored
+
+
+def junk(path: PurePath) -> str | None:
+    """Why the file `path` is no film, by its name; None where it may be one."""
+    if '__MACOSX' in path.parts: return '__MACOSX'
+    if path.name.startswith('._'): return '._*'
+    if path.name == '.DS_Store': return '.DS_Store'
+    return None if path.suffix.lower() in SUFFIXES else 'not a film'
 
 SHOWN = 10
 """Row numbers in a complaint; the header is row 1."""
@@ -74,3 +105,59 @@ def _parse(path: Path, text: str) -> pd.DataFrame:
         raise UsageError(f'{path}: more cells than the header has in {rows_where(long)}.')
     cells = [[cell.strip() or None for cell in row] + [None]*(len(names) - len(row)) for row in rows]
     return pd.DataFrame(cells, lengths.index, names, dtype=object).dropna(how='all')
+
+KNOWN_WORDS = {
+    'anon', 'ap', 'bacteria', 'chest', 'chncxr', 'copy', 'covid', 'cr', 'crop', 'cxr', 'data', 'dataset', 'demo',
+    'dicom', 'dx', 'exam', 'faulty', 'film', 'films', 'folder', 'frontal', 'id', 'im', 'image', 'images', 'img',
+    'kaggle', 'lateral', 'left', 'masks', 'mcucxr', 'medmnist', 'normal', 'original', 'originals', 'pa', 'patient',
+    'person', 'pneumonia', 'ray', 'right', 'sample', 'scan', 'series', 'set', 'study', 'subset', 'test', 'train',
+    'unknown', 'val', 'valid', 'view', 'virus', 'xray'}
+"""Words that name nobody; a name that has another word in it may be a person's."""
+HASH = re.compile(r'[0-9a-f]{8,}(-[0-9a-f]{4,})*')
+WORD = re.compile(r'[^\W\d_]+')
+
+
+def is_safe(name: str) -> bool:
+    """Whether `name` has only known words, single Latin letters and numbers, or is a hash."""
+    words = (word for word in WORD.findall(name) if len(word) > 1 or not word.isascii())
+    return bool(HASH.fullmatch(name)) or '^' not in name and all(word.casefold() in KNOWN_WORDS for word in words)
+
+
+def safe_name(name: str, stand_in: str) -> str:
+    """`name` as it may be shown, or `stand_in`."""
+    return name if is_safe(name) else stand_in
+
+
+def short_path(path: str) -> str:
+    """`path` without the folders above its own two, where they are not those of the data root: of one that is absolute
+    or leads out of it."""
+    parts = PurePosixPath(path).parts
+    return '/'.join(parts[-3:]) if path.startswith('/') or '..' in parts else path
+
+
+def safe_path(path: str, number: int) -> str:
+    """`path` as it may be shown: from the first part that may be a person's name on, `film-` and `number` instead."""
+    *folders, file = PurePosixPath(path).parts
+    suffix = PurePosixPath(file).suffix
+    if suffix.lower() not in SUFFIXES: suffix = ''  # the end of a name with a full stop in it
+    safe = [is_safe(folder) for folder in folders] + [is_safe(file.removesuffix(suffix))]
+    if all(safe): return path
+    return '/'.join([*folders[:safe.index(False)], f'film-{number}{suffix}'])
+
+
+def list_films(sources: Iterable[Path]) -> list[Path]:
+    """The films that `sources` mean: files as they are, folders with all films below them, sorted, what a CSV has in
+    its column path, and for `-` what standard input has, a line each. Raises `UsageError` where there are none."""
+    films = []
+    for source in sources:
+        found = _list(source)
+        if not found: raise UsageError(f'{source}: no films there (links are not followed).')
+        films += found
+    return films
+
+
+def _list(source: Path) -> list[Path]:
+    if str(source) == '-': return [Path(os.fsdecode(line.rstrip(b'\r\n'))) for line in sys.stdin.buffer if line.strip()]
+    if os.path.isdir(source): return find_films(source)[0]  # a Path would raise where the name is too long
+    if source.suffix.lower() != '.csv': return [source]
+    return [source.parent/path for path in read_listing(source, ('path',)).path]

@@ -11,8 +11,11 @@ import pandas as pd
 from PIL import Image
 from rich.console import Console
 
-from cxr_fastai.core.files import FilmError, in_threads
-from cxr_fastai.images.decode import BILINEAR, Preprocessing, open_film
+from cxr_fastai.core.errors import FilmError
+from cxr_fastai.core.progress import in_threads
+from cxr_fastai.images.corruptions import sharpness
+from cxr_fastai.images.decode import open_film
+from cxr_fastai.images.preprocessing import BILINEAR, Preprocessing
 
 TRAITS = ('width', 'height', 'aspect', 'colour', 'bytes per pixel', 'mean grey', 'border grey', 'vertical sharpness',
           'horizontal sharpness')
@@ -40,12 +43,6 @@ def measure_films(paths: Sequence[str], root: Path, workers: int | None = None,
     measured = list(in_threads(_measure, [root/path for path in paths], workers, console))
     table = pd.DataFrame([traits for traits, _ in measured], columns=COLUMNS)
     return table, np.stack([thumbnail for _, thumbnail in measured])
-
-
-def sharpness(seen: np.ndarray) -> tuple[float, float]:
-    """Vertical and horizontal mean step between neighbouring pixels of the film `seen` (h, w), in its grey levels."""
-    seen = seen.astype(np.float32)  # bytes would wrap around
-    return float(np.abs(np.diff(seen, axis=0)).mean()), float(np.abs(np.diff(seen, axis=1)).mean())
 
 
 def find_alike(thumbnails: np.ndarray, alike: float = ALIKE) -> list[tuple[int, int, float]]:

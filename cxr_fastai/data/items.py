@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 
-from cxr_fastai.core.files import VOCAB, CXRError, UsageError
-from cxr_fastai.data.find import check_files, drop_repeats, read_listing, rows_where
-from cxr_fastai.data.folders import find_films
+from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.data.find import check_files, drop_repeats, find_films, read_listing, rows_where
+from cxr_fastai.data.splits import count_films, describe_counts, split_patients
 from cxr_fastai.images.decode import SUFFIXES
 
 COLUMNS = ['path', 'label', 'split', 'patient', 'kind']
@@ -22,8 +23,6 @@ SPLITS = {'train': 'train', 'val': 'valid', 'valid': 'valid', 'test': 'test'}
 """Names of folders, and of the splits they hold."""
 VALID = ('official', 'patients')
 """How validation films are chosen: the folders as they are, or a tenth of the patients of train and val together."""
-FEW = 50
-"""Validation films of a class below which selecting an epoch is a matter of luck."""
 PNEUMONIA_NAME = re.compile(r'person(?P<id>\d+)_(?P<kind>bacteria|virus)_\d+')
 NORMAL_NAME = re.compile(r'(?P<id>(NORMAL2-)?IM-\d+)-\d+')
 OTHERS = {'chest_xray': 'nested chest_xray', 'masks': 'masks'}
@@ -77,61 +76,6 @@ def parse_name(path: str, label: str) -> tuple[str, str]:
     return ('normal', found['id']) if normal else (found['kind'], f'{found["kind"]}-{found["id"]}')
 
 
-def split_patients(items: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Pool train and valid, and give a tenth of the patients to valid, with the shares of the classes kept."""
-    from sklearn.model_selection import StratifiedGroupKFold
-    pool = items[items.split.isin(['train', 'valid'])]
-    patients = pool.groupby('label').patient.nunique().reindex(VOCAB, fill_value=0)
-    if patients.min() < 2:
-        raise UsageError(f'--valid patients needs two patients of each class; found {_counts(patients)}.')
-    folds = StratifiedGroupKFold(min(10, patients.min()), shuffle=True, random_state=seed)
-    _, chosen = next(folds.split(pool, pool.label, pool.patient))
-    split = items.split.where(~items.index.isin(pool.index), 'train')
-    split.loc[pool.index[chosen]] = 'valid'
-    return items.assign(split=split)
-
-
-def check_trainable(items: pd.DataFrame) -> None:
-    """Raise `UsageError` unless train has two films of each class and valid has any."""
-    counts = count_films(items)
-    if (counts.loc['train'] < 2).any():
-        raise UsageError(f'train holds {_counts(counts.loc["train"])}: a classifier needs two films or more of each '
-                         'class.')
-    if not counts.loc['valid'].sum():
-        raise UsageError('valid holds no film, so no epoch could be chosen: `--valid patients` takes a tenth of the '
-                         'patients of train.')
-
-
-def check_leakage(items: pd.DataFrame) -> None:
-    """Raise `UsageError` where a patient has films in two splits: what is measured would flatter."""
-    if n := len(leaking_patients(items)):
-        raise UsageError(f'patients with films in two splits: {n}. Figures on one would flatter: `cxr-fastai data '
-                         'audit` tells more. --valid patients mends train and valid; --allow-leakage trains anyway.')
-
-
-def leaking_patients(items: pd.DataFrame) -> pd.Series:
-    """The splits of each patient (the index) who is in more than one, as lists."""
-    splits = items.groupby('patient').split.unique().map(sorted)
-    return splits[splits.map(len) > 1]
-
-
-def doubt_validation(items: pd.DataFrame) -> str | None:
-    """What the size of valid leaves unknown, in words; None where it has enough films of each class."""
-    from scipy.stats import binomtest
-    counts = count_films(items).loc['valid']
-    if counts.min() >= FEW: return None
-    n = int(counts.max())
-    low = binomtest(n, n).proportion_ci(method='wilson').low
-    return (f'validation has only {_counts(counts)} films: even {n} of {n} right would leave the true rate anywhere '
-            f'from {low:.2f} to 1, and the epoch it selects is a matter of luck.')
-
-
-def count_films(items: pd.DataFrame) -> pd.DataFrame:
-    """Films by split (rows train, valid, test) and class (columns in the order of the vocabulary)."""
-    counts = pd.crosstab(items.split, items.label)
-    return counts.reindex(index=['train', 'valid', 'test'], columns=list(VOCAB), fill_value=0)
-
-
 def identify_films(items: pd.DataFrame) -> str:
     """The SHA-256 of the films' paths and labels, in whatever splits they are."""
     films = sorted(zip(items.path, items.label, strict=True))
@@ -140,7 +84,7 @@ def identify_films(items: pd.DataFrame) -> str:
 
 def describe_items(items: pd.DataFrame) -> str:
     """The films by split and class, and what was ignored, in a line."""
-    films = '; '.join(f'{split}: {_counts(row)}' for split, row in count_films(items).iterrows() if row.sum())
+    films = '; '.join(f'{split}: {describe_counts(row)}' for split, row in count_films(items).iterrows() if row.sum())
     ignored = ', '.join(f'{n} {reason}' for reason, n in items.attrs.get('ignored', {}).items())
     return films + (f'; ignored: {ignored}' if ignored else '')
 
@@ -204,7 +148,7 @@ def _table(films: pd.DataFrame, ignored: Counter, source: Path) -> pd.DataFrame:
                          f'Say in {film_root(source)/"classes.json"} what the others are, as in {{"Normal": "NORMAL", '
                          '"COVID": null}; null leaves a class out.')
     label = films.label.map(classes)
-    for name, n in films.label[label.isna()].value_counts().items(): ignored[f'class {name}'] = n
+    for name, n in films.label[label.isna()].valuedescribe_counts().items(): ignored[f'class {name}'] = n
     films = films.assign(label=label)[label.notna()]
     if films.empty: raise CXRError(f'{source}: no film is left of the {len(label)} listed there.')
     films, repeats = drop_repeats(films, source)
@@ -215,6 +159,3 @@ def _table(films: pd.DataFrame, ignored: Counter, source: Path) -> pd.DataFrame:
     items = films.assign(kind=told.kind, patient=patient)[COLUMNS].sort_values(['path', 'split'], ignore_index=True)
     items.attrs['ignored'] = dict(ignored)
     return items
-
-
-def _counts(counts: pd.Series) -> str: return ' and '.join(f'{n} {name}' for name, n in counts.items())

@@ -5,53 +5,23 @@ import ctypes
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
-import numpy as np
 import pandas as pd
 import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
-from fastai.data.load import SkipItemException
 from fastai.data.transforms import ColReader, ColSplitter, IntToFloatTensor
-from fastai.torch_core import TensorImage, TensorImageBW
-from fasttransform import DisplayedTransform, Transform
-from torch import Tensor
 
-from cxr_fastai.core.files import VOCAB, CXRWarning, FilmError, in_threads
-from cxr_fastai.core.recipe import Recipe
-from cxr_fastai.data.transforms import AugmentFilms, augmentations  # noqa: F401  (older model files look for it here)
+from cxr_fastai.core.errors import FilmError
+from cxr_fastai.core.progress import in_threads
+from cxr_fastai.core.recipe import VOCAB, Recipe
+from cxr_fastai.data.transforms import AugmentFilms, NormalizeFilm, OpenFilm, augmentations  # noqa: F401  (older model files look for it here)
 from cxr_fastai.images.cache import FilmCache
-from cxr_fastai.images.decode import Preprocessing, read_film
-from cxr_fastai.models.architectures import denormalize, normalize
-
-
-class OpenFilm(Transform):
-    """A path, or a grey uint8 array (h, w), to a grey uint8 tensor (1, size, size), as `source` loads or fits it. A
-    film that cannot be read raises `FilmError`, or where they are to `skip`, leaves the batch with a warning."""
-
-    def __init__(self, source: Preprocessing | FilmCache, skip: bool = False):
-        super().__init__()
-        self.source, self.skip, self.input_types = source, skip, (str, Path, np.ndarray)  # what `dls.test_dl` accepts
-
-    def encodes(self, film: str | Path | np.ndarray):
-        try: grey = (self.source.fit if isinstance(film, np.ndarray) else self.source.load)(film)
-        except FilmError as error:
-            if not self.skip: raise
-            warnings.warn(f'{error}: skipped', CXRWarning, stacklevel=2)
-            raise SkipItemException from error
-        return TensorImageBW(torch.from_numpy(grey.copy())[None])
-
-
-class NormalizeFilm(DisplayedTransform):
-    """Grey films (n, 1, h, w) in [0, 1] to ImageNet-normalised (n, 3, h, w); the last step before the network."""
-    order = 99
-
-    def encodes(self, x: TensorImageBW): return TensorImage(normalize(x.as_subclass(Tensor)))
-    def decodes(self, x: TensorImage): return TensorImage(denormalize(x.as_subclass(Tensor)))
+from cxr_fastai.images.decode import read_film
+from cxr_fastai.images.preprocessing import Preprocessing
 
 
 def film_block(recipe: Recipe, cache: FilmCache | None = None) -> DataBlock:

@@ -15,9 +15,10 @@ import pandas as pd
 import requests
 from rich.console import Console
 
-from cxr_fastai.core.files import CXRError, CXRWarning, OutputError, UsageError, check_new, writing
+from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
+from cxr_fastai.core.files import check_new, writing
 from cxr_fastai.data.archives import check_hash, draw_films, hash_file, new_folder, unpack_films
-from cxr_fastai.data.folders import find_films
+from cxr_fastai.data.find import find_films
 from cxr_fastai.data.items import read_items
 
 TIMEOUT = (10, 60)

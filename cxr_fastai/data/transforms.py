@@ -2,19 +2,27 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from inspect import signature
+from pathlib import Path
 
+import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.torch_core import TensorImageBW
+from fastai.data.load import SkipItemException
+from fastai.torch_core import TensorImage, TensorImageBW
 from fastai.vision.augment import RandomErasing
 from fasttransform import DisplayedTransform, Transform
 from torch import Tensor
 
+from cxr_fastai.core.errors import CXRWarning, FilmError
 from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.images.cache import FilmCache
 from cxr_fastai.images.corruptions import reencode
+from cxr_fastai.images.preprocessing import Preprocessing
+from cxr_fastai.models.inputs import denormalize, normalize
 
 STRIDE = 32
 """Films that start smaller have sides that are multiples of it, as the networks halve a side five times."""
@@ -180,3 +188,28 @@ def _sources(flip: Tensor, angle: Tensor, shift: Tensor, scale: Tensor) -> Tenso
     mirror = 1 - 2*flip.to(shift.dtype)
     inverse = [mirror*cos*sx, -mirror*sin*sy, mirror*(dy*sin - dx*cos), sin*sx, cos*sy, -dx*sin - dy*cos]
     return torch.stack(inverse, dim=1).view(-1, 2, 3, 1, 1)
+
+
+class OpenFilm(Transform):
+    """A path, or a grey uint8 array (h, w), to a grey uint8 tensor (1, size, size), as `source` loads or fits it. A
+    film that cannot be read raises `FilmError`, or where they are to `skip`, leaves the batch with a warning."""
+
+    def __init__(self, source: Preprocessing | FilmCache, skip: bool = False):
+        super().__init__()
+        self.source, self.skip, self.input_types = source, skip, (str, Path, np.ndarray)  # what `dls.test_dl` accepts
+
+    def encodes(self, film: str | Path | np.ndarray):
+        try: grey = (self.source.fit if isinstance(film, np.ndarray) else self.source.load)(film)
+        except FilmError as error:
+            if not self.skip: raise
+            warnings.warn(f'{error}: skipped', CXRWarning, stacklevel=2)
+            raise SkipItemException from error
+        return TensorImageBW(torch.from_numpy(grey.copy())[None])
+
+
+class NormalizeFilm(DisplayedTransform):
+    """Grey films (n, 1, h, w) in [0, 1] to ImageNet-normalised (n, 3, h, w); the last step before the network."""
+    order = 99
+
+    def encodes(self, x: TensorImageBW): return TensorImage(normalize(x.as_subclass(Tensor)))
+    def decodes(self, x: TensorImage): return TensorImage(denormalize(x.as_subclass(Tensor)))

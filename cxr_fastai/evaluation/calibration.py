@@ -9,9 +9,8 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import xlog1py, xlogy
 
-from cxr_fastai.evaluation.bootstrap import mean_draws, middle
-from cxr_fastai.evaluation.intervals import Estimate, estimate, proportion
-from cxr_fastai.inference.temperature import EDGE, logits
+from cxr_fastai.evaluation.intervals import Estimate, estimate, mean_draws, middle, proportion
+from cxr_fastai.inference.config import EDGE, logits
 
 BINS = 15
 NULL_DRAWS = 2000

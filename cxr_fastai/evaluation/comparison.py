@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cxr_fastai.core.files import UsageError
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import identify_films
-from cxr_fastai.evaluation.bootstrap import auc_draws, deviation
-from cxr_fastai.evaluation.intervals import compare_auc, difference
+from cxr_fastai.evaluation.intervals import auc_draws, compare_auc, deviation, difference
 from cxr_fastai.evaluation.metrics import Sample
 
 FIGURES = ('auc', 'average_precision', 'sensitivity', 'specificity', 'balanced_accuracy', 'accuracy', 'mcc', 'brier')

@@ -14,7 +14,7 @@ from cxr_fastai.core.figures import BLUE, GREEN, GREY, INK, LINES, ORANGE, axes,
 from cxr_fastai.evaluation.calibration import reliability
 from cxr_fastai.evaluation.intervals import describe
 from cxr_fastai.evaluation.metrics import HALF, TARGETS, truth
-from cxr_fastai.evaluation.tradeoffs import (
+from cxr_fastai.evaluation.thresholds import (
     net_benefit,
     precision_recall,
     precision_recall_band,
@@ -22,7 +22,7 @@ from cxr_fastai.evaluation.tradeoffs import (
     roc_band,
     roc_curve,
 )
-from cxr_fastai.inference.temperature import logits, temper
+from cxr_fastai.inference.config import logits, temper
 
 UNIT = (-0.02, 1.02)
 SCORES = np.array([0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999])

@@ -12,13 +12,17 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from cxr_fastai.core.files import POSITIVE, VOCAB, CXRWarning, FilmError, UsageError, write_csv, write_json
+from cxr_fastai.core.errors import CXRWarning, FilmError, UsageError
+from cxr_fastai.core.files import write_csv, write_json
+from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
-from cxr_fastai.data.items import count_films, data_root, film_root, parse_name, read_items
+from cxr_fastai.data.items import data_root, film_root, parse_name, read_items
+from cxr_fastai.data.splits import count_films
 from cxr_fastai.evaluation.calibration import log_losses
 from cxr_fastai.evaluation.metrics import PREVALENCES, is_complete, measure
-from cxr_fastai.evaluation.thresholds import DEFAULT, Decision, decide, parse_rule
+from cxr_fastai.evaluation.thresholds import DEFAULT, decide, parse_rule
 from cxr_fastai.inference.config import identify_network
+from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.predictor import Predictor
 
 COLUMNS = ['path', 'label', 'split', 'patient', 'p_pneumonia', 'prediction', 'loss']

@@ -9,20 +9,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cxr_fastai.core.files import POSITIVE, VOCAB
-from cxr_fastai.evaluation.bootstrap import (
+from cxr_fastai.core.recipe import POSITIVE, VOCAB
+from cxr_fastai.evaluation.calibration import measure_calibration
+from cxr_fastai.evaluation.intervals import (
     DRAWS,
     SEED,
+    Z95,
+    Estimate,
     auc_draws,
     average_precision_draws,
     count_draws,
     deviation,
     draw_patients,
-)
-from cxr_fastai.evaluation.calibration import measure_calibration
-from cxr_fastai.evaluation.intervals import (
-    Z95,
-    Estimate,
     estimate,
     f1,
     newcombe,
@@ -31,7 +29,7 @@ from cxr_fastai.evaluation.intervals import (
     proportion,
     roc_auc,
 )
-from cxr_fastai.inference.temperature import temper
+from cxr_fastai.inference.config import temper
 
 TARGETS = {'sensitivity': 0.95, 'specificity': 0.90}
 """What the specification asks for."""
@@ -225,3 +223,11 @@ AT_A_THRESHOLD: dict[str, Callable[[Calls], Estimate]] = {
     **{name: partial(Calls.share, right=right, wrong=wrong) for name, (right, wrong) in SHARES.items()},
     'f1': Calls.f1, 'balanced_accuracy': Calls.balanced_accuracy, 'mcc': Calls.correlation}
 """The same for figures that depend on the threshold."""
+
+NAMES = {'auc': 'AUC', 'ppv': 'PPV', 'npv': 'NPV', 'f1': 'F1', 'mcc': 'MCC', 'brier': 'Brier score'}
+"""Figures that are not called by their own name."""
+
+
+def name_figure(name: str) -> str:
+    """A figure's key of `metrics.json` in words."""
+    return NAMES.get(name, name.replace('_', ' '))

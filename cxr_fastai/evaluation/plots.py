@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from cxr_fastai.core.figures import BLUE, GREEN, GREY, ORANGE, axes, entitle, tidy
-from cxr_fastai.core.files import VOCAB
+from cxr_fastai.core.recipe import VOCAB
 
 if TYPE_CHECKING:
     from cxr_fastai.training.lr_finder import Rates

@@ -17,13 +17,14 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from cxr_fastai.core.files import POSITIVE, VOCAB, in_threads
+from cxr_fastai.core.progress import in_threads
+from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.intervals import proportion, roc_auc
-from cxr_fastai.images.corruptions import CLEAN, CORRUPTIONS, SHORTCUT, STRENGTHS, corrupt
-from cxr_fastai.images.decode import Preprocessing, open_film
-from cxr_fastai.images.shortcut import Equaliser
+from cxr_fastai.images.corruptions import CLEAN, CORRUPTIONS, SHORTCUT, STRENGTHS, Equaliser, corrupt
+from cxr_fastai.images.decode import open_film
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.predictor import Predictor
 
 SIDE = 224

@@ -15,8 +15,11 @@ import numpy as np
 import PIL
 from PIL import features
 
-from cxr_fastai.core.files import CXRError, FilmError, UsageError, atomic, in_threads, write_json, writing
-from cxr_fastai.images.decode import Preprocessing, decode_film, read_bytes
+from cxr_fastai.core.errors import CXRError, FilmError, UsageError
+from cxr_fastai.core.files import atomic, write_json, writing
+from cxr_fastai.core.progress import in_threads
+from cxr_fastai.images.decode import decode_film, read_bytes
+from cxr_fastai.images.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from rich.console import Console

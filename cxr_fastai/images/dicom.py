@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from cxr_fastai.core.files import Film, FilmError
-from cxr_fastai.images.limits import check_pixels, check_scans
+from cxr_fastai.core.errors import FilmError
+from cxr_fastai.images.limits import Film, check_pixels, check_scans
 from cxr_fastai.images.windowing import count_levels, look_up, percentile_table, spread, weighted_percentiles
 
 if TYPE_CHECKING:

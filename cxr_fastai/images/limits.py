@@ -1,7 +1,13 @@
 """What a film file may cost to decode, and what a film has to be."""
 from __future__ import annotations
 
-from cxr_fastai.core.files import FilmError
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cxr_fastai.core.errors import FilmError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_PIXELS = 40_000_000
 MAX_BYTES = 400_000_000
@@ -28,3 +34,21 @@ def check_scans(jpeg: bytes, width: int, height: int) -> None:
     scans = jpeg.count(b'\xff\xda')
     if scans*width*height > MAX_SCANNED:
         raise FilmError(f'{scans} progressive scans of {width}x{height} would take too long', 'E_TIMEOUT')
+
+
+@dataclass(frozen=True)
+class Film:
+    """A decoded film: grey `pixels` uint8 (h, w), and what the file was: its `format`, the `mode` its pixels are stored
+    in (Pillow's name, or DICOM's), `bits` a sample, `width` and `height` as stored.
+
+    `notes` tell what was done beyond decoding, such as the window of a deep film; `burned_in` is true where the file
+    says that text in the picture may name the patient.
+    """
+    pixels: np.ndarray
+    format: str
+    mode: str
+    bits: int
+    width: int
+    height: int
+    notes: tuple[str, ...] = ()
+    burned_in: bool = False

@@ -15,7 +15,9 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from scipy.ndimage import affine_transform, gaussian_filter
 
-from cxr_fastai.core.files import UsageError, check_new, progress, writing
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.files import check_new, writing
+from cxr_fastai.core.progress import progress
 
 SHARES = {'train': 0.6, 'val': 0.2, 'test': 0.2}
 """Of the films, in the data set's names for its folders. The real val has 16 films, too few to show anything."""

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cxr_fastai.core.files import FilmError
+from cxr_fastai.core.errors import FilmError
 
 PERCENTILES = (0.5, 99.5)
 """Of the pixels, where nothing declares a window: between them all 256 levels are used, beyond them little is lost."""

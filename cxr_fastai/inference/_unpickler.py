@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from cxr_fastai.core.files import CXRError
+from cxr_fastai.core.errors import CXRError
 
 ALLOWED = {
     '__builtin__': 'float long print set tuple unicode', 'builtins': 'float int print set tuple str',
     '_codecs': 'encode', 'collections': 'OrderedDict', 'functools': 'partial', 'random': 'Random',
     'inspect': 'Parameter Signature _ParameterKind _empty', 'pathlib': 'Path PosixPath PurePosixPath',
     'numpy': 'dtype ndarray', 'numpy._core.multiarray': 'scalar _reconstruct', 'pandas': 'Series',
-    'cxr_fastai.data.transforms': 'AugmentFilms DegradeFilms', 'cxr_fastai.images.decode': 'Preprocessing',
-    'cxr_fastai.data.loaders': 'NormalizeFilm OpenFilm follow_parent',
-    'cxr_fastai.training.learner': 'body_and_head roc_auc sensitivity specificity', 'cxr_fastai.models.architectures': 'BaselineCNN',
+    'cxr_fastai.images.preprocessing': 'Preprocessing', 'cxr_fastai.models.architectures': 'BaselineCNN',
+    'cxr_fastai.data.transforms': 'AugmentFilms DegradeFilms NormalizeFilm OpenFilm',
+    'cxr_fastai.data.loaders': 'follow_parent',
+    'cxr_fastai.training.learner': 'body_and_head roc_auc sensitivity specificity',
     'fastai.callback.core': 'TrainEvalCallback', 'fastai.callback.progress': 'ProgressCallback',
     'fastai.callback.training': 'BnFreeze', 'fastai.data.core': 'DataLoaders Datasets TfmdDL TfmdLists',
     'fastai.data.load': '_FakeLoader _wif',

@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from cxr_fastai.core.files import CXRError, UsageError
+from cxr_fastai.core.environment import world
+from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, check_header, load_network
 from cxr_fastai.inference.selftest import Canary, Engine
-from cxr_fastai.inference.shards import world
 
 SCHEMA = 1
 CONFIG, MANIFEST, ONNX, INT8 = 'config.json', 'manifest.json', 'model.onnx', 'model.int8.onnx'

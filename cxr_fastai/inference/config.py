@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cxr_fastai.core.files import VOCAB, CXRError, UsageError, atomic, first_line
-from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.core.errors import CXRError, UsageError, first_line
+from cxr_fastai.core.files import atomic
+from cxr_fastai.core.recipe import VOCAB, Recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,3 +122,17 @@ def sha256(path: Path) -> str:
 def config_text(config: ModelConfig, **more: Any) -> str:
     """`config` and what `more` is known as JSON."""
     return json.dumps({**asdict(config), 'vocab': list(VOCAB), **more}, indent=2, allow_nan=False) + '\n'
+
+EDGE = 1e-15
+"""Probabilities nearer to 0 and 1 than this count as this far: double precision has no logit for 1."""
+
+
+def temper(p: np.ndarray | float, temperature: float) -> np.ndarray | float:
+    """Probabilities (n,) with their logits divided by `temperature` (Guo et al. 2017); their order stays."""
+    return p if temperature == 1 else 1/(1 + np.exp(-logits(p)/temperature))
+
+
+def logits(p: np.ndarray | float) -> np.ndarray | float:
+    """The logits of probabilities, those of 0 and 1 cut to what double precision tells from them."""
+    cut = np.clip(p, EDGE, 1 - EDGE)
+    return np.log(cut) - np.log1p(-cut)

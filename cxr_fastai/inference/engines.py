@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cxr_fastai.core.files import POSITIVE, CXRError, UsageError, first_line
+from cxr_fastai.core.errors import CXRError, UsageError, first_line
+from cxr_fastai.core.recipe import POSITIVE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +29,7 @@ class TorchEngine:
         """The probability of pneumonia (n,) of grey uint8 films (n, s, s), and the body's mean features (n, c)."""
         import torch
 
-        from cxr_fastai.models.architectures import pool, to_input
+        from cxr_fastai.models.inputs import pool, to_input
         with torch.inference_mode():
             body, head = self.model
             maps = body(to_input(films))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cxr_fastai.core.files import CXRError
+from cxr_fastai.core.errors import CXRError
 
 OUT_OF_DISTRIBUTION = 'E_OUT_OF_DISTRIBUTION'
 OUTSIDE = {'status': 'rejected', 'code': OUT_OF_DISTRIBUTION, 'message': (

@@ -1,8 +1,6 @@
 """A model file becomes a `Predictor`: films go in, a row of facts for each comes out."""
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cxr_fastai.core.files import VOCAB, CXRError, CXRWarning, Film, FilmError, UsageError, in_threads
+from cxr_fastai.core.errors import CXRError, CXRWarning, FilmError, UsageError
+from cxr_fastai.core.progress import in_threads
+from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.core.run import Run
-from cxr_fastai.data.folders import find_films
-from cxr_fastai.images.decode import Preprocessing, open_film
+from cxr_fastai.images.decode import open_film
+from cxr_fastai.images.limits import Film
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle
-from cxr_fastai.inference.config import LEARNER, ModelConfig, find_network, load_network, sha256
+from cxr_fastai.inference.config import LEARNER, ModelConfig, find_network, load_network, sha256, temper
 from cxr_fastai.inference.engines import TorchEngine
 from cxr_fastai.inference.gate import OUTSIDE, Gate
 from cxr_fastai.inference.selftest import Engine
-from cxr_fastai.inference.temperature import temper
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,29 +128,10 @@ class Predictor:
         for row, film in batch: yield row if film is None else row | self.tell(*next(found))
 
 
-def list_films(sources: Iterable[Path]) -> list[Path]:
-    """The films that `sources` mean: files as they are, folders with all films below them, sorted, what a CSV has in
-    its column path, and for `-` what standard input has, a line each. Raises `UsageError` where there are none."""
-    films = []
-    for source in sources:
-        found = _list(source)
-        if not found: raise UsageError(f'{source}: no films there (links are not followed).')
-        films += found
-    return films
-
-
 def prediction_table(rows: Iterable[dict]) -> pd.DataFrame:
     """The rows of `Predictor.predict` as a table."""
     import pandas as pd
     return pd.DataFrame(rows, columns=COLUMNS)
-
-
-def _list(source: Path) -> list[Path]:
-    if str(source) == '-': return [Path(os.fsdecode(line.rstrip(b'\r\n'))) for line in sys.stdin.buffer if line.strip()]
-    if os.path.isdir(source): return find_films(source)[0]  # a Path would raise where the name is too long
-    if source.suffix.lower() != '.csv': return [source]
-    from cxr_fastai.data.find import read_listing
-    return [source.parent/path for path in read_listing(source, ('path',)).path]
 
 
 def _of_bundle(path: Path, engine: str) -> Predictor:
@@ -182,7 +163,7 @@ def _of_pickle(path: Path, _: str = 'auto') -> Predictor:
 
 def _decided(run: Run, file: Path, config: ModelConfig) -> ModelConfig:
     """`config` with what was decided for the network in `file`; with a warning as it is, where that was for another."""
-    from cxr_fastai.evaluation.thresholds import Decision
+    from cxr_fastai.inference.decision import Decision
     known = Decision.of(run, sha256(file))
     if known: return replace(config, threshold=known.threshold, threshold_rule=known.rule,
                              temperature=known.temperature)

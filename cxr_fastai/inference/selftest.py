@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from cxr_fastai.core.files import VOCAB, CXRError, first_line
+from cxr_fastai.core.errors import CXRError, first_line
+from cxr_fastai.core.recipe import VOCAB
 
 FILMS = 8
 TOLERANCE = 1e-4

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import TypeVar
 
-from cxr_fastai.core.files import leads
+from cxr_fastai.core.environment import leads, part_of, world
 
 S, T = TypeVar('S'), TypeVar('T')
 ROUND = 256
@@ -48,15 +48,3 @@ def shared(work: Callable[[Sequence[S]], Iterable[T]], things: Sequence[S], each
         mine = list(work(here[part_of(len(here), int(os.environ['RANK']), world())]))
         dist.gather_object(mine, parts := [None]*world() if leads() else None)
         yield from chain.from_iterable(parts or ())
-
-
-def world() -> int:
-    """How many processes there are."""
-    return int(os.environ.get('WORLD_SIZE', 1))
-
-
-def part_of(n: int, rank: int, world: int) -> slice:
-    """Which of `n` films the process `rank` of `world` takes; sizes differ by one at most, and the first have more."""
-    few, more = divmod(n, world)
-    start = rank*few + min(rank, more)
-    return slice(start, start + few + (rank < more))

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from cxr_fastai.core.files import OutputError, UsageError, atomic, writing
+from cxr_fastai.core.errors import OutputError, UsageError
+from cxr_fastai.core.files import atomic, writing
 
 Row = dict[str, Any]
 FORMULA = ('=', '+', '-', '@', '\t', '\r', '\0')

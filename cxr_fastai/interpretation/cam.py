@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from cxr_fastai.core.files import POSITIVE, UsageError
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.recipe import POSITIVE
 
 PATCHES, STRIDES = 8, 16
 """An occluding square is an eighth of the side, and moves by a sixteenth."""

@@ -12,20 +12,21 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.figures import save_figure
-from cxr_fastai.core.files import POSITIVE, VOCAB, UsageError, write_json
+from cxr_fastai.core.files import write_json
+from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.plots import plot_check
 from cxr_fastai.evaluation.robustness import read_squares
-from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import identify_network
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.interpretation.cam import BODY, activation_maps
 from cxr_fastai.interpretation.explainer import Explainer
-from cxr_fastai.interpretation.faithfulness import deletion, forgetting
-from cxr_fastai.interpretation.similarity import correlation, shrink
-from cxr_fastai.models.architectures import to_input
+from cxr_fastai.interpretation.faithfulness import correlation, deletion, forgetting, shrink
+from cxr_fastai.models.inputs import to_input
 
 
 @dataclass(frozen=True)

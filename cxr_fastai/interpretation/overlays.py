@@ -10,8 +10,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from cxr_fastai.core.files import VOCAB
-from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.images.preprocessing import Preprocessing
 
 CAVEAT = 'influenced the score; not a lesion outline'
 NO_EVIDENCE = 'no positive evidence'

@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cxr_fastai.core.files import CXRError, UsageError, first_line
+from cxr_fastai.core.environment import need
+from cxr_fastai.core.errors import CXRError, UsageError, first_line
 
 CLASSIFIERS = ('fc.', 'classifier.', 'head.', 'head_dist.', 'last_linear.')
 """How the names of last layers begin, which have other classes and are not wanted."""
@@ -44,12 +44,6 @@ def timm_body(name: str, pooled: bool = False, pretrained: bool = False) -> torc
     except (AssertionError, TypeError):
         if pooled: raise
         return timm_body(name, True, pretrained)
-
-
-def need(package: str, what: str, extra: str) -> None:
-    """Raise `UsageError` where the optional `package` is not installed."""
-    if find_spec(package) is None:
-        raise UsageError(f'{what} needs the package {package}: pip install "cxr_fastai[{extra}]".')
 
 
 def _from_torchvision(what: str, name: str) -> State:

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from cxr_fastai.core.files import POSITIVE, VOCAB, CXRError, CXRWarning, UsageError, atomic, sync, writing
+from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
+from cxr_fastai.core.files import atomic, sync, writing
+from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.intervals import roc_auc
 from cxr_fastai.evaluation.robustness import read_squares
-from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import (
     CANARY,
     CARD,
@@ -41,7 +43,7 @@ from cxr_fastai.inference.gate import FILMS, Gate
 from cxr_fastai.inference.pickles import load_learner, save_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.selftest import Canary, Engine, ParityError
-from cxr_fastai.models.architectures import MEAN, STD
+from cxr_fastai.models.inputs import MEAN, STD
 from cxr_fastai.publishing.model_card import render_card
 from cxr_fastai.publishing.reporting import SPLITS
 

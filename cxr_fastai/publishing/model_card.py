@@ -3,8 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cxr_fastai.core.files import VOCAB
-from cxr_fastai.core.recipe import Recipe, command_line
+from cxr_fastai.core.recipe import VOCAB, Recipe, command_line
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.templates import fill
 from cxr_fastai.evaluation.intervals import describe

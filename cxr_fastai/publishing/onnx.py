@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cxr_fastai.core.files import POSITIVE
-from cxr_fastai.models.architectures import MEAN, STD, normalize, pool
+from cxr_fastai.core.recipe import POSITIVE
+from cxr_fastai.models.inputs import MEAN, STD, normalize, pool
 
 OPSET = 17
 

@@ -1,28 +1,33 @@
 """A run becomes one page that needs nothing else: it reads the run's JSON, CSV and PNG files, and predicts nothing."""
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
 
-from cxr_fastai.cli.scores import name_figure
+from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.figures import to_svg
-from cxr_fastai.core.files import UsageError, write_text
+from cxr_fastai.core.files import atomic, write_text
 from cxr_fastai.core.run import Run, read_json
 from cxr_fastai.core.templates import data_uri, fill
 from cxr_fastai.data.auditing import NOT_TRAINABLE, TOO_SMALL
-from cxr_fastai.data.items import doubt_validation, identify_films, leaking_patients
-from cxr_fastai.data.names import safe_path, short_path
+from cxr_fastai.data.find import safe_path, short_path
+from cxr_fastai.data.items import identify_films
+from cxr_fastai.data.splits import doubt_validation, leaking_patients
 from cxr_fastai.evaluation.intervals import Estimate, describe
-from cxr_fastai.evaluation.metrics import AT_A_THRESHOLD, FEW, OVERALL, TARGETS, is_complete
+from cxr_fastai.evaluation.metrics import AT_A_THRESHOLD, FEW, OVERALL, TARGETS, is_complete, name_figure
 from cxr_fastai.evaluation.plots import CHECKED, EPOCHS, plot_checked, plot_epochs, plot_robustness
-from cxr_fastai.evaluation.thresholds import Decision
-from cxr_fastai.evaluation.tradeoffs import threshold_table
+from cxr_fastai.evaluation.thresholds import threshold_table
 from cxr_fastai.images.corruptions import summarise
 from cxr_fastai.inference.config import identify_network
+from cxr_fastai.inference.decision import Decision
 from cxr_fastai.interpretation.checks import CHECKS, tell
 from cxr_fastai.interpretation.interpretation import CURVES, film_picture, typical_hits, worst_errors
 from cxr_fastai.publishing.checklist import TOPICS
@@ -199,3 +204,31 @@ def _is_of(run: Run, found: dict[str, Any]) -> bool:
 
 
 def _picture(path: Path) -> str | None: return data_uri(path.read_bytes(), 'image/png') if path.is_file() else None
+
+BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome', 'msedge',
+            '/Applications/Google Chrome.app/Contents/MacOS/Google Chrome')
+QUIET = ('--headless', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+         '--disable-component-update', '--disable-sync', '--no-pdf-header-footer')
+PATIENCE = 120
+"""Seconds that printing may take."""
+
+
+def find_browser() -> str | None:
+    """The Chromium, Chrome or Edge on this machine, if there is one."""
+    return next((found for name in BROWSERS if (found := shutil.which(name))), None)
+
+
+def print_pdf(page: Path, pdf: Path) -> None:
+    """Print the HTML file `page` to `pdf`, atomically. Raises `CXRError` where no browser is found or it fails."""
+    if not (browser := find_browser()):
+        raise CXRError(f'--pdf: neither Chromium nor Chrome was found: install one, or print {page} from a browser.')
+    sandbox = ['--no-sandbox'] if hasattr(os, 'geteuid') and os.geteuid() == 0 else []  # root has none
+    with TemporaryDirectory() as profile, atomic(pdf) as temporary:
+        made = Path(profile)/'page.pdf'
+        command = [browser, *QUIET, *sandbox, f'--user-data-dir={profile}/user', f'--print-to-pdf={made}',
+                   page.resolve().as_uri()]
+        try: subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True)
+        except (subprocess.SubprocessError, OSError) as error:
+            raise CXRError(f'--pdf: {browser} failed ({error}): print {page} from a browser.') from error
+        if not made.is_file(): raise CXRError(f'--pdf: {browser} wrote nothing: print {page} from a browser.')
+        temporary.write_bytes(made.read_bytes())

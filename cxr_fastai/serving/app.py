@@ -9,13 +9,10 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from cxr_fastai import __version__
-from cxr_fastai.serving.answers import NOTICE
-from cxr_fastai.serving.api import TOLD, rest
-from cxr_fastai.serving.counts import Counts
-from cxr_fastai.serving.middleware import Crowd, KnownHosts, PerClient, Record, SameOrigin, Token
+from cxr_fastai.serving.api import NOTICE, TOLD, rest
+from cxr_fastai.serving.middleware import Counts, Crowd, KnownHosts, PerClient, Record, SameOrigin, Token
 from cxr_fastai.serving.pages import site
-from cxr_fastai.serving.service import Service
-from cxr_fastai.serving.settings import Settings
+from cxr_fastai.serving.service import Service, Settings
 
 LOCAL = ('127.0.0.1', 'localhost', '::1')
 

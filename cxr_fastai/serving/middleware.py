@@ -2,19 +2,49 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import hmac
 import logging
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Collection
 from urllib.parse import urlsplit
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cxr_fastai.serving.uploads import Refusal
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+PREDICT = '/v1/predict'
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Counts:
+    """The figures of one service, in a registry of their own."""
+
+    def __init__(self):
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter('cxr_requests', 'Requests for predictions, by status', ['status'], registry=registry)
+        self.films = Counter('cxr_films', 'Films, by status and code', ['status', 'code'], registry=registry)
+        self.seconds = Histogram('cxr_request_seconds', 'Seconds from the whole request to its answer',
+                                 buckets=SECONDS, registry=registry)
+        self.batch = Histogram('cxr_batch_films', 'Films computed together', buckets=BATCHES, registry=registry)
+        self.waiting = Gauge('cxr_requests_waiting', 'Requests that are being answered', registry=registry)
+        self.ready = Gauge('cxr_ready', '1 once the canary films agree', registry=registry)
+
+    def answered(self, path: str, status: int) -> None:
+        """Count a request for predictions by its status; others are not counted."""
+        if path == PREDICT: self.requests.labels(status or 'gone').inc()
+
+    def text(self) -> bytes:
+        """All of them."""
+        return generate_latest(self.registry)
 
 log = logging.getLogger('cxr_fastai.serving.server')
 POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -105,7 +135,7 @@ class PerClient(Guard):
 
     def __init__(self, app: ASGIApp, most: int):
         super().__init__(app)
-        self.most, self.open = most, Counter()
+        self.most, self.open = most, collections.Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope['type'] != 'http' or is_open(scope) or scope['path'] in POLLED:

@@ -16,8 +16,7 @@ from cxr_fastai import __version__
 from cxr_fastai.core.templates import data_uri, fill, markdown
 from cxr_fastai.inference.bundle import CARD
 from cxr_fastai.inference.predictor import COLUMNS
-from cxr_fastai.serving.answers import NOTICE
-from cxr_fastai.serving.api import service_of
+from cxr_fastai.serving.api import NOTICE, service_of
 from cxr_fastai.serving.uploads import Refusal
 
 THUMB = 96

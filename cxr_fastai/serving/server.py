@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cxr_fastai.core.files import CXRError, UsageError, first_line
-from cxr_fastai.serving.settings import Settings
+from cxr_fastai.core.errors import CXRError, UsageError, first_line
+from cxr_fastai.serving.service import Settings
 
 if TYPE_CHECKING:
     import uvicorn

@@ -6,9 +6,9 @@ import base64
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
@@ -17,14 +17,90 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from cxr_fastai.core.files import CXRError, Film, UsageError
+from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.images.decode import decode_film
+from cxr_fastai.images.limits import Film
 from cxr_fastai.inference.bundle import MANIFEST, ONNX, Bundle
 from cxr_fastai.inference.predictor import Predictor
-from cxr_fastai.serving.batching import Batcher
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may bring: `body` bytes in all and `films` files."""
+    body: int = 20*2**20
+    films: int = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the service of `bundle` is offered. `token` None asks for none, `per_client` 0 counts nobody; `seconds` are
+    for the answer to a request, `sending` for the request itself, `drain` for those under way when the service ends,
+    `wait` for other films to be computed with."""
+    bundle: Path
+    host: str = '127.0.0.1'
+    port: int = 8000
+    limits: Limits = field(default_factory=Limits)
+    queue: int = 32
+    per_client: int = 0
+    seconds: float = 30
+    sending: float = 10
+    drain: float = 8
+    batch: int = 16
+    wait: float = 0.004
+    token: str | None = field(default=None, repr=False)
+    hosts: tuple[str, ...] = ()
+
+Judge = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Films, grey uint8 (n, s, s), become probabilities (n,) and distances (n,): `Predictor.judge`."""
+
+
+class Batcher:
+    """Gives films to `judge` in batches of at most `most`, in a thread of `pool`, one batch at a time.
+
+    The first film waits `wait` seconds for others, while nothing is computed; films that arrive during a batch make the
+    next. A film whose request is gone is left out; where a batch fails, each of its films is tried alone.
+    """
+
+    def __init__(self, judge: Judge, pool: Executor, most: int = 16, wait: float = 0.004,
+                 watch: Callable[[int], None] = lambda size: None):
+        self.judge, self.pool, self.most, self.wait, self.watch = judge, pool, most, wait, watch
+        self.waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future]] = asyncio.Queue()
+
+    async def submit(self, film: np.ndarray) -> tuple[float, float]:
+        """The probability and the distance of the film, grey uint8 (s, s). Raises what `judge`
+        raises."""
+        found = asyncio.get_running_loop().create_future()
+        self.waiting.put_nowait((film, found))
+        return await found
+
+    async def run(self) -> None:
+        """Compute what is submitted, until cancelled."""
+        while True:
+            batch = [(film, found) for film, found in await self._gather() if not found.done()]
+            if batch: await self._compute(*zip(*batch, strict=True))
+
+    async def _gather(self) -> list[tuple[np.ndarray, asyncio.Future]]:
+        batch = [await self.waiting.get()]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.wait):
+                while len(batch) < self.most: batch.append(await self.waiting.get())
+        return batch
+
+    async def _compute(self, films: tuple[np.ndarray, ...], found: tuple[asyncio.Future, ...]) -> None:
+        self.watch(len(films))
+        try:
+            loop = asyncio.get_running_loop()
+            p, distances = await loop.run_in_executor(self.pool, self.judge, np.stack(films))
+        except Exception as error:  # a film's, not the end of all others
+            if len(films) == 1: return None if found[0].done() else found[0].set_exception(error)
+            for film, one in zip(films, found, strict=True):
+                if not one.done(): await self._compute((film,), (one,))
+            return
+        for one, score, distance in zip(found, p, distances, strict=True):
+            if not one.done(): one.set_result((float(score), float(distance)))
 
 log = logging.getLogger('cxr_fastai.serving.server')
 SIDE = 640
@@ -137,7 +213,7 @@ class Service:
         network = self.network
         from cxr_fastai.interpretation.cam import activation_maps, enlarge, scale
         from cxr_fastai.interpretation.overlays import blend_map
-        from cxr_fastai.models.architectures import to_input
+        from cxr_fastai.models.inputs import to_input
         heat = scale(enlarge(activation_maps(network, to_input(square[None])), square.shape[-1])).numpy()[0]
         if not heat.any(): return None
         return blend_map(shown, np.clip(self.predictor.preprocessing.spread(heat, *shown.shape), 0, 1))

@@ -8,7 +8,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from cxr_fastai.serving.settings import Limits
+from cxr_fastai.serving.service import Limits
 
 FIELD = 'films'
 """The name of the form's field."""

@@ -18,8 +18,10 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 
-from cxr_fastai.core.files import VOCAB, CXRError, Stopped, UsageError, atomic, csv_text, leads, sync
-from cxr_fastai.core.recipe import Recipe, differences
+from cxr_fastai.core.environment import leads
+from cxr_fastai.core.errors import CXRError, Stopped, UsageError
+from cxr_fastai.core.files import atomic, csv_text, sync
+from cxr_fastai.core.recipe import VOCAB, Recipe, differences
 from cxr_fastai.core.run import Run
 from cxr_fastai.training.learner import network
 

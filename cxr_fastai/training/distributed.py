@@ -18,10 +18,9 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib, to_detach
 from torch import Tensor
 
-from cxr_fastai.core.files import FilmError, UsageError, leads
+from cxr_fastai.core.environment import leads, need, part_of
+from cxr_fastai.core.errors import FilmError, UsageError
 from cxr_fastai.data.transforms import ByFilm
-from cxr_fastai.inference.shards import part_of
-from cxr_fastai.models.weights import need
 from cxr_fastai.training.checkpoint import random_state, set_random_state
 
 T = TypeVar('T')

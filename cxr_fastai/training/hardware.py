@@ -18,7 +18,7 @@ from fastcore.foundation import L
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from cxr_fastai.core.files import CXRWarning, UsageError, first_line
+from cxr_fastai.core.errors import CXRWarning, UsageError, first_line
 from cxr_fastai.core.recipe import CHOICES, Recipe
 from cxr_fastai.models.architectures import find_arch
 from cxr_fastai.training.learner import network

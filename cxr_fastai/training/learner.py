@@ -15,8 +15,7 @@ from fastai.metrics import AccumMetric, ActivationType, accuracy
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-from cxr_fastai.core.files import POSITIVE, VOCAB
-from cxr_fastai.core.recipe import Phase, Recipe
+from cxr_fastai.core.recipe import POSITIVE, VOCAB, Phase, Recipe
 from cxr_fastai.models.architectures import build_model
 
 OPTIMIZERS = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}

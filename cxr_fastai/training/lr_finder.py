@@ -10,12 +10,13 @@ from fastai.callback.progress import ProgressCallback  # noqa: F401  (gives `Lea
 from fastai.callback.schedule import valley
 from fastai.torch_core import set_seed
 
-from cxr_fastai.core.files import CXRError
+from cxr_fastai.core.errors import CXRError
 from cxr_fastai.core.recipe import Recipe
-from cxr_fastai.data.items import check_trainable, film_root, read_items
+from cxr_fastai.data.items import film_root, read_items
 from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.data.splits import check_trainable
 from cxr_fastai.images.cache import find_cache
-from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.training.callbacks import recipe_callbacks
 from cxr_fastai.training.learner import make_learner, reuse_memory, start_phase
 

@@ -17,11 +17,12 @@ from typing import Any, Protocol
 
 from fastai.callback.core import Callback
 
-from cxr_fastai.core.files import CXRWarning, UsageError, leads, writing
+from cxr_fastai.core.environment import leads, need
+from cxr_fastai.core.errors import CXRWarning, UsageError
+from cxr_fastai.core.files import writing
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.models.architectures import find_arch
-from cxr_fastai.models.weights import need
 
 PROJECT = 'cxr_fastai'
 

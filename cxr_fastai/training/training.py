@@ -20,28 +20,16 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib, set_seed
 from rich.console import Console
 
-from cxr_fastai.core.files import (
-    CXRWarning,
-    FilmError,
-    OutputError,
-    Stopped,
-    check_new,
-    leads,
-    write_json,
-)
+from cxr_fastai.core.environment import leads
+from cxr_fastai.core.errors import CXRWarning, FilmError, OutputError, Stopped
+from cxr_fastai.core.files import check_new, write_json
 from cxr_fastai.core.recipe import Phase, Recipe
 from cxr_fastai.core.run import Run
-from cxr_fastai.data.items import (
-    check_leakage,
-    check_trainable,
-    describe_items,
-    doubt_validation,
-    film_root,
-    read_items,
-)
+from cxr_fastai.data.items import describe_items, film_root, read_items
 from cxr_fastai.data.loaders import find_unreadable, make_dls, name_films
+from cxr_fastai.data.splits import check_leakage, check_trainable, doubt_validation
 from cxr_fastai.images.cache import FilmCache, find_cache
-from cxr_fastai.images.decode import Preprocessing
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, save_weights
 from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.models.architectures import describe_network

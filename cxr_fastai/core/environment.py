@@ -1,0 +1,35 @@
+"""Facts about this process: optional packages, and its rank among several processes."""
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from cxr_fastai.core.errors import UsageError
+
+if TYPE_CHECKING:
+    pass
+
+
+def leads() -> bool:
+    """True in the process that writes and speaks: the only one, or the first of several that `accelerate launch` or
+    `torchrun` started."""
+    return int(os.environ.get('WORLD_SIZE', 1)) < 2 or int(os.environ.get('RANK', 0)) == 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return int(os.environ.get('WORLD_SIZE', 1))
+
+
+def part_of(n: int, rank: int, world: int) -> slice:
+    """Which of `n` films the process `rank` of `world` takes; sizes differ by one at most, and the first have more."""
+    few, more = divmod(n, world)
+    start = rank*few + min(rank, more)
+    return slice(start, start + few + (rank < more))
+
+
+def need(package: str, what: str, extra: str) -> None:
+    """Raise `UsageError` where the optional `package` is not installed."""
+    if find_spec(package) is None:
+        raise UsageError(f'{what} needs the package {package}: pip install "cxr_fastai[{extra}]".')

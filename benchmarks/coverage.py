@@ -1,11 +1,12 @@
-"""How often the 95 % intervals of `evaluate` hold the truth, on simulated films whose truth is known.
+"""How often the 95 % intervals of `evaluate` hold the truth, on simulated images whose truth is known.
 
     python benchmarks/coverage.py --trials 500
 
-Each patient has one film, or several as in the public set (1 to 30, most have one); the films of a patient share half
-of what makes their scores vary. Rows are the interval that is reported, and others that could have been: films taken as
+Each patient has one image, or several as in the public set (1 to 30, most have one); the images of a patient share half
+of what makes their scores vary. Rows are the interval that is reported, and others that could have been: images taken as
 independent, and the plain percentiles of the bootstrap of patients. Prints a Markdown table of coverage and mean width.
 """
+
 import argparse
 import sys
 from collections.abc import Iterator
@@ -27,33 +28,37 @@ from cxr_fastai.evaluation.metrics import SHARES, Calls, Sample, area
 SHARED = 0.5
 """The share of a score's variance that belongs to the patient."""
 PREVALENCE = 0.1
-SETTINGS = {  # patients of each class, whether they have several films, and the distance of the classes
-    'one film a patient, AUC .983': (234, 390, False, 3.0), 'one film a patient, AUC .998': (234, 390, False, 4.0),
-    'one film a patient, few, AUC .983': (40, 40, False, 3.0), 'several films, AUC .983': (150, 210, True, 3.0),
-    'several films, AUC .998': (150, 210, True, 4.0), 'several films, few, AUC .983': (40, 40, True, 3.0)}
+SETTINGS = {  # patients of each class, whether they have several images, and the distance of the classes
+    'one image a patient, AUC .983': (234, 390, False, 3.0),
+    'one image a patient, AUC .998': (234, 390, False, 4.0),
+    'one image a patient, few, AUC .983': (40, 40, False, 3.0),
+    'several images, AUC .983': (150, 210, True, 3.0),
+    'several images, AUC .998': (150, 210, True, 4.0),
+    'several images, few, AUC .983': (40, 40, True, 3.0),
+}
 SENSITIVITY = 0.95
 """The truth at the threshold; the specificity follows from the distance."""
 
 
 def draw(normals: int, pneumonias: int, several: bool, distance: float, rng: np.random.Generator) -> Sample:
-    """Simulated films: scores are probabilities in order only."""
+    """Simulated images: scores are probabilities in order only."""
     people = normals + pneumonias
-    films = np.minimum(rng.geometric(0.55, people), 30) if several else np.ones(people, int)
-    patients = np.repeat(np.arange(people), films)
+    images = np.minimum(rng.geometric(0.55, people), 30) if several else np.ones(people, int)
+    patients = np.repeat(np.arange(people), images)
     targs = patients >= normals
     shared = rng.normal(0, np.sqrt(SHARED), people)[patients]
-    scores = shared + rng.normal(0, np.sqrt(1 - SHARED), len(patients)) + distance*targs
-    return Sample(targs, norm.cdf(scores - distance/2), patients.astype(str))
+    scores = shared + rng.normal(0, np.sqrt(1 - SHARED), len(patients)) + distance * targs
+    return Sample(targs, norm.cdf(scores - distance / 2), patients.astype(str))
 
 
 def intervals(sample: Sample, threshold: float) -> Iterator[tuple[str, str, Estimate]]:
     """Figure, way and estimate."""
     calls, (right, wrong) = Calls(sample, threshold), SHARES['sensitivity']
     yield 'sensitivity', 'reported', calls.share(right, wrong)
-    yield 'sensitivity', 'films independent (Wilson)', proportion(calls.n['tp'], calls.n['tp'] + calls.n['fn'])
+    yield 'sensitivity', 'images independent (Wilson)', proportion(calls.n['tp'], calls.n['tp'] + calls.n['fn'])
     yield 'sensitivity', 'percentiles', estimate(0, *middle(calls.share_draws(right, wrong)))
     yield 'AUC', 'reported', area(sample)
-    yield 'AUC', 'films independent (DeLong, logit)', roc_auc(sample.targs, sample.p)
+    yield 'AUC', 'images independent (DeLong, logit)', roc_auc(sample.targs, sample.p)
     yield 'AUC', 'percentiles', estimate(0, *middle(auc_draws(sample.weights, sample.targs, sample.p)))
     rates = [calls.share(*SHARES[name]) for name in ('sensitivity', 'specificity')]
     sizes = [calls.effective(*SHARES[name]) for name in ('sensitivity', 'specificity')]
@@ -63,9 +68,12 @@ def intervals(sample: Sample, threshold: float) -> Iterator[tuple[str, str, Esti
 def truths(distance: float) -> tuple[float, dict[str, float]]:
     """The threshold of the true sensitivity `SENSITIVITY`, and what is true there."""
     cut = distance - norm.ppf(SENSITIVITY)
-    a, b = SENSITIVITY*PREVALENCE, norm.sf(cut)*(1 - PREVALENCE)
-    return float(norm.cdf(cut - distance/2)), {'sensitivity': SENSITIVITY, 'AUC': norm.cdf(distance/np.sqrt(2)),
-                                               'PPV at 10 %': a/(a + b)}
+    a, b = SENSITIVITY * PREVALENCE, norm.sf(cut) * (1 - PREVALENCE)
+    return float(norm.cdf(cut - distance / 2)), {
+        'sensitivity': SENSITIVITY,
+        'AUC': norm.cdf(distance / np.sqrt(2)),
+        'PPV at 10 %': a / (a + b),
+    }
 
 
 def main() -> None:
@@ -74,12 +82,13 @@ def main() -> None:
     parser.add_argument('--trials', type=int, default=500)
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
-    print('| films | figure | interval | coverage | mean width |\n|---|---|---|---|---|')
+    print('| images | figure | interval | coverage | mean width |\n|---|---|---|---|---|')
     for name, (*sizes, distance) in SETTINGS.items():
         rng, (threshold, truth) = np.random.default_rng(args.seed), truths(distance)
         found: dict[tuple[str, str], list[tuple[bool, float]]] = {}
         for trial in range(args.trials):
-            if sys.stderr.isatty(): print(f'\r{name}: {trial}', end='', file=sys.stderr)
+            if sys.stderr.isatty():
+                print(f'\r{name}: {trial}', end='', file=sys.stderr)
             for figure, way, e in intervals(draw(*sizes, distance, rng), threshold):
                 held = e['low'] <= truth[figure] <= e['high']
                 found.setdefault((figure, way), []).append((held, e['high'] - e['low']))
@@ -88,4 +97,5 @@ def main() -> None:
             print(f'| {name} | {figure} | {way} | {held:.3f} | {width:.4f} |', flush=True)
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -1,4 +1,4 @@
-"""Chest films on disk go in; a trained, measured, explained and safely shared classifier comes out.
+"""Chest images on disk go in; a trained, measured, explained and safely shared classifier comes out.
 
 ::
 
@@ -8,6 +8,7 @@
                                                                             run/ --export--> bundle
                                                                             bundle --inference--> predictions.csv
 """
+
 from importlib.metadata import version
 
 __version__ = version(__name__)

@@ -1,4 +1,6 @@
 """`python -m cxr_fastai` is the command `cxr-fastai`."""
+
 from cxr_fastai.cli import run
 
-if __name__ == '__main__': run()
+if __name__ == '__main__':
+    run()

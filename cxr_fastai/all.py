@@ -1,17 +1,18 @@
 """Everything a notebook needs, by one `from cxr_fastai.all import *`."""
+
 from pathlib import Path
 
 from cxr_fastai.core.errors import CXRError
 from cxr_fastai.core.recipe import POSITIVE, VOCAB, Phase, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.auditing import audit, save_audit
-from cxr_fastai.data.find import list_films
-from cxr_fastai.data.items import data_root, film_root, read_items
-from cxr_fastai.data.loaders import film_block, locate, make_dls
+from cxr_fastai.data.find import list_images
+from cxr_fastai.data.items import data_root, image_root, read_items
+from cxr_fastai.data.loaders import image_block, locate, make_dls
 from cxr_fastai.data.sources import download
-from cxr_fastai.data.splits import count_films, split_patients
-from cxr_fastai.data.transforms import AugmentFilms
-from cxr_fastai.evaluation.comparison import compare, same_films
+from cxr_fastai.data.splits import count_images, split_patients
+from cxr_fastai.data.transforms import AugmentImages
+from cxr_fastai.evaluation.comparison import compare, same_images
 from cxr_fastai.evaluation.curves import (
     plot_calibration,
     plot_net_benefit,
@@ -26,10 +27,10 @@ from cxr_fastai.evaluation.metrics import measure
 from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_robustness
 from cxr_fastai.evaluation.robustness import measure_robustness
 from cxr_fastai.evaluation.thresholds import decide
-from cxr_fastai.examples import example_films, example_run, hold_out, list_held_out
+from cxr_fastai.examples import example_images, example_run, hold_out, list_held_out
 from cxr_fastai.images.cache import find_cache, prepare
 from cxr_fastai.images.corruptions import CORRUPTIONS, corrupt, summarise
-from cxr_fastai.images.decode import open_film, read_film
+from cxr_fastai.images.decode import open_image, read_image
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.inference.bundle import Bundle
@@ -46,13 +47,78 @@ from cxr_fastai.publishing.reporting import report
 from cxr_fastai.training.learner import make_learner
 from cxr_fastai.training.training import fit, train
 
-__all__ = ['ARCHS', 'AugmentFilms', 'BaselineCNN', 'Bundle', 'CORRUPTIONS', 'CXRError', 'CXRInterpretation', 'Decision',
-           'Explainer', 'POSITIVE', 'Path', 'Phase', 'Predictor', 'Preprocessing', 'Recipe', 'Run', 'VOCAB', 'audit',
-           'build_model', 'check_maps', 'check_run', 'compare', 'corrupt', 'count_films', 'data_root', 'decide',
-           'describe', 'download', 'evaluate', 'example_films', 'example_run', 'export', 'film_block', 'film_root',
-           'find_cache', 'fit', 'hold_out', 'list_films', 'list_held_out', 'load_learner', 'locate', 'make_demo',
-           'make_dls', 'make_learner', 'make_recipe', 'measure', 'measure_robustness', 'open_film', 'plot_calibration',
-           'plot_confusion_matrix', 'plot_explanation', 'plot_gallery', 'plot_history', 'plot_mean_maps',
-           'plot_net_benefit', 'plot_precision_recall', 'plot_risk_coverage', 'plot_robustness', 'plot_roc',
-           'plot_scores', 'prediction_table', 'prepare', 'read_film', 'read_items', 'report', 'same_films',
-           'save_audit', 'save_learner', 'split_patients', 'summarise', 'train', 'typical_hits', 'worst_errors']
+__all__ = [
+    'ARCHS',
+    'AugmentImages',
+    'BaselineCNN',
+    'Bundle',
+    'CORRUPTIONS',
+    'CXRError',
+    'CXRInterpretation',
+    'Decision',
+    'Explainer',
+    'POSITIVE',
+    'Path',
+    'Phase',
+    'Predictor',
+    'Preprocessing',
+    'Recipe',
+    'Run',
+    'VOCAB',
+    'audit',
+    'build_model',
+    'check_maps',
+    'check_run',
+    'compare',
+    'corrupt',
+    'count_images',
+    'data_root',
+    'decide',
+    'describe',
+    'download',
+    'evaluate',
+    'example_images',
+    'example_run',
+    'export',
+    'image_block',
+    'image_root',
+    'find_cache',
+    'fit',
+    'hold_out',
+    'list_images',
+    'list_held_out',
+    'load_learner',
+    'locate',
+    'make_demo',
+    'make_dls',
+    'make_learner',
+    'make_recipe',
+    'measure',
+    'measure_robustness',
+    'open_image',
+    'plot_calibration',
+    'plot_confusion_matrix',
+    'plot_explanation',
+    'plot_gallery',
+    'plot_history',
+    'plot_mean_maps',
+    'plot_net_benefit',
+    'plot_precision_recall',
+    'plot_risk_coverage',
+    'plot_robustness',
+    'plot_roc',
+    'plot_scores',
+    'prediction_table',
+    'prepare',
+    'read_image',
+    'read_items',
+    'report',
+    'same_images',
+    'save_audit',
+    'save_learner',
+    'split_patients',
+    'summarise',
+    'train',
+    'typical_hits',
+    'worst_errors',
+]

@@ -4,6 +4,7 @@ Why these: MkDocs 1 and mkdocs-material are in maintenance, while Sphinx is kept
 checks every reference as it builds. MyST-NB shows the outputs that notebooks store without running them, and furo,
 search and formulas (MathML, by docutils) need nothing from another server.
 """
+
 import os
 import re
 import shutil
@@ -58,31 +59,44 @@ html_math_renderer = 'mathml'
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {
     'light_css_variables': {'color-brand-primary': '#005a8d', 'color-brand-content': '#0067a3'},
-    'dark_css_variables': {'color-brand-primary': '#7cc4ee', 'color-brand-content': '#56b4e9',
-                           'color-brand-visited': '#b9a3e3', 'color-background-primary': '#14181e',
-                           'color-background-secondary': '#1c222a', 'color-foreground-primary': '#e6eaf0'},
+    'dark_css_variables': {
+        'color-brand-primary': '#7cc4ee',
+        'color-brand-content': '#56b4e9',
+        'color-brand-visited': '#b9a3e3',
+        'color-background-primary': '#14181e',
+        'color-background-secondary': '#1c222a',
+        'color-foreground-primary': '#e6eaf0',
+    },
 }
 pygments_style, pygments_dark_style = 'friendly', 'github-dark'
 
 LINK = re.compile(r'(?<=\]\()(?![a-z]+:|[#/])([^)\s#]+)(?=[)#\s])')
-PAGES = {'README.md': 'index.md', 'CONTRIBUTING.md': 'contributing.md', 'CHANGELOG.md': 'changelog.md',
-         'nbs': 'notebooks', 'docs': '.'}
+PAGES = {
+    'README.md': 'index.md',
+    'CONTRIBUTING.md': 'contributing.md',
+    'CHANGELOG.md': 'changelog.md',
+    'nbs': 'notebooks',
+    'docs': '.',
+}
 """Where on the site a file or folder of the repository is; a link to anything else becomes a download."""
 
 
 def gather(app, config) -> None:
     """Put what is no page of `docs/` among them: the notebooks, and the commands with what their `--help` says."""
-    (HERE/'notebooks').mkdir(exist_ok=True)
-    names = {path.name for path in (ROOT/'nbs').glob('*.ipynb')}
-    for old in (HERE/'notebooks').iterdir():
-        if old.name not in names: old.unlink()
-    for name in names: shutil.copy2(ROOT/'nbs'/name, HERE/'notebooks'/name)
-    write_if_new(HERE/'commands.md', commands())
+    (HERE / 'notebooks').mkdir(exist_ok=True)
+    names = {path.name for path in (ROOT / 'nbs').glob('*.ipynb')}
+    for old in (HERE / 'notebooks').iterdir():
+        if old.name not in names:
+            old.unlink()
+    for name in names:
+        shutil.copy2(ROOT / 'nbs' / name, HERE / 'notebooks' / name)
+    write_if_new(HERE / 'commands.md', commands())
 
 
 def write_if_new(path: Path, text: str) -> None:
     """Leave a file that says the same alone, so that its page is not built again."""
-    if not path.exists() or path.read_text() != text: path.write_text(text)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
 
 
 def commands() -> str:
@@ -96,40 +110,45 @@ def commands() -> str:
 
 def map_links(text: str, folder: Path) -> str:
     """`text`, a page that lies in `folder` of the repository, with its relative links as the site needs them."""
+
     def place(link: re.Match) -> str:
-        target = (folder/link[1]).resolve()
+        target = (folder / link[1]).resolve()
         return '/' + on_site(target.relative_to(ROOT)) if target.exists() and ROOT in target.parents else link[0]
+
     return LINK.sub(place, text)
 
 
 def on_site(path: Path) -> str:
     """The path below `docs/` of the repository's file `path`: of its page, else of the file itself."""
-    if path.parts[0] == 'cxr_fastai' and (page := api_page(path.stem)): return f'{page}#{path.stem}'
+    if path.parts[0] == 'cxr_fastai' and (page := api_page(path.stem)):
+        return f'{page}#{path.stem}'
     for old, new in PAGES.items():
-        if path.is_relative_to(old): return os.path.normpath(f'{new}/{path.relative_to(old)}')
+        if path.is_relative_to(old):
+            return os.path.normpath(f'{new}/{path.relative_to(old)}')
     return f'../{path}'
 
 
 def api_page(module: str) -> str | None:
     """The page whose `automodule` is `cxr_fastai.<module>`."""
-    pages = (HERE/'api').glob('*.md')
+    pages = (HERE / 'api').glob('*.md')
     return next((f'api/{page.name}' for page in pages if f':: cxr_fastai.{module}\n' in page.read_text()), None)
 
 
 def read_page(app, docname: str, source: list[str]) -> None:
-    folder = (HERE/docname).parent
-    source[0] = map_links(source[0], ROOT/'nbs' if folder.name == 'notebooks' else folder)
+    folder = (HERE / docname).parent
+    source[0] = map_links(source[0], ROOT / 'nbs' if folder.name == 'notebooks' else folder)
 
 
 def read_include(app, path: Path, docname: str, source: list[str]) -> None:
-    source[0] = map_links(source[0], (HERE/path).resolve().parent)
+    source[0] = map_links(source[0], (HERE / path).resolve().parent)
 
 
 def read_docstring(app, what: str, name: str, thing, options, lines: list[str]) -> None:
     """Keep the drawings of a docstring, and add the comments beside a dataclass's fields, but for those that end with a
     stop, which head a group of fields."""
     lines[:] = '\n\n'.join(keep_drawing(block) for block in '\n'.join(lines).split('\n\n')).split('\n')
-    if what != 'class' or not is_dataclass(thing): return
+    if what != 'class' or not is_dataclass(thing):
+        return
     told = {field: ' '.join(text.split()) for field, text in docments(thing).items() if text}
     lines += ['', *(f':param {field}: {text}' for field, text in told.items() if not text.endswith('.')), '']
 
@@ -144,11 +163,18 @@ def find_name(app, env, node, contnode):
     """Link the `name` of a docstring to the one thing in the package that has it; other code stays code.
 
     A word without a dot is no attribute: more often it is a parameter of the same name."""
-    if node.get('reftype') != 'obj' or not isinstance(contnode, nodes.literal): return None
+    if node.get('reftype') != 'obj' or not isinstance(contnode, nodes.literal):
+        return None
     domain, name = env.domains['py'], node['reftarget']
-    ends = [key for key, thing in domain.objects.items() if key.endswith(f'.{name}') and key.startswith('cxr_fastai')
-            and ('.' in name or thing.objtype in ('class', 'exception', 'function', 'data'))]
-    if len(ends) != 1: return nodes.literal('', name, classes=['code'])
+    ends = [
+        key
+        for key, thing in domain.objects.items()
+        if key.endswith(f'.{name}')
+        and key.startswith('cxr_fastai')
+        and ('.' in name or thing.objtype in ('class', 'exception', 'function', 'data'))
+    ]
+    if len(ends) != 1:
+        return nodes.literal('', name, classes=['code'])
     node['reftarget'] = ends[0]
     return domain.resolve_xref(env, node['refdoc'], app.builder, 'obj', ends[0], node, contnode)
 

@@ -3,9 +3,10 @@
     cxr-fastai demo --out demo
     python docs/pictures.py demo
 
-Those of real films (`robustness_*.png`, `cam_check_real.png`) need the commands that their pages name; `report.png` and
+Those of real images (`robustness_*.png`, `cam_check_real.png`) need the commands that their pages name; `report.png` and
 `audit.png` are screenshots.
 """
+
 import argparse
 from pathlib import Path
 
@@ -15,25 +16,34 @@ from fastai.torch_core import TensorImageBW
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cxr_fastai.all import Explainer, Predictor, Preprocessing, Run, list_films, make_recipe, open_film
+from cxr_fastai.all import Explainer, Predictor, Preprocessing, Run, list_images, make_recipe, open_image
 from cxr_fastai.core.figures import BLUE, GREY, INK, save_figure, tidy
 from cxr_fastai.data.transforms import augmentations
 from cxr_fastai.evaluation.curves import plot_calibration, plot_net_benefit, plot_risk_coverage, plot_roc, plot_scores
 from cxr_fastai.evaluation.plots import plot_history
 from cxr_fastai.interpretation.explainer import Subject
-from cxr_fastai.interpretation.overlays import show_film, show_overlay
+from cxr_fastai.interpretation.overlays import show_image, show_overlay
 
 HERE = Path(__file__).parent
 SHOWN = ('bacteria', 'virus')
 SPEED = {
-    'files to batches, training': {'Pillow + torchvision': (52, 1), 'fastai DataBlock': (59, 1.17),
-                                   'ours, decoding': (149, 2.9), 'ours, from the cache': (1022, 18.9)},
+    'files to batches, training': {
+        'Pillow + torchvision': (52, 1),
+        'fastai DataBlock': (59, 1.17),
+        'ours, decoding': (149, 2.9),
+        'ours, from the cache': (1022, 18.9),
+    },
     'a training step, baseline': {'plain PyTorch script': (13.9, 1), 'ours': (32.8, 2.36)},
-    'file to probability, baseline': {'learn.predict': (27, 1), 'learn.get_preds': (25, 0.92), 'ours, torch': (30, 1.2),
-                                      'ours, ONNX Runtime': (69, 2.8), 'ours, 8 bits': (92, 3.6)},
+    'file to probability, baseline': {
+        'learn.predict': (27, 1),
+        'learn.get_preds': (25, 0.92),
+        'ours, torch': (30, 1.2),
+        'ours, ONNX Runtime': (69, 2.8),
+        'ours, 8 bits': (92, 3.6),
+    },
     'a training step, EfficientNet-Lite0': {'plain PyTorch script': (9.7, 1), 'ours': (28.8, 3.06)},
 }
-"""Films a second at 224 px on two cores of an AMD EPYC, and the median of the ratios to the first of each, round by
+"""Images a second at 224 px on two cores of an AMD EPYC, and the median of the ratios to the first of each, round by
 round: those of docs/benchmarks.md."""
 
 
@@ -41,107 +51,126 @@ def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, 
     """A figure of so many inches, and its axes (rows, columns), without frames."""
     figure = Figure(figsize=(width, height), layout='constrained')
     panels = figure.subplots(rows, columns, squeeze=False)
-    for ax in panels.ravel(): ax.axis('off')
+    for ax in panels.ravel():
+        ax.axis('off')
     return figure, panels
 
 
-def films(demo: Path) -> Figure:
-    """Synthetic films of each kind, and the masks of their opacities."""
-    train = demo/'films/train'
-    chosen = [*sorted((train/'NORMAL').iterdir())[:2],
-              *(path for kind in SHOWN for path in sorted((train/'PNEUMONIA').glob(f'*{kind}*'))[:2])]
+def images(demo: Path) -> Figure:
+    """Synthetic images of each kind, and the masks of their opacities."""
+    train = demo / 'images/train'
+    chosen = [
+        *sorted((train / 'NORMAL').iterdir())[:2],
+        *(path for kind in SHOWN for path in sorted((train / 'PNEUMONIA').glob(f'*{kind}*'))[:2]),
+    ]
     figure, panels = grid(2, 6, 9, 3.4)
-    for (above, below), path, name in zip(panels.T, chosen, ['normal']*2 + ['bacteria']*2 + ['virus']*2, strict=True):
-        show_film(above, open_film(path).pixels)
+    for (above, below), path, name in zip(
+        panels.T, chosen, ['normal'] * 2 + ['bacteria'] * 2 + ['virus'] * 2, strict=True
+    ):
+        show_image(above, open_image(path).pixels)
         above.set_title(name, fontsize=9)
-        mask = demo/'films/masks/train/PNEUMONIA'/f'{path.stem}.png'
-        if mask.exists(): below.imshow(Image.open(mask), cmap='gray')
-        else: below.text(0.5, 0.5, 'no opacity', ha='center', va='center', fontsize=9, color=GREY)
+        mask = demo / 'images/masks/train/PNEUMONIA' / f'{path.stem}.png'
+        if mask.exists():
+            below.imshow(Image.open(mask), cmap='gray')
+        else:
+            below.text(0.5, 0.5, 'no opacity', ha='center', va='center', fontsize=9, color=GREY)
     return figure
 
 
 def augmentation(demo: Path) -> Figure:
-    """What the two recipes make of one film."""
-    path = next((demo/'films/train/PNEUMONIA').glob('*bacteria*'))
+    """What the two recipes make of one image."""
+    path = next((demo / 'images/train/PNEUMONIA').glob('*bacteria*'))
     figure, panels = grid(2, 7, 9, 3)
     torch.manual_seed(0)
     for row, name in zip(panels, ('reference', 'tuned'), strict=True):
         recipe = make_recipe('baseline', name)
         seen = Preprocessing.of(recipe).load(path)
-        batch = TensorImageBW(torch.tensor(seen)[None, None].repeat(len(row) - 1, 1, 1, 1).float()/255)
-        for step in augmentations(recipe): batch = step(batch, split_idx=0)
-        shown = [seen/255, *np.asarray(batch)[:, 0]]
-        for ax, film in zip(row, shown, strict=True): show_film(ax, 255*np.clip(film, 0, 1))
+        batch = TensorImageBW(torch.tensor(seen)[None, None].repeat(len(row) - 1, 1, 1, 1).float() / 255)
+        for step in augmentations(recipe):
+            batch = step(batch, split_idx=0)
+        shown = [seen / 255, *np.asarray(batch)[:, 0]]
+        for ax, image in zip(row, shown, strict=True):
+            show_image(ax, 255 * np.clip(image, 0, 1))
         row[0].set_title(f'{name}: validation', fontsize=8, loc='left')
         row[1].set_title('training', fontsize=8, loc='left')
     return figure
 
 
 def explained(demo: Path) -> Figure:
-    """Some films of pneumonia: the film, where its opacity is, and the map."""
-    run = Run.open(demo/'run')
+    """Some images of pneumonia: the image, where its opacity is, and the map."""
+    run = Run.open(demo / 'run')
     found = run.predicted('test').query('label == "PNEUMONIA"').iloc[::9].head(4)
     explainer = Explainer(Predictor.load(run.path))
-    subjects = [Subject(demo/'films'/path, path, 'PNEUMONIA', p)
-                for path, p in zip(found.path, found.p_pneumonia, strict=True)]
+    subjects = [
+        Subject(demo / 'images' / path, path, 'PNEUMONIA', p)
+        for path, p in zip(found.path, found.p_pneumonia, strict=True)
+    ]
     figure, panels = grid(3, len(subjects), 6.1, 4.9)
     for column, one in zip(panels.T, explainer.explain(subjects), strict=True):
-        show_film(column[0], one.film)
-        column[1].imshow(Image.open(demo/'films/masks'/Path(one.name).with_suffix('.png')), cmap='gray')
+        show_image(column[0], one.image)
+        column[1].imshow(Image.open(demo / 'images/masks' / Path(one.name).with_suffix('.png')), cmap='gray')
         show_overlay(column[2], one)
         column[0].set_title(f'p(pneumonia) {one.p:.3f}', fontsize=9)
-    for ax, name in zip(panels[:, 0], ('film', 'its opacity (the mask)', 'Grad-CAM'), strict=True):
+    for ax, name in zip(panels[:, 0], ('image', 'its opacity (the mask)', 'Grad-CAM'), strict=True):
         ax.text(-0.03, 0.5, name, rotation=90, va='center', ha='right', fontsize=9, transform=ax.transAxes)
     figure.supxlabel('influenced the score; not a lesion outline', fontsize=9)
     return figure
 
 
 def gate(demo: Path) -> Figure:
-    """What the gate of the demo's bundle says of a film, and of what is none."""
-    predictor = Predictor.load(demo/'bundle')
+    """What the gate of the demo's bundle says of an image, and of what is none."""
+    predictor = Predictor.load(demo / 'bundle')
     seen = Preprocessing.of(predictor.config)
-    film = seen.load(list_films([demo/'films/test/PNEUMONIA'])[1])
-    half, rng = len(film)//2, np.random.default_rng(0)
-    made = {'the film': film, 'mirrored': film[:, ::-1], 'upside down': film[::-1], 'turned left': np.rot90(film),
-            'negative': 255 - film, 'a quarter': seen.fit(np.ascontiguousarray(film[:half, :half])),
-            'halves swapped': np.roll(film, half, axis=0), 'noise': rng.integers(0, 256, film.shape, dtype=np.uint8)}
+    image = seen.load(list_images([demo / 'images/test/PNEUMONIA'])[1])
+    half, rng = len(image) // 2, np.random.default_rng(0)
+    made = {
+        'the image': image,
+        'mirrored': image[:, ::-1],
+        'upside down': image[::-1],
+        'turned left': np.rot90(image),
+        'negative': 255 - image,
+        'a quarter': seen.fit(np.ascontiguousarray(image[:half, :half])),
+        'halves swapped': np.roll(image, half, axis=0),
+        'noise': rng.integers(0, 256, image.shape, dtype=np.uint8),
+    }
     batch = np.stack([np.ascontiguousarray(one) for one in made.values()])
     p, features = predictor.engine(batch)
     figure, panels = grid(2, 4, 7, 4.3)
     over = predictor.gate.measure(features, batch) > 1
     for ax, name, one, score, away in zip(panels.ravel(), made, batch, p, over, strict=True):
-        show_film(ax, one)
+        show_image(ax, one)
         ax.set_title(f'{name}: network {score:.2f}\n{"turned away" if away else "let through"}', fontsize=9)
     return figure
 
 
 def speed() -> Figure:
-    """Films a second of `SPEED`."""
+    """Images a second of `SPEED`."""
     figure = Figure(figsize=(8.6, 4.6), layout='constrained')
     for ax, (title, found) in zip(figure.subplots(2, 2).ravel(), SPEED.items(), strict=True):
         rates, ratios = zip(*found.values(), strict=True)
         bars = tidy(ax).barh(list(found), rates, color=[BLUE if 'ours' in name else GREY for name in found])
         told = [f' {rate:,g} ({ratio:g} times)' for rate, ratio in zip(rates, ratios, strict=True)]
         ax.bar_label(bars, [f' {rates[0]:g}', *told[1:]], fontsize=8, color=INK)
-        ax.set_xlim(0, 1.45*max(rates))
+        ax.set_xlim(0, 1.45 * max(rates))
         ax.set_title(title, fontsize=10)
         ax.invert_yaxis()
         ax.tick_params(labelsize=8)
-    figure.supxlabel('films a second', fontsize=9)
+    figure.supxlabel('images a second', fontsize=9)
     return figure
 
 
 def curves(demo: Path, out: Path) -> None:
     """Four figures of the run as one picture."""
-    run = Run.open(demo/'run')
+    run = Run.open(demo / 'run')
     split, metrics = run.predicted('test'), run.metrics['test']
     parts = []
     for plot in (plot_roc, plot_calibration, plot_net_benefit, plot_risk_coverage):
         save_figure(plot(split, metrics, 'test'), out)
         parts.append(Image.open(out).convert('RGB'))
     width, tall, short = parts[0].width, parts[0].height, parts[2].height
-    sheet = Image.new('RGB', (2*width, tall + short), 'white')
-    for i, part in enumerate(parts): sheet.paste(part, (i % 2*width, i//2*tall))
+    sheet = Image.new('RGB', (2 * width, tall + short), 'white')
+    for i, part in enumerate(parts):
+        sheet.paste(part, (i % 2 * width, i // 2 * tall))
     sheet.save(out, optimize=True)
     save_figure(plot_scores(split, metrics, 'test'), out.with_name('scores.png'))
     save_figure(plot_history(run.history), out.with_name('history.png'))
@@ -153,11 +182,13 @@ def main() -> None:
     parser.add_argument('demo', type=Path, help='folder that `cxr-fastai demo` wrote')
     parser.add_argument('--out', type=Path, default=HERE)
     args = parser.parse_args()
-    for draw in (films, augmentation, explained, gate):
-        save_figure(draw(args.demo), path := args.out/f'{draw.__name__}.png')
-        if draw is not explained: Image.open(path).convert('RGB').quantize(200).save(path, optimize=True)
-    save_figure(speed(), args.out/'speed.png')
-    curves(args.demo, args.out/'curves.png')
+    for draw in (images, augmentation, explained, gate):
+        save_figure(draw(args.demo), path := args.out / f'{draw.__name__}.png')
+        if draw is not explained:
+            Image.open(path).convert('RGB').quantize(200).save(path, optimize=True)
+    save_figure(speed(), args.out / 'speed.png')
+    curves(args.demo, args.out / 'curves.png')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

@@ -1,4 +1,5 @@
-"""Shared films and runs: synthetic, small, made once. `CXR_DATA` is hidden from all but `real` tests."""
+"""Shared images and runs: synthetic, small, made once. `CXR_DATA` is hidden from all but `real` tests."""
+
 import hashlib
 import os
 import shutil
@@ -19,65 +20,92 @@ REAL = os.environ.pop('CXR_DATA', None)
 
 @pytest.fixture(scope='session', autouse=True)
 def nothing_of_the_user(tmp_path_factory) -> None:
-    """No test meets, or leaves, films in the user's own cache, or hashes in the user's own trust store."""
+    """No test meets, or leaves, images in the user's own cache, or hashes in the user's own trust store."""
     os.environ['CXR_CACHE'] = str(tmp_path_factory.mktemp('cache'))
-    os.environ['CXR_TRUST'] = str(tmp_path_factory.mktemp('trust')/'trust.json')
+    os.environ['CXR_TRUST'] = str(tmp_path_factory.mktemp('trust') / 'trust.json')
 
 
 @pytest.fixture(scope='session')
 def once(tmp_path_factory, nothing_of_the_user) -> Callable[[str, Callable[[Path], object]], Path]:
     """Makes a folder by its name, once: the first worker of pytest-xdist that asks makes it, the others wait for it."""
     base = tmp_path_factory.getbasetemp()
-    if 'PYTEST_XDIST_WORKER' in os.environ: base = base.parent
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        base = base.parent
 
     def make_once(name: str, make: Callable[[Path], object]) -> Path:
-        folder, done = base/name/name, base/f'{name}.done'
-        with FileLock(base/f'{name}.lock'):
-            if done.exists(): trust_models(folder)
+        folder, done = base / name / name, base / f'{name}.done'
+        with FileLock(base / f'{name}.lock'):
+            if done.exists():
+                trust_models(folder)
             else:
                 shutil.rmtree(folder.parent, ignore_errors=True)
                 folder.parent.mkdir()
                 make(folder)
                 done.touch()
         return folder
+
     return make_once
 
 
 def trust_models(folder: Path) -> None:
     """Trust in this worker, too, what another has made."""
-    for path in folder.rglob('*.pkl'): trust(hashlib.sha256(path.read_bytes()).hexdigest(), 'made by another worker')
+    for path in folder.rglob('*.pkl'):
+        trust(hashlib.sha256(path.read_bytes()).hexdigest(), 'made by another worker')
 
 
-def command(*words: object) -> None: assert main([str(word) for word in words]) == 0
-
-
-@pytest.fixture(scope='session')
-def films(once) -> Path:
-    """Sixty synthetic films of 96 px in the Kaggle layout; not to be changed by a test."""
-    return once('films', lambda folder: make_demo(folder, films=60, size=96, seed=0))
+def command(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
 
 
 @pytest.fixture(scope='session')
-def run(once, films) -> Run:
+def images(once) -> Path:
+    """Sixty synthetic images of 96 px in the Kaggle layout; not to be changed by a test."""
+    return once('images', lambda folder: make_demo(folder, images=60, size=96, seed=0))
+
+
+@pytest.fixture(scope='session')
+def run(once, images) -> Run:
     """A baseline trained for two epochs through the command line; not to be changed by a test."""
-    return Run.open(once('run', lambda folder: command(
-        'train', '--data', films, '--out', folder, '--epochs', 2, '--size', 64, '--batch-size', 8, '--seed', 1,
-        '--workers', 0)))
+    return Run.open(
+        once(
+            'run',
+            lambda folder: command(
+                'train',
+                '--data',
+                images,
+                '--out',
+                folder,
+                '--epochs',
+                2,
+                '--size',
+                64,
+                '--batch-size',
+                8,
+                '--seed',
+                1,
+                '--workers',
+                0,
+            ),
+        )
+    )
 
 
 @pytest.fixture(scope='session')
-def real_films() -> Path:
-    """The real films that CXR_DATA names; skips where it is not set."""
-    if not REAL: pytest.skip('CXR_DATA does not name the real films')
+def real_images() -> Path:
+    """The real images that CXR_DATA names; skips where it is not set."""
+    if not REAL:
+        pytest.skip('CXR_DATA does not name the real images')
     return Path(REAL)
 
 
 @pytest.fixture(scope='session')
-def evaluated(once, run, films) -> Run:
-    """A copy of that run, evaluated on its test films through the command line; not to be changed by a test."""
+def evaluated(once, run, images) -> Run:
+    """A copy of that run, evaluated on its test images through the command line; not to be changed by a test."""
+
     def evaluate(folder: Path) -> None:
         shutil.copytree(run.path, folder)
-        command('evaluate', folder, '--data', films)
+        command('evaluate', folder, '--data', images)
+
     return Run.open(once('evaluated', evaluate))
 
 

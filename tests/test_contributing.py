@@ -1,4 +1,5 @@
 """What CONTRIBUTING tells is so: its examples run, and what it lists is there."""
+
 import io
 import re
 from contextlib import chdir
@@ -20,8 +21,8 @@ from cxr_fastai.models.architectures import ARCHS
 from cxr_fastai.publishing import reporting as pages
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT/'CONTRIBUTING.md').read_text()
-README = (ROOT/'README.md').read_text()
+TEXT = (ROOT / 'CONTRIBUTING.md').read_text()
+README = (ROOT / 'README.md').read_text()
 FILES = ('csv', 'ini', 'json', 'pkl', 'py')
 EXAMPLES = re.findall(r'^```python\n(.*?)^```', TEXT, re.M | re.S)
 
@@ -37,8 +38,9 @@ def told(tmp_path_factory) -> dict[str, Any]:
     """The names that the examples leave, executed one after the other in a folder of their own."""
     names, folder = {}, tmp_path_factory.mktemp('contributing')
     with chdir(folder), patch.dict(ARCHS), patch.dict(AT_A_THRESHOLD):
-        for example in EXAMPLES: exec(compile(example, 'CONTRIBUTING.md', 'exec'), names)
-    return names | {'run': Run(folder/names['run'].path)}
+        for example in EXAMPLES:
+            exec(compile(example, 'CONTRIBUTING.md', 'exec'), names)
+    return names | {'run': Run(folder / names['run'].path)}
 
 
 def test_the_example_network_trains_is_opened_and_explains_itself(told):
@@ -51,7 +53,7 @@ def test_the_example_network_trains_is_opened_and_explains_itself(told):
 def test_the_example_metric_is_measured_at_both_thresholds(told):
     for found in (metrics := told['metrics'], metrics['at_half']):
         rates = [found[name]['value'] for name in ('sensitivity', 'specificity')]
-        assert found['geometric_mean']['value'] == pytest.approx((rates[0]*rates[1])**0.5)
+        assert found['geometric_mean']['value'] == pytest.approx((rates[0] * rates[1]) ** 0.5)
     assert told['run'].metrics['test']['geometric_mean'] == metrics['geometric_mean']
 
 
@@ -69,7 +71,7 @@ def test_the_examples_leave_nothing_behind(told):
 
 
 def test_every_word_of_the_glossary_is_used_by_the_package():
-    package = '\n'.join(path.read_text() for path in (ROOT/'cxr_fastai').glob('*.py'))
+    package = '\n'.join(path.read_text() for path in (ROOT / 'cxr_fastai').glob('*.py'))
     words = [word for row in rows('Words') for word in row.split(', ')]
     assert len(words) > 30 and [word for word in words if not re.search(rf'\b{word}', package)] == []
 
@@ -77,16 +79,18 @@ def test_every_word_of_the_glossary_is_used_by_the_package():
 def test_every_name_of_a_module_that_is_told_is_there():
     told = [place for place in re.findall(r'`(\w+)\.(\w+)`', TEXT) if place[0] in LAYERS and place[1] not in FILES]
     assert len(told) > 15
-    for module, name in told: assert hasattr(import_module(f'cxr_fastai.{module}'), name), f'{module}.{name}'
+    for module, name in told:
+        assert hasattr(import_module(f'cxr_fastai.{module}'), name), f'{module}.{name}'
 
 
 def test_every_benchmark_is_listed():
     assert {name.strip('`') for name in rows('Benchmarks')} == {
-        path.name for path in (ROOT/'benchmarks').glob('*.py')}
+        path.name for path in (ROOT / 'benchmarks').glob('*.py')
+    }
 
 
 def test_every_target_of_make_that_is_named_is_there():
-    makefile = (ROOT/'Makefile').read_text()
+    makefile = (ROOT / 'Makefile').read_text()
     named = set(re.findall(r'^ .*\bmake ([a-z-]+)', TEXT, re.M))
     assert named >= {'test', 'demo', 'docs', 'notebooks'} and named <= set(re.findall(r'^([a-z-]+):', makefile, re.M))
 

@@ -1,4 +1,5 @@
 """A figure on a page takes the page's colours and letters, and brings nothing from elsewhere."""
+
 import re
 
 import pandas as pd
@@ -40,8 +41,8 @@ def test_nothing_comes_from_elsewhere_and_identifiers_do_not_meet(figure):
 
 
 def test_a_picture_is_written_whole(figure, tmp_path):
-    save_figure(figure, tmp_path/'f.png')
-    assert (tmp_path/'f.png').read_bytes().startswith(b'\x89PNG') and len(list(tmp_path.iterdir())) == 1
+    save_figure(figure, tmp_path / 'f.png')
+    assert (tmp_path / 'f.png').read_bytes().startswith(b'\x89PNG') and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_learning_rates_curve_is_whole_up_to_the_suggestion_also_where_a_lucky_batch_comes_first():

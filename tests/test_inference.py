@@ -1,12 +1,13 @@
-"""A row a film, in order; a bad film stops nothing."""
+"""A row an image, in order; a bad image stops nothing."""
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cxr_fastai.core.errors import UsageError
-from cxr_fastai.data.find import list_films
-from cxr_fastai.images.decode import read_film
+from cxr_fastai.data.find import list_images
+from cxr_fastai.images.decode import read_image
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.engines import TorchEngine
@@ -21,19 +22,21 @@ def predictor() -> Predictor:
 
 
 @pytest.fixture(scope='module')
-def paths(films): return list_films([films/'test'])
+def paths(images):
+    return list_images([images / 'test'])
 
 
 def test_order_and_repeats_are_kept_and_the_batch_size_changes_nothing(predictor, paths):
     asked = [paths[3], paths[0], paths[3], *paths]
     tables = [prediction_table(predictor.predict(asked, batch_size)) for batch_size in (1, 4, 64)]
     assert all(table.path.to_list() == [str(path) for path in asked] for table in tables)
-    for table in tables[1:]: assert np.allclose(table.p_pneumonia, tables[0].p_pneumonia, rtol=0, atol=1e-6)
+    for table in tables[1:]:
+        assert np.allclose(table.p_pneumonia, tables[0].p_pneumonia, rtol=0, atol=1e-6)
 
 
-def test_a_bad_film_gets_its_row_and_the_others_their_probability(predictor, paths, tmp_path):
-    (tmp_path/'bad.jpeg').write_bytes(b'')
-    table = prediction_table(predictor.predict([paths[0], tmp_path/'bad.jpeg', paths[1]]))
+def test_a_bad_image_gets_its_row_and_the_others_their_probability(predictor, paths, tmp_path):
+    (tmp_path / 'bad.jpeg').write_bytes(b'')
+    table = prediction_table(predictor.predict([paths[0], tmp_path / 'bad.jpeg', paths[1]]))
     assert list(table) == list(COLUMNS) and table.status.to_list() == ['ok', 'error', 'ok']
     assert table.code[1] == 'E_EMPTY'
     assert table.message[1] == 'E_EMPTY: the file is empty' and np.isnan(table.p_pneumonia[1])
@@ -41,30 +44,31 @@ def test_a_bad_film_gets_its_row_and_the_others_their_probability(predictor, pat
     assert np.allclose(table.p_pneumonia[[0, 2]], alone.p_pneumonia, rtol=0, atol=1e-6)
 
 
-def test_films_are_decoded_for_prediction_as_for_training(tmp_path):
+def test_images_are_decoded_for_prediction_as_for_training(tmp_path):
     torch.manual_seed(0)
     predictor = Predictor(TorchEngine(build_model('baseline')), ModelConfig('baseline', 48, 0.5, resize='crop'))
     noise = np.random.default_rng(0).integers(0, 256, (900, 700), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path/'large.jpeg')
-    wanted, whole = Preprocessing(48, 'crop'), read_film(tmp_path/'large.jpeg')
-    seen = wanted.load(tmp_path/'large.jpeg')
+    Image.fromarray(noise).save(tmp_path / 'large.jpeg')
+    wanted, whole = Preprocessing(48, 'crop'), read_image(tmp_path / 'large.jpeg')
+    seen = wanted.load(tmp_path / 'large.jpeg')
     assert not np.array_equal(seen, wanted.fit(whole))  # decoded smaller, which makes a difference here
-    row, = predictor.predict([tmp_path/'large.jpeg'])
+    (row,) = predictor.predict([tmp_path / 'large.jpeg'])
     assert row['p_pneumonia'] == predictor.scores(seen[None].copy())[0]
 
 
-def test_a_film_that_disappears_after_the_search_gets_its_row(predictor, films, tmp_path):
+def test_an_image_that_disappears_after_the_search_gets_its_row(predictor, images, tmp_path):
     import shutil
-    shutil.copytree(films/'test/NORMAL', tmp_path/'in')
-    found = list_films([tmp_path/'in'])
+
+    shutil.copytree(images / 'test/NORMAL', tmp_path / 'in')
+    found = list_images([tmp_path / 'in'])
     found[1].unlink()
     found[2].write_bytes(b'')
     table = prediction_table(predictor.predict(found))
     assert table.code[:4].fillna('').to_list() == ['', 'E_IO', 'E_EMPTY', '']
 
 
-def test_nothing_but_bad_films_is_no_crash(predictor, tmp_path):
-    table = prediction_table(predictor.predict([tmp_path/'missing.jpeg']))
+def test_nothing_but_bad_images_is_no_crash(predictor, tmp_path):
+    table = prediction_table(predictor.predict([tmp_path / 'missing.jpeg']))
     assert table.code.to_list() == ['E_IO']
 
 
@@ -73,10 +77,11 @@ def test_the_threshold_decides(paths):
     engine = TorchEngine(build_model('baseline'))
     score = engine(Preprocessing(48).load(paths[0])[None])[0][0]
     for threshold, called in ((score, 'PNEUMONIA'), (np.nextafter(score, 1), 'NORMAL')):
-        row, = Predictor(engine, ModelConfig('baseline', 48, float(threshold))).predict([paths[0]])
+        (row,) = Predictor(engine, ModelConfig('baseline', 48, float(threshold))).predict([paths[0]])
         assert row['prediction'] == called and row['threshold'] == threshold
 
 
-def test_folders_are_searched_and_empty_ones_refused(films, paths, tmp_path):
-    assert list_films([paths[0], films/'test']) == [paths[0], *sorted(paths)]
-    with pytest.raises(UsageError, match='no films there'): list_films([tmp_path])
+def test_folders_are_searched_and_empty_ones_refused(images, paths, tmp_path):
+    assert list_images([paths[0], images / 'test']) == [paths[0], *sorted(paths)]
+    with pytest.raises(UsageError, match='no images there'):
+        list_images([tmp_path])

@@ -1,4 +1,5 @@
 """Pictures are Figures that show the figures of the tables."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,8 +11,12 @@ from cxr_fastai.evaluation.metrics import measure
 from cxr_fastai.interpretation.interpretation import plot_confusion_matrix, plot_history
 
 TARGS = np.arange(40) < 25
-PREDICTIONS = pd.DataFrame({'label': np.where(TARGS, 'PNEUMONIA', 'NORMAL'),
-                            'p_pneumonia': np.clip(TARGS*0.4 + np.linspace(0, 0.7, 40)[::-1], 0, 1)})
+PREDICTIONS = pd.DataFrame(
+    {
+        'label': np.where(TARGS, 'PNEUMONIA', 'NORMAL'),
+        'p_pneumonia': np.clip(TARGS * 0.4 + np.linspace(0, 0.7, 40)[::-1], 0, 1),
+    }
+)
 METRICS = measure(PREDICTIONS, 0.5, 'fixed:0.5')
 
 
@@ -21,7 +26,8 @@ def words(figure: Figure) -> str:
 
 def test_the_confusion_matrix_shows_counts_and_row_percentages():
     c, shown = METRICS['confusion'], words(plot_confusion_matrix(METRICS, 'a run'))
-    for n, row in ((c['tn'], c['tn'] + c['fp']), (c['fn'], c['fn'] + c['tp'])): assert f'{n}\n{n/row:.1%}' in shown
+    for n, row in ((c['tn'], c['tn'] + c['fp']), (c['fn'], c['fn'] + c['tp'])):
+        assert f'{n}\n{n / row:.1%}' in shown
     assert 'n = 40, threshold 0.5' in shown
 
 
@@ -35,15 +41,22 @@ def test_the_roc_curve_shows_the_auc_and_the_operating_point():
 def test_the_history_names_its_phases():
     columns = ['train_loss', 'valid_loss', 'roc_auc', 'sensitivity', 'specificity']
     history = pd.DataFrame(np.linspace(0.1, 0.9, 15).reshape(3, 5), columns=columns).assign(
-        phase=['frozen', 'fine-tune', 'fine-tune'], epoch=[1, 2, 3])
+        phase=['frozen', 'fine-tune', 'fine-tune'], epoch=[1, 2, 3]
+    )
     shown = words(plot_history(history))
     assert all(name in shown for name in ('frozen', 'fine-tune', 'valid loss', 'AUC'))
 
 
-@pytest.mark.parametrize(('estimate', 'said'), [
-    ({'value': None, 'low': None, 'high': None}, 'undefined'), ({'value': 0.5, 'low': None, 'high': None}, '0.500'),
-    ({'value': 0.5, 'low': 0.25, 'high': 0.75}, '0.500 (0.250 to 0.750)')])
-def test_an_estimate_is_said_with_its_interval(estimate, said): assert describe(estimate) == said
+@pytest.mark.parametrize(
+    ('estimate', 'said'),
+    [
+        ({'value': None, 'low': None, 'high': None}, 'undefined'),
+        ({'value': 0.5, 'low': None, 'high': None}, '0.500'),
+        ({'value': 0.5, 'low': 0.25, 'high': 0.75}, '0.500 (0.250 to 0.750)'),
+    ],
+)
+def test_an_estimate_is_said_with_its_interval(estimate, said):
+    assert describe(estimate) == said
 
 
 def test_a_title_is_text_and_not_mathematics():

@@ -1,4 +1,5 @@
 """The Learner is the specification's plain PyTorch loop, step for step."""
+
 import dataclasses
 import platform
 
@@ -22,8 +23,9 @@ PLAIN = {'baseline': plain_baseline, 'resnet50': plain_resnet50}
 
 def batches(n: int = STEPS, size: int = 32) -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(4*n, 3, size, size, generator=generator),
-                         torch.randint(0, 2, (4*n,), generator=generator))
+    return TensorDataset(
+        torch.randn(4 * n, 3, size, size, generator=generator), torch.randint(0, 2, (4 * n,), generator=generator)
+    )
 
 
 def learner(arch: str, n: int = STEPS, size: int = 32, **fields):
@@ -35,33 +37,41 @@ def learner(arch: str, n: int = STEPS, size: int = 32, **fields):
 
 class EachStep(Callback):
     """Seed the dropout of each step, and keep its loss."""
-    def __init__(self): self.seen = []
 
-    def before_batch(self): torch.manual_seed(self.iter)
+    def __init__(self):
+        self.seen = []
+
+    def before_batch(self):
+        torch.manual_seed(self.iter)
 
     def after_batch(self):
-        if self.training: self.seen.append(self.loss.item())
+        if self.training:
+            self.seen.append(self.loss.item())
 
 
 @torch.no_grad()
 def settle(model: nn.Module, x: torch.Tensor) -> None:
     """Give BatchNorm the statistics of `x`, as pretrained weights have some; without any the frozen body explodes."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms: norm.momentum = 1.0
+    for norm in norms:
+        norm.momentum = 1.0
     model.train()(x)
-    for norm in norms: norm.momentum = 0.1
+    for norm in norms:
+        norm.momentum = 0.1
 
 
-def plain_losses(plain: nn.Module, lr: float, frozen: bool, precision: torch.dtype,
-                 films: TensorDataset) -> list[float]:
+def plain_losses(
+    plain: nn.Module, lr: float, frozen: bool, precision: torch.dtype, images: TensorDataset
+) -> list[float]:
     """The specification's loop, as anybody would write it."""
     plain.train()
     if frozen:
         plain.eval()
-        for name, parameter in plain.named_parameters(): parameter.requires_grad_(name.startswith('fc.'))
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad_(name.startswith('fc.'))
     optimiser = torch.optim.Adam([p for p in plain.parameters() if p.requires_grad], lr=lr, weight_decay=1e-4)
     losses = []
-    for step, (xb, yb) in enumerate(torch.utils.data.DataLoader(films, batch_size=4)):
+    for step, (xb, yb) in enumerate(torch.utils.data.DataLoader(images, batch_size=4)):
         torch.manual_seed(step)
         loss = nn.functional.cross_entropy(plain(xb.to(precision)), yb)
         optimiser.zero_grad()
@@ -71,30 +81,40 @@ def plain_losses(plain: nn.Module, lr: float, frozen: bool, precision: torch.dty
     return losses
 
 
-def both_losses(arch: str, phase: int, precision: torch.dtype, size: int,
-                n: int = STEPS) -> tuple[list[float], list[float]]:
+def both_losses(
+    arch: str, phase: int, precision: torch.dtype, size: int, n: int = STEPS
+) -> tuple[list[float], list[float]]:
     """The losses of `n` steps of our Learner and of the plain loop, from the same weights on the same batches."""
     torch.manual_seed(7)
     plain, (learn, recipe) = PLAIN[arch]().to(precision), learner(arch, n, size)
     settle(plain, batches(n, size)[:][0].to(precision))
-    if precision is torch.float32: learn.model.to(memory_format=torch.contiguous_format)
+    if precision is torch.float32:
+        learn.model.to(memory_format=torch.contiguous_format)
     learn.model.to(precision)
     learn.model.load_state_dict(dict(zip(learn.model.state_dict(), plain.state_dict().values(), strict=True)))
     steps, chosen = EachStep(), recipe.phases[phase]
-    for dl in learn.dls.loaders: dl.after_batch = lambda batch: (batch[0].to(precision), batch[1])
+    for dl in learn.dls.loaders:
+        dl.after_batch = lambda batch: (batch[0].to(precision), batch[1])
     if precision is torch.float64:  # fastai's loss and Recorder work in 32 bits, whatever goes in
         learn.loss_func = nn.CrossEntropyLoss()
         learn.remove_cbs(learn.recorder)
     start_phase(learn, chosen)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, chosen.lr, cbs=steps)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, chosen.lr, cbs=steps)
     losses = plain_losses(plain, chosen.lr, chosen.frozen, precision, batches(n, size))
     assert len(steps.seen) == len(losses) == n and max(losses) - min(losses) > 0.01  # the loop did train
     return steps.seen, losses
 
 
-@pytest.mark.parametrize(('arch', 'phase', 'n'), [
-    ('baseline', 0, STEPS), ('resnet50', 0, FEW), ('resnet50', 1, FEW),
-    *(pytest.param('resnet50', phase, STEPS, marks=pytest.mark.slow) for phase in (0, 1))])
+@pytest.mark.parametrize(
+    ('arch', 'phase', 'n'),
+    [
+        ('baseline', 0, STEPS),
+        ('resnet50', 0, FEW),
+        ('resnet50', 1, FEW),
+        *(pytest.param('resnet50', phase, STEPS, marks=pytest.mark.slow) for phase in (0, 1)),
+    ],
+)
 def test_steps_lose_what_those_of_the_plain_loop_lose(arch, phase, n):
     # With the same memory layout, so the same order of sums: a last digit, twenty steps of Adam would blow up.
     seen, losses = both_losses(arch, phase, torch.float32, size=32, n=n)
@@ -114,7 +134,8 @@ def changes(learn, recipe, phase: int) -> dict[str, int]:
     """How many numbers of each tensor of the state change in one step of `phase`."""
     before = {key: value.clone() for key, value in learn.model.state_dict().items()}
     start_phase(learn, recipe.phases[phase])
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, recipe.phases[phase].lr)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, recipe.phases[phase].lr)
     after = learn.model.state_dict()
     return {key: n for key in before if (n := int((after[key] != before[key]).sum()))}
 
@@ -135,28 +156,37 @@ def test_the_second_phase_trains_everything():
 def test_weight_decay_is_l2_and_reaches_the_optimiser():
     learn, recipe = learner('baseline', weight_decay=0.03)
     start_phase(learn, recipe.phases[0])
-    with learn.no_bar(), learn.no_logging(): learn.fit(0, 0.004)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(0, 0.004)
     assert type(learn.opt.opt) is torch.optim.Adam
-    assert {(group['lr'], group['weight_decay'], group['eps'], group['betas'])
-            for group in learn.opt.opt.param_groups} == {(0.004, 0.03, 1e-8, (0.9, 0.999))}
+    assert {
+        (group['lr'], group['weight_decay'], group['eps'], group['betas']) for group in learn.opt.opt.param_groups
+    } == {(0.004, 0.03, 1e-8, (0.9, 0.999))}
 
 
 def test_metrics_are_scikit_learns_and_undefined_for_one_class():
     targs, scores = np.array([0, 0, 1, 1, 1]), np.array([0.1, 0.6, 0.6, 0.8, 0.2])
     preds = (scores >= 0.5).astype(int)
     assert roc_auc(targs, scores) == roc_auc_score(targs, scores)
-    assert (sensitivity(targs, preds), specificity(targs, preds)) == (2/3, 1/2)
+    assert (sensitivity(targs, preds), specificity(targs, preds)) == (2 / 3, 1 / 2)
     ones = np.ones(3, int)
     assert np.isnan([roc_auc(ones, scores[:3]), specificity(ones, ones)]).all() and sensitivity(ones, ones) == 1
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='glibc alone has the switch')
-def test_memory_is_kept_where_the_system_can(): assert reuse_memory()
+def test_memory_is_kept_where_the_system_can():
+    assert reuse_memory()
 
 
-@pytest.mark.parametrize(('arch', 'phase', 'size'), [
-    ('baseline', 0, 32), ('resnet50', 1, 32), pytest.param('baseline', 0, 64, marks=pytest.mark.slow),
-    *(pytest.param('resnet50', phase, 64, marks=pytest.mark.slow) for phase in (0, 1))])
+@pytest.mark.parametrize(
+    ('arch', 'phase', 'size'),
+    [
+        ('baseline', 0, 32),
+        ('resnet50', 1, 32),
+        pytest.param('baseline', 0, 64, marks=pytest.mark.slow),
+        *(pytest.param('resnet50', phase, 64, marks=pytest.mark.slow) for phase in (0, 1)),
+    ],
+)
 def test_in_double_precision_the_shipped_layout_loses_the_same_too(arch, phase, size):
     seen, losses = both_losses(arch, phase, torch.float64, size, n=STEPS if arch == 'baseline' else FEW)
     assert np.allclose(seen, losses, rtol=0, atol=1e-5)

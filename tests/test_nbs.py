@@ -1,4 +1,5 @@
-"""The notebooks run from top to bottom, on synthetic films and, where CXR_DATA names them, on some of the real ones."""
+"""The notebooks run from top to bottom, on synthetic images and, where CXR_DATA names them, on some of the real ones."""
+
 import json
 import os
 import re
@@ -7,16 +8,16 @@ from pathlib import Path
 import pytest
 from conftest import REAL
 
-NOTEBOOKS = sorted((Path(__file__).parents[1]/'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted((Path(__file__).parents[1] / 'nbs').glob('*.ipynb'))
 SHORT = [path for path in NOTEBOOKS if path.stem != '09_kaggle']
 cells = {path: json.loads(path.read_text())['cells'] for path in NOTEBOOKS}
 
 
 @pytest.fixture(scope='session')
 def shared(tmp_path_factory) -> Path:
-    """One folder for every notebook of every worker: the example films and run are made in it once."""
+    """One folder for every notebook of every worker: the example images and run are made in it once."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'notebooks'
+    folder = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base) / 'notebooks'
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -24,31 +25,32 @@ def shared(tmp_path_factory) -> Path:
 def execute(path: Path, shared: Path, tmp_path: Path, monkeypatch) -> None:
     """Run the notebook `path` in `tmp_path`, with the examples and a store of trust that all notebooks share."""
     from execnb.shell import CaptureShell
+
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('CXR_TRUST', str(shared/'trust.json'))  # also restores it: notebooks may set another
-    (tmp_path/'example').symlink_to(shared)
-    CaptureShell(tmp_path).execute(path, tmp_path/'run.ipynb', exc_stop=True)
-    assert '"output_type": "error"' not in (tmp_path/'run.ipynb').read_text()
+    monkeypatch.setenv('CXR_TRUST', str(shared / 'trust.json'))  # also restores it: notebooks may set another
+    (tmp_path / 'example').symlink_to(shared)
+    CaptureShell(tmp_path).execute(path, tmp_path / 'run.ipynb', exc_stop=True)
+    assert '"output_type": "error"' not in (tmp_path / 'run.ipynb').read_text()
 
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('path', SHORT, ids=lambda path: path.stem)
-def test_a_notebook_runs_on_synthetic_films(path, shared, tmp_path, monkeypatch):
+def test_a_notebook_runs_on_synthetic_images(path, shared, tmp_path, monkeypatch):
     execute(path, shared, tmp_path, monkeypatch)
 
 
 @pytest.mark.real
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('path', SHORT, ids=lambda path: path.stem)
-def test_a_notebook_runs_on_real_films(path, real_films, shared, tmp_path, monkeypatch):
-    monkeypatch.setenv('CXR_DATA', str(real_films))
+def test_a_notebook_runs_on_real_images(path, real_images, shared, tmp_path, monkeypatch):
+    monkeypatch.setenv('CXR_DATA', str(real_images))
     execute(path, shared, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.filterwarnings('ignore')
-def test_the_whole_story_runs_on_all_real_films(real_films, tmp_path, monkeypatch):
+def test_the_whole_story_runs_on_all_real_images(real_images, tmp_path, monkeypatch):
     monkeypatch.setenv('CXR_DATA', REAL)
     execute(next(path for path in NOTEBOOKS if path not in SHORT), tmp_path, tmp_path, monkeypatch)
 

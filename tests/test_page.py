@@ -1,4 +1,5 @@
 """The served pages in a real browser: every state, by mouse and by keyboard, with nothing from outside and no error."""
+
 import csv
 import re
 import threading
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from filmfiles import GREY, encoded
+from imagefiles import GREY, encoded
 
 import cxr_fastai
 from cxr_fastai.inference.predictor import COLUMNS, Predictor
@@ -41,12 +42,15 @@ def served(settings: Settings):
 
     from cxr_fastai.serving.app import make_app
     from cxr_fastai.serving.server import listen
+
     listening = listen(settings.host, 0)
-    server = uvicorn.Server(uvicorn.Config(overheard(make_app(settings)), log_config=None, ws='none',
-                                           timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(overheard(make_app(settings)), log_config=None, ws='none', timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run, kwargs={'sockets': [listening]})
     thread.start()
-    try: yield f'http://127.0.0.1:{listening.getsockname()[1]}'
+    try:
+        yield f'http://127.0.0.1:{listening.getsockname()[1]}'
     finally:
         server.should_exit = True
         thread.join(PATIENCE)
@@ -56,22 +60,27 @@ def served(settings: Settings):
 
 def overheard(app):
     """`app`, with what it is sent in `SENT`."""
+
     async def hearing(scope, receive, send):
         async def hear():
             message = await receive()
             SENT.append(message.get('body', b''))
             return message
+
         await app(scope, hear if scope['type'] == 'http' else receive, send)
+
     return hearing
 
 
 @pytest.fixture(scope='module')
 def browser():
     playwright = pytest.importorskip('playwright.sync_api')
-    playwright.expect.set_options(timeout=1000*PATIENCE)
+    playwright.expect.set_options(timeout=1000 * PATIENCE)
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=find_browser(), args=[
-            '--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update'])
+        browser = driver.chromium.launch(
+            executable_path=find_browser(),
+            args=['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update'],
+        )
         yield browser
         browser.close()
 
@@ -94,7 +103,8 @@ def guarded(bundle, browser) -> str:
 
 def until_ready(browser, address: str) -> None:
     context, end = browser.new_context(), time.monotonic() + PATIENCE
-    while not context.request.get(f'{address}/ready').ok: assert time.monotonic() < end
+    while not context.request.get(f'{address}/ready').ok:
+        assert time.monotonic() < end
     context.close()
 
 
@@ -122,30 +132,33 @@ def upset(page):
 
 
 @pytest.fixture(scope='module')
-def rows(bundle, films) -> dict[Path, dict]:
-    """What the Predictor says of test films, by path."""
-    paths = sorted((films/'test').rglob('*.jpeg'))
+def rows(bundle, images) -> dict[Path, dict]:
+    """What the Predictor says of test images, by path."""
+    paths = sorted((images / 'test').rglob('*.jpeg'))
     return dict(zip(paths, Predictor.load(bundle, engine='onnx').predict(paths), strict=True))
 
 
 @pytest.fixture(scope='module')
 def good(rows, address, browser) -> Path:
-    """A film that is called pneumonia, with a map."""
+    """An image that is called pneumonia, with a map."""
     context = browser.new_context()
     for path, row in rows.items():
-        if row['prediction'] != 'PNEUMONIA': continue
-        answer = context.request.post(f'{address}/v1/predict?explain=true', multipart={'films': as_file(path)})
-        if answer.json()['films'][0]['image']['overlay']: return path
-    pytest.fail('no film has a map')
+        if row['prediction'] != 'PNEUMONIA':
+            continue
+        answer = context.request.post(f'{address}/v1/predict?explain=true', multipart={'images': as_file(path)})
+        if answer.json()['images'][0]['explanation']['overlay']:
+            return path
+    pytest.fail('no image has a map')
 
 
-def as_file(content: Path | bytes, name: str = 'film.png') -> dict:
+def as_file(content: Path | bytes, name: str = 'image.png') -> dict:
     data = content.read_bytes() if isinstance(content, Path) else content
     return {'name': name, 'mimeType': 'application/octet-stream', 'buffer': data}
 
 
 def expect(locator):
     from playwright.sync_api import expect
+
     return expect(locator)
 
 
@@ -155,20 +168,22 @@ def choose(page, address: str, *files) -> None:
 
 
 def settled(page, n: int = 1):
-    """The cards of `n` films, once they are all answered."""
-    expect(page.locator('.film:is([data-state=done], [data-state=refused])')).to_have_count(n)
-    return page.locator('.film')
+    """The cards of `n` images, once they are all answered."""
+    expect(page.locator('.image:is([data-state=done], [data-state=refused])')).to_have_count(n)
+    return page.locator('.image')
 
 
-def opacity(page) -> float: return float(page.locator('.map').evaluate('map => getComputedStyle(map).opacity'))
+def opacity(page) -> float:
+    return float(page.locator('.map').evaluate('map => getComputedStyle(map).opacity'))
 
 
 def until_opacity(page, wanted: float) -> None:
     end = time.monotonic() + PATIENCE
-    while abs(opacity(page) - wanted) > 1e-3: assert time.monotonic() < end, opacity(page)
+    while abs(opacity(page) - wanted) > 1e-3:
+        assert time.monotonic() < end, opacity(page)
 
 
-def test_a_film_gets_its_decision_in_words_on_a_scale_with_the_threshold(page, address, rows, good):
+def test_an_image_gets_its_decision_in_words_on_a_scale_with_the_threshold(page, address, rows, good):
     choose(page, address, as_file(good, 'Doe Jane.jpeg'))
     card, row = settled(page), rows[good]
     words = card.locator('.decision').inner_text()
@@ -178,26 +193,32 @@ def test_a_film_gets_its_decision_in_words_on_a_scale_with_the_threshold(page, a
     expect(card.locator('h3')).to_have_text('Doe Jane.jpeg')
     expect(card.get_by_role('img', name=re.compile('on a scale from 0 to 1 with the threshold'))).to_be_visible()
     assert card.locator('.scale').evaluate('scale => Number(scale.style.getPropertyValue("--p"))') == pytest.approx(
-        row['p_pneumonia'], abs=1e-5)
+        row['p_pneumonia'], abs=1e-5
+    )
     expect(card.locator('.facts')).to_contain_text('JPEG')
     expect(card.locator('.facts')).to_contain_text('96 × 96 px')
     expect(page.locator('#live')).to_contain_text('Doe Jane.jpeg: Pneumonia:')
 
 
-def test_the_window_of_a_deep_film_is_told(page, address):
-    deep = np.uint16(np.linspace(1000, 4000, 96*96).reshape(96, 96))
+def test_the_window_of_a_deep_image_is_told(page, address):
+    deep = np.uint16(np.linspace(1000, 4000, 96 * 96).reshape(96, 96))
     choose(page, address, as_file(encoded(deep)))
     expect(settled(page).locator('.facts')).to_contain_text('I;16')
 
 
-@pytest.mark.parametrize(('content', 'why', 'code'), [
-    (b'hello', 'This is no film file', 'E_FORMAT'),
-    (b'', 'The file is empty', 'E_EMPTY'),
-    (encoded(np.zeros((96, 96), np.uint8)), 'The picture is blank', 'E_BLANK'),
-    (encoded(GREY[:20, :20]), 'too small', 'E_TOO_SMALL'),
-    (encoded(GREY)[:900], 'damaged', 'E_TRUNCATED'),
-    (encoded(NOISE), 'does not look like the chest films', 'E_OUT_OF_DISTRIBUTION')], ids=lambda value: str(value)[:12])
-def test_what_is_no_film_is_refused_in_plain_words(page, address, content, why, code):
+@pytest.mark.parametrize(
+    ('content', 'why', 'code'),
+    [
+        (b'hello', 'This is no image file', 'E_FORMAT'),
+        (b'', 'The file is empty', 'E_EMPTY'),
+        (encoded(np.zeros((96, 96), np.uint8)), 'The picture is blank', 'E_BLANK'),
+        (encoded(GREY[:20, :20]), 'too small', 'E_TOO_SMALL'),
+        (encoded(GREY)[:900], 'damaged', 'E_TRUNCATED'),
+        (encoded(NOISE), 'does not look like the chest images', 'E_OUT_OF_DISTRIBUTION'),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_what_is_no_image_is_refused_in_plain_words(page, address, content, why, code):
     choose(page, address, as_file(content, 'notes.png'))
     card = settled(page)
     expect(card.locator('.decision')).to_have_text('Not judged')
@@ -207,13 +228,15 @@ def test_what_is_no_film_is_refused_in_plain_words(page, address, content, why, 
     expect(card.locator('.maps')).to_be_hidden()
 
 
-def test_several_films_go_two_at_a_time_without_their_names_and_keep_their_order(page, address, rows):
+def test_several_images_go_two_at_a_time_without_their_names_and_keep_their_order(page, address, rows):
     open_now, most = set(), []
 
     def begin(request):
-        if 'predict' not in request.url: return
+        if 'predict' not in request.url:
+            return
         open_now.add(request)
         most.append(len(open_now))
+
     SENT.clear()
     page.on('request', begin)
     page.on('requestfinished', lambda request: open_now.discard(request))
@@ -221,8 +244,8 @@ def test_several_films_go_two_at_a_time_without_their_names_and_keep_their_order
     choose(page, address, *(as_file(path, name) for path, name in zip(rows, names, strict=False)))
     assert settled(page, 6).locator('h3').all_inner_texts() == names
     assert len(most) == 6 and max(most) == 2
-    assert b''.join(SENT).count(b'filename="film"') == 6 and b'Jane' not in b''.join(SENT)
-    expect(page.locator('#count')).to_contain_text('6 films')
+    assert b''.join(SENT).count(b'filename="image"') == 6 and b'Jane' not in b''.join(SENT)
+    expect(page.locator('#count')).to_contain_text('6 images')
     expect(page.locator('#rows tr')).to_have_count(6)
 
 
@@ -231,11 +254,11 @@ def test_the_map_fades_and_goes(page, address, good):
     card = settled(page)
     until_opacity(page, 1)
     card.get_by_label('Opacity').fill('40')
-    until_opacity(page, .4)
+    until_opacity(page, 0.4)
     card.get_by_role('switch').uncheck()
     until_opacity(page, 0)
     card.get_by_label('Opacity').fill('70')
-    until_opacity(page, .7)
+    until_opacity(page, 0.7)
     expect(card.get_by_role('switch')).to_be_checked()
     expect(card.locator('.maps')).to_contain_text('not a lesion outline')
     assert page.evaluate('[...document.images].every(one => one.hidden || one.naturalWidth > 0)')
@@ -243,12 +266,17 @@ def test_the_map_fades_and_goes(page, address, good):
 
 def test_the_table_downloads_as_csv_without_formulas(page, address, rows, good, tmp_path):
     names = ['a, "b".jpeg', FORMULA, "'=1.png", 'Ä.png']
-    choose(page, address, *(as_file(content, name)
-                            for content, name in zip((good, good, b'hello', good), names, strict=True)))
+    choose(
+        page,
+        address,
+        *(as_file(content, name) for content, name in zip((good, good, b'hello', good), names, strict=True)),
+    )
     assert settled(page, 4).locator('h3').all_inner_texts() == names
-    with page.expect_download() as download: page.get_by_role('button', name='Download CSV').click()
-    download.value.save_as(tmp_path/'films.csv')
-    with open(tmp_path/'films.csv', encoding='utf-8', newline='') as file: columns, *lines = csv.reader(file)
+    with page.expect_download() as download:
+        page.get_by_role('button', name='Download CSV').click()
+    download.value.save_as(tmp_path / 'images.csv')
+    with open(tmp_path / 'images.csv', encoding='utf-8', newline='') as file:
+        columns, *lines = csv.reader(file)
     assert tuple(columns) == COLUMNS
     assert [line[0] for line in lines] == [names[0], f"'{names[1]}", f"'{names[2]}", names[3]]
     assert [line[1] for line in lines] == ['ok', 'ok', 'error', 'ok']
@@ -271,7 +299,8 @@ def test_all_goes_by_keyboard(page, address, good):
     assert page.evaluate('document.activeElement.className') == 'skip'
     tab_to(page, '#chooser')
     assert page.locator('.drop').evaluate('drop => getComputedStyle(drop).outlineStyle') == 'solid'
-    with page.expect_file_chooser() as chooser: press(page, 'Space')
+    with page.expect_file_chooser() as chooser:
+        press(page, 'Space')
     chooser.value.set_files(as_file(good))
     settled(page)
     tab_to(page, '.toggle')
@@ -279,7 +308,7 @@ def test_all_goes_by_keyboard(page, address, good):
     until_opacity(page, 0)
     tab_to(page, '.opacity')
     press(page, 'ArrowLeft')
-    until_opacity(page, .95)
+    until_opacity(page, 0.95)
     tab_to(page, '#clear', 'Shift+Tab')
     press(page, 'Enter')
     expect(page.locator('#results')).to_be_hidden()
@@ -289,12 +318,14 @@ def test_all_goes_by_keyboard(page, address, good):
     settled(page)
 
 
-def press(page, key: str) -> None: page.keyboard.press(key)
+def press(page, key: str) -> None:
+    page.keyboard.press(key)
 
 
 def tab_to(page, selector: str, key: str = 'Tab') -> None:
     for _ in range(40):
-        if page.evaluate(f"document.activeElement.matches('{selector}')"): return
+        if page.evaluate(f"document.activeElement.matches('{selector}')"):
+            return
         press(page, key)
     pytest.fail(f'{selector} cannot be reached')
 
@@ -306,8 +337,10 @@ def test_a_busy_service_is_asked_again_by_itself(upset, address, good):
     expect(upset.locator('#notice')).to_be_hidden()
 
 
-@pytest.mark.parametrize(('status', 'code', 'why'), [(503, 'E_BUSY', 'The service is busy.'),
-                                                     (429, 'E_TOO_OFTEN', 'Many of your films are under way already.')])
+@pytest.mark.parametrize(
+    ('status', 'code', 'why'),
+    [(503, 'E_BUSY', 'The service is busy.'), (429, 'E_TOO_OFTEN', 'Many of your images are under way already.')],
+)
 def test_one_that_stays_busy_is_asked_a_few_times_and_then_by_hand(upset, address, good, status, code, why):
     refuse(upset, status, code, wait=3600)
     upset.clock.install()
@@ -322,13 +355,18 @@ def test_one_that_stays_busy_is_asked_a_few_times_and_then_by_hand(upset, addres
 
 
 def refuse(page, status: int, code: str, wait: int = 0, times: int | None = None) -> None:
-    page.route('**/v1/predict*', lambda route: route.fulfill(
-        status=status, headers={'Retry-After': str(wait)}, json={'code': code, 'message': 'why'}), times=times)
+    page.route(
+        '**/v1/predict*',
+        lambda route: route.fulfill(
+            status=status, headers={'Retry-After': str(wait)}, json={'code': code, 'message': 'why'}
+        ),
+        times=times,
+    )
 
 
 def test_one_that_cannot_be_reached_is_told_and_asked_by_hand(upset, address, good):
     upset.route('**/v1/predict*', lambda route: route.abort())
-    choose(upset, address, *[as_file(good)]*3)
+    choose(upset, address, *[as_file(good)] * 3)
     expect(upset.locator('#why')).to_contain_text('cannot be reached')
     upset.unroute('**/v1/predict*')
     upset.get_by_role('button', name='Try again').click()
@@ -346,7 +384,7 @@ def test_a_computer_that_comes_online_goes_on_by_itself(upset, address, good):
 
 
 def test_a_token_is_asked_for_and_kept_for_the_session(upset, guarded, good):
-    choose(upset, guarded, *[as_file(good)]*2)
+    choose(upset, guarded, *[as_file(good)] * 2)
     expect(upset.get_by_label('Access token')).to_be_focused()
     upset.keyboard.type('a wrong token')
     press(upset, 'Enter')
@@ -361,9 +399,9 @@ def test_a_token_is_asked_for_and_kept_for_the_session(upset, guarded, good):
 
 
 def test_what_is_too_large_is_not_sent_and_what_is_too_many_is_told(upset, guarded):
-    choose(upset, guarded, *(as_file(b'0'*50_000, f'{i}.dcm') for i in range(4)))
+    choose(upset, guarded, *(as_file(b'0' * 50_000, f'{i}.dcm') for i in range(4)))
     expect(settled(upset, 3).first.locator('.why')).to_have_text('The file is larger than the service takes.')
-    expect(upset.locator('#why')).to_contain_text('4 films are too many')
+    expect(upset.locator('#why')).to_contain_text('4 images are too many')
     assert not [url for url in upset.asked if 'predict' in url]
 
 
@@ -371,22 +409,25 @@ def test_a_file_is_sent_with_its_progress_and_then_worked_on(page, address, good
     let_go = []
     page.route('**/v1/predict*', lambda route: let_go.append(route))
     choose(page, address, as_file(good), as_file(good), as_file(good))
-    expect(page.locator('.film progress').first).to_be_visible()
+    expect(page.locator('.image progress').first).to_be_visible()
     expect(page.locator('[data-state=queued] .why')).to_have_text('Waits for its turn.')
     page.get_by_role('button', name='Clear').click()
-    expect(page.locator('.film')).to_have_count(0)
-    for route in let_go: route.abort()
+    expect(page.locator('.image')).to_have_count(0)
+    for route in let_go:
+        route.abort()
     page.said.clear()
 
 
-def test_a_dropped_film_is_taken(page, address, good):
+def test_a_dropped_image_is_taken(page, address, good):
     page.goto(address)
-    page.evaluate('''bytes => {
+    page.evaluate(
+        """bytes => {
         const moved = new DataTransfer();
         moved.items.add(new File([new Uint8Array(bytes)], 'dropped.jpeg'));
         const options = {dataTransfer: moved, bubbles: true, cancelable: true};
-        for (const type of ['dragover', 'drop']) document.body.dispatchEvent(new DragEvent(type, options)); }''',
-                  list(good.read_bytes()))
+        for (const type of ['dragover', 'drop']) document.body.dispatchEvent(new DragEvent(type, options)); }""",
+        list(good.read_bytes()),
+    )
     expect(settled(page).locator('h3')).to_have_text('dropped.jpeg')
 
 
@@ -408,6 +449,7 @@ def test_a_page_that_came_too_early_waits_for_the_model(upset, bundle, monkeypat
 
 def test_every_page_names_the_model_and_what_it_is_not(page, address, bundle):
     from cxr_fastai.inference.bundle import Bundle
+
     identity = Bundle.open(bundle).identity
     for path in ('', 'card', 'docs'):
         page.goto(f'{address}/{path}')
@@ -415,7 +457,8 @@ def test_every_page_names_the_model_and_what_it_is_not(page, address, bundle):
         expect(foot).to_contain_text('Research software, not a medical device.')
         expect(foot).to_contain_text('baseline, 64 px')
         expect(foot.locator(f'code[title="{identity}"]')).to_have_text(identity[:12])
-        for there in ('card', 'docs'): assert foot.locator(f'a[href={there}]').count()
+        for there in ('card', 'docs'):
+            assert foot.locator(f'a[href={there}]').count()
 
 
 def test_the_card_is_a_page_without_what_it_tells_programs(page, address):
@@ -429,27 +472,31 @@ def test_the_interface_is_told_whole(page, address):
     page.goto(f'{address}/docs')
     api = page.context.request.get(f'{address}/openapi.json').json()
     text = page.locator('main').inner_text()
-    for path in api['paths']: assert path in text
+    for path in api['paths']:
+        assert path in text
     for name, schema in api['components']['schemas'].items():
         expect(page.locator(f'#{name}')).to_have_text(name)
         assert all(field in text for field in schema['properties'])
-    assert f'curl -F films=@film.jpeg {address}/v1/predict' in text
-    broken = page.evaluate('[...document.querySelectorAll("main a[href^=\'#\']")].map(a => a.hash.slice(1))'
-                           '.filter(id => !document.getElementById(id))')
+    assert f'curl -F images=@image.jpeg {address}/v1/predict' in text
+    broken = page.evaluate(
+        '[...document.querySelectorAll("main a[href^=\'#\']")].map(a => a.hash.slice(1))'
+        '.filter(id => !document.getElementById(id))'
+    )
     assert broken == []
 
 
 def test_one_that_asks_for_a_token_shows_how(page, guarded):
     page.goto(f'{guarded}/docs')
-    expect(page.locator('main')).to_contain_text('curl -H "Authorization: Bearer $TOKEN" -F films=@film.jpeg')
+    expect(page.locator('main')).to_contain_text('curl -H "Authorization: Bearer $TOKEN" -F images=@image.jpeg')
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('width', [1280, 390])
 def test_the_pages_are_accessible_and_fit(browser, address, guarded, good, width, scheme):
     axe = pytest.importorskip('axe_playwright_python.sync_playwright').Axe()
-    context = browser.new_context(viewport={'width': width, 'height': 900}, color_scheme=scheme,
-                                  reduced_motion='reduce')
+    context = browser.new_context(
+        viewport={'width': width, 'height': 900}, color_scheme=scheme, reduced_motion='reduce'
+    )
     page = context.new_page()
 
     def check(state: str) -> None:
@@ -457,10 +504,11 @@ def test_the_pages_are_accessible_and_fit(browser, address, guarded, good, width
         serious = [one for one in found if one['impact'] in ('serious', 'critical')]
         assert not serious, (state, [(one['id'], [node['html'][:200] for node in one['nodes']]) for one in serious])
         assert page.evaluate('document.documentElement.scrollWidth') <= width, state
+
     for path in ('', 'card', 'docs'):
         page.goto(f'{address}/{path}')
         check(path)
-    choose(page, address, as_file(good, 'a'*200), as_file(b'hello', FORMULA), as_file(encoded(NOISE)))
+    choose(page, address, as_file(good, 'a' * 200), as_file(b'hello', FORMULA), as_file(encoded(NOISE)))
     settled(page, 3)
     check('done')
     page.route('**/v1/predict*', lambda route: route.abort())
@@ -476,13 +524,14 @@ def test_the_pages_are_accessible_and_fit(browser, address, guarded, good, width
 
 def test_every_code_has_plain_words():
     from cxr_fastai.serving.pages import WORDS
+
     package = Path(cxr_fastai.__file__).parent
-    text = ''.join(path.read_text() for path in [*package.glob('images/*.py'), package/'inference/gate.py'])
+    text = ''.join(path.read_text() for path in [*package.glob('images/*.py'), package / 'inference/gate.py'])
     assert set(re.findall(r"'(E_\w+)'", text)) <= set(WORDS)
 
 
 def test_the_script_makes_no_markup_of_text():
-    static = Path(cxr_fastai.__file__).parent/'serving/static'
-    script = (static/'serve.js').read_text()
+    static = Path(cxr_fastai.__file__).parent / 'serving/static'
+    script = (static / 'serve.js').read_text()
     assert not re.search('innerHTML|outerHTML|insertAdjacentHTML|document.write|eval', script)
-    assert not re.search('https?://(?!www.w3.org)', script + (static/'serve.css').read_text())
+    assert not re.search('https?://(?!www.w3.org)', script + (static / 'serve.css').read_text())

@@ -1,4 +1,5 @@
 """Fields of a recipe: what is refused, what is parsed, and what sets two recipes apart."""
+
 from dataclasses import asdict, replace
 
 import pytest
@@ -17,26 +18,40 @@ def test_a_recipe_comes_back_from_its_json():
 def test_numbers_out_of_range_are_refused(name):
     low, high = RANGES[name]
     for value in (low - 1, high + 1 if high < 1e9 else float('nan')):
-        with pytest.raises(UsageError, match=f'{name} .*a number from'): make_recipe('baseline', **{name: value})
+        with pytest.raises(UsageError, match=f'{name} .*a number from'):
+            make_recipe('baseline', **{name: value})
 
 
 @pytest.mark.parametrize('name', CHOICES)
 def test_words_that_mean_nothing_are_refused(name):
-    with pytest.raises(UsageError, match='best: choose '): make_recipe('baseline', **{name: 'best'})
+    with pytest.raises(UsageError, match='best: choose '):
+        make_recipe('baseline', **{name: 'best'})
 
 
 def test_fields_are_parsed_by_their_type():
     assert parse_fields(['ema=0', 'class_weights=True', 'schedule=one-cycle', 'jpeg=40']) == {
-        'ema': 0.0, 'class_weights': True, 'schedule': 'one-cycle', 'jpeg': 40}
+        'ema': 0.0,
+        'class_weights': True,
+        'schedule': 'one-cycle',
+        'jpeg': 40,
+    }
 
 
-@pytest.mark.parametrize(('text', 'why'), [
-    ('emma=0.9', 'no such field: choose ema'), ('ema', 'ema=NUMBER is needed'),
-    ('jpeg=4.5', 'jpeg=WHOLE NUMBER is needed'), ('class_weights=yes', 'class_weights=true or false is needed'),
-    ('arch=resnet50', 'no such field: use --arch'), ('batch_size=4', 'no such field: use --batch-size'),
-    ('=1', 'no such field')])
+@pytest.mark.parametrize(
+    ('text', 'why'),
+    [
+        ('emma=0.9', 'no such field: choose ema'),
+        ('ema', 'ema=NUMBER is needed'),
+        ('jpeg=4.5', 'jpeg=WHOLE NUMBER is needed'),
+        ('class_weights=yes', 'class_weights=true or false is needed'),
+        ('arch=resnet50', 'no such field: use --arch'),
+        ('batch_size=4', 'no such field: use --batch-size'),
+        ('=1', 'no such field'),
+    ],
+)
 def test_what_is_no_field_is_refused(text, why):
-    with pytest.raises(UsageError, match=f'--set {text}: {why}'): parse_fields([text])
+    with pytest.raises(UsageError, match=f'--set {text}: {why}'):
+        parse_fields([text])
 
 
 def test_reference_leaves_everything_at_the_specification():
@@ -55,9 +70,16 @@ def test_the_number_of_workers_makes_no_difference():
     assert differences(recipe, replace(recipe, size=64)) == ['size: 224, now 64']
 
 
-@pytest.mark.parametrize(('given', 'told'), [
-    ({}, []), ({'size': 64}, ['size: 224, now 64']), ({'ema': 0.5}, ['ema: 0.99, now 0.5']),
-    ({'epochs': 4}, []), ({'name': 'reference', 'epochs': 4}, None)])
+@pytest.mark.parametrize(
+    ('given', 'told'),
+    [
+        ({}, []),
+        ({'size': 64}, ['size: 224, now 64']),
+        ({'ema': 0.5}, ['ema: 0.99, now 0.5']),
+        ({'epochs': 4}, []),
+        ({'name': 'reference', 'epochs': 4}, None),
+    ],
+)
 def test_a_recipe_is_revised_by_what_is_given_alone(given, told):
     known = make_recipe('baseline', 'tuned', epochs=4, lr=0.0007)
     found = differences(known, revise_recipe(known, **given))

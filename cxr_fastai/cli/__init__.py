@@ -2,6 +2,7 @@
 
 Stages are imported inside the commands, so that `--help` loads neither torch nor pandas.
 """
+
 from __future__ import annotations
 
 import signal
@@ -32,11 +33,12 @@ app.add_typer(cli_data.app, name='data')
 
 @app.callback(invoke_without_command=True)
 def show_version(show: Annotated[bool, Option('--version', help='Print the version and exit.')] = False) -> None:
-    """From a folder of chest X-ray films to a trained, measured and exported classifier.
+    """From a folder of chest X-ray images to a trained, measured and exported classifier.
 
     Research software, not a medical device.
     """
     from cxr_fastai import __version__
+
     if show:
         out.print(f'cxr_fastai {__version__}', highlight=False)
         raise typer.Exit
@@ -55,9 +57,14 @@ app.command('push-to-hub')(push_to_hub)
 
 
 @app.command()
-def demo(folder: opt.NewFolder = None, films: opt.Films = 800, size: opt.Size = 128, epochs: opt.DemoEpochs = 12,
-         seed: opt.Seed = 0) -> None:
-    """The whole way on synthetic films: data, audit, train (baseline), evaluate, explain, export, predict, report.
+def demo(
+    folder: opt.NewFolder = None,
+    images: opt.Images = 800,
+    size: opt.Size = 128,
+    epochs: opt.DemoEpochs = 12,
+    seed: opt.Seed = 0,
+) -> None:
+    """The whole way on synthetic images: data, audit, train (baseline), evaluate, explain, export, predict, report.
 
     Four minutes on two cores.
 
@@ -65,26 +72,33 @@ def demo(folder: opt.NewFolder = None, films: opt.Films = 800, size: opt.Size = 
     """
     folder = folder or free(Path('demo'))
     check_new(folder)
-    where, run, bundle, table = folder/'films', folder/'run', folder/'bundle', folder/'predictions.csv'
-    steps = {'data demo': lambda: cli_data.data_demo(where, films, max(96, size*3//2), seed),
-             'data audit': lambda: cli_data.data_audit(where, report=folder/'audit'),
-             'train': lambda: _train_demo(where, run, epochs, size, seed), 'evaluate': lambda: evaluate([run]),
-             'explain': lambda: explain(run, top_losses=12), 'export': lambda: export(run, bundle),
-             'predict': lambda: _predict_demo(bundle, where/'test', table), 'report': lambda: report(run)}
+    where, run, bundle, table = folder / 'images', folder / 'run', folder / 'bundle', folder / 'predictions.csv'
+    steps = {
+        'data demo': lambda: cli_data.data_demo(where, images, max(96, size * 3 // 2), seed),
+        'data audit': lambda: cli_data.data_audit(where, report=folder / 'audit'),
+        'train': lambda: _train_demo(where, run, epochs, size, seed),
+        'evaluate': lambda: evaluate([run]),
+        'explain': lambda: explain(run, top_losses=12),
+        'export': lambda: export(run, bundle),
+        'predict': lambda: _predict_demo(bundle, where / 'test', table),
+        'report': lambda: report(run),
+    }
     for number, (name, step) in enumerate(steps.items(), 1):
         out.rule(f'{number} of {len(steps)}: {name}', align='left')
         step()
-    say(f'films in {where}, run in {run}, bundle in {bundle}, predictions in {table}, report in {run/"report.html"}')
+    say(f'images in {where}, run in {run}, bundle in {bundle}, predictions in {table}, report in {run / "report.html"}')
 
 
-def _train_demo(films: Path, run: Path, epochs: int, size: int, seed: int) -> None:
+def _train_demo(images: Path, run: Path, epochs: int, size: int, seed: int) -> None:
     from cxr_fastai.models.architectures import make_recipe
     from cxr_fastai.training.training import train
-    train(make_recipe('baseline', epochs=epochs, size=size, seed=seed), films, run, out)
+
+    train(make_recipe('baseline', epochs=epochs, size=size, seed=seed), images, run, out)
 
 
-def _predict_demo(bundle: Path, films: Path, table: Path) -> None:
-    with suppress(typer.Exit): predict(bundle, [films], table)  # the gate may turn a film away
+def _predict_demo(bundle: Path, images: Path, table: Path) -> None:
+    with suppress(typer.Exit):
+        predict(bundle, [images], table)  # the gate may turn an image away
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,8 +108,10 @@ def main(argv: list[str] | None = None) -> int:
         warnings.simplefilter('ignore')
         warnings.simplefilter('always', CXRWarning)
         warnings.showwarning = show_warning
-        try: app(argv)
-        except KeyboardInterrupt: return _tell_signal(signal.SIGINT)
+        try:
+            app(argv)
+        except KeyboardInterrupt:
+            return _tell_signal(signal.SIGINT)
         except SystemExit as end:
             code = int(end.code or 0)
             return _tell_signal(signal.Signals(code - 128)) if code > 128 else code
@@ -111,13 +127,19 @@ def main(argv: list[str] | None = None) -> int:
 @contextmanager
 def _ending_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end a command as Ctrl-C does: files are closed, temporary ones go."""
-    def end(number: int, _: object) -> None: sys.exit(128 + number)
-    try: before = signal.signal(signal.SIGTERM, end)
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
     except ValueError:  # only the main thread may listen
         yield
         return
-    try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tell_signal(number: signal.Signals) -> int:

@@ -1,4 +1,5 @@
 """Facts about this process: optional packages, and its rank among several processes."""
+
 from __future__ import annotations
 
 import os
@@ -23,9 +24,9 @@ def world() -> int:
 
 
 def part_of(n: int, rank: int, world: int) -> slice:
-    """Which of `n` films the process `rank` of `world` takes; sizes differ by one at most, and the first have more."""
+    """Which of `n` images the process `rank` of `world` takes; sizes differ by one at most, and the first have more."""
     few, more = divmod(n, world)
-    start = rank*few + min(rank, more)
+    start = rank * few + min(rank, more)
     return slice(start, start + few + (rank < more))
 
 

@@ -1,4 +1,5 @@
 """The exceptions of the package, each with its exit code."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
 class CXRError(Exception):
     """An expected failure, told in one line."""
+
     exit_code = 1
 
 
@@ -19,11 +21,11 @@ def first_line(error: BaseException, most: int | None = None) -> str:
 
 
 REJECTED = ('E_TOO_SMALL', 'E_TOO_LARGE', 'E_BLANK', 'E_MULTIFRAME', 'E_DICOM_MODALITY')
-"""Codes of files that may be whole, but are no film to judge."""
+"""Codes of files that may be whole, but are no image to judge."""
 
 
-class FilmError(CXRError):
-    """A film that cannot be used; `code` is a stable name, the message names the file."""
+class ImageError(CXRError):
+    """An image that cannot be used; `code` is a stable name, the message names the file."""
 
     def __init__(self, message: str, code: str = 'E_IO'):
         super().__init__(message)
@@ -31,23 +33,26 @@ class FilmError(CXRError):
 
     @property
     def status(self) -> str:
-        """`rejected` where the file may be whole but is no film to judge, `error` where it cannot be read."""
+        """`rejected` where the file may be whole but is no image to judge, `error` where it cannot be read."""
         return 'rejected' if self.code in REJECTED else 'error'
 
-    def __reduce__(self): return type(self), (str(self), self.code)
+    def __reduce__(self):
+        return type(self), (str(self), self.code)
 
-    def of(self, path: str | Path) -> FilmError:
-        """The same error with the name of the film `path` and the code before its message."""
-        return FilmError(f'{path}: {self.code}: {self}'.replace('\n', ' '), self.code)
+    def of(self, path: str | Path) -> ImageError:
+        """The same error with the name of the image `path` and the code before its message."""
+        return ImageError(f'{path}: {self.code}: {self}'.replace('\n', ' '), self.code)
 
 
 class UsageError(CXRError):
     """What was asked for does not fit together."""
+
     exit_code = 2
 
 
 class OutputError(CXRError):
     """The disk refuses, or training produced no finite number."""
+
     exit_code = 6
 
 

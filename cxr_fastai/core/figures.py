@@ -1,4 +1,5 @@
 """The house style of every figure, and its two ways out: a PNG on disk, or an SVG that takes a page's own colours."""
+
 from __future__ import annotations
 
 import re
@@ -20,8 +21,9 @@ VARIABLES = {BLUE: 'blue', ORANGE: 'orange', GREEN: 'green', GREY: 'soft', INK: 
 """Colours that a page has a variable for, so that they suit a dark page as well."""
 FONT = re.compile(r'(font: (?:[a-z0-9]+ )*[\d.]+px|font-family:) [^;"]+')
 """How matplotlib names letters: all at once before 3.11, the family alone since."""
-NOISE = re.compile(r'<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>| xmlns(:\w+)?="[^"]*"|<!--.*?-->',
-                   re.DOTALL)
+NOISE = re.compile(
+    r'<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>| xmlns(:\w+)?="[^"]*"|<!--.*?-->', re.DOTALL
+)
 
 
 def axes(width: float, height: float) -> tuple[Figure, Axes]:
@@ -43,7 +45,8 @@ def entitle(ax: Axes, title: str) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` to `path` as a PNG, atomically. Raises `OutputError`."""
-    with atomic(path) as temporary: figure.savefig(temporary, format='png', dpi=130)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=130)
 
 
 def to_svg(figure: Figure, alt: str) -> str:
@@ -51,10 +54,11 @@ def to_svg(figure: Figure, alt: str) -> str:
     of the page around it. Two of one page need different `alt`."""
     with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': alt}):
         figure.savefig(buffer := StringIO(), format='svg', transparent=True, metadata={'Date': None})
-    text = NOISE.sub('', buffer.getvalue()[buffer.getvalue().index('<svg'):])
+    text = NOISE.sub('', buffer.getvalue()[buffer.getvalue().index('<svg') :])
     head = rf'<svg role="img" aria-label="{escape(alt)}" \1>'
     text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', head, text, count=1)
     text = FONT.sub(r'\1 system-ui, sans-serif', text)
-    for colour, name in VARIABLES.items(): text = re.sub(colour, f'var(--{name})', text, flags=re.IGNORECASE)
+    for colour, name in VARIABLES.items():
+        text = re.sub(colour, f'var(--{name})', text, flags=re.IGNORECASE)
     used = set(re.findall(r'#([\w-]+)', text))
     return re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else '', text)

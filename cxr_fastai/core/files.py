@@ -1,4 +1,5 @@
 """Files are written whole or not at all."""
+
 from __future__ import annotations
 
 import json
@@ -18,10 +19,13 @@ if TYPE_CHECKING:
 @contextmanager
 def writing(path: Path, by: str = '--out') -> Iterator[None]:
     """Turn what the disk says against writing `path`, which the user chooses `by` an option, into an `OutputError`."""
-    try: yield
+    try:
+        yield
     except OSError as error:
-        raise OutputError(f'{path}: cannot be written ({error.strerror}). Free the disk or choose another place by '
-                          f'{by}; a file that was there before is whole.') from error
+        raise OutputError(
+            f'{path}: cannot be written ({error.strerror}). Free the disk or choose another place by '
+            f'{by}; a file that was there before is whole.'
+        ) from error
 
 
 @contextmanager
@@ -41,17 +45,20 @@ def atomic(path: Path) -> Iterator[Path]:
             sync(temporary)
             os.replace(temporary, path)
     finally:
-        with suppress(OSError): temporary.unlink()
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def sync(path: Path) -> None:
     """Wait until what was written to `path` is on the disk."""
-    with open(path, 'rb+') as file: os.fsync(file.fileno())
+    with open(path, 'rb+') as file:
+        os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically, as UTF-8."""
-    with atomic(path) as temporary: temporary.write_text(text, encoding='utf-8', errors='backslashreplace')
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding='utf-8', errors='backslashreplace')
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
@@ -73,5 +80,6 @@ def check_new(folder: Path) -> None:
     """Raise `UsageError` unless `folder` is still to be made, or is an empty folder. (A process that does not write
     does not ask.)"""
     if leads() and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(f'{folder} exists already and nothing in it was overwritten: choose another --out, or delete '
-                         'it.')
+        raise UsageError(
+            f'{folder} exists already and nothing in it was overwritten: choose another --out, or delete it.'
+        )

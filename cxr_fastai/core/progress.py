@@ -1,4 +1,5 @@
 """Work in threads, with progress."""
+
 from __future__ import annotations
 
 import os
@@ -13,35 +14,40 @@ if TYPE_CHECKING:
 
 S, T = TypeVar('S'), TypeVar('T')
 UNDER_WAY = 64
-"""Films read in threads that nobody has asked for yet."""
+"""Images read in threads that nobody has asked for yet."""
 SILENCE = 30
 """Seconds between two lines of progress where there is no terminal."""
 
 
 def progress(steps: Iterable[T], console: Console | None, total: int | None = None) -> Iterator[T]:
-    """`steps`, one a film and `total` in all (default: their length), with a bar that vanishes at the end on a
+    """`steps`, one an image and `total` in all (default: their length), with a bar that vanishes at the end on a
     `console` that is a terminal, and a line every half minute on another."""
     total = len(steps) if total is None else total
-    if console and console.is_terminal: yield from _with_bar(steps, console, total)
-    else: yield from _with_lines(steps, console, total)
+    if console and console.is_terminal:
+        yield from _with_bar(steps, console, total)
+    else:
+        yield from _with_lines(steps, console, total)
 
 
-def in_threads(func: Callable[[S], T], films: Sequence[S], workers: int | None = None,
-               console: Console | None = None) -> Iterator[T]:
-    """`func` of each of the `films`, in their order, from `workers` threads (default: the cores), with `progress`.
+def in_threads(
+    func: Callable[[S], T], images: Sequence[S], workers: int | None = None, console: Console | None = None
+) -> Iterator[T]:
+    """`func` of each of the `images`, in their order, from `workers` threads (default: the cores), with `progress`.
 
     Only some are under way at a time, so that results which nobody has taken yet do not fill the memory.
     """
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        yield from progress(_ahead(pool, func, films), console, len(films))
+        yield from progress(_ahead(pool, func, images), console, len(images))
 
 
-def _ahead(pool: ThreadPoolExecutor, func: Callable[[S], T], films: Iterable[S]) -> Iterator[T]:
+def _ahead(pool: ThreadPoolExecutor, func: Callable[[S], T], images: Iterable[S]) -> Iterator[T]:
     waiting: deque[Future[T]] = deque()
-    for film in films:
-        waiting.append(pool.submit(func, film))
-        if len(waiting) == UNDER_WAY: yield waiting.popleft().result()
-    while waiting: yield waiting.popleft().result()
+    for image in images:
+        waiting.append(pool.submit(func, image))
+        if len(waiting) == UNDER_WAY:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _with_bar(steps: Iterable[T], console: Console, total: int) -> Iterator[T]:
@@ -49,8 +55,10 @@ def _with_bar(steps: Iterable[T], console: Console, total: int) -> Iterator[T]:
     from rich.text import Text
 
     class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text: return Text(f'{task.speed:,.0f}/s' if task.speed else '')
-    columns = ('films', BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+        def render(self, task: Task) -> Text:
+            return Text(f'{task.speed:,.0f}/s' if task.speed else '')
+
+    columns = ('images', BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         yield from bar.track(steps, total)
 
@@ -61,4 +69,4 @@ def _with_lines(steps: Iterable[T], console: Console | None, total: int) -> Iter
         yield step
         if console and time.monotonic() - told > SILENCE:
             told = time.monotonic()
-            console.print(f'{done:,} of {total:,} films', highlight=False)
+            console.print(f'{done:,} of {total:,} images', highlight=False)

@@ -1,4 +1,5 @@
 """Templates become text: pages that need nothing else, in which no name can become markup."""
+
 from __future__ import annotations
 
 import base64
@@ -20,15 +21,22 @@ def fill(template: str, **values: Any) -> str:
 @cache
 def _templates() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
     folders = sorted(Path(__file__).parents[1].glob('*/templates'))
-    return Environment(loader=FileSystemLoader(folders), autoescape=select_autoescape(['html']), trim_blocks=True,
-                       lstrip_blocks=True, undefined=StrictUndefined)
+    return Environment(
+        loader=FileSystemLoader(folders),
+        autoescape=select_autoescape(['html']),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
 
 
 def markdown(text: str) -> Markup:
     """Markdown as HTML; what looks like markup in it stays text, and links lead nowhere but to the web."""
     from markdown_it import MarkdownIt
     from markupsafe import Markup
+
     return Markup(MarkdownIt('commonmark', {'html': False}).enable('table').render(text))
 
 

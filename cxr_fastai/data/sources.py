@@ -1,4 +1,5 @@
-"""The places that hand out the real films, and the one function that brings them to disk in the Kaggle layout."""
+"""The places that hand out the real images, and the one function that brings them to disk in the Kaggle layout."""
+
 from __future__ import annotations
 
 import re
@@ -17,8 +18,8 @@ from rich.console import Console
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import check_new, writing
-from cxr_fastai.data.archives import check_hash, draw_films, hash_file, new_folder, unpack_films
-from cxr_fastai.data.find import find_films
+from cxr_fastai.data.archives import check_hash, draw_images, hash_file, new_folder, unpack_images
+from cxr_fastai.data.find import find_images
 from cxr_fastai.data.items import read_items
 
 TIMEOUT = (10, 60)
@@ -28,23 +29,29 @@ PAUSES = (1, 2, 4)
 CHUNK = 2**16
 TRANSIENT = (408, 429, *range(500, 600))
 """Status codes after which a new attempt may help."""
-REASONS = ((requests.Timeout, 'no answer in time'), (requests.exceptions.ProxyError, 'the proxy refuses'),
-           (requests.exceptions.SSLError, 'the certificate is not trusted'),
-           (requests.exceptions.ChunkedEncodingError, 'the connection was cut'),
-           (requests.ConnectionError, 'there is no connection, or it was lost'))
+REASONS = (
+    (requests.Timeout, 'no answer in time'),
+    (requests.exceptions.ProxyError, 'the proxy refuses'),
+    (requests.exceptions.SSLError, 'the certificate is not trusted'),
+    (requests.exceptions.ChunkedEncodingError, 'the connection was cut'),
+    (requests.ConnectionError, 'there is no connection, or it was lost'),
+)
 """Told in place of the text of `requests`, which spans lines and may hold signed addresses."""
 CONTENT_RANGE = re.compile(r'bytes (?:(?P<start>\d+)-\d+|\*)/(?P<total>\d+)')
-CREDENTIALS = ('KAGGLE_API_TOKEN, KAGGLE_USERNAME with KAGGLE_KEY, ~/.kaggle/access_token or ~/.kaggle/kaggle.json, '
-               'made at https://www.kaggle.com/settings')
+CREDENTIALS = (
+    'KAGGLE_API_TOKEN, KAGGLE_USERNAME with KAGGLE_KEY, ~/.kaggle/access_token or ~/.kaggle/kaggle.json, '
+    'made at https://www.kaggle.com/settings'
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One place that hands out the films: `get` brings the archive to disk, `arrange` makes films of it.
+    """One place that hands out the images: `get` brings the archive to disk, `arrange` makes images of it.
 
     A person finds `file`, of about `size`, on `page`. `url` is an address, or Kaggle's handle; `doubt` is what the
-    films of this source cannot show.
+    images of this source cannot show.
     """
+
     name: str
     page: str
     file: str
@@ -52,40 +59,44 @@ class Source:
     url: str
     get: Callable[[Source, Path, Console | None], Path]
     arrange: Callable[[Path, Path, Console | None], Counter]
-    films: int = 5856
+    images: int = 5856
     licence: str = 'CC BY 4.0'
     md5: str = ''
     doubt: str = ''
 
 
 def download(folder: Path, source: str | Source = 'mendeley', console: Console | None = None) -> pd.DataFrame:
-    """Bring the films of `source` to `folder`/train|val|test/NORMAL|PNEUMONIA, which appears whole or not at all.
+    """Bring the images of `source` to `folder`/train|val|test/NORMAL|PNEUMONIA, which appears whole or not at all.
 
     What is still incomplete waits in `folder`.download for the next call; a file of the source's name that lies there
     is used instead of the network, and kept. Returns the items table, with `.attrs['ignored']` counting what was
     passed over. Raises `UsageError` where the folder has something in it,
-    `OutputError` where it cannot be written, `CXRError` where the films cannot be had or are not what they should be.
+    `OutputError` where it cannot be written, `CXRError` where the images cannot be had or are not what they should be.
     """
     if isinstance(source, str):
-        if source not in SOURCES: raise UsageError(f'--source {source}: choose {", ".join(SOURCES)}.')
+        if source not in SOURCES:
+            raise UsageError(f'--source {source}: choose {", ".join(SOURCES)}.')
         source = SOURCES[source]
     check_new(folder)
     folder = folder.resolve()
-    archive = folder.with_name(f'{folder.name}.download')/source.file
+    archive = folder.with_name(f'{folder.name}.download') / source.file
     got = archive if archive.exists() else source.get(source, archive, console)
     try:
         check_hash(got, source.md5)
         with new_folder(folder) as temporary:
             skipped = source.arrange(got, temporary, console)
-            films = find_films(temporary)[0]
-            if len(films) != source.films:
-                raise CXRError(f'{got.name}: holds {len(films):,} films, and {source.films:,} are expected.')
-    except (OutputError, UsageError): raise  # the archive is not to blame
-    except CXRError as error: raise CXRError(f'{error} {_discard(got, archive)}') from error
+            images = find_images(temporary)[0]
+            if len(images) != source.images:
+                raise CXRError(f'{got.name}: holds {len(images):,} images, and {source.images:,} are expected.')
+    except (OutputError, UsageError):
+        raise  # the archive is not to blame
+    except CXRError as error:
+        raise CXRError(f'{error} {_discard(got, archive)}') from error
     with suppress(OSError):
         _forget(_part(archive))
         archive.parent.rmdir()
-    if source.doubt: warnings.warn(source.doubt, CXRWarning, stacklevel=2)
+    if source.doubt:
+        warnings.warn(source.doubt, CXRWarning, stacklevel=2)
     items = read_items(folder)
     items.attrs['ignored'] = dict(skipped)
     return items
@@ -99,7 +110,8 @@ def fetch_url(source: Source, archive: Path, console: Console | None = None) -> 
     part, failures, furthest = _part(archive), 0, 0
     with writing(part):
         part.parent.mkdir(parents=True, exist_ok=True)
-        if source.md5 and part.exists() and hash_file(part) == source.md5: return part
+        if source.md5 and part.exists() and hash_file(part) == source.md5:
+            return part
         while True:
             try:
                 _receive(source, part, console)
@@ -109,8 +121,10 @@ def fetch_url(source: Source, archive: Path, console: Console | None = None) -> 
                 size = _size(part)
                 failures, furthest = (1, size) if size > furthest else (failures + 1, furthest)
                 if failures > len(PAUSES) or status and status not in TRANSIENT:
-                    raise CXRError(f'{source.url}: {explain(error)}. Run the same command again to go on, or '
-                                   f'{_by_hand(source, archive)}') from error
+                    raise CXRError(
+                        f'{source.url}: {explain(error)}. Run the same command again to go on, or '
+                        f'{_by_hand(source, archive)}'
+                    ) from error
                 time.sleep(PAUSES[failures - 1])
 
 
@@ -123,22 +137,29 @@ def fetch_kaggle(source: Source, archive: Path, console: Console | None = None) 
     try:
         import kagglehub
     except ImportError:
-        raise CXRError('--source kaggle needs a package that is not installed: pip install "cxr_fastai[kaggle]". Or '
-                       f'{_by_hand(source, archive)}') from None
-    try: return Path(kagglehub.dataset_download(source.url))
+        raise CXRError(
+            '--source kaggle needs a package that is not installed: pip install "cxr_fastai[kaggle]". Or '
+            f'{_by_hand(source, archive)}'
+        ) from None
+    try:
+        return Path(kagglehub.dataset_download(source.url))
     except requests.RequestException as error:
         raise CXRError(f'Kaggle, {source.url}: {explain(error)}. {advice}') from error
     except OSError as error:
-        raise OutputError(f"kagglehub's cache: cannot be written ({error.strerror}). Free the disk, or name another "
-                          'place by KAGGLEHUB_CACHE.') from error
+        raise OutputError(
+            f"kagglehub's cache: cannot be written ({error.strerror}). Free the disk, or name another "
+            'place by KAGGLEHUB_CACHE.'
+        ) from error
     # kagglehub's own errors have no base, and those of its credentials are ValueError.
-    except Exception as error: raise CXRError(f'Kaggle, {source.url}: {explain(error)}. {advice}') from error
+    except Exception as error:
+        raise CXRError(f'Kaggle, {source.url}: {explain(error)}. {advice}') from error
 
 
 def explain(error: Exception) -> str:
     """What went wrong, in a few words on one line."""
     response = getattr(error, 'response', None)
-    if response is not None: return f'the server answers {response.status_code} {response.reason}'
+    if response is not None:
+        return f'the server answers {response.status_code} {response.reason}'
     known = (text for kind, text in REASONS if isinstance(error, kind))
     return next(known, ' '.join(str(error).split()))
 
@@ -147,27 +168,33 @@ def _receive(source: Source, part: Path, console: Console | None) -> None:
     """Ask for what `part` still lacks and append it. Raises `requests.RequestException`."""
     have, etag = _size(part), _etag(part)
     headers = {'Accept-Encoding': 'identity'}  # the lengths of a packed answer would not be the file's
-    if have: headers['Range'] = f'bytes={have}-'
-    if have and etag.exists(): headers['If-Range'] = etag.read_text(encoding='utf-8')
+    if have:
+        headers['Range'] = f'bytes={have}-'
+    if have and etag.exists():
+        headers['If-Range'] = etag.read_text(encoding='utf-8')
     with requests.get(source.url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         start, total = _place(response, have)
         if start is None:
             _forget(part)
             raise requests.RequestException('the server did not go on where the download had stopped')
-        if have and start == total: return
-        if not start: _note_version(response, etag)
+        if have and start == total:
+            return
+        if not start:
+            _note_version(response, etag)
         with open(part, 'ab' if start else 'wb') as file, _bar(source.file, start, total, console) as advance:
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
                 advance(len(chunk))
-    if total not in (None, _size(part)): raise requests.exceptions.ChunkedEncodingError
+    if total not in (None, _size(part)):
+        raise requests.exceptions.ChunkedEncodingError
 
 
 def _place(response: requests.Response, have: int) -> tuple[int | None, int | None]:
     """At which byte the answer starts, None where that is not where `have` bytes end; and the length of the whole."""
     if have and response.status_code in (206, 416):
         found = CONTENT_RANGE.fullmatch(response.headers.get('Content-Range', ''))
-        if not found or int(found['start'] or found['total']) != have: return None, None
+        if not found or int(found['start'] or found['total']) != have:
+            return None, None
         return have, int(found['total'])
     response.raise_for_status()
     if response.headers.get('Content-Type', '').startswith('text/html'):
@@ -179,21 +206,25 @@ def _place(response: requests.Response, have: int) -> tuple[int | None, int | No
 def _note_version(response: requests.Response, etag: Path) -> None:
     """Keep the ETag, so that a later call does not join the parts of two versions; a weak one does not tell them."""
     etag.unlink(missing_ok=True)
-    if (value := response.headers.get('ETag', '')).startswith('"'): etag.write_text(value, encoding='utf-8')
+    if (value := response.headers.get('ETag', '')).startswith('"'):
+        etag.write_text(value, encoding='utf-8')
 
 
 @contextmanager
 def _bar(name: str, start: int, total: int | None, console: Console | None) -> Iterator[Callable[[int], None]]:
     """Yield what takes the number of new bytes, and shows them on a `console` that is a terminal."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
     columns = ('{task.description}', BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     shown = Progress(*columns, console=console, transient=True, disable=not (console and console.is_terminal))
-    with shown: yield partial(shown.advance, shown.add_task(name, total=total, completed=start))
+    with shown:
+        yield partial(shown.advance, shown.add_task(name, total=total, completed=start))
 
 
 def _discard(got: Path, archive: Path) -> str:
     """Delete an archive found bad if it is our own download; what to do next, in words."""
-    if got != _part(archive): return f'Delete {got} and run the same command again.'
+    if got != _part(archive):
+        return f'Delete {got} and run the same command again.'
     _forget(got)
     return 'The download was deleted: run the same command again.'
 
@@ -202,29 +233,58 @@ def _by_hand(source: Source, archive: Path) -> str:
     return f'fetch {source.file} ({source.size}) from {source.page} as {archive} and run the same command again.'
 
 
-def _part(archive: Path) -> Path: return archive.with_name(f'{archive.name}.part')
+def _part(archive: Path) -> Path:
+    return archive.with_name(f'{archive.name}.part')
 
 
-def _etag(part: Path) -> Path: return part.with_suffix('.etag')
+def _etag(part: Path) -> Path:
+    return part.with_suffix('.etag')
 
 
-def _size(path: Path) -> int: return path.stat().st_size if path.exists() else 0
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _forget(part: Path) -> None:
-    for path in (part, _etag(part)): path.unlink(missing_ok=True)
+    for path in (part, _etag(part)):
+        path.unlink(missing_ok=True)
 
 
-SOURCES = {source.name: source for source in (
-    Source('mendeley', 'https://data.mendeley.com/datasets/rscbjbr9sj/2', 'ChestXRay2017.zip', 'about 1.2 GB',
-           'https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/f12eaf6d-6023-432f-acc9-80c9d7393433/'
-           'file_downloaded', fetch_url, unpack_films,
-           doubt='Mendeley hands out train and test only: `--valid patients` takes validation films from train.'),
-    Source('kaggle', 'https://www.kaggle.com/datasets/paultimothymooney/chest-xray-pneumonia', 'archive.zip',
-           'about 2.3 GB', 'paultimothymooney/chest-xray-pneumonia', fetch_kaggle, unpack_films),
-    Source('medmnist', 'https://zenodo.org/records/10519652', 'pneumoniamnist_224.npz', 'about 0.2 GB',
-           'https://zenodo.org/records/10519652/files/pneumoniamnist_224.npz?download=1', fetch_url, draw_films,
-           md5='d6a3c71de1b945ea11211b03746c1fe1',
-           doubt='MedMNIST names no patients and drew val from train film by film, so a patient may be in both: '
-                 'figures on val flatter, and `--valid patients` cannot help. Its films are also cropped and small.'))}
+SOURCES = {
+    source.name: source
+    for source in (
+        Source(
+            'mendeley',
+            'https://data.mendeley.com/datasets/rscbjbr9sj/2',
+            'ChestXRay2017.zip',
+            'about 1.2 GB',
+            'https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/f12eaf6d-6023-432f-acc9-80c9d7393433/'
+            'file_downloaded',
+            fetch_url,
+            unpack_images,
+            doubt='Mendeley hands out train and test only: `--valid patients` takes validation images from train.',
+        ),
+        Source(
+            'kaggle',
+            'https://www.kaggle.com/datasets/paultimothymooney/chest-xray-pneumonia',
+            'archive.zip',
+            'about 2.3 GB',
+            'paultimothymooney/chest-xray-pneumonia',
+            fetch_kaggle,
+            unpack_images,
+        ),
+        Source(
+            'medmnist',
+            'https://zenodo.org/records/10519652',
+            'pneumoniamnist_224.npz',
+            'about 0.2 GB',
+            'https://zenodo.org/records/10519652/files/pneumoniamnist_224.npz?download=1',
+            fetch_url,
+            draw_images,
+            md5='d6a3c71de1b945ea11211b03746c1fe1',
+            doubt='MedMNIST names no patients and drew val from train image by image, so a patient may be in both: '
+            'figures on val flatter, and `--valid patients` cannot help. Its images are also cropped and small.',
+        ),
+    )
+}
 """By the name that --source takes."""

@@ -1,10 +1,11 @@
-"""How a probability becomes a decision: threshold and temperature, chosen on validation films alone, by a rule.
+"""How a probability becomes a decision: threshold and temperature, chosen on validation images alone, by a rule.
 
-    fixed:0.5          the number itself
-    sensitivity:0.95   the highest threshold that keeps this sensitivity, with the margin that few films demand
-    youden             the greatest sensitivity + specificity
-    cost:10/1          the least cost, where a missed pneumonia costs 10 and a false alarm 1
+fixed:0.5          the number itself
+sensitivity:0.95   the highest threshold that keeps this sensitivity, with the margin that few images demand
+youden             the greatest sensitivity + specificity
+cost:10/1          the least cost, where a missed pneumonia costs 10 and a false alarm 1
 """
+
 from __future__ import annotations
 
 import math
@@ -28,14 +29,16 @@ DIGITS = range(2, 18)
 def decide(valid: pd.DataFrame, rule: str, model: str = '') -> Decision:
     """The threshold that `rule` chooses on `valid`, a predictions table, and the temperature fitted there.
 
-    Raises `UsageError` for a rule that does not exist, and for one that needs films of both classes and has not.
+    Raises `UsageError` for a rule that does not exist, and for one that needs images of both classes and has not.
     """
     choose, numbers = parse_rule(rule)
     sample = Sample.of(valid)
     targs, p = sample.targs, sample.p
     if choose is not fixed and (targs.all() or not targs.any()):
-        raise UsageError(f'--threshold {rule}: the validation films are all {valid.label.iloc[0]}, which shows no '
-                         'threshold: use films of both classes.')
+        raise UsageError(
+            f'--threshold {rule}: the validation images are all {valid.label.iloc[0]}, which shows no '
+            'threshold: use images of both classes.'
+        )
     threshold, margin = choose(targs, p, *numbers)
     calls = Calls(sample, threshold)
     found = {'n': len(p), 'positives': int(targs.sum()), **{name: calls.share(*SHARES[name]) for name in TARGETS}}
@@ -52,28 +55,34 @@ def keep_sensitivity(targs: np.ndarray, p: np.ndarray, target: float) -> tuple[f
 
     Of n positive scores a new one, exchangeable with them, falls below the j-th lowest with a probability of j/(n + 1)
     (the order statistics of conformal prediction; Vovk, Gammerman and Shafer 2005). So j is the largest number with
-    j/(n + 1) <= 1 - target: no more margin than n films demand.
+    j/(n + 1) <= 1 - target: no more margin than n images demand.
     """
     n = int(targs.sum())
-    wanted = math.floor((1 - target)*(n + 1) + 1e-9)
+    wanted = math.floor((1 - target) * (n + 1) + 1e-9)
     j = max(wanted, 1)
     threshold = _below(np.sort(p[targs])[j - 1], p)
-    if not wanted: return threshold, (f'{n} validation films of pneumonia are too few to show a sensitivity of '
-                                      f'{target:g}: all are called, and {n/(n + 1):.2f} is to be expected of others.')
+    if not wanted:
+        return threshold, (
+            f'{n} validation images of pneumonia are too few to show a sensitivity of '
+            f'{target:g}: all are called, and {n / (n + 1):.2f} is to be expected of others.'
+        )
     called = int((p[targs] >= threshold).sum())
-    return threshold, (f'{called} of {n} validation films of pneumonia are called ({called/n:.4f}), so that at least '
-                       f'{1 - j/(n + 1):.4f} are to be expected of others: the margin for {n} films.')
+    return threshold, (
+        f'{called} of {n} validation images of pneumonia are called ({called / n:.4f}), so that at least '
+        f'{1 - j / (n + 1):.4f} are to be expected of others: the margin for {n} images.'
+    )
 
 
 def youden(targs: np.ndarray, p: np.ndarray) -> tuple[float, str]:
     """The threshold of the greatest sensitivity + specificity (Youden 1950); the lowest where it ties."""
-    return _best(targs, p, lambda missed, alarms: missed/targs.sum() + alarms/(~targs).sum()), ''
+    return _best(targs, p, lambda missed, alarms: missed / targs.sum() + alarms / (~targs).sum()), ''
 
 
 def least_cost(targs: np.ndarray, p: np.ndarray, missed_cost: float, alarm_cost: float) -> tuple[float, str]:
-    """The threshold of the least cost at the prevalence of these films; the lowest where it ties."""
-    return _best(targs, p, lambda missed, alarms: missed_cost*missed + alarm_cost*alarms), (
-        f'The least cost at a prevalence of {targs.mean():.2f}, which is that of the validation films.')
+    """The threshold of the least cost at the prevalence of these images; the lowest where it ties."""
+    return _best(targs, p, lambda missed, alarms: missed_cost * missed + alarm_cost * alarms), (
+        f'The least cost at a prevalence of {targs.mean():.2f}, which is that of the validation images.'
+    )
 
 
 RULES: dict[str, tuple[Callable[..., tuple[float, str]], str, str]] = {
@@ -92,17 +101,23 @@ def parse_rule(rule: str) -> tuple[Callable[..., tuple[float, str]], tuple[float
         known = ', '.join(f'{name}:{form}' if form else name for name, (_, form, _) in RULES.items())
         raise UsageError(f'--threshold {rule}: choose a rule: {known}.')
     choose, form, words = RULES[name]
-    try: numbers = tuple(float(number) for number in text.split('/')) if text else ()
-    except ValueError: numbers = (math.nan,)
-    fits = {'fixed': lambda t: 0 <= t <= 1, 'sensitivity': lambda s: 0 < s < 1, 'youden': lambda: True,
-            'cost': lambda fn, fp: 0 < fn < math.inf and 0 < fp < math.inf}[name]
+    try:
+        numbers = tuple(float(number) for number in text.split('/')) if text else ()
+    except ValueError:
+        numbers = (math.nan,)
+    fits = {
+        'fixed': lambda t: 0 <= t <= 1,
+        'sensitivity': lambda s: 0 < s < 1,
+        'youden': lambda: True,
+        'cost': lambda fn, fp: 0 < fn < math.inf and 0 < fp < math.inf,
+    }[name]
     if len(numbers) != (form.count('/') + 1 if form else 0) or not fits(*numbers):
         raise UsageError(f'--threshold {rule}: after {name} comes {words}{": " + name + ":" + form if form else ""}.')
     return choose, numbers
 
 
 def _best(targs: np.ndarray, p: np.ndarray, cost: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> float:
-    """The threshold of the least `cost(missed, alarms)`, which takes the numbers of films for every cut."""
+    """The threshold of the least `cost(missed, alarms)`, which takes the numbers of images for every cut."""
     cuts = np.append(np.unique(p), np.inf)
     missed = np.searchsorted(np.sort(p[targs]), cuts)
     alarms = (~targs).sum() - np.searchsorted(np.sort(p[~targs]), cuts)
@@ -110,11 +125,12 @@ def _best(targs: np.ndarray, p: np.ndarray, cost: Callable[[np.ndarray, np.ndarr
 
 
 def _below(score: float, p: np.ndarray) -> float:
-    """A short number between `score` and the next lower one in `p`: it calls the same films as `score` itself, also
+    """A short number between `score` and the next lower one in `p`: it calls the same images as `score` itself, also
     where the last digits of a prediction differ."""
     lower = p[p < score]
     low, high = (lower.max() if len(lower) else 0.0), min(score, np.nextafter(1, 2))
-    return next((t for digits in DIGITS if low < (t := round(float(low + high)/2, digits)) <= high), float(high))
+    return next((t for digits in DIGITS if low < (t := round(float(low + high) / 2, digits)) <= high), float(high))
+
 
 SHOWN = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Thresholds of `threshold_table`."""
@@ -126,6 +142,7 @@ GRID = np.linspace(0, 1, 201)
 def roc_curve(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """False and true positive rates along the thresholds, from (0, 0) to (1, 1)."""
     from sklearn.metrics import roc_curve as curve
+
     fpr, tpr, _ = curve(*truth(predictions))
     return fpr, tpr
 
@@ -133,6 +150,7 @@ def roc_curve(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 def precision_recall(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Sensitivity (recall) and PPV (precision) along the thresholds, from the highest score on."""
     from sklearn.metrics import precision_recall_curve
+
     precision, recall, _ = precision_recall_curve(*truth(predictions))
     return recall[::-1], precision[::-1]
 
@@ -141,14 +159,14 @@ def roc_band(predictions: pd.DataFrame) -> pd.DataFrame:
     """The middle 95 % of the sensitivities at each false positive rate over the bootstrap of patients, point by point:
     columns x, low, high."""
     tp, fp = rate_draws(*_drawn(predictions))
-    return _band(fp/np.maximum(fp[:, -1:], 1), tp/np.maximum(tp[:, -1:], 1))
+    return _band(fp / np.maximum(fp[:, -1:], 1), tp / np.maximum(tp[:, -1:], 1))
 
 
 def precision_recall_band(predictions: pd.DataFrame) -> pd.DataFrame:
     """The middle 95 % of the PPVs at each sensitivity over the bootstrap of patients: columns x, low, high."""
     tp, fp = rate_draws(*_drawn(predictions))
-    precision = np.where(tp + fp > 0, tp/np.maximum(tp + fp, 1), 1)  # nothing called: 1, as scikit-learn has it
-    return _band(tp/np.maximum(tp[:, -1:], 1), precision)
+    precision = np.where(tp + fp > 0, tp / np.maximum(tp + fp, 1), 1)  # nothing called: 1, as scikit-learn has it
+    return _band(tp / np.maximum(tp[:, -1:], 1), precision)
 
 
 def threshold_table(predictions: pd.DataFrame, marked: Sequence[float] = (), prevalence: float = 0.1) -> pd.DataFrame:
@@ -159,8 +177,17 @@ def threshold_table(predictions: pd.DataFrame, marked: Sequence[float] = (), pre
     for threshold in sorted({*SHOWN, *marked}):
         calls = Calls(sample, threshold)
         rates, values = calls.rates(), at_prevalence(calls, prevalence)
-        rows.append((threshold, rates['sensitivity'], rates['specificity'], calls.n['fn'], calls.n['fp'], values['ppv'],
-                     values['npv']))
+        rows.append(
+            (
+                threshold,
+                rates['sensitivity'],
+                rates['specificity'],
+                calls.n['fn'],
+                calls.n['fp'],
+                values['ppv'],
+                values['npv'],
+            )
+        )
     return pd.DataFrame(rows, columns=['threshold', 'sensitivity', 'specificity', 'missed', 'alarms', 'ppv', 'npv'])
 
 
@@ -177,20 +204,20 @@ def _band(x: np.ndarray, y: np.ndarray) -> pd.DataFrame:
 
 
 def net_benefit(predictions: pd.DataFrame, odds_at: np.ndarray) -> pd.DataFrame:
-    """What acting on the probabilities is worth, in true positives a film, where a false alarm costs the odds of the
+    """What acting on the probabilities is worth, in true positives an image, where a false alarm costs the odds of the
     threshold probability (Vickers and Elkin 2006): columns threshold, model, all (everybody is treated)."""
     targs, p = truth(predictions)
     called = p >= odds_at[:, None]
-    cost = odds_at/(1 - odds_at)
-    model = (called & targs).mean(axis=1) - (called & ~targs).mean(axis=1)*cost
-    return pd.DataFrame({'threshold': odds_at, 'model': model, 'all': targs.mean() - (1 - targs.mean())*cost})
+    cost = odds_at / (1 - odds_at)
+    model = (called & targs).mean(axis=1) - (called & ~targs).mean(axis=1) * cost
+    return pd.DataFrame({'threshold': odds_at, 'model': model, 'all': targs.mean() - (1 - targs.mean()) * cost})
 
 
 def risk_coverage(predictions: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """Accuracy when the least certain films are set aside for a human (El-Yaniv and Wiener 2010): columns coverage (the
+    """Accuracy when the least certain images are set aside for a human (El-Yaniv and Wiener 2010): columns coverage (the
     share that is kept) and accuracy among it. Certain is what lies far from `threshold` on the logit scale."""
     targs, p = truth(predictions)
     order = np.argsort(-np.abs(logits(p) - logits(threshold)), kind='stable')
     right = ((p >= threshold) == targs)[order]
     kept = np.arange(1, len(p) + 1)
-    return pd.DataFrame({'coverage': kept/len(p), 'accuracy': np.cumsum(right)/kept})
+    return pd.DataFrame({'coverage': kept / len(p), 'accuracy': np.cumsum(right) / kept})

@@ -1,4 +1,5 @@
-"""Any film file becomes one uint8 grey array, and that what a network sees: training and prediction share both."""
+"""Any image file becomes one uint8 grey array, and that what a network sees: training and prediction share both."""
+
 from __future__ import annotations
 
 import math
@@ -13,9 +14,9 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from cxr_fastai.core.errors import FilmError
+from cxr_fastai.core.errors import ImageError
 from cxr_fastai.images import dicom
-from cxr_fastai.images.limits import MAX_BYTES, MAX_PIXELS, Film, check_pixels, check_scans, check_shape
+from cxr_fastai.images.limits import MAX_BYTES, MAX_PIXELS, DecodedImage, check_pixels, check_scans, check_shape
 from cxr_fastai.images.windowing import percentile_grey
 
 if TYPE_CHECKING:
@@ -27,91 +28,133 @@ SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 """What is looked for in folders; a fixed list, since the system's table of types differs from host to host."""
 OPENED = ('JPEG', 'PNG', 'TIFF', 'GIF')
 """What Pillow may look into; GIF only to tell an animation from a file that is no picture."""
-BITS = {'1': 1, 'L': 8, 'P': 8, 'PA': 8, 'LA': 8, 'La': 8, 'RGB': 8, 'RGBX': 8, 'RGBA': 8, 'RGBa': 8, 'CMYK': 8,
-        'YCbCr': 8, 'I;16': 16, 'I;16B': 16, 'I;16L': 16, 'I;16N': 16, 'I': 32, 'F': 32}
+BITS = {
+    '1': 1,
+    'L': 8,
+    'P': 8,
+    'PA': 8,
+    'LA': 8,
+    'La': 8,
+    'RGB': 8,
+    'RGBX': 8,
+    'RGBA': 8,
+    'RGBa': 8,
+    'CMYK': 8,
+    'YCbCr': 8,
+    'I;16': 16,
+    'I;16B': 16,
+    'I;16L': 16,
+    'I;16N': 16,
+    'I': 32,
+    'F': 32,
+}
 """Pillow's modes, and their bits a sample; deeper than 8 needs a window, or it would turn white or black."""
-MARKS = (('JPEG', 0, b'\xff\xd8\xff'), ('PNG', 0, b'\x89PNG\r\n'), ('TIFF', 0, b'II*\0'), ('TIFF', 0, b'MM\0*'),
-         ('DICOM', 128, b'DICM'))
+MARKS = (
+    ('JPEG', 0, b'\xff\xd8\xff'),
+    ('PNG', 0, b'\x89PNG\r\n'),
+    ('TIFF', 0, b'II*\0'),
+    ('TIFF', 0, b'MM\0*'),
+    ('DICOM', 128, b'DICM'),
+)
 """How files begin: format, place, bytes."""
 PLAIN = ('L', 'RGB')
-"""Modes that many films have, and that need no note."""
+"""Modes that many images have, and that need no note."""
 MIN_DEVIATION = 2
-"""Grey levels; below that a film shows nothing."""
+"""Grey levels; below that an image shows nothing."""
 WHITE_IS_ZERO = 0
 PNG_BITS = 24
 """Where the bits a sample stand in a PNG file."""
-TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-         6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
-"""What makes a film upright, by its EXIF orientation."""
+TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation."""
 BLACK = (0, 0, 0, 255)
 
 
-def read_film(path: str | Path) -> np.ndarray:
-    """The whole film `path` in grey: uint8 (h, w). Raises `FilmError` for everything that is not such a film."""
-    return open_film(path).pixels
+def read_image(path: str | Path) -> np.ndarray:
+    """The whole image `path` in grey: uint8 (h, w). Raises `ImageError` for everything that is not such an image."""
+    return open_image(path).pixels
 
 
-def open_film(path: str | Path, wanted: Preprocessing | None = None) -> Film:
-    """Decode the film `path`; where a preprocessing is `wanted`, at no more pixels than that needs.
+def open_image(path: str | Path, wanted: Preprocessing | None = None) -> DecodedImage:
+    """Decode the image `path`; where a preprocessing is `wanted`, at no more pixels than that needs.
 
-    Raises `FilmError`, with the file's name in the message and a stable code.
+    Raises `ImageError`, with the file's name in the message and a stable code.
     """
     suffix = Path(path).suffix.lower()
-    try: film = decode_film(read_bytes(path), wanted, suffix)
-    except FilmError as error: raise error.of(path) from error.__cause__
-    if suffix in SUFFIXES and suffix not in FORMATS[film.format]:
-        return replace(film, notes=(*film.notes, f'{film.format} in spite of its name'))
-    return film
+    try:
+        image = decode_image(read_bytes(path), wanted, suffix)
+    except ImageError as error:
+        raise error.of(path) from error.__cause__
+    if suffix in SUFFIXES and suffix not in FORMATS[image.format]:
+        return replace(image, notes=(*image.notes, f'{image.format} in spite of its name'))
+    return image
 
 
 def sniff(data: bytes) -> str:
-    """The format that a film file's first bytes promise, or `?`: `JPEG`, `PNG`, `TIFF`, `DICOM`."""
+    """The format that an image file's first bytes promise, or `?`: `JPEG`, `PNG`, `TIFF`, `DICOM`."""
     return next((name for name, place, mark in MARKS if data.startswith(mark, place)), '?')
 
 
-def decode_film(data: bytes, wanted: Preprocessing | None = None, suffix: str = '') -> Film:
-    """Decode a film file's bytes; `suffix` of its name only helps to say what is wrong. Raises `FilmError`."""
-    if not data: raise FilmError('the file is empty', 'E_EMPTY')
-    film = dicom.read_dicom(data) if dicom.is_dicom(data, suffix) else _from_picture(data, wanted)
-    check_shape(film.width, film.height)
-    if _deviation(film.pixels) < MIN_DEVIATION: raise FilmError('it is blank: all pixels are nearly alike', 'E_BLANK')
-    return film
+def decode_image(data: bytes, wanted: Preprocessing | None = None, suffix: str = '') -> DecodedImage:
+    """Decode an image file's bytes; `suffix` of its name only helps to say what is wrong. Raises `ImageError`."""
+    if not data:
+        raise ImageError('the file is empty', 'E_EMPTY')
+    image = dicom.read_dicom(data) if dicom.is_dicom(data, suffix) else _from_picture(data, wanted)
+    check_shape(image.width, image.height)
+    if _deviation(image.pixels) < MIN_DEVIATION:
+        raise ImageError('it is blank: all pixels are nearly alike', 'E_BLANK')
+    return image
 
 
-def _from_picture(data: bytes, wanted: Preprocessing | None) -> Film:
+def _from_picture(data: bytes, wanted: Preprocessing | None) -> DecodedImage:
     try:
         with Image.open(BytesIO(data), formats=OPENED) as image:
             _check_picture(image, data)
             (width, height), mode = image.size, image.mode
-            if image.format == 'JPEG' and wanted: image.draft('L', wanted.enough(width, height))
+            if image.format == 'JPEG' and wanted:
+                image.draft('L', wanted.enough(width, height))
             grey, notes = _grey(image)
-            return Film(grey, image.format, mode, BITS[mode], width, height, tuple(notes))
-    except FilmError: raise
+            return DecodedImage(grey, image.format, mode, BITS[mode], width, height, tuple(notes))
+    except ImageError:
+        raise
     except UnidentifiedImageError:
-        raise FilmError(f'none of {", ".join(FORMATS)}', 'E_FORMAT') from None
+        raise ImageError(f'none of {", ".join(FORMATS)}', 'E_FORMAT') from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise FilmError(f'over {MAX_PIXELS:,} pixels', 'E_TOO_LARGE') from None
+        raise ImageError(f'over {MAX_PIXELS:,} pixels', 'E_TOO_LARGE') from None
     # Pillow's decoders let SyntaxError, ValueError and others out, and a batch must survive each of them.
     except Exception as error:
-        if 'too large' in str(error).lower(): raise FilmError(f'{error}', 'E_TOO_LARGE') from error
-        raise FilmError(f'truncated or damaged: {error}', 'E_TRUNCATED') from error
+        if 'too large' in str(error).lower():
+            raise ImageError(f'{error}', 'E_TOO_LARGE') from error
+        raise ImageError(f'truncated or damaged: {error}', 'E_TRUNCATED') from error
 
 
 def _check_picture(image: Image.Image, data: bytes) -> None:
-    """Raise `FilmError` for what the header alone refuses, before pixels are decoded."""
+    """Raise `ImageError` for what the header alone refuses, before pixels are decoded."""
     check_pixels(*image.size)
-    if getattr(image, 'is_animated', False): raise FilmError('several frames or pages', 'E_MULTIFRAME')
-    if image.format not in FORMATS: raise FilmError(f'{image.format} is none of {", ".join(FORMATS)}', 'E_FORMAT')
-    if image.mode not in BITS: raise FilmError(f'pixels of mode {image.mode}', 'E_BITDEPTH')
+    if getattr(image, 'is_animated', False):
+        raise ImageError('several frames or pages', 'E_MULTIFRAME')
+    if image.format not in FORMATS:
+        raise ImageError(f'{image.format} is none of {", ".join(FORMATS)}', 'E_FORMAT')
+    if image.mode not in BITS:
+        raise ImageError(f'pixels of mode {image.mode}', 'E_BITDEPTH')
     if (bits := _stored_bits(image, data)) > 8 == BITS[image.mode]:
-        raise FilmError(f'{bits} bits of colour or transparency: store it as grey of 16 bits', 'E_BITDEPTH')
+        raise ImageError(f'{bits} bits of colour or transparency: store it as grey of 16 bits', 'E_BITDEPTH')
     check_shape(*image.size)
-    if image.format == 'JPEG': check_scans(data, *image.size)
+    if image.format == 'JPEG':
+        check_scans(data, *image.size)
 
 
 def _stored_bits(image: Image.Image, data: bytes) -> int:
     """Bits a sample in the file, where Pillow may keep the upper 8 of them without a word."""
-    if image.format == 'PNG': return data[PNG_BITS]
+    if image.format == 'PNG':
+        return data[PNG_BITS]
     return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))) if image.format == 'TIFF' else 8
 
 
@@ -124,10 +167,14 @@ def _grey(image: Image.Image) -> tuple[np.ndarray, list[str]]:
 
 
 def _turn(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    if image.format != 'TIFF': image.load()  # a PNG may hold its EXIF behind the pixels; Pillow turns a TIFF in here
-    try: turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception: turn = None  # metadata that cannot be read turn nothing
-    if turn is None: return image, []
+    if image.format != 'TIFF':
+        image.load()  # a PNG may hold its EXIF behind the pixels; Pillow turns a TIFF in here
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        turn = None  # metadata that cannot be read turn nothing
+    if turn is None:
+        return image, []
     image.load()
     upright = image if image.format == 'TIFF' else image.transpose(turn)
     return upright, ['turned as its EXIF orientation says']
@@ -151,18 +198,22 @@ def _from_deep(upright: Image.Image, image: Image.Image) -> tuple[np.ndarray, li
 def _deviation(pixels: np.ndarray) -> float:
     """Standard deviation of uint8 `pixels`, from their histogram: quicker than numpy's by far."""
     counts, levels = np.array(Image.fromarray(pixels).histogram()), np.arange(256)
-    mean = counts @ levels/pixels.size
-    return math.sqrt(counts @ (levels - mean)**2/pixels.size)
+    mean = counts @ levels / pixels.size
+    return math.sqrt(counts @ (levels - mean) ** 2 / pixels.size)
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """What is in the film file `path`. Raises `FilmError`, without the file's name, where it is no regular file of a
-    size that can be a film's, or cannot be read."""
+    """What is in the image file `path`. Raises `ImageError`, without the file's name, where it is no regular file of a
+    size that can be an image's, or cannot be read."""
     try:
         # Asked before opening: opening a pipe would wait for ever.
         found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode): raise FilmError('not a regular file', 'E_NOT_REGULAR')
-        if found.st_size > MAX_BYTES: raise FilmError(f'{found.st_size:,} bytes are over {MAX_BYTES:,}', 'E_TOO_LARGE')
+        if not stat.S_ISREG(found.st_mode):
+            raise ImageError('not a regular file', 'E_NOT_REGULAR')
+        if found.st_size > MAX_BYTES:
+            raise ImageError(f'{found.st_size:,} bytes are over {MAX_BYTES:,}', 'E_TOO_LARGE')
         return Path(path).read_bytes()
-    except OSError as error: raise FilmError(error.strerror or str(error), 'E_IO') from error
-    except ValueError: raise FilmError('no file can have this name', 'E_IO') from None  # a NUL, for one
+    except OSError as error:
+        raise ImageError(error.strerror or str(error), 'E_IO') from error
+    except ValueError:
+        raise ImageError('no file can have this name', 'E_IO') from None  # a NUL, for one

@@ -1,4 +1,5 @@
 """The threshold and temperature that turn a probability into a class, with their rule."""
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
@@ -12,8 +13,9 @@ from cxr_fastai.core.run import Run
 @dataclass(frozen=True)
 class Decision:
     """`decision.json` in the run folder is this. `model` is the SHA-256 of the network that it was chosen for; `valid`
-    says on which films, and what the threshold does there; `margin` is what the rule adds for their number, in words.
+    says on which images, and what the threshold does there; `margin` is what the rule adds for their number, in words.
     """
+
     threshold: float
     rule: str
     temperature: float = 1.0
@@ -24,12 +26,14 @@ class Decision:
     @classmethod
     def of(cls, run: Run, model: str) -> Decision | None:
         """What was decided for `run`; None where nothing was, or for another `model`."""
-        if not (known := run.decision): return None
-        try: decision = cls(**known)
+        if not (known := run.decision):
+            return None
+        try:
+            decision = cls(**known)
         except TypeError as error:
-            raise UsageError(f'{run/"decision.json"}: damaged ({error}): delete it and evaluate again.') from None
+            raise UsageError(f'{run / "decision.json"}: damaged ({error}): delete it and evaluate again.') from None
         if not all(isinstance(number, int | float) for number in (decision.threshold, decision.temperature)):
-            raise UsageError(f'{run/"decision.json"}: damaged (no numbers): delete it and evaluate again.')
+            raise UsageError(f'{run / "decision.json"}: damaged (no numbers): delete it and evaluate again.')
         return decision if decision.model == model else None
 
     @classmethod
@@ -41,8 +45,9 @@ class Decision:
     def fits(self, metrics: dict[str, Any]) -> bool:
         """Whether the `metrics` of a split are of this decision."""
         return (self.threshold, self.rule, self.model) == tuple(
-            metrics.get(name) for name in ('threshold', 'threshold_rule', 'model'))
+            metrics.get(name) for name in ('threshold', 'threshold_rule', 'model')
+        )
 
     def save(self, run: Run) -> None:
         """Write it into `run`."""
-        write_json(run/'decision.json', asdict(self))
+        write_json(run / 'decision.json', asdict(self))

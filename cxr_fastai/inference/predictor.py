@@ -1,4 +1,5 @@
-"""A model file becomes a `Predictor`: films go in, a row of facts for each comes out."""
+"""A model file becomes a `Predictor`: images go in, a row of facts for each comes out."""
+
 from __future__ import annotations
 
 import warnings
@@ -10,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cxr_fastai.core.errors import CXRError, CXRWarning, FilmError, UsageError
+from cxr_fastai.core.errors import CXRError, CXRWarning, ImageError, UsageError
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.core.run import Run
-from cxr_fastai.images.decode import open_film
-from cxr_fastai.images.limits import Film
+from cxr_fastai.images.decode import open_image
+from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle
 from cxr_fastai.inference.config import LEARNER, ModelConfig, find_network, load_network, sha256, temper
@@ -36,10 +37,11 @@ SHORT = 200
 class Predictor:
     """What computes, and what it was trained for. `Predictor.load(MODEL)` makes one.
 
-    A `calibrated` one gives probabilities, and the threshold, at the temperature fitted on validation films. One with a
-    `gate` gives none of a picture that is no chest film. With `tta` a film's probability is the mean of its own and
+    A `calibrated` one gives probabilities, and the threshold, at the temperature fitted on validation images. One with a
+    `gate` gives none of a picture that is no chest image. With `tta` an image's probability is the mean of its own and
     that of its mirror image.
     """
+
     engine: Engine
     config: ModelConfig
     calibrated: bool = False
@@ -53,13 +55,15 @@ class Predictor:
         load = _of_bundle if is_bundle(model) else _of_run if model.is_dir() else _of_pickle
         found = load(model, engine)
         if calibrated and found.config.temperature is None:
-            raise UsageError(f'{model}: --calibrated needs the temperature that `cxr-fastai evaluate RUN` fits on '
-                             'validation films: evaluate the run, and name its folder.')
+            raise UsageError(
+                f'{model}: --calibrated needs the temperature that `cxr-fastai evaluate RUN` fits on '
+                'validation images: evaluate the run, and name its folder.'
+            )
         return replace(found, calibrated=calibrated, gate=found.gate if gate else None)
 
     def at(self, threshold: float) -> Predictor:
         """The same with another threshold, told as this one tells probabilities."""
-        raw = float(temper(threshold, 1/self.config.temperature)) if self.calibrated else threshold
+        raw = float(temper(threshold, 1 / self.config.temperature)) if self.calibrated else threshold
         return replace(self, config=replace(self.config, threshold=raw, threshold_rule=f'fixed:{threshold:g}'))
 
     @property
@@ -69,94 +73,112 @@ class Predictor:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What every film goes through on its way to the network."""
+        """What every image goes through on its way to the network."""
         return Preprocessing.of(self.config)
 
     @property
     def threshold(self) -> float:
-        """From what probability on a film is called pneumonia."""
+        """From what probability on an image is called pneumonia."""
         return self.show(self.config.threshold)
 
     def show(self, score: float) -> float:
         """A raw probability as this predictor tells it."""
         return float(temper(score, self.config.temperature)) if self.calibrated else score
 
-    def scores(self, films: np.ndarray) -> np.ndarray:
-        """The probability of pneumonia (n,) of grey uint8 films (n, size, size)."""
-        return self.judge(films)[0]
+    def scores(self, images: np.ndarray) -> np.ndarray:
+        """The probability of pneumonia (n,) of grey uint8 images (n, size, size)."""
+        return self.judge(images)[0]
 
-    def predict(self, films: Sequence[Path], batch_size: int = 32, console: Console | None = None,
-                workers: int | None = None) -> Iterator[dict[str, Any]]:
-        """A row a film, in their order, with the keys `COLUMNS`; a film that cannot be used gets the status `error` or
+    def predict(
+        self, images: Sequence[Path], batch_size: int = 32, console: Console | None = None, workers: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """A row an image, in their order, with the keys `COLUMNS`; an image that cannot be used gets the status `error` or
         `rejected` and its code, and stops nothing. The message of others tells what reading it took, such as the window
-        of a 16-bit film. `workers` threads read ahead (default: the cores). A `console` that is a terminal gets a
+        of a 16-bit image. `workers` threads read ahead (default: the cores). A `console` that is a terminal gets a
         progress bar."""
-        opened = in_threads(self._open, films, workers, console)
-        while batch := list(islice(opened, batch_size)): yield from self._rows(batch)
+        opened = in_threads(self._open, images, workers, console)
+        while batch := list(islice(opened, batch_size)):
+            yield from self._rows(batch)
 
-    def take(self, name: str, read: Callable[[Preprocessing], Film]) -> tuple[dict[str, Any], Film | None]:
-        """The row that `predict` begins for the film `name`, which `read` decodes for the preprocessing that it is
-        given; and the film, None where the row tells why there is none."""
+    def take(
+        self, name: str, read: Callable[[Preprocessing], DecodedImage]
+    ) -> tuple[dict[str, Any], DecodedImage | None]:
+        """The row that `predict` begins for the image `name`, which `read` decodes for the preprocessing that it is
+        given; and the image, None where the row tells why there is none."""
         row = dict.fromkeys(COLUMNS) | {'path': name, 'threshold': self.threshold}
-        try: film = read(self.preprocessing)
-        except FilmError as error:
+        try:
+            image = read(self.preprocessing)
+        except ImageError as error:
             why = str(error).removeprefix(f'{name}: '.replace('\n', ' '))[:SHORT]
             return row | {'status': error.status, 'code': error.code, 'message': why}, None
-        return row | {'status': 'ok', 'message': '; '.join(film.notes)[:SHORT] or None}, film
+        return row | {'status': 'ok', 'message': '; '.join(image.notes)[:SHORT] or None}, image
 
-    def judge(self, films: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities, and how far each film is from those of the gate over what it allows; 0 without a gate."""
-        p, features = self.engine(films)
-        if self.tta: p = (p + self.engine(np.ascontiguousarray(films[:, :, ::-1]))[0])/2
+    def judge(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities, and how far each image is from those of the gate over what it allows; 0 without a gate."""
+        p, features = self.engine(images)
+        if self.tta:
+            p = (p + self.engine(np.ascontiguousarray(images[:, :, ::-1]))[0]) / 2
         if not ((p >= 0) & (p <= 1)).all():
-            raise CXRError(f'{self.config.arch}: it gives {p.min():g} to {p.max():g} for a probability: the model is '
-                           'damaged, get it anew.')
-        return p, self.gate.measure(features, films) if self.gate else np.zeros(len(p))
+            raise CXRError(
+                f'{self.config.arch}: it gives {p.min():g} to {p.max():g} for a probability: the model is '
+                'damaged, get it anew.'
+            )
+        return p, self.gate.measure(features, images) if self.gate else np.zeros(len(p))
 
     def tell(self, score: float, distance: float) -> dict[str, Any]:
-        """What `judge` found of a film, in the words of a row."""
-        if not distance <= 1: return OUTSIDE
+        """What `judge` found of an image, in the words of a row."""
+        if not distance <= 1:
+            return OUTSIDE
         return {'p_pneumonia': self.show(float(score)), 'prediction': VOCAB[int(score >= self.config.threshold)]}
 
     def _open(self, path: Path) -> tuple[dict, np.ndarray | None]:
-        row, film = self.take(str(path), lambda wanted: open_film(path, wanted))
-        return row, None if film is None else self.preprocessing.fit(film.pixels)
+        row, image = self.take(str(path), lambda wanted: open_image(path, wanted))
+        return row, None if image is None else self.preprocessing.fit(image.pixels)
 
     def _rows(self, batch: list[tuple[dict, np.ndarray | None]]) -> Iterator[dict]:
-        readable = [film for _, film in batch if film is not None]
+        readable = [image for _, image in batch if image is not None]
         found = zip(*self.judge(np.stack(readable)), strict=True) if readable else iter(())
-        for row, film in batch: yield row if film is None else row | self.tell(*next(found))
+        for row, image in batch:
+            yield row if image is None else row | self.tell(*next(found))
 
 
 def prediction_table(rows: Iterable[dict]) -> pd.DataFrame:
     """The rows of `Predictor.predict` as a table."""
     import pandas as pd
+
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def _of_bundle(path: Path, engine: str) -> Predictor:
     bundle = Bundle.open(path)
     found = Predictor(bundle.engine(engine), bundle.config)
-    if GATE not in bundle: return found
-    found = replace(found, gate=Gate.from_tensors(bundle.tensors(GATE), path/GATE))
-    try: fits = found.judge(bundle.canary.films[:1])[1].shape == (1,)
-    except (ValueError, TypeError, IndexError): fits = False
-    if not fits: raise CXRError(f'{path/GATE}: not a gate of this network: the bundle is damaged, get it anew.')
+    if GATE not in bundle:
+        return found
+    found = replace(found, gate=Gate.from_tensors(bundle.tensors(GATE), path / GATE))
+    try:
+        fits = found.judge(bundle.canary.images[:1])[1].shape == (1,)
+    except (ValueError, TypeError, IndexError):
+        fits = False
+    if not fits:
+        raise CXRError(f'{path / GATE}: not a gate of this network: the bundle is damaged, get it anew.')
     return found
 
 
 def _of_run(path: Path, _: str) -> Predictor:
     run, file = Run(path), find_network(path)
-    if file.name == LEARNER: found = _of_pickle(file)  # a run of before there were safetensors
+    if file.name == LEARNER:
+        found = _of_pickle(file)  # a run of before there were safetensors
     else:
-        config = ModelConfig.from_dict(asdict(ModelConfig.of(run.recipe)), run/'recipe.json')
+        config = ModelConfig.from_dict(asdict(ModelConfig.of(run.recipe)), run / 'recipe.json')
         found = Predictor(TorchEngine(load_network(config.arch, file.read_bytes(), file)), config)
     return replace(found, config=_decided(run, file, found.config))
 
 
 def _of_pickle(path: Path, _: str = 'auto') -> Predictor:
-    if not path.is_file(): find_network(path)  # which tells what a model is
+    if not path.is_file():
+        find_network(path)  # which tells what a model is
     from cxr_fastai.inference.pickles import load_learner
+
     learn = load_learner(path)
     return Predictor(TorchEngine(learn.model), ModelConfig.from_dict(learn.config, path))
 
@@ -164,9 +186,14 @@ def _of_pickle(path: Path, _: str = 'auto') -> Predictor:
 def _decided(run: Run, file: Path, config: ModelConfig) -> ModelConfig:
     """`config` with what was decided for the network in `file`; with a warning as it is, where that was for another."""
     from cxr_fastai.inference.decision import Decision
+
     known = Decision.of(run, sha256(file))
-    if known: return replace(config, threshold=known.threshold, threshold_rule=known.rule,
-                             temperature=known.temperature)
-    if run.decision: warnings.warn(f'{run/"decision.json"} was chosen for another network, so it is not used: '
-                                   'evaluate the run again.', CXRWarning, stacklevel=4)
+    if known:
+        return replace(config, threshold=known.threshold, threshold_rule=known.rule, temperature=known.temperature)
+    if run.decision:
+        warnings.warn(
+            f'{run / "decision.json"} was chosen for another network, so it is not used: evaluate the run again.',
+            CXRWarning,
+            stacklevel=4,
+        )
     return config

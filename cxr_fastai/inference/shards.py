@@ -1,5 +1,6 @@
 """Several processes, started by `accelerate launch` or `torchrun`, share a list: each works on a part of it, and the
 one that leads gets all in order."""
+
 from __future__ import annotations
 
 import os
@@ -22,6 +23,7 @@ def gathered() -> Iterator[None]:
         yield
         return
     import torch.distributed as dist
+
     dist.init_process_group('gloo')
     yield
     dist.barrier()
@@ -30,8 +32,10 @@ def gathered() -> Iterator[None]:
 
 def told(value: T) -> T:
     """`value` as the process that leads has it."""
-    if world() < 2: return value
+    if world() < 2:
+        return value
     import torch.distributed as dist
+
     dist.broadcast_object_list(box := [value])
     return box[0]
 
@@ -43,8 +47,9 @@ def shared(work: Callable[[Sequence[S]], Iterable[T]], things: Sequence[S], each
         yield from work(things)
         return
     import torch.distributed as dist
-    for start in range(0, len(things), each*world()):
-        here = things[start:start + each*world()]
+
+    for start in range(0, len(things), each * world()):
+        here = things[start : start + each * world()]
         mine = list(work(here[part_of(len(here), int(os.environ['RANK']), world())]))
-        dist.gather_object(mine, parts := [None]*world() if leads() else None)
+        dist.gather_object(mine, parts := [None] * world() if leads() else None)
         yield from chain.from_iterable(parts or ())

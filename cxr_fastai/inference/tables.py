@@ -1,4 +1,5 @@
 """Rows go to disk as they come; what is there is a whole file at any time."""
+
 from __future__ import annotations
 
 import csv
@@ -20,14 +21,17 @@ FORMULA = ('=', '+', '-', '@', '\t', '\r', '\0')
 
 class CsvRows:
     """A CSV with the columns of its first row; a text that a spreadsheet would take for a formula gets a `'` first."""
+
     end = b''
     """What stands behind the last row."""
 
-    def __init__(self, path: Path, columns: Sequence[str]): self.path, self.columns = path, columns
+    def __init__(self, path: Path, columns: Sequence[str]):
+        self.path, self.columns = path, columns
 
     def start(self) -> None:
         """Begin the file."""
-        with atomic(self.path) as temporary: temporary.write_bytes(_lines([self.columns]))
+        with atomic(self.path) as temporary:
+            temporary.write_bytes(_lines([self.columns]))
 
     def add(self, rows: Sequence[Row]) -> None:
         """Put `rows` behind those that are there."""
@@ -37,8 +41,10 @@ class CsvRows:
         """The rows that are there; empty cells are None, numbers and the rest are text. Raises `ValueError` where it is
         no such table."""
         with open(self.path, encoding='utf-8', newline='') as file:
-            try: names, *lines = csv.reader(file)
-            except csv.Error as error: raise ValueError(str(error)) from None
+            try:
+                names, *lines = csv.reader(file)
+            except csv.Error as error:
+                raise ValueError(str(error)) from None
         _check_columns([names], self.columns)
         return [dict(zip(self.columns, (_unescaped(cell) for cell in line), strict=True)) for line in lines]
 
@@ -47,8 +53,10 @@ class CsvRows:
 
     def _append(self, data: bytes, between: bytes = b'') -> None:
         """Put `data` behind the rows that are there; a disk that is full in the midst of it leaves these."""
-        with writing(self.path): at = self.path.stat().st_size - len(self.end)
-        if at > 1: data = between + data
+        with writing(self.path):
+            at = self.path.stat().st_size - len(self.end)
+        if at > 1:
+            data = between + data
         try:
             with writing(self.path), open(self.path, 'rb+') as file:
                 file.seek(at)
@@ -56,22 +64,26 @@ class CsvRows:
         except OutputError:
             with suppress(OSError):
                 os.truncate(self.path, at)
-                with open(self.path, 'ab') as file: file.write(self.end)
+                with open(self.path, 'ab') as file:
+                    file.write(self.end)
             raise
 
 
 class JsonRows(CsvRows):
     """A JSON array of objects, whose texts are as they are."""
+
     end = b'\n]\n'
 
     def start(self) -> None:
         """Begin the file."""
-        with atomic(self.path) as temporary: temporary.write_bytes(b'[' + self.end)
+        with atomic(self.path) as temporary:
+            temporary.write_bytes(b'[' + self.end)
 
     def add(self, rows: Sequence[Row]) -> None:
         """Put `rows` behind those that are there."""
         lines = ',\n'.join(json.dumps(row, allow_nan=False) for row in rows)
-        if rows: self._append(f'\n{lines}'.encode(), b',')
+        if rows:
+            self._append(f'\n{lines}'.encode(), b',')
 
     def read(self) -> list[Row]:
         """The rows that are there. Raises `ValueError` where it is no such table."""
@@ -84,6 +96,7 @@ class JsonRows(CsvRows):
 
 class ParquetRows(CsvRows):
     """A Parquet table, written anew whenever `EVERY` rows are new, and at the end."""
+
     EVERY = 2000
 
     def start(self) -> None:
@@ -95,11 +108,13 @@ class ParquetRows(CsvRows):
     def add(self, rows: Sequence[Row]) -> None:
         """Put `rows` behind those that are there."""
         self.rows += rows
-        if len(self.rows) - self.written >= self.EVERY: self.close()
+        if len(self.rows) - self.written >= self.EVERY:
+            self.close()
 
     def read(self) -> list[Row]:
         """The rows that are there. Raises `ValueError` where it is no such table."""
         import pandas as pd
+
         table = pd.read_parquet(self.path).astype(object)
         _check_columns([table], self.columns)
         self.rows = table.where(table.notna(), None).to_dict('records')
@@ -109,9 +124,11 @@ class ParquetRows(CsvRows):
     def close(self) -> None:
         """Write what is not written yet."""
         import pandas as pd
+
         kinds = {name: 'float64' if name in ('p_pneumonia', 'threshold') else 'string' for name in self.columns}
         table = pd.DataFrame(self.rows, columns=list(self.columns)).astype(kinds)
-        with atomic(self.path) as temporary: table.to_parquet(temporary, index=False)
+        with atomic(self.path) as temporary:
+            table.to_parquet(temporary, index=False)
         self.written = len(self.rows)
 
 
@@ -123,10 +140,13 @@ def open_rows(path: Path, columns: Sequence[str]) -> CsvRows:
     """What writes the file `path`, by its name. Raises `UsageError` for a name that is none of `KINDS`, or where the
     package for it is missing."""
     kind = KINDS.get(path.suffix.lower())
-    if kind is None: raise UsageError(f'--out {path}: its name has to end in {", ".join(KINDS)}.')
+    if kind is None:
+        raise UsageError(f'--out {path}: its name has to end in {", ".join(KINDS)}.')
     if kind is ParquetRows:
         from importlib.util import find_spec
-        if not find_spec('pyarrow'): raise UsageError(f'--out {path}: needs pip install "cxr_fastai[parquet]".')
+
+        if not find_spec('pyarrow'):
+            raise UsageError(f'--out {path}: needs pip install "cxr_fastai[parquet]".')
     return kind(path, columns)
 
 
@@ -138,11 +158,13 @@ def _lines(rows: Iterable[Sequence[Any]]) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, str) and _reckons(value): return f"'{value}"
+    if isinstance(value, str) and _reckons(value):
+        return f"'{value}"
     return '' if value is None else value
 
 
-def _unescaped(cell: str) -> str | None: return (cell[1:] if cell[:1] == "'" and _reckons(cell) else cell) or None
+def _unescaped(cell: str) -> str | None:
+    return (cell[1:] if cell[:1] == "'" and _reckons(cell) else cell) or None
 
 
 def _reckons(text: str) -> bool:
@@ -152,4 +174,5 @@ def _reckons(text: str) -> bool:
 
 def _check_columns(rows: Iterable[Iterable[str]], columns: Sequence[str]) -> None:
     """Raise `ValueError` unless each of `rows` has the `columns`."""
-    if any(list(row) != list(columns) for row in rows): raise ValueError('other columns')
+    if any(list(row) != list(columns) for row in rows):
+        raise ValueError('other columns')

@@ -1,4 +1,5 @@
 """A run becomes a bundle: written beside its place, predicted with in a fresh process, and only then put there."""
+
 from __future__ import annotations
 
 import os
@@ -39,7 +40,7 @@ from cxr_fastai.inference.bundle import (
 )
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, config_text, save_weights, sha256, tensor_bytes
 from cxr_fastai.inference.engines import OnnxEngine, TorchEngine
-from cxr_fastai.inference.gate import FILMS, Gate
+from cxr_fastai.inference.gate import IMAGES, Gate
 from cxr_fastai.inference.pickles import load_learner, save_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.selftest import Canary, Engine, ParityError
@@ -50,25 +51,29 @@ from cxr_fastai.publishing.reporting import SPLITS
 PACKAGES = ('cxr_fastai', 'torch', 'safetensors', 'onnxruntime')
 FRESH = 'import sys; from pathlib import Path; from cxr_fastai.publishing.exporting import verify; verify(Path(sys.argv[1]))'
 BATCH, CALIBRATION = 32, 128
-"""Films that go through the network at once; training films that show an 8-bit network how large numbers get."""
+"""Images that go through the network at once; training images that show an 8-bit network how large numbers get."""
 MOST_CHANGE = 0.002
 """The change of AUC from which on an 8-bit network is not kept."""
-INTENSITY = ('8 bits as they are; deeper films through the window that they declare, else from the 0.5th to the 99.5th '
-             'percentile')
+INTENSITY = (
+    '8 bits as they are; deeper images through the window that they declare, else from the 0.5th to the 99.5th '
+    'percentile'
+)
 
 
 @dataclass(frozen=True)
 class Known:
-    """Films of a split, grey uint8 (n, s, s), whether each shows pneumonia (n,), and what the network says of them:
+    """Images of a split, grey uint8 (n, s, s), whether each shows pneumonia (n,), and what the network says of them:
     probabilities (n,) and features (n, c)."""
-    films: np.ndarray
+
+    images: np.ndarray
     targs: np.ndarray
     p: np.ndarray
     features: np.ndarray
 
 
-def export(run: Run, out: Path | None = None, as_zip: bool = False, int8: bool = False,
-           console: Console | None = None) -> Path:
+def export(
+    run: Run, out: Path | None = None, as_zip: bool = False, int8: bool = False, console: Console | None = None
+) -> Path:
     """Write the bundle of `run` to `out` (default: `bundle/` in the run), in the place of one that was there, and
     return its path; `as_zip` makes one file of it, and `out` ends in .zip then; with `int8` it gets an 8-bit ONNX file
     too, if that is as good.
@@ -77,22 +82,30 @@ def export(run: Run, out: Path | None = None, as_zip: bool = False, int8: bool =
     process what the run does; an old bundle is whole then.
     """
     if not run.metrics:
-        raise UsageError(f'{run.path}: not evaluated, so it has no threshold and no figures for its card: `cxr-fastai '
-                         f'evaluate {run.path}` first.')
-    if int8 and not find_spec('onnx'): raise UsageError('--int8 needs pip install "cxr_fastai[onnx]".')
-    out = out or run/('bundle.zip' if as_zip else 'bundle')
+        raise UsageError(
+            f'{run.path}: not evaluated, so it has no threshold and no figures for its card: `cxr-fastai '
+            f'evaluate {run.path}` first.'
+        )
+    if int8 and not find_spec('onnx'):
+        raise UsageError('--int8 needs pip install "cxr_fastai[onnx]".')
+    out = out or run / ('bundle.zip' if as_zip else 'bundle')
     check_place(out, as_zip)
-    with writing(out): out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     made = out.with_name(f'.{out.name}.{os.getpid()}.made')  # not .tmp, which `atomic` calls the zip while it grows
     try:
         with writing(out):
             made.mkdir()
             fill_bundle(run, made, int8, console)
-            for file in made.iterdir(): sync(file)
+            for file in made.iterdir():
+                sync(file)
         verify_afresh(made)
-        if as_zip: _zip(made, out)
-        else: _swap(made, out)
-    finally: shutil.rmtree(made, ignore_errors=True)
+        if as_zip:
+            _zip(made, out)
+        else:
+            _swap(made, out)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return out
 
 
@@ -106,8 +119,10 @@ def check_place(out: Path, as_zip: bool) -> None:
 
 def _is_bundle(out: Path) -> bool:
     """Whether `out` is a bundle and nothing else."""
-    try: Bundle.open(out)
-    except CXRError: return False
+    try:
+        Bundle.open(out)
+    except CXRError:
+        return False
     return not out.is_dir() or {path.name for path in out.iterdir()} <= {*FILES, MANIFEST}
 
 
@@ -115,30 +130,42 @@ def fill_bundle(run: Run, folder: Path, int8: bool = False, console: Console | N
     """Write the files of the bundle of `run` into `folder`, the manifest last."""
     predictor = Predictor.load(run.path)
     config, known, more = predictor.config, read_known(run, predictor, console), {}
-    save_weights(predictor.model, folder/WEIGHTS)
+    save_weights(predictor.model, folder / WEIGHTS)
     canary = Canary.of(predictor.engine, config.size)
-    tensors = {'films': canary.films, 'p': canary.p}
+    tensors = {'images': canary.images, 'p': canary.p}
     if known:
-        gate = Gate.fit(*((split.features, split.films) for split in known.values()))
-        (folder/GATE).write_bytes(tensor_bytes(gate.as_tensors()))
+        gate = Gate.fit(*((split.features, split.images) for split in known.values()))
+        (folder / GATE).write_bytes(tensor_bytes(gate.as_tensors()))
     if find_spec('onnx'):
         from cxr_fastai.publishing.onnx import to_onnx
-        (folder/ONNX).write_bytes(data := to_onnx(predictor.model, config.size, config.temperature))
-        if int8 and known: more['int8'] = _write_int8(folder, data, known, tensors)
-    (folder/CANARY).write_bytes(tensor_bytes(tensors))
+
+        (folder / ONNX).write_bytes(data := to_onnx(predictor.model, config.size, config.temperature))
+        if int8 and known:
+            more['int8'] = _write_int8(folder, data, known, tensors)
+    (folder / CANARY).write_bytes(tensor_bytes(tensors))
     split = next(split for split in SPLITS if split in run.metrics)
-    (folder/CARD).write_text(render_card(run, split), encoding='utf-8')
-    (folder/CONFIG).write_text(config_text(config, schema=SCHEMA, normalisation={
-        'mean': _digits(MEAN), 'std': _digits(STD)}, intensity=INTENSITY, versions=_versions(),
-        items_sha256=sha256(run/'items.csv'), **more), encoding='utf-8')
+    (folder / CARD).write_text(render_card(run, split), encoding='utf-8')
+    (folder / CONFIG).write_text(
+        config_text(
+            config,
+            schema=SCHEMA,
+            normalisation={'mean': _digits(MEAN), 'std': _digits(STD)},
+            intensity=INTENSITY,
+            versions=_versions(),
+            items_sha256=sha256(run / 'items.csv'),
+            **more,
+        ),
+        encoding='utf-8',
+    )
     _copy_learner(run, folder, predictor)
     files = {path.name: {'sha256': sha256(path), 'size': path.stat().st_size} for path in sorted(folder.iterdir())}
-    (folder/MANIFEST).write_text(manifest_text(files), encoding='utf-8')
+    (folder / MANIFEST).write_text(manifest_text(files), encoding='utf-8')
 
 
 def read_known(run: Run, predictor: Predictor, console: Console | None = None) -> dict[str, Known]:
-    """Up to `FILMS` films of train and of valid of `run`, by chance; none, with a warning, where they are gone."""
-    try: return {split: _know(run, predictor, split, console) for split in ('train', 'valid')}
+    """Up to `IMAGES` images of train and of valid of `run`, by chance; none, with a warning, where they are gone."""
+    try:
+        return {split: _know(run, predictor, split, console) for split in ('train', 'valid')}
     except CXRError as error:
         warnings.warn(f'no input gate, so any picture gets a probability: {error}', CXRWarning, stacklevel=4)
         return {}
@@ -147,8 +174,11 @@ def read_known(run: Run, predictor: Predictor, console: Console | None = None) -
 def verify_afresh(folder: Path) -> None:
     """Run `verify` in a new process, which shares nothing with this one. Raises `ParityError`."""
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', FRESH, str(folder)], capture_output=True, text=True)
-    if done.returncode: raise ParityError(f'{folder.name}: the bundle does not predict in a fresh process what the run '
-                                          f'does, so nothing was exported ({_last(done)}).')
+    if done.returncode:
+        raise ParityError(
+            f'{folder.name}: the bundle does not predict in a fresh process what the run '
+            f'does, so nothing was exported ({_last(done)}).'
+        )
 
 
 def _last(done: subprocess.CompletedProcess) -> str:
@@ -156,63 +186,74 @@ def _last(done: subprocess.CompletedProcess) -> str:
 
 
 def verify(path: Path) -> None:
-    """Read every file of the bundle `path`, and predict the canary films with every engine that it has. Raises
+    """Read every file of the bundle `path`, and predict the canary images with every engine that it has. Raises
     `CXRError`."""
     bundle = Bundle.open(path)
-    for name in bundle.manifest: bundle.read(name)
+    for name in bundle.manifest:
+        bundle.read(name)
     runtime = find_spec('onnxruntime')
     kinds = {'torch': WEIGHTS, 'onnx': ONNX} if runtime else {'torch': WEIGHTS}
     for kind, name in kinds.items():
-        if name in bundle: bundle.canary.check(bundle.engine(kind), path, threshold=bundle.config.threshold)
-    if INT8 in bundle and runtime: bundle.canary_of('int8').check(bundle.engine('int8'), path)
+        if name in bundle:
+            bundle.canary.check(bundle.engine(kind), path, threshold=bundle.config.threshold)
+    if INT8 in bundle and runtime:
+        bundle.canary_of('int8').check(bundle.engine('int8'), path)
     Predictor.load(path, engine='torch')  # which sees whether the gate fits
     if LEARNER in bundle and path.is_dir():
-        bundle.canary.check(TorchEngine(load_learner(path/LEARNER).model), path, threshold=bundle.config.threshold)
+        bundle.canary.check(TorchEngine(load_learner(path / LEARNER).model), path, threshold=bundle.config.threshold)
 
 
 def _know(run: Run, predictor: Predictor, split: str, console: Console | None) -> Known:
     root, items = find_split(run, None, split)
     if not set(items.path) <= set(run.items[run.items.split == split].path):
-        raise UsageError(f'{root}: not the {split} films of the run, which were in {run.films}.')
-    items = items.sample(min(FILMS, len(items)), random_state=0)
-    films = read_squares(items, root, Preprocessing.of(predictor.config), console=console)[0]
-    p, features = _run(predictor.engine, films)
-    return Known(films, (items.label == VOCAB[POSITIVE]).to_numpy(), p, features)
+        raise UsageError(f'{root}: not the {split} images of the run, which were in {run.images}.')
+    items = items.sample(min(IMAGES, len(items)), random_state=0)
+    images = read_squares(items, root, Preprocessing.of(predictor.config), console=console)[0]
+    p, features = _run(predictor.engine, images)
+    return Known(images, (items.label == VOCAB[POSITIVE]).to_numpy(), p, features)
 
 
-def _run(engine: Engine, films: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    p, features = zip(*(engine(films[start:start + BATCH]) for start in range(0, len(films), BATCH)), strict=True)
+def _run(engine: Engine, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    p, features = zip(*(engine(images[start : start + BATCH]) for start in range(0, len(images), BATCH)), strict=True)
     return np.concatenate(p), np.concatenate(features)
 
 
 def _write_int8(folder: Path, data: bytes, known: dict[str, Known], tensors: dict[str, np.ndarray]) -> dict[str, float]:
-    """Write the 8-bit file and its canary, unless it is worse on validation films; returns what was measured."""
+    """Write the 8-bit file and its canary, unless it is worse on validation images; returns what was measured."""
     from cxr_fastai.publishing.quantise import to_int8
+
     valid, rng = known['valid'], np.random.default_rng(0)
-    few = rng.permutation(len(known['train'].films))[:CALIBRATION]
-    small = to_int8(data, known['train'].films[few])
-    engine = OnnxEngine(small, folder/INT8)
-    before, after = (roc_auc(valid.targs, p)['value'] for p in (valid.p, _run(engine, valid.films)[0]))
+    few = rng.permutation(len(known['train'].images))[:CALIBRATION]
+    small = to_int8(data, known['train'].images[few])
+    engine = OnnxEngine(small, folder / INT8)
+    before, after = (roc_auc(valid.targs, p)['value'] for p in (valid.p, _run(engine, valid.images)[0]))
     change = None if before is None else round(after - before, 5)
     if change is None or abs(change) >= MOST_CHANGE:
-        warnings.warn(f'no {INT8} in the bundle: it changes the AUC on validation films by {change}, and less than '
-                      f'{MOST_CHANGE} is asked.', CXRWarning, stacklevel=5)
+        warnings.warn(
+            f'no {INT8} in the bundle: it changes the AUC on validation images by {change}, and less than '
+            f'{MOST_CHANGE} is asked.',
+            CXRWarning,
+            stacklevel=5,
+        )
     else:
-        (folder/INT8).write_bytes(small)
-        tensors['p_int8'] = engine(tensors['films'])[0]
+        (folder / INT8).write_bytes(small)
+        tensors['p_int8'] = engine(tensors['images'])[0]
     return {'auc_valid': before, 'auc_change': change}
 
 
 def _copy_learner(run: Run, folder: Path, predictor: Predictor) -> None:
-    if not (run/LEARNER).is_file(): return
-    try: learn = load_learner(run/LEARNER)
+    if not (run / LEARNER).is_file():
+        return
+    try:
+        learn = load_learner(run / LEARNER)
     except CXRError as error:  # of a network that our list does not know, or not trusted
         warnings.warn(f'no {LEARNER} in the bundle: {error}', CXRWarning, stacklevel=4)
         return
-    save_learner(learn, folder/LEARNER, predictor.config)
+    save_learner(learn, folder / LEARNER, predictor.config)
 
 
-def _digits(numbers: torch.Tensor) -> list[float]: return [round(number, 6) for number in numbers.flatten().tolist()]
+def _digits(numbers: torch.Tensor) -> list[float]:
+    return [round(number, 6) for number in numbers.flatten().tolist()]
 
 
 def _versions() -> dict[str, str]:
@@ -223,10 +264,13 @@ def _swap(made: Path, out: Path) -> None:
     """Put the folder `made` in the place of `out`."""
     old = out.with_name(f'.{out.name}.{os.getpid()}.old')
     with writing(out):
-        if out.exists(): os.replace(out, old)
-        try: os.replace(made, out)
+        if out.exists():
+            os.replace(out, old)
+        try:
+            os.replace(made, out)
         except BaseException:  # a signal as well
-            if old.exists(): os.replace(old, out)
+            if old.exists():
+                os.replace(old, out)
             raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -238,4 +282,5 @@ def _zip(made: Path, out: Path) -> None:
             archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
         archive.close()
         with zipfile.ZipFile(temporary) as written:
-            if broken := written.testzip(): raise ParityError(f'{out}: {broken} was written wrongly: export again.')
+            if broken := written.testzip():
+                raise ParityError(f'{out}: {broken} was written wrongly: export again.')

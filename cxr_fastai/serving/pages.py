@@ -1,4 +1,5 @@
-"""The pages for people: films in, decisions out; the model card; the REST interface in words. No CDN, one script."""
+"""The pages for people: images in, decisions out; the model card; the REST interface in words. No CDN, one script."""
+
 from __future__ import annotations
 
 import re
@@ -27,14 +28,14 @@ WORDS = {
     'queued': 'Waits for its turn.',
     'uploading': 'Being sent.',
     'working': 'Being read and judged.',
-    'E_OUT_OF_DISTRIBUTION': 'This does not look like the chest films that the model was trained on. It gives no '
-                             'probability, since it would mean nothing.',
+    'E_OUT_OF_DISTRIBUTION': 'This does not look like the chest images that the model was trained on. It gives no '
+    'probability, since it would mean nothing.',
     'E_BLANK': 'The picture is blank: there is nothing to see in it.',
-    'E_TOO_SMALL': 'The picture is too small, or too narrow, for a chest film.',
+    'E_TOO_SMALL': 'The picture is too small, or too narrow, for a chest image.',
     'E_TOO_LARGE': 'The picture has more pixels than the service reads.',
-    'E_MULTIFRAME': 'The file holds several pictures. Send one film a file.',
+    'E_MULTIFRAME': 'The file holds several pictures. Send one image a file.',
     'E_BITDEPTH': 'The pixels are stored in a way that is not read. Store it as grey of 8 or 16 bits.',
-    'E_FORMAT': 'This is no film file: JPEG, PNG, TIFF and DICOM are read.',
+    'E_FORMAT': 'This is no image file: JPEG, PNG, TIFF and DICOM are read.',
     'E_EMPTY': 'The file is empty.',
     'E_TRUNCATED': 'The file is damaged, or only a part of it arrived.',
     'E_TIMEOUT': 'Reading it would take too long.',
@@ -48,16 +49,16 @@ WORDS = {
     'E_UNREADABLE': 'The browser cannot read this file: was it moved, or is it a folder?',
     'E_BUSY': 'The service is busy.',
     'E_STARTING': 'The model is being opened.',
-    'E_TOO_OFTEN': 'Many of your films are under way already.',
+    'E_TOO_OFTEN': 'Many of your images are under way already.',
     'E_INTERNAL': 'The service failed.',
     'E_TOKEN': 'An access token is needed.',
     'E_WRONG_TOKEN': 'The service does not know this access token. Enter it again.',
-    'E_OFFLINE': 'The service cannot be reached: it may have ended, or the film took too long to send.',
+    'E_OFFLINE': 'The service cannot be reached: it may have ended, or the image took too long to send.',
     'E_ALONE': 'The service cannot be reached: this computer is offline.',
     'E_HOST': 'The service does not go by this address. Its operator can allow it.',
-    'E_ORIGIN': 'The service takes films from its own page alone.',
+    'E_ORIGIN': 'The service takes images from its own page alone.',
 }
-"""What the page says of a film on its way, and of each code, beside the service's own message."""
+"""What the page says of an image on its way, and of each code, beside the service's own message."""
 pages = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 
 
@@ -69,11 +70,17 @@ def site(app: FastAPI) -> None:
 
 @pages.get('/')
 def home(request: Request) -> str:
-    """Drop films, see decisions. While the model is opened it says so, and looks again."""
+    """Drop images, see decisions. While the model is opened it says so, and looks again."""
     service = request.app.state.service
-    examples = [_thumbnail(film) for film in service.bundle.canary.films] if service else []
-    return fill('serve.html', **_frame(request), limits=request.app.state.settings.limits, examples=examples,
-                words=WORDS, columns=COLUMNS)
+    examples = [_thumbnail(image) for image in service.bundle.canary.images] if service else []
+    return fill(
+        'serve.html',
+        **_frame(request),
+        limits=request.app.state.settings.limits,
+        examples=examples,
+        words=WORDS,
+        columns=COLUMNS,
+    )
 
 
 @pages.get('/card')
@@ -81,25 +88,36 @@ def card(request: Request) -> HTMLResponse:
     """The model card of the bundle."""
     service = request.app.state.service
     text = service and FRONT_MATTER.sub('', service.bundle.read(CARD).decode().replace('\r\n', '\n'))
-    return HTMLResponse(fill('card.html', **_frame(request), card=text and _scrolling(markdown(text))),
-                        200 if service else 503, {} if service else {'retry-after': '1'})
+    return HTMLResponse(
+        fill('card.html', **_frame(request), card=text and _scrolling(markdown(text))),
+        200 if service else 503,
+        {} if service else {'retry-after': '1'},
+    )
 
 
 @pages.get('/docs')
 def docs(request: Request) -> str:
     """The REST interface, from its own OpenAPI document."""
     settings = request.app.state.settings
-    return fill('api.html', **_frame(request), api=request.app.openapi(), markdown=markdown, limits=settings.limits,
-                token=settings.token is not None, address=str(request.base_url).rstrip('/'))
+    return fill(
+        'api.html',
+        **_frame(request),
+        api=request.app.openapi(),
+        markdown=markdown,
+        limits=settings.limits,
+        token=settings.token is not None,
+        address=str(request.base_url).rstrip('/'),
+    )
 
 
 @pages.get('/examples/{number}.png')
 async def example(request: Request, number: int) -> Response:
-    """A synthetic film to try: one of the bundle's canary films."""
-    films = service_of(request).bundle.canary.films
-    if not 0 <= number < len(films): raise Refusal(404, 'E_NOT_FOUND', f'there are {len(films)} examples.')
+    """A synthetic image to try: one of the bundle's canary images."""
+    images = service_of(request).bundle.canary.images
+    if not 0 <= number < len(images):
+        raise Refusal(404, 'E_NOT_FOUND', f'there are {len(images)} examples.')
     buffer = BytesIO()
-    Image.fromarray(films[number]).save(buffer, 'PNG')
+    Image.fromarray(images[number]).save(buffer, 'PNG')
     return Response(buffer.getvalue(), media_type='image/png')
 
 
@@ -120,9 +138,9 @@ def _frame(request: Request) -> dict[str, Any]:
     return {'version': __version__, 'notice': NOTICE, 'model': service and service.facts(), 'short': short}
 
 
-def _thumbnail(film: np.ndarray) -> str:
-    """`film`, grey uint8 (h, w), as the address of a small picture: in the page, so that it needs no token."""
-    buffer, small = BytesIO(), Image.fromarray(film)
+def _thumbnail(image: np.ndarray) -> str:
+    """`image`, grey uint8 (h, w), as the address of a small picture: in the page, so that it needs no token."""
+    buffer, small = BytesIO(), Image.fromarray(image)
     small.thumbnail((THUMB, THUMB))
     small.save(buffer, 'JPEG', quality=80)
     return data_uri(buffer.getvalue(), 'image/jpeg')
@@ -132,5 +150,8 @@ def _scrolling(page: Markup) -> Markup:
     """`page` with tables and commands that scroll on narrow screens, also by keyboard; aligned by class, since the
     policy of these pages forbids styles."""
     text = re.sub(r' style="text-align:(\w+)"', r' class="\1"', page)
-    return Markup(text.replace('<table>', '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>')
-                  .replace('</table>', '</table></div>').replace('<pre>', '<pre tabindex="0">'))
+    return Markup(
+        text.replace('<table>', '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>')
+        .replace('</table>', '</table></div>')
+        .replace('<pre>', '<pre tabindex="0">')
+    )

@@ -1,4 +1,5 @@
 """HTTP/1.1 by uvicorn, for a client who has only so many seconds to send a whole request."""
+
 from __future__ import annotations
 
 import asyncio
@@ -23,14 +24,17 @@ class Lingering:
     def __init__(self, transport: asyncio.Transport, conn: h11.Connection):
         self.transport, self.conn, self.closed = transport, conn, False
 
-    def __getattr__(self, name: str) -> Any: return getattr(self.transport, name)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
 
     def close(self) -> None:
         """Close now, or when the client has ended or its time is over."""
         lingers = self.conn.their_state in LINGER and not self.closed and not self.transport.is_closing()
         self.closed = True
-        if lingers: self.transport.write_eof()
-        else: self.transport.close()
+        if lingers:
+            self.transport.write_eof()
+        else:
+            self.transport.close()
 
 
 class PromptProtocol(H11Protocol):
@@ -49,46 +53,55 @@ class PromptProtocol(H11Protocol):
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.closed: return  # the rest of a request that has its answer
-        if self.deadline is None and self.conn.their_state in SENDING: self._wait()
+        if self.transport.closed:
+            return  # the rest of a request that has its answer
+        if self.deadline is None and self.conn.their_state in SENDING:
+            self._wait()
         before = self.conn.their_state
         super().data_received(data)
-        if self.conn.their_state not in (*SENDING, *LINGER): self._stop()
+        if self.conn.their_state not in (*SENDING, *LINGER):
+            self._stop()
         if (before, self.conn.their_state) == (h11.SEND_BODY, h11.IDLE):  # that has its answer: the next one's time
             self._stop()
             self._wait()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()  # which may begin the next request, that came with this one
-        if self.deadline is None and self.conn.their_state is h11.SEND_BODY: self._wait()
+        if self.deadline is None and self.conn.their_state is h11.SEND_BODY:
+            self._wait()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.unread = self.loop.call_later(PATIENCE*self.seconds, self._cut)
+        self.unread = self.loop.call_later(PATIENCE * self.seconds, self._cut)
 
     def resume_writing(self) -> None:
-        if self.unread is not None: self.unread.cancel()
+        if self.unread is not None:
+            self.unread.cancel()
         self.unread = None
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
-        if self.unread is not None: self.unread.cancel()
+        if self.unread is not None:
+            self.unread.cancel()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
         """As uvicorn's, in the words of every other refusal."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE): return self.transport.close()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return self.transport.close()
         body = json.dumps({'code': 'E_HTTP', 'message': msg}).encode()
         headers = [('content-type', 'application/json'), ('content-length', str(len(body))), ('connection', 'close')]
         for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
         self.transport.close()
 
-    def _wait(self) -> None: self.deadline = self.loop.call_later(self.seconds, self._cut)
+    def _wait(self) -> None:
+        self.deadline = self.loop.call_later(self.seconds, self._cut)
 
     def _stop(self) -> None:
-        if self.deadline is not None: self.deadline.cancel()
+        if self.deadline is not None:
+            self.deadline.cancel()
         self.deadline = None
 
     def _cut(self) -> None:

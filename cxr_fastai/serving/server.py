@@ -1,4 +1,5 @@
 """A process that serves, and one beside it that starts it anew when it is killed."""
+
 from __future__ import annotations
 
 import logging
@@ -24,7 +25,7 @@ BACKLOG = 128
 """Connections that wait for the process to take them."""
 FORMAT = '%(asctime)s %(levelname)s %(name)s %(message)s'
 SPEAKERS = ('cxr_fastai', 'uvicorn', 'asyncio')
-"""Whose words are logged: a package that reads films might quote them."""
+"""Whose words are logged: a package that reads images might quote them."""
 QUICK, TRIES = 10, 3
 """Seconds within which an end counts as one at the start; of so many in a row it is not started again."""
 GRACE = 1
@@ -46,12 +47,17 @@ def serve(settings: Settings, say: Callable[[str], None] = lambda text: None) ->
         quick = 0
         while True:
             began, process = time.monotonic(), _start(settings, listening)
-            if told: process.terminate()  # while it started
+            if told:
+                process.terminate()  # while it started
             process.join()
-            if told or process.exitcode >= 0: return max(process.exitcode, 0)
+            if told or process.exitcode >= 0:
+                return max(process.exitcode, 0)
             quick = quick + 1 if time.monotonic() - began < QUICK else 0
-            if quick > TRIES: raise CXRError(f'the serving process ends by signal {-process.exitcode} as soon as it '
-                                             'starts: is there enough memory?')
+            if quick > TRIES:
+                raise CXRError(
+                    f'the serving process ends by signal {-process.exitcode} as soon as it '
+                    'starts: is there enough memory?'
+                )
             say(f'the serving process was ended by signal {-process.exitcode}: a new one starts')
 
 
@@ -73,10 +79,12 @@ def work(settings: Settings, listening: socket.socket) -> None:
     def fail(error: Exception) -> None:
         failures.append(error)
         server.should_exit = True
+
     server = make_server(settings, fail)
     server.run(sockets=[listening])
     for error in failures:
-        if not isinstance(error, CXRError): raise error
+        if not isinstance(error, CXRError):
+            raise error
         logging.getLogger('cxr_fastai.serving.server').error('%s', first_line(error))
         raise SystemExit(error.exit_code)
 
@@ -87,18 +95,31 @@ def make_server(settings: Settings, failed: Callable[[Exception], None] = lambda
 
     from cxr_fastai.serving.app import make_app
     from cxr_fastai.serving.protocol import PromptProtocol
-    return uvicorn.Server(uvicorn.Config(
-        make_app(settings, failed), http=partial(PromptProtocol, seconds=settings.sending), log_config=None,
-        access_log=False, server_header=False, ws='none', proxy_headers=False, lifespan='on',
-        timeout_graceful_shutdown=settings.drain, h11_max_incomplete_event_size=HEADERS))
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            make_app(settings, failed),
+            http=partial(PromptProtocol, seconds=settings.sending),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws='none',
+            proxy_headers=False,
+            lifespan='on',
+            timeout_graceful_shutdown=settings.drain,
+            h11_max_incomplete_event_size=HEADERS,
+        )
+    )
 
 
 def _start(settings: Settings, listening: socket.socket) -> multiprocessing.Process:
     """A process that serves. It never sees the SIGINT of a terminal's Ctrl-C: the one beside it tells it to end."""
     process = multiprocessing.get_context('spawn').Process(target=work, args=(settings, listening))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try: process.start()
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return process
 
 
@@ -108,18 +129,23 @@ def _ending(seconds: float) -> Iterator[list[int]]:
     told: list[int] = []
 
     def kill() -> None:
-        for child in multiprocessing.active_children(): child.kill()
+        for child in multiprocessing.active_children():
+            child.kill()
 
     def end(number: int, _: object) -> None:
         told.append(number)
-        for child in multiprocessing.active_children(): child.terminate()
+        for child in multiprocessing.active_children():
+            child.terminate()
         timer = threading.Timer(seconds, kill)
         timer.daemon = True
         timer.start()
+
     before = {number: signal.signal(number, end) for number in ENDS}
-    try: yield told
+    try:
+        yield told
     finally:
-        for number, handler in before.items(): signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _speak() -> None:
@@ -137,7 +163,10 @@ def _end_with_parent() -> None:
     def watch() -> None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)
-    if parent: threading.Thread(target=watch, daemon=True).start()
+
+    if parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
-def _shown(host: str) -> str: return f'[{host}]' if ':' in host else host
+def _shown(host: str) -> str:
+    return f'[{host}]' if ':' in host else host

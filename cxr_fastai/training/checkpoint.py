@@ -1,4 +1,5 @@
 """The state of a training, on disk after every epoch: whatever stops it costs one epoch, and it goes on bit by bit."""
+
 from __future__ import annotations
 
 import hashlib
@@ -36,40 +37,56 @@ class Checkpoint(Callback):
     `identity` is what has to be the same for that. Weights, optimiser, callbacks and random numbers are all restored,
     so that on the CPU, with no worker processes, the weights come out as if nothing had stopped.
     """
+
     order = 60  # after the callbacks whose state it takes
 
     def __init__(self, run: Run, identity: dict[str, Any], state: dict[str, Any] | None = None):
         self.run_folder, self.identity, self.state, self.phase = run, identity, state, 0
 
     def before_fit(self):
-        if self.state: self._restore(self.state)
-        elif self.phase == 0: self._save(0)
+        if self.state:
+            self._restore(self.state)
+        elif self.phase == 0:
+            self._save(0)
         self.state = None
 
-    def after_epoch(self): self._save(self.epoch + 1)
+    def after_epoch(self):
+        self._save(self.epoch + 1)
 
     def _save(self, epochs: int) -> None:
-        if not leads(): return
+        if not leads():
+            return
         parts = {name: part.state_dict() for name in PARTS if (part := getattr(self.learn, name, None))}
-        save_state(self.run_folder, {
-            'identity': self.identity, 'phase': self.phase, 'epochs': epochs,
-            'model': network(self.learn).state_dict(),
-            'optimizer': _plain(self.opt.opt.state_dict()), 'random': random_state(self.dls), **parts})
+        save_state(
+            self.run_folder,
+            {
+                'identity': self.identity,
+                'phase': self.phase,
+                'epochs': epochs,
+                'model': network(self.learn).state_dict(),
+                'optimizer': _plain(self.opt.opt.state_dict()),
+                'random': random_state(self.dls),
+                **parts,
+            },
+        )
 
     def _restore(self, state: dict[str, Any]) -> None:
         network(self.learn).load_state_dict(state['model'])
         self.opt.opt.load_state_dict(state['optimizer'])
         for name in PARTS:
-            if part := getattr(self.learn, name, None): part.load_state_dict(state[name])
+            if part := getattr(self.learn, name, None):
+                part.load_state_dict(state[name])
         set_random_state(self.dls, state['random'])
 
 
 class StopOnSignal(Callback):
     """Let SIGINT and SIGTERM end the batch at hand and then training, by `Stopped`; the second one ends it at once."""
+
     order = 61
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self): self.received = None
+    def __init__(self):
+        self.received = None
 
     def __enter__(self) -> StopOnSignal:
         with suppress(ValueError):  # only the main thread may listen
@@ -78,14 +95,16 @@ class StopOnSignal(Callback):
 
     def __exit__(self, *_: object) -> None:
         with suppress(ValueError, AttributeError):
-            for number, handler in self.before.items(): signal.signal(number, handler)
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
 
     def _receive(self, number: int, _: object) -> None:
         self.received = number
         signal.signal(number, self.before[number])
 
     def after_batch(self):
-        if self.received: raise Stopped(self.received)
+        if self.received:
+            raise Stopped(self.received)
 
 
 def save_state(run: Run, state: dict[str, Any]) -> None:
@@ -93,23 +112,26 @@ def save_state(run: Run, state: dict[str, Any]) -> None:
     `OutputError`."""
     buffer = BytesIO()  # torch would tell of a full disk by a RuntimeError
     torch.save(state, buffer)
-    with atomic(run/'state.pt') as temporary:
+    with atomic(run / 'state.pt') as temporary:
         temporary.write_bytes(buffer.getbuffer())
         sync(temporary)  # before the old one moves
-        with suppress(FileNotFoundError): os.replace(run/'state.pt', run/PREVIOUS)
+        with suppress(FileNotFoundError):
+            os.replace(run / 'state.pt', run / PREVIOUS)
 
 
 def load_state(run: Run) -> dict[str, Any] | None:
     """The newest whole state of `run`, on the CPU; loading runs no code. None where it was stopped before there was
     one. Raises `CXRError` where none can be read."""
-    there = [run/name for name in ('state.pt', PREVIOUS) if (run/name).exists()]
+    there = [run / name for name in ('state.pt', PREVIOUS) if (run / name).exists()]
     for i, path in enumerate(there):
         # Which exception a damaged file raises is up to pickle and zip.
         with suppress(Exception):
             state = torch.load(path, map_location='cpu', weights_only=True)
-            if i and leads(): there[0].unlink()  # or the next save would move it over the good one
+            if i and leads():
+                there[0].unlink()  # or the next save would move it over the good one
             return state
-    if there: raise CXRError(f'{there[0]}: damaged, so there is nothing to resume: train again into another --out.')
+    if there:
+        raise CXRError(f'{there[0]}: damaged, so there is nothing to resume: train again into another --out.')
     return None
 
 
@@ -117,14 +139,18 @@ def take_up(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any] | N
     """The state that `run` goes on from, if there is one yet. Raises `UsageError` where `recipe`, `items` or the
     classes are not those of `run`."""
     state = load_state(run)
-    if state is None and any((run/name).exists() for name in ('history.csv', 'model.safetensors', 'learner.pkl')):
+    if state is None and any((run / name).exists() for name in ('history.csv', 'model.safetensors', 'learner.pkl')):
         raise UsageError(f'{run.path} has been trained but has no state.pt to go on from: train into another --out.')
     known, now = state['identity'] if state else identify(run.recipe, run.items), identify(recipe, items)
     other = differences(Recipe.from_dict(known['recipe']), recipe)
-    if known['classes'] != now['classes']: other.append(f'classes: {known["classes"]}, now {now["classes"]}')
-    if known['items'] != now['items']: other.append(f'films: {_compare_items(run.items, items)}')
-    if other: raise UsageError(f'{run.path} was trained otherwise ({"; ".join(other)}): resume it as it was, or train '
-                               'into another --out.')
+    if known['classes'] != now['classes']:
+        other.append(f'classes: {known["classes"]}, now {now["classes"]}')
+    if known['items'] != now['items']:
+        other.append(f'images: {_compare_items(run.items, items)}')
+    if other:
+        raise UsageError(
+            f'{run.path} was trained otherwise ({"; ".join(other)}): resume it as it was, or train into another --out.'
+        )
     return state
 
 
@@ -145,21 +171,29 @@ def _compare_items(known: pd.DataFrame, now: pd.DataFrame) -> str:
 def starting_at(learn: Learner, epoch: int) -> Iterator[None]:
     """Let fits within begin at `epoch`, counted from 0. (fastai's own `start_epoch` runs the events of the epochs that
     it skips.)"""
+
     def rest() -> None:
         for now in range(epoch, learn.n_epoch):
             learn.epoch = now
             learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
+
     learn._do_fit = rest
-    try: yield
-    finally: del learn._do_fit
+    try:
+        yield
+    finally:
+        del learn._do_fit
 
 
 def random_state(dls: DataLoaders) -> dict[str, Any]:
     """The state of every generator that training draws from: Python's, numpy's, torch's, those of the loaders."""
     name, keys, *rest = np.random.get_state()
-    return {'python': _of_python(random), 'numpy': [name, torch.from_numpy(keys.astype(np.int64)), *rest],
-            'torch': torch.get_rng_state(), 'loaders': [_of_python(dl.rng) for dl in dls.loaders],
-            'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    return {
+        'python': _of_python(random),
+        'numpy': [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        'torch': torch.get_rng_state(),
+        'loaders': [_of_python(dl.rng) for dl in dls.loaders],
+        'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def set_random_state(dls: DataLoaders, state: dict[str, Any]) -> None:
@@ -168,14 +202,18 @@ def set_random_state(dls: DataLoaders, state: dict[str, Any]) -> None:
     name, keys, *rest = state['numpy']
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state['torch'])
-    for dl, known in zip(dls.loaders, state['loaders'], strict=True): _set_python(dl.rng, known)
-    if state['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
+    for dl, known in zip(dls.loaders, state['loaders'], strict=True):
+        _set_python(dl.rng, known)
+    if state['cuda'] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state['cuda'])
 
 
 def _plain(value: Any) -> Any:
     """`value` with Python's numbers for numpy's, which schedules leave in an optimiser and a safe load refuses."""
-    if isinstance(value, dict): return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple): return type(value)(map(_plain, value))
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
     return value.item() if isinstance(value, np.generic) else value
 
 

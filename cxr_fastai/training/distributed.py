@@ -2,8 +2,9 @@
 
 `accelerate launch` or `torchrun` starts them. The recipe's batch is the batch of all together, in the order and with
 the augmentation of one process; only what a network draws itself (dropout) and what it takes over a batch (BatchNorm,
-whose statistics are those of a process's own films, MixUp, erasing) is each process's own.
+whose statistics are those of a process's own images, MixUp, erasing) is each process's own.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -19,8 +20,8 @@ from fastai.torch_core import num_distrib, rank_distrib, to_detach
 from torch import Tensor
 
 from cxr_fastai.core.environment import leads, need, part_of
-from cxr_fastai.core.errors import FilmError, UsageError
-from cxr_fastai.data.transforms import ByFilm
+from cxr_fastai.core.errors import ImageError, UsageError
+from cxr_fastai.data.transforms import ByImage
 from cxr_fastai.training.checkpoint import random_state, set_random_state
 
 T = TypeVar('T')
@@ -45,7 +46,8 @@ def team() -> Iterator[None]:
 def once(func: Callable[..., T], *args: Any) -> T:
     """What `func` of `args` returns, called in the process that leads and told to the others, which are then all
     there."""
-    if num_distrib() < 2: return func(*args)
+    if num_distrib() < 2:
+        return func(*args)
     told = [func(*args) if leads() else None]
     dist.broadcast_object_list(told)
     dist.barrier()
@@ -53,10 +55,12 @@ def once(func: Callable[..., T], *args: Any) -> T:
 
 
 def check_batch(size: int) -> None:
-    """Raise `UsageError` where a batch of `size` films has fewer than there are processes."""
+    """Raise `UsageError` where a batch of `size` images has fewer than there are processes."""
     if size < num_distrib():
-        raise UsageError(f'--batch-size {size}: {num_distrib()} processes share a batch: choose {num_distrib()} or '
-                         'more, or fewer processes.')
+        raise UsageError(
+            f'--batch-size {size}: {num_distrib()} processes share a batch: choose {num_distrib()} or '
+            'more, or fewer processes.'
+        )
 
 
 @contextmanager
@@ -70,15 +74,17 @@ def shared(learn: Learner) -> Iterator[None]:
     set_random_state(learn.dls, drawn)  # making them has drawn numbers, which one process does not
     sharing = ShareBatches()
     learn.add_cb(sharing)
-    try: yield
+    try:
+        yield
     finally:
         learn.remove_cb(sharing)
         learn.dls.loaders = loaders
-        for step in _by_film(loaders[0]): step.parts = None
+        for step in _by_image(loaders[0]):
+            step.parts = None
 
 
 class PartOfBatches(TfmdDL):
-    """One process's part of each batch of a loader. Every process draws the same order; a part without a film, of a
+    """One process's part of each batch of a loader. Every process draws the same order; a part without an image, of a
     last batch that is too small, borrows the batch's first, which then counts nothing."""
 
     @classmethod
@@ -90,61 +96,71 @@ class PartOfBatches(TfmdDL):
         return made
 
     def get_idxs(self) -> list[int]:
-        """The indices of this process's films, batch by batch; `sizes` are those of the whole batches."""
+        """The indices of this process's images, batch by batch; `sizes` are those of the whole batches."""
         idxs, parts, mine = list(super().get_idxs()), [], []
         for start in range(0, len(idxs), self.whole):
-            batch = idxs[start:start + self.whole]
+            batch = idxs[start : start + self.whole]
             own = part_of(len(batch), rank_distrib(), num_distrib())
             parts.append((len(batch), own if batch[own] else slice(0, 1)))
             mine += batch[parts[-1][1]]
         self.sizes = [size for size, _ in parts]
-        for step in _by_film(self): step.parts = iter(parts)
+        for step in _by_image(self):
+            step.parts = iter(parts)
         return mine
 
     def do_item(self, s: int) -> Any:
-        """The film and label `s`. One that goes bad now would leave this process with other batches than the rest."""
+        """The image and label `s`. One that goes bad now would leave this process with other batches than the rest."""
         if (item := super().do_item(s)) is None:
-            raise FilmError('a film went bad in training, which several processes cannot skip: start again, and it is '
-                            'found before.')
+            raise ImageError(
+                'an image went bad in training, which several processes cannot skip: start again, and it is '
+                'found before.'
+            )
         return item
 
     def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
         """`b` detached; never gathered, since figures are those of the whole batch already."""
         return to_detach(b, cpu, gather=False)
 
-    def __len__(self) -> int: return -(-self.n//self.whole)
+    def __len__(self) -> int:
+        return -(-self.n // self.whole)
 
 
 class ShareBatches(DistributedTrainer):
-    """fastai's way to train by Accelerate, with exact figures: a process counts as many films as it has, so that the
-    step, and the loss in `learn.loss`, are those of the whole batch; and validation scores each film once.
+    """fastai's way to train by Accelerate, with exact figures: a process counts as many images as it has, so that the
+    step, and the loss in `learn.loss`, are those of the whole batch; and validation scores each image once.
 
     A signal that stops one process stops all after the same batch.
     """
 
-    def __init__(self): super().__init__(sync_bn=False, **_accelerator_options())
+    def __init__(self):
+        super().__init__(sync_bn=False, **_accelerator_options())
 
-    def _wrap_dl(self, dl: TfmdDL) -> TfmdDL: return dl
+    def _wrap_dl(self, dl: TfmdDL) -> TfmdDL:
+        return dl
 
     def before_batch(self):
-        self.films = self.dl.sizes[self.iter]
-        if self.training: self._draw_apart()
+        self.images = self.dl.sizes[self.iter]
+        if self.training:
+            self._draw_apart()
 
     def after_pred(self):
-        if self.training: return
+        if self.training:
+            return
         self.learn.pred = self._gather(self.pred)
         self.learn.yb = tuple(map(self._gather, self.yb))
 
     def after_loss(self):
-        if not self.training: return
+        if not self.training:
+            return
         weight = self._weight()
-        sums = torch.stack([self.loss.detach()*weight, weight]).double()
+        sums = torch.stack([self.loss.detach() * weight, weight]).double()
         dist.all_reduce(sums)
-        self.learn.loss = (sums[0]/sums[1]).to(self.loss.dtype)
-        self.learn.loss_grad = self.loss_grad*(weight*num_distrib()/sums[1]).to(self.loss.dtype)
+        self.learn.loss = (sums[0] / sums[1]).to(self.loss.dtype)
+        self.learn.loss_grad = self.loss_grad * (weight * num_distrib() / sums[1]).to(self.loss.dtype)
 
     def after_batch(self):
-        if self.training: torch.set_rng_state(self.drawn)
+        if self.training:
+            torch.set_rng_state(self.drawn)
         if stop := getattr(self.learn, 'stop_on_signal', None):
             number = torch.tensor(stop.received or 0, device=self.dls.device)
             dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -158,21 +174,22 @@ class ShareBatches(DistributedTrainer):
         torch.manual_seed(int(torch.randint(2**62, (), generator=fork)) + rank_distrib())
 
     def _count(self, rank: int) -> int:
-        part = part_of(self.films, rank, num_distrib())
+        part = part_of(self.images, rank, num_distrib())
         return part.stop - part.start
 
     def _weight(self) -> Tensor:
-        """What the mean over this process's films counts in that over the batch."""
+        """What the mean over this process's images counts in that over the batch."""
         count = self._count(rank_distrib())
         by_class = getattr(getattr(self.loss_func, 'func', None), 'weight', None)
-        if by_class is None: return torch.tensor(float(count), device=self.loss.device)
+        if by_class is None:
+            return torch.tensor(float(count), device=self.loss.device)
         return by_class[self.yb[0].as_subclass(Tensor)[:count]].sum()
 
     def _gather(self, mine: Tensor) -> Tensor:
         """The rows of all processes in the batch's order, each once."""
         counts = [self._count(rank) for rank in range(num_distrib())]
         padded = mine.new_zeros(max(counts), *mine.shape[1:])
-        padded[:counts[rank_distrib()]] = mine[:counts[rank_distrib()]]
+        padded[: counts[rank_distrib()]] = mine[: counts[rank_distrib()]]
         rows = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(rows, padded.as_subclass(Tensor))
         return type(mine)(torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)]))
@@ -182,9 +199,10 @@ def _accelerator_options(start: bool = False) -> dict[str, Any]:
     options = {'cpu': not torch.cuda.is_available(), 'mixed_precision': 'no'}  # the recipe has the precision
     if start:
         from accelerate import Accelerator
+
         Accelerator(**options)
     return options
 
 
-def _by_film(dl: TfmdDL) -> list[ByFilm]:
-    return [step for step in dl.after_batch.fs if isinstance(step, ByFilm)] if dl.split_idx == 0 else []
+def _by_image(dl: TfmdDL) -> list[ByImage]:
+    return [step for step in dl.after_batch.fs if isinstance(step, ByImage)] if dl.split_idx == 0 else []

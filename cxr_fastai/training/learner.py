@@ -1,4 +1,5 @@
 """`DataLoaders` and a network become a fastai `Learner`: loss, optimiser, metrics, parameter groups."""
+
 from __future__ import annotations
 
 import ctypes
@@ -26,11 +27,20 @@ def make_learner(dls: DataLoaders, recipe: Recipe) -> Learner:
     """The `Learner` of `recipe`: torch's own optimiser with weight decay on every parameter, cross-entropy, and the
     metrics of the history. Raises `CXRError` where the weights cannot be had."""
     model = build_model(recipe.arch, recipe.weights).to(memory_format=torch.channels_last)
-    loss_func = CrossEntropyLossFlat(weight=_class_weights(dls) if recipe.class_weights else None,
-                                     label_smoothing=recipe.label_smoothing)
-    return Learner(dls, model, loss_func=loss_func, opt_func=partial(OptimWrapper, opt=OPTIMIZERS[recipe.optimizer]),
-                   splitter=body_and_head, wd=recipe.weight_decay, train_bn=False, cbs=BnFreeze(),
-                   metrics=[accuracy, _of_scores(roc_auc), _of_classes(sensitivity), _of_classes(specificity)])
+    loss_func = CrossEntropyLossFlat(
+        weight=_class_weights(dls) if recipe.class_weights else None, label_smoothing=recipe.label_smoothing
+    )
+    return Learner(
+        dls,
+        model,
+        loss_func=loss_func,
+        opt_func=partial(OptimWrapper, opt=OPTIMIZERS[recipe.optimizer]),
+        splitter=body_and_head,
+        wd=recipe.weight_decay,
+        train_bn=False,
+        cbs=BnFreeze(),
+        metrics=[accuracy, _of_scores(roc_auc), _of_classes(sensitivity), _of_classes(specificity)],
+    )
 
 
 def network(learn: Learner) -> nn.Sequential:
@@ -53,6 +63,7 @@ def roc_auc(targs: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve of the scores (n,) of the positive class; NaN where only one class is present, or where
     a score is no finite number."""
     from sklearn.metrics import roc_auc_score
+
     defined = len(np.unique(targs)) == 2 and np.isfinite(scores).all()
     return float(roc_auc_score(targs, scores)) if defined else float('nan')
 
@@ -75,16 +86,19 @@ def reuse_memory() -> bool:
     `benchmarks/train_throughput.py`). The process then stays at its peak memory until it ends.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    if not sys.platform.startswith('linux'): return False
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError): return False
+    if not sys.platform.startswith('linux'):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
 
 
 def _class_weights(dls: DataLoaders) -> torch.Tensor:
-    """For each class the inverse of its share of the training films, of mean 1 over the films: (2,)."""
+    """For each class the inverse of its share of the training images, of mean 1 over the images: (2,)."""
     counts = torch.bincount(torch.tensor([int(label) for label in dls.train_ds.tls[1]]), minlength=len(VOCAB))
-    return (len(dls.train_ds)/len(VOCAB)/counts).to(dls.device)
+    return (len(dls.train_ds) / len(VOCAB) / counts).to(dls.device)
 
 
 def _recall(targs: np.ndarray, preds: np.ndarray, label: int) -> float:
@@ -93,8 +107,9 @@ def _recall(targs: np.ndarray, preds: np.ndarray, label: int) -> float:
 
 
 def _of_scores(func) -> AccumMetric:
-    return AccumMetric(func, dim_argmax=-1, activation=ActivationType.BinarySoftmax, to_np=True, invert_arg=True,
-                       flatten=False)
+    return AccumMetric(
+        func, dim_argmax=-1, activation=ActivationType.BinarySoftmax, to_np=True, invert_arg=True, flatten=False
+    )
 
 
 def _of_classes(func) -> AccumMetric:

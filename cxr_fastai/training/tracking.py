@@ -1,8 +1,9 @@
 """A training told to TensorBoard, Weights & Biases or MLflow: the recipe, and the numbers of `history.csv`.
 
-Not fastai's own callbacks: those log films with predictions, models, and what the trackers' libraries collect by
+Not fastai's own callbacks: those log images with predictions, models, and what the trackers' libraries collect by
 themselves, such as the host's name and the program's path. Nothing of that may leave the machine with medical data.
 """
+
 from __future__ import annotations
 
 import math
@@ -43,14 +44,17 @@ class TensorBoard:
     def __init__(self, folder: Path, settings: dict[str, Any]):
         from tensorboard.summary.writer.record_writer import RecordWriter
         from torch.utils.tensorboard.summary import text
-        path = folder/f'events.out.tfevents.{time.time_ns()//10**9}.{PROJECT}.{os.getpid()}'
+
+        path = folder / f'events.out.tfevents.{time.time_ns() // 10**9}.{PROJECT}.{os.getpid()}'
         self.writer = RecordWriter(open(path, 'wb'))  # noqa: SIM115  (the writer closes it)
         self._write(text('recipe', '\n'.join(f'    {name}: {value}' for name, value in settings.items())), 0)
 
     def log(self, figures: dict[str, float], epoch: int) -> None:
         """Take the figures of an epoch."""
         from torch.utils.tensorboard.summary import scalar
-        for name, value in figures.items(): self._write(scalar(name, value), epoch)
+
+        for name, value in figures.items():
+            self._write(scalar(name, value), epoch)
         self.writer.flush()
 
     def close(self) -> None:
@@ -59,19 +63,33 @@ class TensorBoard:
 
     def _write(self, summary: Any, step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
+
         self.writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
 
 
 class WandB:
     """Weights & Biases, with all it would collect by itself turned off."""
-    PRIVATE = {'disable_git': True, 'save_code': False, 'disable_code': True, 'disable_job_creation': True,
-               'console': 'off', 'x_disable_meta': True, 'x_disable_stats': True, 'x_disable_machine_info': True,
-               'x_save_requirements': False, 'host': PROJECT, 'program': PROJECT}
+
+    PRIVATE = {
+        'disable_git': True,
+        'save_code': False,
+        'disable_code': True,
+        'disable_job_creation': True,
+        'console': 'off',
+        'x_disable_meta': True,
+        'x_disable_stats': True,
+        'x_disable_machine_info': True,
+        'x_save_requirements': False,
+        'host': PROJECT,
+        'program': PROJECT,
+    }
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         import wandb
-        self.run = wandb.init(project=PROJECT, dir=str(folder), config=settings,
-                              settings=wandb.Settings(**self.PRIVATE))
+
+        self.run = wandb.init(
+            project=PROJECT, dir=str(folder), config=settings, settings=wandb.Settings(**self.PRIVATE)
+        )
 
     def log(self, figures: dict[str, float], epoch: int) -> None:
         """Take the figures of an epoch."""
@@ -87,45 +105,59 @@ class MLflow:
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         from mlflow import MlflowClient
-        uri = os.environ.get('MLFLOW_TRACKING_URI') or f'sqlite:///{folder.resolve()/"mlflow.db"}'
+
+        uri = os.environ.get('MLFLOW_TRACKING_URI') or f'sqlite:///{folder.resolve() / "mlflow.db"}'
         self.client = MlflowClient(tracking_uri=uri)
         known = self.client.get_experiment_by_name(PROJECT)
         experiment = known.experiment_id if known else self.client.create_experiment(PROJECT)
         self.id = self.client.create_run(experiment).info.run_id
-        for name, value in settings.items(): self.client.log_param(self.id, name, value)
+        for name, value in settings.items():
+            self.client.log_param(self.id, name, value)
 
     def log(self, figures: dict[str, float], epoch: int) -> None:
         """Take the figures of an epoch."""
-        for name, value in figures.items(): self.client.log_metric(self.id, name, value, step=epoch)
+        for name, value in figures.items():
+            self.client.log_metric(self.id, name, value, step=epoch)
 
     def close(self) -> None:
         """Write what is left."""
         self.client.set_terminated(self.id)
 
 
-TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {'tensorboard': TensorBoard, 'wandb': WandB,
-                                                                  'mlflow': MLflow}
+TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {
+    'tensorboard': TensorBoard,
+    'wandb': WandB,
+    'mlflow': MLflow,
+}
 
 
 class Track(Callback):
     """Hand each epoch's numbers to a `tracker`."""
+
     order = 62  # after the Checkpoint: an epoch that is told is an epoch that stays
 
-    def __init__(self, tracker: Tracker): self.tracker, self.lost = tracker, False
+    def __init__(self, tracker: Tracker):
+        self.tracker, self.lost = tracker, False
 
     def after_epoch(self):
         row = self.history.rows[-1]
-        numbers = {name: value for name, value in row.items()
-                   if name not in ('phase', 'epoch') and math.isfinite(value)}
-        if not self.lost: self._tell(numbers, row['epoch'])
+        numbers = {
+            name: value for name, value in row.items() if name not in ('phase', 'epoch') and math.isfinite(value)
+        }
+        if not self.lost:
+            self._tell(numbers, row['epoch'])
 
     def _tell(self, numbers: dict[str, float], epoch: int):
         # A server that went away is no reason to end a training; each library has errors of its own.
-        try: self.tracker.log(numbers, epoch)
+        try:
+            self.tracker.log(numbers, epoch)
         except Exception as error:
             self.lost = True
-            warnings.warn(f'the tracker failed ({error}), so nothing more is told to it; history.csv has it all.',
-                          CXRWarning, stacklevel=2)
+            warnings.warn(
+                f'the tracker failed ({error}), so nothing more is told to it; history.csv has it all.',
+                CXRWarning,
+                stacklevel=2,
+            )
 
 
 @contextmanager
@@ -134,17 +166,22 @@ def tracked(name: str | None, run: Run, recipe: Recipe) -> Iterator[list[Callbac
     if name is None or not leads():
         yield []
         return
-    folder = run/'tracking'
-    with writing(folder): folder.mkdir(exist_ok=True)
+    folder = run / 'tracking'
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     tracker = TRACKERS[name](folder, _settings(recipe))
-    try: yield [Track(tracker)]
-    finally: tracker.close()
+    try:
+        yield [Track(tracker)]
+    finally:
+        tracker.close()
 
 
 def check_tracker(name: str | None) -> None:
     """Raise `UsageError` where there is no tracker `name`, or its package is missing."""
-    if name is None: return
-    if name not in TRACKERS: raise UsageError(f'--track {name}: choose {" or ".join(TRACKERS)}.')
+    if name is None:
+        return
+    if name not in TRACKERS:
+        raise UsageError(f'--track {name}: choose {" or ".join(TRACKERS)}.')
     need(name, f'--track {name}', name)
 
 

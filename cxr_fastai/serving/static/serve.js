@@ -1,11 +1,11 @@
-// Films go to the service one by one, and their answers come onto the page. File names stay here.
+// Images go to the service one by one, and their answers come onto the page. File names stay here.
 'use strict';
-const AT_ONCE = 2, TRIES = 5;  // films under way; how often a busy service is asked again
-const FORM = 1024;  // bytes of a request beside its film
+const AT_ONCE = 2, TRIES = 5;  // images under way; how often a busy service is asked again
+const FORM = 1024;  // bytes of a request beside its image
 const HELD = ['busy', 'offline', 'token'];
 const $ = (selector, within = document) => within.querySelector(selector);
 const told = $('main').dataset, words = JSON.parse(told.words), columns = JSON.parse(told.columns);
-let films = [], held = null, waiting = 0, numbered = 0;
+let images = [], held = null, waiting = 0, numbered = 0;
 
 // What is sent
 
@@ -18,7 +18,7 @@ function bearer() {
 function post(blob, progress) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest(), form = new FormData();
-    form.append('films', blob, 'film');
+    form.append('images', blob, 'image');
     request.open('POST', 'v1/predict?explain=true');
     for (const [name, value] of Object.entries(bearer())) request.setRequestHeader(name, value);
     request.responseType = 'json';
@@ -31,7 +31,7 @@ function post(blob, progress) {
   });
 }
 
-/** A synthetic film of the service. Throws what `post` would answer where there is none. */
+/** A synthetic image of the service. Throws what `post` would answer where there is none. */
 async function fetchExample(number) {
   const got = await fetch(`examples/${number}.png`, {headers: bearer()});
   if (got.ok) return got.blob();
@@ -44,14 +44,14 @@ async function readFile(file) {
   return file;
 }
 
-/** Take in films, each [name, size, how to read it]. */
+/** Take in images, each [name, size, how to read it]. */
 function add(wanted) {
-  const added = wanted.map(([name, size, read]) => ({name, size, read, tries: 0, id: `film-${++numbered}`}));
-  films.push(...added);
-  for (const film of added) {
-    place(film);
-    if (film.size + FORM <= told.body) continue;
-    settle(film, {code: 'E_BODY', message: `${bytes(film.size)}, of ${bytes(told.body)} at most`});
+  const added = wanted.map(([name, size, read]) => ({name, size, read, tries: 0, id: `image-${++numbered}`}));
+  images.push(...added);
+  for (const image of added) {
+    place(image);
+    if (image.size + FORM <= told.body) continue;
+    settle(image, {code: 'E_BODY', message: `${bytes(image.size)}, of ${bytes(told.body)} at most`});
   }
   added[0].card.scrollIntoView({block: 'nearest'});
   pump();
@@ -59,70 +59,70 @@ function add(wanted) {
 
 function addFiles(files) {
   if (told.ready !== 'yes' || !files.length) return;
-  const taken = [...files].slice(0, told.films);
+  const taken = [...files].slice(0, told.images);
   if (!held) notice(taken.length < files.length
-    ? `${files.length} films are too many at a time: the first ${taken.length} were taken.` : '');
+    ? `${files.length} images are too many at a time: the first ${taken.length} were taken.` : '');
   add(taken.map(file => [file.name, file.size, () => readFile(file)]));
 }
 
 function pump() {
-  const under = films.filter(film => ['uploading', 'working'].includes(film.state)).length;
-  if (!held) films.filter(film => film.state === 'queued').slice(0, AT_ONCE - under).forEach(run);
+  const under = images.filter(image => ['uploading', 'working'].includes(image.state)).length;
+  if (!held) images.filter(image => image.state === 'queued').slice(0, AT_ONCE - under).forEach(run);
 }
 
-async function run(film) {
-  show(film, 'uploading');
+async function run(image) {
+  show(image, 'uploading');
   let got;
   try {
-    const blob = await film.read();
-    film.size = blob.size;
+    const blob = await image.read();
+    image.size = blob.size;
     got = await post(blob, share => {
-      $('progress', film.card).value = share;
-      if (share === 1) show(film, 'working');
+      $('progress', image.card).value = share;
+      if (share === 1) show(image, 'working');
     });
   } catch (error) { got = 'status' in error ? error : {status: 'offline'}; }
-  if (!films.includes(film)) return;  // cleared meanwhile
-  if (got.status === 200) settle(film, got.films[0]);
-  else if (got.status === 'offline') hold(film, 'offline', navigator.onLine ? words.E_OFFLINE : words.E_ALONE);
-  else if (got.status === 401) askToken(film);
-  else if (got.status === 429 || got.status >= 500) later(film, got);
-  else settle(film, {code: got.code ?? `HTTP ${got.status}`, message: got.message ?? null});
+  if (!images.includes(image)) return;  // cleared meanwhile
+  if (got.status === 200) settle(image, got.images[0]);
+  else if (got.status === 'offline') hold(image, 'offline', navigator.onLine ? words.E_OFFLINE : words.E_ALONE);
+  else if (got.status === 401) askToken(image);
+  else if (got.status === 429 || got.status >= 500) later(image, got);
+  else settle(image, {code: got.code ?? `HTTP ${got.status}`, message: got.message ?? null});
   pump();
 }
 
 // What has to wait
 
-function hold(film, state, why) {
+function hold(image, state, why) {
   held = state;
-  film.why = why;
-  show(film, state);
+  image.why = why;
+  show(image, state);
   notice(why, state !== 'token', state === 'token');
 }
 
-function later(film, {code, message, retry}) {
-  const seconds = Math.max(Number(retry) || 0, film.tries), why = words[code] ?? words.E_BUSY;
-  if (++film.tries > TRIES) return hold(film, 'busy', `${why} It was asked ${film.tries} times. ${message ?? ''}`);
-  hold(film, 'busy', `${why} Trying again in ${seconds} s (${film.tries} of ${TRIES}).`);
+function later(image, {code, message, retry}) {
+  const seconds = Math.max(Number(retry) || 0, image.tries), why = words[code] ?? words.E_BUSY;
+  if (++image.tries > TRIES) return hold(image, 'busy', `${why} It was asked ${image.tries} times. ${message ?? ''}`);
+  hold(image, 'busy', `${why} Trying again in ${seconds} s (${image.tries} of ${TRIES}).`);
   clearTimeout(waiting);
   waiting = setTimeout(() => held === 'busy' && release(), 1000 * seconds);
 }
 
-function askToken(film) {
+function askToken(image) {
   const why = sessionStorage.getItem('token') ? words.E_WRONG_TOKEN : words.E_TOKEN;
   sessionStorage.removeItem('token');
-  hold(film, 'token', held === 'token' ? $('#why').textContent : why);
+  hold(image, 'token', held === 'token' ? $('#why').textContent : why);
   $('#secret').focus();
 }
 
 function release() {
   held = null;
   notice('');
-  for (const film of films) if (HELD.includes(film.state)) show(film, 'queued');
+  for (const image of images) if (HELD.includes(image.state)) show(image, 'queued');
   pump();
 }
 
 function again() {
-  for (const film of films) film.tries = 0;
+  for (const image of images) image.tries = 0;
   release();
   if (told.ready !== 'yes') awaitReady();
 }
@@ -158,36 +158,36 @@ function sentence({state, row, why}) {
   return HELD.includes(state) ? why : words[state];
 }
 
-function place(film) {
-  film.card = $('#film').content.firstElementChild.cloneNode(true);
-  film.card.id = film.id;
-  film.line = $('#rows').insertRow();
-  $('h3', film.card).textContent = film.name;
-  $('.plain', film.card).alt = `Film ${film.name}`;
-  $('#films').append(film.card);
-  show(film, 'queued');
+function place(image) {
+  image.card = $('#image').content.firstElementChild.cloneNode(true);
+  image.card.id = image.id;
+  image.line = $('#rows').insertRow();
+  $('h3', image.card).textContent = image.name;
+  $('.plain', image.card).alt = `Image ${image.name}`;
+  $('#images').append(image.card);
+  show(image, 'queued');
 }
 
-/** An answer comes for `film`; what was not judged is a row all the same. */
-function settle(film, {image, ...row}) {
-  film.row = {status: 'error', p_pneumonia: null, prediction: null, threshold: Number(told.threshold), ...row,
-              path: film.name};
-  film.read = null;
-  show(film, film.row.status === 'ok' ? 'done' : 'refused');
-  if (image) picture(film, image);
-  $('#live').textContent = `${film.name}: ${$('.decision', film.card).textContent} ${$('.why', film.card).textContent}`;
+/** An answer comes for `image`; what was not judged is a row all the same. */
+function settle(image, {explanation, ...row}) {
+  image.row = {status: 'error', p_pneumonia: null, prediction: null, threshold: Number(told.threshold), ...row,
+              path: image.name};
+  image.read = null;
+  show(image, image.row.status === 'ok' ? 'done' : 'refused');
+  if (explanation) picture(image, explanation);
+  $('#live').textContent = `${image.name}: ${$('.decision', image.card).textContent} ${$('.why', image.card).textContent}`;
 }
 
-function show(film, state) {
-  const {card, row} = film, write = (selector, text) => { $(selector, card).textContent = text; };
-  film.state = card.dataset.state = state;
-  write('.why', state === 'done' ? '' : sentence(film));
+function show(image, state) {
+  const {card, row} = image, write = (selector, text) => { $(selector, card).textContent = text; };
+  image.state = card.dataset.state = state;
+  write('.why', state === 'done' ? '' : sentence(image));
   if (state === 'refused') {
     write('.decision b', 'Not judged');
     write('.said', row.message && row.code !== 'E_OUT_OF_DISTRIBUTION' ? `${row.code}: ${row.message}` : row.code);
   }
   if (state === 'done') decide(card, row, write);
-  tabulate(film);
+  tabulate(image);
   count();
 }
 
@@ -202,18 +202,18 @@ function decide(card, row, write) {
   scale.style.setProperty('--t', row.threshold);
 }
 
-function picture({card, row, size}, image) {
+function picture({card, row, size}, explanation) {
   const [plain, map, toggle, opacity] = ['.plain', '.map', '.toggle', '.opacity'].map(one => $(one, card));
-  for (const [node, png] of [[plain, image.film], [map, image.overlay]]) {
+  for (const [node, png] of [[plain, explanation.image], [map, explanation.overlay]]) {
     node.hidden = !png;
     if (png) node.src = `data:image/png;base64,${png}`;
   }
-  $('.blank', card).hidden = Boolean(image.film);
-  $('.maps', card).hidden = !image.overlay;
-  $('.note', card).textContent = image.note ? `No ${image.film ? 'map' : 'picture'}: ${image.note}.` : '';
-  const facts = {format: image.format, mode: image.mode,
+  $('.blank', card).hidden = Boolean(explanation.image);
+  $('.maps', card).hidden = !explanation.overlay;
+  $('.note', card).textContent = explanation.note ? `No ${explanation.image ? 'map' : 'picture'}: ${explanation.note}.` : '';
+  const facts = {format: explanation.format, mode: explanation.mode,
                  reading: row.status === 'ok' ? row.message || 'as it is stored' : '',
-                 size: `${whole(image.width)} × ${whole(image.height)} px, ${bytes(size)}`};
+                 size: `${whole(explanation.width)} × ${whole(explanation.height)} px, ${bytes(size)}`};
   for (const [name, text] of Object.entries(facts)) $(`.${name}`, card).textContent = text;
   $('.reading', card).parentNode.hidden = !facts.reading;
   $('.facts', card).hidden = false;
@@ -224,25 +224,25 @@ function picture({card, row, size}, image) {
   fade();
 }
 
-function tabulate(film) {
-  const {line, row} = film, link = document.createElement('a');
-  Object.assign(link, {href: `#${film.id}`, textContent: film.name});
+function tabulate(image) {
+  const {line, row} = image, link = document.createElement('a');
+  Object.assign(link, {href: `#${image.id}`, textContent: image.name});
   const cells = row ? [row.status, row.prediction ? rounded(row) : '', row.prediction ?? '', short(row.threshold),
-                       row.code ?? '', row.code ? sentence(film) : row.message ?? '']
-                    : ['', '', '', '', '', sentence(film)];
+                       row.code ?? '', row.code ? sentence(image) : row.message ?? '']
+                    : ['', '', '', '', '', sentence(image)];
   line.replaceChildren();
   for (const content of [link, ...cells]) line.insertCell().append(content);
   for (const number of [2, 4]) line.cells[number].className = 'right';
 }
 
 function count() {
-  const kinds = films.map(({row}) => row ? row.prediction?.toLowerCase() ?? 'not judged' : 'under way');
+  const kinds = images.map(({row}) => row ? row.prediction?.toLowerCase() ?? 'not judged' : 'under way');
   const counts = ['pneumonia', 'normal', 'not judged', 'under way'].map(
     kind => [kinds.filter(one => one === kind).length, kind]);
-  const all = [films.length, films.length > 1 ? 'films' : 'film'];
+  const all = [images.length, images.length > 1 ? 'images' : 'image'];
   $('#count').textContent = [all, ...counts].filter(([n]) => n).map(pair => pair.join(' ')).join(' · ');
-  $('#results').hidden = !films.length;
-  $('#save').disabled = !films.some(film => film.row);
+  $('#results').hidden = !images.length;
+  $('#save').disabled = !images.some(image => image.row);
 }
 
 // What is taken away
@@ -254,7 +254,7 @@ function cell(value) {
 }
 
 function save() {
-  const rows = films.filter(film => film.row).map(film => columns.map(name => cell(film.row[name])).join(','));
+  const rows = images.filter(image => image.row).map(image => columns.map(name => cell(image.row[name])).join(','));
   const table = new Blob([[columns.join(','), ...rows, ''].join('\n')], {type: 'text/csv'});
   const link = document.createElement('a');
   Object.assign(link, {href: URL.createObjectURL(table), download: 'predictions.csv'});
@@ -263,8 +263,8 @@ function save() {
 }
 
 function clear() {
-  films = [];
-  for (const place of ['#films', '#rows']) $(place).replaceChildren();
+  images = [];
+  for (const place of ['#images', '#rows']) $(place).replaceChildren();
   release();
   count();
   $('#chooser').focus();

@@ -1,8 +1,10 @@
 """Shared images and runs: synthetic, small, made once. `CXR_DATA` is hidden from all but `real` tests."""
 
 import hashlib
+import io
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +90,15 @@ def run(once, images) -> Run:
             ),
         )
     )
+
+
+@pytest.fixture
+def terminal(monkeypatch) -> io.StringIO:
+    """What is written to standard error, which is a terminal."""
+    text = io.StringIO()
+    text.isatty = lambda: True
+    monkeypatch.setattr(sys, 'stderr', text)
+    return text
 
 
 @pytest.fixture(scope='session')

@@ -5,6 +5,7 @@ Stages are imported inside the commands, so that `--help` loads neither torch no
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import warnings
@@ -20,7 +21,7 @@ from cxr_fastai.cli import data as cli_data
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.evaluate import evaluate, report
 from cxr_fastai.cli.explain import explain
-from cxr_fastai.cli.output import complain, free, last_line, out, say, show_warning
+from cxr_fastai.cli.output import LogLines, complain, free, last_line, out, say, show_warning
 from cxr_fastai.cli.predict import export, predict, push_to_hub, trust
 from cxr_fastai.cli.serve import serve
 from cxr_fastai.cli.train import lr_find, train
@@ -93,7 +94,7 @@ def _train_demo(images: Path, run: Path, epochs: int, size: int, seed: int) -> N
     from cxr_fastai.models.architectures import make_recipe
     from cxr_fastai.training.training import train
 
-    train(make_recipe('baseline', epochs=epochs, size=size, seed=seed), images, run, out)
+    train(make_recipe('baseline', epochs=epochs, size=size, seed=seed), images, run)
 
 
 def _predict_demo(bundle: Path, images: Path, table: Path) -> None:
@@ -103,7 +104,7 @@ def _predict_demo(bundle: Path, images: Path, table: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return its exit code."""
-    with warnings.catch_warnings(), _ending_on_sigterm():
+    with warnings.catch_warnings(), _logging_to_stdout(), _ending_on_sigterm():
         # Other packages' warnings are for their developers; ours are for the user, one line each.
         warnings.simplefilter('ignore')
         warnings.simplefilter('always', CXRWarning)
@@ -122,6 +123,19 @@ def main(argv: list[str] | None = None) -> int:
             complain(f'error: {error.filename or "system"}: {error.strerror or error}')
             return 1
     return 0
+
+
+@contextmanager
+def _logging_to_stdout() -> Iterator[None]:
+    log, lines = logging.getLogger('cxr_fastai'), LogLines()
+    level = log.level
+    log.addHandler(lines)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(lines)
+        log.setLevel(level)
 
 
 @contextmanager

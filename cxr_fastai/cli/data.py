@@ -27,7 +27,7 @@ def data_demo(
     """
     from cxr_fastai.images.synthetic import make_demo
 
-    counts = make_demo(folder, images, size, seed, out).groupby(['split', 'label'], sort=False).size()
+    counts = make_demo(folder, images, size, seed).groupby(['split', 'label'], sort=False).size()
     say(f'{folder}: {images} images, and masks of the opacities in {folder / "masks"}')
     out.print(counts.unstack().to_string())
 
@@ -44,7 +44,7 @@ def data_download(
     from cxr_fastai.data.items import describe_items
     from cxr_fastai.data.sources import SOURCES, download
 
-    items = download(folder, source, out)
+    items = download(folder, source)
     say(f'{folder}: {describe_items(items)}. {SOURCES[source].licence}, {SOURCES[source].page}')
 
 
@@ -66,7 +66,7 @@ def data_prepare(
 
     root = data_root(one_of(folder, csv))
     items = read_items(root)
-    place, added, bad = prepare(items.path, image_root(root), Preprocessing(size, resize), workers, out)
+    place, added, bad = prepare(items.path, image_root(root), Preprocessing(size, resize), workers)
     for error in bad:
         complain(f'error: {error}')
     say(f'{place}: {len(items) - len(bad):,} images, {added:,} of them added now')
@@ -89,7 +89,7 @@ def data_audit(
     from cxr_fastai.data.auditing import audit, save_audit
     from cxr_fastai.data.items import data_root
 
-    found = audit(data_root(one_of(folder, csv)), workers, out)
+    found = audit(data_root(one_of(folder, csv)), workers)
     save_audit(found, report)
     out.print(audit_tables(found))
     say(f'{report}: audit.json and audit.html')

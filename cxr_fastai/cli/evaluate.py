@@ -45,7 +45,7 @@ def evaluate(
         given['prevalences'] = [share / 100 for share in prevalence]
     for run in found:
         before = run.metrics
-        metrics = evaluate(run, images, split, batch_size, limit, out, **given)
+        metrics = evaluate(run, images, split, batch_size, limit, **given)
         for other in before.keys() & run.metrics.keys() - {split}:  # their figures tell what was before
             if run.metrics[other] != before[other]:
                 save_figures(run, other)
@@ -118,5 +118,5 @@ def _evaluate_robustness(run: Run, images: Path | None, split: str, batch_size: 
     from cxr_fastai.evaluation.robustness import evaluate_robustness
     from cxr_fastai.interpretation.interpretation import save_robustness
 
-    out.print(robustness_table(evaluate_robustness(run, images, split, batch_size, limit, out)))
+    out.print(robustness_table(evaluate_robustness(run, images, split, batch_size, limit)))
     say(f'in {run.path}: robustness.csv, {save_robustness(run, split)}')

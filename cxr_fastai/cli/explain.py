@@ -89,7 +89,7 @@ def _check(run: Run, split: str, data: Path | None, folder: Path | None, how: di
     from cxr_fastai.cli.output import check_table
     from cxr_fastai.interpretation.checks import check_run
 
-    found = check_run(run, split, data, out, **how)
+    found = check_run(run, split, data, **how)
     out.print(check_table(found))
     drawn = ', figures/cam_check.png' if (run / 'figures/cam_check.png').is_file() else ''
     say(f'in {run.path}: figures/cam_check.json{drawn}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,13 @@ out, err = Console(quiet=not leads()), Console(stderr=True)
 def say(text: str) -> None:
     """Print `text` on a line that no console breaks."""
     out.print(visible(text), soft_wrap=True, markup=False)
+
+
+class LogLines(logging.Handler):
+    """Prints what the library logs, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
 
 
 def complain(text: str) -> None:

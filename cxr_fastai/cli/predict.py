@@ -44,7 +44,7 @@ def export(
     from cxr_fastai.inference.bundle import Bundle
     from cxr_fastai.publishing.exporting import export
 
-    made = Bundle.open(export(known, bundle, as_zip, int8, out))
+    made = Bundle.open(export(known, bundle, as_zip, int8))
     say(f'{made.path}: {", ".join(made.manifest)}. Next: cxr-fastai predict {made.path} IMAGE...')
     if space:
         from cxr_fastai.publishing.hub import write_space
@@ -110,7 +110,7 @@ def predict(
             check_new(_folder(table))
         if writer and not done:
             writer.start()
-        work = partial(predictor.predict, batch_size=batch_size, console=out, workers=workers)
+        work = partial(predictor.predict, batch_size=batch_size, workers=workers)
         found = done + _write(shared(work, paths[len(done) :]), writer, batch_size)
     if not leads():
         return

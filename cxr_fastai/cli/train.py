@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.output import free, one_of, out, say
+from cxr_fastai.cli.output import free, one_of, say
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import write_csv
 from cxr_fastai.core.run import Run
@@ -53,7 +53,7 @@ def train(
     chosen = make_recipe(**_recipe_options(given.params))
     from cxr_fastai.training.training import train
 
-    made = train(chosen, root, run or free(Path('runs', arch)), out, compile=compile, track=track)
+    made = train(chosen, root, run or free(Path('runs', arch)), compile=compile, track=track)
     say(f'{made.path}: trained. Next: cxr-fastai evaluate {made.path}')
 
 
@@ -113,7 +113,7 @@ def _resume(given: typer.Context, folder: Path, data: Path | None, run: Path | N
     engine |= {name: typed[name] for name in engine.keys() & typed.keys()}
     from cxr_fastai.training.training import train
 
-    train(revise_recipe(known.recipe, **_recipe_options(typed)), root, folder, out, resume=True, **engine)
+    train(revise_recipe(known.recipe, **_recipe_options(typed)), root, folder, resume=True, **engine)
     say(f'{folder}: trained. Next: cxr-fastai evaluate {folder}')
 
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from cxr_fastai.core.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def leads() -> bool:

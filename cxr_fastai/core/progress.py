@@ -1,72 +1,67 @@
-"""Work in threads, with progress."""
+"""Progress of long work, and threads that read ahead.
+
+On a terminal or in a notebook `tqdm` draws a bar. Elsewhere, for example in a log file, a line is logged every
+`LOG_SECONDS` seconds.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from cxr_fastai.core.environment import leads
 
 S, T = TypeVar('S'), TypeVar('T')
-UNDER_WAY = 64
-"""Images read in threads that nobody has asked for yet."""
-SILENCE = 30
-"""Seconds between two lines of progress where there is no terminal."""
+READ_AHEAD = 64
+"""Largest number of results that threads compute before they are consumed."""
+LOG_SECONDS = 30
+"""Seconds between two log lines where no bar is drawn."""
+
+log = logging.getLogger(__name__)
 
 
-def progress(steps: Iterable[T], console: Console | None, total: int | None = None) -> Iterator[T]:
-    """`steps`, one an image and `total` in all (default: their length), with a bar that vanishes at the end on a
-    `console` that is a terminal, and a line every half minute on another."""
-    total = len(steps) if total is None else total
-    if console and console.is_terminal:
-        yield from _with_bar(steps, console, total)
-    else:
-        yield from _with_lines(steps, console, total)
+def progress_bar(total: int | None, description: str = '', **options: Any) -> Any:
+    """A `tqdm` bar that is removed when it ends; it draws only on a terminal or in a notebook, and only in the first
+    of several processes. `options` are those of `tqdm`."""
+    from tqdm.auto import tqdm
+
+    hidden = None if leads() else True  # None: tqdm decides by whether its output is a terminal
+    return tqdm(total=total, desc=description or None, leave=False, disable=hidden, **options)
+
+
+def progress(steps: Iterable[T], total: int | None = None, unit: str = 'image') -> Iterator[T]:
+    """Yield `steps`, of which there are `total` (default: their length), and show how many are done."""
+    if total is None:
+        total = len(steps)  # type: ignore[arg-type]
+    last_line = time.monotonic()
+    with progress_bar(total, unit=unit) as bar:
+        for done, step in enumerate(steps, 1):
+            yield step
+            bar.update()
+            if bar.disable and time.monotonic() - last_line > LOG_SECONDS:
+                last_line = time.monotonic()
+                log.info('%s of %s %ss', f'{done:,}', f'{total:,}', unit)
 
 
 def in_threads(
-    func: Callable[[S], T], images: Sequence[S], workers: int | None = None, console: Console | None = None
+    func: Callable[[S], T], items: Sequence[S], workers: int | None = None, unit: str = 'image'
 ) -> Iterator[T]:
-    """`func` of each of the `images`, in their order, from `workers` threads (default: the cores), with `progress`.
-
-    Only some are under way at a time, so that results which nobody has taken yet do not fill the memory.
-    """
+    """Yield `func(item)` for each of the `items`, in their order, computed by `workers` threads (default: the number of
+    cores), and show the progress. At most `READ_AHEAD` results wait in memory."""
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        yield from progress(_ahead(pool, func, images), console, len(images))
+        yield from progress(_read_ahead(pool, func, items), len(items), unit)
 
 
-def _ahead(pool: ThreadPoolExecutor, func: Callable[[S], T], images: Iterable[S]) -> Iterator[T]:
+def _read_ahead(pool: ThreadPoolExecutor, func: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
     waiting: deque[Future[T]] = deque()
-    for image in images:
-        waiting.append(pool.submit(func, image))
-        if len(waiting) == UNDER_WAY:
+    for item in items:
+        waiting.append(pool.submit(func, item))
+        if len(waiting) == READ_AHEAD:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def _with_bar(steps: Iterable[T], console: Console, total: int) -> Iterator[T]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-    from rich.text import Text
-
-    class Rate(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            return Text(f'{task.speed:,.0f}/s' if task.speed else '')
-
-    columns = ('images', BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        yield from bar.track(steps, total)
-
-
-def _with_lines(steps: Iterable[T], console: Console | None, total: int) -> Iterator[T]:
-    told = time.monotonic()
-    for done, step in enumerate(steps, 1):
-        yield step
-        if console and time.monotonic() - told > SILENCE:
-            told = time.monotonic()
-            console.print(f'{done:,} of {total:,} images', highlight=False)

@@ -18,7 +18,6 @@ from struct import error as StructError
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 
 from cxr_fastai.core.errors import CXRError
 from cxr_fastai.core.files import check_new, writing
@@ -44,21 +43,21 @@ DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueEr
 """What `zipfile` lets out for an archive that is not whole."""
 
 
-def unpack_images(archive: Path, folder: Path, console: Console | None = None) -> Counter:
+def unpack_images(archive: Path, folder: Path) -> Counter:
     """Write the images of `archive`, a zip or a folder, to `folder`/train|val|test/NORMAL|PNEUMONIA.
 
-    Returns a count of what was passed over, by reason; a `console` that is a terminal gets a progress bar. Raises
+    Returns a count of what was passed over, by reason; shows the progress. Raises
     `CXRError` for a zip that is damaged, encrypted, a bomb or has a name that leaves `folder`.
     """
     if archive.is_dir():
-        return _copy_images(archive, folder, console)
+        return _copy_images(archive, folder)
     try:
         with _open(archive) as file:
             entries = {entry.filename: entry for entry in file.infolist() if not entry.is_dir()}
             images, skipped = choose_images(entries)
             check_entries(archive, file.infolist(), images)
             room = MAX_BYTES
-            for name, place in progress(list(images.items()), console):
+            for name, place in progress(list(images.items())):
                 room -= _extract(file, entries[name], folder / place, room)
     except DAMAGE as error:
         raise CXRError(f'{archive.name}: not a whole zip ({error}).') from error
@@ -105,7 +104,7 @@ def check_entries(archive: Path, entries: list[zipfile.ZipInfo], images: Iterabl
         seen.add(entry.filename.casefold())
 
 
-def draw_images(archive: Path, folder: Path, console: Console | None = None) -> Counter:
+def draw_images(archive: Path, folder: Path) -> Counter:
     """Write the arrays of MedMNIST's `archive` as grey PNGs, numbered as they lie there. Passes nothing over.
 
     Raises `CXRError` unless it holds, for train, val and test, uint8 images (n, 224, 224) and labels (n, 1).
@@ -117,7 +116,7 @@ def draw_images(archive: Path, folder: Path, console: Console | None = None) -> 
                 _check_arrays(archive, split, images, labels)
                 for label in VOCAB:
                     (folder / split / label).mkdir(parents=True)
-                for i in progress(range(len(images)), console):
+                for i in progress(range(len(images))):
                     place = folder / split / VOCAB[labels[i, 0]] / f'medmnist-{split}-{i + 1:05d}.png'
                     Image.fromarray(images[i]).save(place, compress_level=1)
     except (KeyError, *DAMAGE) as error:
@@ -210,14 +209,14 @@ def _check_arrays(archive: Path, split: str, images: np.ndarray, labels: np.ndar
         raise CXRError(f'{archive.name}: {split} holds labels other than 0 for {VOCAB[0]} and 1 for {VOCAB[1]}.')
 
 
-def _copy_images(source: Path, folder: Path, console: Console | None) -> Counter:
+def _copy_images(source: Path, folder: Path) -> Counter:
     """Copy the images of the folder `source`; links are not followed."""
     paths = [Path(base, name) for base, _, names in os.walk(source) for name in sorted(names)]
     names = [path.relative_to(source).as_posix() for path in paths if path.is_file() and not path.is_symlink()]
     images, skipped = choose_images(names)
     if len(names) < len(paths):
         skipped['link'] = len(paths) - len(names)
-    for name, place in progress(list(images.items()), console):
+    for name, place in progress(list(images.items())):
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / place)
     return skipped

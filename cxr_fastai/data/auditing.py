@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image
-from rich.console import Console
 
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.files import write_json, write_text, writing
@@ -64,10 +63,10 @@ class Audit:
     pictures: dict[str, bytes]
 
 
-def audit(data: Path, workers: int | None = None, console: Console | None = None) -> Audit:
+def audit(data: Path, workers: int | None = None) -> Audit:
     """Look at every image of the folder or CSV `data`. Raises `CXRError` where there is no set of images to look at."""
     items, root = read_items(data), image_root(data)
-    measured, thumbnails = measure_images(list(items.path), root, workers, console)
+    measured, thumbnails = measure_images(list(items.path), root, workers)
     images = pd.concat([items, measured], axis=1)
     images.attrs['ignored'] = items.attrs['ignored']
     images['name'] = [safe_path(short_path(path), number) for number, path in enumerate(items.path, 1)]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image
-from rich.console import Console
 
 from cxr_fastai.core.errors import ImageError
 from cxr_fastai.core.progress import in_threads
@@ -43,15 +42,13 @@ BLOCK = 2048
 """Images compared with as many others at a time: 16 MB of correlations."""
 
 
-def measure_images(
-    paths: Sequence[str], root: Path, workers: int | None = None, console: Console | None = None
-) -> tuple[pd.DataFrame, np.ndarray]:
+def measure_images(paths: Sequence[str], root: Path, workers: int | None = None) -> tuple[pd.DataFrame, np.ndarray]:
     """A row for each of the images `paths` below `root`, in their order, and their thumbnails: uint8 (n, 32, 32).
 
     Columns: `format mode bits width height bytes digest burned_in`, those of `TRAITS`, and `code`; an image that cannot
     be used has only its code. `digest` is a hash of the decoded pixels. `workers` threads read (default: the cores).
     """
-    measured = list(in_threads(_measure, [root / path for path in paths], workers, console))
+    measured = list(in_threads(_measure, [root / path for path in paths], workers))
     table = pd.DataFrame([traits for traits, _ in measured], columns=COLUMNS)
     return table, np.stack([thumbnail for _, thumbnail in measured])
 

@@ -6,18 +6,17 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import requests
-from rich.console import Console
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import check_new, writing
+from cxr_fastai.core.progress import progress_bar
 from cxr_fastai.data.archives import check_hash, draw_images, hash_file, new_folder, unpack_images
 from cxr_fastai.data.find import find_images
 from cxr_fastai.data.items import read_items
@@ -57,15 +56,15 @@ class Source:
     file: str
     size: str
     url: str
-    get: Callable[[Source, Path, Console | None], Path]
-    arrange: Callable[[Path, Path, Console | None], Counter]
+    get: Callable[[Source, Path], Path]
+    arrange: Callable[[Path, Path], Counter]
     images: int = 5856
     licence: str = 'CC BY 4.0'
     md5: str = ''
     doubt: str = ''
 
 
-def download(folder: Path, source: str | Source = 'mendeley', console: Console | None = None) -> pd.DataFrame:
+def download(folder: Path, source: str | Source = 'mendeley') -> pd.DataFrame:
     """Bring the images of `source` to `folder`/train|val|test/NORMAL|PNEUMONIA, which appears whole or not at all.
 
     What is still incomplete waits in `folder`.download for the next call; a file of the source's name that lies there
@@ -80,11 +79,11 @@ def download(folder: Path, source: str | Source = 'mendeley', console: Console |
     check_new(folder)
     folder = folder.resolve()
     archive = folder.with_name(f'{folder.name}.download') / source.file
-    got = archive if archive.exists() else source.get(source, archive, console)
+    got = archive if archive.exists() else source.get(source, archive)
     try:
         check_hash(got, source.md5)
         with new_folder(folder) as temporary:
-            skipped = source.arrange(got, temporary, console)
+            skipped = source.arrange(got, temporary)
             images = find_images(temporary)[0]
             if len(images) != source.images:
                 raise CXRError(f'{got.name}: holds {len(images):,} images, and {source.images:,} are expected.')
@@ -102,7 +101,7 @@ def download(folder: Path, source: str | Source = 'mendeley', console: Console |
     return items
 
 
-def fetch_url(source: Source, archive: Path, console: Console | None = None) -> Path:
+def fetch_url(source: Source, archive: Path) -> Path:
     """Download the source's archive to the neighbour `.part` of `archive`, going on where an earlier call stopped.
 
     Raises `CXRError` after some attempts without progress, or at once where the server refuses.
@@ -114,7 +113,7 @@ def fetch_url(source: Source, archive: Path, console: Console | None = None) -> 
             return part
         while True:
             try:
-                _receive(source, part, console)
+                _receive(source, part)
                 return part
             except requests.RequestException as error:
                 status = getattr(error.response, 'status_code', None)
@@ -128,7 +127,7 @@ def fetch_url(source: Source, archive: Path, console: Console | None = None) -> 
                 time.sleep(PAUSES[failures - 1])
 
 
-def fetch_kaggle(source: Source, archive: Path, console: Console | None = None) -> Path:
+def fetch_kaggle(source: Source, archive: Path) -> Path:
     """The folder in kagglehub's cache that holds the source's files; kagglehub shows its own progress, and resumes.
 
     Raises `CXRError` where the package is missing, Kaggle refuses or there is no connection.
@@ -164,7 +163,7 @@ def explain(error: Exception) -> str:
     return next(known, ' '.join(str(error).split()))
 
 
-def _receive(source: Source, part: Path, console: Console | None) -> None:
+def _receive(source: Source, part: Path) -> None:
     """Ask for what `part` still lacks and append it. Raises `requests.RequestException`."""
     have, etag = _size(part), _etag(part)
     headers = {'Accept-Encoding': 'identity'}  # the lengths of a packed answer would not be the file's
@@ -181,10 +180,13 @@ def _receive(source: Source, part: Path, console: Console | None) -> None:
             return
         if not start:
             _note_version(response, etag)
-        with open(part, 'ab' if start else 'wb') as file, _bar(source.file, start, total, console) as advance:
+        with (
+            open(part, 'ab' if start else 'wb') as file,
+            progress_bar(total, source.file, initial=start, unit='B', unit_scale=True) as bar,
+        ):
             for chunk in response.iter_content(CHUNK):
                 file.write(chunk)
-                advance(len(chunk))
+                bar.update(len(chunk))
     if total not in (None, _size(part)):
         raise requests.exceptions.ChunkedEncodingError
 
@@ -208,17 +210,6 @@ def _note_version(response: requests.Response, etag: Path) -> None:
     etag.unlink(missing_ok=True)
     if (value := response.headers.get('ETag', '')).startswith('"'):
         etag.write_text(value, encoding='utf-8')
-
-
-@contextmanager
-def _bar(name: str, start: int, total: int | None, console: Console | None) -> Iterator[Callable[[int], None]]:
-    """Yield what takes the number of new bytes, and shows them on a `console` that is a terminal."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = ('{task.description}', BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    shown = Progress(*columns, console=console, transient=True, disable=not (console and console.is_terminal))
-    with shown:
-        yield partial(shown.advance, shown.add_task(name, total=total, completed=start))
 
 
 def _discard(got: Path, archive: Path) -> str:

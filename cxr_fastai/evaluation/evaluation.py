@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 
 from cxr_fastai.core.errors import CXRWarning, ImageError, UsageError
 from cxr_fastai.core.files import write_csv, write_json
@@ -35,7 +34,6 @@ def evaluate(
     split: str = 'test',
     batch_size: int = 32,
     limit: int | None = None,
-    console: Console | None = None,
     rule: str | None = None,
     prevalences: Sequence[float] = PREVALENCES,
     by: Sequence[str] = ('kind',),
@@ -58,7 +56,7 @@ def evaluate(
     tables, stamps = known_predictions(run, model), {}
 
     def predict(name: str, items: pd.DataFrame, root: Path) -> None:
-        tables[name] = predict_items(predictor, items, root, batch_size, console)
+        tables[name] = predict_items(predictor, items, root, batch_size)
         stamps[name] = stamp_images(items, root)
 
     if again or not _has(run, tables, split, items, root):
@@ -112,14 +110,12 @@ def find_split(
     return image_root(root), chosen.reset_index(drop=True)
 
 
-def predict_items(
-    predictor: Predictor, items: pd.DataFrame, root: Path, batch_size: int = 32, console: Console | None = None
-) -> pd.DataFrame:
+def predict_items(predictor: Predictor, items: pd.DataFrame, root: Path, batch_size: int = 32) -> pd.DataFrame:
     """The predictions table of `items`: one row an image, with the cross-entropy of its label as `loss`.
 
     Raises `ImageError` naming the unreadable images, since figures over the rest would be of another set.
     """
-    rows = pd.DataFrame(predictor.predict([root / path for path in items.path], batch_size, console))
+    rows = pd.DataFrame(predictor.predict([root / path for path in items.path], batch_size))
     if (bad := rows[rows.status != 'ok']).size:
         more = f' (and {len(bad) - 1} more: `cxr-fastai predict` lists them)' if len(bad) > 1 else ''
         raise ImageError(

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.console import Console
 
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
@@ -42,14 +41,13 @@ def evaluate_robustness(
     split: str = 'valid',
     batch_size: int = 32,
     limit: int | None = None,
-    console: Console | None = None,
 ) -> pd.DataFrame:
     """`measure_robustness` of a run on a split, written to its `robustness.csv`, where other splits are kept.
 
     Raises `UsageError` for a split without images, `ImageError` for an unreadable image.
     """
     root, items = find_split(run, data, split, limit)
-    table = measure_robustness(Predictor.load(run.path), items, root, batch_size, console=console)
+    table = measure_robustness(Predictor.load(run.path), items, root, batch_size)
     run.write_split('robustness.csv', table.assign(split=split), split)
     return table
 
@@ -61,7 +59,6 @@ def measure_robustness(
     batch_size: int = 32,
     seed: int = 0,
     workers: int | None = None,
-    console: Console | None = None,
 ) -> pd.DataFrame:
     """A row for clean images, for each kind and strength of corruption, and for the images without shortcuts.
 
@@ -70,7 +67,7 @@ def measure_robustness(
     `ImageError` for an unreadable image.
     """
     seen, targs = Preprocessing.of(predictor.config), (items.label == VOCAB[POSITIVE]).to_numpy()
-    squares, sides = read_squares(items, root, Preprocessing(max(SIDE, seen.size), seen.resize), workers, console)
+    squares, sides = read_squares(items, root, Preprocessing(max(SIDE, seen.size), seen.resize), workers)
     variants = _variants(Equaliser.of(squares, sides), seed)
 
     def make(job: tuple[Variant, int]) -> np.ndarray:
@@ -78,7 +75,7 @@ def measure_robustness(
         return seen.fit(variant(squares[image], items.path.iloc[image]))
 
     jobs = [(variant, image) for variant in variants.values() for image in range(len(items))]
-    images = in_threads(make, jobs, workers, console)
+    images = in_threads(make, jobs, workers)
     scores = np.concatenate([predictor.scores(batch) for batch in _batches(images, batch_size)])
     rows = zip(variants, scores.reshape(len(variants), -1), strict=True)
     return pd.DataFrame([_row(*name, targs, p, predictor.config.threshold) for name, p in rows], columns=COLUMNS)
@@ -89,7 +86,6 @@ def read_squares(
     root: Path,
     preprocessing: Preprocessing,
     workers: int | None = None,
-    console: Console | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images of `items` as uint8 (n, side, side), in a temporary file where memory would be short, and the shorter
     sides (n,) of their files in pixels. Raises `ImageError` for an unreadable image."""
@@ -100,9 +96,7 @@ def read_squares(
         with TemporaryFile() as file:
             squares = np.memmap(file, np.uint8, shape=shape)  # which keeps the file
     sides = np.empty(len(items), int)
-    read = in_threads(
-        partial(_read, preprocessing=preprocessing), [root / path for path in items.path], workers, console
-    )
+    read = in_threads(partial(_read, preprocessing=preprocessing), [root / path for path in items.path], workers)
     for i, (square, side) in enumerate(read):
         squares[i], sides[i] = square, side
     return squares, sides

@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass, field
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import PIL
@@ -21,9 +21,6 @@ from cxr_fastai.core.files import atomic, write_json, writing
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.images.decode import decode_image, read_bytes
 from cxr_fastai.images.preprocessing import Preprocessing
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 DECODER = 1
 """To be raised when the same file no longer gives the same pixels; caches of another version are made anew."""
@@ -108,7 +105,6 @@ def prepare(
     root: Path,
     preprocessing: Preprocessing,
     workers: int | None = None,
-    console: Console | None = None,
 ) -> tuple[Path, int, list[ImageError]]:
     """Decode the images `paths` below `root` that the cache does not hold, in `workers` threads (default: the cores).
 
@@ -133,7 +129,7 @@ def prepare(
             def decode(path: str) -> tuple | ImageError:
                 return _decode(path, root, preprocessing, seen)
 
-            decoded = in_threads(decode, todo, workers, console)
+            decoded = in_threads(decode, todo, workers)
             bad = list(_append(decoded, folder, _rows(folder, preprocessing.size)))
     except Timeout:
         raise CXRError(f'{folder}: another `data prepare` is at work there: wait for it to end.') from None

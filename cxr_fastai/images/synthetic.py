@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
-from rich.console import Console
 from scipy.ndimage import affine_transform, gaussian_filter
 
 from cxr_fastai.core.errors import UsageError
@@ -52,20 +51,18 @@ class Chest:
         )
 
 
-def make_demo(
-    folder: Path, images: int = 480, size: int = 256, seed: int = 0, console: Console | None = None
-) -> pd.DataFrame:
+def make_demo(folder: Path, images: int = 480, size: int = 256, seed: int = 0) -> pd.DataFrame:
     """Write `images` images of `size` pixels a side below `folder`, as JPEG in `train|val|test/NORMAL|PNEUMONIA`, and for
     each pneumonia the mask of its opacities as PNG in `masks/`, under the same name.
 
-    Returns the columns path, label, split (as folders); a `console` that is a terminal gets a progress bar. Raises
+    Returns the columns path, label, split (as folders); shows the progress. Raises
     `UsageError` where the folder has something in it or `images` is too small to fill each split with both classes.
     """
     if images < 20 or size < 64:
         raise UsageError(f'--images {images} --size {size}: at least 20 images of 64 px are needed.')
     check_new(folder)
     rows = []
-    for path, label, chest, rng in progress(list(_plan(images, seed)), console):
+    for path, label, chest, rng in progress(list(_plan(images, seed))):
         image, mask = draw_image(chest, label, size, rng)
         with writing(folder):
             _save(image, folder / path, quality=int(rng.integers(80, 96)))

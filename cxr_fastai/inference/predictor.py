@@ -26,7 +26,6 @@ from cxr_fastai.inference.selftest import Engine
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.console import Console
 
 COLUMNS = ('path', 'status', 'p_pneumonia', 'prediction', 'threshold', 'code', 'message')
 SHORT = 200
@@ -90,13 +89,12 @@ class Predictor:
         return self.judge(images)[0]
 
     def predict(
-        self, images: Sequence[Path], batch_size: int = 32, console: Console | None = None, workers: int | None = None
+        self, images: Sequence[Path], batch_size: int = 32, workers: int | None = None
     ) -> Iterator[dict[str, Any]]:
         """A row an image, in their order, with the keys `COLUMNS`; an image that cannot be used gets the status `error` or
         `rejected` and its code, and stops nothing. The message of others tells what reading it took, such as the window
-        of a 16-bit image. `workers` threads read ahead (default: the cores). A `console` that is a terminal gets a
-        progress bar."""
-        opened = in_threads(self._open, images, workers, console)
+        of a 16-bit image. `workers` threads read ahead (default: the cores). The progress is shown."""
+        opened = in_threads(self._open, images, workers)
         while batch := list(islice(opened, batch_size)):
             yield from self._rows(batch)
 

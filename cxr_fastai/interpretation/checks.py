@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor, nn
 
 from cxr_fastai.core.errors import UsageError
@@ -84,9 +83,7 @@ ALONE = 16
 """Maps that are also made alone."""
 
 
-def check_run(
-    run: Run, split: str = 'test', data: Path | None = None, console: Console | None = None, **how: str
-) -> dict[str, Any]:
+def check_run(run: Run, split: str = 'test', data: Path | None = None, **how: str) -> dict[str, Any]:
     """`check_maps` of the network of `run` on up to `IMAGES` images of pneumonia of `split`, written to its
     `figures/cam_check.json` and drawn beside it. `how` are `method` and `layer` of `Explainer`.
 
@@ -97,7 +94,7 @@ def check_run(
     chosen = {label: rows.sample(min(IMAGES, len(rows)), random_state=0) for label, rows in items.groupby('label')}
     if len(chosen) < len(VOCAB):
         raise UsageError(f'--split {split}: a check of maps needs images of both classes.')
-    normal, images = (read_squares(chosen[label], root, seen, console=console)[0] for label in VOCAB)
+    normal, images = (read_squares(chosen[label], root, seen)[0] for label in VOCAB)
     masks = _read_masks(chosen[VOCAB[POSITIVE]], root, seen)
     found = check_maps(explainer, images, np.uint8(normal.mean(axis=0).round()), masks)
     about = {'split': split, 'method': explainer.method, 'layer': explainer.place, 'model': identify_network(run.path)}

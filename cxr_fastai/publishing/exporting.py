@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.files import atomic, sync, writing
@@ -71,9 +70,7 @@ class Known:
     features: np.ndarray
 
 
-def export(
-    run: Run, out: Path | None = None, as_zip: bool = False, int8: bool = False, console: Console | None = None
-) -> Path:
+def export(run: Run, out: Path | None = None, as_zip: bool = False, int8: bool = False) -> Path:
     """Write the bundle of `run` to `out` (default: `bundle/` in the run), in the place of one that was there, and
     return its path; `as_zip` makes one file of it, and `out` ends in .zip then; with `int8` it gets an 8-bit ONNX file
     too, if that is as good.
@@ -96,7 +93,7 @@ def export(
     try:
         with writing(out):
             made.mkdir()
-            fill_bundle(run, made, int8, console)
+            fill_bundle(run, made, int8)
             for file in made.iterdir():
                 sync(file)
         verify_afresh(made)
@@ -126,10 +123,10 @@ def _is_bundle(out: Path) -> bool:
     return not out.is_dir() or {path.name for path in out.iterdir()} <= {*FILES, MANIFEST}
 
 
-def fill_bundle(run: Run, folder: Path, int8: bool = False, console: Console | None = None) -> None:
+def fill_bundle(run: Run, folder: Path, int8: bool = False) -> None:
     """Write the files of the bundle of `run` into `folder`, the manifest last."""
     predictor = Predictor.load(run.path)
-    config, known, more = predictor.config, read_known(run, predictor, console), {}
+    config, known, more = predictor.config, read_known(run, predictor), {}
     save_weights(predictor.model, folder / WEIGHTS)
     canary = Canary.of(predictor.engine, config.size)
     tensors = {'images': canary.images, 'p': canary.p}
@@ -162,10 +159,10 @@ def fill_bundle(run: Run, folder: Path, int8: bool = False, console: Console | N
     (folder / MANIFEST).write_text(manifest_text(files), encoding='utf-8')
 
 
-def read_known(run: Run, predictor: Predictor, console: Console | None = None) -> dict[str, Known]:
+def read_known(run: Run, predictor: Predictor) -> dict[str, Known]:
     """Up to `IMAGES` images of train and of valid of `run`, by chance; none, with a warning, where they are gone."""
     try:
-        return {split: _know(run, predictor, split, console) for split in ('train', 'valid')}
+        return {split: _know(run, predictor, split) for split in ('train', 'valid')}
     except CXRError as error:
         warnings.warn(f'no input gate, so any picture gets a probability: {error}', CXRWarning, stacklevel=4)
         return {}
@@ -203,12 +200,12 @@ def verify(path: Path) -> None:
         bundle.canary.check(TorchEngine(load_learner(path / LEARNER).model), path, threshold=bundle.config.threshold)
 
 
-def _know(run: Run, predictor: Predictor, split: str, console: Console | None) -> Known:
+def _know(run: Run, predictor: Predictor, split: str) -> Known:
     root, items = find_split(run, None, split)
     if not set(items.path) <= set(run.items[run.items.split == split].path):
         raise UsageError(f'{root}: not the {split} images of the run, which were in {run.images}.')
     items = items.sample(min(IMAGES, len(items)), random_state=0)
-    images = read_squares(items, root, Preprocessing.of(predictor.config), console=console)[0]
+    images = read_squares(items, root, Preprocessing.of(predictor.config))[0]
     p, features = _run(predictor.engine, images)
     return Known(images, (items.label == VOCAB[POSITIVE]).to_numpy(), p, features)
 

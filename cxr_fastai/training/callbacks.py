@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from copy import deepcopy
@@ -12,10 +13,9 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientClip
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cxr_fastai.core.files import write_csv
+from cxr_fastai.core.progress import progress_bar
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.transforms import AugmentImages
@@ -46,6 +46,9 @@ def recipe_callbacks(recipe: Recipe) -> list[Callback]:
         (recipe.start_size < 1, GrowImages, recipe.start_size),
     ]
     return [make(value) for asked, make, value in wanted if asked]
+
+
+log = logging.getLogger(__name__)
 
 
 class History(Callback):
@@ -226,12 +229,10 @@ class GrowImages(Callback):
 
 
 class ShowEpochs(Callback):
-    """A line an epoch, and on a terminal a progress bar within it."""
+    """Logs a line an epoch, and draws a progress bar within it on a terminal or in a notebook."""
 
     order = 58
-
-    def __init__(self, console: Console):
-        self.console, self.bar = console, None
+    bar = None
 
     def before_train(self):
         self._start(f'{self.history.phase} {len(self.history.rows) + 1}', len(self.dls.train))
@@ -241,45 +242,28 @@ class ShowEpochs(Callback):
 
     def after_batch(self):
         if self.bar:
-            self.bar.advance(self.task)
+            self.bar.update()
 
     def after_train(self):
-        self._stop()
+        self.close()
 
     def after_validate(self):
-        self._stop()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._stop()
+        self.close()
 
     def after_epoch(self):
         row = self.history.rows[-1]
         best = '  best' if row is self.keep_best.row else ''
-        line = (
+        log.info(
             f'{row["phase"]:>9} {row["epoch"]:>3}  lr {row["lr"]:.0e}  train {row["train_loss"]:.4f}  '
             f'valid {row["valid_loss"]:.4f}  AUC {row["roc_auc"]:.4f}  sens {row["sensitivity"]:.3f}  '
             f'spec {row["specificity"]:.3f}  {row["seconds"]:.0f} s{best}'
         )
-        self.console.print(line, highlight=False, soft_wrap=True)
 
-    def _start(self, what: str, total: int):
-        if not self.console.is_terminal:
-            return
-        self.bar = Progress(
-            TextColumn('{task.description}'),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-        )
-        self.task = self.bar.add_task(what, total=total)
-        self.bar.start()
-
-    def _stop(self):
+    def close(self):
+        """Remove the bar, also when an exception ended the epoch."""
         if self.bar:
-            self.bar.stop()
+            self.bar.close()
         self.bar = None
+
+    def _start(self, description: str, batches: int):
+        self.bar = progress_bar(batches, description, unit='batch')

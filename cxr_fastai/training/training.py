@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,6 @@ from fastai.callback.progress import ProgressCallback  # noqa: F401  (gives `Lea
 from fastai.callback.schedule import ParamScheduler  # noqa: F401  (gives `Learner.fit_one_cycle`)
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, set_seed
-from rich.console import Console
 
 from cxr_fastai.core.environment import leads
 from cxr_fastai.core.errors import CXRWarning, ImageError, OutputError, Stopped
@@ -41,13 +41,14 @@ from cxr_fastai.training.hardware import CompileSteps, check_compile, choose_com
 from cxr_fastai.training.learner import make_learner, reuse_memory, start_phase
 from cxr_fastai.training.tracking import check_tracker, tracked
 
+log = logging.getLogger(__name__)
+
 
 @team()
 def train(
     recipe: Recipe,
     data: Path,
     out: Path,
-    console: Console | None = None,
     resume: bool = False,
     compile: str = 'auto',
     track: str | None = None,
@@ -63,15 +64,15 @@ def train(
     if not resume:
         check_new(out)
     _check_engine(recipe, compile, track)
-    console, root = console if console and leads() else Console(quiet=not leads()), image_root(data)
+    root = image_root(data)
     run = Run.open(out) if resume else Run(out)
     with ExitStack() as held:
         if resume:
             held.enter_context(run.locked())
         items = read_items(data, recipe.valid, recipe.seed, recipe.limit)
         state = take_up(run, recipe, items) if resume else None
-        _check_items(items, recipe, console)
-        cache, bad = _use_cache(items, root, recipe, console)
+        _check_items(items, recipe)
+        cache, bad = _use_cache(items, root, recipe)
         if resume:
             bad = sorted({*bad, *run.unreadable})  # as it was begun
         readable = items[~items.path.isin(bad)]
@@ -96,7 +97,7 @@ def train(
         )
         if not resume:
             run.start(recipe, items)
-        _fit_and_save(learn, recipe, run, console, state, compiled, track)
+        _fit_and_save(learn, recipe, run, state, compiled, track)
     return run
 
 
@@ -104,7 +105,6 @@ def _fit_and_save(
     learn: Learner,
     recipe: Recipe,
     run: Run,
-    console: Console,
     state: dict[str, Any] | None,
     compiled: bool,
     track: str | None,
@@ -112,7 +112,7 @@ def _fit_and_save(
     engine = [CompileSteps(recipe.size)] * compiled
     try:
         with StopOnSignal() as stop, shared(learn), tracked(track, run, recipe) as trackers:
-            best = fit(learn, recipe, run, console, state, [stop, *trackers, *engine])
+            best = fit(learn, recipe, run, state, [stop, *trackers, *engine])
     except Diverged as failed:
         if failed.best:
             save_model(learn, run, recipe)
@@ -159,9 +159,9 @@ def _tell_stop(run: Run, number: int) -> Stopped:
     )
 
 
-def _check_items(items: pd.DataFrame, recipe: Recipe, console: Console) -> None:
+def _check_items(items: pd.DataFrame, recipe: Recipe) -> None:
     """Describe the images; raise `CXRError` for those that cannot be trained on, warn of a validation that says little."""
-    console.print(describe_items(items), highlight=False, soft_wrap=True, markup=False)
+    log.info(describe_items(items))
     check_trainable(items)
     if not recipe.allow_leakage:
         check_leakage(items)
@@ -170,21 +170,14 @@ def _check_items(items: pd.DataFrame, recipe: Recipe, console: Console) -> None:
         warnings.warn(doubt + advice, CXRWarning, stacklevel=3)
 
 
-def _use_cache(
-    items: pd.DataFrame, root: Path, recipe: Recipe, console: Console
-) -> tuple[ImageCache | None, list[str]]:
+def _use_cache(items: pd.DataFrame, root: Path, recipe: Recipe) -> tuple[ImageCache | None, list[str]]:
     """The cache of images that fits the recipe, if there is one, and the paths of images that cannot be read, if those
     are to be skipped. Raises `ImageError` if not."""
     cache = find_cache(root, Preprocessing.of(recipe))
     images = [root / path for path in items[items.split.isin(['train', 'valid'])].path]
     unknown = [image for image in images if cache is None or image not in cache]
     if cache:
-        console.print(
-            f'{len(images) - len(unknown):,} of {len(images):,} images come decoded from {cache.folder}',
-            highlight=False,
-            soft_wrap=True,
-            markup=False,
-        )
+        log.info(f'{len(images) - len(unknown):,} of {len(images):,} images come decoded from {cache.folder}')
     bad = once(find_unreadable, unknown)
     if bad and recipe.on_bad_image == 'fail':
         raise ImageError(
@@ -200,7 +193,6 @@ def fit(
     learn: Learner,
     recipe: Recipe,
     run: Run,
-    console: Console | None = None,
     state: dict[str, Any] | None = None,
     cbs: Sequence[Callback] = (),
 ) -> dict[str, Any]:
@@ -210,14 +202,14 @@ def fit(
     Raises `Diverged` at the first loss that is no finite number, after giving `learn` the best weights so far.
     """
     reuse_memory()
-    history, best, show = History(run), KeepBest(), ShowEpochs(console or Console())
+    history, best, show = History(run), KeepBest(), ShowEpochs()
     checkpoint = Checkpoint(
         run, identify(recipe, run.items if (run / 'items.csv').is_file() else pd.DataFrame()), state
     )
     at, done = (state['phase'], state['epochs']) if state else (0, 0)
     # fastai's own bar writes control characters into logs.
     cbs = [history, best, show, checkpoint, *recipe_callbacks(recipe), *cbs]
-    with learn.no_bar(), learn.no_logging(), learn.added_cbs(cbs), show:
+    with learn.no_bar(), learn.no_logging(), learn.added_cbs(cbs), closing(show):
         for i, phase in enumerate(recipe.phases[at:], at):
             checkpoint.phase = i
             with starting_at(learn, done if i == at else 0):

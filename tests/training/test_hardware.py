@@ -6,7 +6,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 
 from cxr_fastai.cli import main
@@ -21,7 +20,7 @@ from cxr_fastai.training.hardware import check_compile, choose_compile, choose_p
 from cxr_fastai.training.learner import roc_auc
 from cxr_fastai.training.training import train
 
-QUIET, CPU = Console(quiet=True), torch.device('cpu')
+CPU = torch.device('cpu')
 
 
 def tiny() -> nn.Sequential:
@@ -56,8 +55,8 @@ def interrupted(monkeypatch, recipe, images, out, epochs, **options):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, 'save_state', save_and_signal)
         with pytest.raises(Stopped):
-            train(recipe, images, out, QUIET, **options)
-    return train(recipe, images, out, QUIET, resume=True, **options)
+            train(recipe, images, out, **options)
+    return train(recipe, images, out, resume=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,7 @@ def test_auto_chooses_the_precision_that_the_device_has(monkeypatch, cuda, bf16,
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 def test_mixed_precision_trains_otherwise_and_validates_as_a_predictor_does(images, tmp_path, small, precision):
     mixed = dataclasses.replace(small, precision=precision)
-    plain, run = train(small, images, tmp_path / 'a', QUIET), train(mixed, images, tmp_path / 'b', QUIET)
+    plain, run = train(small, images, tmp_path / 'a'), train(mixed, images, tmp_path / 'b')
     a, b = plain.history.train_loss, run.history.train_loss
     assert a.tolist() != b.tolist() and a.tolist() == pytest.approx(b.tolist(), abs=0.02)
     valid = run.items[run.items.split == 'valid']
@@ -91,7 +90,7 @@ def test_mixed_precision_trains_otherwise_and_validates_as_a_predictor_does(imag
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 def test_mixed_precision_goes_on_bit_by_bit(images, tmp_path, small, monkeypatch, precision):
     mixed = dataclasses.replace(small, precision=precision)
-    whole = train(mixed, images, tmp_path / 'a', QUIET)
+    whole = train(mixed, images, tmp_path / 'a')
     again = interrupted(monkeypatch, mixed, images, tmp_path / 'b', 3)
     assert whole.history.drop(columns='seconds').equals(again.history.drop(columns='seconds'))
     assert all(torch.equal(value, weights(again)[key]) for key, value in weights(whole).items())
@@ -112,7 +111,7 @@ def test_compiled_training_is_the_same_goes_on_bit_by_bit_and_leaves_a_plain_lea
     images, tmp_path, small, monkeypatch, compiler
 ):
     monkeypatch.setattr(torch, 'compile', compiler)
-    plain, whole = (train(small, images, tmp_path / way, QUIET, compile=way) for way in ('off', 'on'))
+    plain, whole = (train(small, images, tmp_path / way, compile=way) for way in ('off', 'on'))
     again = interrupted(monkeypatch, small, images, tmp_path / 'again', 3, compile='on')
     assert whole.noted('start')['compiled'] and not plain.noted('start')['compiled']
     assert whole.history.train_loss.tolist() == pytest.approx(plain.history.train_loss.tolist(), abs=1e-4)
@@ -134,7 +133,7 @@ def test_only_whole_batches_of_whole_images_are_compiled(images, tmp_path, small
 
     monkeypatch.setattr(torch, 'compile', counted)
     longer = dataclasses.replace(small, start_size=0.7, phases=(Phase('train', 4, 1e-3),))
-    train(longer, images, tmp_path / 'run', QUIET, compile='on')
+    train(longer, images, tmp_path / 'run', compile='on')
     assert seen and set(seen) == {(6, 48, True)}
 
 
@@ -147,9 +146,9 @@ def test_a_failing_compiler_is_told_once_and_training_goes_on(images, tmp_path, 
 
     monkeypatch.setattr(torch, 'compile', broken)
     with pytest.warns(CXRWarning) as told:
-        run = train(small, images, tmp_path / 'run', QUIET, compile='on')
+        run = train(small, images, tmp_path / 'run', compile='on')
     assert sum('compiling failed (no such instruction)' in str(warning.message) for warning in told) == 1
-    plain = train(small, images, tmp_path / 'plain', QUIET, compile='off')
+    plain = train(small, images, tmp_path / 'plain', compile='off')
     assert run.history.drop(columns='seconds').equals(plain.history.drop(columns='seconds'))
 
 
@@ -177,9 +176,7 @@ def test_the_options_reach_training(images, tmp_path, monkeypatch):
     monkeypatch.setattr(
         training,
         'train',
-        lambda recipe, data, out, console, **engine: (
-            seen.append((recipe.precision, engine)) or type('Made', (), {'path': out})
-        ),
+        lambda recipe, data, out, **engine: seen.append((recipe.precision, engine)) or type('Made', (), {'path': out}),
     )
     for given in ([], ['--precision', 'bf16', '--compile', 'off', '--track', 'wandb']):
         assert main(['train', '--data', str(images), '--out', str(tmp_path / 'run'), *given]) == 0

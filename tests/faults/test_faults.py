@@ -17,7 +17,6 @@ import pytest
 import torch
 from faults import add_tiny, equal, full_disk, outcome, poisoned, quietly, start, train_argv
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.recipe import Phase
@@ -29,7 +28,6 @@ from cxr_fastai.training import checkpoint, training
 from cxr_fastai.training.checkpoint import PREVIOUS, StopOnSignal, load_state, save_state
 from cxr_fastai.training.training import train
 
-QUIET = Console(quiet=True)
 SMALL = {'size': 48, 'limit': 8, 'batch_size': 4, 'seed': 3}
 BATCHES = 4
 """Training batches in an epoch: 16 images."""
@@ -93,7 +91,7 @@ def recipe_of(name: str):
 def whole(images, tmp_path_factory):
     """The runs that nothing stopped, by the name of their recipe."""
     folder = tmp_path_factory.mktemp('whole')
-    return {name: train(recipe_of(name), images, folder / str(i), QUIET) for i, name in enumerate(RECIPES)}
+    return {name: train(recipe_of(name), images, folder / str(i)) for i, name in enumerate(RECIPES)}
 
 
 def same(run: Run, other: Run) -> bool:
@@ -107,7 +105,7 @@ def stopped(monkeypatch, recipe, images: Path, out: Path, *where) -> Run:
     with monkeypatch.context() as patch:
         patch.setattr(training, 'StopOnSignal', crashing_at(*where))
         with pytest.raises(Crash):
-            train(recipe, images, out, QUIET)
+            train(recipe, images, out)
     return Run.open(out)
 
 
@@ -145,7 +143,7 @@ CASES = [
 def test_a_training_that_stopped_goes_on_to_the_same_bits(images, tmp_path, monkeypatch, whole, name, where):
     recipe = recipe_of(name)
     run = stopped(monkeypatch, recipe, images, tmp_path / 'run', *WHERE[where](recipe))
-    train(recipe, images, run.path, QUIET, resume=True)
+    train(recipe, images, run.path, resume=True)
     assert same(run, whole[name])
 
 
@@ -163,16 +161,16 @@ def test_two_stops_cost_no_more_than_their_epochs(images, tmp_path, monkeypatch,
         second.after_step = lambda self: steps.append(1)
         patch.setattr(training, 'StopOnSignal', second)
         with pytest.raises(Crash):
-            train(recipe, images, run.path, QUIET, resume=True)
+            train(recipe, images, run.path, resume=True)
         counting = type('Counting', (StopOnSignal,), {'after_step': lambda self: steps.append(1)})
         patch.setattr(training, 'StopOnSignal', counting)
-        train(recipe, images, run.path, QUIET, resume=True)
+        train(recipe, images, run.path, resume=True)
     assert len(steps) == (recipe.epochs - 1) * BATCHES and same(run, whole['two phases, plateau'])
 
 
 def test_a_run_that_ended_may_be_resumed_and_stays_as_it_is(images, tmp_path, whole):
     run = Run(Path(shutil.copytree(whole['tuned'].path, tmp_path / 'run')))
-    train(run.recipe, images, run.path, QUIET, resume=True)
+    train(run.recipe, images, run.path, resume=True)
     assert same(run, whole['tuned']) and not (run / PREVIOUS).exists()
 
 
@@ -202,7 +200,7 @@ def test_a_state_loads_without_running_code_and_knows_what_it_is_of(begun, image
 def test_a_damaged_state_falls_back_on_the_one_before(begun, images, damage, whole):
     (begun / 'state.pt').write_bytes(damage((begun / 'state.pt').read_bytes()))
     assert load_state(begun)['epochs'] == 1
-    train(begun.recipe, images, begun.path, QUIET, resume=True)
+    train(begun.recipe, images, begun.path, resume=True)
     assert same(begun, whole['tuned'])
 
 
@@ -211,7 +209,7 @@ def test_a_run_without_its_state_is_not_trained_over(begun, images):
         (begun / name).unlink()
     before = (begun / 'history.csv').read_bytes()
     with pytest.raises(UsageError, match='has no state.pt to go on from: train into another --out'):
-        train(begun.recipe, images, begun.path, QUIET, resume=True)
+        train(begun.recipe, images, begun.path, resume=True)
     assert (begun / 'history.csv').read_bytes() == before
 
 
@@ -233,7 +231,7 @@ def test_the_good_state_outlives_a_save_that_is_interrupted_after_a_fallback(beg
 
 def test_a_folder_that_is_no_run_is_refused_and_not_made(images, tmp_path):
     with pytest.raises(UsageError, match='not a run folder'):
-        train(recipe_of('tuned'), images, tmp_path / 'typo', QUIET, resume=True)
+        train(recipe_of('tuned'), images, tmp_path / 'typo', resume=True)
     assert not (tmp_path / 'typo').exists()
 
 
@@ -249,19 +247,19 @@ def test_a_resumed_run_is_compiled_and_tracked_as_it_was_begun(begun, images, mo
 def test_other_circumstances_are_told(begun, images):
     begun.note('resume', data=str(images), compiled=False, threads=77, unreadable=[])
     with pytest.warns(UserWarning, match='begun otherwise .threads: 77, now 1.'):
-        train(begun.recipe, images, begun.path, QUIET, resume=True)
+        train(begun.recipe, images, begun.path, resume=True)
 
 
 def test_images_that_were_skipped_stay_skipped(begun, images, whole):
     skipped = begun.items.path[begun.items.split == 'train'].iloc[0]
     begun.note('resume', data=str(images), unreadable=[skipped])
-    train(begun.recipe, images, begun.path, QUIET, resume=True)
+    train(begun.recipe, images, begun.path, resume=True)
     assert begun.noted('resume')['unreadable'] == [skipped] and not same(begun, whole['tuned'])
 
 
 def test_a_run_that_moved_to_other_images_is_measured_there(begun, images, tmp_path):
     other = Path(shutil.copytree(images, tmp_path / 'elsewhere'))
-    train(begun.recipe, other, begun.path, QUIET, resume=True)
+    train(begun.recipe, other, begun.path, resume=True)
     assert begun.images == other.resolve()
 
 
@@ -269,7 +267,7 @@ def test_two_damaged_states_are_told(begun, images):
     for name in ('state.pt', PREVIOUS):
         (begun / name).write_bytes(b'x')
     with pytest.raises(CXRError, match='state.pt: damaged, so there is nothing to resume: train again'):
-        train(begun.recipe, images, begun.path, QUIET, resume=True)
+        train(begun.recipe, images, begun.path, resume=True)
 
 
 @pytest.mark.parametrize('nth', [1, 2])
@@ -307,7 +305,7 @@ def test_a_disk_that_is_full_only_when_synced_keeps_the_state(begun, monkeypatch
 def test_what_a_killed_process_left_half_written_is_swept_away(begun, images):
     for name in ('.state.pt.123.tmp', '.learner.pkl.9.tmp', '.predictions.csv.7.tmp'):
         (begun / name).write_bytes(b'half')
-    train(begun.recipe, images, begun.path, QUIET, resume=True)
+    train(begun.recipe, images, begun.path, resume=True)
     assert [path.name for path in begun.path.glob('.*.tmp')] == ['.predictions.csv.7.tmp']  # `evaluate` may be at work
 
 
@@ -321,18 +319,18 @@ def test_what_a_killed_process_left_half_written_is_swept_away(begun, images):
 )
 def test_another_recipe_is_refused_and_every_difference_named(begun, images, changes, named):
     with pytest.raises(UsageError, match=rf'was trained otherwise \(.*{named}\): resume it as it was'):
-        train(dataclasses.replace(begun.recipe, **changes), images, begun.path, QUIET, resume=True)
+        train(dataclasses.replace(begun.recipe, **changes), images, begun.path, resume=True)
 
 
 def test_more_workers_are_no_other_recipe(begun, images):
-    train(dataclasses.replace(begun.recipe, workers=1), images, begun.path, QUIET, resume=True)
+    train(dataclasses.replace(begun.recipe, workers=1), images, begun.path, resume=True)
 
 
 def test_other_images_are_refused_and_counted(begun, images, tmp_path):
     other = Path(shutil.copytree(images, tmp_path / 'images'))
     (other / begun.items.path[0]).unlink()
     with pytest.raises(UsageError, match=r'\(images: 1 gone, 0 new, 0 with another label'):
-        train(begun.recipe, other, begun.path, QUIET, resume=True)
+        train(begun.recipe, other, begun.path, resume=True)
 
 
 def test_images_that_changed_sides_are_counted(begun, images):
@@ -345,7 +343,7 @@ def test_images_that_changed_sides_are_counted(begun, images):
 def test_other_classes_are_refused(begun, images, monkeypatch):
     monkeypatch.setattr(checkpoint, 'VOCAB', ('NORMAL', 'COVID'))
     with pytest.raises(UsageError, match=r"classes: \['NORMAL', 'PNEUMONIA'\], now \['NORMAL', 'COVID'\]"):
-        train(begun.recipe, images, begun.path, QUIET, resume=True)
+        train(begun.recipe, images, begun.path, resume=True)
 
 
 def test_a_run_without_its_first_journal_line_can_say_where_its_images_are(begun, images, whole):

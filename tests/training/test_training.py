@@ -8,7 +8,6 @@ import pandas as pd
 import pytest
 import torch
 from fastai.learner import Learner
-from rich.console import Console
 
 from cxr_fastai.core.recipe import Phase
 from cxr_fastai.core.run import Run
@@ -21,7 +20,6 @@ from cxr_fastai.training.callbacks import COLUMNS
 from cxr_fastai.training.learner import make_learner
 from cxr_fastai.training.training import Diverged, fit, train
 
-QUIET = Console(quiet=True)
 SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=16, limit=8, seed=5)
 
 
@@ -35,8 +33,8 @@ def phases(*given) -> tuple[Phase, ...]:
 
 
 def test_two_runs_with_one_seed_are_the_same(images, tmp_path):
-    runs = [train(SMALL, images, tmp_path / name, QUIET) for name in 'ab']
-    other = train(dataclasses.replace(SMALL, seed=6), images, tmp_path / 'c', QUIET)
+    runs = [train(SMALL, images, tmp_path / name) for name in 'ab']
+    other = train(dataclasses.replace(SMALL, seed=6), images, tmp_path / 'c')
     a, b, c = (run.history.drop(columns='seconds') for run in (*runs, other))
     assert a.equals(b) and not a.equals(c)
 
@@ -44,7 +42,7 @@ def test_two_runs_with_one_seed_are_the_same(images, tmp_path):
 def test_the_history_has_the_contracts_columns_over_all_phases(small, tmp_path):
     recipe = dataclasses.replace(SMALL, phases=phases(('frozen', 1, 1e-3, True), ('fine-tune', 2, 1e-5)))
     run = Run.create(tmp_path / 'run')
-    fit(small, recipe, run, QUIET)
+    fit(small, recipe, run)
     assert list(run.history) == COLUMNS
     assert run.history[['phase', 'epoch', 'lr']].values.tolist() == [
         ['frozen', 1, 1e-3],
@@ -58,7 +56,7 @@ def test_the_loss_of_the_history_is_the_mean_over_the_epochs_images(small, tmp_p
     loss_func = small.loss_func
     small.loss_func = lambda pred, targ: losses.append((loss := loss_func(pred, targ)).item()) or loss
     run = Run.create(tmp_path / 'run')
-    fit(small, dataclasses.replace(SMALL, phases=phases(('train', 1, 1e-3))), run, QUIET)
+    fit(small, dataclasses.replace(SMALL, phases=phases(('train', 1, 1e-3))), run)
     assert run.history.train_loss[0] == pytest.approx(losses[0])  # 16 images are one batch
 
 
@@ -75,7 +73,7 @@ def scripted(monkeypatch, small, tmp_path, scores, recipe=SMALL):
 
     monkeypatch.setattr(training.History, 'after_epoch', replaced)
     run = Run.create(tmp_path / 'run')
-    best = fit(small, recipe, run, QUIET)
+    best = fit(small, recipe, run)
     return best, small.model[1][-1].bias[0].item(), run
 
 
@@ -108,7 +106,7 @@ def test_a_loss_that_is_no_number_ends_training_with_the_best_epoch_before_it(mo
     run = Run.create(tmp_path / 'run')
     recipe = dataclasses.replace(SMALL, phases=phases(('one', 1, 1e-3), ('two', 2, 1e-4)))
     with pytest.raises(Diverged, match='of training is nan in epoch 2, batch 1, .*; epoch 1, .* is kept') as failed:
-        fit(small, recipe, run, QUIET)
+        fit(small, recipe, run)
     assert failed.value.exit_code == 6 and failed.value.best['epoch'] == 1 and len(run.history) == 1
     assert all(torch.isfinite(parameter).all() for parameter in small.model.parameters())
     assert json.loads((run / 'failure.json').read_text()) == {
@@ -126,21 +124,21 @@ def test_a_validation_loss_that_is_no_number_ends_training_too(monkeypatch, smal
     poisoned(monkeypatch, 'before_validate')
     run = Run.create(tmp_path / 'run')
     with pytest.raises(Diverged, match='loss of validation is nan in epoch 2, so training ended; epoch 1'):
-        fit(small, SMALL, run, QUIET)
+        fit(small, SMALL, run)
     assert len(run.history) == 1
 
 
 def test_without_an_epoch_before_it_there_is_no_network_to_keep(images, tmp_path):
     hopeless = dataclasses.replace(SMALL, batch_size=4, phases=phases(('train', 2, 1e30)))
     with pytest.raises(Diverged, match='no epoch came before it. Train again with a lower --lr'):
-        train(hopeless, images, tmp_path / 'run', QUIET)
+        train(hopeless, images, tmp_path / 'run')
     assert not (tmp_path / 'run/learner.pkl').exists()
 
 
 def test_a_training_that_diverges_leaves_the_best_network_so_far(monkeypatch, images, tmp_path):
     poisoned(monkeypatch, 'before_batch')
     with pytest.raises(Diverged):
-        train(SMALL, images, tmp_path / 'run', QUIET)
+        train(SMALL, images, tmp_path / 'run')
     network = load_learner(tmp_path / 'run/learner.pkl').model
     assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
 
@@ -158,7 +156,7 @@ def test_one_class_validation_trains_by_loss(images, tmp_path):
     table = kept.assign(path=[str(images / path) for path in kept.path])
     table.to_csv(tmp_path / 'images.csv', index=False)
     with pytest.warns(UserWarning, match='5 NORMAL and 0 PNEUMONIA'):
-        run = train(SMALL, tmp_path / 'images.csv', tmp_path / 'run', QUIET)
+        run = train(SMALL, tmp_path / 'images.csv', tmp_path / 'run')
     assert run.history.roc_auc.isna().all() and run.noted('end')['best']['epoch'] == run.history.valid_loss.idxmin() + 1
 
 
@@ -208,14 +206,11 @@ def test_weights_from_a_file_reach_the_network(images, tmp_path, monkeypatch):
     assert all(torch.equal(value, state[key]) for key, value in seen[0].model.state_dict().items())
 
 
-def test_a_terminal_gets_a_bar_and_a_file_gets_plain_lines(small, tmp_path):
-    import io
-
-    for terminal in (True, False):
-        text = io.StringIO()
-        fit(small, SMALL, Run.create(tmp_path / f'{terminal}'), Console(file=text, force_terminal=terminal, width=100))
-        assert ('\x1b' in text.getvalue()) is terminal
-        assert sum('AUC' in line for line in text.getvalue().splitlines()) == 2
+def test_a_terminal_gets_a_bar_and_the_log_plain_lines(small, tmp_path, terminal, caplog):
+    caplog.set_level('INFO', 'cxr_fastai')
+    fit(small, SMALL, Run.create(tmp_path / 'run'))
+    assert 'validation' in terminal.getvalue()
+    assert sum('AUC' in line for line in caplog.messages) == 2 and not any('\x1b' in line for line in caplog.messages)
 
 
 @pytest.mark.real

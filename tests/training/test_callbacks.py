@@ -6,7 +6,6 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from rich.console import Console
 
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_items
@@ -17,15 +16,13 @@ from cxr_fastai.training.callbacks import AverageWeights, recipe_callbacks
 from cxr_fastai.training.learner import make_learner
 from cxr_fastai.training.training import fit
 
-QUIET = Console(quiet=True)
-
 
 def fitted(images, tmp_path, *cbs: Callback, **fields) -> tuple[Learner, Run]:
     recipe = make_recipe('baseline', **{'epochs': 2, 'size': 64, 'batch_size': 4, 'limit': 8, 'seed': 5} | fields)
     torch.manual_seed(5)
     learn = make_learner(make_dls(read_items(images, limit=8), images, recipe), recipe)
     run = Run.create(tmp_path / 'run')
-    fit(learn, recipe, run, QUIET, cbs=cbs)
+    fit(learn, recipe, run, cbs=cbs)
     return learn, run
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import REAL
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / 'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted((Path(__file__).parents[2] / 'nbs').glob('*.ipynb'))
 SHORT = [path for path in NOTEBOOKS if path.stem != '09_kaggle']
 cells = {path: json.loads(path.read_text())['cells'] for path in NOTEBOOKS}
 

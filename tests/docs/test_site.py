@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from cxr_fastai.publishing.reporting import find_browser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / 'docs'
 GENERATED = DOCS / 'commands.md'
 PAGES = sorted(

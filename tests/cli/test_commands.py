@@ -21,7 +21,7 @@ from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.inference.predictor import Predictor
 
-README = (Path(__file__).parents[1] / 'README.md').read_text()
+README = (Path(__file__).parents[2] / 'README.md').read_text()
 
 
 def lines(text: str) -> list[str]:

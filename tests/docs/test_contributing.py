@@ -20,7 +20,7 @@ from cxr_fastai.evaluation.metrics import AT_A_THRESHOLD
 from cxr_fastai.models.architectures import ARCHS
 from cxr_fastai.publishing import reporting as pages
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / 'CONTRIBUTING.md').read_text()
 README = (ROOT / 'README.md').read_text()
 FILES = ('csv', 'ini', 'json', 'pkl', 'py')

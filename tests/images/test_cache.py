@@ -292,14 +292,13 @@ def test_a_csv_and_its_folder_share_a_cache(root, paths):
     assert len(find_cache(root, SMALL).rows) == len(paths)
 
 
-def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(root, paths, monkeypatch, capsys):
-    from rich.console import Console
-
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(root, paths, monkeypatch, caplog):
     clock = iter(range(0, 100_000, 10))
     monkeypatch.setattr(time, 'monotonic', lambda: next(clock))
-    prepare(paths, root, SMALL, 1, Console())
-    lines = capsys.readouterr().out.splitlines()
-    assert lines and all(line.endswith('of 60 images') for line in lines) and len(lines) <= 20
+    caplog.set_level('INFO', 'cxr_fastai')
+    prepare(paths, root, SMALL, 1)
+    assert caplog.messages and all(line.endswith('of 60 images') for line in caplog.messages)
+    assert len(caplog.messages) <= 20
 
 
 def test_a_learner_that_was_trained_from_the_cache_is_opened_again(root, paths, tmp_path):

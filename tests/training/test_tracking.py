@@ -7,13 +7,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.models.architectures import BaselineCNN, make_recipe
 from cxr_fastai.training.training import train
 
-QUIET = Console(quiet=True)
 SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=16, limit=8, seed=5)
 
 
@@ -38,7 +36,7 @@ def secrets(images, tmp_path) -> list[str]:
 def test_tensorboard_gets_a_number_an_epoch(images, tmp_path, recipe):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = train(recipe, images, tmp_path / 'run', QUIET, track='tensorboard')
+    run = train(recipe, images, tmp_path / 'run', track='tensorboard')
     (file,) = (run / 'tracking').iterdir()
     events = EventAccumulator(str(file)).Reload()
     losses = [(event.step, event.value) for event in events.Scalars('valid_loss')]
@@ -53,7 +51,7 @@ def test_wandb_gets_the_same_and_collects_nothing_itself(images, tmp_path, recip
     tracker = SimpleNamespace(log=lambda figures, step: told.append((step, figures)), finish=lambda: told.append('end'))
     begun = {}
     fake(monkeypatch, 'wandb', Settings=dict, init=lambda **given: begun.update(given) or tracker)
-    run = train(recipe, images, tmp_path / 'run', QUIET, track='wandb')
+    run = train(recipe, images, tmp_path / 'run', track='wandb')
     assert [step for step, _ in told[:-1]] == [1, 2] and told[-1] == 'end'
     assert told[0][1]['roc_auc'] == pytest.approx(run.history.roc_auc[0]) and 'phase' not in told[0][1]
     assert begun['config']['seed'] == 5 and begun.pop('dir') == str(run / 'tracking')
@@ -88,7 +86,7 @@ def test_mlflow_gets_the_same_by_its_client(images, tmp_path, recipe, monkeypatc
 
     fake(monkeypatch, 'mlflow', MlflowClient=MlflowClient)
     monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
-    run = train(recipe, images, tmp_path / 'run', QUIET, track='mlflow')
+    run = train(recipe, images, tmp_path / 'run', track='mlflow')
     assert ('run 7', 'batch_size', 16) in told and told[-1] == 'end'
     assert ('run 7', 'accuracy', pytest.approx(run.history.accuracy[1]), 2) in told
     assert not [secret for secret in secrets(images, tmp_path) if secret in repr(told)]
@@ -104,5 +102,5 @@ def test_mlflow_gets_the_same_by_its_client(images, tmp_path, recipe, monkeypatc
 def test_what_cannot_be_told_is_refused_before_training(images, tmp_path, monkeypatch, name, match):
     monkeypatch.setattr('cxr_fastai.models.weights.find_spec', lambda package: None)
     with pytest.raises(UsageError, match=match):
-        train(SMALL, images, tmp_path / 'run', QUIET, track=name)
+        train(SMALL, images, tmp_path / 'run', track=name)
     assert not (tmp_path / 'run').exists()

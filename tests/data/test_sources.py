@@ -7,13 +7,11 @@ import threading
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import requests
-from rich.console import Console
 from test_archives import arrays, images_zip
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
@@ -287,16 +285,14 @@ def test_an_unknown_source_lists_the_known(images):
         download(images, 'nih')
 
 
-def test_a_terminal_sees_bytes_rate_and_time_left(images, mendeley):
-    shown = StringIO()
-    download(images, mendeley, Console(file=shown, force_terminal=True, width=120))
-    assert re.search(r'ChestXRay2017.zip.*B.*/s', shown.getvalue())
+def test_a_terminal_sees_bytes_rate_and_time_left(images, mendeley, terminal):
+    download(images, mendeley)
+    assert re.search(r'ChestXRay2017.zip.*B/s', terminal.getvalue())
 
 
 def test_elsewhere_nothing_is_shown(images, mendeley, capfd):
-    shown = StringIO()
-    download(images, mendeley, Console(file=shown))
-    assert shown.getvalue() == '' and capfd.readouterr() == ('', '')
+    download(images, mendeley)
+    assert capfd.readouterr() == ('', '')
 
 
 @pytest.fixture

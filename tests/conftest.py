@@ -4,8 +4,8 @@ import hashlib
 import io
 import os
 import shutil
-import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -92,13 +92,19 @@ def run(once, images) -> Run:
     )
 
 
+class Terminal(io.StringIO):
+    """Standard error as a terminal, for what is done in `with Terminal().used() as text`."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def used(self) -> redirect_stderr:
+        return redirect_stderr(self)
+
+
 @pytest.fixture
-def terminal(monkeypatch) -> io.StringIO:
-    """What is written to standard error, which is a terminal."""
-    text = io.StringIO()
-    text.isatty = lambda: True
-    monkeypatch.setattr(sys, 'stderr', text)
-    return text
+def terminal() -> Terminal:
+    return Terminal()
 
 
 @pytest.fixture(scope='session')

@@ -171,7 +171,7 @@ def _table(images: pd.DataFrame, ignored: Counter, source: Path) -> pd.DataFrame
             '"COVID": null}; null leaves a class out.'
         )
     label = images.label.map(classes)
-    for name, n in images.label[label.isna()].valuedescribe_counts().items():
+    for name, n in images.label[label.isna()].value_counts().items():
         ignored[f'class {name}'] = n
     images = images.assign(label=label)[label.notna()]
     if images.empty:

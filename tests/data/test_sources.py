@@ -286,7 +286,8 @@ def test_an_unknown_source_lists_the_known(images):
 
 
 def test_a_terminal_sees_bytes_rate_and_time_left(images, mendeley, terminal):
-    download(images, mendeley)
+    with terminal.used():
+        download(images, mendeley)
     assert re.search(r'ChestXRay2017.zip.*B/s', terminal.getvalue())
 
 

@@ -195,7 +195,7 @@ def test_weights_that_timm_cannot_get_name_the_ways_out(monkeypatch):
 
 @pytest.mark.parametrize(('arch', 'package'), [('efficientnet_lite0', 'timm'), ('resnet18', 'timm')])
 def test_a_network_without_its_package_says_what_to_install(monkeypatch, arch, package):
-    monkeypatch.setattr('cxr_fastai.models.weights.find_spec', lambda _: None)
+    monkeypatch.setattr('cxr_fastai.core.environment.find_spec', lambda _: None)
     monkeypatch.setattr('cxr_fastai.models.architectures.find_spec', lambda _: None)
     with pytest.raises(UsageError, match=r'pip install "cxr_fastai\[(lite|timm)\]"'):
         make_recipe(arch)

@@ -432,7 +432,7 @@ def test_what_nobody_foresaw_is_a_503_and_a_line_without_what_was_sent(client, m
         told = client.post('/v1/predict', files=form(dicom(PatientName=PATIENT), name=NAME))
     assert refused(told, 503, 'E_INTERNAL') and told.headers['x-request-id'] in told.json()['message']
     lines = [record.getMessage() for record in caplog.records if record.name == 'cxr_fastai.serving.server']
-    assert len(lines) == 2 and 'RuntimeError at test_serve.py:' in lines[0] and 'status=503' in lines[1]
+    assert len(lines) == 2 and 'RuntimeError at test_api.py:' in lines[0] and 'status=503' in lines[1]
     assert PATIENT not in caplog.text and 'Traceback' not in caplog.text
 
 

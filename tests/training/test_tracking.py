@@ -26,7 +26,7 @@ def fake(monkeypatch, name: str, **content) -> None:
     module = ModuleType(name)
     vars(module).update(content)
     monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr('cxr_fastai.models.weights.find_spec', lambda package: package == name)
+    monkeypatch.setattr('cxr_fastai.core.environment.find_spec', lambda package: package == name)
 
 
 def secrets(images, tmp_path) -> list[str]:
@@ -100,7 +100,7 @@ def test_mlflow_gets_the_same_by_its_client(images, tmp_path, recipe, monkeypatc
     ],
 )
 def test_what_cannot_be_told_is_refused_before_training(images, tmp_path, monkeypatch, name, match):
-    monkeypatch.setattr('cxr_fastai.models.weights.find_spec', lambda package: None)
+    monkeypatch.setattr('cxr_fastai.core.environment.find_spec', lambda package: None)
     with pytest.raises(UsageError, match=match):
         train(SMALL, images, tmp_path / 'run', track=name)
     assert not (tmp_path / 'run').exists()

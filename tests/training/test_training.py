@@ -208,7 +208,8 @@ def test_weights_from_a_file_reach_the_network(images, tmp_path, monkeypatch):
 
 def test_a_terminal_gets_a_bar_and_the_log_plain_lines(small, tmp_path, terminal, caplog):
     caplog.set_level('INFO', 'cxr_fastai')
-    fit(small, SMALL, Run.create(tmp_path / 'run'))
+    with terminal.used():
+        fit(small, SMALL, Run.create(tmp_path / 'run'))
     assert 'validation' in terminal.getvalue()
     assert sum('AUC' in line for line in caplog.messages) == 2 and not any('\x1b' in line for line in caplog.messages)
 

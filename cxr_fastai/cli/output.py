@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cxr_fastai.core.environment import leads
+from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, UsageError, visible
 from cxr_fastai.evaluation.intervals import describe
 from cxr_fastai.evaluation.metrics import name_figure
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from cxr_fastai.data.auditing import Audit
 
-out, err = Console(quiet=not leads()), Console(stderr=True)
+out, err = Console(quiet=not is_main_process()), Console(stderr=True)
 
 
 def say(text: str) -> None:
@@ -46,7 +46,7 @@ def complain(text: str) -> None:
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """In the place of `warnings.showwarning`: one line."""
-    if leads():
+    if is_main_process():
         complain(f'warning: {message}')
 
 

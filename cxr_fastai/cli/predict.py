@@ -12,7 +12,7 @@ import typer
 
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.output import complain, out, say
-from cxr_fastai.core.environment import leads
+from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import UsageError, visible
 from cxr_fastai.core.files import check_new
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
@@ -89,8 +89,8 @@ def predict(
     from cxr_fastai.inference.shards import gathered, shared, told
 
     with gathered():
-        writer, done = _begin(table, resume, maps) if leads() else (None, [])
-        done, paths = told((done, list_images(images) if leads() else []))
+        writer, done = _begin(table, resume, maps) if is_main_process() else (None, [])
+        done, paths = told((done, list_images(images) if is_main_process() else []))
         if done and [row['path'] for row in done] != [_shown(path) for path in paths[: len(done)]]:
             raise UsageError(f'--resume: {table} is about other images: name those that it was begun with.')
         predictor = replace(Predictor.load(model, calibrated, 'torch' if maps else engine, not no_gate), tta=tta)
@@ -112,7 +112,7 @@ def predict(
             writer.start()
         work = partial(predictor.predict, batch_size=batch_size, workers=workers)
         found = done + _write(shared(work, paths[len(done) :]), writer, batch_size)
-    if not leads():
+    if not is_main_process():
         return
     if maps:
         _explain(predictor, found, paths, _folder(table))

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cxr_fastai.core.environment import leads
+from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def atomic(path: Path) -> Iterator[Path]:
     A reader, or a crash, meets the old file or the new one and never half of one. Raises `OutputError`. Of several
     processes only the one that leads writes; what the others write goes nowhere.
     """
-    if not leads():
+    if not is_main_process():
         yield Path(os.devnull)
         return
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -79,7 +79,7 @@ def write_json(path: Path, value: Any) -> None:
 def check_new(folder: Path) -> None:
     """Raise `UsageError` unless `folder` is still to be made, or is an empty folder. (A process that does not write
     does not ask.)"""
-    if leads() and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if is_main_process() and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(
             f'{folder} exists already and nothing in it was overwritten: choose another --out, or delete it.'
         )

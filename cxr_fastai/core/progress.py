@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from cxr_fastai.core.environment import leads
+from cxr_fastai.core.environment import is_main_process
 
 S, T = TypeVar('S'), TypeVar('T')
 READ_AHEAD = 64
@@ -30,7 +30,7 @@ def progress_bar(total: int | None, description: str = '', **options: Any) -> An
     of several processes. `options` are those of `tqdm`."""
     from tqdm.auto import tqdm
 
-    hidden = None if leads() else True  # None: tqdm decides by whether its output is a terminal
+    hidden = None if is_main_process() else True  # None: tqdm decides by whether its output is a terminal
     return tqdm(total=total, desc=description or None, leave=False, disable=hidden, **options)
 
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cxr_fastai.core.environment import leads
+from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_new, write_csv, write_json, writing
 from cxr_fastai.core.recipe import Recipe
@@ -30,7 +30,7 @@ class Run:
     def create(cls, path: Path) -> Run:
         """Make the folder `path`. Raises `UsageError` where something is there, `OutputError` where it cannot be."""
         check_new(path)
-        if leads():
+        if is_main_process():
             with writing(path):
                 (path / 'figures').mkdir(parents=True)
         return cls(path)
@@ -115,13 +115,13 @@ class Run:
 
     def sweep(self) -> None:
         """Remove what a training that was killed left half written."""
-        for name in TRAINED if leads() else ():
+        for name in TRAINED if is_main_process() else ():
             for left in self.path.glob(f'.{name}.*.tmp'):
                 left.unlink(missing_ok=True)
 
     def note(self, event: str, **facts: Any) -> None:
         """Append a line to `journal.jsonl`: when, what, and `facts`, which hold no NaN."""
-        if not leads():
+        if not is_main_process():
             return
         line = json.dumps(
             {'time': datetime.now(UTC).isoformat(timespec='seconds'), 'event': event, **facts}, allow_nan=False
@@ -136,7 +136,7 @@ class Run:
         from filelock import FileLock, Timeout
 
         try:
-            with FileLock(self / '.lock', timeout=0) if leads() else nullcontext():
+            with FileLock(self / '.lock', timeout=0) if is_main_process() else nullcontext():
                 yield
         except Timeout:
             raise UsageError(f'{self.path}: another process trains there: wait for it to end, or stop it.') from None

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from cxr_fastai.core.environment import world
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, check_header, load_network
 from cxr_fastai.inference.selftest import Canary, Engine
@@ -148,7 +147,7 @@ class Bundle:
 
         if not find_spec('onnxruntime'):
             raise UsageError('--engine onnx needs pip install "cxr_fastai[onnx]".')
-        here = int(os.environ.get('LOCAL_WORLD_SIZE', world()))  # processes of this machine
+        here = int(os.environ.get('LOCAL_WORLD_SIZE', process_count()))  # processes of this machine
         threads = max((os.cpu_count() or 1) // here, 1) if here > 1 else None
         return OnnxEngine(self.read(name), self.path / name, threads)
 

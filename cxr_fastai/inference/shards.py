@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import TypeVar
 
-from cxr_fastai.core.environment import leads, part_of, world
+from cxr_fastai.core.environment import is_main_process, part_of
 
 S, T = TypeVar('S'), TypeVar('T')
 ROUND = 256
@@ -19,7 +19,7 @@ ROUND = 256
 @contextmanager
 def gathered() -> Iterator[None]:
     """Join the other processes, if there are any. One that fails leaves at once, and its launcher ends the others."""
-    if world() < 2:
+    if process_count() < 2:
         yield
         return
     import torch.distributed as dist
@@ -32,7 +32,7 @@ def gathered() -> Iterator[None]:
 
 def told(value: T) -> T:
     """`value` as the process that leads has it."""
-    if world() < 2:
+    if process_count() < 2:
         return value
     import torch.distributed as dist
 
@@ -43,13 +43,13 @@ def told(value: T) -> T:
 def shared(work: Callable[[Sequence[S]], Iterable[T]], things: Sequence[S], each: int = ROUND) -> Iterator[T]:
     """What `work` makes of `things`, in their order, as it comes; every process does a part, and only the one that
     leads gets any."""
-    if world() < 2:
+    if process_count() < 2:
         yield from work(things)
         return
     import torch.distributed as dist
 
-    for start in range(0, len(things), each * world()):
-        here = things[start : start + each * world()]
-        mine = list(work(here[part_of(len(here), int(os.environ['RANK']), world())]))
-        dist.gather_object(mine, parts := [None] * world() if leads() else None)
+    for start in range(0, len(things), each * process_count()):
+        here = things[start : start + each * process_count()]
+        mine = list(work(here[part_of(len(here), int(os.environ['RANK']), process_count())]))
+        dist.gather_object(mine, parts := [None] * process_count() if is_main_process() else None)
         yield from chain.from_iterable(parts or ())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cxr_fastai.core.environment import need
+from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import RECIPES, VOCAB, Phase, Recipe
 from cxr_fastai.images.preprocessing import Preprocessing
@@ -169,7 +169,7 @@ def revise_recipe(known: Recipe, **given: Any) -> Recipe:
 def find_arch(arch: str) -> Arch:
     """The facts about `arch`: a name of `ARCHS`, or any of timm's. Raises `UsageError` for an unknown one."""
     if arch == 'efficientnet_lite0':
-        need('timm', f'--arch {arch}', 'lite')
+        require_package('timm', f'--arch {arch}', 'lite')
     if arch in ARCHS:
         return ARCHS[arch]
     return _timm_arch(arch)

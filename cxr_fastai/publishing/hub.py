@@ -8,7 +8,7 @@ from importlib.metadata import requires
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cxr_fastai.core.environment import need
+from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import CXRError, first_line
 from cxr_fastai.core.files import check_new, write_text, writing
 from cxr_fastai.core.templates import fill
@@ -22,7 +22,7 @@ def push(path: Path, repo: str, private: bool = False, with_pickle: bool = False
 
     Raises `CXRError` where the bundle is damaged, or the Hub refuses.
     """
-    need('huggingface_hub', 'push-to-hub', 'hub')
+    require_package('huggingface_hub', 'push-to-hub', 'hub')
     from huggingface_hub import HfApi
 
     bundle = Bundle.open(path)

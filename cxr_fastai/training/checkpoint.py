@@ -19,7 +19,7 @@ from fastai.callback.core import Callback, CancelEpochException
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 
-from cxr_fastai.core.environment import leads
+from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, Stopped, UsageError
 from cxr_fastai.core.files import atomic, csv_text, sync
 from cxr_fastai.core.recipe import VOCAB, Recipe, differences
@@ -54,7 +54,7 @@ class Checkpoint(Callback):
         self._save(self.epoch + 1)
 
     def _save(self, epochs: int) -> None:
-        if not leads():
+        if not is_main_process():
             return
         parts = {name: part.state_dict() for name in PARTS if (part := getattr(self.learn, name, None))}
         save_state(
@@ -127,7 +127,7 @@ def load_state(run: Run) -> dict[str, Any] | None:
         # Which exception a damaged file raises is up to pickle and zip.
         with suppress(Exception):
             state = torch.load(path, map_location='cpu', weights_only=True)
-            if i and leads():
+            if i and is_main_process():
                 there[0].unlink()  # or the next save would move it over the good one
             return state
     if there:

@@ -19,7 +19,7 @@ from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib, to_detach
 from torch import Tensor
 
-from cxr_fastai.core.environment import leads, need, part_of
+from cxr_fastai.core.environment import is_main_process, part_of, require_package
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.data.transforms import ByImage
 from cxr_fastai.training.checkpoint import random_state, set_random_state
@@ -36,7 +36,7 @@ def team() -> Iterator[None]:
     if num_distrib() < 2:
         yield
         return
-    need('accelerate', 'training in several processes', 'scale')
+    require_package('accelerate', 'training in several processes', 'scale')
     _accelerator_options(start=True)
     yield
     dist.barrier()
@@ -48,7 +48,7 @@ def once(func: Callable[..., T], *args: Any) -> T:
     there."""
     if num_distrib() < 2:
         return func(*args)
-    told = [func(*args) if leads() else None]
+    told = [func(*args) if is_main_process() else None]
     dist.broadcast_object_list(told)
     dist.barrier()
     return told[0]

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from fastai.callback.core import Callback
 
-from cxr_fastai.core.environment import leads, need
+from cxr_fastai.core.environment import is_main_process, require_package
 from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.files import writing
 from cxr_fastai.core.recipe import Recipe
@@ -163,7 +163,7 @@ class Track(Callback):
 @contextmanager
 def tracked(name: str | None, run: Run, recipe: Recipe) -> Iterator[list[Callback]]:
     """The callbacks of the tracker `name`, if there is one, which keeps its files in the run's folder `tracking`."""
-    if name is None or not leads():
+    if name is None or not is_main_process():
         yield []
         return
     folder = run / 'tracking'
@@ -182,7 +182,7 @@ def check_tracker(name: str | None) -> None:
         return
     if name not in TRACKERS:
         raise UsageError(f'--track {name}: choose {" or ".join(TRACKERS)}.')
-    need(name, f'--track {name}', name)
+    require_package(name, f'--track {name}', name)
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fastai.callback.schedule import ParamScheduler  # noqa: F401  (gives `Learn
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, set_seed
 
-from cxr_fastai.core.environment import leads
+from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRWarning, ImageError, OutputError, Stopped
 from cxr_fastai.core.files import check_new, write_json
 from cxr_fastai.core.recipe import Phase, Recipe
@@ -123,14 +123,14 @@ def _fit_and_save(
         raise _tell_stop(run, stop.received) from None
     save_model(learn, run, recipe)
     run.note('end', best={name: None if value != value else value for name, value in best.items()})  # NaN is not itself
-    for old in (PREVIOUS, 'failure.json') if leads() else ():
+    for old in (PREVIOUS, 'failure.json') if is_main_process() else ():
         (run / old).unlink(missing_ok=True)
 
 
 def save_model(learn: Learner, run: Run, recipe: Recipe) -> None:
     """Write the network of `learn` into `run` as `model.safetensors`, and for fastai's users as `learner.pkl`."""
     save_weights(learn.model, run / WEIGHTS)
-    if leads():
+    if is_main_process():
         save_learner(learn, run / LEARNER, ModelConfig.of(recipe))
 
 

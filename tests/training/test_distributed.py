@@ -19,7 +19,7 @@ import torch
 from faults import start
 
 from cxr_fastai.cli import main, terminal
-from cxr_fastai.core.environment import leads, part_of
+from cxr_fastai.core.environment import is_main_process, part_of
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import write_text
 from cxr_fastai.core.run import Run
@@ -178,7 +178,7 @@ def join(rank: int, port: int) -> None:
         'MASTER_ADDR': '127.0.0.1',
         'MASTER_PORT': str(port),
     }
-    terminal.out.quiet = not leads()  # which was decided before this was told
+    terminal.out.quiet = not is_main_process()  # which was decided before this was told
 
 
 @pytest.fixture(params=[forked, pytest.param(accelerated, marks=pytest.mark.slow)])

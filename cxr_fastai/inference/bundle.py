@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from cxr_fastai.core.environment import process_count
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, check_header, load_network
 from cxr_fastai.inference.selftest import Canary, Engine

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import chain
 from typing import TypeVar
 
-from cxr_fastai.core.environment import is_main_process, part_of
+from cxr_fastai.core.environment import is_main_process, part_of, process_count
 
 S, T = TypeVar('S'), TypeVar('T')
 ROUND = 256

@@ -18,7 +18,7 @@ import pytest
 import torch
 from faults import start
 
-from cxr_fastai.cli import main, terminal
+from cxr_fastai.cli import main, output
 from cxr_fastai.core.environment import is_main_process, part_of
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import write_text
@@ -106,7 +106,7 @@ def test_a_process_that_does_not_lead_leaves_no_trace(tmp_path, monkeypatch):
 def test_one_process_speaks_for_all(monkeypatch, rank):
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('RANK', str(rank))
-    assert run_path(terminal.__file__)['out'].quiet is (rank > 0)
+    assert run_path(output.__file__)['out'].quiet is (rank > 0)
 
 
 def test_without_accelerate_the_extra_is_named(images, tmp_path, monkeypatch, capsys):
@@ -178,7 +178,7 @@ def join(rank: int, port: int) -> None:
         'MASTER_ADDR': '127.0.0.1',
         'MASTER_PORT': str(port),
     }
-    terminal.out.quiet = not is_main_process()  # which was decided before this was told
+    output.out.quiet = not is_main_process()  # which was decided before this was told
 
 
 @pytest.fixture(params=[forked, pytest.param(accelerated, marks=pytest.mark.slow)])

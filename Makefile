@@ -2,22 +2,31 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PYTEST := $(BIN)/python -m pytest -n logical --dist worksteal --durations 10
 
-.PHONY: demo test test-all lint docs notebooks clean
+.PHONY: demo test test-all test-plain lint docs notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/cxr-fastai demo
 
-test: $(INSTALLED)
-	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n logical --dist worksteal -m "not slow"
+test: lint
+	$(PYTEST) -m "not slow"
 
-# Also what takes long and has a shorter sibling in `make test`.
-test-all: .venv/.docs .venv/.space
-	$(BIN)/python -m pytest -n logical --dist worksteal
+# Adds the slow tests, and the installation of every extra alone.
+test-all: lint .venv/.docs .venv/.space
+	$(PYTEST)
+	$(BIN)/python tests/install/check_extras.py
 
+# The base requirements alone, then each extra alone, in environments of their own.
+test-plain:
+	$(PYTHON) tests/install/check_extras.py
+
+# The same checks as .pre-commit-config.yaml.
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy
 
 $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
@@ -29,12 +38,12 @@ docs: .venv/.docs
 	$(BIN)/python -m sphinx -n -W --keep-going -d docs/_build/doctrees docs docs/_build/html
 	@echo "Open docs/_build/html/index.html in a browser."
 
-# Gradio wants an older Pillow than the tested one: it lies beside, for the test of a Space alone.
+# Gradio needs an older Pillow than the tested one, so it is installed apart, for the test of a Space only.
 .venv/.space: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --target .venv/space 'gradio>=6.0.0'
 	touch $@
 
-# Executes the notebooks anew and stores what they show.
+# Executes the notebooks and stores their outputs.
 notebooks: .venv/.docs
 	$(BIN)/python nbs/execute.py
 

@@ -1,0 +1,301 @@
+"""Install the base requirements alone, then each extra alone, and check that what each promises works.
+
+    python tests/install/check_extras.py            # base, then every extra: `make test-plain`
+    python tests/install/check_extras.py base onnx  # some of them
+
+The base requirements go into an environment of their own, `.venv/plain`. An extra goes into a small environment that sees
+the base, so that only what the extra brings is installed again. Ends with 1 if a check failed.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PLACE = ROOT / '.venv' / 'plain'
+WORK = PLACE / 'work'
+SECONDS = 900
+"""Longest time that a check may take."""
+
+FINE_TUNE = """
+from pathlib import Path
+from cxr_fastai.all import *
+root = Path('images')
+recipe = make_recipe('baseline', epochs=1, size=48, batch_size=8)
+learn = make_learner(make_dls(read_items(root), root, recipe), recipe)
+learn.fine_tune(1)
+"""
+DICOM = """
+import numpy as np
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
+image = Dataset()
+image.file_meta = FileMetaDataset()
+image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID = '1.2.840.10008.5.1.4.1.1.1'
+image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID = '1.2.3'
+image.Modality, image.PhotometricInterpretation, image.SamplesPerPixel = 'CR', 'MONOCHROME2', 1
+image.Rows = image.Columns = 128
+image.BitsAllocated = image.BitsStored = 16
+image.HighBit, image.PixelRepresentation = 15, 0
+image.PixelData = np.random.default_rng(0).integers(0, 4096, (128, 128)).astype('<u2').tobytes()
+image.save_as('image.dcm', enforce_file_format=True)
+"""
+
+
+class Environment:
+    """A virtual environment, and commands that run in `WORK` with its programs."""
+
+    def __init__(self, folder: Path, base: Environment | None = None):
+        self.folder, self.base = folder, base
+
+    def create(self, requirement: str) -> None:
+        """Install `requirement`, with the tested versions; packages of the base environment are seen, not installed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        subprocess.run([sys.executable, '-m', 'venv', self.folder], check=True)
+        if self.base:
+            (self.packages / 'base.pth').write_text(f'{self.base.packages}\n')
+        pip = [self.folder / 'bin/python', '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check']
+        subprocess.run([*pip, '-c', ROOT / 'constraints.txt', requirement], check=True, cwd=ROOT)
+
+    @property
+    def packages(self) -> Path:
+        """Its site-packages."""
+        return next(self.folder.glob('lib/python*/site-packages'))
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment variables of its commands; nothing of the user's own is read or written."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(('CXR_', 'PYTHON'))}
+        own = {'CXR_TRUST': str(WORK / 'trust.json'), 'CXR_CACHE': str(WORK / 'cache'), 'WANDB_MODE': 'offline'}
+        return kept | own | {'PATH': f'{self.folder / "bin"}:{kept["PATH"]}', 'COLUMNS': '300'}
+
+    def run(self, *words: object, code: int = 0) -> str:
+        """Run `python` with `words` and return all that it printed. Raises `AssertionError` for another exit code."""
+        python = self.folder / 'bin/python'
+        done = subprocess.run(
+            [python, *map(str, words)], cwd=WORK, env=self.variables, capture_output=True, text=True, timeout=SECONDS
+        )
+        text = done.stdout + done.stderr
+        assert done.returncode == code, f'{" ".join(map(str, words))}: exit code {done.returncode}\n{text[-3000:]}'
+        return text
+
+    def command(self, *words: object, code: int = 0) -> str:
+        """Run `cxr-fastai` with `words`."""
+        return self.run('-m', 'cxr_fastai', *words, code=code)
+
+    def refuses(self, extra: str, *words: object) -> None:
+        """Check that `cxr-fastai` with `words` fails in one line that names the `extra` to install."""
+        lines = [line for line in self.command(*words, code=2).splitlines() if line.startswith('error:')]
+        assert len(lines) == 1 and f'cxr_fastai[{extra}]' in lines[0], lines
+
+
+def train(*more: object) -> tuple[object, ...]:
+    """The words of a command that trains for a moment."""
+    return ('train', '--data', 'images', '--epochs', 1, '--size', 48, '--batch-size', 8, *more)
+
+
+def check_base(env: Environment) -> None:
+    """The demo on 100 images, `fine_tune`, prediction from a run, a learner and a bundle."""
+    text = env.command('demo', '--out', 'demo', '--images', 100, '--size', 48, '--epochs', 1)
+    assert 'cxr_fastai[onnx]' in text, 'export does not warn that no ONNX file is written'
+    assert (WORK / 'demo/run/report.html').is_file() and not list(WORK.glob('demo/bundle/*.onnx'))
+    shutil.copytree(WORK / 'demo/images', WORK / 'images')
+    env.run('-c', FINE_TUNE)
+    image = next((WORK / 'images/test/NORMAL').iterdir())
+    rows = {
+        model: env.command('predict', WORK / 'demo' / model, image, '--no-gate', '--out', f'{Path(model).suffix}.csv')
+        for model in ('run', 'run/learner.pkl', 'bundle')
+    }
+    assert len(rows) == 3
+
+
+def check_missing(env: Environment) -> None:
+    """Without its extra, each feature says in one line which one to install."""
+    (WORK / 'image.dcm').write_bytes(b'\0' * 128 + b'DICM' + b'\0' * 64)
+    assert 'cxr_fastai[dicom]' in env.command('predict', 'demo/bundle', 'image.dcm', code=3)
+    env.refuses('lite', *train('--arch', 'resnet18', '--weights', 'none'))
+    env.refuses('lite', *train('--arch', 'efficientnet_lite0'))
+    env.refuses('hub', 'push-to-hub', 'demo/bundle', 'me/model')
+    env.refuses('serve', 'serve', 'demo/bundle')
+    env.refuses('parquet', 'predict', 'demo/bundle', 'images/test/NORMAL', '--out', 'rows.parquet')
+    for tracker in ('tensorboard', 'wandb', 'mlflow'):
+        env.refuses(tracker, *train('--track', tracker))
+    assert 'cxr_fastai[kaggle]' in env.command('data', 'download', 'kaggle', '--source', 'kaggle', code=1)
+
+
+def check_dicom(env: Environment) -> None:
+    env.run('-c', DICOM)
+    assert 'E_DICOM' not in env.command('predict', 'demo/bundle', 'image.dcm', '--no-gate')
+
+
+def check_timm(env: Environment) -> None:
+    env.command(*train('--arch', 'resnet18', '--weights', 'none', '--limit', 8, '--out', 'runs/timm'))
+
+
+def check_lite(env: Environment) -> None:
+    env.command(*train('--arch', 'efficientnet_lite0', '--limit', 8, '--out', 'runs/lite'))
+
+
+def check_onnx(env: Environment) -> None:
+    env.command('export', 'demo/run', '--out', 'onnx')
+    assert (WORK / 'onnx/model.onnx').is_file()
+    env.command('predict', 'onnx', 'images/test/NORMAL', '--no-gate', '--engine', 'onnx')
+
+
+def check_parquet(env: Environment) -> None:
+    env.command('predict', 'demo/bundle', 'images/test/NORMAL', '--no-gate', '--out', 'rows.parquet')
+    env.run('-c', 'import pandas; assert len(pandas.read_parquet("rows.parquet"))')
+
+
+def check_hub(env: Environment) -> None:
+    """Without a network it comes as far as the connection."""
+    text = env.command('push-to-hub', 'demo/bundle', 'me/model', code=1)
+    assert 'cxr_fastai[hub]' not in text and 'Traceback' not in text
+
+
+def check_kaggle(env: Environment) -> None:
+    """Without a network it comes as far as the connection."""
+    text = env.command('data', 'download', 'kaggle', '--source', 'kaggle', code=1)
+    assert 'cxr_fastai[kaggle]' not in text and 'Traceback' not in text
+
+
+def check_scale(env: Environment) -> None:
+    launch = (
+        '-m',
+        'accelerate.commands.launch',
+        '--cpu',
+        '--num_processes',
+        2,
+        '--num_machines',
+        1,
+        '-m',
+        'cxr_fastai',
+    )
+    env.run(*launch, *train('--limit', 16, '--out', 'runs/scale'))
+
+
+def check_tensorboard(env: Environment) -> None:
+    env.command(*train('--limit', 8, '--track', 'tensorboard', '--out', 'runs/tensorboard'))
+
+
+def check_wandb(env: Environment) -> None:
+    env.command(*train('--limit', 8, '--track', 'wandb', '--out', 'runs/wandb'))
+
+
+def check_mlflow(env: Environment) -> None:
+    env.command(*train('--limit', 8, '--track', 'mlflow', '--out', 'runs/mlflow'))
+
+
+def check_serve(env: Environment) -> None:
+    """A served bundle answers a posted image. It computes with ONNX Runtime, so the bundle is one with an ONNX file."""
+    words = [env.folder / 'bin/python', '-m', 'cxr_fastai', 'serve', 'onnx', '--port', '0']
+    with subprocess.Popen(
+        words, cwd=WORK, env=env.variables, stderr=subprocess.STDOUT, stdout=subprocess.PIPE
+    ) as server:
+        try:
+            address = first_match(server, r'http://127\.0\.0\.1:\d+')
+            image = next((WORK / 'images/test/NORMAL').iterdir()).read_bytes()
+            answer = post(f'{address}/v1/predict', image)
+            assert '"p_pneumonia"' in answer, answer
+        finally:
+            server.terminate()
+
+
+def check_space(env: Environment) -> None:
+    """Gradio imports beside the package; the page itself is a test of `make test-all`."""
+    env.command('export', 'demo/run', '--out', 'again', '--space', 'space')
+    env.run('-c', 'import gradio, cxr_fastai.inference.predictor')
+
+
+def first_match(process: subprocess.Popen, pattern: str) -> str:
+    """The first text in what `process` prints that matches `pattern`."""
+    for line in process.stdout:
+        match = re.search(pattern, line.decode())
+        if match:
+            return match[0]
+    raise AssertionError(f'no {pattern} in what the server printed')
+
+
+def post(address: str, image: bytes) -> str:
+    """The answer to a form with one image; asks again while the model is being opened."""
+    head = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
+    kind = {'Content-Type': 'multipart/form-data; boundary=x'}
+    request = urllib.request.Request(address, head + image + b'\r\n--x--\r\n', kind)
+    for _ in range(60):
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.read().decode()
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                raise
+            time.sleep(1)
+    raise AssertionError('the service did not become ready in a minute')
+
+
+CHECKS: dict[str, Callable[[Environment], None]] = {
+    'dicom': check_dicom,
+    'timm': check_timm,
+    'lite': check_lite,
+    'onnx': check_onnx,
+    'parquet': check_parquet,
+    'hub': check_hub,
+    'kaggle': check_kaggle,
+    'serve': check_serve,
+    'scale': check_scale,
+    'tensorboard': check_tensorboard,
+    'wandb': check_wandb,
+    'mlflow': check_mlflow,
+    'space': check_space,
+}
+"""How each extra is checked; `serve` after `onnx`, whose bundle it serves."""
+
+
+def extras() -> set[str]:
+    """The extras that users install, by `settings.ini`."""
+    config = configparser.ConfigParser(delimiters=['='])
+    config.read(ROOT / 'settings.ini')
+    names = {key.removesuffix('_requirements') for key in config['DEFAULT'] if key.endswith('_requirements')}
+    return names - {'dev', 'docs'}
+
+
+def report(name: str, check: Callable[[Environment], None], env: Environment) -> bool:
+    """Run `check`, print a line, and return whether it passed."""
+    start = time.monotonic()
+    try:
+        check(env)
+        result = 'works'
+    except (AssertionError, subprocess.SubprocessError) as error:
+        result = f'FAILED: {error}'
+    print(f'{name:<12} {time.monotonic() - start:5.0f} s  {result}', flush=True)
+    return result == 'works'
+
+
+def main(names: list[str]) -> int:
+    """Check the base, then the extras `names` (default: all); 1 if a check failed."""
+    assert set(CHECKS) == extras(), f'without a check: {extras() ^ set(CHECKS)}'
+    base = Environment(PLACE / 'base')
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
+    base.create('.')
+    passed = [report('base', check_base, base), report('no extra', check_missing, base)]
+    for name in names or CHECKS:
+        env = Environment(PLACE / name, base)
+        env.create(f'.[{name}]')
+        passed.append(report(name, CHECKS[name], env))
+        if name != 'onnx':
+            shutil.rmtree(env.folder)
+    return 0 if all(passed) else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main([name for name in sys.argv[1:] if name != 'base']))

@@ -26,6 +26,6 @@ setup(
     packages=find_packages(include=[c['lib_name'], f'{c["lib_name"]}.*']),
     install_requires=c['requirements'].split(),
     extras_require=extras,
-    package_data={c['lib_name']: ['*/templates/*', '*/static/*']},
+    package_data={c['lib_name']: ['py.typed', '*/*.pyi', '*/templates/*', '*/static/*']},
     entry_points={'console_scripts': c['console_scripts'].split()},
 )

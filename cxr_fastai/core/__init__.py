@@ -1,0 +1,5 @@
+"""Errors with exit codes, files written whole or not at all, progress, the recipe and the run folder."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

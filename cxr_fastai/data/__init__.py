@@ -1,0 +1,5 @@
+"""Files on disk become the items table and fastai `DataLoaders`; audit and download of the data set."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

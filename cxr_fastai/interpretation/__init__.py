@@ -1,0 +1,5 @@
+"""Class activation maps, errors of a run, and checks of whether maps can be trusted."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,5 @@
+"""The networks in plain PyTorch, the facts about them, and their weights."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

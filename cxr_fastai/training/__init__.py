@@ -1,0 +1,5 @@
+"""`DataLoaders` and an architecture give a `Learner`, and a recipe trains it into a run folder."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

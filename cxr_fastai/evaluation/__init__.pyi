@@ -1,0 +1,27 @@
+from .comparison import compare, same_images
+from .curves import plot_calibration, plot_net_benefit, plot_precision_recall, plot_risk_coverage, plot_roc, plot_scores
+from .evaluation import evaluate
+from .metrics import measure
+from .plots import plot_confusion_matrix, plot_history, plot_robustness
+from .robustness import evaluate_robustness, measure_robustness
+from .thresholds import decide, threshold_table
+
+__all__ = [
+    'compare',
+    'decide',
+    'evaluate',
+    'evaluate_robustness',
+    'measure',
+    'measure_robustness',
+    'plot_calibration',
+    'plot_confusion_matrix',
+    'plot_history',
+    'plot_net_benefit',
+    'plot_precision_recall',
+    'plot_risk_coverage',
+    'plot_robustness',
+    'plot_roc',
+    'plot_scores',
+    'same_images',
+    'threshold_table',
+]

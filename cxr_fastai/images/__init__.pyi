@@ -1,0 +1,21 @@
+from .cache import ImageCache, find_cache, prepare
+from .corruptions import CORRUPTIONS, corrupt, summarise
+from .decode import decode_image, open_image, read_image
+from .limits import DecodedImage
+from .preprocessing import Preprocessing
+from .synthetic import make_demo
+
+__all__ = [
+    'CORRUPTIONS',
+    'DecodedImage',
+    'ImageCache',
+    'Preprocessing',
+    'corrupt',
+    'decode_image',
+    'find_cache',
+    'make_demo',
+    'open_image',
+    'prepare',
+    'read_image',
+    'summarise',
+]

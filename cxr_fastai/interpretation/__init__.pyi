@@ -1,0 +1,16 @@
+from .checks import check_maps, check_run
+from .explainer import Explainer
+from .interpretation import CXRInterpretation, worst_errors
+from .overlays import Explanation, plot_explanation, plot_gallery, plot_mean_maps
+
+__all__ = [
+    'CXRInterpretation',
+    'Explainer',
+    'Explanation',
+    'check_maps',
+    'check_run',
+    'plot_explanation',
+    'plot_gallery',
+    'plot_mean_maps',
+    'worst_errors',
+]

@@ -1,0 +1,15 @@
+from .exporting import export
+from .hub import push, write_space
+from .model_card import render_card
+from .onnx import to_onnx
+from .reporting import print_pdf, report
+
+__all__ = [
+    'export',
+    'print_pdf',
+    'push',
+    'render_card',
+    'report',
+    'to_onnx',
+    'write_space',
+]

@@ -1,0 +1,51 @@
+"""Each room has a small public API that is loaded when it is used."""
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+import cxr_fastai.all
+
+ROOMS = (
+    'core',
+    'images',
+    'models',
+    'inference',
+    'data',
+    'training',
+    'evaluation',
+    'interpretation',
+    'publishing',
+    'serving',
+)
+
+
+@pytest.mark.parametrize('room', ROOMS)
+def test_every_public_name_of_a_room_is_there_and_documented(room):
+    module = import_module(f'cxr_fastai.{room}')
+    assert module.__doc__ and module.__all__ == sorted(module.__all__)
+    for name in module.__all__:
+        thing = getattr(module, name)
+        assert not callable(thing) or thing.__doc__, f'{name} has no docstring'
+
+
+def test_a_function_is_found_although_a_file_has_its_name():
+    for room, name in (('evaluation', 'evaluate'), ('publishing', 'report'), ('training', 'train'), ('data', 'audit')):
+        import_module(f'cxr_fastai.{room}.{name}')
+        assert callable(getattr(import_module(f'cxr_fastai.{room}'), name))
+
+
+def test_the_rooms_load_nothing_heavy_until_a_name_is_used():
+    code = (
+        f'import sys; from importlib import import_module\nfor room in {ROOMS}: import_module(f"cxr_fastai.{{room}}")\n'
+        'print(*{"torch", "fastai", "pandas", "numpy", "matplotlib", "PIL", "fastapi"} & set(sys.modules))'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_the_star_import_of_notebooks_has_a_sorted_list():
+    assert cxr_fastai.all.__all__ == sorted(cxr_fastai.all.__all__)
+    assert all(hasattr(cxr_fastai.all, name) for name in cxr_fastai.all.__all__)

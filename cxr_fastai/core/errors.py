@@ -1,74 +1,93 @@
-"""The exceptions of the package, each with its exit code."""
+"""The exceptions of the package, the warning category, and the exit code of the command line for each exception.
+
+This is the whole tree; the module in brackets defines the class where it is not this one::
+
+    CXRError                  1    an expected failure, explained in one line
+    ├── UsageError            2    the arguments do not fit together, or do not fit the files
+    ├── ImageError            1    an image cannot be used; a command that skips such images exits with 3
+    ├── OutputError           6    a file cannot be written
+    │   └── Diverged          6    the training loss became NaN or infinite (training.training)
+    ├── UntrustedError        4    a pickled model file is not trusted (inference.pickles)
+    ├── ParityError           5    a model does not reproduce its reference predictions (inference.selftest)
+    ├── Busy                  1    the service has too many images waiting (serving.service)
+    └── Stopped         128 + n    signal number n interrupted a training, which can be resumed
+
+Any other exception is a bug and keeps its traceback.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+REJECTED = ('E_TOO_SMALL', 'E_TOO_LARGE', 'E_BLANK', 'E_MULTIFRAME', 'E_DICOM_MODALITY')
+"""Codes of files that are intact, but do not contain a usable chest X-ray image."""
 
 
 class CXRError(Exception):
-    """An expected failure, told in one line."""
+    """An expected failure. The message is one line: what failed, why, and how to fix it."""
 
     exit_code = 1
 
 
-def first_line(error: BaseException, most: int | None = None) -> str:
-    """The first line of an error's message, or at most so many letters of it; its kind where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]
-
-
-REJECTED = ('E_TOO_SMALL', 'E_TOO_LARGE', 'E_BLANK', 'E_MULTIFRAME', 'E_DICOM_MODALITY')
-"""Codes of files that may be whole, but are no image to judge."""
-
-
 class ImageError(CXRError):
-    """An image that cannot be used; `code` is a stable name, the message names the file."""
+    """An image that cannot be used.
 
-    def __init__(self, message: str, code: str = 'E_IO'):
+    `code` is a stable name for programs, such as `E_TRUNCATED`. The message is complete only after `with_path`.
+    """
+
+    def __init__(self, message: str, code: str = 'E_IO') -> None:
         super().__init__(message)
         self.code = code
 
     @property
     def status(self) -> str:
-        """`rejected` where the file may be whole but is no image to judge, `error` where it cannot be read."""
+        """`rejected` if the file is intact but not a usable image (a code in `REJECTED`), otherwise `error`."""
         return 'rejected' if self.code in REJECTED else 'error'
 
-    def __reduce__(self):
-        return type(self), (str(self), self.code)
-
-    def of(self, path: str | Path) -> ImageError:
-        """The same error with the name of the image `path` and the code before its message."""
+    def with_path(self, path: str | Path) -> ImageError:
+        """Return the same error with the path of the image and the code in front of its message."""
         return ImageError(f'{path}: {self.code}: {self}'.replace('\n', ' '), self.code)
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+        return type(self), (str(self), self.code)
 
 
 class UsageError(CXRError):
-    """What was asked for does not fit together."""
+    """The arguments do not fit together, or do not fit the files they name."""
 
     exit_code = 2
 
 
 class OutputError(CXRError):
-    """The disk refuses, or training produced no finite number."""
+    """A file cannot be written, or training produced NaN or infinite values."""
 
     exit_code = 6
 
 
 class Stopped(CXRError):
-    """The signal `number` ended a training that can go on."""
+    """The signal `number` interrupted a training, which can be resumed."""
 
-    def __init__(self, number: int, message: str = 'stopped'):
+    def __init__(self, number: int, message: str = 'stopped') -> None:
         super().__init__(message)
-        self.number, self.exit_code = number, 128 + number
+        self.number = number
+        self.exit_code = 128 + number
 
 
 class CXRWarning(UserWarning):
-    """Something the user should know before believing a figure."""
+    """A condition that makes a result less reliable."""
+
+
+def first_line(error: BaseException, max_length: int | None = None) -> str:
+    """Return the first line of the message of `error`, cut to `max_length` characters, or its class name if empty."""
+    lines = str(error).strip().splitlines()
+    line = lines[0] if lines else type(error).__name__
+    return line[:max_length]
 
 
 def visible(text: str) -> str:
-    """`text` with escapes for what commands a terminal, turns the direction of writing, breaks a line, or is a byte of
-    a file's name that is no text."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+    """Return `text` with every unprintable character escaped.
+
+    This makes file names safe to print: terminal commands, line breaks, changes of the writing direction and bytes that
+    are not valid text appear as escape sequences.
+    """
+    return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode() for char in text)

@@ -1,4 +1,7 @@
-"""The house style of every figure, and its two ways out: a PNG on disk, or an SVG that takes a page's own colours."""
+"""The style that all figures share, and two ways to save a figure: as a PNG file, or as an SVG inside an HTML page.
+
+matplotlib is imported with this module and not before.
+"""
 
 from __future__ import annotations
 
@@ -13,52 +16,72 @@ from matplotlib.figure import Figure
 
 from cxr_fastai.core.files import atomic
 
-# Okabe and Ito's colours, told apart also by the colour-blind.
-BLUE, ORANGE, GREEN, GREY, INK = '#0072B2', '#D55E00', '#009E73', '#767676', '#222222'
+# The palette of Okabe and Ito (2008), which people with colour vision deficiency can distinguish.
+BLUE = '#0072B2'
+ORANGE = '#D55E00'
+GREEN = '#009E73'
+GREY = '#767676'
+INK = '#222222'
 LINES = (BLUE, ORANGE, GREEN, '#CC79A7', '#E69F00', '#56B4E9', GREY)
-"""For several runs in one figure."""
-VARIABLES = {BLUE: 'blue', ORANGE: 'orange', GREEN: 'green', GREY: 'soft', INK: 'ink', '#000000': 'ink'}
-"""Colours that a page has a variable for, so that they suit a dark page as well."""
-FONT = re.compile(r'(font: (?:[a-z0-9]+ )*[\d.]+px|font-family:) [^;"]+')
-"""How matplotlib names letters: all at once before 3.11, the family alone since."""
-NOISE = re.compile(
-    r'<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>| xmlns(:\w+)?="[^"]*"|<!--.*?-->', re.DOTALL
-)
+"""Colours of several runs in one figure."""
+
+CSS_VARIABLES = {BLUE: 'blue', ORANGE: 'orange', GREEN: 'green', GREY: 'soft', INK: 'ink', '#000000': 'ink'}
+"""Colour to the CSS variable of `page.html` that replaces it in an SVG, so that it also suits the dark theme."""
+POINTS_PER_INCH = 72
+DOTS_PER_INCH = 130
 
 
 def axes(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of so many inches and its only axes."""
+    """Return a new figure of `width` x `height` inches and its single axes."""
     figure = Figure(figsize=(width, height), layout='constrained')
     return figure, tidy(figure.subplots())
 
 
 def tidy(ax: Axes) -> Axes:
-    """`ax` without the lines that show nothing."""
+    """Hide the top and right border of `ax`, and return it."""
     ax.spines[['top', 'right']].set_visible(False)
     return ax
 
 
-def entitle(ax: Axes, title: str) -> None:
-    """Write `title` over `ax`, as it is: a name may look like mathematics."""
+def set_title(ax: Axes, title: str) -> None:
+    """Set the title of `ax` literally: `$` in the name of a run does not start a formula."""
     ax.set_title(title, fontsize=11, parse_math=False)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` to `path` as a PNG, atomically. Raises `OutputError`."""
     with atomic(path) as temporary:
-        figure.savefig(temporary, format='png', dpi=130)
+        figure.savefig(temporary, format='png', dpi=DOTS_PER_INCH)
 
 
 def to_svg(figure: Figure, alt: str) -> str:
-    """`figure` as an inline `<svg>` that stands for the words `alt`, with its text as text, in the colours and letters
-    of the page around it. Two of one page need different `alt`."""
+    """Return `figure` as an inline `<svg>` element with the text alternative `alt`.
+
+    Colours follow the theme of the page. Text stays text, in a font that `page.html` sets. Two figures of one page need different `alt` texts, because their
+    element ids are derived from it.
+    """
+    buffer = StringIO()
     with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': alt}):
-        figure.savefig(buffer := StringIO(), format='svg', transparent=True, metadata={'Date': None})
-    text = NOISE.sub('', buffer.getvalue()[buffer.getvalue().index('<svg') :])
-    head = rf'<svg role="img" aria-label="{escape(alt)}" \1>'
-    text = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', head, text, count=1)
-    text = FONT.sub(r'\1 system-ui, sans-serif', text)
-    for colour, name in VARIABLES.items():
-        text = re.sub(colour, f'var(--{name})', text, flags=re.IGNORECASE)
-    used = set(re.findall(r'#([\w-]+)', text))
-    return re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else '', text)
+        figure.savefig(buffer, format='svg', transparent=True)
+    # The drawing starts at the first group. The XML header, metadata and global style in front of it suit only a file.
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index('<g ') :]
+    for colour, variable in CSS_VARIABLES.items():
+        drawing = drawing.replace(colour.lower(), f'var(--{variable})')
+    width, height = POINTS_PER_INCH * figure.get_size_inches()
+    head = f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {width:g} {height:g}">'
+    return f'{head}\n{_without_unused_ids(drawing)}'
+
+
+def _without_unused_ids(drawing: str) -> str:
+    """Remove the ids that nothing refers to.
+
+    A page needs unique ids, but matplotlib (3.11) gives the groups of every figure the same ids, without a setting to
+    turn them off.
+    """
+    referenced = set(re.findall(r'#([\w-]+)', drawing))
+
+    def keep_if_referenced(match: re.Match[str]) -> str:
+        return match[0] if match[1] in referenced else ''
+
+    return re.sub(r' id="([^"]*)"', keep_if_referenced, drawing)

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Functions that write a file completely or not at all, so that a crash never leaves half a file."""
 
 from __future__ import annotations
 
@@ -17,23 +17,26 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def writing(path: Path, by: str = '--out') -> Iterator[None]:
-    """Turn what the disk says against writing `path`, which the user chooses `by` an option, into an `OutputError`."""
+def writing(path: Path, option: str = '--out') -> Iterator[None]:
+    """Convert an `OSError` raised in the block into an `OutputError` about `path`.
+
+    `option` is the option or environment variable by which the user chooses the path; the message names it.
+    """
     try:
         yield
     except OSError as error:
         raise OutputError(
-            f'{path}: cannot be written ({error.strerror}). Free the disk or choose another place by '
-            f'{by}; a file that was there before is whole.'
+            f'{path}: cannot be written ({error.strerror}). Free disk space, or choose another place with {option}. '
+            'An existing file was not changed.'
         ) from error
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary neighbour of `path` to write; then sync it and rename it over `path`.
+    """Yield a temporary path next to `path`; when the block ends, flush that file to disk and rename it to `path`.
 
-    A reader, or a crash, meets the old file or the new one and never half of one. Raises `OutputError`. Of several
-    processes only the one that leads writes; what the others write goes nowhere.
+    Readers, also after a crash, see the old file or the new file and never a part of it. If the block raises, the old
+    file stays. In a distributed run only the main process writes; the others get the null device. Raises `OutputError`.
     """
     if not is_main_process():
         yield Path(os.devnull)
@@ -50,36 +53,38 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until what was written to `path` is on the disk."""
+    """Wait until the contents of the file `path` are on the disk."""
     with open(path, 'rb+') as file:
         os.fsync(file.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically, as UTF-8."""
+    """Write `text` to `path` atomically, as UTF-8. Raises `OutputError`."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding='utf-8', errors='backslashreplace')
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """Write `table` to `path` atomically, without its index."""
+    """Write `table` to `path` atomically, without its index. Raises `OutputError`."""
     write_text(path, csv_text(table))
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    """`table` as CSV, without its index."""
+    """Return `table` as CSV text, without its index."""
     return table.to_csv(index=False, lineterminator='\n')
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` atomically; a NaN is an error, since JSON has none."""
+    """Write `value` to `path` atomically, as JSON. Raises `OutputError`, and `ValueError` for NaN or infinity."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + '\n')
 
 
 def check_new(folder: Path) -> None:
-    """Raise `UsageError` unless `folder` is still to be made, or is an empty folder. (A process that does not write
-    does not ask.)"""
-    if is_main_process() and folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    """Raise `UsageError` if `folder` is a file or a folder that is not empty. Does nothing outside the main process."""
+    if not is_main_process() or not folder.exists():
+        return
+    is_empty_folder = folder.is_dir() and not any(folder.iterdir())
+    if not is_empty_folder:
         raise UsageError(
-            f'{folder} exists already and nothing in it was overwritten: choose another --out, or delete it.'
+            f'{folder} exists already and nothing in it was overwritten. Choose another --out, or delete it.'
         )

@@ -1,4 +1,4 @@
-"""Progress of long work, and threads that read ahead.
+"""Progress of long loops, and parallel loops in threads that show their progress.
 
 On a terminal or in a notebook `tqdm` draws a bar. Elsewhere, for example in a log file, a line is logged every
 `LOG_SECONDS` seconds.
@@ -10,15 +10,17 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from cxr_fastai.core.environment import is_main_process
 
-S, T = TypeVar('S'), TypeVar('T')
+S = TypeVar('S')
+T = TypeVar('T')
+
 READ_AHEAD = 64
-"""Largest number of results that threads compute before they are consumed."""
+"""Maximum number of results that threads compute before they are consumed."""
 LOG_SECONDS = 30
 """Seconds between two log lines where no bar is drawn."""
 
@@ -26,18 +28,21 @@ log = logging.getLogger(__name__)
 
 
 def progress_bar(total: int | None, description: str = '', **options: Any) -> Any:
-    """A `tqdm` bar that is removed when it ends; it draws only on a terminal or in a notebook, and only in the first
-    of several processes. `options` are those of `tqdm`."""
+    """Return a `tqdm` bar that disappears when it is closed; `options` are passed to `tqdm`.
+
+    The bar is drawn only on a terminal or in a notebook, and only in the main process of a distributed run.
+    """
     from tqdm.auto import tqdm
 
-    hidden = None if is_main_process() else True  # None: tqdm decides by whether its output is a terminal
-    return tqdm(total=total, desc=description or None, leave=False, disable=hidden, **options)
+    # With None, tqdm draws the bar if its output is a terminal.
+    disable = None if is_main_process() else True
+    return tqdm(total=total, desc=description or None, leave=False, disable=disable, **options)
 
 
 def progress(steps: Iterable[T], total: int | None = None, unit: str = 'image') -> Iterator[T]:
-    """Yield `steps`, of which there are `total` (default: their length), and show how many are done."""
-    if total is None:
-        total = len(steps)  # type: ignore[arg-type]
+    """Yield the `steps` and show how many of `total` are done. `total` may be omitted if `steps` has a length."""
+    if total is None and isinstance(steps, Sized):
+        total = len(steps)
     last_line = time.monotonic()
     with progress_bar(total, unit=unit) as bar:
         for done, step in enumerate(steps, 1):
@@ -45,14 +50,16 @@ def progress(steps: Iterable[T], total: int | None = None, unit: str = 'image') 
             bar.update()
             if bar.disable and time.monotonic() - last_line > LOG_SECONDS:
                 last_line = time.monotonic()
-                log.info('%s of %s %ss', f'{done:,}', f'{total:,}', unit)
+                log.info('%s of %s %ss', f'{done:,}', 'an unknown number of' if total is None else f'{total:,}', unit)
 
 
 def in_threads(
     func: Callable[[S], T], items: Sequence[S], workers: int | None = None, unit: str = 'image'
 ) -> Iterator[T]:
-    """Yield `func(item)` for each of the `items`, in their order, computed by `workers` threads (default: the number of
-    cores), and show the progress. At most `READ_AHEAD` results wait in memory."""
+    """Yield `func(item)` for each item in order, computed by `workers` threads, and show the progress.
+
+    `workers` defaults to the number of cores. At most `READ_AHEAD` results wait in memory.
+    """
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         yield from progress(_read_ahead(pool, func, items), len(items), unit)
 

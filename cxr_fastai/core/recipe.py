@@ -1,23 +1,27 @@
-"""Everything that decides a training, as data: the frozen `Recipe`, its phases, and the recipes that have a name."""
+"""The `Recipe`: every setting that determines a training, as data, and the named recipes `reference` and `tuned`."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cxr_fastai.core.errors import UsageError
 
-if TYPE_CHECKING:
-    pass
+VOCAB = ('NORMAL', 'PNEUMONIA')
+"""The classes in the order of the network's outputs; the last one is the positive class."""
+POSITIVE = VOCAB.index('PNEUMONIA')
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training: `epochs` at the learning rate `lr` (the highest, where it changes), with the body frozen
-    or not."""
+    """A part of a training: its number of epochs, its learning rate, and whether the body is frozen.
+
+    `lr` is the maximum learning rate if the schedule varies it.
+    """
 
     name: str
     epochs: int
@@ -27,10 +31,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """`recipe.json` in the run folder is this, field by field; `models.make_recipe` fills it in for an architecture.
+    """The settings of a training. `recipe.json` in the run folder contains these fields.
 
-    Angles are degrees. Lengths are shares of the image's side, so that they mean the same at every size. 0 (for a
-    share that is kept: 1) leaves a step out. docs/recipe.md tells why each has the value it has.
+    `models.make_recipe` creates a recipe for an architecture. Angles are in degrees. Lengths are fractions of the side
+    of the image, so that they mean the same at every size. 0 turns a step off; for fractions that are kept, 1 does.
+    docs/recipe.md explains each default. Raises `UsageError` for values outside `RANGES` and `CHOICES`.
     """
 
     arch: str
@@ -40,77 +45,64 @@ class Recipe:
     # Images.
     valid: str = 'official'
     size: int = 224
-    resize: str = 'squish'  # a key of `images.RESIZES`
-    low_pass: float = 0.0  # standard deviation of the Gaussian that every image goes through
+    resize: str = 'squish'  # a key of `images.preprocessing.RESIZES`
+    low_pass: float = 0.0  # standard deviation of the Gaussian filter that every image passes
     batch_size: int = 32
-    workers: int | None = 0  # None: what suits the images
+    workers: int | None = 0  # None: chosen automatically
     limit: int | None = None
     seed: int = 42
-    # Augmentation, of training images alone.
+    # Augmentation, of training images only.
     flip: float = 0.5  # probability
     degrees: float = 10.0
     translate: float = 0.1
-    brightness: float = 0.2  # factors from 1 - b to 1 + b
+    brightness: float = 0.2  # b: factors from 1 - b to 1 + b
     contrast: float = 0.2
     interpolation: str = 'nearest'  # or bilinear
-    crop: float = 1.0  # the least share of the area that a random crop keeps
-    crop_aspect: float = 1.0  # its greatest aspect ratio, either way
-    blur: float = 0.0  # the greatest standard deviation of a random low-pass
-    resolution: float = 1.0  # the least factor of going down and up again in size
-    jpeg: int = 0  # the lowest quality of a random re-encoding
-    erase: float = 0.0  # probability that a rectangle of the batch becomes noise
+    crop: float = 1.0  # minimum fraction of the area that a random crop keeps
+    crop_aspect: float = 1.0  # maximum aspect ratio of a random crop, in either direction
+    blur: float = 0.0  # maximum standard deviation of a random Gaussian filter
+    resolution: float = 1.0  # minimum factor of a random reduction of the resolution
+    jpeg: int = 0  # minimum quality of a random JPEG compression
+    erase: float = 0.0  # probability that a rectangle of the batch is replaced by noise
     mixup: float = 0.0  # alpha
-    start_size: float = 1.0  # the share of the side that training starts at; it grows to the whole
+    start_size: float = 1.0  # fraction of the size at which training starts; it grows to the full size
     # Optimisation.
     optimizer: str = 'adam'  # weight decay as L2; adamw: decoupled
     weight_decay: float = 1e-4
     schedule: str = 'plateau'  # or one-cycle
     plateau_factor: float = 0.1
     plateau_patience: int = 2
-    body_lr: float = 1.0  # the body's learning rate, as a share of the head's
+    body_lr: float = 1.0  # learning rate of the body, as a fraction of that of the head
     label_smoothing: float = 0.0
-    class_weights: bool = False  # each class counts as much as the other
-    clip: float = 0.0  # the greatest norm of the gradient
-    ema: float = 0.0  # decay of the moving average of the weights that is measured and kept
+    class_weights: bool = False  # weight the classes equally
+    clip: float = 0.0  # maximum norm of the gradient
+    ema: float = 0.0  # decay of the exponential moving average of the weights, which is evaluated and saved
     threshold: float = 0.5
     allow_leakage: bool = False
     precision: str = 'fp32'  # or fp16, bf16
     on_bad_image: str = 'fail'  # or skip
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
-            if not low <= (value := getattr(self, name)) <= high:
+            value = getattr(self, name)
+            if not low <= value <= high:
                 raise UsageError(f'{name} {value}: a number from {low:g} to {high:g} is needed.')
-        for name, known in CHOICES.items():
-            if (value := getattr(self, name)) not in known:
-                option = name if name in SETTABLE else f'--{name.replace("_", "-")}'
-                raise UsageError(f'{option} {value}: choose {" or ".join(known)}.')
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                option = name if name in SETTABLE else _option(name)
+                raise UsageError(f'{option} {value}: choose {" or ".join(choices)}.')
 
     @property
     def epochs(self) -> int:
-        """The total over the phases."""
+        """The total number of epochs of all phases."""
         return sum(phase.epochs for phase in self.phases)
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Recipe:
-        """The inverse of `dataclasses.asdict`."""
-        return cls(**{**fields, 'phases': tuple(Phase(**phase) for phase in fields['phases'])})
-
-
-def differences(known: Recipe, asked: Recipe) -> list[str]:
-    """What sets two recipes apart, as `field: was, now`; `workers` change no batch and do not count."""
-    names = [field.name for field in fields(Recipe) if field.name != 'workers']
-    return [
-        f'{name}: {_show(getattr(known, name))}, now {_show(getattr(asked, name))}'
-        for name in names
-        if getattr(known, name) != getattr(asked, name)
-    ]
-
-
-def _show(value: Any) -> str:
-    if not isinstance(value, tuple):
-        return repr(value)
-    return ' and '.join(f'{phase.epochs} epochs of {phase.name} at {phase.lr:g}' for phase in value)
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Create a recipe from the dictionary that `dataclasses.asdict` returned for it."""
+        phases = tuple(Phase(**phase) for phase in values['phases'])
+        return cls(**{**values, 'phases': phases})
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -133,7 +125,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         'ema': 0.99,
     },
 }
-"""What sets a recipe apart from the specification, whatever the architecture."""
+"""Name to the fields in which a recipe differs from the specification, for every architecture."""
 
 RANGES = {
     'flip': (0, 1),
@@ -158,6 +150,7 @@ RANGES = {
     'ema': (0, 0.99999),
     'threshold': (0, 1),
 }
+"""Field to its minimum and maximum."""
 CHOICES = {
     'interpolation': ('nearest', 'bilinear'),
     'optimizer': ('adam', 'adamw'),
@@ -166,63 +159,93 @@ CHOICES = {
     'precision': ('fp32', 'fp16', 'bf16'),
     'on_bad_image': ('fail', 'skip'),
 }
+"""Field to its permitted values."""
 SETTABLE = (*(RANGES.keys() - {'threshold'}), 'low_pass', 'interpolation', 'optimizer', 'schedule', 'class_weights')
-"""Fields without an option of their own."""
+"""Fields that have no option of their own and are set by `--set FIELD=VALUE`."""
 
 
-def parse_fields(given: list[str]) -> dict[str, Any]:
-    """`FIELD=VALUE` texts as fields of a `Recipe`. Raises `UsageError` for what is none."""
-    return dict(_parse_field(text) for text in given)
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """Return the fields in which two recipes differ, as texts `field: old value, now new value`.
+
+    `workers` does not count, because it changes no batch.
+    """
+    texts = []
+    for name in (field.name for field in fields(Recipe)):
+        before = getattr(old, name)
+        after = getattr(new, name)
+        if name != 'workers' and before != after:
+            texts.append(f'{name}: {_describe(before)}, now {_describe(after)}')
+    return texts
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, tuple):
+        return repr(value)
+    return ' and '.join(f'{phase.epochs} epochs of {phase.name} at {phase.lr:g}' for phase in value)
+
+
+def parse_fields(texts: list[str]) -> dict[str, Any]:
+    """Parse texts `FIELD=VALUE` into fields of a `Recipe`. Raises `UsageError` for unknown fields and wrong values."""
+    return dict(_parse_field(text) for text in texts)
 
 
 def _parse_field(text: str) -> tuple[str, Any]:
     name, _, value = text.partition('=')
-    kinds = {field.name: field.type for field in fields(Recipe)}
+    types = {field.name: str(field.type) for field in fields(Recipe)}
     if name not in SETTABLE:
-        near = get_close_matches(name, SETTABLE) or sorted(SETTABLE)
-        other = f'use --{name.replace("_", "-")}' if name in kinds else f'choose {" or ".join(near)}'
-        raise UsageError(f'--set {text}: no such field: {other}.')
-    parse, what = PARSERS[kinds[name]]
+        matches = get_close_matches(name, SETTABLE) or sorted(SETTABLE)
+        advice = f'use {_option(name)}' if name in types else f'choose {" or ".join(matches)}'
+        raise UsageError(f'--set {text}: no such field: {advice}.')
+    parse, description = PARSERS[types[name]]
     try:
         return name, parse(value.lower())
-    except (ValueError, KeyError):
-        raise UsageError(f'--set {text}: {name}={what} is needed.') from None
+    except ValueError:
+        raise UsageError(f'--set {text}: {name}={description} is needed.') from None
 
 
-def command_line(recipe: Recipe) -> str:
-    """The `cxr-fastai train` that gives this recipe again; a file of weights is called by its name alone."""
-    usual = {field.name: field.default for field in fields(Recipe)} | RECIPES[recipe.name]
-    other = {name: value for name, value in vars(recipe).items() if value != usual[name] and name not in UNTOLD}
-    options = {
-        'arch': recipe.arch,
-        'recipe': recipe.name,
-        'epochs': recipe.epochs,
-        'lr': f'{recipe.phases[0].lr:g}',
-        'weights': PurePath(recipe.weights).name,
-    }
-    options |= {name: value for name, value in other.items() if name not in SETTABLE}
-    flags = [f'--{name.replace("_", "-")}' + ('' if value is True else f' {value}') for name, value in options.items()]
-    return ' '.join(
-        [
-            'cxr-fastai train --data DIR',
-            *flags,
-            *(
-                f'--set {name}={str(value).lower() if isinstance(value, bool) else value}'
-                for name, value in other.items()
-                if name in SETTABLE
-            ),
-        ]
-    )
+def _parse_bool(text: str) -> bool:
+    if text not in ('true', 'false'):
+        raise ValueError(text)
+    return text == 'true'
 
 
-UNTOLD = ('arch', 'name', 'phases', 'weights', 'workers', 'threshold')
-"""Fields that `command_line` tells otherwise, or that change nothing in what is trained."""
-PARSERS = {
+PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
     'float': (float, 'NUMBER'),
     'int': (int, 'WHOLE NUMBER'),
     'str': (str, 'WORD'),
-    'bool': ({'true': True, 'false': False}.__getitem__, 'true or false'),
+    'bool': (_parse_bool, 'true or false'),
 }
-VOCAB = ('NORMAL', 'PNEUMONIA')
-"""The classes in the order of the network's outputs; the last one is the positive class."""
-POSITIVE = VOCAB.index('PNEUMONIA')
+"""Type of a field to the function that parses its value and the words that describe it."""
+
+
+def command_line(recipe: Recipe) -> str:
+    """Return the `cxr-fastai train` command that reproduces `recipe`. A file of weights is given without its folder."""
+    defaults = {field.name: field.default for field in fields(Recipe)} | RECIPES[recipe.name]
+    changes = {
+        name: value
+        for name, value in vars(recipe).items()
+        if name not in EXPLICIT_OR_IRRELEVANT and value != defaults[name]
+    }
+    words = [
+        'cxr-fastai train --data DIR',
+        f'--arch {recipe.arch}',
+        f'--recipe {recipe.name}',
+        f'--epochs {recipe.epochs}',
+        f'--lr {recipe.phases[0].lr:g}',
+        f'--weights {PurePath(recipe.weights).name}',
+    ]
+    for name, value in changes.items():
+        if name not in SETTABLE:
+            words.append(_option(name) if value is True else f'{_option(name)} {value}')
+    for name, value in changes.items():
+        if name in SETTABLE:
+            words.append(f'--set {name}={str(value).lower() if isinstance(value, bool) else value}')
+    return ' '.join(words)
+
+
+EXPLICIT_OR_IRRELEVANT = ('arch', 'name', 'phases', 'weights', 'workers', 'threshold')
+"""Fields that `command_line` always writes, or that do not change the trained network."""
+
+
+def _option(field: str) -> str:
+    return f'--{field.replace("_", "-")}'

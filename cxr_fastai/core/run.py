@@ -1,11 +1,11 @@
-"""The run folder, the interface between commands: `train` makes it, the others read and extend it."""
+"""The run folder, which is the interface between the commands: `train` creates it, the others read and extend it."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,16 +19,38 @@ from cxr_fastai.core.recipe import Recipe
 if TYPE_CHECKING:
     import pandas as pd
 
+TRAINING_FILES = (
+    'recipe.json',
+    'items.csv',
+    'history.csv',
+    'state.pt',
+    'failure.json',
+    'model.safetensors',
+    'learner.pkl',
+)
+"""Files that `train` writes atomically."""
+WRITERS = {
+    'items.csv': 'train',
+    'history.csv': 'train',
+    'predictions.csv': 'evaluate',
+    'robustness.csv': 'evaluate --robustness',
+}
+"""Table to the command that writes it."""
+TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase')
+"""Columns that are read as text: the patient `007` is not the number 7, and the patient `NA` is not missing."""
+EXACT_COLUMNS = ('p_pneumonia',)
+"""Columns that are read to the last digit, which older pandas round: a probability may lie next to the threshold."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, and what is in it."""
+    """A run folder. Its properties read its files; they raise `UsageError` for missing or damaged files."""
 
     path: Path
 
     @classmethod
     def create(cls, path: Path) -> Run:
-        """Make the folder `path`. Raises `UsageError` where something is there, `OutputError` where it cannot be."""
+        """Create the folder `path`. Raises `UsageError` if it is not empty, `OutputError` if it cannot be written."""
         check_new(path)
         if is_main_process():
             with writing(path):
@@ -37,10 +59,10 @@ class Run:
 
     @classmethod
     def open(cls, path: Path) -> Run:
-        """The run in the folder `path`. Raises `UsageError` where there is none."""
+        """Return the run in the folder `path`. Raises `UsageError` if it is not a run folder."""
         if not (path / 'recipe.json').is_file():
             raise UsageError(
-                f'{path} is not a run folder (no recipe.json in it): `cxr-fastai train --out {path}` makes one.'
+                f'{path} is not a run folder (it contains no recipe.json). Create one: `cxr-fastai train --out {path}`.'
             )
         return cls(path)
 
@@ -49,149 +71,158 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe it was trained with."""
+        """The recipe of the training."""
         try:
             return Recipe.from_dict(read_json(self / 'recipe.json'))
         except (TypeError, KeyError) as error:
-            raise UsageError(f'{self / "recipe.json"}: not a recipe of this version ({error}): train again.') from None
+            raise UsageError(
+                f'{self / "recipe.json"}: not a recipe of this version ({error}). Train again into a new folder.'
+            ) from None
 
     @property
     def items(self) -> pd.DataFrame:
-        """The images it was trained with: the items table."""
+        """The items table of the training: one row per image."""
         return _read_csv(self / 'items.csv')
 
     @property
     def unreadable(self) -> list[str]:
-        """The paths of images that its training skipped, since they could not be read."""
-        return self.noted('start', 'resume').get('unreadable', [])
+        """The paths of the images that the training skipped, because they could not be read."""
+        return self.last_event('start', 'resume').get('unreadable', [])
 
     @property
     def used_items(self) -> pd.DataFrame:
-        """Its items without those that are `unreadable`."""
-        return self.items[lambda items: ~items.path.isin(self.unreadable)]
+        """The items table without the images that are `unreadable`."""
+        items = self.items
+        return items[~items.path.isin(self.unreadable)]
+
+    @property
+    def images(self) -> Path | None:
+        """The folder of the images when the run was last trained; None if it was not recorded."""
+        folder = self.last_event('start', 'resume').get('data')
+        return Path(folder) if folder else None
 
     @property
     def history(self) -> pd.DataFrame:
-        """One row an epoch."""
+        """One row per epoch."""
         return _read_csv(self / 'history.csv')
 
     @property
     def predictions(self) -> pd.DataFrame:
-        """One row an image, for each split evaluated so far."""
+        """One row per image, for every split that was evaluated."""
         return _read_csv(self / 'predictions.csv')
 
     def predicted(self, split: str) -> pd.DataFrame:
-        """The predictions of one `split`."""
-        return self.predictions[lambda table: table.split == split].reset_index(drop=True)
+        """Return the predictions of one `split`: one row per image."""
+        predictions = self.predictions
+        return predictions[predictions.split == split].reset_index(drop=True)
 
     @property
     def decision(self) -> dict[str, Any]:
-        """How a probability becomes a decision, as `evaluate` chose it; empty where it has not."""
-        return read_json(self / 'decision.json') if (self / 'decision.json').exists() else {}
-
-    @property
-    def robustness(self) -> pd.DataFrame:
-        """One row a corruption and strength, for each split evaluated so."""
-        return _read_csv(self / 'robustness.csv')
+        """The threshold and the rule that chose it, as `evaluate` wrote them; empty before the first `evaluate`."""
+        return _read_optional_json(self / 'decision.json')
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """One object a split evaluated so far."""
-        return read_json(self / 'metrics.json') if (self / 'metrics.json').exists() else {}
+        """Split to its metrics, for every split that was evaluated."""
+        return _read_optional_json(self / 'metrics.json')
+
+    @property
+    def robustness(self) -> pd.DataFrame:
+        """One row per corruption and strength, for every split that was evaluated with `--robustness`."""
+        return _read_csv(self / 'robustness.csv')
 
     def start(self, recipe: Recipe, items: pd.DataFrame) -> None:
-        """Write down what is about to be trained."""
+        """Write the recipe and the items table of a training that is about to start."""
         write_csv(self / 'items.csv', items)
-        write_json(self / 'recipe.json', asdict(recipe))  # last: with it the folder is a run
+        write_json(self / 'recipe.json', asdict(recipe))  # last, because it turns the folder into a run
 
     def write_split(self, name: str, table: pd.DataFrame, split: str) -> None:
-        """Write the rows of one `split` into the CSV `name`; those of other splits in it are kept."""
+        """Replace the rows of one `split` in the CSV file `name`, and keep the rows of other splits."""
         import pandas as pd
 
         if (self / name).exists():
-            old = _read_csv(self / name)
-            table = pd.concat([old[old.split != split], table], ignore_index=True)
+            previous = _read_csv(self / name)
+            table = pd.concat([previous[previous.split != split], table], ignore_index=True)
         write_csv(self / name, table)
 
-    def sweep(self) -> None:
-        """Remove what a training that was killed left half written."""
-        for name in TRAINED if is_main_process() else ():
-            for left in self.path.glob(f'.{name}.*.tmp'):
-                left.unlink(missing_ok=True)
-
-    def note(self, event: str, **facts: Any) -> None:
-        """Append a line to `journal.jsonl`: when, what, and `facts`, which hold no NaN."""
+    def remove_partial_files(self) -> None:
+        """Delete the temporary files that a killed training left behind."""
         if not is_main_process():
             return
-        line = json.dumps(
-            {'time': datetime.now(UTC).isoformat(timespec='seconds'), 'event': event, **facts}, allow_nan=False
-        )
-        with writing(self / 'journal.jsonl'), open(self / 'journal.jsonl', 'ab+') as file:
-            torn = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b'\n'  # by a crash
-            file.write(b'\n' * bool(torn) + line.encode() + b'\n')
+        for name in TRAINING_FILES:
+            for temporary in self.path.glob(f'.{name}.*.tmp'):
+                temporary.unlink(missing_ok=True)
+
+    def log_event(self, event: str, **facts: Any) -> None:
+        """Append a line to `journal.jsonl`: the time, the `event` and its `facts`, which must not contain NaN."""
+        if not is_main_process():
+            return
+        entry = {'time': datetime.now(UTC).isoformat(timespec='seconds'), 'event': event, **facts}
+        line = json.dumps(entry, allow_nan=False) + '\n'
+        journal = self / 'journal.jsonl'
+        with writing(journal), open(journal, 'ab+') as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b'\n':  # a crash left half a line
+                    file.write(b'\n')
+            file.write(line.encode())
+
+    def last_event(self, *events: str) -> dict[str, Any]:
+        """Return the last line of `journal.jsonl` about one of the `events`; empty if there is none."""
+        journal = self / 'journal.jsonl'
+        if not journal.is_file():
+            return {}
+        last: dict[str, Any] = {}
+        for line in journal.read_text(encoding='utf-8').splitlines():
+            with suppress(ValueError):  # a crash may have left half a line
+                entry = json.loads(line)
+                if entry['event'] in events:
+                    last = entry
+        return last
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from training into this folder. Raises `UsageError` where one does."""
+        """Prevent other processes from training into this folder. Raises `UsageError` if one already does."""
         from filelock import FileLock, Timeout
 
+        if not is_main_process():
+            yield
+            return
         try:
-            with FileLock(self / '.lock', timeout=0) if is_main_process() else nullcontext():
+            with FileLock(self / '.lock', timeout=0):
                 yield
         except Timeout:
-            raise UsageError(f'{self.path}: another process trains there: wait for it to end, or stop it.') from None
-
-    @property
-    def images(self) -> Path | None:
-        """Where its images were when it was last trained; None where that is not known."""
-        data = self.noted('start', 'resume').get('data')
-        return Path(data) if data else None
-
-    def noted(self, *events: str) -> dict[str, Any]:
-        """The newest line of `journal.jsonl` about any of `events`; empty where there is none."""
-        newest, journal = {}, self / 'journal.jsonl'
-        for text in journal.read_text(encoding='utf-8').splitlines() if journal.is_file() else ():
-            with suppress(ValueError):  # a crash may have torn the last line
-                line = json.loads(text)
-                if line['event'] in events:
-                    newest = line
-        return newest
-
-
-TEXT = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase')
-"""Columns that stay as they are written: a patient `007` is no number, and one called `NA` is not missing."""
-EXACT = ('p_pneumonia',)
-"""Columns of which every digit counts: a score may lie next to the threshold, and older pandas round the last one."""
-TRAINED = ('recipe.json', 'items.csv', 'history.csv', 'state.pt', 'failure.json', 'model.safetensors', 'learner.pkl')
-WRITER = {
-    'items.csv': 'train',
-    'history.csv': 'train',
-    'predictions.csv': 'evaluate',
-    'robustness.csv': 'evaluate --robustness',
-}
+            raise UsageError(f'{self.path}: another process trains there. Wait until it ends, or stop it.') from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file `path`. Raises `UsageError` where it is damaged."""
+    """Return the object in the JSON file `path`. Raises `UsageError` if the file is damaged."""
     try:
         return json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f'{path}: damaged ({error}).') from None
+        raise UsageError(f'{path}: damaged ({error}). Write it again with the command that created it.') from None
+
+
+def _read_optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     try:
-        names = pd.read_csv(path, nrows=0).columns
+        columns = pd.read_csv(path, nrows=0).columns
+        text = [name for name in columns if name in TEXT_COLUMNS]
+        exact = [name for name in columns if name in EXACT_COLUMNS]
+        numbers = columns.difference([*text, *exact])
         return pd.read_csv(
             path,
-            dtype={name: str for name in names if name in TEXT},
+            dtype=dict.fromkeys(text, str),
             keep_default_na=False,
-            na_values={name: [''] for name in names if name not in (*TEXT, *EXACT)},
-            converters={name: float for name in names if name in EXACT},
+            na_values={name: [''] for name in numbers},
+            converters=dict.fromkeys(exact, float),
         )
     except FileNotFoundError:
-        raise UsageError(f'{path} is missing: `cxr-fastai {WRITER[path.name]}` writes it.') from None
+        raise UsageError(f'{path} is missing: `cxr-fastai {WRITERS[path.name]}` writes it.') from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f'{path}: damaged ({error}).') from None
+        raise UsageError(f'{path}: damaged ({error}). Write it again with the command that created it.') from None

@@ -1,4 +1,4 @@
-"""Templates become text: pages that need nothing else, in which no name can become markup."""
+"""Rendering of the Jinja templates of all rooms, and of Markdown, into self-contained text and HTML pages."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ if TYPE_CHECKING:
 
 
 def fill(template: str, **values: Any) -> str:
-    """The package's `template` with `values`; in HTML everything that is not marked as markup is escaped. Raises
-    jinja2's `UndefinedError` for a value that is missing."""
-    return _templates().get_template(template).render(**values)
+    """Return the text of `template`, a file name in the `templates/` folder of a room, rendered with `values`.
+
+    In HTML templates every value is escaped, unless it is a `Markup`. Raises `jinja2.UndefinedError` if a value is
+    missing.
+    """
+    return _environment().get_template(template).render(**values)
 
 
 @cache
-def _templates() -> Environment:
+def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-    folders = sorted(Path(__file__).parents[1].glob('*/templates'))
+    package = Path(__file__).parents[1]
     return Environment(
-        loader=FileSystemLoader(folders),
+        loader=FileSystemLoader(sorted(package.glob('*/templates'))),
         autoescape=select_autoescape(['html']),
         trim_blocks=True,
         lstrip_blocks=True,
@@ -33,13 +36,14 @@ def _templates() -> Environment:
 
 
 def markdown(text: str) -> Markup:
-    """Markdown as HTML; what looks like markup in it stays text, and links lead nowhere but to the web."""
+    """Convert Markdown (CommonMark with tables) to HTML. HTML tags in it stay text, and unsafe links are dropped."""
     from markdown_it import MarkdownIt
     from markupsafe import Markup
 
-    return Markup(MarkdownIt('commonmark', {'html': False}).enable('table').render(text))
+    parser = MarkdownIt('commonmark', {'html': False}).enable('table')
+    return Markup(parser.render(text))
 
 
-def data_uri(picture: bytes, kind: str) -> str:
-    """The bytes of a `picture` of the media type `kind`, as an address that holds it."""
-    return f'data:{kind};base64,{base64.b64encode(picture).decode()}'
+def data_uri(content: bytes, media_type: str) -> str:
+    """Return a `data:` URI that contains `content`, such as an image of the media type `image/png`."""
+    return f'data:{media_type};base64,{base64.b64encode(content).decode()}'

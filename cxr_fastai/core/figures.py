@@ -57,8 +57,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 def to_svg(figure: Figure, alt: str) -> str:
     """Return `figure` as an inline `<svg>` element with the text alternative `alt`.
 
-    Colours follow the theme of the page. Text stays text, in a font that `page.html` sets. Two figures of one page need different `alt` texts, because their
-    element ids are derived from it.
+    Colours follow the theme of the page. Text stays text, in a font that `page.html` sets. Two figures of one page need
+    different `alt` texts, because their element ids are derived from it.
     """
     buffer = StringIO()
     with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': alt}):

@@ -1,4 +1,4 @@
-"""`python -m cxr_fastai` is the command `cxr-fastai`."""
+"""Run the command line by `python -m cxr_fastai`."""
 
 from cxr_fastai.cli import run
 

@@ -1,10 +1,11 @@
-"""The command `cxr-fastai`: parse, call one function of the library, print, exit code.
+"""The command line `cxr-fastai`: each command parses its options, calls the library, prints, and sets the exit code.
 
-Stages are imported inside the commands, so that `--help` loads neither torch nor pandas.
+Commands import the library inside their functions, so that `--help` loads neither torch nor pandas.
 """
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import sys
@@ -17,24 +18,34 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from cxr_fastai.cli import data as cli_data
+from cxr_fastai.cli import data as data_commands
+from cxr_fastai.cli import evaluate as evaluate_commands
+from cxr_fastai.cli import explain as explain_commands
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.evaluate import evaluate, report
-from cxr_fastai.cli.explain import explain
-from cxr_fastai.cli.output import LogLines, complain, free, last_line, out, say, show_warning
-from cxr_fastai.cli.predict import export, predict, push_to_hub, trust
-from cxr_fastai.cli.serve import serve
-from cxr_fastai.cli.train import lr_find, train
+from cxr_fastai.cli import predict as predict_commands
+from cxr_fastai.cli import serve as serve_commands
+from cxr_fastai.cli import train as train_commands
+from cxr_fastai.cli.output import (
+    LogLines,
+    error_message,
+    out,
+    print_error,
+    print_line,
+    show_warning,
+    unused_path,
+)
 from cxr_fastai.core.errors import CXRError, CXRWarning
 from cxr_fastai.core.files import check_new
 
+DEMO_STEPS = ('data demo', 'data audit', 'train', 'evaluate', 'explain', 'export', 'predict', 'report')
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.add_typer(cli_data.app, name='data')
+app.add_typer(data_commands.app, name='data')
 
 
 @app.callback(invoke_without_command=True)
 def show_version(show: Annotated[bool, Option('--version', help='Print the version and exit.')] = False) -> None:
-    """From a folder of chest X-ray images to a trained, measured and exported classifier.
+    """Train, evaluate, explain, export and serve classifiers of chest X-ray images.
 
     Research software, not a medical device.
     """
@@ -45,16 +56,16 @@ def show_version(show: Annotated[bool, Option('--version', help='Print the versi
         raise typer.Exit
 
 
-app.command()(train)
-app.command('lr-find')(lr_find)
-app.command()(evaluate)
-app.command()(report)
-app.command()(explain)
-app.command()(export)
-app.command()(predict)
-app.command()(trust)
-app.command()(serve)
-app.command('push-to-hub')(push_to_hub)
+app.command()(train_commands.train)
+app.command('lr-find')(train_commands.lr_find)
+app.command()(evaluate_commands.evaluate)
+app.command()(evaluate_commands.report)
+app.command()(explain_commands.explain)
+app.command()(predict_commands.export)
+app.command()(predict_commands.predict)
+app.command()(predict_commands.trust)
+app.command()(serve_commands.serve)
+app.command('push-to-hub')(predict_commands.push_to_hub)
 
 
 @app.command()
@@ -65,29 +76,42 @@ def demo(
     epochs: opt.DemoEpochs = 12,
     seed: opt.Seed = 0,
 ) -> None:
-    """The whole way on synthetic images: data, audit, train (baseline), evaluate, explain, export, predict, report.
+    """Run every stage on synthetic images: data, audit, train, evaluate, explain, export, predict, report.
 
-    Four minutes on two cores.
+    Takes four minutes on two cores.
 
     Example: cxr-fastai demo --out demo
     """
-    folder = folder or free(Path('demo'))
+    folder = folder or unused_path(Path('demo'))
     check_new(folder)
-    where, run, bundle, table = folder / 'images', folder / 'run', folder / 'bundle', folder / 'predictions.csv'
-    steps = {
-        'data demo': lambda: cli_data.data_demo(where, images, max(96, size * 3 // 2), seed),
-        'data audit': lambda: cli_data.data_audit(where, report=folder / 'audit'),
-        'train': lambda: _train_demo(where, run, epochs, size, seed),
-        'evaluate': lambda: evaluate([run]),
-        'explain': lambda: explain(run, top_losses=12),
-        'export': lambda: export(run, bundle),
-        'predict': lambda: _predict_demo(bundle, where / 'test', table),
-        'report': lambda: report(run),
-    }
-    for number, (name, step) in enumerate(steps.items(), 1):
-        out.rule(f'{number} of {len(steps)}: {name}', align='left')
-        step()
-    say(f'images in {where}, run in {run}, bundle in {bundle}, predictions in {table}, report in {run / "report.html"}')
+    image_folder = folder / 'images'
+    run = folder / 'run'
+    bundle = folder / 'bundle'
+    table = folder / 'predictions.csv'
+
+    _print_heading('data demo')
+    data_commands.data_demo(image_folder, images, max(96, size * 3 // 2), seed)
+    _print_heading('data audit')
+    data_commands.data_audit(image_folder, report=folder / 'audit')
+    _print_heading('train')
+    _train_demo(image_folder, run, epochs, size, seed)
+    _print_heading('evaluate')
+    evaluate_commands.evaluate([run])
+    _print_heading('explain')
+    explain_commands.explain(run, top_losses=12)
+    _print_heading('export')
+    predict_commands.export(run, bundle)
+    _print_heading('predict')
+    with suppress(typer.Exit):  # exit code 3: the input gate may reject an image
+        predict_commands.predict(bundle, [image_folder / 'test'], table)
+    _print_heading('report')
+    evaluate_commands.report(run)
+    print_line(f'images: {image_folder}, run: {run}, bundle: {bundle}, predictions: {table}')
+    print_line(f'Open the report in a browser: {run / "report.html"}')
+
+
+def _print_heading(step: str) -> None:
+    out.rule(f'{DEMO_STEPS.index(step) + 1} of {len(DEMO_STEPS)}: {step}', align='left')
 
 
 def _train_demo(images: Path, run: Path, epochs: int, size: int, seed: int) -> None:
@@ -97,37 +121,41 @@ def _train_demo(images: Path, run: Path, epochs: int, size: int, seed: int) -> N
     train(make_recipe('baseline', epochs=epochs, size=size, seed=seed), images, run)
 
 
-def _predict_demo(bundle: Path, images: Path, table: Path) -> None:
-    with suppress(typer.Exit):
-        predict(bundle, [images], table)  # the gate may turn an image away
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (default: the process's own) and return its exit code."""
-    with warnings.catch_warnings(), _logging_to_stdout(), _ending_on_sigterm():
-        # Other packages' warnings are for their developers; ours are for the user, one line each.
-        warnings.simplefilter('ignore')
-        warnings.simplefilter('always', CXRWarning)
-        warnings.showwarning = show_warning
+    """Run the command line `argv` (default: the arguments of this process) and return its exit code."""
+    with _own_warnings(), _logging_to_stdout(), _exit_on_sigterm():
         try:
             app(argv)
         except KeyboardInterrupt:
-            return _tell_signal(signal.SIGINT)
+            return _report_signal(signal.SIGINT)
         except SystemExit as end:
             code = int(end.code or 0)
-            return _tell_signal(signal.Signals(code - 128)) if code > 128 else code
+            if code > 128:
+                return _report_signal(signal.Signals(code - 128))
+            return code
         except CXRError as error:
-            complain(f'error: {last_line(error)}')
+            print_error(f'error: {error_message(error)}')
             return error.exit_code
-        except OSError as error:  # what the system refuses is no bug of ours
-            complain(f'error: {error.filename or "system"}: {error.strerror or error}')
+        except OSError as error:  # refused by the operating system, so not a bug of this package
+            print_error(f'error: {error.filename or "system"}: {error.strerror or error}')
             return 1
     return 0
 
 
 @contextmanager
+def _own_warnings() -> Iterator[None]:
+    """Print the warnings of this package, one line each, and ignore those that other packages mean for developers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        warnings.simplefilter('always', CXRWarning)
+        warnings.showwarning = show_warning
+        yield
+
+
+@contextmanager
 def _logging_to_stdout() -> Iterator[None]:
-    log, lines = logging.getLogger('cxr_fastai'), LogLines()
+    log = logging.getLogger('cxr_fastai')
+    lines = LogLines()
     level = log.level
     log.addHandler(lines)
     log.setLevel(logging.INFO)
@@ -139,29 +167,30 @@ def _logging_to_stdout() -> Iterator[None]:
 
 
 @contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does: files are closed, temporary ones go."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """Exit on SIGTERM as on Ctrl-C, so that files are closed and temporary files are removed."""
 
-    def end(number: int, _: object) -> None:
+    def stop(number: int, _: object) -> None:
         sys.exit(128 + number)
 
     try:
-        before = signal.signal(signal.SIGTERM, end)
-    except ValueError:  # only the main thread may listen
+        previous = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # only the main thread may handle signals
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
-def _tell_signal(number: signal.Signals) -> int:
-    complain(f'error: stopped by {number.name}')
+def _report_signal(number: signal.Signals) -> int:
+    print_error(f'error: stopped by {number.name}')
     return 128 + number
 
 
 def run() -> None:
-    """The console script: `main`, as the process's exit code."""
-    sys.stdout.reconfigure(errors='backslashreplace')  # a name may have letters that the terminal's encoding lacks
+    """Run the console script: `main` with the arguments and exit code of this process."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # the terminal's encoding may lack letters of a file name
     sys.exit(main())

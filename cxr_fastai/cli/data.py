@@ -9,7 +9,7 @@ import typer
 from typer import Argument
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.output import complain, one_of, out, say
+from cxr_fastai.cli.output import choose_source, out, print_error, print_line
 
 app = typer.Typer(no_args_is_help=True, help='Get and look after images.')
 
@@ -28,7 +28,7 @@ def data_demo(
     from cxr_fastai.images.synthetic import make_demo
 
     counts = make_demo(folder, images, size, seed).groupby(['split', 'label'], sort=False).size()
-    say(f'{folder}: {images} images, and masks of the opacities in {folder / "masks"}')
+    print_line(f'{folder}: {images} images, and masks of the opacities in {folder / "masks"}')
     out.print(counts.unstack().to_string())
 
 
@@ -45,7 +45,7 @@ def data_download(
     from cxr_fastai.data.sources import SOURCES, download
 
     items = download(folder, source)
-    say(f'{folder}: {describe_items(items)}. {SOURCES[source].licence}, {SOURCES[source].page}')
+    print_line(f'{folder}: {describe_items(items)}. {SOURCES[source].licence}, {SOURCES[source].page}')
 
 
 @app.command('prepare')
@@ -64,12 +64,12 @@ def data_prepare(
     from cxr_fastai.images.cache import prepare
     from cxr_fastai.images.preprocessing import Preprocessing
 
-    root = data_root(one_of(folder, csv))
+    root = data_root(choose_source(folder, csv))
     items = read_items(root)
     place, added, bad = prepare(items.path, image_root(root), Preprocessing(size, resize), workers)
     for error in bad:
-        complain(f'error: {error}')
-    say(f'{place}: {len(items) - len(bad):,} images, {added:,} of them added now')
+        print_error(f'error: {error}')
+    print_line(f'{place}: {len(items) - len(bad):,} images, {added:,} of them added now')
     if bad:
         raise typer.Exit(3)
 
@@ -89,9 +89,9 @@ def data_audit(
     from cxr_fastai.data.auditing import audit, save_audit
     from cxr_fastai.data.items import data_root
 
-    found = audit(data_root(one_of(folder, csv)), workers)
+    found = audit(data_root(choose_source(folder, csv)), workers)
     save_audit(found, report)
     out.print(audit_tables(found))
-    say(f'{report}: audit.json and audit.html')
+    print_line(f'{report}: audit.json and audit.html')
     if any(finding.level == 'error' for finding in found.findings):
         raise typer.Exit(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.output import free, one_of, out, say
+from cxr_fastai.cli.output import choose_source, out, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_new, write_json, writing
 from cxr_fastai.core.run import Run
@@ -39,7 +39,7 @@ def evaluate(
     from cxr_fastai.evaluation.evaluation import evaluate, find_split
     from cxr_fastai.interpretation.interpretation import save_figures, save_images
 
-    images = one_of(data, csv)
+    images = choose_source(data, csv)
     given = {'rule': threshold, 'by': ('kind', *(by or ())), 'again': len(found) == 1}
     if prevalence:
         given['prevalences'] = [share / 100 for share in prevalence]
@@ -54,7 +54,7 @@ def evaluate(
         if robustness:
             _evaluate_robustness(run, images, split, batch_size, limit)
     if len(found) > 1:
-        _compare(found, split, folder or free(Path('comparison')))
+        _compare(found, split, folder or unused_path(Path('comparison')))
 
 
 def report(
@@ -74,7 +74,7 @@ def report(
         print_pdf(page, folder / 'report.pdf')
     else:
         (folder / 'report.pdf').unlink(missing_ok=True)  # it was of another page
-    say(f'in {run}: report.html, {"report.pdf, " if pdf else ""}model_card.md')
+    print_line(f'in {run}: report.html, {"report.pdf, " if pdf else ""}model_card.md')
 
 
 def _tell(run: Run, split: str, metrics: dict, figures: list[str]) -> None:
@@ -83,12 +83,14 @@ def _tell(run: Run, split: str, metrics: dict, figures: list[str]) -> None:
 
     decided = Decision.behind(run, metrics)
     margin = decided.margin if decided else ''
-    say(
+    print_line(
         f'{run.path}, {split} split: {metrics["n"]} images, {metrics["positives"]} of them pneumonia, threshold '
         f'{metrics["threshold"]:g} by the rule {metrics["threshold_rule"]}. {margin}'.rstrip()
     )
     out.print(metrics_tables(metrics))
-    say(f'in {run.path}: predictions.csv, metrics.json, {"decision.json, " if decided else ""}{", ".join(figures)}')
+    print_line(
+        f'in {run.path}: predictions.csv, metrics.json, {"decision.json, " if decided else ""}{", ".join(figures)}'
+    )
 
 
 def _compare(runs: list[Run], split: str, folder: Path) -> None:
@@ -109,8 +111,8 @@ def _compare(runs: list[Run], split: str, folder: Path) -> None:
     save_figure(plot_comparison(shared or tables, metrics, f'{split} split'), folder / 'comparison.png')
     out.print(comparison_tables(metrics, pairs, seeds))
     if not pairs:
-        say('The runs have too few images in common for paired tests.')
-    say(f'in {folder}: comparison.json, comparison.png')
+        print_line('The runs have too few images in common for paired tests.')
+    print_line(f'in {folder}: comparison.json, comparison.png')
 
 
 def _evaluate_robustness(run: Run, images: Path | None, split: str, batch_size: int, limit: int | None) -> None:
@@ -119,4 +121,4 @@ def _evaluate_robustness(run: Run, images: Path | None, split: str, batch_size: 
     from cxr_fastai.interpretation.interpretation import save_robustness
 
     out.print(robustness_table(evaluate_robustness(run, images, split, batch_size, limit)))
-    say(f'in {run.path}: robustness.csv, {save_robustness(run, split)}')
+    print_line(f'in {run.path}: robustness.csv, {save_robustness(run, split)}')

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.output import complain, free, one_of, out, say
+from cxr_fastai.cli.output import choose_source, out, print_error, print_line, unused_path
 from cxr_fastai.core.errors import ImageError, UsageError, visible
 from cxr_fastai.core.files import check_new, writing
 from cxr_fastai.core.run import Run
@@ -46,13 +46,13 @@ def explain(
     is_run = (run / 'recipe.json').exists()
     known = Run.open(run) if is_run or not images else Run(run)
     if check:
-        return _check(known, split, one_of(data, csv), folder, how)
+        return _check(known, split, choose_source(data, csv), folder, how)
     if not (folder or is_run):
         raise UsageError(f'{run}: not a run folder: name one by --out.')
-    place = folder or free(run / 'figures' / 'explained')
+    place = folder or unused_path(run / 'figures' / 'explained')
     check_new(place)
     if top_losses:
-        bad = _explain_split(known, split, one_of(data, csv), top_losses, place, how, batch_size, burned_in)
+        bad = _explain_split(known, split, choose_source(data, csv), top_losses, place, how, batch_size, burned_in)
     else:
         bad = _explain_images(run, images, place, how, batch_size, burned_in)
     if bad:
@@ -77,7 +77,7 @@ def _explain_split(
     shown = CXRInterpretation.from_run(run, split, data, **how)
     bad = draw(shown.explainer.explain(shown.subjects(shown.top_losses(most)), batch_size, burned_in), place)
     save_cams(run, split, shown)
-    say(f'in {run.path}: {", ".join(save_galleries(run, split, shown, most))}, and maps for its report')
+    print_line(f'in {run.path}: {", ".join(save_galleries(run, split, shown, most))}, and maps for its report')
     return bad
 
 
@@ -92,7 +92,7 @@ def _check(run: Run, split: str, data: Path | None, folder: Path | None, how: di
     found = check_run(run, split, data, **how)
     out.print(check_table(found))
     drawn = ', figures/cam_check.png' if (run / 'figures/cam_check.png').is_file() else ''
-    say(f'in {run.path}: figures/cam_check.json{drawn}')
+    print_line(f'in {run.path}: figures/cam_check.json{drawn}')
 
 
 def draw(explained: Iterator[Explanation | ImageError | None], place: Path) -> int:
@@ -106,10 +106,10 @@ def draw(explained: Iterator[Explanation | ImageError | None], place: Path) -> i
     bad = 0
     for number, one in enumerate(explained, 1):
         if isinstance(one, ImageError):
-            complain(f'error: {one}')
+            print_error(f'error: {one}')
             bad += 1
         if one is None or isinstance(one, ImageError):
             continue
         save_figure(plot_explanation(one), place / f'{number:04d}.png')
-        say(f'{place / f"{number:04d}.png"}: {one.name}: {one.words}')
+        print_line(f'{place / f"{number:04d}.png"}: {one.name}: {one.words}')
     return bad

@@ -1,10 +1,12 @@
-"""What the commands print: results on stdout, errors and warnings on stderr, tables."""
+"""Terminal output of the commands: results on stdout, errors and warnings on stderr, and tables of 80 columns.
+
+Functions import pandas and the evaluation room only when called, so that `--help` stays fast.
+"""
 
 from __future__ import annotations
 
 import logging
-import re
-import sys
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,122 +18,87 @@ from rich.text import Text
 
 from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, UsageError, visible
-from cxr_fastai.evaluation.intervals import describe
-from cxr_fastai.evaluation.metrics import name_figure
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from cxr_fastai.data.auditing import Audit
 
-out, err = Console(quiet=not is_main_process()), Console(stderr=True)
+out = Console(quiet=not is_main_process())
+err = Console(stderr=True)
+
+MAX_PROBES = 4
+"""Probes shown for each target of the audit; audit.html has all of them."""
 
 
-def say(text: str) -> None:
-    """Print `text` on a line that no console breaks."""
+def print_line(text: str) -> None:
+    """Print `text` to stdout without wrapping it."""
     out.print(visible(text), soft_wrap=True, markup=False)
 
 
 class LogLines(logging.Handler):
-    """Prints what the library logs, a line each."""
+    """Prints the log records of the library to stdout, one line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
+        """Print the message of `record`."""
+        print_line(record.getMessage())
 
 
-def complain(text: str) -> None:
-    """Print `text` for errors and warnings."""
+def print_error(text: str) -> None:
+    """Print an error or a warning to stderr without wrapping it."""
     err.print(visible(text), soft_wrap=True, markup=False, highlight=False)
 
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """In the place of `warnings.showwarning`: one line."""
+    """Print a warning as one line; replaces `warnings.showwarning`."""
     if is_main_process():
-        complain(f'warning: {message}')
+        print_error(f'warning: {message}')
 
 
-def last_line(error: CXRError) -> str:
-    """An error's message; a worker process hands it over as the last line of its traceback, a callback indented."""
-    last = str(error).strip().splitlines()[-1].strip()
-    return last.removeprefix(f'{type(error).__module__}.{type(error).__name__}: ')
+def error_message(error: CXRError) -> str:
+    """Return the message of `error`.
+
+    A worker process passes an error on as a traceback, the last line of which is the message with the exception's name.
+    """
+    last_line = str(error).strip().splitlines()[-1].strip()
+    return last_line.removeprefix(f'{type(error).__module__}.{type(error).__name__}: ')
 
 
-def one_of(folder: Path | None, csv: Path | None) -> Path | None:
-    """The one of two places that was named, if any. Raises `UsageError` for both."""
+def choose_source(folder: Path | None, csv: Path | None) -> Path | None:
+    """Return the folder or the CSV of images, or None if neither is given. Raises `UsageError` if both are given."""
     if folder and csv:
-        raise UsageError(f'{folder} and --csv {csv}: name one of them.')
+        raise UsageError(f'{folder} and --csv {csv}: both name images. Give only one of them.')
     return folder or csv
 
 
-def free(path: Path) -> Path:
-    """`path`, or the first free of path-2, path-3 and so on."""
-    tries = (path.with_name(f'{path.name}-{i}') for i in range(2, sys.maxsize))
-    return path if not path.exists() else next(p for p in tries if not p.exists())
+def unused_path(path: Path) -> Path:
+    """Return `path`, or the first of path-2, path-3, ... that does not exist, if `path` exists."""
+    candidate = path
+    number = 2
+    while candidate.exists():
+        candidate = path.with_name(f'{path.name}-{number}')
+        number += 1
+    return candidate
 
 
-MOST_PROBES = 4
-"""Numbers shown for each thing they could tell; the page has all."""
-
-
-def robustness_table(robustness: pd.DataFrame) -> Table:
-    """The AUC by kind and strength of corruption, then on clean images and on those without shortcuts."""
-    from cxr_fastai.images.corruptions import CLEAN, SHORTCUT, summarise
-
-    table = Table(title='AUC on corrupted images', title_justify='left', caption_justify='left')
-    strengths = sorted(set(robustness.strength) - {0})
-    for name in ('', *map(str, strengths), 'mean'):
-        table.add_column(name, justify='right' if name else 'left')
-    for kind, rows in robustness.groupby('corruption', sort=False):
-        if kind not in (CLEAN, SHORTCUT):
-            table.add_row(kind, *map(_auc, rows.auc), _auc(rows.auc.mean()))
-    table.add_section()
-    of, blank = summarise(robustness), [''] * len(strengths)
-    table.add_row(CLEAN, *blank, _auc(of['clean']))
-    table.add_row(SHORTCUT, *blank, _auc(of['shortcut']))
-    table.caption = (
-        f'{_auc(of["corrupted"])} on average over the corruptions\n'
-        f'{abs(of["loss"]):.3f} {"lost" if of["loss"] >= 0 else "gained"} where sharpness tells nothing '
-        '(shortcut)'
-    )
-    return table
-
-
-def check_table(check: dict) -> Table:
-    """The numbers of a check of maps, each with its target and whether it is reached."""
-    from cxr_fastai.interpretation.checks import CHECKS, tell
-
-    table = Table(
-        title=f'{check["method"]} at layer {check["layer"]}, {check["images"]} images of pneumonia',
-        title_justify='left',
-    )
-    for name in ('maps', 'found', 'target', ''):
-        table.add_column(name, justify='left' if name == 'maps' else 'right')
-    for name, one in CHECKS.items():
-        holds = check['verdicts'].get(name)
-        table.add_row(one.words, tell(check[name]), one.aim, {True: 'holds', False: 'fails', None: ''}[holds])
-    return table
-
-
-def _auc(value: float) -> str:
-    return 'undefined' if value != value else f'{value:.3f}'
-
-
-def predictions_table(rows: Sequence[dict], most: int = 20) -> Table:
-    """The first predictions, with the code of each image that could not be used."""
-    table = Table(caption=f'the first {most} of {len(rows)}' if len(rows) > most else None)
+def predictions_table(rows: Sequence[dict[str, Any]], limit: int = 20) -> Table:
+    """Tabulate the first `limit` prediction rows; images without a probability show their error code."""
+    caption = f'the first {limit} of {len(rows)}' if len(rows) > limit else None
+    table = Table(caption=caption)
     for name in ('image', 'p(pneumonia)', 'prediction'):
         table.add_column(name, overflow='fold')
-    for row in rows[:most]:
-        judged = (f'{float(row["p_pneumonia"]):.4f}', row['prediction']) if row['status'] == 'ok' else ('', row['code'])
-        table.add_row(Text(visible(row['path'])), *judged)
+    for row in rows[:limit]:
+        path = Text(visible(row['path']))
+        if row['status'] == 'ok':
+            table.add_row(path, f'{float(row["p_pneumonia"]):.4f}', row['prediction'])
+        else:
+            table.add_row(path, '', row['code'])
     return table
 
 
 def audit_tables(audit: Audit) -> Group:
-    """What an audit counted, found and probed."""
-    counts = Table(title='images', title_justify='left')
-    for name in ('split', 'class', 'kind'):
-        counts.add_column(name)
+    """Tabulate the image counts, file properties, probes and findings of an audit."""
+    counts = _table('images', ('split', 'class', 'kind'))
     counts.add_column('images', justify='right')
     for row in audit.counts.itertuples():
         counts.add_row(row.split, row.label, row.kind, f'{row.images:,}')
@@ -141,11 +108,12 @@ def audit_tables(audit: Audit) -> Group:
 def _files_table(audit: Audit) -> Table:
     table = Table(title='files', title_justify='left', show_header=False)
     for name in ('formats', 'modes', 'bits', 'ignored'):
-        told = ', '.join(f'{value}: {n:,}' for value, n in audit.facts[name].items())
-        if told:
-            table.add_row(name, escape(visible(told)))
+        counts = ', '.join(f'{value}: {count:,}' for value, count in audit.facts[name].items())
+        if counts:
+            table.add_row(name, escape(visible(counts)))
     for name in ('width', 'height', 'bytes'):
-        if span := audit.facts[name]:
+        span = audit.facts[name]
+        if span:
             table.add_row(name, '{least:,} to {most:,}, median {median:,}'.format(**span))
     return table
 
@@ -153,168 +121,225 @@ def _files_table(audit: Audit) -> Table:
 def _probes_table(audit: Audit) -> Table:
     from cxr_fastai.data.auditing import TELLING
 
-    table = Table(
-        title='what one number tells',
-        title_justify='left',
-        caption='too few images or patients of each class' if audit.probes.empty else None,
-    )
-    for name in ('of what', 'number', 'AUC'):
-        table.add_column(name, justify='right' if name == 'AUC' else 'left')
-    best = audit.probes.groupby('probe', sort=False).head(MOST_PROBES)
+    caption = 'too few images or patients of each class' if audit.probes.empty else None
+    table = _table('probes: how well a single number predicts the class or the split', ('target', 'number'), caption)
+    table.add_column('AUC', justify='right')
+    best = audit.probes.groupby('probe', sort=False).head(MAX_PROBES)
     for row in best.itertuples():
-        table.add_row(row.probe, row.trait, f'[yellow]{row.auc:.3f}[/]' if row.auc > TELLING else f'{row.auc:.3f}')
+        auc = f'{row.auc:.3f}'
+        if row.auc > TELLING:
+            auc = f'[yellow]{auc}[/]'
+        table.add_row(row.probe, row.trait, auc)
     return table
 
 
 def _findings_table(audit: Audit) -> Table:
-    table = Table(
-        title='findings',
-        title_justify='left',
-        show_lines=True,
-        caption=None if audit.findings else 'nothing was found to be wrong',
-    )
-    for name in ('', 'what', 'how often', 'what to do'):
-        table.add_column(name, overflow='fold')
+    caption = None if audit.findings else 'no problems found'
+    table = _table('findings', ('level', 'finding', 'count', 'advice'), caption)
+    table.show_lines = True
     for finding in audit.findings:
-        level = f'[{"red" if finding.level == "error" else "yellow"}]{finding.level}[/]'
+        color = 'red' if finding.level == 'error' else 'yellow'
         count = '' if finding.count is None else f'{finding.count:,}'
-        table.add_row(level, escape(finding.name), count, escape(finding.advice))
+        table.add_row(f'[{color}]{finding.level}[/]', escape(finding.name), count, escape(finding.advice))
     return table
 
 
 def metrics_tables(metrics: dict[str, Any]) -> Group:
-    """The metrics of one split: at the chosen threshold, with targets, and at .5; at other prevalences; calibration;
-    groups."""
+    """Tabulate the metrics of one split.
+
+    The tables show the metrics at the chosen threshold and at 0.5 with the targets of the specification, PPV and NPV
+    at other prevalences, calibration, and subgroups.
+    """
     tables = [_rates_table(metrics), _prevalences_table(metrics['prevalences']), _calibration_table(metrics)]
-    return Group(*tables, *([_groups_table(metrics['subgroups'])] if metrics['subgroups'] else []))
-
-
-def comparison_tables(metrics: dict[str, dict], pairs: list[dict], seeds: list[dict]) -> Group:
-    """Several runs: their figures, what sets them apart on the same images, and how seeds vary."""
-    table = _table('runs', ('run', 'images', 'AUC', 'sensitivity', 'specificity', 'threshold'))
-    for name, found in metrics.items():
-        table.add_row(
-            escape(visible(name)),
-            str(found['n']),
-            say_estimate(found['auc']),
-            say_estimate(found['sensitivity']),
-            say_estimate(found['specificity']),
-            f'{found["threshold"]:g}',
-        )
-    return Group(table, *([_pairs_table(pairs)] if pairs else []), *map(_seeds_table, seeds))
-
-
-def say_estimate(estimate: dict, sign: str = '') -> str:
-    """An estimate with its interval, where there are any, with the `sign` '+' also where it is positive."""
-    return _short(describe(estimate, sign=sign))
-
-
-def say_p(p: float | None) -> str:
-    """A p value, in three digits."""
-    return '' if p is None else '< .001' if p < 0.001 else _short(f'{p:.3f}')
-
-
-def _short(words: str) -> str:
-    return re.sub(r'(?<![\d.])0\.', '.', words)  # a terminal has 80 columns
+    if metrics['subgroups']:
+        tables.append(_groups_table(metrics['subgroups']))
+    return Group(*tables)
 
 
 def _rates_table(metrics: dict[str, Any]) -> Table:
-    from cxr_fastai.evaluation.metrics import AT_A_THRESHOLD, OVERALL, TARGETS
+    from cxr_fastai.evaluation.intervals import describe
+    from cxr_fastai.evaluation.metrics import AT_A_THRESHOLD, OVERALL, TARGETS, name_figure
 
-    half, c = metrics['at_half'], metrics['confusion']
-    grouped = (
-        'as wide as the patients, of whom some have several images, demand'
-        if (metrics['intervals']['grouped_by_patient'])
-        else 'images are independent'
-    )
+    half = metrics['at_half']
+    confusion = metrics['confusion']
+    intervals = '95% intervals'
+    if metrics['intervals']['grouped_by_patient']:
+        intervals += ', clustered by patient, as some patients have several images'
     caption = (
-        f'95 % intervals; {grouped}\n{c["tp"]} true positives, {c["fn"]} false negatives\n'
-        f'{c["tn"]} true negatives, {c["fp"]} false positives'
+        f'{intervals}\n'
+        f'{confusion["tp"]} true positives, {confusion["fn"]} false negatives\n'
+        f'{confusion["tn"]} true negatives, {confusion["fp"]} false positives'
     )
     columns = ('', f'threshold {metrics["threshold"]:g}', 'target', f'threshold {half["threshold"]:g}')
     table = _table(f'{metrics["n"]} images of {metrics["patients"]} patients', columns, caption)
     for name in OVERALL:
-        table.add_row(name_figure(name), say_estimate(metrics[name]))
+        table.add_row(name_figure(name), describe(metrics[name]))
     table.add_section()
     for name in AT_A_THRESHOLD:
-        table.add_row(
-            name_figure(name),
-            say_estimate(metrics[name]),
-            _met(metrics[name], TARGETS.get(name)),
-            say_estimate(half[name]),
-        )
+        target = _compare_with_target(metrics[name], TARGETS.get(name))
+        table.add_row(name_figure(name), describe(metrics[name]), target, describe(half[name]))
     return table
 
 
-def _prevalences_table(prevalences: list[dict]) -> Table:
+def _compare_with_target(estimate: dict[str, Any], target: float | None) -> str:
+    if target is None or estimate['value'] is None:
+        return ''
+    verdict = '[green]met[/]' if estimate['value'] >= target else '[red]missed[/]'
+    return f'≥{target:.0%} {verdict}'
+
+
+def _prevalences_table(prevalences: list[dict[str, Any]]) -> Table:
+    from cxr_fastai.evaluation.intervals import describe
+
     table = _table('predictive values at other prevalences', ('prevalence', 'PPV', 'NPV'))
     for row in prevalences:
-        table.add_row(f'{row["prevalence"]:.3g}', say_estimate(row['ppv']), say_estimate(row['npv']))
+        table.add_row(f'{row["prevalence"]:.3g}', describe(row['ppv']), describe(row['npv']))
     return table
 
 
 def _calibration_table(metrics: dict[str, Any]) -> Table:
-    plain, tempered = metrics['calibration'], metrics['calibrated']
-    columns = ('', 'as it is', f'at temperature {tempered["temperature"]:.2f}')
+    from cxr_fastai.evaluation.intervals import describe
+    from cxr_fastai.evaluation.metrics import name_figure
+
+    uncalibrated = metrics['calibration']
+    calibrated = metrics['calibrated']
+    columns = ('', 'uncalibrated', f'at temperature {calibrated["temperature"]:.2f}')
     table = _table('calibration', columns)
     for name in ('brier', 'log_loss', 'slope', 'intercept'):
-        table.add_row(name_figure(name), say_estimate(plain[name]), say_estimate(tempered[name]))
-    errors = [found['ece'] for found in (plain, tempered)]
-    table.add_row('ECE', *(_short(f'{error["value"]:.3f}') for error in errors))
-    chance = [f'{error["chance"]:.3f} (95 % below {error["chance_high"]:.3f})' for error in errors]
-    table.add_row('ECE by chance', *map(_short, chance))
+        table.add_row(name_figure(name), describe(uncalibrated[name]), describe(calibrated[name]))
+    errors = [uncalibrated['ece'], calibrated['ece']]
+    table.add_row('ECE', *[f'{error["value"]:.3f}' for error in errors])
+    table.add_row(
+        'ECE expected by chance',
+        *[f'{error["chance"]:.3f} (95% below {error["chance_high"]:.3f})' for error in errors],
+    )
     return table
 
 
-def _groups_table(groups: list[dict]) -> Table:
+def _groups_table(groups: list[dict[str, Any]]) -> Table:
+    from cxr_fastai.evaluation.intervals import describe
+
     table = _table(
-        'groups',
+        'subgroups',
         ('group', 'images', 'sensitivity', 'specificity', 'AUC'),
-        'the AUC of a group of one class is against all images of the other',
+        'A group with one class is compared with all images of the other class to compute its AUC.',
     )
     for row in groups:
         if row['group'] is None:
             table.add_row(f'{row["column"]}: {row["suppressed"]} groups too small to show', '')
-        else:
-            table.add_row(
-                escape(visible(f'{row["column"]} {row["group"]}')),
-                str(row['n']),
-                say_estimate(row['sensitivity']),
-                say_estimate(row['specificity']),
-                say_estimate(row['auc']),
-            )
+            continue
+        name = escape(visible(f'{row["column"]} {row["group"]}'))
+        rates = [describe(row[metric]) for metric in ('sensitivity', 'specificity', 'auc')]
+        table.add_row(name, str(row['n']), *rates)
     return table
 
 
-def _pairs_table(pairs: list[dict]) -> Table:
-    patients = (
-        ''
-        if pairs[0]['p_patients'] is None
-        else (';\n"patients" is the adjusted p of the AUC where images of one patient belong together')
-    )
+def comparison_tables(
+    metrics: dict[str, dict[str, Any]], pairs: list[dict[str, Any]], seeds: list[dict[str, Any]]
+) -> Group:
+    """Tabulate several runs: their metrics, paired tests on the same images, and the variation over seeds."""
+    tables = [_runs_table(metrics)]
+    if pairs:
+        tables.append(_pairs_table(pairs))
+    tables.extend(_seeds_table(group) for group in seeds)
+    return Group(*tables)
+
+
+def _runs_table(metrics: dict[str, dict[str, Any]]) -> Table:
+    from cxr_fastai.evaluation.intervals import describe
+
+    table = _table('runs', ('run', 'images', 'AUC', 'sensitivity', 'specificity', 'threshold'))
+    for name, run in metrics.items():
+        rates = [describe(run[metric]) for metric in ('auc', 'sensitivity', 'specificity')]
+        table.add_row(escape(visible(name)), str(run['n']), *rates, f'{run["threshold"]:g}')
+    return table
+
+
+def _pairs_table(pairs: list[dict[str, Any]]) -> Table:
+    from cxr_fastai.evaluation.intervals import describe
+
+    caption = 'p values by DeLong and by McNemar (exact), in brackets adjusted for the number of runs (Holm)'
+    if pairs[0]['p_patients'] is not None:
+        caption += ';\n"patients": adjusted p of the AUC with images clustered by patient'
     table = _table(
-        f'against {pairs[0]["against"]}, on the same {pairs[0]["n"]} images',
-        ('run', 'AUC, difference', 'p', 'patients', 'alone right : wrong', 'p'),
-        f'p by DeLong, and by McNemar (exact); in brackets adjusted for the number of runs (Holm){patients}',
+        f'compared with {pairs[0]["against"]}, on the same {pairs[0]["n"]} images',
+        ('run', 'AUC difference', 'p', 'patients', 'only this run correct : only the other', 'p'),
+        caption,
     )
     for row in pairs:
-        auc, calls = row['auc'], row['mcnemar']
+        auc = row['auc']
+        mcnemar = row['mcnemar']
         table.add_row(
             escape(visible(row['run'])),
-            say_estimate(auc, '+'),
-            f'{say_p(auc["p"])} ({say_p(auc["p_holm"])})',
-            say_p(row['p_patients_holm']),
-            f'{calls["only_second"]} : {calls["only_first"]}',
-            f'{say_p(calls["p"])} ({say_p(calls["p_holm"])})',
+            describe(auc, sign='+'),
+            f'{format_p(auc["p"])} ({format_p(auc["p_holm"])})',
+            format_p(row['p_patients_holm']),
+            f'{mcnemar["only_second"]} : {mcnemar["only_first"]}',
+            f'{format_p(mcnemar["p"])} ({format_p(mcnemar["p_holm"])})',
         )
     return table
 
 
-def _seeds_table(seeds: dict) -> Table:
-    table = _table(f'{len(seeds["runs"])} seeds: {", ".join(seeds["runs"])}', ('', 'mean', 'standard deviation'))
-    for name, found in seeds.items():
-        if name != 'runs' and found['mean'] is not None:
-            table.add_row(name_figure(name), f'{found["mean"]:.4f}', f'{found["sd"]:.4f}')
+def format_p(p: float | None) -> str:
+    """Format a p value with three decimals; empty without one."""
+    if p is None:
+        return ''
+    if p < 0.001:
+        return '< 0.001'
+    return f'{p:.3f}'
+
+
+def _seeds_table(seeds: dict[str, Any]) -> Table:
+    from cxr_fastai.evaluation.metrics import name_figure
+
+    title = f'{len(seeds["runs"])} seeds: {", ".join(seeds["runs"])}'
+    table = _table(title, ('', 'mean', 'standard deviation'))
+    for name, summary in seeds.items():
+        if name != 'runs' and summary['mean'] is not None:
+            table.add_row(name_figure(name), f'{summary["mean"]:.4f}', f'{summary["sd"]:.4f}')
+    return table
+
+
+def robustness_table(robustness: pd.DataFrame) -> Table:
+    """Tabulate the AUC by kind and strength of corruption, on clean images, and on images without shortcuts."""
+    from cxr_fastai.images.corruptions import CLEAN, SHORTCUT, summarise
+
+    strengths = sorted(set(robustness.strength) - {0})
+    summary = summarise(robustness)
+    table = Table(title='AUC on corrupted images', title_justify='left', caption_justify='left')
+    table.add_column('corruption \\ strength')
+    for name in (*map(str, strengths), 'mean'):
+        table.add_column(name, justify='right')
+    for kind, rows in robustness.groupby('corruption', sort=False):
+        if kind not in (CLEAN, SHORTCUT):
+            table.add_row(kind, *[_format_auc(auc) for auc in rows.auc], _format_auc(rows.auc.mean()))
+    table.add_section()
+    for name, key in ((CLEAN, 'clean'), (SHORTCUT, 'shortcut')):
+        table.add_row(name, *[''] * len(strengths), _format_auc(summary[key]))
+    change = 'lower' if summary['loss'] >= 0 else 'higher'
+    table.caption = (
+        f'mean over the corruptions: {_format_auc(summary["corrupted"])}\n'
+        f'without the sharpness shortcut: {abs(summary["loss"]):.3f} {change} than on clean images'
+    )
+    return table
+
+
+def _format_auc(auc: float) -> str:
+    return 'undefined' if math.isnan(auc) else f'{auc:.3f}'
+
+
+def check_table(check: dict[str, Any]) -> Table:
+    """Tabulate the numbers of a check of maps, each with its target and whether it is reached."""
+    from cxr_fastai.interpretation.checks import CHECKS, tell
+
+    title = f'{check["method"]} at layer {check["layer"]}, {check["images"]} images with pneumonia'
+    table = _table(title, ('check',))
+    for name in ('value', 'target', 'result'):
+        table.add_column(name, justify='right')
+    results = {True: 'passed', False: 'failed', None: ''}
+    for name, definition in CHECKS.items():
+        result = results[check['verdicts'].get(name)]
+        table.add_row(definition.words, tell(check[name]), definition.aim, result)
     return table
 
 
@@ -323,9 +348,3 @@ def _table(title: str, columns: tuple[str, ...], caption: str | None = None) -> 
     for name in columns:
         table.add_column(name, overflow='fold')
     return table
-
-
-def _met(estimate: dict, target: float | None) -> str:
-    if target is None or estimate['value'] is None:
-        return ''
-    return f'>={target:.0%} ' + ('[green]met[/]' if estimate['value'] >= target else '[red]missed[/]')

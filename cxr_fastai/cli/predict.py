@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.output import complain, out, say
+from cxr_fastai.cli.output import out, print_error, print_line
 from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import UsageError, visible
 from cxr_fastai.core.files import check_new
@@ -45,11 +45,13 @@ def export(
     from cxr_fastai.publishing.exporting import export
 
     made = Bundle.open(export(known, bundle, as_zip, int8))
-    say(f'{made.path}: {", ".join(made.manifest)}. Next: cxr-fastai predict {made.path} IMAGE...')
+    print_line(f'{made.path}: {", ".join(made.manifest)}. Next: cxr-fastai predict {made.path} IMAGE...')
     if space:
         from cxr_fastai.publishing.hub import write_space
 
-        say(f'{write_space(made, space)}: a Space of Hugging Face: python app.py there tries it, git push shares it.')
+        print_line(
+            f'{write_space(made, space)}: a Space of Hugging Face: python app.py there tries it, git push shares it.'
+        )
 
 
 def push_to_hub(
@@ -61,7 +63,7 @@ def push_to_hub(
     """
     from cxr_fastai.publishing.hub import push
 
-    say(push(bundle, repo, private, with_pickle))
+    print_line(push(bundle, repo, private, with_pickle))
 
 
 def predict(
@@ -97,7 +99,7 @@ def predict(
         if threshold is not None:
             predictor = predictor.at(threshold)
         if not (predictor.gate or no_gate):
-            complain(
+            print_error(
                 f'warning: {model} has no input gate, so any picture gets a probability: a bundle that `export` '
                 'makes has one.'
             )
@@ -130,11 +132,11 @@ def trust(what: opt.TrustWhat, sha256: opt.Hash = None) -> None:
     match what:
         case ['list'] if not sha256:
             for known, facts in store.trusted().items():
-                say(f'{known}  {facts["since"]}  {facts["why"]}')
+                print_line(f'{known}  {facts["since"]}  {facts["why"]}')
         case ['remove', known] if not sha256:
             store.distrust(known)
         case [file] if sha256:
-            say(f'{file}: trusted ({store.vouch(Path(file), sha256)})')
+            print_line(f'{file}: trusted ({store.vouch(Path(file), sha256)})')
         case _:
             raise UsageError('give `FILE --sha256 HEX`, `list`, or `remove HEX`.')
 
@@ -187,11 +189,13 @@ def _say(rows: list[dict[str, Any]], table: Path | None) -> None:
     bad = [row for row in rows if row['status'] != 'ok']
     out.print(predictions_table(rows, SHOWN))
     for row in bad:
-        complain(f'{row["status"]}: {row["path"]}: {row["message"]}')
+        print_error(f'{row["status"]}: {row["path"]}: {row["message"]}')
     if any(row['code'] == OUT_OF_DISTRIBUTION for row in bad):
-        complain('--no-gate tells the probability of what the gate has turned away.')
+        print_error('--no-gate tells the probability of what the gate has turned away.')
     called = sum(row['prediction'] == VOCAB[POSITIVE] for row in rows)
-    say(f'{len(rows)} images, {called} called PNEUMONIA, {len(bad)} failed' + (f'; rows in {table}' if table else ''))
+    print_line(
+        f'{len(rows)} images, {called} called PNEUMONIA, {len(bad)} failed' + (f'; rows in {table}' if table else '')
+    )
     if bad:
         raise typer.Exit(3)
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import typer
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.output import say
+from cxr_fastai.cli.output import print_line
 from cxr_fastai.core.errors import UsageError
 
 NEEDED = ('fastapi', 'uvicorn', 'python_multipart', 'prometheus_client', 'onnxruntime')
@@ -51,7 +51,7 @@ def serve(
             token=_read_token(token_file),
             hosts=tuple(allow_host or ()),
         ),
-        say,
+        print_line,
     )
     if code:
         raise typer.Exit(code)

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.output import free, one_of, say
+from cxr_fastai.cli.output import choose_source, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import write_csv
 from cxr_fastai.core.run import Run
@@ -44,17 +44,17 @@ def train(
     Example: cxr-fastai train --arch efficientnet_lite0 --recipe tuned --valid patients --out runs/lite
     """
     if resume:
-        return _resume(given, resume, one_of(data, csv), run)
+        return _resume(given, resume, choose_source(data, csv), run)
     from cxr_fastai.data.items import data_root
 
-    root = data_root(one_of(data, csv))
+    root = data_root(choose_source(data, csv))
     from cxr_fastai.models.architectures import make_recipe
 
     chosen = make_recipe(**_recipe_options(given.params))
     from cxr_fastai.training.training import train
 
-    made = train(chosen, root, run or free(Path('runs', arch)), compile=compile, track=track)
-    say(f'{made.path}: trained. Next: cxr-fastai evaluate {made.path}')
+    made = train(chosen, root, run or unused_path(Path('runs', arch)), compile=compile, track=track)
+    print_line(f'{made.path}: trained. Next: cxr-fastai evaluate {made.path}')
 
 
 def lr_find(
@@ -82,7 +82,7 @@ def lr_find(
     _check_curve(curve)
     from cxr_fastai.data.items import data_root
 
-    root = data_root(one_of(data, csv))
+    root = data_root(choose_source(data, csv))
     from cxr_fastai.models.architectures import make_recipe
 
     chosen = make_recipe(**_recipe_options(given.params))
@@ -93,7 +93,9 @@ def lr_find(
     rates = find_rates(chosen, root, steps)
     save_figure(plot_rates(rates, f'{arch}, recipe {recipe}, {size} px'), curve)
     write_csv(curve.with_suffix('.csv'), rates.curve)
-    say(f'--lr {rates.suggestion:.1e} is suggested; the recipe has {chosen.phases[0].lr:.1e}. The curve is in {curve}')
+    print_line(
+        f'--lr {rates.suggestion:.1e} is suggested; the recipe has {chosen.phases[0].lr:.1e}. The curve is in {curve}'
+    )
 
 
 def _resume(given: typer.Context, folder: Path, data: Path | None, run: Path | None) -> None:
@@ -108,13 +110,13 @@ def _resume(given: typer.Context, folder: Path, data: Path | None, run: Path | N
     typed = {
         name: value for name, value in given.params.items() if given.get_parameter_source(name).name == 'COMMANDLINE'
     }
-    begun = known.noted('start', 'resume')
+    begun = known.last_event('start', 'resume')
     engine = {'compile': 'on' if begun.get('compiled') else 'off', 'track': begun.get('track')}
     engine |= {name: typed[name] for name in engine.keys() & typed.keys()}
     from cxr_fastai.training.training import train
 
     train(revise_recipe(known.recipe, **_recipe_options(typed)), root, folder, resume=True, **engine)
-    say(f'{folder}: trained. Next: cxr-fastai evaluate {folder}')
+    print_line(f'{folder}: trained. Next: cxr-fastai evaluate {folder}')
 
 
 def _check_curve(path: Path) -> None:

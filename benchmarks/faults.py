@@ -61,7 +61,7 @@ EVALUATED = (
 PRELOADED = [
     'cxr_fastai.training.training',
     'cxr_fastai.evaluation.evaluation',
-    'cxr_fastai.interpretation.interpretation',
+    'cxr_fastai.evaluation.figures',
     'cxr_fastai.evaluation.robustness',
     'sklearn.metrics',
     'filelock',

@@ -37,7 +37,7 @@ def evaluate(
     if folder:
         check_new(folder)
     from cxr_fastai.evaluation.evaluation import evaluate, find_split
-    from cxr_fastai.interpretation.interpretation import save_figures, save_images
+    from cxr_fastai.evaluation.figures import save_figures, save_images
 
     images = choose_source(data, csv)
     given = {'rule': threshold, 'by': ('kind', *(by or ())), 'again': len(found) == 1}
@@ -118,7 +118,7 @@ def _compare(runs: list[Run], split: str, folder: Path) -> None:
 def _evaluate_robustness(run: Run, images: Path | None, split: str, batch_size: int, limit: int | None) -> None:
     from cxr_fastai.cli.output import robustness_table
     from cxr_fastai.evaluation.robustness import evaluate_robustness
-    from cxr_fastai.interpretation.interpretation import save_robustness
+    from cxr_fastai.evaluation.figures import save_robustness_figure
 
     out.print(robustness_table(evaluate_robustness(run, images, split, batch_size, limit)))
-    print_line(f'in {run.path}: robustness.csv, {save_robustness(run, split)}')
+    print_line(f'in {run.path}: robustness.csv, {save_robustness_figure(run, split)}')

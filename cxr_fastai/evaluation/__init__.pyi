@@ -1,6 +1,7 @@
 from .comparison import compare, same_images
 from .curves import plot_calibration, plot_net_benefit, plot_precision_recall, plot_risk_coverage, plot_roc, plot_scores
 from .evaluation import evaluate
+from .figures import evaluate_and_draw, typical_correct, worst_errors
 from .metrics import measure
 from .plots import plot_confusion_matrix, plot_history, plot_robustness
 from .robustness import evaluate_robustness, measure_robustness
@@ -10,6 +11,7 @@ __all__ = [
     'compare',
     'decide',
     'evaluate',
+    'evaluate_and_draw',
     'evaluate_robustness',
     'measure',
     'measure_robustness',
@@ -24,4 +26,6 @@ __all__ = [
     'plot_scores',
     'same_images',
     'threshold_table',
+    'typical_correct',
+    'worst_errors',
 ]

@@ -1,6 +1,6 @@
 from .checks import check_maps, check_run
 from .explainer import Explainer
-from .interpretation import CXRInterpretation, worst_errors
+from .interpretation import CXRInterpretation
 from .overlays import Explanation, plot_explanation, plot_gallery, plot_mean_maps
 
 __all__ = [
@@ -12,5 +12,4 @@ __all__ = [
     'plot_explanation',
     'plot_gallery',
     'plot_mean_maps',
-    'worst_errors',
 ]

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from cxr_fastai.core.run import Run
-from cxr_fastai.interpretation.interpretation import worst_errors
+from cxr_fastai.evaluation.figures import worst_errors
 from cxr_fastai.publishing.reporting import find_browser, report
 
 SCRIPT = '<script>alert(1)</script>.jpeg'

@@ -101,7 +101,7 @@ def test_runs_are_found_in_folders_and_named_apart(two, tmp_path):
 
 def test_the_command_compares_averages_seeds_and_predicts_nothing_twice(two, images, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('cxr_fastai.interpretation.interpretation.save_figures', lambda *_: [])
+    monkeypatch.setattr('cxr_fastai.evaluation.figures.save_figures', lambda *_: [])
     argv = ['evaluate', str(two), '--data', str(images)]
     assert main(argv) == 0
     shown = capsys.readouterr().out

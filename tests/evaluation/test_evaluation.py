@@ -108,7 +108,7 @@ def test_validation_images_that_were_predicted_need_not_be_there_again(copy, ima
 
 def hide(run: Run, folder) -> None:
     """Make `run` forget where its images are."""
-    run.note('resume', data=str(folder / 'nowhere'))
+    run.log_event('resume', data=str(folder / 'nowhere'))
 
 
 def test_without_validation_images_no_threshold_is_chosen_on_others(copy, images, tmp_path):
@@ -167,7 +167,7 @@ def test_groups_of_any_column_of_a_csv(copy, images, tmp_path):
     measured = evaluate(copy, tmp_path / 'images.csv', 'test', by=['kind', 'Sex'])
     assert [group['column'] for group in measured['subgroups']] == ['kind', 'sex']
     assert measured['subgroups'][1] == {'column': 'sex', 'group': None, 'suppressed': 2}  # six images each
-    with pytest.raises(UsageError, match='no column age: there are path, label, split, patient, kind'):
+    with pytest.raises(UsageError, match='no column age. Choose one of path, label, split, patient, kind'):
         evaluate(copy, images, 'test', by=['age'])
 
 
@@ -179,7 +179,7 @@ def test_a_second_split_joins_the_first_and_a_second_time_replaces_it(copy):
 
 
 def test_the_validation_figures_are_those_of_the_best_epoch(copy):
-    measured, best = evaluate(copy, None, 'valid'), copy.noted('end')['best']
+    measured, best = evaluate(copy, None, 'valid'), copy.last_event('end')['best']
     assert measured['auc']['value'] == pytest.approx(best['roc_auc'], abs=1e-9)
     assert copy.predictions.loss.mean() == pytest.approx(best['valid_loss'], rel=1e-4)
 

@@ -17,7 +17,7 @@ from cxr_fastai.images.corruptions import CORRUPTIONS, STRENGTHS, sharpness, sum
 from cxr_fastai.images.decode import open_image
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import ModelConfig
-from cxr_fastai.interpretation.interpretation import plot_robustness
+from cxr_fastai.evaluation.plots import plot_robustness
 
 
 @dataclass

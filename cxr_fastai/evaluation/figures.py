@@ -1,0 +1,157 @@
+"""Figures and small images of an evaluated run, written into its `figures/` folder from the stored predictions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cxr_fastai.core.errors import ImageError
+from cxr_fastai.core.figures import save_figure
+from cxr_fastai.core.files import atomic
+from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.core.run import Run
+from cxr_fastai.evaluation.curves import (
+    plot_calibration,
+    plot_net_benefit,
+    plot_precision_recall,
+    plot_risk_coverage,
+    plot_roc,
+    plot_scores,
+)
+from cxr_fastai.evaluation.evaluation import evaluate, find_split
+from cxr_fastai.evaluation.metrics import PREVALENCES
+from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_robustness
+from cxr_fastai.images.decode import open_image
+
+CURVES: dict[str, Callable[[pd.DataFrame, dict[str, Any], str], Figure]] = {
+    'roc': plot_roc,
+    'precision_recall': plot_precision_recall,
+    'calibration': plot_calibration,
+    'scores': plot_scores,
+    'net_benefit': plot_net_benefit,
+    'risk_coverage': plot_risk_coverage,
+}
+"""Figures of every split that contains both classes."""
+MAX_IMAGES = 12
+"""Number of errors, and of typical correct predictions, that a report shows."""
+THUMBNAIL_SIZE = 192
+"""Longer side of these images in pixels."""
+
+
+def evaluate_and_draw(
+    run: Run,
+    data: Path | None = None,
+    split: str = 'test',
+    batch_size: int = 32,
+    limit: int | None = None,
+    rule: str | None = None,
+    prevalences: Sequence[float] = PREVALENCES,
+    by: Sequence[str] = ('kind',),
+    again: bool = True,
+) -> tuple[dict[str, Any], list[str]]:
+    """Evaluate a run as `evaluate` does, and write its figures and the small images of its report.
+
+    The figures of other splits are drawn again where their metrics have changed, for example by another threshold.
+
+    Returns:
+        The metrics of `split`, and the names of its figures relative to the run folder.
+    """
+    previous_metrics = run.metrics
+    metrics = evaluate(run, data, split, batch_size, limit, rule, prevalences, by, again)
+    current_metrics = run.metrics
+    for other in previous_metrics.keys() & current_metrics.keys() - {split}:
+        if current_metrics[other] != previous_metrics[other]:
+            save_figures(run, other)
+    root, _ = find_split(run, data, split, limit)
+    save_images(run, split, root)
+    return metrics, save_figures(run, split)
+
+
+def save_figures(run: Run, split: str) -> list[str]:
+    """Draw the figures of an evaluated `split`; return their names relative to the run folder."""
+    metrics = run.metrics[split]
+    predictions = run.predicted(split)
+    title = _title(run, split)
+    figures = {f'confusion_{split}': plot_confusion_matrix(metrics, title)}
+    if (run / 'history.csv').exists():
+        figures['history'] = plot_history(run.history)
+    if metrics['auc']['value'] is not None:
+        for name, plot in CURVES.items():
+            figures[f'{name}_{split}'] = plot(predictions, metrics, title)
+    return [_save(run, name, figure) for name, figure in figures.items()]
+
+
+def save_robustness_figure(run: Run, split: str) -> str:
+    """Draw the robustness of `run` on `split`; return the name of the figure relative to the run folder."""
+    robustness = run.robustness
+    figure = plot_robustness(robustness[robustness.split == split], _title(run, split))
+    return _save(run, f'robustness_{split}', figure)
+
+
+def _title(run: Run, split: str) -> str:
+    return f'{run.recipe.arch}, {split} split'
+
+
+def _save(run: Run, name: str, figure: Figure) -> str:
+    save_figure(figure, run / 'figures' / f'{name}.png')
+    return f'figures/{name}.png'
+
+
+def save_images(run: Run, split: str, root: Path) -> None:
+    """Save small copies of the images that a report of `split` shows into `figures/images/`.
+
+    `root` is the folder of the original images. Unreadable images, and images with burned-in text that may name the
+    patient, are left out.
+    """
+    for path in shown_images(run.predicted(split)).path:
+        try:
+            image = open_image(root / path)
+        except ImageError:
+            continue
+        if not image.burned_in:
+            save_picture(image.pixels, image_picture(run, path))
+
+
+def shown_images(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Select the images of a split that a report shows: the worst errors, then typical correct predictions."""
+    return pd.concat([worst_errors(predictions), typical_correct(predictions)])
+
+
+def worst_errors(predictions: pd.DataFrame, most: int = MAX_IMAGES) -> pd.DataFrame:
+    """Select the `most` incorrect predictions with the greatest loss, the greatest first."""
+    errors = predictions[predictions.prediction != predictions.label]
+    return errors.nlargest(most, 'loss')
+
+
+def typical_correct(predictions: pd.DataFrame, most: int = MAX_IMAGES) -> pd.DataFrame:
+    """Select typical correct predictions: those with a loss closest to the median of their class, `most` in total."""
+    correct = predictions[predictions.prediction == predictions.label]
+    distance = (correct.loss - correct.groupby('label').loss.transform('median')).abs()
+    by_distance = correct.assign(distance=distance).sort_values(['distance', 'path'])
+    nearest = by_distance.groupby('label', sort=True).head(most // len(VOCAB))
+    return nearest.sort_values('label', kind='stable').drop(columns='distance')
+
+
+def save_picture(pixels: np.ndarray, path: Path) -> None:
+    """Write uint8 `pixels` (h, w) or (h, w, 3) to `path` as a small PNG; create its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(pixels)
+    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    with atomic(path) as temporary:
+        image.save(temporary, 'PNG', optimize=True)
+
+
+def image_picture(run: Run, path: str, folder: str = 'images') -> Path:
+    """Return the path of the small PNG of the image `path`, in `figures/images/`, or in `figures/cams/` with its CAM.
+
+    The name is a hash of `path`: it is unique, and reveals nothing about the patient.
+    """
+    digest = hashlib.sha256(path.encode(errors='surrogateescape')).hexdigest()
+    return run / 'figures' / folder / f'{digest[:16]}.png'

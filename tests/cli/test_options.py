@@ -1,0 +1,67 @@
+"""The options of every command: help, examples, and one meaning for each name."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click import Command, Group
+from typer.main import get_command
+
+from cxr_fastai.cli import app, options
+from cxr_fastai.models.architectures import ARCHS
+
+README = (Path(__file__).parents[2] / 'README.md').read_text()
+PATH_OPTIONS = {'--out', '--resume', '--threshold', '--size', '--workers', '--epochs'}
+"""Options whose help depends on the command."""
+
+
+def list_commands(group: Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Command]]:
+    for name, command in group.commands.items():
+        if hasattr(command, 'commands'):
+            yield from list_commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(list_commands(get_command(app)))
+
+
+@pytest.mark.parametrize('name', COMMANDS, ids=' '.join)
+def test_every_command_has_an_example_and_every_option_has_help(name):
+    command = COMMANDS[name]
+    assert f'Example: cxr-fastai {" ".join(name)}' in command.help
+    assert all(parameter.help for parameter in command.params if parameter.name != 'help')
+
+
+@pytest.mark.parametrize('name', COMMANDS, ids=' '.join)
+def test_the_readme_names_every_command(name):
+    assert f'cxr-fastai {" ".join(name)}' in README
+
+
+def test_an_option_has_the_same_help_in_every_command():
+    helps: dict[str, set[str]] = {}
+    for command in COMMANDS.values():
+        for parameter in command.params:
+            if hasattr(parameter, 'help') and parameter.opts[0].startswith('--'):
+                helps.setdefault(parameter.opts[0], set()).add(parameter.help)
+    assert {name for name, texts in helps.items() if len(texts) > 1} <= PATH_OPTIONS
+
+
+def test_the_help_of_an_option_is_a_sentence():
+    for command in COMMANDS.values():
+        for parameter in command.params:
+            help_text = parameter.help
+            assert help_text[0].isupper() or help_text.split()[0].isalnum(), help_text
+            assert help_text.endswith('.'), help_text
+
+
+def test_every_option_without_a_default_value_says_what_happens():
+    for command in COMMANDS.values():
+        for parameter in command.params:
+            if parameter.opts[0].startswith('--') and parameter.default is None:
+                assert isinstance(parameter.show_default, str), parameter.name
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_the_help_of_arch_names_every_architecture(arch):
+    assert arch in options.Arch.__metadata__[0].help

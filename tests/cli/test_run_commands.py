@@ -1,0 +1,76 @@
+"""The commands that read a run or a model: `evaluate` and `predict`."""
+
+import re
+import shutil
+
+import pandas as pd
+import pytest
+from imagefiles import DEEP, dicom, encoded
+
+from cxr_fastai.cli import main
+
+
+@pytest.mark.parametrize(('name', 'pattern'), [('recipe.json', 'recipe.json'), ('items.csv', 'cxr-fastai train')])
+def test_a_damaged_run_is_one_error_line(fails, run, images, tmp_path, name, pattern):
+    copy = tmp_path / 'run'
+    shutil.copytree(run.path, copy)
+    if name.endswith('json'):
+        (copy / name).write_text('{')
+    else:
+        (copy / name).unlink()
+    fails(['evaluate', copy, '--data', images], 2, pattern)
+
+
+def test_evaluate_prints_the_targets_and_draws_figures(capsys, run, images, tmp_path):
+    copy = tmp_path / 'run'
+    shutil.copytree(run.path, copy)
+    assert main(['evaluate', str(copy), '--data', str(images), '--split', 'test']) == 0
+    printed = capsys.readouterr().out
+    assert 'sensitivity' in printed and re.search('met|missed', printed)
+    figures = {path.name for path in (copy / 'figures').iterdir()}
+    curves = ('calibration', 'confusion', 'net_benefit', 'precision_recall', 'risk_coverage', 'roc', 'scores')
+    assert figures == {'images', 'history.png', *(f'{name}_test.png' for name in curves)}
+
+
+def test_evaluate_needs_a_run_folder(fails, tmp_path):
+    fails(['evaluate', tmp_path], 2, 'run folder')
+
+
+@pytest.mark.parametrize('model', ['run', 'pkl'])
+def test_predict_writes_a_row_for_each_image_and_fails_only_for_the_bad_one(capsys, run, images, tmp_path, model):
+    bad = tmp_path / 'bad.jpeg'
+    bad.write_bytes(b'')
+    table = tmp_path / 'p.csv'
+    source = run.path if model == 'run' else run / 'learner.pkl'
+    assert main(['predict', str(source), str(images / 'test'), str(bad), '--out', str(table)]) == 3
+    rows = pd.read_csv(table)
+    assert rows.status.to_list() == ['ok'] * 12 + ['error']
+    assert rows.code[12] == 'E_EMPTY'
+    errors = capsys.readouterr().err.splitlines()
+    assert [line for line in errors if line.startswith('error: ')] == [f'error: {bad}: E_EMPTY: the file is empty']
+    assert len([line for line in errors if 'no input gate' in line]) == 1
+
+
+def test_predict_notes_the_window_of_deep_images_and_rejects_other_pictures(run, tmp_path):
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    files = {'a.png': encoded(DEEP), 'b.dcm': dicom(), 'c.dcm': dicom(Modality='CT'), 'd.tif': b'II*'}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    assert main(['predict', str(run.path), str(folder), '--out', str(tmp_path / 'p.csv')]) == 3
+    rows = pd.read_csv(tmp_path / 'p.csv')
+    assert rows.status.to_list() == ['ok', 'ok', 'rejected', 'error']
+    assert rows.code.fillna('').to_list() == ['', '', 'E_DICOM_MODALITY', 'E_FORMAT']
+    assert rows.message[:2].str.contains('window 1014 to 3985').all()
+    assert rows.message.str.len().max() <= 200
+
+
+def test_predict_overwrites_nothing(fails, run, images, tmp_path):
+    table = tmp_path / 'p.csv'
+    table.write_text('precious')
+    fails(['predict', run.path, images, '--out', table], 2, 'exists')
+    assert table.read_text() == 'precious'
+
+
+def test_predict_without_a_model_says_what_a_model_is(fails, images, tmp_path):
+    fails(['predict', tmp_path / 'nothing', images], 2, 'run folder')

@@ -1,0 +1,159 @@
+"""The commands `train` and `lr-find`: where images come from, what is refused, and what is written."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from commandlines import small_training
+from PIL import Image
+
+from cxr_fastai.cli import main
+from cxr_fastai.core.errors import ImageError
+from cxr_fastai.core.run import Run
+from cxr_fastai.images.preprocessing import Preprocessing
+from cxr_fastai.inference.pickles import load_learner
+from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.training import training
+
+
+def test_images_are_found_by_the_variable_cxr_data(images, monkeypatch, tmp_path):
+    monkeypatch.setenv('CXR_DATA', str(images))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'runs/baseline').mkdir(parents=True)
+    assert main(['train', '--epochs', '1', '--size', '48', '--limit', '2', '--workers', '0']) == 0
+    assert (tmp_path / 'runs/baseline-2/learner.pkl').is_file()
+
+
+def test_a_missing_class_or_an_empty_split_is_a_usage_error(fails, images, tmp_path):
+    one_class = tmp_path / 'one'
+    no_valid = tmp_path / 'empty'
+    shutil.copytree(images / 'train/NORMAL', one_class / 'train/NORMAL')
+    shutil.copytree(images / 'train', no_valid / 'train')
+    fails(['train', '--data', one_class], 2, '14 NORMAL and 0 PNEUMONIA')
+    fails(['train', '--data', no_valid], 2, 'valid')
+
+
+@pytest.mark.parametrize(
+    ('options', 'pattern'),
+    [
+        (['--arch', 'vgg'], 'vgg.*baseline, resnet50, efficientnet_lite0, or'),
+        (['--recipe', 'magic'], 'magic.*reference or tuned'),
+        (['--valid', 'random'], 'official or patients'),
+        (['--epochs', '0'], 'at least 1'),
+        (['--lr', '-1'], 'positive'),
+        (['--lr', 'nan'], 'positive'),
+        (['--weights', 'nowhere.pth'], 'nowhere.pth.*baseline'),
+    ],
+)
+def test_an_invalid_option_is_refused_before_a_run_exists(fails, train_argv, tmp_path, options, pattern):
+    fails([*train_argv, *options], 2, pattern)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_patient_in_two_splits_is_refused_unless_allowed_and_recorded(fails, images, tmp_path):
+    leaky = Path(shutil.copytree(images, tmp_path / 'leaky'))
+    image = sorted((leaky / 'train/PNEUMONIA').iterdir())[0]
+    shutil.copy(image, leaky / 'test/PNEUMONIA' / f'{image.stem}0.jpeg')
+    argv = small_training(leaky, tmp_path / 'run')
+    fails(argv, 2, 'two splits: 1.*data audit.*--allow-leakage')
+    assert not (tmp_path / 'run').exists()
+    assert main([*argv, '--allow-leakage', '--limit', '3']) == 0
+    assert '"allow_leakage": true' in (tmp_path / 'run/recipe.json').read_text()
+
+
+@pytest.mark.parametrize('resize', ['pad', pytest.param('crop', marks=pytest.mark.slow)])
+def test_prediction_resizes_images_as_training_did(train_argv, images, tmp_path, resize):
+    tall = tmp_path / 'tall.png'
+    Image.open(next((images / 'test').rglob('*.jpeg'))).resize((96, 180)).save(tall)
+    assert main([*train_argv, '--resize', resize, '--limit', '3']) == 0
+    predictor = Predictor.load(tmp_path / 'run')
+    assert predictor.config.resize == resize
+    assert Run.open(tmp_path / 'run').recipe.resize == resize
+
+    def score(preprocessing: Preprocessing) -> float:
+        return predictor.scores(preprocessing.load(tall)[None].copy())[0]
+
+    (row,) = predictor.predict([tall])
+    assert row['p_pneumonia'] == score(Preprocessing(48, resize))
+    assert row['p_pneumonia'] != score(Preprocessing(48))
+
+
+def test_weights_of_the_wrong_shape_leave_no_run(fails, train_argv, tmp_path):
+    weights = tmp_path / 'w.pth'
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), weights)
+    fails([*train_argv, '--arch', 'resnet50', '--weights', weights], 1, 'w.pth: ')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_an_existing_run_is_refused_and_unchanged(fails, run, images):
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob('*')}
+    fails(['train', '--data', images, '--out', run.path], 2, 'exists')
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob('*')} == before
+
+
+@pytest.fixture
+def truncated(images, tmp_path) -> tuple[Path, Path]:
+    """A copy of the images, and its one truncated training image."""
+    folder = Path(shutil.copytree(images, tmp_path / 'images'))
+    image = sorted((folder / 'train/NORMAL').iterdir())[1]  # fastai reads the first one before training
+    image.write_bytes(image.read_bytes()[:500])
+    return folder, image
+
+
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_image_that_breaks_during_training_is_named(fails, truncated, tmp_path, workers, monkeypatch):
+    monkeypatch.setattr(training, 'find_unreadable', lambda *_: {})  # as if it had been readable before
+    folder, image = truncated
+    fails(small_training(folder, tmp_path / 'run', workers), 1, f'^error: {re.escape(str(image))}: E_TRUNCATED')
+
+
+@pytest.mark.parametrize('when', ['before', 'during'])
+def test_an_unreadable_image_can_be_skipped_and_is_named(capsys, truncated, tmp_path, monkeypatch, when):
+    if when == 'during':
+        monkeypatch.setattr(training, 'find_unreadable', lambda *_: {})
+    folder, image = truncated
+    assert main([*small_training(folder, tmp_path / 'run'), '--on-bad-image', 'skip']) == 0
+    errors = capsys.readouterr().err
+    assert f'{image}: E_TRUNCATED' in errors
+    assert 'skipped' in errors
+    recorded = [image.relative_to(folder).as_posix()] if when == 'before' else []
+    assert Run.open(tmp_path / 'run').noted('start')['unreadable'] == recorded
+    # A prediction needs a result for each image, so the exported learner raises.
+    with pytest.raises(ImageError):
+        load_learner(tmp_path / 'run' / 'learner.pkl').predict(image)
+
+
+def test_unreadable_images_are_named_before_training_starts(fails, images, tmp_path):
+    folder = Path(shutil.copytree(images, tmp_path / 'images'))
+    broken = sorted((folder / 'val/NORMAL').iterdir())[:4]
+    for image in broken:
+        image.write_bytes(b'')
+    fails(small_training(folder, tmp_path / 'run'), 1, f'{re.escape(str(folder / "val/NORMAL"))}.*E_EMPTY.*1 more')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_an_infinite_loss_exits_with_six_and_advises_a_lower_rate(fails, train_argv):
+    fails([*train_argv, '--lr', '1e30'], 6, 'lower --lr')
+
+
+@pytest.mark.parametrize(
+    ('name', 'pattern'),
+    [('lr.csv', r'\.png'), ('no/lr.png', 'no'), ('existing.png', 'existing.csv')],
+)
+def test_lr_find_overwrites_nothing(fails, images, tmp_path, name, pattern):
+    (tmp_path / 'existing.csv').write_text('path,label')
+    fails(['lr-find', '--data', images, '--out', tmp_path / name], 2, pattern)
+
+
+def test_lr_find_suggests_a_rate_and_draws_the_curve(capsys, images, tmp_path):
+    picture = tmp_path / 'lr.png'
+    size = ['--size', '48', '--steps', '40', '--batch-size', '8', '--workers', '0']
+    assert main(['lr-find', '--data', str(images), '--out', str(picture), *size]) == 0
+    assert re.search(r'--lr \d\.\de-\d\d.*1\.0e-03', capsys.readouterr().out)
+    curve = pd.read_csv(tmp_path / 'lr.csv')
+    assert curve.lr.is_monotonic_increasing and curve.loss.notna().all()
+    assert picture.read_bytes().startswith(b'\x89PNG')

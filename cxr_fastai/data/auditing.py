@@ -1,4 +1,4 @@
-"""Items become findings: leakage, duplicates, unreadable images, too little validation, shortcuts."""
+"""Audit a set of images: leakage, duplicates, unreadable images, small validation splits, shortcuts to the label."""
 
 from __future__ import annotations
 
@@ -16,29 +16,39 @@ from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.files import write_json, write_text, writing
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.templates import data_uri, fill
-from cxr_fastai.data.find import safe_name, safe_path, short_path
-from cxr_fastai.data.image_stats import MOST_PAIRS, TRAITS, find_alike, measure_images
+from cxr_fastai.data.find import short_path, shown_path
+from cxr_fastai.data.image_stats import MAX_PAIRS, MIN_CORRELATION, TRAITS, find_duplicates, measure_images
 from cxr_fastai.data.items import identify_images, image_root, read_items
-from cxr_fastai.data.splits import check_trainable, doubt_validation, leaking_patients
+from cxr_fastai.data.splits import check_trainable, leaking_patients, validation_warning
 from cxr_fastai.images.decode import open_image
 
-HARM = {
-    True: 'A network can use what it sees of it in place of the disease.',
-    False: 'What holds on the images of one split may not hold on those of the other.',
-}
-"""What a telling number does, where it tells the label and where it tells a split."""
-NOT_TRAINABLE, TOO_SMALL = 'not trainable as it is', 'validation too small to select on'
-"""Findings about splits, which a training may choose otherwise."""
-SHOWN = 40
-"""Pairs of a finding that the page shows."""
-THUMB = 160
+NOT_TRAINABLE = 'not trainable with these splits'
+SMALL_VALIDATION = 'validation too small to select an epoch'
+"""Names of the findings that depend on how a training chooses its splits."""
+SHORTCUT_AUC = 0.70
+"""Cross-validated AUC of a single property above which a warning is given."""
+MIN_PROBED = 20
+"""Images, and patients, that each of two groups must have to be compared; with fewer, chance gives high AUCs."""
+FOLDS = 5
+LABEL = 'label'
+"""The name of the probe that separates the classes; the other probes separate two splits."""
+MAX_SHOWN = 40
+"""Pairs of images, or lines, that the page shows for a finding."""
+PICTURE_SIZE = 160
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong (`error`) or doubtful (`warning`) about a set of images: how often (None where there is
-    nothing to count), which images or patients (in groups that belong together), and what to do. No name in it is one
-    that a patient might have."""
+    """An `error` or a `warning` about a set of images.
+
+    Attributes
+    ----------
+    level : `error` or `warning`.
+    name : what is wrong.
+    count : how often; None if there is nothing to count.
+    advice : details, and what to do.
+    images : groups of names: images or patients that belong together, followed by their splits or error code.
+    """
 
     level: str
     name: str
@@ -49,9 +59,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found: `counts` by split, class and kind; `facts` about the files; `probes` (columns probe, trait,
-    auc); `findings`, errors first; and small pictures of duplicates, JPEG by name. `identity` is that of the images, by
-    `identify_images`."""
+    """The result of `audit`.
+
+    Attributes
+    ----------
+    data : name of the folder or CSV file.
+    images : number of images.
+    identity : hash of the images by `identify_images`.
+    counts : columns `split label kind images`.
+    facts : how the image files are stored.
+    probes : columns `probe trait auc`: the AUC of single properties for the label or for a split.
+    findings : errors first.
+    pictures : small JPEG pictures of the duplicates, by image name.
+    """
 
     data: str
     images: int
@@ -63,53 +83,55 @@ class Audit:
     pictures: dict[str, bytes]
 
 
-def audit(data: Path, workers: int | None = None) -> Audit:
-    """Look at every image of the folder or CSV `data`. Raises `CXRError` where there is no set of images to look at."""
+def audit(data: Path, workers: int | None = None, hide_names: bool = False) -> Audit:
+    """Examine every image of the folder or CSV file `data` with `workers` threads (default: the number of cores).
+
+    With `hide_names` the result contains numbers instead of the names of images, patients and the folder, because names
+    can identify a patient. Raises `CXRError` if there are no images.
+    """
     items, root = read_items(data), image_root(data)
-    measured, thumbnails = measure_images(list(items.path), root, workers)
-    images = pd.concat([items, measured], axis=1)
+    measurements, thumbnails = measure_images(list(items.path), root, workers)
+    images = pd.concat([items, measurements], axis=1)
     images.attrs['ignored'] = items.attrs['ignored']
-    images['name'] = [safe_path(short_path(path), number) for number, path in enumerate(items.path, 1)]
-    whole = images[images.code.isna()]
-    probes = pd.concat([probe_label(whole), probe_shift(whole)], ignore_index=True)
-    alike = find_alike(thumbnails)
-    pairs = _pair_up(images, alike)
+    images['name'] = [shown_path(path, number, hide_names) for number, path in enumerate(items.path, 1)]
+    usable = images[images.code.isna()]
+    probes = pd.concat([probe_label(usable), probe_shift(usable)], ignore_index=True)
+    duplicates = find_duplicates(thumbnails, max_pairs=MAX_PAIRS)
+    pairs = _describe_pairs(images, duplicates)
     findings = [
-        *_unreadable(images),
-        *_burned_in(images),
-        *_leakage(items),
-        *_duplicates(pairs),
-        *_too_many(alike),
-        *_listed_twice(images),
-        *_too_few(items),
-        *_telling(probes),
-        *_names(images),
+        *_find_unreadable(images),
+        *_find_burned_in_text(images),
+        *_find_leakage(items, hide_names),
+        *_find_duplicates(pairs),
+        *_find_unfinished_search(duplicates),
+        *_find_repeated_rows(images),
+        *_find_small_splits(items),
+        *_find_shortcuts(probes),
     ]
-    counts = items.groupby(['split', 'label', 'kind']).size().rename('images').reset_index()
     return Audit(
-        safe_name(data.resolve().name, 'images'),
-        len(items),
-        identify_images(items),
-        counts,
-        _facts(images, whole),
-        probes,
-        tuple(sorted(findings, key=lambda finding: finding.level != 'error')),
-        _draw(images, pairs, root),
+        data='images' if hide_names else data.resolve().name,
+        images=len(items),
+        identity=identify_images(items),
+        counts=items.groupby(['split', 'label', 'kind']).size().rename('images').reset_index(),
+        facts=_summarise_files(images, usable),
+        probes=probes,
+        findings=tuple(sorted(findings, key=lambda finding: finding.level != 'error')),
+        pictures=_draw_pictures(images, pairs, root),
     )
 
 
 def save_audit(audit: Audit, folder: Path) -> None:
-    """Write `audit.json` and `audit.html`, one page that needs nothing else, into `folder`. Raises `OutputError`."""
+    """Write `audit.json` and the self-contained page `audit.html` into `folder`. Raises `OutputError`."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    tables = {'counts': audit.counts.to_dict('records'), 'probes': audit.probes.to_dict('records')}
     write_json(
         folder / 'audit.json',
         {
             'data': audit.data,
             'images': audit.images,
             'identity': audit.identity,
-            **tables,
+            'counts': audit.counts.to_dict('records'),
+            'probes': audit.probes.to_dict('records'),
             'facts': audit.facts,
             'findings': [asdict(finding) for finding in audit.findings],
         },
@@ -118,259 +140,237 @@ def save_audit(audit: Audit, folder: Path) -> None:
 
 
 def render(audit: Audit) -> str:
-    """The audit as one HTML page, without scripts and without anything from elsewhere."""
+    """Return the audit as one HTML page without scripts and external files."""
     pictures = {name: data_uri(jpeg, 'image/jpeg') for name, jpeg in audit.pictures.items()}
-    return fill('audit.html', audit=audit, pictures=pictures, telling=TELLING, shown=SHOWN)
+    return fill(
+        'audit.html',
+        audit=audit,
+        pictures=pictures,
+        shortcut_auc=SHORTCUT_AUC,
+        min_correlation=MIN_CORRELATION,
+        max_shown=MAX_SHOWN,
+    )
 
 
-def _unreadable(images: pd.DataFrame) -> list[Finding]:
-    bad = images[images.code.notna()]
-    if bad.empty:
+def _find_unreadable(images: pd.DataFrame) -> list[Finding]:
+    unreadable = images[images.code.notna()]
+    if unreadable.empty:
         return []
-    codes = ', '.join(f'{n} {code}' for code, n in Counter(bad.code).items())
-    return [
-        Finding(
-            'error',
-            'images that cannot be used',
-            len(bad),
-            f'{codes}: mend or remove them.',
-            tuple(zip(bad['name'], bad.code, strict=True)),
-        )
-    ]
+    codes = ', '.join(f'{n} {code}' for code, n in Counter(unreadable.code).items())
+    names = tuple(zip(unreadable['name'], unreadable.code, strict=True))
+    return [Finding('error', 'unusable images', len(unreadable), f'{codes}. Replace or remove them.', names)]
 
 
-def _burned_in(images: pd.DataFrame) -> list[Finding]:
-    burned = images[images.burned_in.eq(True)]  # missing for an image that cannot be read
-    if burned.empty:
+def _find_burned_in_text(images: pd.DataFrame) -> list[Finding]:
+    burned_in = images[images.burned_in.eq(True)]  # it is missing for an unreadable image
+    if burned_in.empty:
         return []
-    return [
-        Finding(
-            'warning',
-            'images with burned-in text',
-            len(burned),
-            'Their files say that the picture may name the patient: they are not shown here; do not share them.',
-            tuple((name,) for name in burned['name']),
-        )
-    ]
+    advice = (
+        'According to the files, the pixels can contain the name of the patient. These images are not shown here. '
+        'Do not share them.'
+    )
+    names = tuple((name,) for name in burned_in['name'])
+    return [Finding('warning', 'images with burned-in text', len(burned_in), advice, names)]
 
 
-def _leakage(items: pd.DataFrame) -> list[Finding]:
-    shared = leaking_patients(items)
-    if shared.empty:
+def _find_leakage(items: pd.DataFrame, hide_names: bool) -> list[Finding]:
+    splits_by_patient = leaking_patients(items)
+    if splits_by_patient.empty:
         return []
-    return [
-        Finding(
-            'error',
-            'patients in two splits',
-            len(shared),
-            'Figures on one split flatter: put each patient into one; --valid patients does so for train and valid.',
-            tuple(
-                (safe_name(patient, f'patient-{number}'), *splits)
-                for number, (patient, splits) in enumerate(shared.items(), 1)
-            ),
-        )
-    ]
+    groups = []
+    for number, (patient, splits) in enumerate(splits_by_patient.items(), 1):
+        name = f'patient-{number}' if hide_names else short_path(str(patient))
+        groups.append((name, *splits))
+    advice = (
+        'Metrics on one of the splits are too optimistic. Put each patient into one split; `--valid patients` does so '
+        'for train and valid.'
+    )
+    return [Finding('error', 'patients in two splits', len(splits_by_patient), advice, tuple(groups))]
 
 
-def _pair_up(images: pd.DataFrame, alike: list[tuple[int, int, float]]) -> pd.DataFrame:
-    """The pairs of images that show the same, with the columns `first second name other relation exact`."""
+def _describe_pairs(images: pd.DataFrame, duplicates: list[tuple[int, int, float]]) -> pd.DataFrame:
+    """Return the duplicate pairs with the columns `first second name other relation identical`."""
     rows = []
-    for i, j, _ in alike:
-        a, b = images.iloc[i], images.iloc[j]
-        if a.path == b.path:
-            continue  # listed twice, which is another finding
-        relation = (
-            'across classes' if a.label != b.label else 'across splits' if a.split != b.split else f'inside {a.split}'
-        )
-        rows.append((i, j, a['name'], b['name'], relation, a.digest == b.digest))
-    return pd.DataFrame(rows, columns=['first', 'second', 'name', 'other', 'relation', 'exact'])
+    for i, j, _ in duplicates:
+        first, second = images.iloc[i], images.iloc[j]
+        if first.path == second.path:
+            continue  # the same file listed twice is a separate finding
+        if first.label != second.label:
+            relation = 'across classes'
+        elif first.split != second.split:
+            relation = 'across splits'
+        else:
+            relation = f'inside {first.split}'
+        rows.append((i, j, first['name'], second['name'], relation, first.digest == second.digest))
+    return pd.DataFrame(rows, columns=['first', 'second', 'name', 'other', 'relation', 'identical'])
 
 
-def _duplicates(pairs: pd.DataFrame) -> list[Finding]:
-    advice = {
-        'across classes': 'One of the labels is wrong: find out which.',
-        'across splits': 'A split tests what another has taught: remove one of each.',
+def _find_duplicates(pairs: pd.DataFrame) -> list[Finding]:
+    serious = {
+        'across classes': 'One of the two labels is wrong. Find out which, and correct it.',
+        'across splits': 'A network is tested on an image that it was trained on. Remove one image of each pair.',
     }
-    return [
-        Finding(
-            'error' if relation in advice else 'warning',
-            f'duplicate pairs {relation}',
-            len(found),
-            f'{found.exact.sum()} of the pairs are the same to the pixel. '
-            + advice.get(relation, 'They weigh double: remove one of each, or know it.'),
-            tuple(zip(found['name'], found.other, strict=True)),
-        )
-        for relation, found in pairs.groupby('relation')
-    ]
-
-
-def _too_many(alike: list[tuple[int, int, float]]) -> list[Finding]:
-    if len(alike) < MOST_PAIRS:
-        return []
-    return [
-        Finding(
-            'error',
-            'too many duplicate pairs to list',
-            None,
-            f'The search stopped after {MOST_PAIRS:,}: remove these copies and audit again.',
-        )
-    ]
-
-
-def _listed_twice(images: pd.DataFrame) -> list[Finding]:
-    again = images.attrs['ignored'].get('listed twice', 0)
-    splits = images[images.duplicated('path', keep=False)].groupby('path').agg({'name': 'first', 'split': 'unique'})
-    findings = [Finding('warning', 'images listed twice', again, 'Only the first row of each counts.')] if again else []
-    if len(splits):
-        findings.append(
-            Finding(
-                'error',
-                'images listed in two splits',
-                len(splits),
-                'Leave each in one.',
-                tuple((name, *found) for name, found in splits.itertuples(index=False)),
-            )
-        )
+    minor = 'These images have twice the weight of others. Remove one image of each pair, unless this is intended.'
+    findings = []
+    for relation, group in pairs.groupby('relation'):
+        level = 'error' if relation in serious else 'warning'
+        advice = f'{group.identical.sum()} of the pairs have identical pixels. {serious.get(str(relation), minor)}'
+        names = tuple(zip(group['name'], group.other, strict=True))
+        findings.append(Finding(level, f'duplicate pairs {relation}', len(group), advice, names))
     return findings
 
 
-def _too_few(items: pd.DataFrame) -> list[Finding]:
+def _find_unfinished_search(duplicates: list[tuple[int, int, float]]) -> list[Finding]:
+    if len(duplicates) < MAX_PAIRS:
+        return []
+    advice = f'The search stopped after {MAX_PAIRS:,} pairs. Remove these duplicates and repeat the audit.'
+    return [Finding('error', 'too many duplicate pairs', None, advice)]
+
+
+def _find_repeated_rows(images: pd.DataFrame) -> list[Finding]:
+    findings = []
+    repeated = images.attrs['ignored'].get('listed twice', 0)
+    if repeated:
+        advice = 'Only the first row of each image is used.'
+        findings.append(Finding('warning', 'images listed twice', repeated, advice))
+    several_splits = images[images.duplicated('path', keep=False)]
+    groups = [(group['name'].iloc[0], *group.split.unique()) for _, group in several_splits.groupby('path')]
+    if groups:
+        advice = 'Keep each image in one split.'
+        findings.append(Finding('error', 'images listed in two splits', len(groups), advice, tuple(groups)))
+    return findings
+
+
+def _find_small_splits(items: pd.DataFrame) -> list[Finding]:
     try:
         check_trainable(items)
     except UsageError as error:
         return [Finding('warning', NOT_TRAINABLE, None, str(error))]
-    if not (doubt := doubt_validation(items)):
+    warning = validation_warning(items)
+    if warning is None:
         return []
-    return [Finding('warning', TOO_SMALL, None, f'{doubt} --valid patients is sounder.')]
+    return [Finding('warning', SMALL_VALIDATION, None, f'{warning} Consider `--valid patients`.')]
 
 
-def _telling(probes: pd.DataFrame) -> list[Finding]:
-    telling = probes[probes.auc > TELLING]
-    return [
-        Finding(
-            'warning',
-            'shortcuts to the label' if probe == LABEL else f'shift between {probe}',
-            len(found),
-            ', '.join(f'{trait} {auc:.3f}' for trait, auc in zip(found.trait, found.auc, strict=True))
-            + f': the AUC of each number alone. {HARM[probe == LABEL]}',
-        )
-        for probe, found in telling.groupby('probe', sort=False)
-    ]
+def _find_shortcuts(probes: pd.DataFrame) -> list[Finding]:
+    findings = []
+    for probe, group in probes[probes.auc > SHORTCUT_AUC].groupby('probe', sort=False):
+        aucs = ', '.join(f'{trait} {auc:.3f}' for trait, auc in zip(group.trait, group.auc, strict=True))
+        if probe == LABEL:
+            name = 'shortcuts to the label'
+            effect = 'A network can learn these properties instead of the disease.'
+        else:
+            name = f'shift between {probe}'
+            effect = 'Results on one split may not hold on the other.'
+        findings.append(Finding('warning', name, len(group), f'AUC of each property alone: {aucs}. {effect}'))
+    return findings
 
 
-def _names(images: pd.DataFrame) -> list[Finding]:
-    hidden = images['name'] != images.path.map(short_path)
-    if not hidden.any():
-        return []
-    return [
-        Finding(
-            'warning',
-            'file names that may name patients',
-            int(hidden.sum()),
-            'They are shown by their '
-            'number in the order of paths: rename them before you share the set or a run trained on it.',
-        )
-    ]
-
-
-def _facts(images: pd.DataFrame, whole: pd.DataFrame) -> dict[str, Any]:
-    """What the files of the images are; of those that can be used, the `whole` ones, how they are stored."""
-    whole = whole.astype({'bits': int})
-    tally = lambda column: {str(value): int(n) for value, n in whole[column].value_counts().items()}
-    span = lambda column: (
-        dict(zip(('least', 'median', 'most'), map(int, whole[column].quantile([0, 0.5, 1])), strict=True))
-        if len(whole)
-        else {}
-    )
+def _summarise_files(images: pd.DataFrame, usable: pd.DataFrame) -> dict[str, Any]:
+    """Return how the image files are stored: counts by format, mode and bits, and the range of their sizes."""
+    usable = usable.astype({'bits': int})
     return {
         'ignored': images.attrs['ignored'],
         'patients': int(images.patient.nunique()),
-        'formats': tally('format'),
-        'modes': tally('mode'),
-        'bits': tally('bits'),
-        'width': span('width'),
-        'height': span('height'),
-        'bytes': span('bytes'),
+        'formats': _count_values(usable['format']),
+        'modes': _count_values(usable['mode']),
+        'bits': _count_values(usable['bits']),
+        'width': _range(usable['width']),
+        'height': _range(usable['height']),
+        'bytes': _range(usable['bytes']),
     }
 
 
-def _draw(images: pd.DataFrame, pairs: pd.DataFrame, root: Path) -> dict[str, bytes]:
-    """Small pictures of the pairs that are shown, by name; none of an image with text that may name the patient."""
-    shown = pairs.groupby('relation').head(SHOWN)
+def _count_values(column: pd.Series) -> dict[str, int]:
+    return {str(value): int(n) for value, n in column.value_counts().items()}
+
+
+def _range(column: pd.Series) -> dict[str, int]:
+    if column.empty:
+        return {}
+    least, median, most = column.quantile([0, 0.5, 1])
+    return {'least': int(least), 'median': int(median), 'most': int(most)}
+
+
+def _draw_pictures(images: pd.DataFrame, pairs: pd.DataFrame, root: Path) -> dict[str, bytes]:
+    """Return small pictures of the duplicates that the page shows, by name; none of an image with burned-in text."""
+    shown = pairs.groupby('relation').head(MAX_SHOWN)
     pictures = {}
     for i in sorted({*shown['first'], *shown['second']}):
         if images.burned_in[i]:
             continue
         try:
-            image = Image.fromarray(open_image(root / images.path[i]).pixels)
+            picture = Image.fromarray(open_image(root / images.path[i]).pixels)
         except ImageError:
             continue
-        image.thumbnail((THUMB, THUMB))
-        image.save(buffer := BytesIO(), 'JPEG', quality=80)
-        pictures[images['name'][i]] = buffer.getvalue()
+        picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+        file = BytesIO()
+        picture.save(file, 'JPEG', quality=80)
+        pictures[images['name'][i]] = file.getvalue()
     return pictures
 
 
-TELLING = 0.70
-"""Cross-validated AUC above which a number gives something away."""
-ENOUGH = 20
-"""Images, and patients, on either side below which nothing is probed: chance alone would look telling."""
-FOLDS = 5
-LABEL = 'label'
-"""The probe of the label, beside those of the splits."""
-
-
 def probe_label(images: pd.DataFrame) -> pd.DataFrame:
-    """The AUC of each of `TRAITS` for the label: columns `probe trait auc`, the highest first.
+    """Return the AUC of each of `TRAITS` for the label: columns `probe trait auc`, the highest AUC first.
 
-    `images` has the columns `split label patient` and the traits. Measured on train images where there are enough of both
-    classes, else on all; empty where there are too few.
+    `images` has the columns `split label patient` and the traits. Train images are used if they are enough of both
+    classes, else all images. The result is empty if there are too few.
     """
-    train = images[images.split == 'train']
-    for chosen in (train, images):
-        probed = _probe(LABEL, chosen, (chosen.label == VOCAB[POSITIVE]).to_numpy())
-        if len(probed):
+    for group in (images[images.split == 'train'], images):
+        probes = _probe(LABEL, group, (group.label == VOCAB[POSITIVE]).to_numpy())
+        if len(probes):
             break
-    return probed
+    return probes
 
 
 def probe_shift(images: pd.DataFrame) -> pd.DataFrame:
-    """The AUC of each of `TRAITS` for telling images of train from those of valid and of test, within a class: columns
-    `probe trait auc`. What differs there makes validation a poor guide to the test."""
-    found = []
+    """Return the AUC of each of `TRAITS` for separating train from valid and from test within a class.
+
+    The columns are `probe trait auc`. A property that differs between splits makes valid a poor guide to the test
+    result.
+    """
+    probes = []
     for label in VOCAB:
         for other in ('valid', 'test'):
-            chosen = images[(images.label == label) & images.split.isin(['train', other])]
-            found.append(_probe(f'train and {other}, {label}', chosen, (chosen.split == other).to_numpy()))
-    return pd.concat(found, ignore_index=True)
+            group = images[(images.label == label) & images.split.isin(['train', other])]
+            probes.append(_probe(f'train and {other}, {label}', group, (group.split == other).to_numpy()))
+    return pd.concat(probes, ignore_index=True)
 
 
 def _probe(name: str, images: pd.DataFrame, targs: np.ndarray) -> pd.DataFrame:
-    """Columns `probe trait auc` for the boolean `targs` (n,) of the images."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    patients, rows = images.patient.to_numpy(), []
-    if min(min(side.sum(), len(set(patients[side]))) for side in (targs, ~targs)) >= ENOUGH:
-        splits = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0).split(images, targs, patients)
-        folds = np.empty(len(images), int)
-        for i, (_, held_out) in enumerate(splits):
-            folds[held_out] = i
-        rows = [
-            (name, trait, _auc(images[trait].to_numpy(float), targs, folds))
-            for trait in TRAITS
-            if images[trait].nunique() > 1
-        ]
+    """Return the columns `probe trait auc` for the boolean `targs` (n,) of the images."""
+    rows = []
+    if _enough(images, targs) and _enough(images, ~targs):
+        folds = _assign_folds(images, targs)
+        for trait in TRAITS:
+            if images[trait].nunique() > 1:
+                rows.append((name, trait, _cross_validated_auc(images[trait].to_numpy(float), targs, folds)))
     table = pd.DataFrame(rows, columns=['probe', 'trait', 'auc'])
     return table.sort_values('auc', ascending=False, kind='stable', ignore_index=True)
 
 
-def _auc(x: np.ndarray, targs: np.ndarray, folds: np.ndarray) -> float:
-    """AUC of the number `x` (n,), read upwards or downwards as the other `folds` (n,) say."""
+def _enough(images: pd.DataFrame, mask: np.ndarray) -> bool:
+    return mask.sum() >= MIN_PROBED and images.patient[mask].nunique() >= MIN_PROBED
+
+
+def _assign_folds(images: pd.DataFrame, targs: np.ndarray) -> np.ndarray:
+    """Return the number of the fold (n,) of each image; the images of a patient are in the same fold."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
+    folds = np.empty(len(images), int)
+    for number, (_, held_out) in enumerate(splitter.split(images, targs, images.patient.to_numpy())):
+        folds[held_out] = number
+    return folds
+
+
+def _cross_validated_auc(values: np.ndarray, targs: np.ndarray, folds: np.ndarray) -> float:
+    """Return the AUC of `values` (n,). The other folds decide whether high or low values mean a positive."""
     from sklearn.metrics import roc_auc_score
 
-    score = np.empty(len(x))
-    for i in range(FOLDS):
-        held_out = folds == i
-        upwards = roc_auc_score(targs[~held_out], x[~held_out]) >= 0.5
-        score[held_out] = x[held_out] if upwards else -x[held_out]
-    return float(roc_auc_score(targs, score))
+    scores = np.empty(len(values))
+    for number in range(FOLDS):
+        held_out = folds == number
+        high_is_positive = roc_auc_score(targs[~held_out], values[~held_out]) >= 0.5
+        scores[held_out] = values[held_out] if high_is_positive else -values[held_out]
+    return float(roc_auc_score(targs, scores))

@@ -1,11 +1,10 @@
-"""Which files are images: in folders, CSV lists and on the command line."""
+"""Find images in folders, in CSV files and among command-line arguments."""
 
 from __future__ import annotations
 
 import codecs
 import csv
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -13,24 +12,59 @@ from io import StringIO
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.images.decode import SUFFIXES
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pandas as pd  # imported by the functions that use it: prediction with a bundle must not load pandas
+
+DELIMITERS = ',;\t'
+MAX_ROWS_LISTED = 10
+"""Largest number of row numbers in an error message."""
 
 
-def find_images(folder: Path) -> tuple[list[Path], Counter]:
-    """Images below `folder`, sorted, and a count of what was ignored, by reason. Links are not followed, to folders or
-    to images: they may lead in circles or out of the folder. (A CSV may list them.)"""
-    images, ignored = [], Counter()
-    for base, folders, names in os.walk(folder):
-        folders.sort()
+def list_images(sources: Iterable[Path]) -> list[Path]:
+    """Return the images that command-line arguments name.
+
+    Each source is an image file, a folder (all images below it, sorted), a CSV file (the images in its column `path`)
+    or `-` (one path per line of standard input). Raises `UsageError` for a source without images.
+    """
+    images = []
+    for source in sources:
+        images_of_source = _list_source(source)
+        if not images_of_source:
+            raise UsageError(f'{source}: no images found (symbolic links are not followed).')
+        images += images_of_source
+    return images
+
+
+def _list_source(source: Path) -> list[Path]:
+    if str(source) == '-':
+        lines = [line.rstrip(b'\r\n') for line in sys.stdin.buffer]
+        return [Path(os.fsdecode(line)) for line in lines if line.strip()]
+    if os.path.isdir(source):  # Path.is_dir raises for a name that is too long
+        images, _ = find_images(source)
+        return images
+    if source.suffix.lower() == '.csv':
+        return [source.parent / path for path in read_listing(source, ('path',)).path]
+    return [source]
+
+
+def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Return the images below `folder`, sorted, and the number of ignored files by reason.
+
+    Symbolic links to folders and to images are ignored: they can form a cycle or lead out of the folder. A CSV file may
+    list them.
+    """
+    images: list[Path] = []
+    ignored: Counter[str] = Counter()
+    for base, subfolders, names in os.walk(folder):
+        subfolders.sort()
         for name in sorted(names):
             path = Path(base, name)
-            reason = junk(path.relative_to(folder)) or ('link' if path.is_symlink() else None)
+            reason = ignore_reason(path.relative_to(folder))
+            if reason is None and path.is_symlink():
+                reason = 'link'
             if reason:
                 ignored[reason] += 1
             else:
@@ -38,66 +72,43 @@ def find_images(folder: Path) -> tuple[list[Path], Counter]:
     return images, ignored
 
 
-def junk(path: PurePath) -> str | None:
-    """Why the file `path` is no image, by its name; None where it may be one."""
+def ignore_reason(path: PurePath) -> str | None:
+    """Return why a file cannot be an image, judged by its `path` alone; None if it can be one."""
     if '__MACOSX' in path.parts:
         return '__MACOSX'
     if path.name.startswith('._'):
         return '._*'
     if path.name == '.DS_Store':
         return '.DS_Store'
-    return None if path.suffix.lower() in SUFFIXES else 'not an image'
+    if path.suffix.lower() not in SUFFIXES:
+        return 'not an image'
+    return None
 
 
-SHOWN = 10
-"""Row numbers in a complaint; the header is row 1."""
-DELIMITERS = ',;\t'
+def read_listing(path: Path, required: tuple[str, ...] = ('path', 'label')) -> pd.DataFrame:
+    """Read the CSV file `path` as text: one row per image, indexed by row number (the header is row 1).
 
-
-def read_listing(path: Path, needed: tuple[str, ...] = ('path', 'label')) -> pd.DataFrame:
-    """The columns of the CSV `path` as text, stripped, with its row numbers as index; empty cells are NaN.
-
-    UTF-8 (with or without BOM), UTF-16 and Windows-1252; delimited by comma, semicolon or tab; header in any case.
-    Raises `UsageError` where that does not make a table with the columns `needed`, filled in every row.
+    The encoding is UTF-8 (with or without BOM), UTF-16 or Windows-1252; the delimiter a comma, semicolon or tab; the
+    header may be in upper case. Cells are stripped; empty cells are NaN. Raises `UsageError` if the file is not a table
+    or if a `required` column is missing or has empty cells.
     """
     try:
-        table = _parse(path, _text(path))
-    except (ValueError, csv.Error, OSError, UnicodeError) as error:
-        raise UsageError(f'{path}: not a CSV with the columns {",".join(needed)}[,split,patient] ({error}).') from None
-    if missing := [name for name in needed if name not in table]:
-        raise UsageError(f'{path}: has no column {" or ".join(missing)}: its first row has to name the columns.')
-    for name in needed:
-        if (empty := table[name].isna()).any():
-            raise UsageError(f'{path}: no {name} in {rows_where(empty)}.')
+        table = _parse(path, _decode(path.read_bytes()))
+    except (ValueError, csv.Error, OSError) as error:
+        raise UsageError(
+            f'{path}: not a CSV file with the columns {",".join(required)}[,split,patient] ({error}).'
+        ) from None
+    missing = [name for name in required if name not in table]
+    if missing:
+        raise UsageError(f'{path}: has no column {" or ".join(missing)}. The first row must name the columns.')
+    for name in required:
+        empty = table[name].isna()
+        if empty.any():
+            raise UsageError(f'{path}: no {name} in {describe_rows(empty)}. Fill the empty cells.')
     return table
 
 
-def check_files(table: pd.DataFrame, path: Path) -> None:
-    """Raise `UsageError` where an image that the CSV `path` lists is not there."""
-    absent = pd.Series([not os.path.isfile(path.parent / image) for image in table.path], table.index)
-    if absent.any():
-        raise UsageError(f'{path}: no such file in {rows_where(absent)}; paths count from {path.parent}.')
-
-
-def drop_repeats(table: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, int]:
-    """`table` without rows that say again what another said, and their number. Raises `UsageError` where `path` lists
-    an image with two labels."""
-    labels = table.groupby('path').label.transform('nunique')
-    if (both := labels > 1).any():
-        raise UsageError(f'{path}: the same image has two labels in {rows_where(both)}.')
-    again = table.duplicated(['path', 'split'])
-    return table[~again], int(again.sum())
-
-
-def rows_where(wrong: pd.Series) -> str:
-    """The first numbers of the rows that are `wrong`, and how many there are."""
-    rows = [str(row) for row in wrong.index[wrong][:SHOWN]]
-    total = int(wrong.sum())
-    return f'row{"s" if total > 1 else ""} {", ".join(rows)}' + (f' ({total:,} in all)' if total > SHOWN else '')
-
-
-def _text(path: Path) -> str:
-    data = path.read_bytes()
+def _decode(data: bytes) -> str:
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode('utf-16')
     try:
@@ -107,126 +118,75 @@ def _text(path: Path) -> str:
 
 
 def _parse(path: Path, text: str) -> pd.DataFrame:
-    header = text.split('\n', 1)[0]
-    delimiter = max(DELIMITERS, key=header.count)
-    names, *rows = csv.reader(StringIO(text, newline=''), delimiter=delimiter, strict=True)
-    names = [name.strip().lower() for name in names]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(f'{path}: its header has the column {", ".join(twice)} twice.')
+    import pandas as pd
+
+    first_line, _, _ = text.partition('\n')
+    delimiter = max(DELIMITERS, key=first_line.count)
+    rows = list(csv.reader(StringIO(text, newline=''), delimiter=delimiter, strict=True))
+    if not rows:
+        raise ValueError('the file is empty')
+    header = [name.strip().lower() for name in rows.pop(0)]
+    repeated = sorted(name for name, n in Counter(header).items() if n > 1)
+    if repeated:
+        raise UsageError(f'{path}: the header names the column {", ".join(repeated)} twice.')
     lengths = pd.Series([len(row) for row in rows], range(2, len(rows) + 2), dtype=int)
-    if (long := lengths > len(names)).any():
-        raise UsageError(f'{path}: more cells than the header has in {rows_where(long)}.')
-    cells = [[cell.strip() or None for cell in row] + [None] * (len(names) - len(row)) for row in rows]
-    return pd.DataFrame(cells, lengths.index, names, dtype=object).dropna(how='all')
+    too_long = lengths > len(header)
+    if too_long.any():
+        raise UsageError(f'{path}: more cells than the header in {describe_rows(too_long)}.')
+    cells = [[cell.strip() or None for cell in row] + [None] * (len(header) - len(row)) for row in rows]
+    return pd.DataFrame(cells, lengths.index, header, dtype=object).dropna(how='all')
 
 
-KNOWN_WORDS = {
-    'anon',
-    'ap',
-    'bacteria',
-    'chest',
-    'chncxr',
-    'copy',
-    'covid',
-    'cr',
-    'crop',
-    'cxr',
-    'data',
-    'dataset',
-    'demo',
-    'dicom',
-    'dx',
-    'exam',
-    'faulty',
-    'image',
-    'images',
-    'folder',
-    'frontal',
-    'id',
-    'im',
-    'img',
-    'kaggle',
-    'lateral',
-    'left',
-    'masks',
-    'mcucxr',
-    'medmnist',
-    'normal',
-    'original',
-    'originals',
-    'pa',
-    'patient',
-    'person',
-    'pneumonia',
-    'ray',
-    'right',
-    'sample',
-    'scan',
-    'series',
-    'set',
-    'study',
-    'subset',
-    'test',
-    'train',
-    'unknown',
-    'val',
-    'valid',
-    'view',
-    'virus',
-    'xray',
-}
-"""Words that name nobody; a name that has another word in it may be a person's."""
-HASH = re.compile(r'[0-9a-f]{8,}(-[0-9a-f]{4,})*')
-WORD = re.compile(r'[^\W\d_]+')
+def check_files(table: pd.DataFrame, path: Path) -> None:
+    """Raise `UsageError` if an image that the CSV file `path` lists does not exist."""
+    import pandas as pd
+
+    missing = pd.Series([not os.path.isfile(path.parent / image) for image in table.path], table.index)
+    if missing.any():
+        raise UsageError(f'{path}: no such file in {describe_rows(missing)}. Paths are relative to {path.parent}.')
 
 
-def is_safe(name: str) -> bool:
-    """Whether `name` has only known words, single Latin letters and numbers, or is a hash."""
-    words = (word for word in WORD.findall(name) if len(word) > 1 or not word.isascii())
-    return bool(HASH.fullmatch(name)) or '^' not in name and all(word.casefold() in KNOWN_WORDS for word in words)
+def drop_repeated_rows(table: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, int]:
+    """Return `table` without rows that repeat the path and split of an earlier row, and the number of dropped rows.
+
+    Raises `UsageError` if the CSV file `path` lists an image with two labels.
+    """
+    conflicting = table.groupby('path').label.transform('nunique') > 1
+    if conflicting.any():
+        raise UsageError(f'{path}: the same image has two labels in {describe_rows(conflicting)}.')
+    repeated = table.duplicated(['path', 'split'])
+    return table[~repeated], int(repeated.sum())
 
 
-def safe_name(name: str, stand_in: str) -> str:
-    """`name` as it may be shown, or `stand_in`."""
-    return name if is_safe(name) else stand_in
+def describe_rows(mask: pd.Series) -> str:
+    """Return the numbers of the first rows where `mask` is true, and their count if there are more."""
+    rows = [str(row) for row in mask.index[mask]]
+    noun = 'row' if len(rows) == 1 else 'rows'
+    text = f'{noun} {", ".join(rows[:MAX_ROWS_LISTED])}'
+    if len(rows) > MAX_ROWS_LISTED:
+        text += f' ({len(rows):,} in total)'
+    return text
+
+
+def shown_path(path: str, number: int, hide_names: bool = False) -> str:
+    """Return the name of an image on a page that may be shared: its short path, or with `hide_names` its number.
+
+    A file or folder name can contain a patient's name. `image-12.jpeg` stands for the image number 12.
+    """
+    if not hide_names:
+        return short_path(path)
+    suffix = PurePosixPath(path).suffix
+    if suffix.lower() not in SUFFIXES:
+        suffix = ''  # part of a name that contains a full stop
+    return f'image-{number}{suffix}'
 
 
 def short_path(path: str) -> str:
-    """`path` without the folders above its own two, where they are not those of the data root: of one that is absolute
-    or leads out of it."""
+    """Return `path` if it is relative to the data root, else its last three parts.
+
+    Absolute paths and paths that leave the data root would show folder names of the computer.
+    """
     parts = PurePosixPath(path).parts
-    return '/'.join(parts[-3:]) if path.startswith('/') or '..' in parts else path
-
-
-def safe_path(path: str, number: int) -> str:
-    """`path` as it may be shown: from the first part that may be a person's name on, `image-` and `number` instead."""
-    *folders, file = PurePosixPath(path).parts
-    suffix = PurePosixPath(file).suffix
-    if suffix.lower() not in SUFFIXES:
-        suffix = ''  # the end of a name with a full stop in it
-    safe = [is_safe(folder) for folder in folders] + [is_safe(file.removesuffix(suffix))]
-    if all(safe):
-        return path
-    return '/'.join([*folders[: safe.index(False)], f'image-{number}{suffix}'])
-
-
-def list_images(sources: Iterable[Path]) -> list[Path]:
-    """The images that `sources` mean: files as they are, folders with all images below them, sorted, what a CSV has in
-    its column path, and for `-` what standard input has, a line each. Raises `UsageError` where there are none."""
-    images = []
-    for source in sources:
-        found = _list(source)
-        if not found:
-            raise UsageError(f'{source}: no images there (links are not followed).')
-        images += found
-    return images
-
-
-def _list(source: Path) -> list[Path]:
-    if str(source) == '-':
-        return [Path(os.fsdecode(line.rstrip(b'\r\n'))) for line in sys.stdin.buffer if line.strip()]
-    if os.path.isdir(source):
-        return find_images(source)[0]  # a Path would raise where the name is too long
-    if source.suffix.lower() != '.csv':
-        return [source]
-    return [source.parent / path for path in read_listing(source, ('path',)).path]
+    if path.startswith('/') or '..' in parts:
+        return '/'.join(parts[-3:])
+    return path

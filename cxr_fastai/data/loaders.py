@@ -1,4 +1,4 @@
-"""Items become fastai `DataLoaders`: one channel read and augmented, three channels normalised."""
+"""Make fastai `DataLoaders` from the items table."""
 
 from __future__ import annotations
 
@@ -24,34 +24,25 @@ from cxr_fastai.images.cache import ImageCache
 from cxr_fastai.images.decode import read_image
 from cxr_fastai.images.preprocessing import Preprocessing
 
-
-def image_block(recipe: Recipe, cache: ImageCache | None = None) -> DataBlock:
-    """The `DataBlock` of `recipe`, for a table with the columns `path` (complete), `label` and `split`. Images that
-    `cache` holds are not decoded again; the batches are the same without it."""
-    opened = OpenImage(cache or Preprocessing.of(recipe), recipe.on_bad_image == 'skip')
-    images = TransformBlock(type_tfms=opened, batch_tfms=[IntToFloatTensor, NormalizeImage])
-    return DataBlock(
-        blocks=(images, CategoryBlock(vocab=list(VOCAB), sort=False)),
-        get_x=ColReader('path'),
-        get_y=ColReader('label'),
-        splitter=ColSplitter('split', on='valid'),
-        batch_tfms=augmentations(recipe),
-    )
+MAX_ERRORS_LISTED = 3
+"""Largest number of unreadable images that a message names."""
+PR_SET_PDEATHSIG = 1
+"""The option of Linux's `prctl` that sends a process a signal when its parent ends."""
 
 
 def make_dls(items: pd.DataFrame, root: Path, recipe: Recipe, cache: ImageCache | None = None) -> DataLoaders:
-    """`DataLoaders` of the items' train and valid images below `root`, with the loader's settings of `recipe`.
+    """Return `DataLoaders` of the train and valid images of `items` below the folder `root`.
 
-    Where that leaves the workers open, there is one a core, and none where `cache` holds every image.
-
-    Batches are images (n, 3, size, size) and categories (n,). The last, smaller batch of train is used too.
+    Batches are images (n, 3, size, size) and categories (n,); the last, smaller batch of train is kept. If the recipe
+    does not set the number of workers, it is the number of cores, or 0 if `cache` contains every image.
     """
-    # Filtered first: to fastai's splitter whatever is not valid is train, test images included.
+    # ColSplitter puts every row that is not valid into train, so test images have to be removed before.
     source = locate(items[items.split.isin(['train', 'valid'])], root)
     workers = recipe.workers
     if workers is None:
-        workers = 0 if cache and all(path in cache for path in source.path) else os.cpu_count()
-    return image_block(recipe, cache).dataloaders(
+        all_cached = cache is not None and all(path in cache for path in source.path)
+        workers = 0 if all_cached else os.cpu_count()
+    return cxr_block(recipe, cache).dataloaders(
         source,
         bs=recipe.batch_size,
         num_workers=workers,
@@ -61,33 +52,59 @@ def make_dls(items: pd.DataFrame, root: Path, recipe: Recipe, cache: ImageCache 
     )
 
 
-def follow_parent() -> None:
-    """Let a worker process leave Ctrl-C, which a terminal sends to the whole group, to its parent, and end with that
-    even where it is killed (Linux); else the worker would keep the run's lock for a while."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    death_signal = 1  # PR_SET_PDEATHSIG of prctl.h
-    if sys.platform.startswith('linux'):
-        ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
+def cxr_block(recipe: Recipe, cache: ImageCache | None = None) -> DataBlock:
+    """Return the `DataBlock` of `recipe`, for a table with the columns `path` (complete), `label` and `split`.
 
-
-def find_unreadable(paths: Sequence[Path]) -> dict[Path, ImageError]:
-    """Read each image once, on all cores, so that a bad one is known before hours of training."""
-
-    def complaint(path: Path) -> ImageError | None:
-        try:
-            read_image(path)
-        except ImageError as error:
-            return error
-        return None
-
-    return {path: error for path, error in zip(paths, in_threads(complaint, paths), strict=True) if error}
-
-
-def name_images(bad: dict[Path, ImageError]) -> str:
-    """The first unreadable images with what is wrong with them, and how many more there are."""
-    return '; '.join(map(str, list(bad.values())[:3])) + (f'; and {len(bad) - 3} more' if len(bad) > 3 else '')
+    Images in `cache` are not decoded again; the batches are the same with and without it.
+    """
+    open_image = OpenImage(cache or Preprocessing.of(recipe), skip=recipe.on_bad_image == 'skip')
+    image_block = TransformBlock(type_tfms=open_image, batch_tfms=[IntToFloatTensor, NormalizeImage])
+    return DataBlock(
+        blocks=(image_block, CategoryBlock(vocab=list(VOCAB), sort=False)),
+        get_x=ColReader('path'),
+        get_y=ColReader('label'),
+        splitter=ColSplitter('split', on='valid'),
+        batch_tfms=augmentations(recipe),
+    )
 
 
 def locate(items: pd.DataFrame, root: Path) -> pd.DataFrame:
-    """`items` with complete paths, as `dls.test_dl` and the `DataBlock` take them."""
+    """Return `items` with complete paths, as `dls.test_dl` and `cxr_block` expect them."""
     return items.assign(path=[str(root / path) for path in items.path]).reset_index(drop=True)
+
+
+def follow_parent() -> None:
+    """Prepare a worker process of a loader: ignore Ctrl-C, and on Linux end when the parent process ends.
+
+    A terminal sends Ctrl-C to all processes, and the parent stops its workers. A worker that outlives a killed parent
+    would keep the lock of the run folder.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform.startswith('linux'):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def find_unreadable(paths: Sequence[Path]) -> dict[Path, ImageError]:
+    """Read each image once, in one thread per core, and return the error of each unreadable image.
+
+    Training can take hours, so it checks its images first.
+    """
+    errors = in_threads(_read_error, paths)
+    return {path: error for path, error in zip(paths, errors, strict=True) if error}
+
+
+def _read_error(path: Path) -> ImageError | None:
+    try:
+        read_image(path)
+    except ImageError as error:
+        return error
+    return None
+
+
+def describe_unreadable(errors: dict[Path, ImageError]) -> str:
+    """Return the first of the `errors` that `find_unreadable` found, and the number of others."""
+    messages = [str(error) for error in errors.values()]
+    text = '; '.join(messages[:MAX_ERRORS_LISTED])
+    if len(messages) > MAX_ERRORS_LISTED:
+        text += f'; and {len(messages) - MAX_ERRORS_LISTED} more'
+    return text

@@ -1,54 +1,70 @@
-"""The places that hand out the real images, and the one function that brings them to disk in the Kaggle layout."""
+"""Download the data set from one of its sources into the folders of the Kaggle layout."""
 
 from __future__ import annotations
 
+import logging
 import re
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.exceptions import MaxRetryError
+from urllib3.util import Retry
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import check_new, writing
 from cxr_fastai.core.progress import progress_bar
-from cxr_fastai.data.archives import check_hash, draw_images, hash_file, new_folder, unpack_images
+from cxr_fastai.data.archives import check_hash, hash_file, new_folder, unpack_arrays, unpack_images
 from cxr_fastai.data.find import find_images
 from cxr_fastai.data.items import read_items
 
 TIMEOUT = (10, 60)
 """Seconds to wait for a connection, and for the next bytes."""
-PAUSES = (1, 2, 4)
-"""Seconds before each new attempt; they count from the first again whenever the download got further."""
+RETRIES = 3
+"""Number of further requests after one that failed; the count starts again when the download has made progress."""
+RETRY_STATUS = (408, 429, *range(500, 600))
+"""Status codes of temporary failures."""
 CHUNK = 2**16
-TRANSIENT = (408, 429, *range(500, 600))
-"""Status codes after which a new attempt may help."""
-REASONS = (
+"""Bytes written at a time."""
+ERROR_TEXTS = (
     (requests.Timeout, 'no answer in time'),
-    (requests.exceptions.ProxyError, 'the proxy refuses'),
+    (requests.exceptions.ProxyError, 'the proxy refuses the connection'),
     (requests.exceptions.SSLError, 'the certificate is not trusted'),
-    (requests.exceptions.ChunkedEncodingError, 'the connection was cut'),
-    (requests.ConnectionError, 'there is no connection, or it was lost'),
+    (requests.exceptions.ChunkedEncodingError, 'the connection was interrupted'),
+    (requests.ConnectionError, 'no connection, or the connection was lost'),
 )
-"""Told in place of the text of `requests`, which spans lines and may hold signed addresses."""
+"""Replacements for the messages of `requests`, which have several lines and can contain signed addresses."""
 CONTENT_RANGE = re.compile(r'bytes (?:(?P<start>\d+)-\d+|\*)/(?P<total>\d+)')
 CREDENTIALS = (
     'KAGGLE_API_TOKEN, KAGGLE_USERNAME with KAGGLE_KEY, ~/.kaggle/access_token or ~/.kaggle/kaggle.json, '
-    'made at https://www.kaggle.com/settings'
+    'created at https://www.kaggle.com/settings'
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One place that hands out the images: `get` brings the archive to disk, `arrange` makes images of it.
+    """A place that offers the images for download.
 
-    A person finds `file`, of about `size`, on `page`. `url` is an address, or Kaggle's handle; `doubt` is what the
-    images of this source cannot show.
+    Attributes
+    ----------
+    name : value of the option `--source`.
+    page : web page where a person finds the file.
+    file : name of the file on that page, of about `size`.
+    url : address of the file, or Kaggle's handle.
+    fetch : downloads the archive, and returns its path.
+    unpack : writes the images of an archive into a folder, and returns the number of ignored files by reason.
+    images : number of images in the complete data set.
+    md5 : hash of the file; empty if it is unknown.
+    limitation : what the images of this source do not allow.
+    backoff : seconds to wait before the second retry; doubled for each further one. The first retry does not wait.
     """
 
     name: str
@@ -56,21 +72,22 @@ class Source:
     file: str
     size: str
     url: str
-    get: Callable[[Source, Path], Path]
-    arrange: Callable[[Path, Path], Counter]
+    fetch: Callable[[Source, Path], Path]
+    unpack: Callable[[Path, Path], Counter[str]]
     images: int = 5856
     licence: str = 'CC BY 4.0'
     md5: str = ''
-    doubt: str = ''
+    limitation: str = ''
+    backoff: float = 1.0
 
 
 def download(folder: Path, source: str | Source = 'mendeley') -> pd.DataFrame:
-    """Bring the images of `source` to `folder`/train|val|test/NORMAL|PNEUMONIA, which appears whole or not at all.
+    """Download the images of `source` to `folder`/train|val|test/NORMAL|PNEUMONIA, and return their items table.
 
-    What is still incomplete waits in `folder`.download for the next call; a file of the source's name that lies there
-    is used instead of the network, and kept. Returns the items table, with `.attrs['ignored']` counting what was
-    passed over. Raises `UsageError` where the folder has something in it,
-    `OutputError` where it cannot be written, `CXRError` where the images cannot be had or are not what they should be.
+    The folder appears when it is complete. An incomplete download stays in `folder`.download, and the next call resumes
+    it. A file with the source's name in there is used instead of the network, and kept. `.attrs['ignored']` of the
+    table counts ignored files by reason. Raises `UsageError` if the folder is not empty, `OutputError` if it cannot be
+    written, `CXRError` if the download fails or is not the complete data set.
     """
     if isinstance(source, str):
         if source not in SOURCES:
@@ -78,204 +95,273 @@ def download(folder: Path, source: str | Source = 'mendeley') -> pd.DataFrame:
         source = SOURCES[source]
     check_new(folder)
     folder = folder.resolve()
-    archive = folder.with_name(f'{folder.name}.download') / source.file
-    got = archive if archive.exists() else source.get(source, archive)
+    manual_file = folder.with_name(f'{folder.name}.download') / source.file
+    archive = manual_file if manual_file.exists() else source.fetch(source, manual_file)
     try:
-        check_hash(got, source.md5)
+        check_hash(archive, source.md5)
         with new_folder(folder) as temporary:
-            skipped = source.arrange(got, temporary)
-            images = find_images(temporary)[0]
-            if len(images) != source.images:
-                raise CXRError(f'{got.name}: holds {len(images):,} images, and {source.images:,} are expected.')
+            ignored = source.unpack(archive, temporary)
+            _check_complete(archive, temporary, source)
     except (OutputError, UsageError):
-        raise  # the archive is not to blame
+        raise  # the archive is not the cause, so it stays
     except CXRError as error:
-        raise CXRError(f'{error} {_discard(got, archive)}') from error
+        raise CXRError(f'{error} {_discard(archive, manual_file)}') from error
     with suppress(OSError):
-        _forget(_part(archive))
-        archive.parent.rmdir()
-    if source.doubt:
-        warnings.warn(source.doubt, CXRWarning, stacklevel=2)
+        _delete_part(_part_file(manual_file))
+        manual_file.parent.rmdir()
+    if source.limitation:
+        warnings.warn(source.limitation, CXRWarning, stacklevel=2)
     items = read_items(folder)
-    items.attrs['ignored'] = dict(skipped)
+    items.attrs['ignored'] = dict(ignored)
     return items
 
 
-def fetch_url(source: Source, archive: Path) -> Path:
-    """Download the source's archive to the neighbour `.part` of `archive`, going on where an earlier call stopped.
+def _check_complete(archive: Path, folder: Path, source: Source) -> None:
+    images, _ = find_images(folder)
+    if len(images) != source.images:
+        raise CXRError(f'{archive.name}: holds {len(images):,} images; expected {source.images:,}.')
 
-    Raises `CXRError` after some attempts without progress, or at once where the server refuses.
+
+def _discard(archive: Path, manual_file: Path) -> str:
+    """Delete an invalid archive unless the user put it there; return what to do next."""
+    if archive != _part_file(manual_file):
+        return f'Delete {archive} and run the same command again.'
+    _delete_part(archive)
+    return 'The download was deleted. Run the same command again.'
+
+
+def fetch_url(source: Source, archive: Path) -> Path:
+    """Download the file of `source` to `archive`.part, resuming an earlier download, and return that path.
+
+    Failed requests are repeated by urllib3. A connection that breaks while the file arrives is resumed with a range
+    request. Raises `CXRError` after `RETRIES` repetitions without progress, or at once if the server refuses.
     """
-    part, failures, furthest = _part(archive), 0, 0
+    part = _part_file(archive)
     with writing(part):
         part.parent.mkdir(parents=True, exist_ok=True)
         if source.md5 and part.exists() and hash_file(part) == source.md5:
             return part
-        while True:
-            try:
-                _receive(source, part)
-                return part
-            except requests.RequestException as error:
-                status = getattr(error.response, 'status_code', None)
-                size = _size(part)
-                failures, furthest = (1, size) if size > furthest else (failures + 1, furthest)
-                if failures > len(PAUSES) or status and status not in TRANSIENT:
-                    raise CXRError(
-                        f'{source.url}: {explain(error)}. Run the same command again to go on, or '
-                        f'{_by_hand(source, archive)}'
-                    ) from error
-                time.sleep(PAUSES[failures - 1])
+        try:
+            with _make_session(source) as session, _urllib3_warnings_off():
+                _receive_all(session, source, part)
+        except requests.RequestException as error:
+            raise CXRError(
+                f'{source.url}: {describe_error(error)}. Run the same command again to resume the download, or '
+                f'{_manual_download(source, archive)}'
+            ) from error
+    return part
+
+
+def _make_retry(source: Source) -> Retry:
+    return Retry(
+        RETRIES,
+        status_forcelist=RETRY_STATUS,
+        backoff_factor=source.backoff,
+        raise_on_status=False,  # the last response is reported
+        respect_retry_after_header=False,  # it can ask for hours
+    )
+
+
+def _make_session(source: Source) -> requests.Session:
+    session = requests.Session()
+    for scheme in ('https://', 'http://'):
+        session.mount(scheme, HTTPAdapter(max_retries=_make_retry(source)))
+    return session
+
+
+@contextmanager
+def _urllib3_warnings_off() -> Iterator[None]:
+    """Hide urllib3's warning for each retry, which would reach standard error."""
+    logger = logging.getLogger('urllib3')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _receive_all(session: requests.Session, source: Source, part: Path) -> None:
+    """Request the missing bytes of `part` until it is complete. Raises `requests.RequestException`."""
+    # urllib3 repeats requests, but it cannot resume a response whose body breaks off.
+    retry = _make_retry(source)
+    furthest = 0
+    while not _receive(session, source, part):
+        size = _file_size(part)
+        if size > furthest:
+            furthest = size
+            retry = _make_retry(source)
+        try:
+            retry = retry.increment()
+        except MaxRetryError as error:
+            raise requests.exceptions.ChunkedEncodingError from error
+        log.info('%s: interrupted at %s bytes, resuming', source.file, f'{size:,}')
+        retry.sleep()
+
+
+def _receive(session: requests.Session, source: Source, part: Path) -> bool:
+    """Request what `part` lacks and append it; return whether `part` is complete then."""
+    size = _file_size(part)
+    etag = _etag_file(part)
+    headers = {'Accept-Encoding': 'identity'}  # the length of a compressed response is not that of the file
+    if size:
+        headers['Range'] = f'bytes={size}-'
+        if etag.exists():
+            headers['If-Range'] = etag.read_text(encoding='utf-8')
+    with session.get(source.url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if size and response.status_code in (206, 416):
+            start, total = _read_range(response)
+            if start != size:
+                _delete_part(part)
+                return False
+            if start == total:
+                return True
+        else:
+            _check_file_response(response)
+            start, total = 0, _content_length(response)
+            _keep_etag(response, etag)
+        try:
+            _append(response, part, source.file, start, total)
+        except (requests.exceptions.ChunkedEncodingError, requests.ConnectionError):
+            return False
+    return total in (None, _file_size(part))
+
+
+def _read_range(response: requests.Response) -> tuple[int | None, int]:
+    """Return the first byte and the total length in the response to a range request; no first byte if it is unclear.
+
+    The response to a request that starts at the end (416) has the total length as its first byte.
+    """
+    match = CONTENT_RANGE.fullmatch(response.headers.get('Content-Range', ''))
+    if not match:
+        return None, 0
+    return int(match['start'] or match['total']), int(match['total'])
+
+
+def _check_file_response(response: requests.Response) -> None:
+    response.raise_for_status()
+    if response.headers.get('Content-Type', '').startswith('text/html'):
+        raise requests.RequestException('the server sent a web page instead of the file')
+
+
+def _content_length(response: requests.Response) -> int | None:
+    length = response.headers.get('Content-Length')
+    return int(length) if length else None
+
+
+def _keep_etag(response: requests.Response, etag: Path) -> None:
+    """Store the ETag, so that a resumed download does not join two versions. A weak ETag cannot distinguish them."""
+    etag.unlink(missing_ok=True)
+    value = response.headers.get('ETag', '')
+    if value.startswith('"'):
+        etag.write_text(value, encoding='utf-8')
+
+
+def _append(response: requests.Response, part: Path, name: str, start: int, total: int | None) -> None:
+    with (
+        open(part, 'ab' if start else 'wb') as file,
+        progress_bar(total, name, initial=start, unit='B', unit_scale=True) as bar,
+    ):
+        for chunk in response.iter_content(CHUNK):
+            file.write(chunk)
+            bar.update(len(chunk))
 
 
 def fetch_kaggle(source: Source, archive: Path) -> Path:
-    """The folder in kagglehub's cache that holds the source's files; kagglehub shows its own progress, and resumes.
+    """Download the files of `source` with kagglehub, and return their folder in its cache.
 
-    Raises `CXRError` where the package is missing, Kaggle refuses or there is no connection.
+    kagglehub shows its own progress, and resumes an earlier download. Raises `CXRError` if the package is missing, if
+    Kaggle refuses or if there is no connection.
     """
-    advice = f'Kaggle takes credentials from {CREDENTIALS}. Or {_by_hand(source, archive)}'
+    advice = f'Kaggle takes credentials from {CREDENTIALS}. Or {_manual_download(source, archive)}'
     try:
         import kagglehub
     except ImportError:
         raise CXRError(
             '--source kaggle needs a package that is not installed: pip install "cxr_fastai[kaggle]". Or '
-            f'{_by_hand(source, archive)}'
+            f'{_manual_download(source, archive)}'
         ) from None
     try:
         return Path(kagglehub.dataset_download(source.url))
     except requests.RequestException as error:
-        raise CXRError(f'Kaggle, {source.url}: {explain(error)}. {advice}') from error
+        raise CXRError(f'Kaggle, {source.url}: {describe_error(error)}. {advice}') from error
     except OSError as error:
         raise OutputError(
-            f"kagglehub's cache: cannot be written ({error.strerror}). Free the disk, or name another "
-            'place by KAGGLEHUB_CACHE.'
+            f'the cache of kagglehub cannot be written ({error.strerror}). Free disk space, or choose another folder '
+            'with KAGGLEHUB_CACHE.'
         ) from error
-    # kagglehub's own errors have no base, and those of its credentials are ValueError.
-    except Exception as error:
-        raise CXRError(f'Kaggle, {source.url}: {explain(error)}. {advice}') from error
+    except Exception as error:  # kagglehub's exceptions have no common base class; bad credentials are a ValueError
+        raise CXRError(f'Kaggle, {source.url}: {describe_error(error)}. {advice}') from error
 
 
-def explain(error: Exception) -> str:
-    """What went wrong, in a few words on one line."""
+def describe_error(error: Exception) -> str:
+    """Return the cause of a failed download in a few words on one line."""
     response = getattr(error, 'response', None)
     if response is not None:
         return f'the server answers {response.status_code} {response.reason}'
-    known = (text for kind, text in REASONS if isinstance(error, kind))
-    return next(known, ' '.join(str(error).split()))
+    for kind, text in ERROR_TEXTS:
+        if isinstance(error, kind):
+            return text
+    return ' '.join(str(error).split())
 
 
-def _receive(source: Source, part: Path) -> None:
-    """Ask for what `part` still lacks and append it. Raises `requests.RequestException`."""
-    have, etag = _size(part), _etag(part)
-    headers = {'Accept-Encoding': 'identity'}  # the lengths of a packed answer would not be the file's
-    if have:
-        headers['Range'] = f'bytes={have}-'
-    if have and etag.exists():
-        headers['If-Range'] = etag.read_text(encoding='utf-8')
-    with requests.get(source.url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        start, total = _place(response, have)
-        if start is None:
-            _forget(part)
-            raise requests.RequestException('the server did not go on where the download had stopped')
-        if have and start == total:
-            return
-        if not start:
-            _note_version(response, etag)
-        with (
-            open(part, 'ab' if start else 'wb') as file,
-            progress_bar(total, source.file, initial=start, unit='B', unit_scale=True) as bar,
-        ):
-            for chunk in response.iter_content(CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
-    if total not in (None, _size(part)):
-        raise requests.exceptions.ChunkedEncodingError
+def _manual_download(source: Source, archive: Path) -> str:
+    return (
+        f'download {source.file} ({source.size}) from {source.page}, save it as {archive} and run the same command '
+        'again.'
+    )
 
 
-def _place(response: requests.Response, have: int) -> tuple[int | None, int | None]:
-    """At which byte the answer starts, None where that is not where `have` bytes end; and the length of the whole."""
-    if have and response.status_code in (206, 416):
-        found = CONTENT_RANGE.fullmatch(response.headers.get('Content-Range', ''))
-        if not found or int(found['start'] or found['total']) != have:
-            return None, None
-        return have, int(found['total'])
-    response.raise_for_status()
-    if response.headers.get('Content-Type', '').startswith('text/html'):
-        raise requests.RequestException('a web page came in place of the file')
-    length = response.headers.get('Content-Length')
-    return 0, int(length) if length else None
-
-
-def _note_version(response: requests.Response, etag: Path) -> None:
-    """Keep the ETag, so that a later call does not join the parts of two versions; a weak one does not tell them."""
-    etag.unlink(missing_ok=True)
-    if (value := response.headers.get('ETag', '')).startswith('"'):
-        etag.write_text(value, encoding='utf-8')
-
-
-def _discard(got: Path, archive: Path) -> str:
-    """Delete an archive found bad if it is our own download; what to do next, in words."""
-    if got != _part(archive):
-        return f'Delete {got} and run the same command again.'
-    _forget(got)
-    return 'The download was deleted: run the same command again.'
-
-
-def _by_hand(source: Source, archive: Path) -> str:
-    return f'fetch {source.file} ({source.size}) from {source.page} as {archive} and run the same command again.'
-
-
-def _part(archive: Path) -> Path:
+def _part_file(archive: Path) -> Path:
     return archive.with_name(f'{archive.name}.part')
 
 
-def _etag(part: Path) -> Path:
+def _etag_file(part: Path) -> Path:
     return part.with_suffix('.etag')
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _forget(part: Path) -> None:
-    for path in (part, _etag(part)):
+def _delete_part(part: Path) -> None:
+    for path in (part, _etag_file(part)):
         path.unlink(missing_ok=True)
 
 
+def _file_size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 SOURCES = {
-    source.name: source
-    for source in (
-        Source(
-            'mendeley',
-            'https://data.mendeley.com/datasets/rscbjbr9sj/2',
-            'ChestXRay2017.zip',
-            'about 1.2 GB',
-            'https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/f12eaf6d-6023-432f-acc9-80c9d7393433/'
-            'file_downloaded',
-            fetch_url,
-            unpack_images,
-            doubt='Mendeley hands out train and test only: `--valid patients` takes validation images from train.',
-        ),
-        Source(
-            'kaggle',
-            'https://www.kaggle.com/datasets/paultimothymooney/chest-xray-pneumonia',
-            'archive.zip',
-            'about 2.3 GB',
-            'paultimothymooney/chest-xray-pneumonia',
-            fetch_kaggle,
-            unpack_images,
-        ),
-        Source(
-            'medmnist',
-            'https://zenodo.org/records/10519652',
-            'pneumoniamnist_224.npz',
-            'about 0.2 GB',
-            'https://zenodo.org/records/10519652/files/pneumoniamnist_224.npz?download=1',
-            fetch_url,
-            draw_images,
-            md5='d6a3c71de1b945ea11211b03746c1fe1',
-            doubt='MedMNIST names no patients and drew val from train image by image, so a patient may be in both: '
-            'figures on val flatter, and `--valid patients` cannot help. Its images are also cropped and small.',
-        ),
-    )
+    'mendeley': Source(
+        name='mendeley',
+        page='https://data.mendeley.com/datasets/rscbjbr9sj/2',
+        file='ChestXRay2017.zip',
+        size='about 1.2 GB',
+        url='https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/f12eaf6d-6023-432f-acc9-80c9d7393433/'
+        'file_downloaded',
+        fetch=fetch_url,
+        unpack=unpack_images,
+        limitation='Mendeley offers train and test only; `--valid patients` takes validation images from train.',
+    ),
+    'kaggle': Source(
+        name='kaggle',
+        page='https://www.kaggle.com/datasets/paultimothymooney/chest-xray-pneumonia',
+        file='archive.zip',
+        size='about 2.3 GB',
+        url='paultimothymooney/chest-xray-pneumonia',
+        fetch=fetch_kaggle,
+        unpack=unpack_images,
+    ),
+    'medmnist': Source(
+        name='medmnist',
+        page='https://zenodo.org/records/10519652',
+        file='pneumoniamnist_224.npz',
+        size='about 0.2 GB',
+        url='https://zenodo.org/records/10519652/files/pneumoniamnist_224.npz?download=1',
+        fetch=fetch_url,
+        unpack=unpack_arrays,
+        md5='d6a3c71de1b945ea11211b03746c1fe1',
+        limitation='MedMNIST has no patient numbers and drew val from train image by image, so a patient can be in '
+        'both: metrics on val are too optimistic, and `--valid patients` does not help. The images are cropped and '
+        'small.',
+    ),
 }
-"""By the name that --source takes."""
+"""The sources by name."""

@@ -1,4 +1,4 @@
-"""Patient-grouped splits, and checks of splits."""
+"""Split images by patient, and check that splits can be trained and validated on."""
 
 from __future__ import annotations
 
@@ -7,75 +7,86 @@ import pandas as pd
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import VOCAB
 
-FEW = 50
-"""Validation images of a class below which selecting an epoch is a matter of luck."""
+MIN_VALID_IMAGES = 50
+"""Validation images of each class below which the choice of an epoch is mostly chance."""
 
 
 def split_patients(items: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Pool train and valid, and give a tenth of the patients to valid, with the shares of the classes kept."""
+    """Return `items` with a tenth of the patients of train and valid in valid, and the others in train.
+
+    Both splits get about the same proportion of each class. Test images stay test images. Raises `UsageError` if a
+    class has fewer than two patients.
+    """
     from sklearn.model_selection import StratifiedGroupKFold
 
     pool = items[items.split.isin(['train', 'valid'])]
     patients = pool.groupby('label').patient.nunique().reindex(VOCAB, fill_value=0)
     if patients.min() < 2:
-        raise UsageError(f'--valid patients needs two patients of each class; found {describe_counts(patients)}.')
-    folds = StratifiedGroupKFold(min(10, patients.min()), shuffle=True, random_state=seed)
-    _, chosen = next(folds.split(pool, pool.label, pool.patient))
+        raise UsageError(
+            f'--valid patients needs at least two patients of each class; found {describe_counts(patients)}.'
+        )
+    splitter = StratifiedGroupKFold(min(10, patients.min()), shuffle=True, random_state=seed)
+    folds = list(splitter.split(pool, pool.label, pool.patient))
+    _, valid_rows = folds[0]
     split = items.split.where(~items.index.isin(pool.index), 'train')
-    split.loc[pool.index[chosen]] = 'valid'
+    split.loc[pool.index[valid_rows]] = 'valid'
     return items.assign(split=split)
 
 
 def check_trainable(items: pd.DataFrame) -> None:
-    """Raise `UsageError` unless train has two images of each class and valid has any."""
+    """Raise `UsageError` unless train has at least two images of each class and valid has at least one image."""
     counts = count_images(items)
     if (counts.loc['train'] < 2).any():
         raise UsageError(
-            f'train holds {describe_counts(counts.loc["train"])}: a classifier needs two images or more of each class.'
+            f'train holds {describe_counts(counts.loc["train"])}. Training needs at least two images of each class.'
         )
     if not counts.loc['valid'].sum():
         raise UsageError(
-            'valid holds no image, so no epoch could be chosen: `--valid patients` takes a tenth of the '
-            'patients of train.'
+            'valid holds no image, so the best epoch cannot be selected. Use `--valid patients`, which takes a tenth '
+            'of the patients of train.'
         )
 
 
 def check_leakage(items: pd.DataFrame) -> None:
-    """Raise `UsageError` where a patient has images in two splits: what is measured would flatter."""
-    if n := len(leaking_patients(items)):
+    """Raise `UsageError` if a patient has images in two splits: metrics on one of them would be too optimistic."""
+    n = len(leaking_patients(items))
+    if n:
         raise UsageError(
-            f'patients with images in two splits: {n}. Figures on one would flatter: `cxr-fastai data '
-            'audit` tells more. --valid patients mends train and valid; --allow-leakage trains anyway.'
+            f'patients with images in two splits: {n}. Metrics would be too optimistic. List them with `cxr-fastai '
+            'data audit`; use --valid patients if they are in train and valid, or --allow-leakage to train anyway.'
         )
 
 
 def leaking_patients(items: pd.DataFrame) -> pd.Series:
-    """The splits of each patient (the index) who is in more than one, as lists."""
+    """Return the sorted list of splits of each patient (the index) with images in more than one split."""
     splits = items.groupby('patient').split.unique().map(sorted)
     return splits[splits.map(len) > 1]
 
 
-def doubt_validation(items: pd.DataFrame) -> str | None:
-    """What the size of valid leaves unknown, in words; None where it has enough images of each class."""
+def validation_warning(items: pd.DataFrame) -> str | None:
+    """Return a warning if valid is too small to select an epoch on, else None.
+
+    The warning gives the lower limit of the 95% Wilson interval of a perfect result.
+    """
     from scipy.stats import binomtest
 
     counts = count_images(items).loc['valid']
-    if counts.min() >= FEW:
+    if counts.min() >= MIN_VALID_IMAGES:
         return None
     n = int(counts.max())
     low = binomtest(n, n).proportion_ci(method='wilson').low
     return (
-        f'validation has only {describe_counts(counts)} images: even {n} of {n} right would leave the true rate anywhere '
-        f'from {low:.2f} to 1, and the epoch it selects is a matter of luck.'
+        f'validation has only {describe_counts(counts)} images. Even with {n} of {n} correct, the true rate could be '
+        f'anywhere from {low:.2f} to 1, so the selected epoch is mostly a matter of chance.'
     )
 
 
 def describe_counts(counts: pd.Series) -> str:
-    """`counts` in words, such as `12 NORMAL and 30 PNEUMONIA`."""
+    """Return `counts` in words, such as `12 NORMAL and 30 PNEUMONIA`."""
     return ' and '.join(f'{n} {name}' for name, n in counts.items())
 
 
 def count_images(items: pd.DataFrame) -> pd.DataFrame:
-    """Images by split (rows train, valid, test) and class (columns in the order of the vocabulary)."""
+    """Return the number of images by split (rows train, valid, test) and class (columns in the order of `VOCAB`)."""
     counts = pd.crosstab(items.split, items.label)
     return counts.reindex(index=['train', 'valid', 'test'], columns=list(VOCAB), fill_value=0)

@@ -1,11 +1,14 @@
-"""What happens to a batch of training images alone, drawn anew for each image from torch's global generator."""
+"""fastai transforms of the data pipeline: open an image, augment a training batch, normalise a batch.
+
+The random transforms draw from torch's global generator, separately for each image.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from inspect import signature
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
@@ -26,34 +29,86 @@ from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.models.inputs import denormalize, normalize
 
 STRIDE = 32
-"""Images that start smaller have sides that are multiples of it, as the networks halve a side five times."""
-BEST_JPEG = 95
+"""Smaller training images have sides that are multiples of 32 pixels, because the networks halve a side five times."""
+MAX_JPEG_QUALITY = 95
+"""Quality of the weakest JPEG compression that `DegradeImages` applies."""
 
 
-class ByImage(DisplayedTransform):
-    """A transform that draws something for each image. Where several processes share a batch, each draws for the whole
-    of it and keeps its own `parts`, so that the images come out as in one process."""
+class OpenImage(Transform):
+    """Convert a path, or a grey uint8 array (h, w), to a grey uint8 tensor (1, size, size).
+
+    `source` reads and resizes the image. An image that cannot be read raises `ImageError`, or with `skip` is left out
+    of the batch with a warning.
+    """
+
+    def __init__(self, source: Preprocessing | ImageCache, skip: bool = False) -> None:
+        super().__init__()
+        self.source, self.skip = source, skip
+        self.input_types = (str, Path, np.ndarray)  # what `dls.test_dl` accepts
+
+    def encodes(self, image: str | Path | np.ndarray) -> TensorImageBW:
+        try:
+            pixels = self.source.fit(image) if isinstance(image, np.ndarray) else self.source.load(image)
+        except ImageError as error:
+            if not self.skip:
+                raise
+            warnings.warn(f'{error}: skipped', CXRWarning, stacklevel=2)
+            raise SkipItemException from error
+        return TensorImageBW(torch.from_numpy(pixels.copy())[None])
+
+
+class NormalizeImage(DisplayedTransform):
+    """Convert grey images (n, 1, h, w) in [0, 1] to the ImageNet-normalised input (n, 3, h, w) of the networks."""
+
+    order = 99
+
+    def encodes(self, x: TensorImageBW) -> TensorImage:
+        return TensorImage(normalize(x.as_subclass(Tensor)))
+
+    def decodes(self, x: TensorImage) -> TensorImage:
+        return TensorImage(denormalize(x.as_subclass(Tensor)))
+
+
+class PerImageTransform(DisplayedTransform):
+    """A transform of training batches that draws random parameters for each image.
+
+    If several processes share a batch, `parts` holds, for each batch to come, the size of the whole batch and the slice
+    of this process. Each process then draws for the whole batch, so the images are the same as with one process.
+    """
 
     split_idx = 0
-    parts: Iterator[tuple[int, slice]] | None = None  # for each batch to come the images in all, and which are here
+    parts: deque[tuple[int, slice]] | None = None
 
     def per_image(self, images: Tensor, draw: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What `draw` of a number of images gives for the `images` that are here, where they are."""
-        whole, here = next(self.parts) if self.parts else (len(images), slice(None))
-        return {name: value[here].to(images.device) for name, value in draw(whole).items()}
+        """Return the parameters that `draw` gives for the `images` of this process, on their device."""
+        if self.parts is None:
+            batch_size, part = len(images), slice(None)
+        else:
+            batch_size, part = self.parts.popleft()
+        return {name: values[part].to(images.device) for name, values in draw(batch_size).items()}
 
 
-class AugmentImages(ByImage):
-    """Flip, rotation, translation, brightness, contrast and random crops of images (n, 1, h, w) in [0, 1]; the
-    parameters are `Recipe`'s.
+class AugmentImages(PerImageTransform):
+    """Flip, rotate, translate and crop images (n, 1, h, w) in [0, 1] at random, and change brightness and contrast.
 
-    By default they are the specification's, as torchvision's RandomHorizontalFlip, RandomRotation, ColorJitter
-    (brightness and contrast, in random order) and RandomAffine (translation in whole pixels), with flip, rotation and
-    translation in one interpolation; like theirs, the nearest neighbour by default. (Bilinear smooths the training
-    images and no others, and on the real data sharpness gives the label away.) The frame is filled with black after the
-    change of brightness and contrast. Crops are torchvision's RandomResizedCrop, in the same interpolation.
+    The defaults are those of the specification, and equal torchvision's RandomHorizontalFlip, RandomRotation,
+    ColorJitter (brightness and contrast, in random order) and RandomAffine (translation by whole pixels). Flip,
+    rotation and translation need one interpolation, by default the nearest neighbour as in torchvision: bilinear
+    interpolation smooths training images only, and in the real data sharpness is a shortcut to the label. Pixels
+    outside of the image are black, whatever the brightness. Crops equal torchvision's RandomResizedCrop with the same
+    interpolation.
 
-    `share` of the side is what comes out; training may start with small images.
+    Parameters
+    ----------
+    flip : probability of a horizontal flip.
+    degrees : largest rotation in either direction.
+    translate : largest translation, as a proportion of the width and height.
+    brightness, contrast : largest change of the factor 1 in either direction.
+    interpolation : `nearest` or `bilinear`.
+    crop : smallest area of a crop, as a proportion of the image; 1 does not crop.
+    crop_aspect : largest change of the aspect ratio by a crop; 1 keeps it.
+
+    The attribute `share`, from 0 to 1, makes the output images smaller, for training that starts with small images.
     """
 
     order = 20
@@ -68,55 +123,86 @@ class AugmentImages(ByImage):
         interpolation: str = 'nearest',
         crop: float = 1.0,
         crop_aspect: float = 1.0,
-    ):
+    ) -> None:
         super().__init__()
-        self.flip, self.degrees, self.translate = flip, degrees, translate
-        self.brightness, self.contrast, self.interpolation = brightness, contrast, interpolation
-        self.crop, self.crop_aspect, self.share = crop, crop_aspect, 1.0
+        self.flip = flip
+        self.degrees = degrees
+        self.translate = translate
+        self.brightness = brightness
+        self.contrast = contrast
+        self.interpolation = interpolation
+        self.crop = crop
+        self.crop_aspect = crop_aspect
+        self.share = 1.0
+
+    def encodes(self, x: TensorImageBW) -> TensorImageBW:
+        height, width = x.shape[-2:]
+        p = self.per_image(x, lambda n: self.draw(n, height, width))
+        images = jitter(x.as_subclass(Tensor), p['brightness'], p['contrast'], p['brighter_first'])
+        side = self.output_side(width)
+        return TensorImageBW(warp(images, p['flip'], p['angle'], p['shift'], self.interpolation, p['scale'], side))
 
     def draw(self, n: int, h: int, w: int) -> dict[str, Tensor]:
-        """Parameters for `n` images: `flip` and `brighter_first` bool, `angle` in degrees, `shift` (n, 2) in pixels
-        right and down, `brightness` and `contrast` factors, `scale` (n, 2) the shares of width and height kept."""
-        between = lambda reach: (2 * torch.rand(n) - 1) * reach
-        shift = torch.stack([between(self.translate * w), between(self.translate * h)], dim=1).round()
-        drawn = {
+        """Draw the parameters of `n` images of `h` x `w` pixels.
+
+        Returns `flip` and `brighter_first` (bool), `angle` in degrees, `shift` (n, 2) in pixels to the right and down,
+        the factors `brightness` and `contrast`, and `scale` (n, 2), the proportions of width and height that a crop
+        keeps.
+        """
+        right, down = _uniform(n, self.translate * w), _uniform(n, self.translate * h)
+        shift = torch.stack([right, down], dim=1).round()
+        parameters = {
             'flip': torch.rand(n) < self.flip,
-            'angle': between(self.degrees),
-            'brightness': 1 + between(self.brightness),
-            'contrast': 1 + between(self.contrast),
+            'angle': _uniform(n, self.degrees),
+            'brightness': 1 + _uniform(n, self.brightness),
+            'contrast': 1 + _uniform(n, self.contrast),
             'brighter_first': torch.rand(n) < 0.5,
+            'shift': shift,
+            'scale': torch.ones(n, 2),
         }
         if self.crop == self.crop_aspect == 1:
-            return drawn | {'shift': shift, 'scale': torch.ones(n, 2)}
-        area, aspect = self.crop + torch.rand(n) * (1 - self.crop), torch.exp(between(math.log(self.crop_aspect)))
+            return parameters
+        area = self.crop + torch.rand(n) * (1 - self.crop)
+        aspect = torch.exp(_uniform(n, math.log(self.crop_aspect)))
         scale = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1).clamp_(max=1)
-        aside = (2 * torch.rand(n, 2) - 1) * (1 - scale) / 2 * torch.tensor([w, h])
-        return drawn | {'shift': shift + aside, 'scale': scale}
+        crop_shift = (2 * torch.rand(n, 2) - 1) * (1 - scale) / 2 * torch.tensor([w, h])
+        return parameters | {'shift': shift + crop_shift, 'scale': scale}
 
-    def encodes(self, x: TensorImageBW):
-        p = self.per_image(x, lambda n: self.draw(n, *x.shape[-2:]))
-        images = jitter(x.as_subclass(Tensor), p['brightness'], p['contrast'], p['brighter_first'])
-        return TensorImageBW(
-            warp(images, p['flip'], p['angle'], p['shift'], self.interpolation, p['scale'], self.side(x.shape[-1]))
-        )
-
-    def side(self, whole: int) -> int:
-        """The side of the images that come out, in pixels, where those that go in have the side `whole`."""
-        return whole if self.share >= 1 else min(whole, max(2 * STRIDE, round(whole * self.share / STRIDE) * STRIDE))
+    def output_side(self, side: int) -> int:
+        """Return the side in pixels of the output images, for input images of `side` pixels."""
+        if self.share >= 1:
+            return side
+        return min(side, max(2 * STRIDE, round(side * self.share / STRIDE) * STRIDE))
 
 
-class DegradeImages(ByImage):
-    """Random resolution, low-pass and JPEG quality of images (n, 1, h, w) in [0, 1], so that none of them tells
-    anything. The parameters, `Recipe`'s, are the greatest strengths; each image's is uniform from none to that."""
+def _uniform(n: int, limit: float) -> Tensor:
+    """Draw `n` numbers between -`limit` and `limit`."""
+    return (2 * torch.rand(n) - 1) * limit
+
+
+class DegradeImages(PerImageTransform):
+    """Reduce the resolution, sharpness and JPEG quality of images (n, 1, h, w) in [0, 1] at random.
+
+    A network that sees every quality in both classes cannot use the quality as a shortcut to the label.
+
+    Parameters
+    ----------
+    resolution : smallest proportion of the side that images are resized to; 1 keeps the resolution.
+    blur : largest standard deviation of the Gaussian blur, as a proportion of the side; 0 does not blur.
+    jpeg : lowest quality of the JPEG compression; 0 does not compress.
+    """
 
     order = 30
 
-    def __init__(self, resolution: float = 1.0, blur: float = 0.0, jpeg: int = 0):
+    def __init__(self, resolution: float = 1.0, blur: float = 0.0, jpeg: int = 0) -> None:
         super().__init__()
-        self.resolution, self.blur, self.jpeg = resolution, blur, jpeg
+        self.resolution = resolution
+        self.blur = blur
+        self.jpeg = jpeg
 
-    def encodes(self, x: TensorImageBW):
-        images, p = x.as_subclass(Tensor), self.per_image(x, self.draw)
+    def encodes(self, x: TensorImageBW) -> TensorImageBW:
+        images = x.as_subclass(Tensor)
+        p = self.per_image(x, self.draw)
         if 'resolution' in p:
             images = coarsen(images, p['resolution'])
         if 'blur' in p:
@@ -126,36 +212,56 @@ class DegradeImages(ByImage):
         return TensorImageBW(images)
 
     def draw(self, n: int) -> dict[str, Tensor]:
-        """Strengths for `n` images, of those that are asked for: factors of the side, shares of the side, qualities."""
-        drawn = {}
+        """Draw the parameters of `n` images for the degradations in use.
+
+        Returns `resolution` and `blur` as proportions of the side, and `jpeg` as a quality.
+        """
+        parameters = {}
         if self.resolution < 1:
-            drawn['resolution'] = self.resolution + torch.rand(n) * (1 - self.resolution)
+            parameters['resolution'] = self.resolution + torch.rand(n) * (1 - self.resolution)
         if self.blur:
-            drawn['blur'] = torch.rand(n) * self.blur
+            parameters['blur'] = torch.rand(n) * self.blur
         if self.jpeg:
-            drawn['jpeg'] = torch.randint(self.jpeg, BEST_JPEG + 1, (n,))
-        return drawn
+            parameters['jpeg'] = torch.randint(self.jpeg, MAX_JPEG_QUALITY + 1, (n,))
+        return parameters
 
 
 def augmentations(recipe: Recipe) -> list[Transform]:
-    """The batch transforms that `recipe` asks for, for training images alone."""
-    wanted = [_of(AugmentImages, recipe)]
+    """Return the batch transforms of training images for `recipe`."""
+    # The transforms hold numbers and not the recipe: they are exported with a learner, and a recipe can name a folder.
+    transforms = [
+        AugmentImages(
+            flip=recipe.flip,
+            degrees=recipe.degrees,
+            translate=recipe.translate,
+            brightness=recipe.brightness,
+            contrast=recipe.contrast,
+            interpolation=recipe.interpolation,
+            crop=recipe.crop,
+            crop_aspect=recipe.crop_aspect,
+        )
+    ]
     if recipe.resolution < 1 or recipe.blur or recipe.jpeg:
-        wanted.append(_of(DegradeImages, recipe))
+        transforms.append(DegradeImages(resolution=recipe.resolution, blur=recipe.blur, jpeg=recipe.jpeg))
     if recipe.erase:
-        wanted.append(RandomErasing(p=recipe.erase))
-    return wanted
+        transforms.append(RandomErasing(p=recipe.erase))
+    return transforms
 
 
 def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, brighter_first: Tensor) -> Tensor:
-    """Multiply each image (n, 1, h, w) in [0, 1] by its `brightness` (n,), and spread it by its `contrast` (n,) about
-    its mean, in the order that `brighter_first` (n,) says; clamped after each, as torchvision's ColorJitter does."""
-    per_image = lambda factor: factor.view(-1, 1, 1, 1)
-    one = torch.ones_like(brightness)
-    images = (images * per_image(torch.where(brighter_first, brightness, one))).clamp_(0, 1)
-    mean, contrast = images.mean(dim=(1, 2, 3), keepdim=True), per_image(contrast)
+    """Change brightness and contrast of images (n, 1, h, w) in [0, 1], each with its own parameters (n,).
+
+    `brightness` multiplies an image and `contrast` multiplies the difference from its mean. `brighter_first` gives the
+    order of the two. Values are clamped after each step, as in torchvision's ColorJitter.
+    """
+    no_change = torch.ones_like(brightness)
+    brightness_before = torch.where(brighter_first, brightness, no_change).view(-1, 1, 1, 1)
+    brightness_after = torch.where(brighter_first, no_change, brightness).view(-1, 1, 1, 1)
+    contrast = contrast.view(-1, 1, 1, 1)
+    images = (images * brightness_before).clamp_(0, 1)
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
     images = (contrast * images + (1 - contrast) * mean).clamp_(0, 1)
-    return images.mul_(per_image(torch.where(brighter_first, one, brightness))).clamp_(0, 1)
+    return images.mul_(brightness_after).clamp_(0, 1)
 
 
 def warp(
@@ -167,59 +273,43 @@ def warp(
     scale: Tensor | None = None,
     side: int | None = None,
 ) -> Tensor:
-    """Mirror, rotate counter-clockwise about the centre by `angle` (n,) degrees, shift by (n, 2) pixels right and down,
-    and keep the middle `scale` (n, 2) of width and height: images (n, 1, h, w) to (n, 1, side, side), in one
-    `interpolation` (`nearest` or `bilinear`), with black outside. Without `scale` and `side` the frame is kept."""
-    h, w = images.shape[-2:]
-    rows = _sources(flip, angle, shift, images.new_ones(len(images), 2) if scale is None else scale)
-    size = (side or h, side or w)
-    # grid_sample counts in half sides. (torch's affine_grid takes ten times as long for the same grid.)
-    rows = rows * images.new_tensor([2 / w, 2 / h]).view(2, 1, 1, 1)
-    y, x = (
-        (torch.arange(n, device=images.device) - (n - 1) / 2) * (old / n) for n, old in zip(size, (h, w), strict=True)
-    )
-    grid = images.new_empty(len(images), *size, 2)
-    for i in range(2):
-        right, down, start = rows[:, i].unbind(1)  # each (n, 1, 1)
-        torch.add(right * x, down * y[:, None] + start, out=grid[..., i])
+    """Flip, rotate, shift and crop images (n, 1, h, w) with a single interpolation.
+
+    Each image is mirrored if its `flip` (n,) is true, rotated counter-clockwise about its centre by `angle` (n,) in
+    degrees and shifted by `shift` (n, 2) in pixels to the right and down. Of the result the central part with the
+    proportions `scale` (n, 2) of width and height is kept (default: all). Returns images (n, 1, side, side), or
+    (n, 1, h, w) without `side`; pixels outside of the input are black. `interpolation` is `nearest` or `bilinear`.
+    """
+    height, width = images.shape[-2:]
+    out_height, out_width = side or height, side or width
+    if scale is None:
+        scale = images.new_ones(len(images), 2)
+    # grid_sample measures in half sides. torch's affine_grid needs ten times as long to make the same grid.
+    half_sides = images.new_tensor([2 / width, 2 / height]).view(2, 1, 1, 1)
+    matrices = _inverse_affine(flip, angle, shift, scale) * half_sides
+    x = _centred_positions(out_width, width, images.device)
+    y = _centred_positions(out_height, height, images.device)
+    grid = images.new_empty(len(images), out_height, out_width, 2)
+    for axis in range(2):
+        of_x, of_y, constant = matrices[:, axis].unbind(1)  # each (n, 1, 1)
+        torch.add(of_x * x, of_y * y[:, None] + constant, out=grid[..., axis])
     return F.grid_sample(images, grid, mode=interpolation, padding_mode='zeros', align_corners=False)
 
 
-def coarsen(images: Tensor, factor: Tensor) -> Tensor:
-    """Each image (n, 1, h, w) down to `factor` (n,) of its sides and up again, with antialiasing."""
-    down = lambda image, share: F.interpolate(image, scale_factor=share, mode='bilinear', antialias=True)
-    up = lambda image: F.interpolate(image, images.shape[-2:], mode='bilinear')
-    return torch.cat([up(down(image[None], share)) for image, share in zip(images, factor.tolist(), strict=True)])
+def _centred_positions(n: int, length: int, device: torch.device) -> Tensor:
+    """Return the centres of `n` pixels that cover `length` input pixels, in input pixels from the centre: (n,)."""
+    return (torch.arange(n, device=device) - (n - 1) / 2) * (length / n)
 
 
-def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Each image (n, 1, h, w) through the Gaussian of its `sigma` (n,), in pixels, cut off at three of the greatest."""
-    sigma = sigma.to(images.device).clamp(min=1e-3)
-    reach = max(1, math.ceil(3 * float(sigma.max())))
-    kernel = torch.exp(-(torch.arange(-reach, reach + 1, device=images.device) ** 2) / (2 * sigma[:, None] ** 2))
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).view(len(images), 1, 1, -1)
-    planes = F.pad(images.transpose(0, 1), [reach] * 4, mode='reflect')  # (1, n, h, w): an image is a channel
-    planes = F.conv2d(F.conv2d(planes, kernel, groups=len(images)), kernel.transpose(2, 3), groups=len(images))
-    return planes.transpose(0, 1)
+def _inverse_affine(flip: Tensor, angle: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return the input position of an output pixel p: mirror(rotate back(scale p - shift)), from the image centre.
 
-
-def recompress(images: Tensor, quality: Tensor) -> Tensor:
-    """Each image (n, 1, h, w) in [0, 1] as a JPEG of its `quality` (n,) shows it."""
-    grey = (images[:, 0] * 255).round().to('cpu', torch.uint8).numpy()
-    again = np.stack([reencode(image, q) for image, q in zip(grey, quality.tolist(), strict=True)])
-    return torch.from_numpy(again)[:, None].to(images.device).float().div_(255)
-
-
-def _of(transform: type, recipe: Recipe) -> Transform:
-    # Not the recipe itself: exported learners carry transforms, and a recipe may name a folder of its user.
-    return transform(**{name: getattr(recipe, name) for name in list(signature(transform.__init__).parameters)[1:]})
-
-
-def _sources(flip: Tensor, angle: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Where an output pixel p comes from, in pixels about the centre: mirror(rotate back(scale p - shift)); (n, 2, 3,
-    1, 1), whose last three numbers are for x, y and 1."""
-    turn = torch.deg2rad(angle)
-    cos, sin, (dx, dy), (sx, sy) = torch.cos(turn), torch.sin(turn), shift.unbind(1), scale.unbind(1)
+    The result (n, 2, 3, 1, 1) has a row for x and one for y, with the factors of x and y and the constant.
+    """
+    radians = torch.deg2rad(angle)
+    cos, sin = torch.cos(radians), torch.sin(radians)
+    dx, dy = shift.unbind(1)
+    sx, sy = scale.unbind(1)
     mirror = 1 - 2 * flip.to(shift.dtype)
     inverse = [
         mirror * cos * sx,
@@ -232,32 +322,33 @@ def _sources(flip: Tensor, angle: Tensor, shift: Tensor, scale: Tensor) -> Tenso
     return torch.stack(inverse, dim=1).view(-1, 2, 3, 1, 1)
 
 
-class OpenImage(Transform):
-    """A path, or a grey uint8 array (h, w), to a grey uint8 tensor (1, size, size), as `source` loads or fits it. A
-    image that cannot be read raises `ImageError`, or where they are to `skip`, leaves the batch with a warning."""
-
-    def __init__(self, source: Preprocessing | ImageCache, skip: bool = False):
-        super().__init__()
-        self.source, self.skip, self.input_types = source, skip, (str, Path, np.ndarray)  # what `dls.test_dl` accepts
-
-    def encodes(self, image: str | Path | np.ndarray):
-        try:
-            grey = (self.source.fit if isinstance(image, np.ndarray) else self.source.load)(image)
-        except ImageError as error:
-            if not self.skip:
-                raise
-            warnings.warn(f'{error}: skipped', CXRWarning, stacklevel=2)
-            raise SkipItemException from error
-        return TensorImageBW(torch.from_numpy(grey.copy())[None])
+def coarsen(images: Tensor, factor: Tensor) -> Tensor:
+    """Resize each image (n, 1, h, w) to `factor` (n,) of its sides, with antialiasing, and back again."""
+    coarse = []
+    for image, scale in zip(images, factor.tolist(), strict=True):
+        small = F.interpolate(image[None], scale_factor=scale, mode='bilinear', antialias=True)
+        coarse.append(F.interpolate(small, images.shape[-2:], mode='bilinear'))
+    return torch.cat(coarse)
 
 
-class NormalizeImage(DisplayedTransform):
-    """Grey images (n, 1, h, w) in [0, 1] to ImageNet-normalised (n, 3, h, w); the last step before the network."""
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur each image (n, 1, h, w) with a Gaussian of its own standard deviation `sigma` (n,) in pixels.
 
-    order = 99
+    The kernels are cut off at three times the largest standard deviation.
+    """
+    n = len(images)
+    sigma = sigma.to(images.device).clamp(min=1e-3)
+    reach = max(1, math.ceil(3 * float(sigma.max())))
+    kernel = torch.exp(-(torch.arange(-reach, reach + 1, device=images.device) ** 2) / (2 * sigma[:, None] ** 2))
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).view(n, 1, 1, -1)
+    channels = F.pad(images.transpose(0, 1), [reach] * 4, mode='reflect')  # (1, n, h, w): each image is a channel
+    channels = F.conv2d(channels, kernel, groups=n)
+    channels = F.conv2d(channels, kernel.transpose(2, 3), groups=n)
+    return channels.transpose(0, 1)
 
-    def encodes(self, x: TensorImageBW):
-        return TensorImage(normalize(x.as_subclass(Tensor)))
 
-    def decodes(self, x: TensorImage):
-        return TensorImage(denormalize(x.as_subclass(Tensor)))
+def recompress(images: Tensor, quality: Tensor) -> Tensor:
+    """Compress each image (n, 1, h, w) in [0, 1] as a JPEG of its `quality` (n,), and decode it again."""
+    pixels = (images[:, 0] * 255).round().to('cpu', torch.uint8).numpy()
+    compressed = [reencode(image, q) for image, q in zip(pixels, quality.tolist(), strict=True)]
+    return torch.from_numpy(np.stack(compressed))[:, None].to(images.device).float().div_(255)

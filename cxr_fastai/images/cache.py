@@ -1,4 +1,11 @@
-"""Images decoded once: a memory-mapped array (n, size, size) with an index that knows when a file has changed."""
+"""A cache of decoded images: a memory-mapped array (n, size, size), and an index that detects changed files.
+
+A folder of the cache contains three files:
+
+- `images.u8`: the pixels, `size * size` bytes per image, without a header. New images are appended.
+- `index.jsonl`: one `Entry` per line. The pixels of a line are always on the disk before the line.
+- `decoder.json`: the versions of the libraries that decoded the images; with other versions the cache is rebuilt.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,7 @@ from dataclasses import astuple, dataclass, field
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import PIL
@@ -23,15 +30,17 @@ from cxr_fastai.images.decode import decode_image, read_bytes
 from cxr_fastai.images.preprocessing import Preprocessing
 
 DECODER = 1
-"""To be raised when the same file no longer gives the same pixels; caches of another version are made anew."""
+"""Version of the decoder. Raise it when the same file no longer gives the same pixels; older caches are rebuilt."""
 FILES = ('images.u8', 'index.jsonl')
 CHUNK = 64
-"""Images between two flushes to the disk: what a crash can cost."""
+"""Number of images between two flushes to the disk, which is the most that a crash can lose."""
 
 
 class Entry(NamedTuple):
-    """A line of the index: the image at `row` is that of `path`, relative to the images' folder, as the file was when it
-    had this modification time (ns), size (bytes) and SHA-256."""
+    """A line of the index: the image in `row` belongs to the file `path` in the version with this time, size and hash.
+
+    `path` is relative to the folder of the images, `mtime` is in nanoseconds, `size` in bytes; `sha256` is hexadecimal.
+    """
 
     row: int
     path: str
@@ -40,60 +49,83 @@ class Entry(NamedTuple):
     sha256: str
 
 
+class Decoded(NamedTuple):
+    """A decoded image and its entry. `pixels` are None if an identical file is in the cache already.
+
+    The row of a new image is -1 until it is written.
+    """
+
+    pixels: np.ndarray | None
+    entry: Entry
+
+
 @dataclass(frozen=True)
 class ImageCache:
-    """Images that are decoded already and whose files have not changed since: `images` uint8 (n, size, size), not yet
-    smoothed, and the row of each path. `load` takes them from there, and decodes others as `preprocessing` does.
-    `find_cache` opens one."""
+    """Decoded images whose files have not changed since. `find_cache` opens one.
+
+    `images` is uint8 (n, size, size), without the low-pass filter; `rows` maps the path of a file to its row. `load`
+    decodes files that are not in the cache, with the same result.
+    """
 
     preprocessing: Preprocessing
     folder: Path
     images: np.ndarray = field(repr=False)
     rows: dict[str, int] = field(repr=False)
 
-    # Model files get the decoder alone, which gives the same pixels and knows no paths; so do workers that are not
-    # forked, which then decode: with a cache of every image there are none unless asked for.
-    def __reduce__(self):
+    # A pickled cache becomes its `Preprocessing`, which gives the same pixels by decoding. Model files thus contain
+    # no paths. Worker processes that are not forked decode; if every image is cached, there are no workers by default.
+    def __reduce__(self) -> tuple[type[Preprocessing], tuple[Any, ...]]:
         return Preprocessing, astuple(self.preprocessing)
 
     def __contains__(self, path: str | Path) -> bool:
         return str(path) in self.rows
 
     def load(self, path: str | Path) -> np.ndarray:
-        """What the network sees of the image `path`: grey uint8 (size, size). Raises `ImageError`."""
+        """Return the network's view of the image `path`: grey uint8 (size, size). Raises `ImageError`."""
         row = self.rows.get(str(path))
-        return self.preprocessing.load(path) if row is None else self.preprocessing.smooth(self.images[row])
+        if row is None:
+            return self.preprocessing.load(path)
+        return self.preprocessing.smooth(self.images[row])
 
     def fit(self, image: np.ndarray) -> np.ndarray:
-        """`image`, grey uint8 (h, w), as grey uint8 (size, size)."""
+        """Return the network's view of a decoded image, grey uint8 (h, w): grey uint8 (size, size)."""
         return self.preprocessing.fit(image)
 
 
 def cache_folder(root: Path, preprocessing: Preprocessing) -> Path:
-    """Where the images below `root` are cached: in CXR_CACHE, else in the user's own cache folder, for data may be read
-    only. The name is that of `root`, made unique, and the kind of square. Raises `UsageError` without a home folder."""
-    home = Path(os.environ.get('CXR_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'cxr_fastai'))
-    whole = root.resolve()
-    unique = hashlib.sha256(os.fsencode(whole)).hexdigest()[:8]
+    """Return the folder that caches the images below `root` in the squares of `preprocessing`.
+
+    It lies in the folder `CXR_CACHE`, or else in the user's cache folder, because the data may be read-only. Its name
+    consists of the name of `root`, a hash of its full path, and size and resize method. Raises `UsageError` if the user
+    has no home folder.
+    """
+    user_cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    cache_root = Path(os.environ.get('CXR_CACHE') or Path(user_cache, 'cxr_fastai'))
+    root = root.resolve()
+    path_hash = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
     try:
-        home = home.expanduser()
+        cache_root = cache_root.expanduser()
     except RuntimeError:
-        raise UsageError(f'{home}: no such home folder: name one for the cache by CXR_CACHE.') from None
-    return home / f'{whole.name}-{unique}' / f'{preprocessing.size}-{preprocessing.resize}'
+        raise UsageError(f'{cache_root}: no such home folder. Name a folder for the cache by CXR_CACHE.') from None
+    return cache_root / f'{root.name}-{path_hash}' / f'{preprocessing.size}-{preprocessing.resize}'
 
 
 def find_cache(root: Path, preprocessing: Preprocessing) -> ImageCache | None:
-    """The cache that `prepare` made of the images below `root`; None where there is none of today's decoder."""
+    """Open the cache that `prepare` wrote for the images below `root`.
+
+    Returns None if there is none, if other library versions wrote it, or if all its files have changed.
+    """
     try:
         folder = cache_folder(root, preprocessing)
     except UsageError:
         return None
     if not _is_current(folder):
         return None
-    n = _rows(folder, preprocessing.size)
-    rows = {
-        str(root / entry.path): entry.row for entry in _read_index(folder, n) if _is_fresh(root / entry.path, entry)
-    }
+    n = _count_rows(folder, preprocessing.size)
+    rows = {}
+    for entry in _read_index(folder, n):
+        if _is_fresh(root / entry.path, entry):
+            rows[str(root / entry.path)] = entry.row
     if not rows:
         return None
     images = np.memmap(folder / 'images.u8', np.uint8, 'r', shape=(n, preprocessing.size, preprocessing.size))
@@ -106,11 +138,11 @@ def prepare(
     preprocessing: Preprocessing,
     workers: int | None = None,
 ) -> tuple[Path, int, list[ImageError]]:
-    """Decode the images `paths` below `root` that the cache does not hold, in `workers` threads (default: the cores).
+    """Decode the images `paths`, relative to `root`, that are not in the cache yet, in `workers` threads.
 
-    Returns the cache's folder, how many images were decoded, and the errors of those that could not be. Whenever it is
-    stopped, what was written stays valid and the next call goes on. Raises `CXRError` where another process prepares
-    the same images, `OutputError` where the disk refuses.
+    `workers` defaults to the number of cores. Returns the folder of the cache, the number of decoded images, and the
+    errors of the unreadable ones. If it is interrupted, everything written stays valid, and the next call continues.
+    Raises `CXRError` if another process prepares the same images, `OutputError` if the cache cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -121,36 +153,39 @@ def prepare(
         with FileLock(folder / 'lock', timeout=0), writing(folder, 'CXR_CACHE'):
             if not _is_current(folder):
                 _start(folder)
-            index = _mend(folder, preprocessing.size)
-            known = {entry.path for entry in index if _is_fresh(root / entry.path, entry)}
-            todo = [path for path in dict.fromkeys(paths) if path not in known]
-            seen = {entry.sha256: entry.row for entry in index}
+            index = _repair(folder, preprocessing.size)
+            cached = {entry.path for entry in index if _is_fresh(root / entry.path, entry)}
+            missing = [path for path in dict.fromkeys(paths) if path not in cached]
+            rows_by_hash = {entry.sha256: entry.row for entry in index}
 
-            def decode(path: str) -> tuple | ImageError:
-                return _decode(path, root, preprocessing, seen)
+            def decode(path: str) -> Decoded | ImageError:
+                return _decode(path, root, preprocessing, rows_by_hash)
 
-            decoded = in_threads(decode, todo, workers)
-            bad = list(_append(decoded, folder, _rows(folder, preprocessing.size)))
+            results = in_threads(decode, missing, workers)
+            errors = _append(results, folder, _count_rows(folder, preprocessing.size))
     except Timeout:
-        raise CXRError(f'{folder}: another `data prepare` is at work there: wait for it to end.') from None
-    return folder, len(todo) - len(bad), bad
+        raise CXRError(f'{folder}: another `data prepare` is at work there. Wait until it ends.') from None
+    return folder, len(missing) - len(errors), errors
 
 
-def _append(decoded: Iterator[tuple | ImageError], folder: Path, row: int) -> Iterator[ImageError]:
-    """Write what was `decoded`, from `row` on, by chunks, the pixels always before the index; yield what failed."""
+def _append(results: Iterator[Decoded | ImageError], folder: Path, row: int) -> list[ImageError]:
+    """Append decoded images to the cache from `row` on, chunk by chunk; return the errors among the `results`."""
+    errors = []
     with open(folder / 'images.u8', 'ab') as images, open(folder / 'index.jsonl', 'ab') as index:
-        while chunk := list(islice(decoded, CHUNK)):
-            yield from (result for result in chunk if isinstance(result, ImageError))
-            row = _write([result for result in chunk if not isinstance(result, ImageError)], row, images, index)
+        while chunk := list(islice(results, CHUNK)):
+            errors += [result for result in chunk if isinstance(result, ImageError)]
+            row = _write([result for result in chunk if isinstance(result, Decoded)], row, images, index)
+    return errors
 
 
-def _write(decoded: list[tuple[np.ndarray | None, Entry]], row: int, images: BinaryIO, index: BinaryIO) -> int:
-    """Write a chunk's new pixels from `row` on, then its index lines; return the next row."""
+def _write(chunk: list[Decoded], row: int, images: BinaryIO, index: BinaryIO) -> int:
+    """Write the new pixels of a chunk from `row` on, then its lines of the index; return the next free row."""
     entries = []
-    for pixels, entry in decoded:
+    for pixels, entry in chunk:
         if pixels is not None:
             images.write(pixels.tobytes())
-            entry, row = entry._replace(row=row), row + 1
+            entry = entry._replace(row=row)
+            row += 1
         entries.append(entry)
     _flush(images)
     index.write(_lines(entries))
@@ -158,71 +193,67 @@ def _write(decoded: list[tuple[np.ndarray | None, Entry]], row: int, images: Bin
     return row
 
 
-def _decode(path: str, root: Path, preprocessing: Preprocessing, seen: dict[str, int]) -> tuple | ImageError:
-    """The image's pixels and its entry, whose row is still to be given; no pixels and the row where a file of the same
-    bytes has been `seen`; or why there are none."""
-    image, suffix = root / path, Path(path).suffix.lower()
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _decode(path: str, root: Path, preprocessing: Preprocessing, rows_by_hash: dict[str, int]) -> Decoded | ImageError:
+    """Decode the image `path`, unless an identical file is in `rows_by_hash`."""
+    image = root / path
     try:
-        # Asked before reading: a file that changes meanwhile is then decoded again.
-        status, data = os.stat(image), read_bytes(image)
+        # The status comes first: if the file changes while it is read, the entry is outdated and it is decoded again.
+        status = os.stat(image)
+        data = read_bytes(image)
         sha256 = hashlib.sha256(data).hexdigest()
-        pixels = None if sha256 in seen else preprocessing.square(decode_image(data, preprocessing, suffix).pixels)
+        entry = Entry(rows_by_hash.get(sha256, -1), path, status.st_mtime_ns, status.st_size, sha256)
+        if sha256 in rows_by_hash:
+            return Decoded(None, entry)
+        pixels = decode_image(data, preprocessing, image.suffix.lower()).pixels
+        return Decoded(preprocessing.square(pixels), entry)
     except ImageError as error:
-        return error.of(image)
+        return error.with_path(image)
     except OSError as error:
-        return ImageError(error.strerror or str(error), 'E_IO').of(image)
-    return pixels, Entry(seen.get(sha256, -1), path, status.st_mtime_ns, status.st_size, sha256)
+        return ImageError(error.strerror or str(error), 'E_IO').with_path(image)
 
 
-def _versions() -> dict:
-    """What decides the pixels beside the file and the preprocessing."""
+def _is_current(folder: Path) -> bool:
+    """Return True if the cache is complete, and today's library versions decoded its images."""
+    try:
+        versions = json.loads((folder / 'decoder.json').read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return False
+    return versions == _versions() and all((folder / name).is_file() for name in FILES)
+
+
+def _versions() -> dict[str, Any]:
+    """Return the versions of everything that determines the pixels, besides the file and the preprocessing."""
     from importlib.metadata import version
 
     libraries = {name: features.version(name) for name in ('libjpeg_turbo', 'jpg_2000', 'libtiff')}
     packages = {
-        name: version(name) if find_spec(module) else None
-        for name, module in (('pydicom', 'pydicom'), ('pyjpegls', 'jpeg_ls'))
+        'pydicom': version('pydicom') if find_spec('pydicom') else None,
+        'pyjpegls': version('pyjpegls') if find_spec('jpeg_ls') else None,
     }
     return {'decoder': DECODER, 'pillow': PIL.__version__, **libraries, **packages}
 
 
-def _is_current(folder: Path) -> bool:
-    try:
-        made = json.loads((folder / 'decoder.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return False
-    return made == _versions() and all((folder / name).is_file() for name in FILES)
-
-
 def _start(folder: Path) -> None:
-    (folder / 'decoder.json').unlink(missing_ok=True)  # so that no reader trusts what now becomes empty
-    # Made anew and not cut: a training that has the old array mapped keeps it.
+    """Create an empty cache in place of an outdated one."""
+    (folder / 'decoder.json').unlink(missing_ok=True)  # first, so that no reader trusts the empty files
     for name in FILES:
+        # Deleted and not truncated: a training that has mapped the old array keeps it.
         (folder / name).unlink(missing_ok=True)
         (folder / name).touch()
     write_json(folder / 'decoder.json', _versions())
 
 
-def _rows(folder: Path, size: int) -> int:
+def _count_rows(folder: Path, size: int) -> int:
     return (folder / 'images.u8').stat().st_size // size**2
 
 
-def _read_index(folder: Path, rows: int) -> list[Entry]:
-    """The lines of the index about the first `rows` images, without what a crash has torn or filled with rubbish."""
-    entries = map(_entry, (folder / 'index.jsonl').read_bytes().splitlines())
-    return [entry for entry in entries if entry and 0 <= entry.row < rows]
-
-
-def _entry(line: bytes) -> Entry | None:
-    try:
-        row, path, mtime, size, sha256 = json.loads(line)
-    except (ValueError, TypeError, RecursionError):
-        return None
-    whole = all(isinstance(number, int) for number in (row, mtime, size)) and isinstance(path, str)
-    return Entry(row, path, mtime, size, sha256) if whole else None
-
-
 def _is_fresh(path: Path, entry: Entry) -> bool:
+    """Return True if the file `path` has not changed since the entry was written."""
     try:
         status = os.stat(path)
     except OSError:
@@ -230,20 +261,33 @@ def _is_fresh(path: Path, entry: Entry) -> bool:
     return (status.st_mtime_ns, status.st_size) == (entry.mtime, entry.size)
 
 
-def _mend(folder: Path, size: int) -> list[Entry]:
-    """Cut off what a crash has left half-written, so that no old line comes to mean a new row; return the index."""
-    rows = _rows(folder, size)
+def _read_index(folder: Path, rows: int) -> list[Entry]:
+    """Return the entries of the first `rows` images; damaged lines, which a crash can leave, are skipped."""
+    lines = (folder / 'index.jsonl').read_bytes().splitlines()
+    entries = [_parse_entry(line) for line in lines]
+    return [entry for entry in entries if entry is not None and 0 <= entry.row < rows]
+
+
+def _parse_entry(line: bytes) -> Entry | None:
+    try:
+        row, path, mtime, size, sha256 = json.loads(line)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    if not all(isinstance(number, int) for number in (row, mtime, size)) or not isinstance(path, str):
+        return None
+    return Entry(row, path, mtime, size, sha256)
+
+
+def _repair(folder: Path, size: int) -> list[Entry]:
+    """Remove what a crash left half written, so that no old line can refer to a new image; return the index."""
+    rows = _count_rows(folder, size)
     entries = _read_index(folder, rows)
-    if (lines := _lines(entries)) != (folder / 'index.jsonl').read_bytes():
+    lines = _lines(entries)
+    if lines != (folder / 'index.jsonl').read_bytes():
         with atomic(folder / 'index.jsonl') as temporary:
             temporary.write_bytes(lines)
     os.truncate(folder / 'images.u8', rows * size**2)
     return entries
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _lines(entries: list[Entry]) -> bytes:

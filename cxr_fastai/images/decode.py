@@ -1,4 +1,4 @@
-"""Any image file becomes one uint8 grey array, and that what a network sees: training and prediction share both."""
+"""Decoding of image files in any supported format to one grey uint8 array."""
 
 from __future__ import annotations
 
@@ -23,11 +23,19 @@ if TYPE_CHECKING:
     from cxr_fastai.images.preprocessing import Preprocessing
 
 FORMATS = {'JPEG': ('.jpeg', '.jpg'), 'PNG': ('.png',), 'TIFF': ('.tiff', '.tif'), 'DICOM': dicom.SUFFIXES}
-"""What is decoded, recognised by content; and the names it usually has."""
+"""Supported format to its usual suffixes. The content of a file decides, not its name."""
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-"""What is looked for in folders; a fixed list, since the system's table of types differs from host to host."""
-OPENED = ('JPEG', 'PNG', 'TIFF', 'GIF')
-"""What Pillow may look into; GIF only to tell an animation from a file that is no picture."""
+"""Suffixes of the files that are searched for in folders."""
+PILLOW_FORMATS = ('JPEG', 'PNG', 'TIFF', 'GIF')
+"""Formats that Pillow may open. GIF only serves to give animations a clear error."""
+MAGIC_NUMBERS = (
+    ('JPEG', 0, b'\xff\xd8\xff'),
+    ('PNG', 0, b'\x89PNG\r\n'),
+    ('TIFF', 0, b'II*\0'),
+    ('TIFF', 0, b'MM\0*'),
+    ('DICOM', 128, b'DICM'),
+)
+"""Format, offset and bytes at the beginning of a file."""
 BITS = {
     '1': 1,
     'L': 8,
@@ -48,23 +56,10 @@ BITS = {
     'I': 32,
     'F': 32,
 }
-"""Pillow's modes, and their bits a sample; deeper than 8 needs a window, or it would turn white or black."""
-MARKS = (
-    ('JPEG', 0, b'\xff\xd8\xff'),
-    ('PNG', 0, b'\x89PNG\r\n'),
-    ('TIFF', 0, b'II*\0'),
-    ('TIFF', 0, b'MM\0*'),
-    ('DICOM', 128, b'DICM'),
-)
-"""How files begin: format, place, bytes."""
-PLAIN = ('L', 'RGB')
-"""Modes that many images have, and that need no note."""
-MIN_DEVIATION = 2
-"""Grey levels; below that an image shows nothing."""
-WHITE_IS_ZERO = 0
-PNG_BITS = 24
-"""Where the bits a sample stand in a PNG file."""
-TURNS = {
+"""Pixel mode of Pillow to its bits per sample. Deeper images than 8 bits need a window."""
+COMMON_MODES = ('L', 'RGB')
+"""Modes of most images, which need no note."""
+UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -73,147 +68,180 @@ TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its EXIF orientation."""
+"""EXIF orientation to the operation that turns the image upright."""
+PNG_BIT_DEPTH = 24
+"""Offset of the bit depth in a PNG file."""
+WHITE_IS_ZERO = 0
+"""Value of the TIFF tag PhotometricInterpretation."""
 BLACK = (0, 0, 0, 255)
+MIN_DEVIATION = 2
+"""Minimum standard deviation of the grey levels; an image below it shows nothing."""
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """The whole image `path` in grey: uint8 (h, w). Raises `ImageError` for everything that is not such an image."""
+    """Read the image `path` at full resolution: grey uint8 (h, w). Raises `ImageError`."""
     return open_image(path).pixels
 
 
-def open_image(path: str | Path, wanted: Preprocessing | None = None) -> DecodedImage:
-    """Decode the image `path`; where a preprocessing is `wanted`, at no more pixels than that needs.
+def open_image(path: str | Path, preprocessing: Preprocessing | None = None) -> DecodedImage:
+    """Decode the image `path`; a large JPEG at no more pixels than `preprocessing` needs, if given.
 
-    Raises `ImageError`, with the file's name in the message and a stable code.
+    Raises `ImageError` with the path in its message and a stable code.
     """
     suffix = Path(path).suffix.lower()
     try:
-        image = decode_image(read_bytes(path), wanted, suffix)
+        image = decode_image(read_bytes(path), preprocessing, suffix)
     except ImageError as error:
-        raise error.of(path) from error.__cause__
+        raise error.with_path(path) from error.__cause__
     if suffix in SUFFIXES and suffix not in FORMATS[image.format]:
-        return replace(image, notes=(*image.notes, f'{image.format} in spite of its name'))
+        return replace(image, notes=(*image.notes, f'the file is {image.format} despite its suffix {suffix}'))
     return image
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Return the contents of the image file `path`.
+
+    Raises `ImageError`, without the path in its message, if it is not a regular file, too large or not readable.
+    """
+    try:
+        # The status comes first, because opening a pipe would wait forever.
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError('not a regular file', 'E_NOT_REGULAR')
+        if status.st_size > MAX_BYTES:
+            raise ImageError(f'{status.st_size:,} bytes are over {MAX_BYTES:,}', 'E_TOO_LARGE')
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(error.strerror or str(error), 'E_IO') from error
+    except ValueError:  # for example a NUL character
+        raise ImageError('not a valid file name', 'E_IO') from None
 
 
 def sniff(data: bytes) -> str:
-    """The format that an image file's first bytes promise, or `?`: `JPEG`, `PNG`, `TIFF`, `DICOM`."""
-    return next((name for name, place, mark in MARKS if data.startswith(mark, place)), '?')
+    """Return the format of a file by its first bytes: `JPEG`, `PNG`, `TIFF`, `DICOM`, or `?`."""
+    for name, offset, magic in MAGIC_NUMBERS:
+        if data.startswith(magic, offset):
+            return name
+    return '?'
 
 
-def decode_image(data: bytes, wanted: Preprocessing | None = None, suffix: str = '') -> DecodedImage:
-    """Decode an image file's bytes; `suffix` of its name only helps to say what is wrong. Raises `ImageError`."""
+def decode_image(data: bytes, preprocessing: Preprocessing | None = None, suffix: str = '') -> DecodedImage:
+    """Decode the bytes of an image file. Raises `ImageError`, without a path in its message.
+
+    `suffix` is that of the file name; it only improves the error message of damaged files.
+    """
     if not data:
         raise ImageError('the file is empty', 'E_EMPTY')
-    image = dicom.read_dicom(data) if dicom.is_dicom(data, suffix) else _from_picture(data, wanted)
+    image = dicom.read_dicom(data) if dicom.is_dicom(data, suffix) else _decode_picture(data, preprocessing)
     check_shape(image.width, image.height)
     if _deviation(image.pixels) < MIN_DEVIATION:
-        raise ImageError('it is blank: all pixels are nearly alike', 'E_BLANK')
+        raise ImageError('the image is blank: all pixels are nearly alike', 'E_BLANK')
     return image
 
 
-def _from_picture(data: bytes, wanted: Preprocessing | None) -> DecodedImage:
+def _deviation(pixels: np.ndarray) -> float:
+    """Return the standard deviation of uint8 `pixels` from their histogram, which is much faster than NumPy's."""
+    counts = np.array(Image.fromarray(pixels).histogram())
+    levels = np.arange(256)
+    mean = counts @ levels / pixels.size
+    return math.sqrt(counts @ (levels - mean) ** 2 / pixels.size)
+
+
+def _decode_picture(data: bytes, preprocessing: Preprocessing | None) -> DecodedImage:
+    """Decode any format but DICOM."""
     try:
-        with Image.open(BytesIO(data), formats=OPENED) as image:
-            _check_picture(image, data)
-            (width, height), mode = image.size, image.mode
-            if image.format == 'JPEG' and wanted:
-                image.draft('L', wanted.enough(width, height))
-            grey, notes = _grey(image)
-            return DecodedImage(grey, image.format, mode, BITS[mode], width, height, tuple(notes))
+        with Image.open(BytesIO(data), formats=PILLOW_FORMATS) as image:
+            _check_header(image, data)
+            width, height = image.size
+            mode = image.mode
+            if image.format == 'JPEG' and preprocessing:
+                image.draft('L', preprocessing.decode_size(width, height))
+            grey, notes = _to_grey(image)
+            return DecodedImage(grey, str(image.format), mode, BITS[mode], width, height, tuple(notes))
     except ImageError:
         raise
     except UnidentifiedImageError:
         raise ImageError(f'none of {", ".join(FORMATS)}', 'E_FORMAT') from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f'over {MAX_PIXELS:,} pixels', 'E_TOO_LARGE') from None
-    # Pillow's decoders let SyntaxError, ValueError and others out, and a batch must survive each of them.
+    # Pillow's decoders raise SyntaxError, ValueError and others; none of them may end a batch.
     except Exception as error:
         if 'too large' in str(error).lower():
             raise ImageError(f'{error}', 'E_TOO_LARGE') from error
         raise ImageError(f'truncated or damaged: {error}', 'E_TRUNCATED') from error
 
 
-def _check_picture(image: Image.Image, data: bytes) -> None:
-    """Raise `ImageError` for what the header alone refuses, before pixels are decoded."""
+def _check_header(image: Image.Image, data: bytes) -> None:
+    """Raise `ImageError` for everything that can be refused before the pixels are decoded."""
     check_pixels(*image.size)
     if getattr(image, 'is_animated', False):
         raise ImageError('several frames or pages', 'E_MULTIFRAME')
     if image.format not in FORMATS:
         raise ImageError(f'{image.format} is none of {", ".join(FORMATS)}', 'E_FORMAT')
     if image.mode not in BITS:
-        raise ImageError(f'pixels of mode {image.mode}', 'E_BITDEPTH')
-    if (bits := _stored_bits(image, data)) > 8 == BITS[image.mode]:
-        raise ImageError(f'{bits} bits of colour or transparency: store it as grey of 16 bits', 'E_BITDEPTH')
+        raise ImageError(f'unsupported pixel mode {image.mode}', 'E_BITDEPTH')
+    bits = _stored_bits(image, data)
+    if bits > 8 and BITS[image.mode] == 8:
+        raise ImageError(
+            f'{bits} bits per sample with colour or transparency. Store the image as 16-bit grey', 'E_BITDEPTH'
+        )
     check_shape(*image.size)
     if image.format == 'JPEG':
         check_scans(data, *image.size)
 
 
 def _stored_bits(image: Image.Image, data: bytes) -> int:
-    """Bits a sample in the file, where Pillow may keep the upper 8 of them without a word."""
+    """Return the bits per sample in the file, of which Pillow may silently keep only the upper 8."""
     if image.format == 'PNG':
-        return data[PNG_BITS]
-    return max(image.tag_v2.get(ExifTags.Base.BitsPerSample, (1,))) if image.format == 'TIFF' else 8
+        return data[PNG_BIT_DEPTH]
+    if image.format == 'TIFF':
+        return max(_tiff_tags(image).get(ExifTags.Base.BitsPerSample, (1,)))
+    return 8
 
 
-def _grey(image: Image.Image) -> tuple[np.ndarray, list[str]]:
-    """The upright picture in grey, uint8 (h, w), and notes of what was done."""
-    upright, notes = _turn(image)
-    # Turning makes a new picture, which lacks what the file's says beside its pixels.
-    grey, more = (_from_deep if BITS[image.mode] > 8 else _from_bytes)(upright, image)
-    return grey, notes + more
+def _tiff_tags(image: Image.Image) -> dict:
+    return getattr(image, 'tag_v2', {})
 
 
-def _turn(image: Image.Image) -> tuple[Image.Image, list[str]]:
+def _to_grey(image: Image.Image) -> tuple[np.ndarray, list[str]]:
+    """Return the upright image in grey, uint8 (h, w), and notes of what was changed."""
+    upright, notes = _turn_upright(image)
+    # The metadata come from `image`, because turning creates an image without them.
+    if BITS[image.mode] > 8:
+        grey, more_notes = _grey_from_deep(upright, image)
+    else:
+        grey, more_notes = _grey_from_8_bits(upright, image)
+    return grey, notes + more_notes
+
+
+def _turn_upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
     if image.format != 'TIFF':
-        image.load()  # a PNG may hold its EXIF behind the pixels; Pillow turns a TIFF in here
+        image.load()  # first, because a PNG may store its EXIF data behind the pixels
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        operation = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
-        turn = None  # metadata that cannot be read turn nothing
-    if turn is None:
+        operation = None  # unreadable metadata are ignored
+    if operation is None:
         return image, []
-    image.load()
-    upright = image if image.format == 'TIFF' else image.transpose(turn)
-    return upright, ['turned as its EXIF orientation says']
+    note = 'rotated according to its EXIF orientation'
+    if image.format == 'TIFF':
+        image.load()  # Pillow turns a TIFF when it loads it
+        return image, [note]
+    return image.transpose(operation), [note]
 
 
-def _from_bytes(upright: Image.Image, image: Image.Image) -> tuple[np.ndarray, list[str]]:
-    if not image.has_transparency_data:
-        return np.asarray(upright.convert('L')), [] if image.mode in PLAIN else [f'{image.mode} to grey']
-    black = Image.new('RGBA', upright.size, BLACK)
-    opaque = Image.alpha_composite(black, upright.convert('RGBA'))
-    return np.asarray(opaque.convert('L')), ['transparency laid on black']
+def _grey_from_8_bits(upright: Image.Image, image: Image.Image) -> tuple[np.ndarray, list[str]]:
+    if image.has_transparency_data:
+        background = Image.new('RGBA', upright.size, BLACK)
+        opaque = Image.alpha_composite(background, upright.convert('RGBA'))
+        return np.asarray(opaque.convert('L')), ['transparency replaced by black']
+    notes = [] if image.mode in COMMON_MODES else [f'converted from {image.mode} to grey']
+    return np.asarray(upright.convert('L')), notes
 
 
-def _from_deep(upright: Image.Image, image: Image.Image) -> tuple[np.ndarray, list[str]]:
+def _grey_from_deep(upright: Image.Image, image: Image.Image) -> tuple[np.ndarray, list[str]]:
     grey, note = percentile_grey(np.asarray(upright))
-    # Pillow inverts such a TIFF only at 8 bits.
-    inverted = getattr(image, 'tag_v2', {}).get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO
-    return (255 - grey, [note, 'white is zero: inverted']) if inverted else (grey, [note])
-
-
-def _deviation(pixels: np.ndarray) -> float:
-    """Standard deviation of uint8 `pixels`, from their histogram: quicker than numpy's by far."""
-    counts, levels = np.array(Image.fromarray(pixels).histogram()), np.arange(256)
-    mean = counts @ levels / pixels.size
-    return math.sqrt(counts @ (levels - mean) ** 2 / pixels.size)
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """What is in the image file `path`. Raises `ImageError`, without the file's name, where it is no regular file of a
-    size that can be an image's, or cannot be read."""
-    try:
-        # Asked before opening: opening a pipe would wait for ever.
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise ImageError('not a regular file', 'E_NOT_REGULAR')
-        if found.st_size > MAX_BYTES:
-            raise ImageError(f'{found.st_size:,} bytes are over {MAX_BYTES:,}', 'E_TOO_LARGE')
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ImageError(error.strerror or str(error), 'E_IO') from error
-    except ValueError:
-        raise ImageError('no file can have this name', 'E_IO') from None  # a NUL, for one
+    # Pillow inverts a TIFF with WhiteIsZero only at 8 bits.
+    if _tiff_tags(image).get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO:
+        return 255 - grey, [note, 'inverted, because 0 means white in the file']
+    return grey, [note]

@@ -1,6 +1,6 @@
-"""A DICOM file's bytes become grey pixels, the way a radiologist's display shows them (extra `dicom`: pydicom).
+"""Decoding of DICOM files to grey pixels, as a radiologist's display shows them (extra `dicom`: pydicom).
 
-Only the technical tags of `TAGS` are parsed; names, dates and identifiers are never looked at.
+Only the technical tags in `TAGS` are parsed. Names, dates and identifiers are never read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
-from importlib.util import find_spec
 from io import BytesIO
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -17,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from cxr_fastai.core.errors import ImageError
+from cxr_fastai.core.environment import require_package
+from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.images.limits import DecodedImage, check_pixels, check_scans
-from cxr_fastai.images.windowing import count_levels, look_up, percentile_table, spread, weighted_percentiles
+from cxr_fastai.images.windowing import count_levels, look_up, percentile_table, scale_to_grey, weighted_percentiles
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 MODALITIES = ('CR', 'DX')
-"""Computed and digital radiography. Others, such as CT, US or a scanned image (RG), are no images of this kind."""
+"""Computed and digital radiography. Other modalities, such as CT, US or digitised radiographs (RG), are rejected."""
 TAGS = [
     'Modality',
     'PhotometricInterpretation',
@@ -50,12 +50,17 @@ TAGS = [
     'BurnedInAnnotation',
     'PixelData',
 ]
-PICTURES = (b'\xff\xd8\xff', b'\x89PNG', b'II*\0', b'MM\0*')
-"""How JPEG, PNG and TIFF files begin."""
+PHOTOMETRIC_INTERPRETATIONS = re.compile('MONOCHROME[12]|RGB|YBR_[A-Z0-9_]+')
+"""Photometric interpretations of a radiograph, which may be stored in colour."""
 SUFFIXES = ('.dcm', '.dicom')
+PICTURE_MAGIC = (b'\xff\xd8\xff', b'\x89PNG', b'II*\0', b'MM\0*')
+"""First bytes of JPEG, PNG and TIFF files."""
+DATASET_MAGIC = (b'\2\0\0\0', b'\x08\0\5\0')
+"""First bytes of DICOM files that lack the preamble."""
+
 JPEG_EXTENDED = '1.2.840.10008.1.2.4.51'
-BY_PILLOW = ('1.2.840.10008.1.2.4.50', JPEG_EXTENDED, '1.2.840.10008.1.2.4.90', '1.2.840.10008.1.2.4.91')
-"""JPEG and JPEG 2000."""
+PILLOW_SYNTAXES = ('1.2.840.10008.1.2.4.50', JPEG_EXTENDED, '1.2.840.10008.1.2.4.90', '1.2.840.10008.1.2.4.91')
+"""Transfer syntaxes that Pillow decodes: JPEG and JPEG 2000."""
 DEFLATED = '1.2.840.10008.1.2.1.99'
 PACKAGES = {
     '1.2.840.10008.1.2.4.80': 'pyjpegls',
@@ -64,199 +69,228 @@ PACKAGES = {
     '1.2.840.10008.1.2.4.202': 'pylibjpeg-openjpeg',
     '1.2.840.10008.1.2.4.203': 'pylibjpeg-openjpeg',
 }
-"""What decodes a transfer syntax that pydicom with Pillow does not; elsewhere GDCM, which reads JPEG lossless too."""
+"""Transfer syntax to the package that decodes it, if pydicom and Pillow do not."""
+OTHER_PACKAGE = 'python-gdcm'
+"""The package that decodes the remaining syntaxes, such as lossless JPEG."""
+
 SLACK = 65_536
-"""Bytes that compressed pixels may take beyond twice the raw ones; more is no picture but a trap for decoders."""
-BEYOND = 1e12
+"""Bytes of compressed pixels beyond twice the raw size that are accepted; more is an attack on the decoder."""
+FAR_VALUE = 1e12
 """A value outside every window."""
-VISIBLE = 32
-"""Levels between the 1st and the 99th percentile that a declared window has to leave."""
-KINDS = re.compile('MONOCHROME[12]|RGB|YBR_[A-Z0-9_]+')
-"""Photometric interpretations of a radiograph, stored in colour or not."""
+MIN_VISIBLE_LEVELS = 32
+"""Minimum distance of the 1st and the 99th percentile, in grey levels, if a declared window is used."""
 PARSING = Lock()
-"""pydicom's validation is a switch of the whole process, and images are read in threads."""
+"""pydicom switches its validation for the whole process, but images are read in threads."""
 
 
 def is_dicom(data: bytes, suffix: str = '') -> bool:
-    """Whether `data` says it is DICOM, or lacks only the preamble, or is no picture and called so by its `suffix`."""
-    named = suffix in SUFFIXES and not data.startswith(PICTURES)
-    return data[128:132] == b'DICM' or data[:4] in (b'\2\0\0\0', b'\x08\0\5\0') or named
+    """Return True if `data` is a DICOM file, also without preamble, or has a DICOM `suffix` and is no other picture."""
+    if data[128:132] == b'DICM' or data[:4] in DATASET_MAGIC:
+        return True
+    return suffix in SUFFIXES and not data.startswith(PICTURE_MAGIC)
 
 
 def read_dicom(data: bytes, modalities: Container[str] = MODALITIES) -> DecodedImage:
-    """Decode a DICOM file whose modality is one of `modalities`.
+    """Decode a DICOM file of one of the `modalities`.
 
-    Modality rescaling or LUT, then what the file declares that shows something (VOI LUT, windows), else percentiles;
-    MONOCHROME1 is inverted, padding is black. Raises `ImageError` with a code E_DICOM_*, E_MULTIFRAME, E_BITDEPTH,
-    E_TOO_LARGE, E_TIMEOUT or E_BLANK; no text of the file is in its message.
+    The stored values pass the modality LUT or rescaling, then the first VOI LUT or window of the file that shows
+    something, or else the window between percentiles. MONOCHROME1 is inverted, padding becomes black. Raises
+    `ImageError` with a code E_DICOM_*, E_MULTIFRAME, E_BITDEPTH, E_TOO_LARGE, E_TIMEOUT or E_BLANK; its message quotes
+    no text of the file.
     """
-    if not find_spec('pydicom'):
-        raise ImageError('reading DICOM needs pydicom: pip install "cxr_fastai[dicom]"', 'E_DICOM_SYNTAX')
+    try:
+        require_package('pydicom', 'reading DICOM', 'dicom')
+    except UsageError as error:
+        raise ImageError(str(error), 'E_DICOM_SYNTAX') from None
     try:
         image = _parse(data)
         _check(image, modalities)
-        return _grey(image, _decode(image))
+        return _to_grey(image, _decode(image))
     except ImageError:
         raise
-    # pydicom lets AttributeError, ValueError, struct.error and others out; what they say may quote the file.
+    # pydicom raises AttributeError, ValueError, struct.error and others, with messages that may quote the file.
     except Exception as error:
         raise ImageError(f'damaged ({type(error).__name__})', 'E_DICOM_CORRUPT') from error
 
 
 def _parse(data: bytes) -> Dataset:
-    """The elements `TAGS` that are not empty."""
+    """Return the elements `TAGS` that are not empty."""
     from pydicom import dcmread
     from pydicom.config import disable_value_validation
     from pydicom.filereader import read_dataset
 
     if data[128:132] != b'DICM':
         raise ImageError('no DICM preamble', 'E_DICOM_CORRUPT')
-    # Its warnings about a damaged file would quote whatever stands there, a name among others.
+    # Validation is off because its warnings quote the values of a damaged file, which may be a name.
     with PARSING, disable_value_validation():
-        meta = read_dataset(BytesIO(data[132:]), False, True, stop_when=lambda tag, *_: tag.group > 2)
-        syntax = meta.get('TransferSyntaxUID')
+        header = read_dataset(BytesIO(data[132:]), False, True, stop_when=lambda tag, *_: tag.group > 2)
+        syntax = header.get('TransferSyntaxUID')
         if not syntax:
-            raise ImageError('it names no transfer syntax', 'E_DICOM_CORRUPT')
-        # Inflating has no limit in pydicom, and radiography does not use it.
-        if syntax == DEFLATED:
-            raise ImageError(f'transfer syntax {DEFLATED} (deflated) is refused', 'E_DICOM_SYNTAX')
+            raise ImageError('no transfer syntax', 'E_DICOM_CORRUPT')
+        if syntax == DEFLATED:  # pydicom inflates without a limit, and radiography does not use it
+            raise ImageError(f'transfer syntax {DEFLATED} (deflated) is not supported', 'E_DICOM_SYNTAX')
         image = dcmread(BytesIO(data), specific_tags=TAGS)
-        for element in image:  # which also converts, and validates, each
+        for element in image:  # the loop also converts each element
             if element.value is None or element.value == '':
                 del image[element.tag]
     return image
 
 
 def _check(image: Dataset, modalities: Container[str]) -> None:
-    """Raise `ImageError` for what is no single radiograph with pixels of a size that can be decoded."""
+    """Raise `ImageError` if the file is not a single radiograph of an acceptable size."""
     modality = str(image.get('Modality', 'none'))
     if modality not in modalities:
-        shown = modality if re.fullmatch('[A-Z]{2,4}|none', modality) else 'of no known name'
-        raise ImageError(f'modality {shown}: only CR and DX are images', 'E_DICOM_MODALITY')
+        # Only a well-formed modality is quoted, because the field may contain anything.
+        shown = modality if re.fullmatch('[A-Z]{2,4}|none', modality) else '(not a valid code)'
+        raise ImageError(f'modality {shown}: only CR and DX are accepted', 'E_DICOM_MODALITY')
     if 'PixelData' not in image:
-        raise ImageError('it has no pixel data', 'E_DICOM_NOPIXEL')
-    if not KINDS.fullmatch(str(image.get('PhotometricInterpretation', ''))):
-        raise ImageError('its photometric interpretation is not that of a radiograph', 'E_DICOM_MODALITY')
-    if (frames := int(image.get('NumberOfFrames') or 1)) > 1:
+        raise ImageError('no pixel data', 'E_DICOM_NOPIXEL')
+    if not PHOTOMETRIC_INTERPRETATIONS.fullmatch(str(image.get('PhotometricInterpretation', ''))):
+        raise ImageError('the photometric interpretation is not that of a radiograph', 'E_DICOM_MODALITY')
+    frames = int(image.get('NumberOfFrames') or 1)
+    if frames > 1:
         raise ImageError(f'{frames} frames', 'E_MULTIFRAME')
     check_pixels(image.Columns, image.Rows)
     if image.get('HighBit', image.BitsStored - 1) != image.BitsStored - 1:
-        raise ImageError(f'{image.BitsStored} bits that end at bit {image.HighBit} are not read', 'E_BITDEPTH')
-    raw = image.Rows * image.Columns * image.SamplesPerPixel * image.BitsAllocated // 8
-    if len(image.PixelData) > 2 * raw + SLACK:
-        raise ImageError(f'{len(image.PixelData):,} bytes for {raw:,} bytes of pixels', 'E_DICOM_CORRUPT')
+        raise ImageError(f'{image.BitsStored} bits that end at bit {image.HighBit} are not supported', 'E_BITDEPTH')
+    raw_bytes = image.Rows * image.Columns * image.SamplesPerPixel * image.BitsAllocated // 8
+    if len(image.PixelData) > 2 * raw_bytes + SLACK:
+        raise ImageError(f'{len(image.PixelData):,} bytes for {raw_bytes:,} bytes of pixels', 'E_DICOM_CORRUPT')
 
 
 def _decode(image: Dataset) -> np.ndarray:
-    """The stored pixels (h, w), or (h, w, 3) in RGB."""
+    """Return the stored pixels (h, w), or (h, w, 3) in RGB."""
     from pydicom.pixels import get_decoder
 
     syntax = image.file_meta.TransferSyntaxUID
     try:
-        readable = get_decoder(syntax).is_available
+        supported = get_decoder(syntax).is_available
     except NotImplementedError:
-        readable = False
-    if not readable or (syntax == JPEG_EXTENDED and image.BitsStored > 8):  # Pillow's JPEG has 8 bits
-        package = PACKAGES.get(str(syntax), 'python-gdcm')
-        shown = f'{syntax} ({syntax.name})' if re.fullmatch('[0-9.]+', syntax) else 'of no known name'
+        supported = False
+    if syntax == JPEG_EXTENDED and image.BitsStored > 8:  # Pillow decodes JPEG with 8 bits only
+        supported = False
+    if not supported:
+        package = PACKAGES.get(str(syntax), OTHER_PACKAGE)
+        shown = f'{syntax} ({syntax.name})' if re.fullmatch('[0-9.]+', syntax) else '(not a valid identifier)'
         raise ImageError(f'transfer syntax {shown} needs the package {package}', 'E_DICOM_SYNTAX')
-    if syntax in BY_PILLOW:
+    if syntax in PILLOW_SYNTAXES:
         _check_frame(image)
     return image.pixel_array
 
 
 def _check_frame(image: Dataset) -> None:
-    """Raise `ImageError` where the compressed picture is not of the size that the file says, or has too many scans."""
+    """Raise `ImageError` if the compressed picture has another size than the file declares, or too many scans."""
     from pydicom.encaps import get_frame
 
     frame = get_frame(image.PixelData, 0, number_of_frames=1)
     with Image.open(BytesIO(frame), formats=('JPEG', 'JPEG2000')) as picture:
-        size, form = picture.size, picture.format
+        size = picture.size
+        form = picture.format
     if size != (image.Columns, image.Rows):
-        raise ImageError('its picture is not of the size it says', 'E_DICOM_CORRUPT')
+        raise ImageError('the picture is not of the size that the file declares', 'E_DICOM_CORRUPT')
     if form == 'JPEG':
         check_scans(frame, *size)
 
 
-def _grey(image: Dataset, stored: np.ndarray) -> DecodedImage:
-    kind, burned = str(image.PhotometricInterpretation), str(image.get('BurnedInAnnotation')).upper() == 'YES'
-    grey, notes = _from_colour(stored) if stored.ndim == 3 else _from_levels(image, stored)
-    if burned:
-        notes.append('BurnedInAnnotation is YES: text in the picture may name the patient')
-    return DecodedImage(grey, 'DICOM', kind, int(image.BitsStored), image.Columns, image.Rows, tuple(notes), burned)
+def _to_grey(image: Dataset, stored: np.ndarray) -> DecodedImage:
+    if stored.ndim == 3:
+        grey, notes = _grey_from_colour(stored)
+    else:
+        grey, notes = _grey_from_levels(image, stored)
+    burned_in = str(image.get('BurnedInAnnotation')).upper() == 'YES'
+    if burned_in:
+        notes.append('BurnedInAnnotation is YES: text in the picture may identify the patient')
+    return DecodedImage(
+        pixels=grey,
+        format='DICOM',
+        mode=str(image.PhotometricInterpretation),
+        bits=int(image.BitsStored),
+        width=image.Columns,
+        height=image.Rows,
+        notes=tuple(notes),
+        burned_in=burned_in,
+    )
 
 
-def _from_colour(stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _grey_from_colour(stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
     if stored.dtype != np.uint8:
         raise ImageError(f'colour of {8 * stored.itemsize} bits', 'E_BITDEPTH')
-    return np.asarray(Image.fromarray(stored).convert('L')), ['colour to grey']
+    return np.asarray(Image.fromarray(stored).convert('L')), ['converted from colour to grey']
 
 
-def _from_levels(image: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Grey (h, w) through the file's own rescaling and window, upright in brightness, with black padding."""
+def _grey_from_levels(image: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Return grey uint8 (h, w) after rescaling, window, inversion and padding, and notes of them."""
     levels, counts = count_levels(stored)
     padding = _is_padding(image, levels)
-    meant, notes = _rescale(image, levels)
-    table, note = _window(image, meant, np.where(padding, 0, counts))
+    values, notes = _rescale(image, levels)
+    table, note = _apply_window(image, values, np.where(padding, 0, counts))
     if note:
         notes.append(note)
     if image.PhotometricInterpretation == 'MONOCHROME1':
         table = 255 - table
-        notes.append('MONOCHROME1 inverted')
+        notes.append('inverted (MONOCHROME1)')
     return look_up(stored, np.where(padding, np.uint8(0), table)), notes
 
 
 def _is_padding(image: Dataset, levels: np.ndarray) -> np.ndarray:
-    """Which of the stored `levels` mean that there is no pixel."""
-    ends = [_numbers(image.get(name)) for name in ('PixelPaddingValue', 'PixelPaddingRangeLimit')]
-    ends = [end[0] for end in ends if end] or [math.inf]
-    return (levels >= min(ends)) & (levels <= max(ends))
+    """Return which of the stored `levels` are padding: boolean (n,)."""
+    limits = _numbers(image.get('PixelPaddingValue'))[:1] + _numbers(image.get('PixelPaddingRangeLimit'))[:1]
+    if not limits:
+        limits = [math.inf]
+    return (levels >= min(limits)) & (levels <= max(limits))
+
+
+def _numbers(value: Any) -> list[float]:
+    """Return one number, several or none as a list."""
+    if value is None:
+        return []
+    numbers = value if isinstance(value, Sequence) else [value]
+    return [float(number) for number in numbers]
 
 
 def _rescale(image: Dataset, levels: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """What the stored `levels` mean, as floats; as they are, with a note, where the file's rescaling does not work."""
+    """Apply the modality LUT or rescaling to the stored `levels`; unusable ones are ignored, with a note."""
     from pydicom.pixels import apply_modality_lut
 
     with suppress(Exception):
         for item in image.get('ModalityLUTSequence', ()):
-            item.LUTDescriptor[2] = 16 if item.LUTDescriptor[2] > 8 else 8  # pydicom takes no depth between
-        meant = np.asarray(apply_modality_lut(levels, image), float)
-        if np.isfinite(meant).all() and (np.ptp(meant) > 0 or len(levels) == 1):
-            return meant, []
-    return levels.astype(float), ['its modality rescaling cannot be used']
+            item.LUTDescriptor[2] = 16 if item.LUTDescriptor[2] > 8 else 8  # pydicom accepts only 8 and 16 bits
+        values = np.asarray(apply_modality_lut(levels, image), float)
+        if np.isfinite(values).all() and (np.ptp(values) > 0 or len(levels) == 1):
+            return values, []
+    return levels.astype(float), ['the modality rescaling of the file is unusable and was ignored']
 
 
-def _window(image: Dataset, meant: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, str]:
-    """The grey level (uint8) of each of the values `meant`, by what the file declares and leaves something to see; else
-    as they are up to 8 bits, and by percentiles above. `counts` tells how often each occurs."""
-    for note, table in _declared(image, meant):
+def _apply_window(image: Dataset, values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, str]:
+    """Return the grey level of each of the `values`, uint8 (n,), and a note.
+
+    The first window of the file that shows something is used. Without one, images of up to 8 bits keep their levels,
+    and deeper images get the window between percentiles. Each value occurs `counts` times.
+    """
+    for note, table in _declared_windows(image, values):
         low, high = weighted_percentiles(table, counts, (1, 99))
-        if high - low >= VISIBLE:
+        if high - low >= MIN_VISIBLE_LEVELS:
             return table, note
     if image.BitsStored > 8:
-        return percentile_table(meant, counts)
-    signed, span = bool(image.PixelRepresentation), 1 << image.BitsStored
-    ends, _ = _rescale(image, np.array([0, span - 1]) - signed * span // 2)
-    return spread(meant, ends.min(), ends.max()), ''
+        return percentile_table(values, counts)
+    span = 1 << image.BitsStored
+    first = -(span // 2) if image.PixelRepresentation else 0
+    limits, _ = _rescale(image, np.array([first, first + span - 1]))
+    return scale_to_grey(values, limits.min(), limits.max()), ''
 
 
-def _declared(image: Dataset, meant: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """What of the file's VOI LUT and windows can be used, each as a note and the grey level (uint8) of each value."""
+def _declared_windows(image: Dataset, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the usable VOI LUT and windows of the file: a note, and the grey level of each value, uint8 (n,)."""
     from pydicom.pixels import apply_voi, apply_windowing
 
     with suppress(Exception):
         depth = image.VOILUTSequence[0].LUTDescriptor[2]
-        yield "the file's VOI LUT", spread(apply_voi(meant.astype(int), image), 0, (1 << depth) - 1)
-    centres, widths = (_numbers(image.get(name)) for name in ('WindowCenter', 'WindowWidth'))
-    for i, (centre, width) in enumerate(zip(centres, widths, strict=False)):
+        yield 'VOI LUT of the file', scale_to_grey(apply_voi(values.astype(int), image), 0, (1 << depth) - 1)
+    centres = _numbers(image.get('WindowCenter'))
+    widths = _numbers(image.get('WindowWidth'))
+    for index, (centre, width) in enumerate(zip(centres, widths, strict=False)):
         with suppress(Exception), np.errstate(all='ignore'):
-            # Two values far outside show what range pydicom maps the window to.
-            grey = apply_windowing(np.append(meant, [-BEYOND, BEYOND]), image, i)
-            yield f"the file's window, centre {centre:g}, width {width:g}", spread(grey[:-2], *grey[-2:])
-
-
-def _numbers(value: Any) -> list[float]:
-    """One or several numbers, or none, as a list."""
-    if value is None:
-        return []
-    return [float(number) for number in (value if isinstance(value, Sequence) else [value])]
+            # Two values far outside show the range that pydicom maps the window to.
+            grey = apply_windowing(np.append(values, [-FAR_VALUE, FAR_VALUE]), image, index)
+            table = scale_to_grey(grey[:-2], *grey[-2:])
+            yield f'window of the file: centre {centre:g}, width {width:g}', table

@@ -1,4 +1,8 @@
-"""What an image file may cost to decode, and what an image has to be."""
+"""The limits that image files must respect, and `DecodedImage`, the result of decoding.
+
+The checks run on the header of a file, before its pixels are decoded, so that a malicious file costs neither time nor
+memory.
+"""
 
 from __future__ import annotations
 
@@ -10,42 +14,26 @@ from cxr_fastai.core.errors import ImageError
 if TYPE_CHECKING:
     import numpy as np
 
-MAX_PIXELS = 40_000_000
 MAX_BYTES = 400_000_000
-MAX_SCANNED = 400_000_000
-"""Pixels times scans of a progressive JPEG; each scan visits all pixels, and a few bytes make one."""
+"""Maximum size of a file."""
+MAX_PIXELS = 40_000_000
+"""Maximum width times height of an image."""
+MAX_SCANNED_PIXELS = 400_000_000
+"""Maximum pixels times scans of a progressive JPEG: each scan visits all pixels, and costs only a few bytes."""
 MIN_SIDE = 64
+"""Minimum width and height in pixels."""
 MAX_ASPECT = 4
-
-
-def check_pixels(width: int, height: int) -> None:
-    """Raise `ImageError` E_TOO_LARGE over `MAX_PIXELS`."""
-    if width * height > MAX_PIXELS:
-        raise ImageError(f'{width}x{height} is over {MAX_PIXELS:,} pixels', 'E_TOO_LARGE')
-
-
-def check_shape(width: int, height: int) -> None:
-    """Raise `ImageError` E_TOO_SMALL for less than a thumbnail, and for a strip."""
-    if min(width, height) < MIN_SIDE:
-        raise ImageError(f'{width}x{height} is under {MIN_SIDE} pixels', 'E_TOO_SMALL')
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f'{width}x{height} is over {MAX_ASPECT} times as long as wide', 'E_TOO_SMALL')
-
-
-def check_scans(jpeg: bytes, width: int, height: int) -> None:
-    """Raise `ImageError` E_TIMEOUT for a JPEG of so many scans that decoding would take minutes."""
-    scans = jpeg.count(b'\xff\xda')
-    if scans * width * height > MAX_SCANNED:
-        raise ImageError(f'{scans} progressive scans of {width}x{height} would take too long', 'E_TIMEOUT')
+"""Maximum ratio of the longer side to the shorter one."""
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """A decoded image: grey `pixels` uint8 (h, w), and what the file was: its `format`, the `mode` its pixels are stored
-    in (Pillow's name, or DICOM's), `bits` a sample, `width` and `height` as stored.
+    """A decoded image and facts about its file.
 
-    `notes` tell what was done beyond decoding, such as the window of a deep image; `burned_in` is true where the file
-    says that text in the picture may name the patient.
+    `pixels` are grey uint8 (h, w). `format` is the file format, `mode` the pixel mode as stored (Pillow's name, or the
+    photometric interpretation of DICOM), `bits` the bits per sample; `width` and `height` are those of the file, which
+    may be larger than `pixels`. `notes` describe every change beyond decoding, such as the window of a 12-bit image.
+    `burned_in` is True if the file says that its picture contains text, which may identify the patient.
     """
 
     pixels: np.ndarray
@@ -56,3 +44,24 @@ class DecodedImage:
     height: int
     notes: tuple[str, ...] = ()
     burned_in: bool = False
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raise `ImageError` E_TOO_LARGE for more than `MAX_PIXELS` pixels."""
+    if width * height > MAX_PIXELS:
+        raise ImageError(f'{width}x{height} is over {MAX_PIXELS:,} pixels', 'E_TOO_LARGE')
+
+
+def check_shape(width: int, height: int) -> None:
+    """Raise `ImageError` E_TOO_SMALL for a side below `MIN_SIDE` or an aspect ratio above `MAX_ASPECT`."""
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f'{width}x{height}: a side is under {MIN_SIDE} pixels', 'E_TOO_SMALL')
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(f'{width}x{height}: the aspect ratio is over {MAX_ASPECT}', 'E_TOO_SMALL')
+
+
+def check_scans(jpeg: bytes, width: int, height: int) -> None:
+    """Raise `ImageError` E_TIMEOUT for a progressive JPEG with so many scans that decoding it would take minutes."""
+    scans = jpeg.count(b'\xff\xda')
+    if scans * width * height > MAX_SCANNED_PIXELS:
+        raise ImageError(f'{scans} progressive scans of {width}x{height} would take too long to decode', 'E_TIMEOUT')

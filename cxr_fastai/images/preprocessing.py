@@ -1,8 +1,9 @@
-"""From a decoded image to the square that a network sees; training and prediction share it."""
+"""The preprocessing that training and prediction share: from a decoded image to the square that a network sees."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,80 +15,102 @@ from cxr_fastai.core.errors import UsageError
 from cxr_fastai.images.decode import open_image
 
 BILINEAR = Image.Resampling.BILINEAR
-RESIZES = {
-    'squish': lambda image, size: image.resize(size, BILINEAR),
-    'pad': lambda image, size: ImageOps.pad(image, size, BILINEAR, color=0),
-    'crop': lambda image, size: ImageOps.fit(image, size, BILINEAR),
+"""Pillow's bilinear filter, which includes antialiasing when it reduces an image."""
+MAX_LOW_PASS = 0.1
+
+
+def _squish(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image.resize(size, BILINEAR)
+
+
+def _pad(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return ImageOps.pad(image, size, BILINEAR, color=0)
+
+
+def _crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return ImageOps.fit(image, size, BILINEAR)
+
+
+RESIZES: dict[str, Callable[[Image.Image, tuple[int, int]], Image.Image]] = {
+    'squish': _squish,
+    'pad': _pad,
+    'crop': _crop,
 }
-"""How an image becomes a square, always with antialiasing: its aspect lost, kept between black bars, or kept and cut."""
+"""Methods that make an image square: distort its aspect ratio, add black bars, or cut off the longer side."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What every image goes through on its way to the network; recipe and model file carry its fields.
+    """The preprocessing of every image. Recipes and model files contain these three fields.
 
-    `low_pass` is the standard deviation, as a share of the side, of a Gaussian that smooths every square; 0 leaves it
-    alone. Raises `UsageError` for what cannot be.
+    `size` is the side of the square in pixels, `resize` a key of `RESIZES`. `low_pass` is the standard deviation of a
+    Gaussian filter, as a fraction of the side; 0 turns it off. Raises `UsageError` for other values.
     """
 
     size: int = 224
     resize: str = 'squish'
     low_pass: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.resize not in RESIZES:
             raise UsageError(f'--resize {self.resize}: choose {", ".join(RESIZES)}.')
-        if not 0 <= self.low_pass <= 0.1:
-            raise UsageError(f'low_pass {self.low_pass}: a share from 0 to .1 is needed.')
+        if not 0 <= self.low_pass <= MAX_LOW_PASS:
+            raise UsageError(f'low_pass {self.low_pass}: a number from 0 to {MAX_LOW_PASS} is needed.')
 
     @classmethod
     def of(cls, source: Any) -> Preprocessing:
-        """That of a `Recipe` or of a `ModelConfig`, which have the same fields."""
+        """Return the preprocessing of a `Recipe` or a `ModelConfig`."""
         return cls(**{field.name: getattr(source, field.name) for field in fields(cls)})
 
     def load(self, path: str | Path) -> np.ndarray:
-        """Read the image `path` and make it what the network sees: grey uint8 (size, size). Raises `ImageError`.
+        """Read the image `path` and return the network's view of it: grey uint8 (size, size). Raises `ImageError`.
 
-        A large JPEG is decoded at a half, a quarter or an eighth of its sides as long as both stay at least twice what
-        is asked for, so that resampling still smooths it. On 96 original images that differs from a full decode by .20
-        grey levels on average (.91 in the worst image) and changes vertical sharpness by -1 to +4 %; down to once
-        what is asked for it would be .64 (2.46), and -4 to +6 %.
+        A large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides if both remain at least twice as long as needed, so that
+        resampling still smooths the image. On 96 original images the result differs from a full decode by 0.20 grey
+        levels on average (0.91 in the worst image), and vertical sharpness changes by -1% to +4%. With sides as long as
+        needed, and not twice that, it would differ by 0.64 (2.46), and sharpness by -4% to +6%.
         """
         return self.fit(open_image(path, self).pixels)
 
     def fit(self, image: np.ndarray) -> np.ndarray:
-        """`image`, grey uint8 (h, w), as grey uint8 (size, size)."""
+        """Return the network's view of a decoded image, grey uint8 (h, w): grey uint8 (size, size)."""
         return self.smooth(self.square(image))
 
     def square(self, image: np.ndarray) -> np.ndarray:
-        """`image`, grey uint8 (h, w), as a sharp square (size, size)."""
+        """Resize `image`, grey uint8 (h, w), to (size, size), without the low-pass filter."""
         if image.shape == (self.size, self.size):
             return image
-        return np.asarray(RESIZES[self.resize](Image.fromarray(image), (self.size, self.size)))
+        resize = RESIZES[self.resize]
+        return np.asarray(resize(Image.fromarray(image), (self.size, self.size)))
 
     def smooth(self, square: np.ndarray) -> np.ndarray:
-        """`square`, grey uint8 (size, size), without the detail that the low-pass takes away."""
-        if not self.low_pass:
+        """Apply the low-pass filter to `square`, grey uint8 (size, size)."""
+        if self.low_pass == 0:
             return square
-        return np.asarray(Image.fromarray(square).filter(ImageFilter.GaussianBlur(self.low_pass * self.size)))
+        blur = ImageFilter.GaussianBlur(self.low_pass * self.size)
+        return np.asarray(Image.fromarray(square).filter(blur))
 
-    def spread(self, heat: np.ndarray, height: int, width: int) -> np.ndarray:
-        """A map (size, size) of what the network saw, laid over the image (height, width) it came from: the inverse of
-        `square`. What was cut away by `crop` is 0."""
-        whole, side = Image.fromarray(heat.astype(np.float32)), len(heat)
+    def map_to_image(self, heat: np.ndarray, height: int, width: int) -> np.ndarray:
+        """Resize a map of the network's view, (size, size), to the image it was made from: float32 (height, width).
+
+        This is the inverse of `square`. The parts that `crop` cut off are 0.
+        """
+        view = Image.fromarray(heat.astype(np.float32))
+        side = len(heat)
         if self.resize == 'pad':
             scale = side / max(width, height)
-            left, top = (side - width * scale) / 2, (side - height * scale) / 2
-            whole = whole.resize((width, height), BILINEAR, (left, top, side - left, side - top))
-        elif self.resize == 'crop':
-            least = min(width, height)
-            whole, part = Image.new('F', (width, height)), whole.resize((least, least), BILINEAR)
-            whole.paste(part, ((width - least) // 2, (height - least) // 2))
-        else:
-            whole = whole.resize((width, height), BILINEAR)
-        return np.asarray(whole)
+            left = (side - width * scale) / 2
+            top = (side - height * scale) / 2
+            return np.asarray(view.resize((width, height), BILINEAR, (left, top, side - left, side - top)))
+        if self.resize == 'crop':
+            shorter = min(width, height)
+            whole = Image.new('F', (width, height))
+            whole.paste(view.resize((shorter, shorter), BILINEAR), ((width - shorter) // 2, (height - shorter) // 2))
+            return np.asarray(whole)
+        return np.asarray(view.resize((width, height), BILINEAR))
 
-    def enough(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height that an image of `width` x `height` may be decoded at."""
-        scale = 2 * self.size / (max if self.resize == 'pad' else min)(width, height)
+    def decode_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return the minimum width and height at which an image of `width` x `height` pixels may be decoded."""
+        side = max(width, height) if self.resize == 'pad' else min(width, height)
+        scale = 2 * self.size / side
         return math.ceil(width * scale), math.ceil(height * scale)

@@ -1,17 +1,18 @@
-"""Where in an image the evidence for a class lies: class activation maps of any `Sequential(body, head)`, and occlusion.
+"""Class activation maps of a network `Sequential(body, head)`, and occlusion maps.
 
-    cam         exact, for a head of average pooling and one Linear (Zhou et al. 2016)
-    gradcam     any head: channels weighted by their mean gradient (Selvaraju et al. 2017)
-    gradcam++   gradients weighted by place (Chattopadhyay et al. 2018)
-    occlusion   what covering each place costs (Zeiler and Fergus 2014): slow, and needs no gradient
+    cam         exact, for a head of average pooling and one linear layer (Zhou et al. 2016)
+    gradcam     any head: each channel is weighted by its mean gradient (Selvaraju et al. 2017)
+    gradcam++   gradients are also weighted by position (Chattopadhyay et al. 2018)
+    occlusion   the drop in probability when a patch is covered (Zeiler and Fergus 2014); slow, needs no gradients
 
-A map says what influenced the score. It is no outline of a lesion.
+A map shows what influenced the score. It does not outline a lesion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,147 +21,166 @@ from torch.nn.functional import interpolate
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import POSITIVE
 
-PATCHES, STRIDES = 8, 16
-"""An occluding square is an eighth of the side, and moves by a sixteenth."""
-LEAST_LOSS = 1e-6
-"""What covering a place costs in probability at least, or it is rounding."""
+PATCHES = 8
+"""An occluding patch is one eighth of the side of the image."""
+STRIDES = 16
+"""The patch moves by one sixteenth of the side."""
+MIN_DROP = 1e-6
+"""A smaller drop in probability counts as rounding error."""
 EPSILON = 1e-6
-"""Keeps a division by nothing finite in Grad-CAM++, as in its authors' code."""
+"""Avoids division by zero in Grad-CAM++, as in its authors' code."""
 BODY = '0'
-"""The body's name in the state dict of every `Sequential(body, head)`."""
-POOLINGS = nn.MaxPool2d, nn.AvgPool2d
+"""The name of the body in the state dict of every `Sequential(body, head)`."""
+POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
 @contextmanager
-def explaining(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` in evaluation mode, with gradients of activations alone; modes and gradients are restored, also after an
-    exception."""
+def explanation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put `model` in evaluation mode with gradients for activations only.
+
+    Training modes, `requires_grad` and stored gradients are restored afterwards, also after an exception.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    wanted = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
+    parameters = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
     try:
         with torch.enable_grad():
             model.eval()
-            for weight, *_ in wanted:
+            for weight, _, _ in parameters:
                 weight.requires_grad_(False)
             yield model
     finally:
         for module, mode in modes:
             module.training = mode
-        for weight, wants, grad in wanted:
-            weight.requires_grad_(wants)
+        for weight, requires_grad, grad in parameters:
+            weight.requires_grad_(requires_grad)
             weight.grad = grad
 
 
 @contextmanager
-def watching(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that gets what `layer` gives in each forward pass, as the start of a graph of its own, so that nothing
-    before it is differentiated; the hook is removed, also after an exception."""
-    seen: list[Tensor] = []
+def record_activations(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield a list to which each forward pass appends the output of `layer`.
 
-    def keep(_module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
-        seen.append(output.detach().requires_grad_())
-        return seen[-1].clone()  # the next layer may work in place
+    The outputs are leaves of the autograd graph, so nothing before `layer` is differentiated. The hook is removed
+    afterwards, also after an exception.
+    """
+    activations: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        activations.append(output.detach().requires_grad_())
+        return activations[-1].clone()  # the next layer may work in place
 
     handle = layer.register_forward_hook(keep)
     try:
-        yield seen
+        yield activations
     finally:
         handle.remove()
 
 
 def find_layer(model: nn.Sequential, name: str | None = None, method: str = 'gradcam') -> nn.Module:
-    """The layer of `model` called `name` as in its state dict, such as `0.2`; unless one is named the body, whose
-    output the head pools, or where it ends in a pooling, which would cost resolution, for any `method` but cam the
-    layer before. Raises `UsageError` for a name that is none."""
+    """Return the layer `name` of `model`, named as in its state dict, for example `0.2`.
+
+    Without a name this is the body. If the body ends in a pooling layer, which would reduce the resolution, it is the
+    layer before that, except for the method `cam`. Raises `UsageError` for an unknown name.
+    """
     if name is None:
         leaves = [layer for layer in model[0].modules() if not list(layer.children())]
-        pooled = len(leaves) > 1 and isinstance(leaves[-1], POOLINGS)
-        return leaves[-2] if pooled and method != 'cam' else model[0]
+        ends_in_pooling = len(leaves) > 1 and isinstance(leaves[-1], POOLINGS)
+        if ends_in_pooling and method != 'cam':
+            return leaves[-2]
+        return model[0]
     layers = dict(model.named_modules())
     if name in layers and name:
         return layers[name]
-    near = [known for known in layers if known.startswith(name.split('.')[0])][1:9] or list(layers)[1:9]
-    raise UsageError(f'--layer {name}: no such layer: choose one such as {", ".join(near)}.')
+    part = name.split('.')[0]
+    similar = [other for other in layers if other.startswith(part)][1:9] or list(layers)[1:9]
+    raise UsageError(f'--layer {name}: no such layer. Choose one, for example {", ".join(similar)}.')
 
 
 def name_layer(model: nn.Sequential, layer: nn.Module) -> str:
-    """What `layer` is called in the state dict of `model`."""
-    return next(name for name, known in model.named_modules() if known is layer)
+    """Return the name of `layer` in the state dict of `model`."""
+    names = {module: name for name, module in model.named_modules()}
+    return names[layer]
 
 
 def check_method(model: nn.Sequential, method: str, layer: str | None = None) -> None:
-    """Raise `UsageError` for a `method` or a `layer` that is none, or where the two or the head of `model` do not go
-    together."""
+    """Raise `UsageError` if `method` or `layer` is unknown, or if they do not fit each other or the head of `model`."""
     if method not in METHODS:
         raise UsageError(f'--method {method}: choose {", ".join(METHODS)}.')
     if method == 'occlusion' and layer:
-        raise UsageError('--layer: --method occlusion looks at no layer.')
-    place, heads = find_layer(model, layer, method), [type(part) for part in model[1].modules()]
-    if method == 'cam' and not (place is model[0] and heads.count(nn.Linear) == 1 and nn.AdaptiveAvgPool2d in heads):
+        raise UsageError('--layer: --method occlusion does not use a layer. Omit --layer.')
+    chosen = find_layer(model, layer, method)
+    if method != 'cam':
+        return
+    head = [type(part) for part in model[1].modules()]
+    is_pooling_and_linear = head.count(nn.Linear) == 1 and nn.AdaptiveAvgPool2d in head
+    if chosen is not model[0] or not is_pooling_and_linear:
         raise UsageError(
-            '--method cam: it needs a head of average pooling and one Linear, and the body as its layer: '
-            'gradcam takes any.'
+            '--method cam needs a head of average pooling and one Linear, and the body as its layer. '
+            'Use --method gradcam, which supports every network.'
         )
 
 
 def activation_maps(
     model: nn.Sequential, images: Tensor, target: int = POSITIVE, method: str = 'gradcam', layer: str | None = None
 ) -> Tensor:
-    """Maps (n, h, w) of `images`, normalised (n, 3, s, s), for the class `target`, at the resolution of `layer`; 0 and
-    above, in no unit, where 0 everywhere means no positive evidence.
+    """Return maps (n, h, w) of normalised `images` (n, 3, s, s) for the class `target`, at the resolution of `layer`.
 
-    Raises `UsageError` for a method, a layer or a head that gives no map.
+    The values are 0 or greater and have no unit; a map of zeros means no positive evidence. Raises `UsageError` if the
+    method, the layer or the head does not allow a map.
     """
     check_method(model, method, layer)
-    place = find_layer(model, layer, method)
-    with explaining(model):
-        return METHODS[method](model, images, target, place).detach()
+    chosen = find_layer(model, layer, method)
+    with explanation_mode(model):
+        return METHODS[method](model, images, target, chosen).detach()
 
 
 def enlarge(maps: Tensor, size: int) -> Tensor:
-    """Maps (n, h, w) as (n, size, size), bilinear."""
+    """Return maps (n, h, w) resized to (n, size, size), bilinearly."""
     return interpolate(maps[:, None], (size, size), mode='bilinear', align_corners=False)[:, 0]
 
 
 def scale(maps: Tensor) -> Tensor:
-    """Maps (n, h, w) each divided by its largest value, so that it spans 0 to 1; one of zeros stays so."""
-    most = maps.flatten(1).amax(dim=1)[:, None, None]
-    return maps / torch.where(most > 0, most, 1)
+    """Return maps (n, h, w), each divided by its maximum so that it spans 0 to 1; a map of zeros stays zero."""
+    maximum = maps.flatten(1).amax(dim=1)[:, None, None]
+    return maps / torch.where(maximum > 0, maximum, 1)
 
 
 def _cam(model: nn.Sequential, images: Tensor, target: int, layer: nn.Module) -> Tensor:
-    linear = next(part for part in model[1].modules() if isinstance(part, nn.Linear))
-    return _positive(layer(images), linear.weight[target][None, :])
+    linear = [part for part in model[1].modules() if isinstance(part, nn.Linear)][0]
+    return _weighted_sum(layer(images), linear.weight[target][None, :])
 
 
 def _gradcam(model: nn.Sequential, images: Tensor, target: int, layer: nn.Module) -> Tensor:
-    seen, gradients = _gradients(model, images, target, layer)
-    return _positive(seen, gradients.mean(dim=(2, 3)))
+    activations, gradients = _gradients(model, images, target, layer)
+    return _weighted_sum(activations, gradients.mean(dim=(2, 3)))
 
 
 def _gradcam_plus_plus(model: nn.Sequential, images: Tensor, target: int, layer: nn.Module) -> Tensor:
-    seen, gradients = _gradients(model, images, target, layer)
-    below = 2 * gradients**2 + seen.sum(dim=(2, 3), keepdim=True) * gradients**3 + EPSILON
-    place = torch.where(gradients != 0, gradients**2 / below, 0)
-    return _positive(seen, (place * gradients.relu()).sum(dim=(2, 3)))
+    activations, gradients = _gradients(model, images, target, layer)
+    denominator = 2 * gradients**2 + activations.sum(dim=(2, 3), keepdim=True) * gradients**3 + EPSILON
+    alpha = torch.where(gradients != 0, gradients**2 / denominator, 0)
+    return _weighted_sum(activations, (alpha * gradients.relu()).sum(dim=(2, 3)))
 
 
 def _occlusion(model: nn.Sequential, images: Tensor, target: int, layer: nn.Module) -> Tensor:
-    """The mean loss of probability over the squares that cover each place; a square has the image's mean grey."""
+    """For each pixel, the mean drop in probability over the patches that cover it; a patch has the image's mean."""
     side = images.shape[-1]
-    patch, stride = max(side // PATCHES, 1), max(side // STRIDES, 1)
+    patch = max(side // PATCHES, 1)
+    stride = max(side // STRIDES, 1)
     starts = sorted({*range(0, side - patch, stride), side - patch})
-    lost, times = (torch.zeros(len(images), side, side, dtype=torch.float64) for _ in range(2))
+    drop = torch.zeros(len(images), side, side, dtype=torch.float64)
+    count = torch.zeros_like(drop)
     with torch.no_grad():
-        whole = _probability(model, images, target)
+        uncovered = _probability(model, images, target)
         for top in starts:
             for left in starts:
-                here = (..., slice(top, top + patch), slice(left, left + patch))
+                region = (..., slice(top, top + patch), slice(left, left + patch))
                 covered = images.clone()
-                covered[here] = images.mean(dim=(2, 3), keepdim=True)
-                lost[here] += (whole - _probability(model, covered, target))[:, None, None]
-                times[here] += 1
-    return torch.where(lost / times > LEAST_LOSS, lost / times, 0).float()
+                covered[region] = images.mean(dim=(2, 3), keepdim=True)
+                drop[region] += (uncovered - _probability(model, covered, target))[:, None, None]
+                count[region] += 1
+    mean_drop = drop / count
+    return torch.where(mean_drop > MIN_DROP, mean_drop, 0).float()
 
 
 METHODS: dict[str, Callable[[nn.Sequential, Tensor, int, nn.Module], Tensor]] = {
@@ -169,22 +189,23 @@ METHODS: dict[str, Callable[[nn.Sequential, Tensor, int, nn.Module], Tensor]] = 
     'cam': _cam,
     'occlusion': _occlusion,
 }
-"""Method -> what makes its maps (n, h, w) of a model, images, a target and a layer."""
+"""Name of each method -> function of a model, images, a target and a layer that returns maps (n, h, w)."""
 
 
 def _gradients(model: nn.Sequential, images: Tensor, target: int, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """What `layer` gives, and how the logit of `target` changes with it: both (n, c, h, w)."""
-    with watching(layer) as seen:
+    """The activations of `layer` and the gradient of the logit of `target` with respect to them, both (n, c, h, w)."""
+    with record_activations(layer) as activations:
         logits = model(images)
-    if not seen or seen[-1].ndim != 4:
-        raise UsageError('--layer: it gives no maps (n, c, h, w): name an earlier one.')
-    return seen[-1].detach(), torch.autograd.grad(logits[:, target].sum(), seen[-1])[0]
+    if not activations or activations[-1].ndim != 4:
+        raise UsageError('--layer: the output of this layer is not (n, c, h, w). Choose an earlier layer.')
+    gradients = torch.autograd.grad(logits[:, target].sum(), activations[-1])[0]
+    return activations[-1].detach(), gradients
 
 
-def _positive(seen: Tensor, weights: Tensor) -> Tensor:
-    """The weighted sum of the channels of `seen`, (n, c, h, w), by `weights`, (n or 1, c), where it is above 0."""
-    return (seen * weights[:, :, None, None]).sum(dim=1).relu()
+def _weighted_sum(activations: Tensor, weights: Tensor) -> Tensor:
+    """The positive part of the sum of the channels of `activations` (n, c, h, w) with `weights` (n or 1, c)."""
+    return (activations * weights[:, :, None, None]).sum(dim=1).relu()
 
 
 def _probability(model: nn.Sequential, images: Tensor, target: int) -> Tensor:
-    return model(images).double().softmax(dim=1)[:, target]  # 32 bits would round 1 - 1e-8 to 1
+    return model(images).double().softmax(dim=1)[:, target]  # in 32 bits, 1 - 1e-8 would be rounded to 1

@@ -1,35 +1,42 @@
-"""Why a network gave its scores: maps of single images, and `CXRInterpretation`, a run's errors in fastai's manner."""
+"""`Explainer`, which explains the scores of images by maps, and functions that save the explanations as figures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from cxr_fastai.core.errors import ImageError, UsageError
+from cxr_fastai.core.errors import ImageError, UsageError, visible
+from cxr_fastai.core.figures import save_figure
+from cxr_fastai.core.files import writing
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
+from cxr_fastai.data.find import list_images, short_path
 from cxr_fastai.images.decode import open_image
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.interpretation.cam import activation_maps, check_method, enlarge, find_layer, name_layer, scale
-from cxr_fastai.interpretation.overlays import Explanation
+from cxr_fastai.interpretation.overlays import Explanation, plot_explanation
 from cxr_fastai.models.inputs import to_input
 
-SIDE = 512
-"""Pixels of the longer side of an image that is shown under its map."""
-BATCH = 32
-"""Images that go through the network at once."""
+DISPLAY_SIZE = 512
+"""Maximum side, in pixels, of an image that is shown with its map."""
+BATCH_SIZE = 32
+"""Number of images that pass through the network at once."""
 BURNED_IN = 'E_BURNED_IN'
+"""The error code of an image that may show the patient's name."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """An image to explain: its `path`, the `name` it is called by, and, if known, what it shows in truth and the raw
-    probability `p` of pneumonia."""
+    """An image to explain.
+
+    `name` is shown instead of the path. If known, `label` is its true class and `p` the predicted probability of
+    pneumonia.
+    """
 
     path: Path
     name: str = ''
@@ -39,89 +46,143 @@ class Subject:
 
 @dataclass(frozen=True)
 class Explainer:
-    """Makes maps with the network of `predictor`: for the class `target`, by a `method` of `cams.METHODS`, at a `layer`
-    (default: the last before any pooling that ends the body). Raises `UsageError` for what does not exist."""
+    """Explains the scores of the network of `predictor` by maps of the evidence for the class `target`.
+
+    `method` is a key of `cam.METHODS`. `layer` is the name of a layer; the default is the last one of the body before
+    a final pooling layer. Raises `UsageError` for an unknown target, method or layer.
+    """
 
     predictor: Predictor
-    target: str = VOCAB[-1]
+    target: str = VOCAB[POSITIVE]
     method: str = 'gradcam'
     layer: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.target not in VOCAB:
             raise UsageError(f'--target {self.target}: choose {" or ".join(VOCAB)}.')
         check_method(self.predictor.model, self.method, self.layer)
 
+    @classmethod
+    def load(
+        cls, model: Path, target: str = VOCAB[POSITIVE], method: str = 'gradcam', layer: str | None = None
+    ) -> Explainer:
+        """Return the explainer of the run, bundle or trusted learner `model`."""
+        return cls(Predictor.load(model, engine='torch'), target, method, layer)
+
     @property
-    def place(self) -> str:
-        """The name of the layer whose maps are weighed."""
+    def layer_name(self) -> str:
+        """The name of the layer that the maps are computed from."""
         model = self.predictor.model
         return name_layer(model, find_layer(model, self.layer, self.method))
 
     def maps(self, images: np.ndarray) -> np.ndarray:
-        """Maps (n, size, size) from 0 to 1 of grey uint8 images (n, size, size), each by its own largest value; 0
-        everywhere where nothing speaks for the target."""
-        return np.concatenate([self._maps(images[start : start + BATCH]) for start in range(0, len(images), BATCH)])
+        """Return maps (n, size, size) from 0 to 1 of grey uint8 `images` (n, size, size).
 
-    def scores(self, images: np.ndarray) -> np.ndarray:
-        """The probability (n,) of the target in grey uint8 images (n, size, size)."""
-        p = np.concatenate(
-            [self.predictor.scores(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
-        )
-        return p if self.target == VOCAB[POSITIVE] else 1 - p
+        Each map is divided by its own maximum; it is all 0 if there is no positive evidence for the target.
+        """
+        return np.concatenate([self._maps(batch) for batch in _batches(images)])
 
     def _maps(self, images: np.ndarray) -> np.ndarray:
-        raw = activation_maps(self.predictor.model, to_input(images), VOCAB.index(self.target), self.method, self.layer)
-        return scale(enlarge(raw, images.shape[-1])).numpy()
+        target = VOCAB.index(self.target)
+        maps = activation_maps(self.predictor.model, to_input(images), target, self.method, self.layer)
+        return np.asarray(scale(enlarge(maps, images.shape[-1])))
+
+    def scores(self, images: np.ndarray) -> np.ndarray:
+        """Return the probability (n,) of the target for grey uint8 `images` (n, size, size)."""
+        p = np.concatenate([self.predictor.scores(batch) for batch in _batches(images)])
+        if self.target == VOCAB[POSITIVE]:
+            return p
+        return 1 - p
 
     def explain(
-        self, images: Iterable[Subject], batch_size: int = 32, burned_in: bool = False
+        self, subjects: Iterable[Subject], batch_size: int = BATCH_SIZE, allow_burned_in: bool = False
     ) -> Iterator[Explanation | ImageError]:
-        """An explanation an image, in their order; the error of one that cannot be used, or, unless `burned_in` images are
-        allowed, may show the name of its patient. Where an image's probability is known, it is not predicted again."""
-        wanted = iter(images)
-        while batch := list(islice(wanted, batch_size)):
-            yield from self._explain(batch, burned_in)
+        """Yield the explanation of each subject, in order, or the error if its image cannot be used.
 
-    def _explain(self, batch: list[Subject], burned_in: bool) -> Iterator[Explanation | ImageError]:
-        seen = Preprocessing.of(self.predictor.config)
-        opened = [_open(image.path, seen, burned_in) for image in batch]
-        pairs = [
-            (subject, image) for subject, image in zip(batch, opened, strict=True) if isinstance(image, np.ndarray)
-        ]
-        squares = np.stack([seen.fit(image) for _, image in pairs]) if pairs else np.zeros((0, 1, 1), np.uint8)
-        known = [subject.p for subject, _ in pairs]
-        p = self.predictor.scores(squares) if None in known else known
-        found = iter(
-            self._place(*pair, *of)
-            for pair, of in zip(pairs, zip(self.maps(squares) if pairs else (), p, strict=True), strict=True)
-        )
-        for image in opened:
-            yield image if isinstance(image, ImageError) else next(found)
+        An image that is marked as containing text, which may name the patient, is an error unless `allow_burned_in`.
+        A known probability is not predicted again.
+        """
+        remaining = iter(subjects)
+        while batch := list(islice(remaining, batch_size)):
+            yield from self._explain(batch, allow_burned_in)
 
-    def _place(self, subject: Subject, image: np.ndarray, heat: np.ndarray, p: float) -> Explanation:
-        shown = Image.fromarray(image)
-        shown.thumbnail((SIDE, SIDE))
-        over = Preprocessing.of(self.predictor.config).spread(heat, shown.height, shown.width)
+    def _explain(self, subjects: Sequence[Subject], allow_burned_in: bool) -> list[Explanation | ImageError]:
+        preprocessing = Preprocessing.of(self.predictor.config)
+        images = [_open(subject.path, preprocessing, allow_burned_in) for subject in subjects]
+        usable = {i: image for i, image in enumerate(images) if isinstance(image, np.ndarray)}
+        results: dict[int, Explanation | ImageError] = {
+            i: image for i, image in enumerate(images) if isinstance(image, ImageError)
+        }
+        if usable:
+            squares = np.stack([preprocessing.fit(image) for image in usable.values()])
+            probabilities = self._probabilities([subjects[i] for i in usable], squares)
+            for i, heat, p in zip(usable, self.maps(squares), probabilities, strict=True):
+                results[i] = self._explanation(subjects[i], usable[i], heat, p)
+        return [results[i] for i in range(len(subjects))]
+
+    def _probabilities(self, subjects: Sequence[Subject], squares: np.ndarray) -> list[float]:
+        known = [subject.p for subject in subjects if subject.p is not None]
+        if len(known) == len(subjects):
+            return known
+        return [float(p) for p in self.predictor.scores(squares)]
+
+    def _explanation(self, subject: Subject, image: np.ndarray, heat: np.ndarray, p: float) -> Explanation:
+        displayed = Image.fromarray(image)
+        displayed.thumbnail((DISPLAY_SIZE, DISPLAY_SIZE))
+        preprocessing = Preprocessing.of(self.predictor.config)
+        heat = preprocessing.map_to_image(heat, displayed.height, displayed.width)
         return Explanation(
-            np.asarray(shown),
-            np.clip(over, 0, 1),
-            subject.name or str(subject.path),
-            self.predictor.show(float(p)),
-            self.predictor.threshold,
-            self.target,
-            self.method,
-            subject.label,
+            image=np.asarray(displayed),
+            heat=np.clip(heat, 0, 1),
+            name=subject.name or str(subject.path),
+            p=self.predictor.displayed(p),
+            threshold=self.predictor.threshold,
+            target=self.target,
+            method=self.method,
+            label=subject.label,
         )
 
 
-def _open(path: Path, seen: Preprocessing, burned_in: bool) -> np.ndarray | ImageError:
+def _batches(images: np.ndarray) -> list[np.ndarray]:
+    return [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
+
+
+def _open(path: Path, preprocessing: Preprocessing, allow_burned_in: bool) -> np.ndarray | ImageError:
+    """Decode an image as for prediction; return its error if it cannot be used."""
     try:
-        image = open_image(path, seen)  # decoded as for prediction
+        image = open_image(path, preprocessing)
     except ImageError as error:
         return error
-    if image.burned_in and not burned_in:
-        return ImageError(
-            'its file says that the picture may name the patient: --allow-burned-in shows it anyway.', BURNED_IN
-        ).of(path)
+    if image.burned_in and not allow_burned_in:
+        message = 'the file says that the image contains text, which may name the patient. --allow-burned-in shows it.'
+        return ImageError(message, BURNED_IN).with_path(path)
     return image.pixels
+
+
+def explain_images(
+    explainer: Explainer,
+    images: Iterable[Path],
+    folder: Path,
+    batch_size: int = BATCH_SIZE,
+    allow_burned_in: bool = False,
+) -> Iterator[tuple[Path, Explanation | ImageError]]:
+    """Explain `images` (files, folders or CSV files) and save the figures; see `save_explanations`."""
+    subjects = [Subject(path, visible(short_path(str(path)))) for path in list_images(images)]
+    return save_explanations(explainer.explain(subjects, batch_size, allow_burned_in), folder)
+
+
+def save_explanations(
+    explanations: Iterable[Explanation | ImageError], folder: Path, numbers: Iterable[int] | None = None
+) -> Iterator[tuple[Path, Explanation | ImageError]]:
+    """Save each explanation as a figure in `folder` and yield its path and itself; for an error, nothing is saved.
+
+    The files are named by `numbers` (default: 1, 2, ...), for example `0001.png`. The folder is created. Raises
+    `OutputError`.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for number, explanation in zip(numbers or count(1), explanations, strict=False):
+        path = folder / f'{number:04d}.png'
+        if isinstance(explanation, Explanation):
+            save_figure(plot_explanation(explanation), path)
+        yield path, explanation

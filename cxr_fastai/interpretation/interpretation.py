@@ -1,134 +1,178 @@
-"""Where a run is right and wrong, as pictures and lists of images; nothing here predicts again."""
+"""`CXRInterpretation`, which shows the errors of an evaluated run with explanation maps.
+
+No probability is predicted a second time: the predictions table of the run is used.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cxr_fastai.core.errors import CXRError, ImageError, UsageError
+from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.figures import save_figure
-from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import evaluate, find_split
 from cxr_fastai.evaluation.figures import image_picture, save_picture, shown_images
 from cxr_fastai.evaluation.plots import plot_confusion_matrix
-from cxr_fastai.inference.predictor import Predictor
-from cxr_fastai.interpretation.explainer import Explainer, Subject
+from cxr_fastai.interpretation.explainer import Explainer, Subject, save_explanations
 from cxr_fastai.interpretation.overlays import Explanation, blend, plot_gallery, plot_mean_maps
 
-KINDS = dict(zip(('false positive', 'false negative'), VOCAB, strict=True))
-"""Kinds of error, and what the images of each show in truth."""
+ERROR_KINDS = {'false positive': 'NORMAL', 'false negative': 'PNEUMONIA'}
+"""Kind of error -> the true class of its images."""
 
 
 class CXRInterpretation:
-    """A run's errors on a split, and what it looked at. `from_run` makes one; no probability is predicted twice."""
+    """The predictions of a run on one split, sorted by how wrong or uncertain they are, with their explanation maps.
 
-    def __init__(self, explainer: Explainer, predictions: pd.DataFrame, metrics: dict, root: Path):
-        self.explainer, self.predictions, self.metrics, self.root = explainer, predictions, metrics, root
+    Create it with `from_run`.
+    """
+
+    def __init__(self, run: Run, split: str, root: Path, explainer: Explainer) -> None:
+        self.run = run
+        self.split = split
+        self.root = root
+        self.explainer = explainer
+        self.predictions = run.predicted(split)
+        self.metrics: dict[str, Any] = run.metrics[split]
 
     @classmethod
-    def from_run(cls, run: Run, split: str = 'test', data: Path | None = None, **how: str) -> CXRInterpretation:
-        """That of `run` on `split`, evaluated now if it was not. `how` are `target`, `method` and `layer` of
-        `Explainer`."""
-        metrics = evaluate(run, data, split, again=False)
-        return cls(
-            Explainer(Predictor.load(run.path), **how), run.predicted(split), metrics, find_split(run, data, split)[0]
-        )
+    def from_run(
+        cls,
+        run: Run,
+        split: str = 'test',
+        data: Path | None = None,
+        target: str = VOCAB[POSITIVE],
+        method: str = 'gradcam',
+        layer: str | None = None,
+    ) -> CXRInterpretation:
+        """Return the interpretation of `run` on `split`, which is evaluated first if it has not been.
+
+        `data` is the data root (default: where the run was trained). `target`, `method` and `layer` are those of
+        `Explainer`.
+        """
+        evaluate(run, data, split, again=False)
+        root, _ = find_split(run, data, split)
+        return cls(run, split, root, Explainer.load(run.path, target, method, layer))
 
     def top_losses(self, k: int = 12) -> pd.DataFrame:
-        """The `k` images with the greatest loss, right or wrong."""
+        """Return the `k` predictions with the highest loss, correct or not."""
         return self.predictions.nlargest(k, 'loss')
 
     def most_confident_errors(self, k: int = 12) -> pd.DataFrame:
-        """The `k` images called wrongly whose loss is greatest."""
-        return self._wrong().nlargest(k, 'loss')
+        """Return the `k` incorrect predictions with the highest loss."""
+        return self._incorrect().nlargest(k, 'loss')
 
     def errors(self, kind: str, k: int = 12) -> pd.DataFrame:
-        """The `k` worst errors of a `kind`: `false positive` or `false negative`. Raises `UsageError`."""
-        if kind not in KINDS:
-            raise UsageError(f'{kind!r} is no kind of error: choose {" or ".join(KINDS)}.')
-        return self._wrong()[lambda wrong: wrong.label == KINDS[kind]].nlargest(k, 'loss')
+        """Return the `k` errors of one `kind`, `false positive` or `false negative`, with the highest loss.
+
+        Raises `UsageError` for another kind.
+        """
+        if kind not in ERROR_KINDS:
+            raise UsageError(f'{kind!r} is not a kind of error. Choose {" or ".join(ERROR_KINDS)}.')
+        incorrect = self._incorrect()
+        return incorrect[incorrect.label == ERROR_KINDS[kind]].nlargest(k, 'loss')
+
+    def _incorrect(self) -> pd.DataFrame:
+        return self.predictions[self.predictions.prediction != self.predictions.label]
 
     def most_uncertain(self, k: int = 12) -> pd.DataFrame:
-        """The `k` images whose probability lies nearest to the threshold."""
-        off = (self.predictions.p_pneumonia - self.metrics['threshold']).abs()
-        return self.predictions.loc[off.nsmallest(k).index]
+        """Return the `k` predictions with a probability nearest to the threshold."""
+        distance = (self.predictions.p_pneumonia - self.metrics['threshold']).abs()
+        return self.predictions.loc[distance.nsmallest(k).index]
 
-    def cam(self, images: pd.DataFrame) -> list[Explanation]:
-        """The maps of `images`, rows of the predictions. Raises `ImageError` for one that is gone."""
-        found = list(self._explain(images))
-        for one in found:
-            if isinstance(one, CXRError):
-                raise one
-        return found
+    def subjects(self, rows: pd.DataFrame) -> list[Subject]:
+        """Return the images of `rows` of the predictions, with their true class and probability."""
+        return [Subject(self.root / row.path, row.path, row.label, row.p_pneumonia) for row in rows.itertuples()]
 
-    def plot_confusion_matrix(self) -> Figure:
-        """Counts, and shares of each true class."""
-        return plot_confusion_matrix(self.metrics)
-
-    def plot_top_losses(self, k: int = 12, heatmap: bool = True) -> Figure:
-        """The images with the greatest loss, under their maps."""
-        return self._gallery(self.top_losses(k), 'the greatest losses', heatmap)
-
-    def plot_errors(self, kind: str, k: int = 12, heatmap: bool = True) -> Figure:
-        """The worst `false positive` or `false negative` images, under their maps."""
-        return self._gallery(self.errors(kind, k), f'{kind}s, the most confident first', heatmap)
-
-    def plot_uncertain(self, k: int = 12, heatmap: bool = True) -> Figure:
-        """The images nearest to the threshold, under their maps."""
-        return self._gallery(self.most_uncertain(k), 'the least certain, nearest to the threshold', heatmap)
-
-    def plot_mean_maps(self, k: int = 100) -> Figure:
-        """Where the network looks on average, over up to `k` images of each class."""
-        groups = self.predictions.groupby('label')
-        return plot_mean_maps(
-            self._seen(pd.concat([rows.sample(min(k, len(rows)), random_state=0) for _, rows in groups]))
-        )
-
-    def _gallery(self, rows: pd.DataFrame, title: str, heatmap: bool) -> Figure:
-        found = self._seen(rows)
-        left_out = f', {len(rows) - len(found)} of them not to be shown' if len(found) < len(rows) else ''
-        how = f' ({self.explainer.method}, {self.explainer.target})' if heatmap else ''
-        return plot_gallery(found, f'{len(rows)} images: {title}{left_out}{how}', heatmap=heatmap)
-
-    def _seen(self, rows: pd.DataFrame) -> list[Explanation]:
-        return [one for one in self._explain(rows) if isinstance(one, Explanation)]
+    def cam(self, rows: pd.DataFrame) -> list[Explanation]:
+        """Return the explanations of the images in `rows`. Raises `ImageError` if one cannot be read."""
+        explanations = []
+        for explanation in self._explain(rows):
+            if isinstance(explanation, ImageError):
+                raise explanation
+            explanations.append(explanation)
+        return explanations
 
     def _explain(self, rows: pd.DataFrame) -> Iterator[Explanation | ImageError]:
         return self.explainer.explain(self.subjects(rows))
 
-    def subjects(self, rows: pd.DataFrame) -> list[Subject]:
-        """The images of `rows` of the predictions, with what is known of them."""
-        return [Subject(self.root / row.path, row.path, row.label, row.p_pneumonia) for row in rows.itertuples()]
+    def plot_confusion_matrix(self) -> Figure:
+        """Plot the confusion matrix with counts and row percentages."""
+        return plot_confusion_matrix(self.metrics)
 
-    def _wrong(self) -> pd.DataFrame:
-        return self.predictions[self.predictions.prediction != self.predictions.label]
+    def plot_top_losses(self, k: int = 12, heatmap: bool = True) -> Figure:
+        """Plot the `k` images with the highest loss, with their maps unless `heatmap` is False."""
+        return self._plot_gallery(self.top_losses(k), 'highest loss', heatmap)
+
+    def plot_errors(self, kind: str, k: int = 12, heatmap: bool = True) -> Figure:
+        """Plot the `k` most confident errors of one `kind`; see `errors`."""
+        return self._plot_gallery(self.errors(kind, k), f'{kind}s, most confident first', heatmap)
+
+    def plot_uncertain(self, k: int = 12, heatmap: bool = True) -> Figure:
+        """Plot the `k` images with a probability nearest to the threshold."""
+        return self._plot_gallery(self.most_uncertain(k), 'most uncertain, nearest to the threshold', heatmap)
+
+    def plot_mean_maps(self, k: int = 100) -> Figure:
+        """Plot the mean map of each class, over up to `k` randomly chosen images of the class."""
+        samples = [rows.sample(min(k, len(rows)), random_state=0) for _, rows in self.predictions.groupby('label')]
+        return plot_mean_maps(self._readable(pd.concat(samples)))
+
+    def _plot_gallery(self, rows: pd.DataFrame, title: str, heatmap: bool) -> Figure:
+        explanations = self._readable(rows)
+        title = f'{len(rows)} images: {title}'
+        missing = len(rows) - len(explanations)
+        if missing:
+            title += f', {missing} of them cannot be shown'
+        if heatmap:
+            title += f' ({self.explainer.method}, {self.explainer.target})'
+        return plot_gallery(explanations, title, heatmap=heatmap)
+
+    def _readable(self, rows: pd.DataFrame) -> list[Explanation]:
+        return [explanation for explanation in self._explain(rows) if isinstance(explanation, Explanation)]
 
 
-def save_galleries(run: Run, split: str, shown: CXRInterpretation, k: int = 12) -> list[str]:
-    """Draw the `k` images of `split` that tell most, of each sort of which there are any, and the mean maps, into the
-    run's `figures/`; returns the names, relative to the run."""
-    kinds = [kind for kind in KINDS if len(shown.errors(kind, k))]
-    figures = {
-        'top_losses': shown.plot_top_losses(k),
-        **{f'{kind}s': shown.plot_errors(kind, k) for kind in kinds},
-        'uncertain': shown.plot_uncertain(k),
-        'mean_maps': shown.plot_mean_maps(),
-    }
-    names = [f'figures/{name.replace(" ", "_")}_{split}.png' for name in figures]
-    for name, figure in zip(names, figures.values(), strict=True):
-        save_figure(figure, run / name)
+def explain_split(
+    interpretation: CXRInterpretation, k: int, folder: Path, batch_size: int = 32, allow_burned_in: bool = False
+) -> Iterator[tuple[Path, Explanation | ImageError]]:
+    """Explain the `k` images with the highest loss and save the figures; see `explainer.save_explanations`."""
+    subjects = interpretation.subjects(interpretation.top_losses(k))
+    return save_explanations(interpretation.explainer.explain(subjects, batch_size, allow_burned_in), folder)
+
+
+def save_galleries(interpretation: CXRInterpretation, k: int = 12) -> list[str]:
+    """Save galleries of `k` images, the mean maps and the maps for the report in the `figures/` of the run.
+
+    The galleries show the highest losses, each kind of error that occurs, and the most uncertain predictions. Returns
+    their file names relative to the run folder.
+    """
+    figures = {'top_losses': interpretation.plot_top_losses(k)}
+    for kind in ERROR_KINDS:
+        if len(interpretation.errors(kind, k)):
+            figures[f'{kind}s'.replace(' ', '_')] = interpretation.plot_errors(kind, k)
+    figures['uncertain'] = interpretation.plot_uncertain(k)
+    figures['mean_maps'] = interpretation.plot_mean_maps()
+    names = []
+    for name, figure in figures.items():
+        path = f'figures/{name}_{interpretation.split}.png'
+        save_figure(figure, interpretation.run / path)
+        names.append(path)
+    save_cams(interpretation)
     return names
 
 
-def save_cams(run: Run, split: str, shown: CXRInterpretation) -> None:
-    """Put small pictures of the images that a report of `split` shows, under their Grad-CAMs for pneumonia, whatever
-    `shown` is about, into the run's `figures/cams/`."""
-    rows = shown_images(run.predicted(split))
-    found = Explainer(shown.explainer.predictor).explain(shown.subjects(rows))
-    for path, one in zip(rows.path, found, strict=True):
-        if isinstance(one, Explanation):
-            save_picture(blend(one), image_picture(run, path, 'cams'))
+def save_cams(interpretation: CXRInterpretation) -> None:
+    """Save thumbnails of the images that the report shows, with their maps, in `figures/cams/` of the run.
+
+    These are Grad-CAMs for pneumonia, whatever the target and method of `interpretation` are.
+    """
+    rows = shown_images(interpretation.predictions)
+    explainer = Explainer(interpretation.explainer.predictor)
+    explanations = explainer.explain(interpretation.subjects(rows))
+    for path, explanation in zip(rows.path, explanations, strict=True):
+        if isinstance(explanation, Explanation):
+            save_picture(blend(explanation), image_picture(interpretation.run, path, 'cams'))

@@ -1,4 +1,4 @@
-"""An image and the map of what influenced its score become a picture, at the image's own aspect ratio."""
+"""Figures of images with their explanation maps, at the aspect ratio of the image."""
 
 from __future__ import annotations
 
@@ -11,119 +11,140 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.images.preprocessing import Preprocessing
 
 CAVEAT = 'influenced the score; not a lesion outline'
 NO_EVIDENCE = 'no positive evidence'
-MAP = 'cividis'
-"""A colour map that looks the same to the colour-blind, and gets lighter with more evidence."""
+COLOUR_MAP = 'cividis'
+"""Readable with a colour vision deficiency; more evidence is lighter."""
 OPACITY = 0.55
+"""Opacity of the map where the evidence is strongest."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """An image, grey uint8 (h, w), and where in it the evidence for `target` lies: `heat` (h, w) from 0 to 1, all 0 where
-    there is none; with its `name`, the probability `p` of pneumonia, the `threshold`, and the true `label` if known."""
+    """An image with the map of the evidence for the class `target`.
+
+    `image` is grey uint8 (h, w). `heat` (h, w) is from 0 to 1, all 0 if there is no positive evidence. `p` is the
+    probability of pneumonia, `label` the true class if it is known.
+    """
 
     image: np.ndarray
     heat: np.ndarray
     name: str
     p: float
     threshold: float
-    target: str = VOCAB[-1]
+    target: str = VOCAB[POSITIVE]
     method: str = 'gradcam'
     label: str | None = None
 
     @property
-    def empty(self) -> bool:
-        """Whether nothing in the image speaks for the target."""
+    def is_empty(self) -> bool:
+        """True if the map contains no positive evidence for the target."""
         return not self.heat.any()
 
     @property
-    def words(self) -> str:
-        """What the network says, and what is true."""
-        called = VOCAB[int(self.p >= self.threshold)]
-        return f'p(pneumonia) {self.p:.3f}, threshold {self.threshold:g}: {called}' + (
-            f'; true: {self.label}' if self.label else ''
-        )
+    def summary(self) -> str:
+        """The probability, the threshold, the predicted class and, if known, the true class."""
+        prediction = VOCAB[int(self.p >= self.threshold)]
+        text = f'p(pneumonia) {self.p:.3f}, threshold {self.threshold:g}: {prediction}'
+        if self.label:
+            text += f'; true: {self.label}'
+        return text
 
 
-def plot_explanation(found: Explanation) -> Figure:
-    """The image, and the image under its map, side by side, with a bar of the map's colours and what it does not mean."""
-    height, width = found.image.shape
+def plot_explanation(explanation: Explanation) -> Figure:
+    """Plot the image next to the image with its map, with a colour bar and what the map does not mean."""
+    height, width = explanation.image.shape
     figure = Figure(figsize=(8.6, 3.6 * height / width + 1.0), layout='constrained')
-    image, overlay = figure.subplots(1, 2)
-    show_image(image, found.image)
-    show_overlay(overlay, found)
-    if not found.empty:
-        bar = figure.colorbar(ScalarMappable(Normalize(0, 1), MAP), ax=[image, overlay], shrink=0.8, aspect=30)
-        bar.set_label(f'evidence for {found.target}, share of the most')
-    figure.suptitle(found.name, fontsize=10, parse_math=False)
-    figure.supxlabel(f'{found.words}\n{found.method}: {NO_EVIDENCE if found.empty else CAVEAT}', fontsize=9)
+    left, right = figure.subplots(1, 2)
+    show_image(left, explanation.image)
+    show_overlay(right, explanation)
+    note = NO_EVIDENCE
+    if not explanation.is_empty:
+        note = CAVEAT
+        bar = figure.colorbar(ScalarMappable(Normalize(0, 1), COLOUR_MAP), ax=[left, right], shrink=0.8, aspect=30)
+        bar.set_label(f'evidence for {explanation.target}, relative to the maximum')
+    figure.suptitle(explanation.name, fontsize=10, parse_math=False)
+    figure.supxlabel(f'{explanation.summary}\n{explanation.method}: {note}', fontsize=9)
     return figure
 
 
-def blend(found: Explanation) -> np.ndarray:
-    """The image under its map as plain pixels, uint8 (h, w, 3); the image alone where the map is empty."""
-    return blend_map(found.image, found.heat)
+def blend(explanation: Explanation) -> np.ndarray:
+    """Return the image with its map as pixels, uint8 (h, w, 3); the image alone if the map is empty."""
+    return blend_map(explanation.image, explanation.heat)
 
 
 def blend_map(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """An image, grey uint8 (h, w), under the map `heat` (h, w) from 0 to 1: uint8 (h, w, 3)."""
+    """Return `image`, grey uint8 (h, w), with the map `heat` (h, w) from 0 to 1 on top: uint8 (h, w, 3)."""
     from matplotlib import colormaps
 
-    alpha = (OPACITY * heat**0.5)[..., None]
+    alpha = _opacity(heat)[..., None]
     grey = np.repeat(image[..., None], 3, axis=2)
-    return np.uint8(np.round(grey * (1 - alpha) + 255 * colormaps[MAP](heat)[..., :3] * alpha))
+    colours = 255 * colormaps[COLOUR_MAP](heat)[..., :3]
+    return np.round(grey * (1 - alpha) + colours * alpha).astype(np.uint8)
 
 
-def plot_gallery(found: Sequence[Explanation], title: str = '', columns: int = 4, heatmap: bool = True) -> Figure:
-    """Many images, under their maps unless `heatmap` is off, with probability and truth over each."""
-    rows = max(-(-len(found) // columns), 1)
+def plot_gallery(
+    explanations: Sequence[Explanation], title: str = '', columns: int = 4, heatmap: bool = True
+) -> Figure:
+    """Plot many images, each with its probability and true class above; with their maps unless `heatmap` is False."""
+    rows = max(-(-len(explanations) // columns), 1)
     figure = Figure(figsize=(2.5 * columns, 2.9 * rows + 0.5), layout='constrained')
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for ax, one in zip(panels, found, strict=False):
-        if heatmap:
-            show_overlay(ax, one)
-        else:
-            show_image(ax, one.image)
-        ax.set_title(
-            f'{one.p:.3f}, {one.label or "unknown"}' + f'\n{NO_EVIDENCE}' * (heatmap and one.empty), fontsize=9
-        )
     for ax in panels:
         ax.axis('off')
+    for ax, explanation in zip(panels, explanations, strict=False):
+        text = f'{explanation.p:.3f}, {explanation.label or "unknown"}'
+        if heatmap:
+            show_overlay(ax, explanation)
+            if explanation.is_empty:
+                text += f'\n{NO_EVIDENCE}'
+        else:
+            show_image(ax, explanation.image)
+        ax.set_title(text, fontsize=9)
     figure.suptitle(title, fontsize=11, parse_math=False)
     if heatmap:
         figure.supxlabel(CAVEAT, fontsize=9)
     return figure
 
 
-def plot_mean_maps(found: Sequence[Explanation], side: int = 112) -> Figure:
-    """Where the network looks on average, by true class: the mean of the maps, each stretched to a square."""
-    stretch = Preprocessing().spread
-    groups = {label: [stretch(one.heat, side, side) for one in found if one.label == label] for label in VOCAB}
-    groups = {label: maps for label, maps in groups.items() if maps}
-    figure = Figure(figsize=(3.4 * len(groups) + 1, 3.6), layout='constrained')
-    axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    most = max(np.mean(maps, axis=0).max() for maps in groups.values()) or 1
-    for ax, (label, maps) in zip(axes, groups.items(), strict=True):
-        ax.imshow(np.mean(maps, axis=0), cmap=MAP, vmin=0, vmax=most)
-        ax.set_title(f'{label}, mean of {len(maps)}', fontsize=10)
+def plot_mean_maps(explanations: Sequence[Explanation], size: int = 112) -> Figure:
+    """Plot the mean map of each true class; every map is first stretched to a square of `size` pixels."""
+    stretch = Preprocessing().map_to_image
+    means: dict[str, np.ndarray] = {}
+    titles: dict[str, str] = {}
+    for label in VOCAB:
+        maps = [stretch(explanation.heat, size, size) for explanation in explanations if explanation.label == label]
+        if maps:
+            means[label] = np.mean(maps, axis=0)
+            titles[label] = f'{label}, mean of {len(maps)}'
+    maximum = max(mean.max() for mean in means.values()) or 1
+    figure = Figure(figsize=(3.4 * len(means) + 1, 3.6), layout='constrained')
+    axes = figure.subplots(1, len(means), squeeze=False)[0]
+    for ax, label in zip(axes, means, strict=True):
+        ax.imshow(means[label], cmap=COLOUR_MAP, vmin=0, vmax=maximum)
+        ax.set_title(titles[label], fontsize=10)
         ax.axis('off')
-    figure.colorbar(ScalarMappable(Normalize(0, most), MAP), ax=list(axes), shrink=0.8).set_label('mean evidence')
+    bar = figure.colorbar(ScalarMappable(Normalize(0, maximum), COLOUR_MAP), ax=list(axes), shrink=0.8)
+    bar.set_label('mean evidence')
     figure.supxlabel(CAVEAT, fontsize=9)
     return figure
 
 
 def show_image(ax: Axes, image: np.ndarray) -> None:
-    """Draw an image, grey uint8 (h, w)."""
+    """Draw `image`, grey uint8 (h, w), on `ax`."""
     ax.imshow(image, cmap='gray', vmin=0, vmax=255)
     ax.axis('off')
 
 
-def show_overlay(ax: Axes, found: Explanation) -> None:
-    """Draw an image under its map: the more evidence, the less of the image is seen. A map of zeros is not drawn."""
-    show_image(ax, found.image)
-    if not found.empty:
-        ax.imshow(found.heat, cmap=MAP, vmin=0, vmax=1, alpha=OPACITY * found.heat**0.5)
+def show_overlay(ax: Axes, explanation: Explanation) -> None:
+    """Draw an image with its map on `ax`; more evidence is more opaque. An empty map is not drawn."""
+    show_image(ax, explanation.image)
+    if not explanation.is_empty:
+        ax.imshow(explanation.heat, cmap=COLOUR_MAP, vmin=0, vmax=1, alpha=_opacity(explanation.heat))
+
+
+def _opacity(heat: np.ndarray) -> np.ndarray:
+    return OPACITY * np.sqrt(heat)

@@ -1,128 +1,22 @@
-"""What an image's map says in a picture, and a run's errors in fastai's manner."""
+"""`Explainer` explains images, and the command `explain` saves the explanations as figures."""
 
 import shutil
 
-import numpy as np
-import pandas as pd
 import pytest
-from matplotlib.figure import Figure
+from imagefiles import dicom
 from PIL import Image
 
 from cxr_fastai.cli import main
 from cxr_fastai.core.errors import ImageError, UsageError
-from cxr_fastai.core.run import Run
-from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.engines import TorchEngine
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.interpretation.explainer import Explainer, Subject
-from cxr_fastai.interpretation.interpretation import CXRInterpretation, shown_images
-from cxr_fastai.interpretation.overlays import (
-    CAVEAT,
-    NO_EVIDENCE,
-    Explanation,
-    plot_explanation,
-    plot_gallery,
-    plot_mean_maps,
-)
-from cxr_fastai.publishing.reporting import report
-
-RNG = np.random.default_rng(0)
+from cxr_fastai.interpretation.overlays import Explanation
+from cxr_fastai.models.architectures import build_model
 
 
-def words(figure: Figure) -> str:
-    return ' '.join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, 'get_text')))
-
-
-def explanation(heat=None, **how) -> Explanation:
-    heat = np.clip(RNG.random((60, 90)), 0, 1) if heat is None else heat
-    return Explanation(RNG.integers(0, 255, (60, 90), dtype=np.uint8), heat, r'$\bad$.jpeg', 0.7, 0.4, **how)
-
-
-@pytest.mark.parametrize('resize', ['squish', 'pad', 'crop'])
-def test_a_map_lies_over_what_the_network_saw(resize):
-    image = np.zeros((300, 200), np.uint8)
-    image[150:180, 60:90] = 255
-    seen = Preprocessing(64, resize)
-    over = seen.spread(seen.square(image) / 255, 300, 200)
-    assert over.shape == (300, 200)
-    y, x = np.unravel_index(over.argmax(), over.shape)
-    assert 145 <= y <= 185 and 55 <= x <= 95
-    if resize == 'crop':
-        assert not over[:45].any() and not over[-45:].any()
-
-
-def test_a_picture_says_what_it_shows_and_what_it_does_not():
-    shown = words(plot_explanation(explanation(label='NORMAL')))
-    said = 'p(pneumonia) 0.700, threshold 0.4: PNEUMONIA; true: NORMAL'
-    assert all(words in shown for words in (CAVEAT, said, 'evidence for PNEUMONIA', r'$\bad$'))
-
-
-def test_a_map_of_zeros_is_never_drawn_as_noise():
-    empty = explanation(np.zeros((60, 90)))
-    figure = plot_explanation(empty)
-    assert NO_EVIDENCE in words(figure) and CAVEAT not in words(figure) and len(figure.axes) == 2  # no bar of colours
-    assert [len(ax.images) for ax in figure.axes] == [1, 1]  # the image alone
-    assert NO_EVIDENCE in words(plot_gallery([empty]))
-
-
-def test_images_keep_their_aspect():
-    figure = plot_explanation(explanation())
-    figure.draw_without_rendering()
-    for ax in figure.axes[:2]:
-        box = ax.get_window_extent()
-        assert box.width / box.height == pytest.approx(1.5, rel=0.02)
-
-
-def test_mean_maps_are_means_by_class():
-    figure = plot_mean_maps(
-        [
-            explanation(np.full((60, 90), share), label=label)
-            for share, label in ((0.2, 'NORMAL'), (0.4, 'NORMAL'), (1.0, 'PNEUMONIA'))
-        ]
-    )
-    means = [ax.images[0].get_array().mean() for ax in figure.axes[:2]]
-    assert means == pytest.approx([0.3, 1.0]) and 'NORMAL, mean of 2' in words(figure)
-
-
-@pytest.fixture(scope='module')
-def interpretation(evaluated, images) -> CXRInterpretation:
-    return CXRInterpretation.from_run(evaluated, 'test', images)
-
-
-def test_an_interpretation_predicts_nothing_that_is_known(evaluated, images, monkeypatch):
-    def refuse(*_):
-        raise AssertionError('predicted again')
-
-    monkeypatch.setattr('cxr_fastai.evaluation.evaluation.predict_items', refuse)
-    assert len(CXRInterpretation.from_run(evaluated, 'test', images).predictions) == 12
-
-
-def test_errors_are_told_by_kind_and_certainty(interpretation):
-    wrong = interpretation.most_confident_errors(5)
-    assert (wrong.prediction != wrong.label).all() and wrong.loss.is_monotonic_decreasing
-    positive, negative = (interpretation.errors(kind) for kind in ('false positive', 'false negative'))
-    assert set(positive.label) <= {'NORMAL'} and set(negative.label) <= {'PNEUMONIA'}
-    off = (interpretation.predictions.p_pneumonia - interpretation.metrics['threshold']).abs()
-    assert interpretation.most_uncertain(1).path.iloc[0] == interpretation.predictions.path[off.idxmin()]
-    with pytest.raises(UsageError, match='no kind of error'):
-        interpretation.errors('wrong')
-
-
-def test_maps_of_images_come_with_their_scores(interpretation):
-    rows = interpretation.top_losses(3)
-    found = interpretation.cam(rows)
-    assert [one.p for one in found] == pytest.approx(rows.p_pneumonia.to_list(), abs=1e-5)
-    assert [one.label for one in found] == rows.label.to_list() and [one.name for one in found] == rows.path.to_list()
-    assert all(one.heat.shape == one.image.shape and 0 <= one.heat.min() <= one.heat.max() <= 1 for one in found)
-
-
-@pytest.mark.parametrize('plot', ['plot_top_losses', 'plot_uncertain', 'plot_confusion_matrix', 'plot_mean_maps'])
-def test_every_picture_is_a_figure(interpretation, plot):
-    assert isinstance(getattr(interpretation, plot)(), Figure)
-
-
-def test_the_command_writes_a_picture_an_image_and_names_what_it_cannot_use(evaluated, images, tmp_path, capsys):
+def test_the_command_writes_one_figure_per_image_and_reports_unusable_ones(evaluated, images, tmp_path, capsys):
     (tmp_path / 'bad.jpeg').write_bytes(b'')
     image = next((images / 'test').rglob('*.jpeg'))
     words = ['explain', evaluated.path, image, tmp_path / 'bad.jpeg', image, '--out', tmp_path / 'e']
@@ -137,89 +31,43 @@ def test_the_command_writes_a_picture_an_image_and_names_what_it_cannot_use(eval
         assert picture.size[0] > 500
 
 
-def test_the_command_explains_the_greatest_losses_and_the_report_shows_maps(evaluated, images, tmp_path, monkeypatch):
-    shutil.copytree(evaluated.path, tmp_path / 'run')
-    run = Run(tmp_path / 'run')
-    monkeypatch.setattr('cxr_fastai.publishing.reporting.draw', lambda *_: {})
-    assert 'class="cam"' not in report(run).read_text()
-    assert (
-        main(
-            [
-                'explain',
-                str(tmp_path / 'run'),
-                '--top-losses',
-                '3',
-                '--split',
-                'test',
-                '--data',
-                str(images),
-                '--method',
-                'gradcam++',
-                '--target',
-                'NORMAL',
-            ]
-        )
-        == 0
-    )
-    assert len(list((run / 'figures/explained').iterdir())) == 3 and all(
-        (run / f'figures/{name}_test.png').is_file() for name in ('top_losses', 'uncertain', 'mean_maps')
-    )
-    shown = shown_images(run.predicted('test'))
-    assert len(list((run / 'figures/cams').iterdir())) == len(shown)
-    page = report(run).read_text()
-    assert page.count('class="cam"') == len(shown) and 'not a lesion outline' in page
-
-
 @pytest.mark.parametrize(
-    ('options', 'says'),
+    ('options', 'message'),
     [
-        ([], 'name images, or give --top-losses'),
-        (['image.jpeg', '--data', '.'], 'where the images of a split are'),
-        (['image.jpeg', '--top-losses', '3'], 'one of them'),
+        ([], 'give either images, or --top-losses'),
+        (['image.jpeg', '--data', '.'], 'locate the images of a split'),
+        (['image.jpeg', '--top-losses', '3'], 'give either images'),
         (['image.jpeg', '--method', 'magic'], '--method magic: choose'),
         (['image.jpeg', '--target', 'CAT'], '--target CAT: choose'),
         (['image.jpeg', '--layer', '7'], '--layer 7: no such layer'),
     ],
 )
-def test_wrong_options_are_told(evaluated, images, capsys, monkeypatch, tmp_path, options, says):
+def test_wrong_options_are_rejected(evaluated, images, capsys, monkeypatch, tmp_path, options, message):
     shutil.copy(next((images / 'test').rglob('*.jpeg')), tmp_path / 'image.jpeg')
     monkeypatch.chdir(tmp_path)
     assert main(['explain', str(evaluated.path), *options, '--out', str(tmp_path / 'e')]) == 2
-    assert says in capsys.readouterr().err and not (tmp_path / 'e').exists()
+    assert message in capsys.readouterr().err and not (tmp_path / 'e').exists()
 
 
-def test_an_image_that_may_name_its_patient_is_not_shown_unless_allowed(tmp_path):
-    from imagefiles import dicom
-
-    from cxr_fastai.models.architectures import build_model
-
+def test_an_image_that_may_name_the_patient_is_shown_only_if_allowed(tmp_path):
     (tmp_path / 'a.dcm').write_bytes(dicom(BurnedInAnnotation='YES'))
     explainer = Explainer(Predictor(TorchEngine(build_model('baseline')), ModelConfig('baseline', 48, 0.5)))
     (refused,) = explainer.explain([Subject(tmp_path / 'a.dcm')])
     assert isinstance(refused, ImageError) and 'may name the patient' in str(refused)
-    (shown,) = explainer.explain([Subject(tmp_path / 'a.dcm')], burned_in=True)
+    (shown,) = explainer.explain([Subject(tmp_path / 'a.dcm')], allow_burned_in=True)
     assert isinstance(shown, Explanation)
 
 
-def test_known_probabilities_are_not_predicted_again(interpretation, monkeypatch):
-    def refuse(*_: object) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(Predictor, 'scores', refuse)
-    assert len(interpretation.cam(interpretation.top_losses(2))) == 2
-
-
-def test_a_bundle_explains_images_that_are_named(bundle, images, tmp_path, capsys):
+def test_a_bundle_explains_given_images(bundle, images, tmp_path, capsys):
     image = str(next((images / 'test').rglob('*.jpeg')))
-    assert main(['explain', str(bundle), image]) == 2 and 'name one by --out' in capsys.readouterr().err
+    assert (
+        main(['explain', str(bundle), image]) == 2
+        and 'Choose a folder for the figures with --out' in capsys.readouterr().err
+    )
     assert main(['explain', str(bundle), image, '--out', str(tmp_path / 'e')]) == 0
     assert (tmp_path / 'e/0001.png').is_file()
 
 
-def test_an_unknown_class_is_refused():
+def test_an_unknown_class_is_rejected():
     with pytest.raises(UsageError, match='--target x: choose NORMAL or PNEUMONIA'):
         Explainer(None, 'x')
-
-
-def test_predictions_are_a_table_of_the_run(interpretation):
-    assert isinstance(interpretation.predictions, pd.DataFrame)

@@ -1,64 +1,73 @@
-"""Pictures are Figures that show the figures of the tables."""
+"""`CXRInterpretation` sorts the predictions of a run, shows them with maps, and does not predict them again."""
 
-import numpy as np
-import pandas as pd
+import shutil
+
 import pytest
 from matplotlib.figure import Figure
 
-from cxr_fastai.evaluation.curves import plot_roc
-from cxr_fastai.evaluation.intervals import describe
-from cxr_fastai.evaluation.metrics import measure
-from cxr_fastai.interpretation.interpretation import plot_confusion_matrix, plot_history
-
-TARGS = np.arange(40) < 25
-PREDICTIONS = pd.DataFrame(
-    {
-        'label': np.where(TARGS, 'PNEUMONIA', 'NORMAL'),
-        'p_pneumonia': np.clip(TARGS * 0.4 + np.linspace(0, 0.7, 40)[::-1], 0, 1),
-    }
-)
-METRICS = measure(PREDICTIONS, 0.5, 'fixed:0.5')
+from cxr_fastai.cli import main
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.run import Run
+from cxr_fastai.evaluation.figures import shown_images
+from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.interpretation.interpretation import CXRInterpretation
+from cxr_fastai.publishing import reporting
 
 
-def words(figure: Figure) -> str:
-    return ' '.join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, 'get_text')))
+@pytest.fixture(scope='module')
+def interpretation(evaluated, images) -> CXRInterpretation:
+    return CXRInterpretation.from_run(evaluated, 'test', images)
 
 
-def test_the_confusion_matrix_shows_counts_and_row_percentages():
-    c, shown = METRICS['confusion'], words(plot_confusion_matrix(METRICS, 'a run'))
-    for n, row in ((c['tn'], c['tn'] + c['fp']), (c['fn'], c['fn'] + c['tp'])):
-        assert f'{n}\n{n / row:.1%}' in shown
-    assert 'n = 40, threshold 0.5' in shown
+def test_known_probabilities_are_not_predicted_again(evaluated, images, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError('predicted again')
+
+    monkeypatch.setattr(Predictor, 'scores', refuse)
+    interpretation = CXRInterpretation.from_run(evaluated, 'test', images)
+    assert len(interpretation.predictions) == 12
+    assert len(interpretation.cam(interpretation.top_losses(2))) == 2
 
 
-def test_the_roc_curve_shows_the_auc_and_the_operating_point():
-    figure = plot_roc(PREDICTIONS, METRICS, 'a run')
-    assert describe(METRICS['auc']) in words(figure)
-    points = [line.get_xydata()[0].tolist() for line in figure.axes[0].lines if line.get_marker() == 'o']
-    assert points == [[1 - METRICS['specificity']['value'], METRICS['sensitivity']['value']]]
+def test_errors_are_sorted_by_loss_and_uncertain_predictions_by_distance_to_the_threshold(interpretation):
+    errors = interpretation.most_confident_errors(5)
+    assert (errors.prediction != errors.label).all() and errors.loss.is_monotonic_decreasing
+    assert set(interpretation.errors('false positive').label) <= {'NORMAL'}
+    assert set(interpretation.errors('false negative').label) <= {'PNEUMONIA'}
+    predictions = interpretation.predictions
+    distance = (predictions.p_pneumonia - interpretation.metrics['threshold']).abs()
+    assert interpretation.most_uncertain(1).path.iloc[0] == predictions.path[distance.idxmin()]
+    with pytest.raises(UsageError, match='not a kind of error'):
+        interpretation.errors('wrong')
 
 
-def test_the_history_names_its_phases():
-    columns = ['train_loss', 'valid_loss', 'roc_auc', 'sensitivity', 'specificity']
-    history = pd.DataFrame(np.linspace(0.1, 0.9, 15).reshape(3, 5), columns=columns).assign(
-        phase=['frozen', 'fine-tune', 'fine-tune'], epoch=[1, 2, 3]
-    )
-    shown = words(plot_history(history))
-    assert all(name in shown for name in ('frozen', 'fine-tune', 'valid loss', 'AUC'))
+def test_explanations_have_the_probability_label_and_name_of_their_image(interpretation):
+    rows = interpretation.top_losses(3)
+    explanations = interpretation.cam(rows)
+    assert [explanation.p for explanation in explanations] == pytest.approx(rows.p_pneumonia.to_list(), abs=1e-5)
+    assert [explanation.label for explanation in explanations] == rows.label.to_list()
+    assert [explanation.name for explanation in explanations] == rows.path.to_list()
+    for explanation in explanations:
+        assert explanation.heat.shape == explanation.image.shape
+        assert 0 <= explanation.heat.min() <= explanation.heat.max() <= 1
 
 
-@pytest.mark.parametrize(
-    ('estimate', 'said'),
-    [
-        ({'value': None, 'low': None, 'high': None}, 'undefined'),
-        ({'value': 0.5, 'low': None, 'high': None}, '0.500'),
-        ({'value': 0.5, 'low': 0.25, 'high': 0.75}, '0.500 (0.250 to 0.750)'),
-    ],
-)
-def test_an_estimate_is_said_with_its_interval(estimate, said):
-    assert describe(estimate) == said
+@pytest.mark.parametrize('plot', ['plot_top_losses', 'plot_uncertain', 'plot_confusion_matrix', 'plot_mean_maps'])
+def test_every_plot_is_a_figure(interpretation, plot):
+    assert isinstance(getattr(interpretation, plot)(), Figure)
 
 
-def test_a_title_is_text_and_not_mathematics():
-    for figure in (plot_confusion_matrix(METRICS, r'$\bad$'), plot_roc(PREDICTIONS, METRICS, r'$\bad$')):
-        figure.savefig('/dev/null', format='png')
+def test_the_command_explains_the_highest_losses_and_the_report_shows_maps(evaluated, images, tmp_path, monkeypatch):
+    run = Run(tmp_path / 'run')
+    shutil.copytree(evaluated.path, run.path)
+    monkeypatch.setattr(reporting, 'draw', lambda *_: {})  # the curves are slow and tested elsewhere
+    assert 'class="cam"' not in reporting.report(run).read_text()
+    options = f'--top-losses 3 --split test --data {images} --method gradcam++ --target NORMAL'
+    assert main(['explain', str(run.path), *options.split()]) == 0
+    assert len(list((run / 'figures/explained').iterdir())) == 3
+    for name in ('top_losses', 'uncertain', 'mean_maps'):
+        assert (run / f'figures/{name}_test.png').is_file()
+    n_shown = len(shown_images(run.predicted('test')))
+    assert len(list((run / 'figures/cams').iterdir())) == n_shown
+    page = reporting.report(run).read_text()
+    assert page.count('class="cam"') == n_shown and 'not a lesion outline' in page

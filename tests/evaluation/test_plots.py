@@ -1,0 +1,64 @@
+"""Figures show the numbers of the tables that they are drawn from."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from cxr_fastai.evaluation.curves import plot_roc
+from cxr_fastai.evaluation.intervals import format_estimate
+from cxr_fastai.evaluation.metrics import measure
+from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history
+
+TARGS = np.arange(40) < 25
+PREDICTIONS = pd.DataFrame(
+    {
+        'label': np.where(TARGS, 'PNEUMONIA', 'NORMAL'),
+        'p_pneumonia': np.clip(TARGS * 0.4 + np.linspace(0, 0.7, 40)[::-1], 0, 1),
+    }
+)
+METRICS = measure(PREDICTIONS, 0.5, 'fixed:0.5')
+
+
+def words(figure: Figure) -> str:
+    return ' '.join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, 'get_text')))
+
+
+def test_the_confusion_matrix_shows_counts_and_row_percentages():
+    c, shown = METRICS['confusion'], words(plot_confusion_matrix(METRICS, 'a run'))
+    for n, row in ((c['tn'], c['tn'] + c['fp']), (c['fn'], c['fn'] + c['tp'])):
+        assert f'{n}\n{n / row:.1%}' in shown
+    assert 'n = 40, threshold 0.5' in shown
+
+
+def test_the_roc_curve_shows_the_auc_and_the_operating_point():
+    figure = plot_roc(PREDICTIONS, METRICS, 'a run')
+    assert format_estimate(METRICS['auc']) in words(figure)
+    points = [line.get_xydata()[0].tolist() for line in figure.axes[0].lines if line.get_marker() == 'o']
+    assert points == [[1 - METRICS['specificity']['value'], METRICS['sensitivity']['value']]]
+
+
+def test_the_history_names_its_phases():
+    columns = ['train_loss', 'valid_loss', 'roc_auc', 'sensitivity', 'specificity']
+    history = pd.DataFrame(np.linspace(0.1, 0.9, 15).reshape(3, 5), columns=columns).assign(
+        phase=['frozen', 'fine-tune', 'fine-tune'], epoch=[1, 2, 3]
+    )
+    shown = words(plot_history(history))
+    assert all(name in shown for name in ('frozen', 'fine-tune', 'valid loss', 'AUC'))
+
+
+@pytest.mark.parametrize(
+    ('estimate', 'text'),
+    [
+        ({'value': None, 'low': None, 'high': None}, 'undefined'),
+        ({'value': 0.5, 'low': None, 'high': None}, '0.500'),
+        ({'value': 0.5, 'low': 0.25, 'high': 0.75}, '0.500 (0.250 to 0.750)'),
+    ],
+)
+def test_an_estimate_is_formatted_with_its_interval(estimate, text):
+    assert format_estimate(estimate) == text
+
+
+def test_a_title_is_not_parsed_as_mathematics():
+    for figure in (plot_confusion_matrix(METRICS, r'$\bad$'), plot_roc(PREDICTIONS, METRICS, r'$\bad$')):
+        figure.savefig('/dev/null', format='png')

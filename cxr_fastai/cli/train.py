@@ -1,4 +1,4 @@
-"""The commands `cxr-fastai train` and `lr-find`: options become a recipe."""
+"""The commands `cxr-fastai train` and `cxr-fastai lr-find`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,23 @@ from cxr_fastai.cli.output import choose_source, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import write_csv
 from cxr_fastai.core.run import Run
+
+RECIPE_OPTIONS = (
+    'arch',
+    'epochs',
+    'lr',
+    'weights',
+    'valid',
+    'size',
+    'resize',
+    'batch_size',
+    'workers',
+    'limit',
+    'seed',
+    'allow_leakage',
+    'on_bad_image',
+)
+"""Options with the name and the value of an argument of `make_recipe`."""
 
 
 def train(
@@ -35,26 +52,63 @@ def train(
     on_bad_image: opt.BadImage = 'fail',
     fields: opt.Fields = None,
     precision: opt.Precision = 'auto',
-    compile: opt.Compile = 'auto',
+    compile: opt.Compile = 'off',
     track: opt.Track = None,
     resume: opt.Resume = None,
 ) -> None:
-    """Train a network and write its run folder: recipe, items, history, journal, state and learner.pkl.
+    """Train a network and write its run folder: recipe, items, history, journal, state and model.
 
     Example: cxr-fastai train --arch efficientnet_lite0 --recipe tuned --valid patients --out runs/lite
     """
+    source = choose_source(data, csv)
     if resume:
-        return _resume(given, resume, choose_source(data, csv), run)
+        _resume(given, resume, source, run)
+        return
     from cxr_fastai.data.items import data_root
 
-    root = data_root(choose_source(data, csv))
+    root = data_root(source)
     from cxr_fastai.models.architectures import make_recipe
 
-    chosen = make_recipe(**_recipe_options(given.params))
+    new_recipe = make_recipe(**_recipe_arguments(given.params))
     from cxr_fastai.training.training import train
 
-    made = train(chosen, root, run or unused_path(Path('runs', arch)), compile=compile, track=track)
-    print_line(f'{made.path}: trained. Next: cxr-fastai evaluate {made.path}')
+    trained = train(new_recipe, root, run or unused_path(Path('runs', arch)), compile=compile, track=track)
+    _print_next_step(trained)
+
+
+def _resume(given: typer.Context, folder: Path, source: Path | None, out: Path | None) -> None:
+    """Continue the run in `folder` with its own settings. Options on the command line replace them."""
+    if out:
+        raise UsageError(f'--out {out} and --resume {folder}: a resumed run keeps its folder. Omit --out.')
+    run = Run.open(folder)
+    from cxr_fastai.data.items import data_root
+
+    root = data_root(source or run.images)
+    from cxr_fastai.models.architectures import revise_recipe
+
+    typed = _typed_options(given)
+    recipe = revise_recipe(run.recipe, **_recipe_arguments(typed))
+    start = run.last_event('start', 'resume')
+    compile = typed.get('compile', 'on' if start.get('compiled') else 'off')
+    track = typed.get('track', start.get('track'))
+    from cxr_fastai.training.training import train
+
+    train(recipe, root, folder, resume=True, compile=compile, track=track)
+    _print_next_step(run)
+
+
+def _typed_options(given: typer.Context) -> dict[str, Any]:
+    """Return the options that are on the command line, without those that have their default value."""
+    typed = {}
+    for name, value in given.params.items():
+        source = given.get_parameter_source(name)
+        if source is not None and source.name == 'COMMANDLINE':
+            typed[name] = value
+    return typed
+
+
+def _print_next_step(run: Run) -> None:
+    print_line(f'{run.path}: trained. Next: cxr-fastai evaluate {run.path}')
 
 
 def lr_find(
@@ -75,7 +129,7 @@ def lr_find(
     steps: opt.Steps = 100,
     curve: opt.NewCurve = Path('lr_find.png'),
 ) -> None:
-    """Suggest a learning rate for the first phase of a recipe, and draw the loss against it.
+    """Suggest a learning rate for the first phase of a recipe, and plot the loss against the learning rate.
 
     Example: cxr-fastai lr-find --arch baseline --recipe tuned --out lr_find.png
     """
@@ -85,60 +139,37 @@ def lr_find(
     root = data_root(choose_source(data, csv))
     from cxr_fastai.models.architectures import make_recipe
 
-    chosen = make_recipe(**_recipe_options(given.params))
+    new_recipe = make_recipe(**_recipe_arguments(given.params))
     from cxr_fastai.core.figures import save_figure
     from cxr_fastai.evaluation.plots import plot_rates
     from cxr_fastai.training.lr_finder import find_rates
 
-    rates = find_rates(chosen, root, steps)
+    rates = find_rates(new_recipe, root, steps)
     save_figure(plot_rates(rates, f'{arch}, recipe {recipe}, {size} px'), curve)
     write_csv(curve.with_suffix('.csv'), rates.curve)
-    print_line(
-        f'--lr {rates.suggestion:.1e} is suggested; the recipe has {chosen.phases[0].lr:.1e}. The curve is in {curve}'
-    )
-
-
-def _resume(given: typer.Context, folder: Path, data: Path | None, run: Path | None) -> None:
-    if run:
-        raise UsageError(f'--out {run} and --resume {folder}: the run goes on in its own folder.')
-    known = Run.open(folder)
-    from cxr_fastai.data.items import data_root
-
-    root = data_root(data or known.images)
-    from cxr_fastai.models.architectures import revise_recipe
-
-    typed = {
-        name: value for name, value in given.params.items() if given.get_parameter_source(name).name == 'COMMANDLINE'
-    }
-    begun = known.last_event('start', 'resume')
-    engine = {'compile': 'on' if begun.get('compiled') else 'off', 'track': begun.get('track')}
-    engine |= {name: typed[name] for name in engine.keys() & typed.keys()}
-    from cxr_fastai.training.training import train
-
-    train(revise_recipe(known.recipe, **_recipe_options(typed)), root, folder, resume=True, **engine)
-    print_line(f'{folder}: trained. Next: cxr-fastai evaluate {folder}')
+    print_line(f'Suggested: --lr {rates.suggestion:.1e}. The recipe has {new_recipe.phases[0].lr:.1e}. Curve: {curve}')
 
 
 def _check_curve(path: Path) -> None:
+    """Raise `UsageError` unless the figure `path` and the CSV file next to it can be created."""
     if path.suffix != '.png':
-        raise UsageError(f'--out {path}: a name that ends in .png is needed.')
+        raise UsageError(f'--out {path}: the file name must end with .png.')
     if not path.parent.is_dir():
         raise UsageError(f'--out {path}: the folder {path.parent} does not exist.')
     for file in (path, path.with_suffix('.csv')):
         if file.exists():
-            raise UsageError(f'{file} exists already and was left alone: choose another --out.')
+            raise UsageError(f'{file} already exists and was not overwritten. Choose another --out.')
 
 
-def _recipe_options(params: dict[str, Any]) -> dict[str, Any]:
-    """What `make_recipe` takes of the options `params`."""
+def _recipe_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `make_recipe` for the `options` of a command."""
     from cxr_fastai.core.recipe import parse_fields
 
-    others = ('data', 'csv', 'run', 'resume', 'recipe', 'fields', 'steps', 'curve', 'compile', 'track')
-    options = {name: value for name, value in params.items() if name not in others}
-    if 'precision' in params:
+    arguments = {name: options[name] for name in RECIPE_OPTIONS if name in options}
+    if 'recipe' in options:
+        arguments['name'] = options['recipe']
+    if 'precision' in options:
         from cxr_fastai.training.hardware import choose_precision
 
-        options['precision'] = choose_precision(params['precision'])
-    if 'recipe' in params:
-        options['name'] = params['recipe']
-    return options | parse_fields(params.get('fields') or [])
+        arguments['precision'] = choose_precision(options['precision'])
+    return arguments | parse_fields(options.get('fields') or [])

@@ -1,10 +1,14 @@
-"""What happens in a fit beside the steps: history, the best epoch, schedules, averaged weights, lines to read."""
+"""fastai callbacks of a training: history, best epoch, learning rate schedule, averaged weights, image size, log lines.
+
+`fit` adds `History`, `KeepBest` and `ShowEpochs` to every training, and `recipe_callbacks` those that a recipe needs.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -13,6 +17,8 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientClip
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cxr_fastai.core.files import write_csv
 from cxr_fastai.core.progress import progress_bar
@@ -34,33 +40,42 @@ COLUMNS = [
     'specificity',
     'seconds',
 ]
-
-
-def recipe_callbacks(recipe: Recipe) -> list[Callback]:
-    """The callbacks that `recipe` asks for in every phase."""
-    wanted = [
-        (recipe.mixup, MixUp, recipe.mixup),
-        (recipe.clip, GradientClip, recipe.clip),
-        (recipe.ema, AverageWeights, recipe.ema),
-        (recipe.precision != 'fp32', Precision, recipe.precision),
-        (recipe.start_size < 1, GrowImages, recipe.start_size),
-    ]
-    return [make(value) for asked, make, value in wanted if asked]
-
+"""Columns of `history.csv`."""
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 log = logging.getLogger(__name__)
 
 
-class History(Callback):
-    """One row an epoch, in `rows` and in the run's `history.csv`, over all phases.
+def recipe_callbacks(recipe: Recipe) -> list[Callback]:
+    """Return the callbacks that `recipe` needs in every phase."""
+    callbacks: list[Callback] = []
+    if recipe.mixup:
+        callbacks.append(MixUp(recipe.mixup))
+    if recipe.clip:
+        callbacks.append(GradientClip(recipe.clip))
+    if recipe.ema:
+        callbacks.append(AverageWeights(recipe.ema))
+    if recipe.precision != 'fp32':
+        callbacks.append(Precision(recipe.precision))
+    if recipe.start_size < 1:
+        callbacks.append(GrowImages(recipe.start_size))
+    return callbacks
 
-    The first loss that is no finite number, in training or validation, ends the fit; `failure` then tells where.
+
+class History(Callback):
+    """Collect one row per epoch over all phases, in `rows` and in the run's `history.csv`.
+
+    A training or validation loss that is NaN or infinite ends the fit; `failure` then describes where it occurred.
+    `phase` is the name of the current phase, which `fit_phase` sets.
     """
 
     order = 55  # after the Recorder
 
-    def __init__(self, run: Run):
-        self.run_folder, self.rows, self.failure = run, [], {}
+    def __init__(self, run: Run) -> None:
+        self.run_folder = run  # `Callback.run` is fastai's
+        self.phase = ''
+        self.rows: list[dict[str, Any]] = []
+        self.failure: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {'rows': self.rows}
@@ -68,202 +83,234 @@ class History(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = state['rows']
 
-    def before_epoch(self):
-        self.started, self.total, self.count = time.perf_counter(), 0.0, 0
-        self.lr_now = 0.0
+    def before_epoch(self) -> None:
+        self.start_time = time.perf_counter()
+        self.loss_sum: Tensor | float = 0.0
+        self.image_count = 0
+        self.max_lr = 0.0
 
-    def after_batch(self):
+    def after_batch(self) -> None:
         if not self.training:
             return
-        self.lr_now = max(self.lr_now, self.opt.hypers[-1]['lr'])
+        self.max_lr = max(self.max_lr, self.opt.hypers[-1]['lr'])
         if not torch.isfinite(self.loss):
-            self._fail('training', self.loss.item(), self.iter + 1)
-        n = self.images_in_batch()
-        self.total, self.count = self.total + self.loss.detach() * n, self.count + n
+            self._fail('training', self.loss.item(), batch=self.iter + 1)
+        batch_images = self._count_images()
+        self.loss_sum = self.loss_sum + self.loss.detach() * batch_images
+        self.image_count += batch_images
 
-    def images_in_batch(self) -> int:
-        """How many images `loss` is the mean over, those of other processes included."""
-        sharing = getattr(self.learn, 'share_batches', None)
-        return sharing.images if sharing else len(self.xb[0])  # MixUp has its labels elsewhere
+    def _count_images(self) -> int:
+        """Return the number of images that `loss` is the mean of, including those of other processes."""
+        if hasattr(self.learn, 'share_batches'):
+            return self.learn.share_batches.batch_images
+        return len(self.xb[0])  # not of `yb`, in which MixUp changes the labels
 
-    def after_epoch(self):
-        measured = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1], strict=False))
-        row = measured | {
-            'phase': self.phase,
-            'epoch': len(self.rows) + 1,
-            'lr': self.lr_now,
-            'train_loss': float(self.total) / self.count,  # fastai's is smoothed over older batches
-            'seconds': round(time.perf_counter() - self.started, 2),
+    def after_epoch(self) -> None:
+        metrics = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1], strict=False))
+        metrics |= {
+            'lr': self.max_lr,
+            'train_loss': float(self.loss_sum) / self.image_count,  # fastai's own includes earlier epochs
+            'seconds': round(time.perf_counter() - self.start_time, 2),
         }
-        if not math.isfinite(row['valid_loss']):
-            self._fail('validation', row['valid_loss'])
-        self.rows.append({name: row[name] if name == 'phase' else float(row[name]) for name in COLUMNS})
-        self.rows[-1]['epoch'] = len(self.rows)
+        if not math.isfinite(metrics['valid_loss']):
+            self._fail('validation', metrics['valid_loss'])
+        row: dict[str, Any] = {'phase': self.phase, 'epoch': len(self.rows) + 1}
+        for name in COLUMNS[2:]:
+            row[name] = float(metrics[name])
+        self.rows.append(row)
         write_csv(self.run_folder / 'history.csv', pd.DataFrame(self.rows))
 
-    def _fail(self, where: str, loss: float, batch: int | None = None):
+    def _fail(self, where: str, loss: float, batch: int | None = None) -> None:
         self.failure = {
             'phase': self.phase,
             'epoch': len(self.rows) + 1,
             'where': where,
             'batch': batch,
             'loss': str(loss),
-            'lr': self.lr_now,
+            'lr': self.max_lr,
         }
         raise CancelFitException
 
 
 class KeepBest(Callback):
-    """Keep the weights of the best epoch over all phases: by validation AUC, by loss where it ties or is undefined."""
+    """Keep the weights of the best epoch over all phases: highest validation AUC, then lowest validation loss.
+
+    An undefined AUC counts as 0. `row` is the epoch's row of `history.csv` and `weights` the state dict of the network.
+    """
 
     order = 56
 
-    def __init__(self):
-        self.key, self.row, self.state = (-math.inf, -math.inf), None, None
+    def __init__(self) -> None:
+        self.score = (-math.inf, -math.inf)
+        self.row: dict[str, Any] | None = None
+        self.weights: dict[str, Tensor] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {'key': self.key, 'row': self.row, 'state': self.state}
+        return {'score': self.score, 'row': self.row, 'weights': self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.key, self.row, self.state = tuple(state['key']), state['row'], state['state']
+        self.score = tuple(state['score'])
+        self.row = state['row']
+        self.weights = state['weights']
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         row = self.history.rows[-1]
-        key = (row['roc_auc'] if math.isfinite(row['roc_auc']) else 0.0, -row['valid_loss'])
-        if key <= self.key:
-            return
-        self.key, self.row, self.state = key, row, deepcopy(self._weights())
+        auc = row['roc_auc'] if math.isfinite(row['roc_auc']) else 0.0
+        score = (auc, -row['valid_loss'])
+        if score > self.score:
+            self.score = score
+            self.row = row
+            self.weights = deepcopy(self._measured_weights())
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        averaging = getattr(self.learn, 'average_weights', None)
-        return averaging.mean if averaging else network(self.learn).state_dict()
+    def _measured_weights(self) -> dict[str, Tensor]:
+        """Return the weights that validation used."""
+        if hasattr(self.learn, 'average_weights'):
+            return self.learn.average_weights.average.module.state_dict()
+        return network(self.learn).state_dict()
 
 
 class ReduceOnPlateau(Callback):
-    """torch's ReduceLROnPlateau on the validation loss, stepped after each epoch.
+    """Reduce the learning rate when the validation loss stops decreasing, with torch's `ReduceLROnPlateau`.
 
-    fastai's own callback of that name writes into copies of the settings when the optimiser is an `OptimWrapper`, and
-    so changes nothing.
+    fastai's callback of that name has no effect with an `OptimWrapper`, because it writes into copies of its settings.
     """
 
     order = 57
 
-    def __init__(self, factor: float, patience: int):
-        self.factor, self.patience = factor, patience
+    def __init__(self, factor: float, patience: int) -> None:
+        self.factor = factor
+        self.patience = patience
 
-    def before_fit(self):
+    def before_fit(self) -> None:
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.opt.opt, factor=self.factor, patience=self.patience
         )
 
     def state_dict(self) -> dict[str, Any]:
-        known = self.scheduler.state_dict()
-        return {name: known[name] for name in ('best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch')}
+        state = self.scheduler.state_dict()
+        return {name: state[name] for name in ('best', 'num_bad_epochs', 'cooldown_counter', 'last_epoch')}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scheduler.load_state_dict(state)
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         self.scheduler.step(self.history.rows[-1]['valid_loss'])
 
 
 class AverageWeights(Callback):
-    """An exponential moving average of the weights and statistics (Polyak and Juditsky 1992), which validation measures
-    and `KeepBest` keeps; training goes on with the network's own. Early steps count more, as TensorFlow's has it."""
+    """Keep an exponential moving average of weights and BatchNorm statistics (Polyak and Juditsky 1992).
+
+    Validation and `KeepBest` use the `average`, training continues with the network's own weights.
+    """
 
     order = 9
 
-    def __init__(self, decay: float):
-        self.decay, self.mean, self.steps = decay, None, 0
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.average: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {'mean': self.mean, 'steps': self.steps}
+        return self.average.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps = state['steps']
-        self.mean = {name: value.to(self.dls.device) for name, value in state['mean'].items()}
+        self.average.load_state_dict(state)
 
-    def before_fit(self):
-        self.mean = self.mean or deepcopy(network(self.learn).state_dict())
+    def before_fit(self) -> None:
+        if self.average is None:
+            self.average = AveragedModel(network(self.learn), multi_avg_fn=moving_average(self.decay), use_buffers=True)
+            self.average.n_averaged += 1  # the initial weights are the first average
 
-    @torch.no_grad()
-    def after_batch(self):
-        if not self.training:
+    def after_batch(self) -> None:
+        if self.training:
+            self.average.update_parameters(network(self.learn))
+
+    def before_validate(self) -> None:
+        self.own_weights = deepcopy(network(self.learn).state_dict())
+        network(self.learn).load_state_dict(self.average.module.state_dict())
+
+    def after_validate(self) -> None:
+        network(self.learn).load_state_dict(self.own_weights)
+
+
+def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    """Return the averaging function of `AveragedModel` for an exponential moving average with a warm-up.
+
+    Step n uses the smaller of `decay` and (1 + n) / (10 + n), as TensorFlow's `ExponentialMovingAverage` does, so that
+    the initial weights lose their influence early. Integers, such as counters of batches, are copied.
+    """
+
+    def update(averages: Tensors, values: Tensors, step: Tensor | int) -> None:
+        if not averages[0].is_floating_point():
+            torch._foreach_copy_(averages, values)
             return
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for name, now in network(self.learn).state_dict().items():
-            if now.is_floating_point():
-                self.mean[name].lerp_(now, 1 - decay)
-            else:
-                self.mean[name].copy_(now)
+        step_decay = min(decay, (1 + int(step)) / (10 + int(step)))
+        get_ema_multi_avg_fn(step_decay)(averages, values, step)
 
-    def before_validate(self):
-        self.own = deepcopy(network(self.learn).state_dict())
-        network(self.learn).load_state_dict(self.mean)
-
-    def after_validate(self):
-        network(self.learn).load_state_dict(self.own)
+    return update
 
 
 class GrowImages(Callback):
-    """Start each phase with images of a `share` of the side, which grows evenly until two thirds of the phase."""
+    """Start each phase with smaller images: `start_size` of the side, growing linearly for two thirds of the phase."""
 
-    WHOLE_AT = 2 / 3
+    FULL_SIZE_AT = 2 / 3
 
-    def __init__(self, share: float):
-        self.share = share
+    def __init__(self, start_size: float) -> None:
+        self.start_size = start_size
 
-    def before_train(self):
-        self._grow()
+    def before_train(self) -> None:
+        self._set_size()
 
-    def before_batch(self):  # the batch at hand is drawn already: this is for the next one
+    def before_batch(self) -> None:
         if self.training:
-            self._grow()
+            self._set_size()  # of the next batch: the current one is already loaded
 
-    def _grow(self) -> None:
-        grown = self.share + (1 - self.share) * self.pct_train / self.WHOLE_AT
-        for step in self.dls.train.after_batch.fs:
-            if isinstance(step, AugmentImages):
-                step.share = min(1.0, grown)
+    def _set_size(self) -> None:
+        size = self.start_size + (1 - self.start_size) * self.pct_train / self.FULL_SIZE_AT
+        for transform in self.dls.train.after_batch.fs:
+            if isinstance(transform, AugmentImages):
+                transform.share = min(1.0, size)
 
 
 class ShowEpochs(Callback):
-    """Logs a line an epoch, and draws a progress bar within it on a terminal or in a notebook."""
+    """Log a line per epoch, and show a progress bar of its batches on a terminal or in a notebook."""
 
     order = 58
-    bar = None
 
-    def before_train(self):
-        self._start(f'{self.history.phase} {len(self.history.rows) + 1}', len(self.dls.train))
+    def __init__(self) -> None:
+        self.bar: Any = None
 
-    def before_validate(self):
-        self._start('validation', len(self.dls.valid))
+    def before_train(self) -> None:
+        self._open_bar(f'{self.history.phase} {len(self.history.rows) + 1}', len(self.dls.train))
 
-    def after_batch(self):
-        if self.bar:
+    def before_validate(self) -> None:
+        self._open_bar('validation', len(self.dls.valid))
+
+    def _open_bar(self, description: str, batches: int) -> None:
+        self.bar = progress_bar(batches, description, unit='batch')
+
+    def after_batch(self) -> None:
+        if self.bar is not None:
             self.bar.update()
 
-    def after_train(self):
+    def after_train(self) -> None:
         self.close()
 
-    def after_validate(self):
+    def after_validate(self) -> None:
         self.close()
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
         row = self.history.rows[-1]
-        best = '  best' if row is self.keep_best.row else ''
-        log.info(
-            f'{row["phase"]:>9} {row["epoch"]:>3}  lr {row["lr"]:.0e}  train {row["train_loss"]:.4f}  '
+        line = (
+            f'{row["phase"]:>9} {row["epoch"]:>2}  lr {row["lr"]:.0e}  train {row["train_loss"]:.4f}  '
             f'valid {row["valid_loss"]:.4f}  AUC {row["roc_auc"]:.4f}  sens {row["sensitivity"]:.3f}  '
-            f'spec {row["specificity"]:.3f}  {row["seconds"]:.0f} s{best}'
+            f'spec {row["specificity"]:.3f}  {row["seconds"]:.0f} s'
         )
+        if row is self.keep_best.row:
+            line += '  best'
+        log.info(line)
 
-    def close(self):
-        """Remove the bar, also when an exception ended the epoch."""
-        if self.bar:
+    def close(self) -> None:
+        """Remove the bar. `fit` calls this also when an exception ended the epoch."""
+        if self.bar is not None:
             self.bar.close()
         self.bar = None
-
-    def _start(self, description: str, batches: int):
-        self.bar = progress_bar(batches, description, unit='batch')

@@ -1,4 +1,8 @@
-"""The state of a training, on disk after every epoch: whatever stops it costs one epoch, and it goes on bit by bit."""
+"""Checkpoints: the complete state of a training after every epoch, and resuming from it.
+
+Interrupted training resumes, losing at most one epoch. On the CPU without worker processes the weights are the same,
+bit for bit, as those of a training that was not interrupted.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from io import BytesIO
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -26,158 +31,199 @@ from cxr_fastai.core.recipe import VOCAB, Recipe, differences
 from cxr_fastai.core.run import Run
 from cxr_fastai.training.learner import network
 
-PREVIOUS = 'state.previous.pt'
-PARTS = ('history', 'keep_best', 'average_weights', 'reduce_on_plateau', 'precision')
-"""Callbacks that remember something from one epoch to the next."""
+STATE, PREVIOUS_STATE = 'state.pt', 'state.previous.pt'
+STATEFUL_CALLBACKS = ('history', 'keep_best', 'average_weights', 'reduce_on_plateau', 'precision')
+"""Attributes of a `Learner` with the callbacks that have a state."""
+RESULTS = ('history.csv', 'model.safetensors', 'learner.pkl')
+"""Files of a run that a new training would overwrite."""
 
 
 class Checkpoint(Callback):
-    """Write `state.pt` when training starts and after every epoch; where a `state` is given, go on from it.
+    """Write `state.pt` before the first epoch and after every epoch; continue from `state` if it is given.
 
-    `identity` is what has to be the same for that. Weights, optimiser, callbacks and random numbers are all restored,
-    so that on the CPU, with no worker processes, the weights come out as if nothing had stopped.
+    The state consists of weights, optimiser, callbacks and random number generators. `identity`, from `identify`, is
+    stored with it. `phase` is the index of the current phase, which `fit` sets.
     """
 
-    order = 60  # after the callbacks whose state it takes
+    order = 60  # after the callbacks whose state it saves
 
-    def __init__(self, run: Run, identity: dict[str, Any], state: dict[str, Any] | None = None):
-        self.run_folder, self.identity, self.state, self.phase = run, identity, state, 0
+    def __init__(self, run: Run, identity: dict[str, Any], state: dict[str, Any] | None = None) -> None:
+        self.run_folder = run  # `Callback.run` is fastai's
+        self.identity = identity
+        self.state = state
+        self.phase = 0
 
-    def before_fit(self):
+    def before_fit(self) -> None:
         if self.state:
             self._restore(self.state)
+            self.state = None
         elif self.phase == 0:
-            self._save(0)
-        self.state = None
+            self._save(epochs=0)
 
-    def after_epoch(self):
-        self._save(self.epoch + 1)
+    def after_epoch(self) -> None:
+        self._save(epochs=self.epoch + 1)
 
     def _save(self, epochs: int) -> None:
+        """Save the state after so many `epochs` of the current phase."""
         if not is_main_process():
             return
-        parts = {name: part.state_dict() for name in PARTS if (part := getattr(self.learn, name, None))}
-        save_state(
-            self.run_folder,
-            {
-                'identity': self.identity,
-                'phase': self.phase,
-                'epochs': epochs,
-                'model': network(self.learn).state_dict(),
-                'optimizer': _plain(self.opt.opt.state_dict()),
-                'random': random_state(self.dls),
-                **parts,
-            },
-        )
+        state = {
+            'identity': self.identity,
+            'phase': self.phase,
+            'epochs': epochs,
+            'model': network(self.learn).state_dict(),
+            'optimizer': _builtin_numbers(self.opt.opt.state_dict()),
+            'random': random_state(self.dls),
+        }
+        for name, callback in self._stateful_callbacks().items():
+            state[name] = callback.state_dict()
+        save_state(self.run_folder, state)
 
     def _restore(self, state: dict[str, Any]) -> None:
         network(self.learn).load_state_dict(state['model'])
         self.opt.opt.load_state_dict(state['optimizer'])
-        for name in PARTS:
-            if part := getattr(self.learn, name, None):
-                part.load_state_dict(state[name])
+        for name, callback in self._stateful_callbacks().items():
+            callback.load_state_dict(state[name])
         set_random_state(self.dls, state['random'])
+
+    def _stateful_callbacks(self) -> dict[str, Any]:
+        return {name: getattr(self.learn, name) for name in STATEFUL_CALLBACKS if hasattr(self.learn, name)}
+
+
+def _builtin_numbers(value: Any) -> Any:
+    """Return `value` with Python numbers instead of NumPy's, which a `weights_only` load rejects.
+
+    The learning rate schedules of fastai leave NumPy numbers in the optimiser.
+    """
+    if isinstance(value, dict):
+        return {key: _builtin_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_builtin_numbers(inner) for inner in value)
+    if isinstance(value, np.generic):
+        return value.item()
+    return value
 
 
 class StopOnSignal(Callback):
-    """Let SIGINT and SIGTERM end the batch at hand and then training, by `Stopped`; the second one ends it at once."""
+    """While entered, SIGINT and SIGTERM end the training after the current batch with `Stopped`.
+
+    A second signal is handled as before, and so ends the process at once. `received` is the number of the signal.
+    """
 
     order = 61
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self):
-        self.received = None
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
-        with suppress(ValueError):  # only the main thread may listen
-            self.before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        with suppress(ValueError):  # signals can be handled only in the main thread
+            for number in self.SIGNALS:
+                self.previous_handlers[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(ValueError, AttributeError):
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, handler)
 
-    def _receive(self, number: int, _: object) -> None:
+    def _receive(self, number: int, _: FrameType | None) -> None:
         self.received = number
-        signal.signal(number, self.before[number])
+        signal.signal(number, self.previous_handlers[number])
 
-    def after_batch(self):
+    def after_batch(self) -> None:
         if self.received:
             raise Stopped(self.received)
 
 
 def save_state(run: Run, state: dict[str, Any]) -> None:
-    """Write `state` to `state.pt`, whole or not at all; the one before it stays as `state.previous.pt`. Raises
-    `OutputError`."""
-    buffer = BytesIO()  # torch would tell of a full disk by a RuntimeError
+    """Write `state` to `state.pt` atomically and keep the previous file as `state.previous.pt`.
+
+    Raises `OutputError` if the file cannot be written.
+    """
+    buffer = BytesIO()  # with a file, torch would raise a RuntimeError for a full disk
     torch.save(state, buffer)
-    with atomic(run / 'state.pt') as temporary:
+    with atomic(run / STATE) as temporary:
         temporary.write_bytes(buffer.getbuffer())
-        sync(temporary)  # before the old one moves
+        sync(temporary)  # before the previous state is renamed
         with suppress(FileNotFoundError):
-            os.replace(run / 'state.pt', run / PREVIOUS)
+            os.replace(run / STATE, run / PREVIOUS_STATE)
 
 
 def load_state(run: Run) -> dict[str, Any] | None:
-    """The newest whole state of `run`, on the CPU; loading runs no code. None where it was stopped before there was
-    one. Raises `CXRError` where none can be read."""
-    there = [run / name for name in ('state.pt', PREVIOUS) if (run / name).exists()]
-    for i, path in enumerate(there):
-        # Which exception a damaged file raises is up to pickle and zip.
+    """Return the newest intact state of `run`, on the CPU; None if no state was saved. Loading runs no code from it.
+
+    Raises `CXRError` if all states are damaged.
+    """
+    paths = [run / name for name in (STATE, PREVIOUS_STATE) if (run / name).exists()]
+    if not paths:
+        return None
+    for path in paths:
+        # A damaged file can raise any exception in pickle and zipfile.
         with suppress(Exception):
             state = torch.load(path, map_location='cpu', weights_only=True)
-            if i and is_main_process():
-                there[0].unlink()  # or the next save would move it over the good one
+            if path != paths[0] and is_main_process():
+                paths[0].unlink()  # otherwise the next save would replace the intact state by the damaged one
             return state
-    if there:
-        raise CXRError(f'{there[0]}: damaged, so there is nothing to resume: train again into another --out.')
-    return None
+    raise CXRError(f'{paths[0]}: the file is damaged, so the run cannot be resumed. Train again with another --out.')
 
 
-def take_up(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any] | None:
-    """The state that `run` goes on from, if there is one yet. Raises `UsageError` where `recipe`, `items` or the
-    classes are not those of `run`."""
+def load_matching_state(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any] | None:
+    """Return the state that `run` resumes from; None if it was stopped before the first state was saved.
+
+    Raises `UsageError` if `recipe`, `items` or the classes differ from those of `run`, or if the state is missing.
+    """
     state = load_state(run)
-    if state is None and any((run / name).exists() for name in ('history.csv', 'model.safetensors', 'learner.pkl')):
-        raise UsageError(f'{run.path} has been trained but has no state.pt to go on from: train into another --out.')
-    known, now = state['identity'] if state else identify(run.recipe, run.items), identify(recipe, items)
-    other = differences(Recipe.from_dict(known['recipe']), recipe)
-    if known['classes'] != now['classes']:
-        other.append(f'classes: {known["classes"]}, now {now["classes"]}')
-    if known['items'] != now['items']:
-        other.append(f'images: {_compare_items(run.items, items)}')
-    if other:
+    if state is not None:
+        saved = state['identity']
+    elif any((run / name).exists() for name in RESULTS):
+        raise UsageError(f'{run.path} cannot be resumed: it has no {STATE}. Train with another --out.')
+    else:
+        saved = identify(run.recipe, run.items)
+    current = identify(recipe, items)
+    changes = differences(Recipe.from_dict(saved['recipe']), recipe)
+    if saved['classes'] != current['classes']:
+        changes.append(f'classes: {saved["classes"]}, now {current["classes"]}')
+    if saved['items'] != current['items']:
+        changes.append(f'images: {_compare_items(run.items, items)}')
+    if changes:
         raise UsageError(
-            f'{run.path} was trained otherwise ({"; ".join(other)}): resume it as it was, or train into another --out.'
+            f'{run.path} cannot be resumed: it was trained with other settings or images ({"; ".join(changes)}). '
+            'Restore them, or train with another --out.'
         )
     return state
 
 
 def identify(recipe: Recipe, items: pd.DataFrame) -> dict[str, Any]:
-    """What has to be the same for a training to go on: the recipe, the SHA-256 of the items as CSV, the classes."""
-    items = hashlib.sha256(csv_text(items).encode(errors='backslashreplace')).hexdigest()
-    return {'recipe': asdict(recipe), 'items': items, 'classes': list(VOCAB)}
+    """Return what must not change when a run is resumed: the recipe, the SHA-256 of the items table and the classes."""
+    text = csv_text(items).encode(errors='backslashreplace')
+    return {'recipe': asdict(recipe), 'items': hashlib.sha256(text).hexdigest(), 'classes': list(VOCAB)}
 
 
-def _compare_items(known: pd.DataFrame, now: pd.DataFrame) -> str:
-    gone, new = set(known.path) - set(now.path), set(now.path) - set(known.path)
-    both, facts = known.merge(now, on='path', suffixes=('', '_now')), ['label', 'split', 'patient']
-    changed = (both[facts].to_numpy() != both[[f'{name}_now' for name in facts]].to_numpy()).any(axis=1)
-    return f'{len(gone)} gone, {len(new)} new, {int(changed.sum())} with another label, split or patient'
+def _compare_items(before: pd.DataFrame, now: pd.DataFrame) -> str:
+    removed = set(before.path) - set(now.path)
+    added = set(now.path) - set(before.path)
+    common = before.merge(now, on='path', suffixes=('', '_now'))
+    changed = pd.Series(False, index=common.index)
+    for column in ('label', 'split', 'patient'):
+        changed |= common[column] != common[f'{column}_now']
+    return f'{len(removed)} removed, {len(added)} added, {changed.sum()} with another label, split or patient'
 
 
 @contextmanager
-def starting_at(learn: Learner, epoch: int) -> Iterator[None]:
-    """Let fits within begin at `epoch`, counted from 0. (fastai's own `start_epoch` runs the events of the epochs that
-    it skips.)"""
+def start_epoch(learn: Learner, epoch: int) -> Iterator[None]:
+    """Make fits in the block start at `epoch`, counted from 0.
 
-    def rest() -> None:
-        for now in range(epoch, learn.n_epoch):
-            learn.epoch = now
+    The loop of `Learner._do_fit` is replaced, because with fastai's own `start_epoch` the skipped epochs still call all
+    callbacks.
+    """
+
+    def fit_remaining_epochs() -> None:
+        for number in range(epoch, learn.n_epoch):
+            learn.epoch = number
             learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
 
-    learn._do_fit = rest
+    learn._do_fit = fit_remaining_epochs
     try:
         yield
     finally:
@@ -185,43 +231,38 @@ def starting_at(learn: Learner, epoch: int) -> Iterator[None]:
 
 
 def random_state(dls: DataLoaders) -> dict[str, Any]:
-    """The state of every generator that training draws from: Python's, numpy's, torch's, those of the loaders."""
-    name, keys, *rest = np.random.get_state()
+    """Return the states of all random number generators of a training.
+
+    These are the generators of Python, NumPy, torch and CUDA, and one of each loader.
+    """
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
-        'python': _of_python(random),
-        'numpy': [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+        'python': _generator_state(random),
+        'numpy': [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
         'torch': torch.get_rng_state(),
-        'loaders': [_of_python(dl.rng) for dl in dls.loaders],
+        'loaders': [_generator_state(dl.rng) for dl in dls.loaders],
         'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
 
 
 def set_random_state(dls: DataLoaders, state: dict[str, Any]) -> None:
-    """Go back to the `state` that `random_state` gave."""
-    _set_python(random, state['python'])
+    """Restore the `state` that `random_state` returned."""
+    _set_generator_state(random, state['python'])
     name, keys, *rest = state['numpy']
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state['torch'])
-    for dl, known in zip(dls.loaders, state['loaders'], strict=True):
-        _set_python(dl.rng, known)
+    for dl, loader_state in zip(dls.loaders, state['loaders'], strict=True):
+        _set_generator_state(dl.rng, loader_state)
     if state['cuda'] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state['cuda'])
 
 
-def _plain(value: Any) -> Any:
-    """`value` with Python's numbers for numpy's, which schedules leave in an optimiser and a safe load refuses."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value
+def _generator_state(generator: Any) -> list[Any]:
+    """Return the state of Python's `generator` with its 625 integers as a tensor, which loads faster."""
+    version, keys, next_gauss = generator.getstate()
+    return [version, torch.tensor(keys), next_gauss]
 
 
-def _of_python(generator: Any) -> list:
-    version, keys, gauss = generator.getstate()
-    return [version, torch.tensor(keys), gauss]
-
-
-def _set_python(generator: Any, state: list) -> None:
-    version, keys, gauss = state
-    generator.setstate((version, tuple(keys.tolist()), gauss))
+def _set_generator_state(generator: Any, state: list[Any]) -> None:
+    version, keys, next_gauss = state
+    generator.setstate((version, tuple(keys.tolist()), next_gauss))

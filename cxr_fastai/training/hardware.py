@@ -1,5 +1,8 @@
-"""What suits the device and the length of a training: mixed precision and compiled steps, both in training alone, so
-that validation and the exported learner are always what a `Predictor` gives."""
+"""Mixed precision, `torch.compile` and a description of the processor.
+
+Precision and compilation affect training steps only, so validation and the exported learner compute exactly what a
+`Predictor` computes.
+"""
 
 from __future__ import annotations
 
@@ -20,64 +23,51 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from cxr_fastai.core.errors import CXRWarning, UsageError, first_line
-from cxr_fastai.core.recipe import CHOICES, Recipe
-from cxr_fastai.models.architectures import find_arch
+from cxr_fastai.core.recipe import CHOICES
 from cxr_fastai.training.learner import network
 
-COMPILE = ('auto', 'on', 'off')
+COMPILE = ('on', 'off')
+"""Values of `--compile`."""
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
-def choose_precision(asked: str) -> str:
-    """The precision that `asked` means on this machine: for `auto`, bf16 on a GPU that has it, fp16 on another, fp32 on
-    a CPU."""
-    if asked in CHOICES['precision']:
-        return asked
-    if asked != 'auto':
-        raise UsageError(f'--precision {asked}: choose auto or {" or ".join(CHOICES["precision"])}.')
+def choose_precision(precision: str) -> str:
+    """Return the `precision` to train with; `auto` is replaced by the best one of this machine.
+
+    That is bf16 on a GPU that supports it, fp16 on another GPU, and fp32 on a CPU. Raises `UsageError` for another
+    name.
+    """
+    if precision in CHOICES['precision']:
+        return precision
+    if precision != 'auto':
+        raise UsageError(f'--precision {precision}: choose auto or {" or ".join(CHOICES["precision"])}.')
     if not torch.cuda.is_available():
         return 'fp32'
     return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
 
 
 def describe_hardware(device: torch.device) -> str:
-    """The processor that trains, in words that name no host."""
+    """Return the model of the processor or GPU that trains, without the name of the host."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
+    return f'{_cpu_model()}, {os.cpu_count()} cores'
+
+
+def _cpu_model() -> str:
     try:
-        facts = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace')
+        cpuinfo = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace')
     except OSError:
-        facts = ''
-    named = re.search(r'^model name\s*:\s*(.+)$', facts, re.MULTILINE)
-    name = named[1].strip() if named else platform.processor() or platform.machine() or 'unknown processor'
-    return f'{name}, {os.cpu_count()} cores'
-
-
-def check_compile(asked: str) -> None:
-    """Raise `UsageError` where `asked` is no way to compile."""
-    if asked not in COMPILE:
-        raise UsageError(f'--compile {asked}: choose {" or ".join(COMPILE)}.')
-
-
-def choose_compile(asked: str, recipe: Recipe, images: int, device: torch.device) -> bool:
-    """Whether to compile the steps of a training on `images`: where `auto` was `asked`, only if it was measured to repay
-    its own time, which depends on network, device and length. Warns where no compiler is found."""
-    if asked == 'off' or (asked == 'auto' and not _repays(recipe, images, device)):
-        return False
-    if missing := _missing_compiler(device):
-        warnings.warn(
-            f'no {missing} was found, so training is not compiled: install it, or pass --compile off.',
-            CXRWarning,
-            stacklevel=2,
-        )
-    return not missing
+        cpuinfo = ''
+    match = re.search(r'^model name\s*:\s*(.+)$', cpuinfo, re.MULTILINE)
+    if match:
+        return match[1].strip()
+    return platform.processor() or platform.machine() or 'unknown processor'
 
 
 class Precision(MixedPrecision):
-    """fastai's mixed precision on any device, in training alone; it goes on after a stop with the same scale of the
-    loss."""
+    """fastai's `MixedPrecision` for training steps on any device. It saves the scale of the loss in checkpoints."""
 
-    def __init__(self, precision: str):
+    def __init__(self, precision: str) -> None:
         super().__init__(amp_mode=AMPMode(precision))
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,74 +76,89 @@ class Precision(MixedPrecision):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learn.scaler.load_state_dict(state)
 
-    def before_fit(self):  # fastai's takes the device to be CUDA
+    def before_fit(self) -> None:
+        """Replaces fastai's method, which supports CUDA only."""
         device, dtype = self.dls.device.type, DTYPES[self.amp_mode.value]
-        self.autocast, self.scales = torch.autocast(device, dtype=dtype), L()
+        self.autocast = torch.autocast(device, dtype=dtype)
         self.learn.scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
+        self.scales = L()
 
-    def before_batch(self):
+    def before_batch(self) -> None:
         if self.training:
             super().before_batch()
 
-    def after_loss(self):
+    def after_loss(self) -> None:
         if self.training:
             super().after_loss()
 
 
-class CompileSteps(Callback):
-    """Train whole batches of images of the full `size` through `torch.compile`; the rest, and validation, as they are,
-    which saves compiling again for each other shape. Keys of the state, hooks and pickles know nothing of it.
+def check_compile(compile: str) -> None:
+    """Raise `UsageError` if `compile` is not a value of `--compile`."""
+    if compile not in COMPILE:
+        raise UsageError(f'--compile {compile}: choose {" or ".join(COMPILE)}.')
 
-    Where compiling fails, training goes on without it, after a warning.
+
+def can_compile(device: torch.device) -> bool:
+    """Return True if `torch.compile` has the compiler that it needs for `device`; warn if not."""
+    compiler = 'triton' if device.type == 'cuda' else 'C++ compiler'
+    if device.type == 'cuda':
+        installed = find_spec('triton') is not None
+    else:
+        names = (os.environ.get('CXX'), 'g++', 'clang++', 'cl')
+        installed = any(name and shutil.which(name) for name in names)
+    if not installed:
+        warnings.warn(
+            f'no {compiler} was found, so training is not compiled. Install one, or pass --compile off.',
+            CXRWarning,
+            stacklevel=2,
+        )
+    return installed
+
+
+class CompileSteps(Callback):
+    """Run training steps through `torch.compile`, if the batch is full and its images have `size` pixels per side.
+
+    Other batches and validation are not compiled, because every other shape would be compiled separately. The compiled
+    function replaces `forward` only during the step, so that state dicts, hooks and pickles do not change. If the
+    compilation fails, a warning is issued and training continues without it.
     """
 
     order = 12
 
-    def __init__(self, size: int):
-        self.size, self.compiled, self.failed = size, None, False
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.compiled: Any = None
+        self.failed = False
 
-    def before_fit(self):
-        self.plain = network(self.learn)
-        # Dropout as without compiling; and one that another process, or a resumed run, draws again.
-        self.compiled = self.compiled or torch.compile(
-            self.plain.forward, dynamic=False, options={'fallback_random': True}
-        )
+    def before_fit(self) -> None:
+        self.network = network(self.learn)
+        if self.compiled is None:
+            # With `fallback_random` dropout draws the same numbers as without compilation, and after a resume.
+            self.compiled = torch.compile(self.network.forward, dynamic=False, options={'fallback_random': True})
 
-    def before_batch(self):
+    def before_batch(self) -> None:
         images = self.xb[0]
-        whole = len(images) == self.dls.train.bs and images.shape[-1] == self.size
-        if self.training and whole and not self.failed:
-            self.plain.forward = self._forward
+        full_batch = len(images) == self.dls.train.bs
+        full_size = images.shape[-1] == self.size
+        if self.training and full_batch and full_size and not self.failed:
+            self.network.__dict__['forward'] = self._compiled_forward
 
-    def after_pred(self):
-        self._stop()
+    def after_pred(self) -> None:
+        self._restore_forward()
 
-    def after_cancel_batch(self):
-        self._stop()
+    def after_cancel_batch(self) -> None:
+        self._restore_forward()
 
-    def _stop(self):
-        self.plain.__dict__.pop('forward', None)
+    def _restore_forward(self) -> None:
+        self.network.__dict__.pop('forward', None)
 
-    def _forward(self, images: Tensor) -> Tensor:
-        self._stop()  # what is compiled is the class's own
+    def _compiled_forward(self, images: Tensor) -> Tensor:
+        self._restore_forward()  # the compiled function calls the original one
         try:
             return self.compiled(images)
         except TorchDynamoException as error:
             self.failed = True
             warnings.warn(
-                f'compiling failed ({first_line(error)}), so training goes on without it.', CXRWarning, stacklevel=2
+                f'compiling failed ({first_line(error)}). Training continues without it.', CXRWarning, stacklevel=2
             )
-            return self.plain(images)
-
-
-def _repays(recipe: Recipe, images: int, device: torch.device) -> bool:
-    least = find_arch(recipe.arch).compile_repaid.get(device.type)
-    seen = images * recipe.epochs * (recipe.size / 224) ** 2
-    return least is not None and recipe.start_size == 1 and recipe.precision == 'fp32' and seen >= least
-
-
-def _missing_compiler(device: torch.device) -> str | None:
-    if device.type == 'cuda':
-        return None if find_spec('triton') else 'triton'
-    compilers = (os.environ.get('CXX'), 'g++', 'clang++', 'cl')
-    return None if any(name and shutil.which(name) for name in compilers) else 'C++ compiler'
+            return self.network(images)

@@ -1,4 +1,4 @@
-"""How the loss answers to the learning rate: fastai's `lr_find`, a mock training whose rate grows at every step."""
+"""`find_rates` suggests a learning rate with fastai's `lr_find`, a trial training whose rate grows at every step."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
-from fastai.callback.progress import ProgressCallback  # noqa: F401  (gives `Learner.no_bar`)
+from fastai.callback.progress import ProgressCallback  # noqa: F401  (adds `Learner.no_bar`)
 from fastai.callback.schedule import valley
+from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
 from cxr_fastai.core.errors import CXRError
@@ -24,33 +25,41 @@ from cxr_fastai.training.learner import make_learner, reuse_memory, start_phase
 
 @dataclass(frozen=True)
 class Rates:
-    """What `find_rates` saw: a `curve` with the columns lr and loss (smoothed), and the `suggestion`."""
+    """The result of `find_rates`: a `curve` with the columns `lr` and `loss` (smoothed), and the `suggestion`."""
 
     curve: pd.DataFrame
     suggestion: float
 
 
 def find_rates(recipe: Recipe, data: Path, steps: int = 100) -> Rates:
-    """Train the first phase of `recipe` for up to `steps` batches of images from `data`, at rates from 1e-7 to 10, until
-    the loss blows up; suggest the middle of the longest valley. Nothing is kept of the network.
+    """Return the loss against the learning rate, from 1e-7 to 10, and the middle of its longest valley.
 
-    Raises `CXRError`, also where the loss never falls.
+    Trains the first phase of `recipe` on the images of `data` for up to `steps` batches, or until the loss diverges.
+    The trained network is discarded. Raises `CXRError`, also if the loss never decreases.
     """
-    items, root = read_items(data, recipe.valid, recipe.seed, recipe.limit), image_root(data)
+    items = read_items(data, recipe.valid, recipe.seed, recipe.limit)
     check_trainable(items)
     reuse_memory()
     set_seed(recipe.seed, reproducible=True)
-    learn = make_learner(make_dls(items, root, recipe, find_cache(root, Preprocessing.of(recipe))), recipe)
+    root = image_root(data)
+    dls = make_dls(items, root, recipe, find_cache(root, Preprocessing.of(recipe)))
+    learn = make_learner(dls, recipe)
     start_phase(learn, recipe.phases[0])
-    cbs = recipe_callbacks(replace(recipe, ema=0.0, start_size=1.0))
-    with TemporaryDirectory() as folder, learn.no_bar(), learn.added_cbs(cbs):
-        learn.path = Path(folder)  # for the copy of the network that fastai goes back to
+    suggestion = _run_lr_find(learn, recipe, steps)
+    lrs = [float(lr) for lr in learn.recorder.lrs]
+    losses = [float(loss) for loss in learn.recorder.losses]
+    return Rates(pd.DataFrame({'lr': lrs, 'loss': losses}), suggestion)
+
+
+def _run_lr_find(learn: Learner, recipe: Recipe, steps: int) -> float:
+    callbacks = recipe_callbacks(replace(recipe, ema=0.0, start_size=1.0))
+    with TemporaryDirectory() as folder, learn.no_bar(), learn.added_cbs(callbacks):
+        learn.path = Path(folder)  # fastai saves the initial weights there and restores them
         try:
-            suggestion = learn.lr_find(num_it=steps, show_plot=False, suggest_funcs=(valley,)).valley
-        except (IndexError, ValueError) as error:  # too few points before the loss blew up
+            result = learn.lr_find(num_it=steps, show_plot=False, suggest_funcs=(valley,))
+        except (IndexError, ValueError) as error:  # too few losses before the divergence
             raise CXRError(
-                f'the loss of {recipe.arch} never falls, so there is no rate to suggest ({error}): check '
-                '--weights and the images.'
+                f'no learning rate can be suggested for {recipe.arch}: its loss never decreases ({error}). '
+                'Check --weights and the images.'
             ) from error
-    curve = pd.DataFrame({'lr': map(float, learn.recorder.lrs), 'loss': map(float, learn.recorder.losses)})
-    return Rates(curve, float(suggestion))
+    return float(result.valley)

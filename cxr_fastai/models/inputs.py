@@ -1,4 +1,8 @@
-"""Grey images to normalised network input, and back."""
+"""Conversion between grey images and the normalised input of the networks.
+
+Every network expects float32 images (n, 3, h, w) that are normalised like those of its ImageNet weights: pixel values
+in [0, 1], minus `MEAN`, divided by `STD`. A grey image has the same values in all three channels before normalisation.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# ImageNet's mean and standard deviation per channel, for pixels in [0, 1].
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+"""Mean of the red, green and blue pixels of ImageNet, in [0, 1]; torchvision, timm and fastai use the same values."""
 STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+"""Standard deviation of the red, green and blue pixels of ImageNet, from the same sources."""
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Grey images in [0, 1], (n, 1, h, w), as the networks want them: ImageNet-normalised, (n, 3, h, w)."""
-    return (images - MEAN.to(images.device)).div_(STD.to(images.device))  # broadcasting makes the three channels
-
-
-def to_input(images: np.ndarray) -> Tensor:
-    """Grey uint8 images (n, s, s) as the networks want them, (n, 3, s, s)."""
-    whole = np.require(images, requirements=['C', 'W'])  # a copy where it is a view, or read-only
-    return normalize(torch.from_numpy(whole)[:, None].float().div_(255.0))
-
-
-def pool(maps: Tensor) -> Tensor:
-    """The mean of each channel of what a body gives, (n, c, h, w), as (n, c); anything else flattened."""
-    return maps.mean(dim=(2, 3)) if maps.ndim == 4 else maps.flatten(1)
+    """Convert grey images in [0, 1], (n, 1, h, w), to network input, (n, 3, h, w). Broadcasting adds the channels."""
+    return (images - MEAN.to(images.device)).div_(STD.to(images.device))
 
 
 def denormalize(images: Tensor) -> Tensor:
-    """The inverse of `normalize`, with the three equal channels kept: (n, 3, h, w)."""
+    """Invert `normalize`, and keep the three equal channels: (n, 3, h, w) in [0, 1]."""
     return images * STD.to(images.device) + MEAN.to(images.device)
+
+
+def to_input(images: np.ndarray) -> Tensor:
+    """Convert grey uint8 images (n, h, w) to network input, (n, 3, h, w)."""
+    writable = np.require(images, requirements=['C', 'W'])  # copies views and read-only arrays, which torch refuses
+    return normalize(torch.from_numpy(writable)[:, None].float().div_(255.0))
+
+
+def pool(features: Tensor) -> Tensor:
+    """Average the output of a body over its positions: (n, c, h, w) to (n, c). Other shapes are flattened to (n, c)."""
+    if features.ndim == 4:
+        return features.mean(dim=(2, 3))
+    return features.flatten(1)

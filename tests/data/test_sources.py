@@ -1,42 +1,49 @@
-"""Downloads from a local server that fails in every way: cut, refused, wrong, absent."""
+"""Downloads are complete or resumable, whatever the server does: tested with a local server that fails on request."""
 
 import hashlib
 import re
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import requests
-from test_archives import arrays, images_zip
+from archivefiles import write_arrays, write_images_zip
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.data import sources
+from cxr_fastai.data.archives import unpack_images
 from cxr_fastai.data.items import ITEM_COLUMNS
-from cxr_fastai.data.sources import SOURCES, download
+from cxr_fastai.data.sources import SOURCES, Source, download
 
 
 @dataclass
-class Faults:
-    """What the server hands out and how it misbehaves."""
+class Behaviour:
+    """What the server sends, how it fails, and the headers of the requests it received."""
 
     body: bytes = b''
     etag: str = '"1"'
-    type: str = 'application/zip'
-    cuts: list = field(default_factory=list)
-    """After how many bytes each of the next answers stops."""
-    codes: list = field(default_factory=list)
-    """Status of each of the next answers; 0 for a good one."""
+    content_type: str = 'application/zip'
+    cuts: list[int] = field(default_factory=list)
+    """The number of bytes after which each of the next responses breaks off."""
+    codes: list[int] = field(default_factory=list)
+    """The status of each of the next responses; 0 for a good one."""
     ranges: bool = True
     wrong_start: int = 0
     length: int | None = None
-    most: int | None = None
-    """Bytes in one partial answer."""
-    seen: list = field(default_factory=list)
+    max_range: int | None = None
+    """The largest number of bytes in a response to a range request."""
+    requests: list[Message] = field(default_factory=list)
+
+    @property
+    def ranges_requested(self) -> list[str | None]:
+        return [headers['Range'] for headers in self.requests]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -44,55 +51,61 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        faults = self.server.faults
-        faults.seen.append(self.headers)
-        if faults.codes and (code := faults.codes.pop(0)):
-            return self.answer(code, b'no')
-        asked = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
-        same = self.headers.get('If-Range') in (None, faults.etag)
-        if not (asked and faults.ranges and same):
-            return self.answer(200, faults.body)
-        start, total = int(asked[1]), len(faults.body)
+        behaviour = self.server.behaviour
+        behaviour.requests.append(self.headers)
+        code = behaviour.codes.pop(0) if behaviour.codes else 0
+        if code:
+            return self.send(code, b'no')
+        range_header = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
+        same_version = self.headers.get('If-Range') in (None, behaviour.etag)
+        if not (range_header and behaviour.ranges and same_version):
+            return self.send(200, behaviour.body)
+        start, total = int(range_header[1]), len(behaviour.body)
         if start >= total:
-            return self.answer(416, b'no', f'bytes */{total}')
-        end = min(total, start + (faults.most or total))
-        self.answer(206, faults.body[start:end], f'bytes {start + faults.wrong_start}-{end - 1}/{total}')
+            return self.send(416, b'no', f'bytes */{total}')
+        end = min(total, start + (behaviour.max_range or total))
+        content_range = f'bytes {start + behaviour.wrong_start}-{end - 1}/{total}'
+        return self.send(206, behaviour.body[start:end], content_range)
 
-    def answer(self, status, body, place=None):
-        faults = self.server.faults
+    def send(self, status, body, content_range=None):
+        behaviour = self.server.behaviour
         self.send_response(status)
-        self.send_header('Content-Type', faults.type)
-        self.send_header('Content-Length', str(faults.length or len(body)))
-        self.send_header('ETag', faults.etag)
-        if place:
-            self.send_header('Content-Range', place)
+        self.send_header('Content-Type', behaviour.content_type)
+        self.send_header('Content-Length', str(behaviour.length or len(body)))
+        self.send_header('ETag', behaviour.etag)
+        if content_range:
+            self.send_header('Content-Range', content_range)
         self.end_headers()
-        self.wfile.write(body[: faults.cuts.pop(0) if faults.cuts and status in (200, 206) else None])
+        if behaviour.cuts and status in (200, 206):
+            body = body[: behaviour.cuts.pop(0)]
+        self.wfile.write(body)
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(monkeypatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setattr(sources, 'CHUNK', 1000)
     monkeypatch.setenv('NO_PROXY', '*')
-    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as made:
-        made.faults = Faults()
-        thread = threading.Thread(target=made.serve_forever, kwargs={'poll_interval': 0.01})
+    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        server.behaviour = Behaviour()
+        thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
         thread.start()
-        yield made
-        made.shutdown()
+        yield server
+        server.shutdown()
         thread.join()
 
 
 @pytest.fixture
-def faults(server, tmp_path) -> Faults:
-    server.faults.body = images_zip(tmp_path / 'made.zip', ('__MACOSX/._train', b'')).read_bytes()
-    (tmp_path / 'made.zip').unlink()
-    return server.faults
+def behaviour(server, tmp_path) -> Behaviour:
+    archive = write_images_zip(tmp_path / 'made.zip', ('__MACOSX/._train', b''))
+    server.behaviour.body = archive.read_bytes()
+    archive.unlink()
+    return server.behaviour
 
 
 @pytest.fixture
-def mendeley(server, faults):
-    return replace(SOURCES['mendeley'], url=f'http://127.0.0.1:{server.server_port}/zip', images=4, limitation='', backoff=0)
+def mendeley(server, behaviour) -> Source:
+    url = f'http://127.0.0.1:{server.server_port}/zip'
+    return replace(SOURCES['mendeley'], url=url, images=4, limitation='', backoff=0)
 
 
 @pytest.fixture
@@ -100,157 +113,172 @@ def images(tmp_path) -> Path:
     return tmp_path / 'images'
 
 
-def refused(images, source, match, error=CXRError):
+def assert_refused(images, source, match, error=CXRError) -> str:
     with pytest.raises(error, match=match) as caught:
         download(images, source)
     assert '\n' not in str(caught.value)
-    assert not images.exists() and not list(images.parent.glob('.*'))
+    assert not images.exists()
+    assert not list(images.parent.glob('.*'))
     return str(caught.value)
 
 
-def waiting(images):
+def files_kept(images) -> list[str]:
     return sorted(path.name for path in Path(f'{images}.download').iterdir())
 
 
-def test_images_arrive_in_the_kaggle_layout(images, mendeley):
-    table = download(images, mendeley)
-    assert table.columns.tolist() == ITEM_COLUMNS and len(table) == 4
-    assert all((images / path).is_file() for path in table.path)
-    assert set(table.split) == {'train', 'test'} and set(table.label) == {'NORMAL', 'PNEUMONIA'}
-    assert table.attrs['ignored'] == {'__MACOSX': 1}
-    assert [path.name for path in images.parent.iterdir()] == ['images']
-
-
-def test_a_cut_connection_is_continued(images, mendeley, faults):
-    faults.cuts = [5000]
-    assert len(download(images, mendeley)) == 4
-    first, second = faults.seen
-    assert first['Range'] is None and second['Range'] == 'bytes=5000-' and second['If-Range'] == '"1"'
-    assert first['Accept-Encoding'] == 'identity'
-
-
-def test_a_later_call_goes_on_where_an_earlier_one_gave_up(images, mendeley, faults):
-    faults.cuts, faults.codes = [3000], [0, 503, 503, 503, 503]
-    message = refused(images, mendeley, '503')
-    assert waiting(images) == ['ChestXRay2017.zip.etag', 'ChestXRay2017.zip.part']
-    assert 'Run the same command again to resume' in message
-    faults.seen.clear()
-    assert len(download(images, mendeley)) == 4
-    assert [headers['Range'] for headers in faults.seen] == ['bytes=3000-']
-
-
-def test_attempts_count_anew_while_the_download_gets_further(images, mendeley, faults):
-    faults.cuts = [1000] * 6
-    assert len(download(images, mendeley)) == 4
-    assert len(faults.seen) == 7
-
-
-def test_a_server_without_ranges_starts_again(images, mendeley, faults):
-    faults.cuts, faults.ranges = [5000], False
-    assert len(download(images, mendeley)) == 4
-    assert len(faults.seen) == 2
-
-
-def test_a_new_version_on_the_server_is_not_joined_to_the_old(images, mendeley, faults):
-    part(images).write_bytes(b'old' * 1000)
-    part(images).with_suffix('.etag').write_text('"0"')
-    assert len(download(images, mendeley)) == 4
-
-
-def part(images):
+def part_file(images) -> Path:
     folder = Path(f'{images}.download')
     folder.mkdir(exist_ok=True)
     return folder / 'ChestXRay2017.zip.part'
 
 
-def test_a_complete_part_is_not_fetched_again(images, mendeley, faults):
-    part(images).write_bytes(faults.body)
+def test_images_arrive_in_the_kaggle_layout(images, mendeley):
+    table = download(images, mendeley)
+    assert table.columns.tolist() == ITEM_COLUMNS
+    assert len(table) == 4
+    assert all((images / path).is_file() for path in table.path)
+    assert set(table.split) == {'train', 'test'}
+    assert set(table.label) == {'NORMAL', 'PNEUMONIA'}
+    assert table.attrs['ignored'] == {'__MACOSX': 1}
+    assert [path.name for path in images.parent.iterdir()] == ['images']
+
+
+def test_an_interrupted_connection_is_resumed(images, mendeley, behaviour):
+    behaviour.cuts = [5000]
     assert len(download(images, mendeley)) == 4
-    assert len(faults.seen) == 1, 'which learns that nothing is missing'
+    assert behaviour.ranges_requested == [None, 'bytes=5000-']
+    first, second = behaviour.requests
+    assert second['If-Range'] == '"1"'
+    assert first['Accept-Encoding'] == 'identity'
 
 
-def test_a_part_that_is_too_long_starts_again(images, mendeley, faults):
-    part(images).write_bytes(faults.body + b'more')
+def test_a_later_call_resumes_where_an_earlier_one_failed(images, mendeley, behaviour):
+    behaviour.cuts, behaviour.codes = [3000], [0, 503, 503, 503, 503]
+    message = assert_refused(images, mendeley, '503')
+    assert files_kept(images) == ['ChestXRay2017.zip.etag', 'ChestXRay2017.zip.part']
+    assert 'Run the same command again to resume' in message
+    behaviour.requests.clear()
     assert len(download(images, mendeley)) == 4
-    assert [headers['Range'] is None for headers in faults.seen] == [False, True]
+    assert behaviour.ranges_requested == ['bytes=3000-']
 
 
-def test_a_range_from_the_wrong_byte_starts_again(images, mendeley, faults):
-    faults.cuts, faults.wrong_start = [5000], 7
+def test_retries_are_counted_from_the_last_progress(images, mendeley, behaviour):
+    behaviour.cuts = [1000] * 6
     assert len(download(images, mendeley)) == 4
-    assert [headers['Range'] for headers in faults.seen] == [None, 'bytes=5000-', None]
+    assert len(behaviour.requests) == 7
 
 
-def test_partial_answers_that_stop_early_are_continued(images, mendeley, faults):
-    faults.cuts, faults.most = [2000], 3000
+def test_a_server_without_range_requests_sends_the_whole_file_again(images, mendeley, behaviour):
+    behaviour.cuts, behaviour.ranges = [5000], False
     assert len(download(images, mendeley)) == 4
-    assert [headers['Range'] for headers in faults.seen][1:3] == ['bytes=2000-', 'bytes=5000-']
+    assert len(behaviour.requests) == 2
 
 
-def test_a_length_that_never_comes_is_given_up(images, mendeley, faults):
-    faults.length, faults.ranges = len(faults.body) + 100, False
-    refused(images, mendeley, 'the connection was interrupted')
-    assert len(faults.seen) == 4
-
-
-def test_errors_of_the_server_pass(images, mendeley, faults):
-    faults.codes = [500, 429, 503]
+def test_a_new_version_on_the_server_is_not_joined_to_the_old_one(images, mendeley):
+    part_file(images).write_bytes(b'old' * 1000)
+    part_file(images).with_suffix('.etag').write_text('"0"')
     assert len(download(images, mendeley)) == 4
 
 
-@pytest.mark.parametrize(('code', 'requests_made'), [(500, 4), (404, 1), (403, 1)])
-def test_errors_that_stay_are_told_with_the_way_by_hand(images, mendeley, faults, code, requests_made):
-    faults.codes = [code] * 9
-    message = refused(images, mendeley, f'the server answers {code} ')
-    assert f'download ChestXRay2017.zip (about 1.2 GB) from {mendeley.page}, save it as {images}.download/Ch' in message
-    assert len(faults.seen) == requests_made
+def test_a_complete_download_is_not_repeated(images, mendeley, behaviour):
+    part_file(images).write_bytes(behaviour.body)
+    assert len(download(images, mendeley)) == 4
+    assert behaviour.ranges_requested == [f'bytes={len(behaviour.body)}-'], 'one request, for what is missing'
 
 
-def test_a_page_in_place_of_the_file_spares_what_is_there(images, mendeley, faults):
-    part(images).write_bytes(faults.body[:3000])
-    faults.type, faults.ranges = 'text/html; charset=utf-8', False
-    refused(images, mendeley, 'the server sent a web page instead of the file')
-    assert part(images).read_bytes() == faults.body[:3000]
+def test_a_partial_file_that_is_too_long_is_downloaded_again(images, mendeley, behaviour):
+    part_file(images).write_bytes(behaviour.body + b'more')
+    assert len(download(images, mendeley)) == 4
+    assert behaviour.ranges_requested == [f'bytes={len(behaviour.body) + 4}-', None]
 
 
-@pytest.mark.parametrize('spoil', [lambda body: b'<!doctype html>', lambda body: body[:-100]])
-def test_a_damaged_zip_is_deleted(images, mendeley, faults, spoil):
-    faults.body = spoil(faults.body)
-    refused(images, mendeley, 'not a complete zip file .* The download was deleted. Run the same command again')
-    assert waiting(images) == []
+def test_a_range_that_starts_at_the_wrong_byte_is_downloaded_again(images, mendeley, behaviour):
+    behaviour.cuts, behaviour.wrong_start = [5000], 7
+    assert len(download(images, mendeley)) == 4
+    assert behaviour.ranges_requested == [None, 'bytes=5000-', None]
+
+
+def test_ranges_that_end_early_are_continued(images, mendeley, behaviour):
+    behaviour.cuts, behaviour.max_range = [2000], 3000
+    assert len(download(images, mendeley)) == 4
+    assert behaviour.ranges_requested[1:3] == ['bytes=2000-', 'bytes=5000-']
+
+
+def test_a_file_that_never_reaches_its_length_is_an_error(images, mendeley, behaviour):
+    behaviour.length, behaviour.ranges = len(behaviour.body) + 100, False
+    assert_refused(images, mendeley, 'the connection was interrupted')
+    assert len(behaviour.requests) == 4
+
+
+def test_temporary_server_errors_are_retried(images, mendeley, behaviour):
+    behaviour.codes = [500, 429, 503]
+    assert len(download(images, mendeley)) == 4
+
+
+@pytest.mark.parametrize(('code', 'n_requests'), [(500, 4), (404, 1), (403, 1)])
+def test_a_lasting_server_error_is_reported_with_the_manual_download(images, mendeley, behaviour, code, n_requests):
+    behaviour.codes = [code] * 9
+    message = assert_refused(images, mendeley, f'the server answers {code} ')
+    place = f'{images}.download/ChestXRay2017.zip'
+    assert f'download ChestXRay2017.zip (about 1.2 GB) from {mendeley.page}, save it as {place} and' in message
+    assert len(behaviour.requests) == n_requests
+
+
+def test_a_web_page_instead_of_the_file_does_not_destroy_a_partial_download(images, mendeley, behaviour):
+    part_file(images).write_bytes(behaviour.body[:3000])
+    behaviour.content_type, behaviour.ranges = 'text/html; charset=utf-8', False
+    assert_refused(images, mendeley, 'the server sent a web page instead of the file')
+    assert part_file(images).read_bytes() == behaviour.body[:3000]
+
+
+def replace_by_page(body: bytes) -> bytes:
+    return b'<!doctype html>'
+
+
+def cut_end(body: bytes) -> bytes:
+    return body[:-100]
+
+
+@pytest.mark.parametrize('damage', [replace_by_page, cut_end])
+def test_a_damaged_zip_file_is_deleted(images, mendeley, behaviour, damage):
+    behaviour.body = damage(behaviour.body)
+    message = 'not a complete zip file .* The download was deleted. Run the same command again'
+    assert_refused(images, mendeley, message)
+    assert files_kept(images) == []
 
 
 def test_an_incomplete_data_set_is_refused(images, mendeley):
-    refused(images, replace(mendeley, images=5856), 'holds 4 images; expected 5,856')
+    assert_refused(images, replace(mendeley, images=5856), 'holds 4 images; expected 5,856')
 
 
-def test_a_name_that_leaves_the_folder_is_refused(images, mendeley, faults, tmp_path):
-    faults.body = images_zip(tmp_path / 'evil.zip', ('../evil.jpeg', b'')).read_bytes()
-    refused(images, mendeley, r"'\.\./evil.jpeg' is refused")
+def test_an_archive_that_leads_out_of_the_folder_is_refused(images, mendeley, behaviour, tmp_path):
+    behaviour.body = write_images_zip(tmp_path / 'evil.zip', ('../evil.jpeg', b'')).read_bytes()
+    assert_refused(images, mendeley, r"'\.\./evil.jpeg' is refused")
 
 
-def test_without_a_connection_the_file_can_be_put_by_hand(images, mendeley, server, faults):
+def test_without_a_connection_the_file_can_be_downloaded_by_hand(images, mendeley, server, behaviour):
     server.socket.close()
-    message = refused(images, mendeley, 'no connection')
-    place = Path(re.search(r' save it as (\S+) and run', message)[1])
-    place.write_bytes(faults.body)
+    message = assert_refused(images, mendeley, 'no connection')
+    place = Path(re.search(r'save it as (\S+) and run', message)[1])
+    place.write_bytes(behaviour.body)
     assert len(download(images, mendeley)) == 4
-    assert waiting(images) == ['ChestXRay2017.zip'], 'what the user put there stays'
+    assert files_kept(images) == ['ChestXRay2017.zip'], "the user's own file stays"
 
 
-def test_a_bad_file_put_by_hand_is_named_and_stays(images, mendeley):
-    place = part(images).with_suffix('')
-    place.write_bytes(b'no zip')
-    refused(images, mendeley, f'not a complete zip file .* Delete {place} and run the same command again')
+def test_a_damaged_file_downloaded_by_hand_is_named_and_stays(images, mendeley):
+    place = part_file(images).with_suffix('')
+    place.write_bytes(b'not a zip file')
+    assert_refused(images, mendeley, f'not a complete zip file .* Delete {place} and run the same command again')
     assert place.exists()
 
 
-def test_a_folder_with_something_in_it_is_refused_before_any_request(images, mendeley, faults):
+def test_a_folder_with_files_in_it_is_refused_before_any_request(images, mendeley, behaviour):
     images.mkdir()
     (images / 'mine').touch()
     with pytest.raises(UsageError, match='exists already'):
         download(images, mendeley)
-    assert (images / 'mine').exists() and not faults.seen
+    assert (images / 'mine').exists()
+    assert not behaviour.requests
 
 
 def test_an_empty_folder_is_filled(images, mendeley):
@@ -258,108 +286,112 @@ def test_an_empty_folder_is_filled(images, mendeley):
     assert len(download(images, mendeley)) == 4
 
 
-def test_a_relative_folder_works(images, mendeley, monkeypatch):
+def test_the_folder_may_be_relative(images, mendeley, monkeypatch):
     monkeypatch.chdir(images.parent)
     download(Path('images'), mendeley)
     assert (images / 'train').is_dir()
 
 
-def test_a_read_only_place_is_an_output_error(mendeley):
+def test_a_read_only_folder_is_an_output_error(mendeley):
     if not Path('/sys').is_dir():
-        pytest.skip('needs a file system that refuses new files')
+        pytest.skip('needs a file system that refuses new files, such as /sys; run it on Linux')
     with pytest.raises(OutputError, match='cannot be written'):
         download(Path('/sys/images'), mendeley)
 
 
-def test_a_full_disk_keeps_the_download(images, mendeley, faults, monkeypatch):
-    def full(*_):
+def test_a_full_disk_does_not_delete_the_download(images, mendeley):
+    def fill_disk(*_):
         raise OSError(28, 'No space left on device')
 
-    refused(images, replace(mendeley, unpack=full), 'No space left', OutputError)
-    assert waiting(images) == ['ChestXRay2017.zip.etag', 'ChestXRay2017.zip.part']
+    assert_refused(images, replace(mendeley, unpack=fill_disk), 'No space left', OutputError)
+    assert files_kept(images) == ['ChestXRay2017.zip.etag', 'ChestXRay2017.zip.part']
 
 
-def test_an_unknown_source_lists_the_known(images):
+def test_an_unknown_source_gives_the_list_of_sources(images):
     with pytest.raises(UsageError, match='--source nih: choose mendeley, kaggle, medmnist'):
         download(images, 'nih')
 
 
-def test_a_terminal_sees_bytes_rate_and_time_left(images, mendeley, terminal):
+def test_a_terminal_shows_the_bytes_and_their_rate(images, mendeley, terminal):
     with terminal.used():
         download(images, mendeley)
     assert re.search(r'ChestXRay2017.zip.*B/s', terminal.getvalue())
 
 
-def test_elsewhere_nothing_is_shown(images, mendeley, capfd):
+def test_without_a_terminal_nothing_is_printed(images, mendeley, behaviour, capfd):
+    behaviour.codes, behaviour.cuts = [503], [5000]
     download(images, mendeley)
     assert capfd.readouterr() == ('', '')
 
 
 @pytest.fixture
-def medmnist(server, tmp_path):
-    path, _ = arrays(tmp_path / 'made.npz')
-    server.faults.body, server.faults.type = path.read_bytes(), 'application/octet-stream'
-    path.unlink()
-    return replace(
-        SOURCES['medmnist'],
-        url=f'http://127.0.0.1:{server.server_port}/npz',
-        images=8,
-        md5=hashlib.md5(server.faults.body).hexdigest(),
-        backoff=0,
-    )
+def medmnist(server, tmp_path) -> Source:
+    write_arrays(tmp_path / 'made.npz')
+    body = (tmp_path / 'made.npz').read_bytes()
+    (tmp_path / 'made.npz').unlink()
+    server.behaviour.body, server.behaviour.content_type = body, 'application/octet-stream'
+    url = f'http://127.0.0.1:{server.server_port}/npz'
+    return replace(SOURCES['medmnist'], url=url, images=8, md5=hashlib.md5(body).hexdigest(), backoff=0)
 
 
-def test_medmnist_says_what_its_val_cannot_show(images, medmnist):
+def test_medmnist_warns_that_its_validation_split_is_not_by_patient(images, medmnist):
     with pytest.warns(CXRWarning, match='no patient numbers') as caught:
         table = download(images, medmnist)
     assert Counter(table.split) == {'train': 4, 'valid': 2, 'test': 2}
     assert caught[0].filename == __file__
 
 
-def test_a_wrong_hash_deletes_the_download(images, medmnist):
-    refused(images, replace(medmnist, md5='0' * 32), f'MD5 hash is {medmnist.md5}; expected {"0" * 32}.*was deleted')
-    assert waiting(images) == []
+def test_a_download_with_the_wrong_hash_is_deleted(images, medmnist):
+    source = replace(medmnist, md5='0' * 32)
+    assert_refused(images, source, f'MD5 hash is {medmnist.md5}; expected {"0" * 32}.*was deleted')
+    assert files_kept(images) == []
 
 
-def test_a_part_with_the_right_hash_needs_no_connection(images, medmnist, server):
+def test_a_complete_download_with_the_right_hash_needs_no_connection(images, medmnist, server):
     server.socket.close()
-    part(images).with_name('pneumoniamnist_224.npz.part').write_bytes(server.faults.body)
+    part_file(images).with_name('pneumoniamnist_224.npz.part').write_bytes(server.behaviour.body)
     with pytest.warns(CXRWarning):
         assert len(download(images, medmnist)) == 8
 
 
 @pytest.fixture
-def kaggle(images, tmp_path, monkeypatch):
-    """Plant a kagglehub that calls `answer` with the handle it is asked for."""
+def kaggle(monkeypatch) -> Callable[[Callable[[str], str] | None], Source]:
+    """Replaces kagglehub by one that calls a given function with the handle; None makes it missing."""
 
-    def plant(answer):
-        monkeypatch.setitem(sys.modules, 'kagglehub', answer and SimpleNamespace(dataset_download=answer))
+    def replace_kagglehub(dataset_download: Callable[[str], str] | None) -> Source:
+        module = SimpleNamespace(dataset_download=dataset_download) if dataset_download else None
+        monkeypatch.setitem(sys.modules, 'kagglehub', module)
         return replace(SOURCES['kaggle'], images=4)
 
-    return plant
+    return replace_kagglehub
 
 
 def test_kaggle_images_come_from_the_cache_of_kagglehub(images, kaggle, tmp_path):
-    from cxr_fastai.data.archives import unpack_images
-
-    unpack_images(images_zip(tmp_path / 'made.zip'), tmp_path / 'cache/chest_xray')
+    unpack_images(write_images_zip(tmp_path / 'made.zip'), tmp_path / 'cache/chest_xray')
     unpack_images(tmp_path / 'made.zip', tmp_path / 'cache/chest_xray/chest_xray')
-    asked = []
-    table = download(images, kaggle(lambda handle: asked.append(handle) or str(tmp_path / 'cache')))
-    assert len(table) == 4 and table.attrs['ignored'] == {'nested chest_xray': 4}
-    assert asked == ['paultimothymooney/chest-xray-pneumonia'] and not Path(f'{images}.download').exists()
+    handles = []
+
+    def dataset_download(handle: str) -> str:
+        handles.append(handle)
+        return str(tmp_path / 'cache')
+
+    table = download(images, kaggle(dataset_download))
+    assert len(table) == 4
+    assert table.attrs['ignored'] == {'nested chest_xray': 4}
+    assert handles == ['paultimothymooney/chest-xray-pneumonia']
+    assert not Path(f'{images}.download').exists()
 
 
-def test_without_kagglehub_the_error_says_how_to_get_it(images, kaggle, tmp_path):
+def test_without_kagglehub_the_error_says_how_to_get_the_images(images, kaggle):
     source = kaggle(None)
-    refused(images, source, re.escape('pip install "cxr_fastai[kaggle]"') + '.*archive.zip .about 2.3 GB. from')
+    assert_refused(images, source, re.escape('pip install "cxr_fastai[kaggle]"') + '.*archive.zip .about 2.3 GB. from')
     place = Path(f'{images}.download') / 'archive.zip'
     place.parent.mkdir()
-    images_zip(place)
+    write_images_zip(place)
     assert len(download(images, source)) == 4
 
 
-def forbidden():
+def forbidden() -> requests.HTTPError:
     response = requests.Response()
     response.status_code, response.reason = 403, 'Forbidden'
     return requests.HTTPError('403\n\nClient Error', response=response)
@@ -373,23 +405,26 @@ def forbidden():
         (ValueError('Invalid Kaggle\ncredentials file'), 'Invalid Kaggle credentials file'),
     ],
 )
-def test_a_refusal_by_kaggle_names_the_places_for_credentials(images, kaggle, error, match):
-    def refuse(_):
+def test_an_error_of_kaggle_names_the_places_for_credentials(images, kaggle, error, match):
+    def refuse(_: str) -> str:
         raise error
 
-    message = refused(images, kaggle(refuse), match)
+    message = assert_refused(images, kaggle(refuse), match)
     for place in ('KAGGLE_API_TOKEN', 'KAGGLE_USERNAME', 'KAGGLE_KEY', '~/.kaggle/kaggle.json', 'archive.zip'):
         assert place in message
 
 
 def test_a_full_cache_of_kagglehub_is_an_output_error(images, kaggle):
-    def fill(_):
+    def fill_disk(_: str) -> str:
         raise OSError(28, 'No space left on device')
 
-    refused(images, kaggle(fill), 'KAGGLEHUB_CACHE', OutputError)
+    assert_refused(images, kaggle(fill_disk), 'KAGGLEHUB_CACHE', OutputError)
 
 
-def test_the_known_sources_say_where_they_are():
+def test_each_source_states_its_page_its_size_and_its_licence():
     assert list(SOURCES) == ['mendeley', 'kaggle', 'medmnist']
-    for source in SOURCES.values():
-        assert source.page.startswith('https://') and source.images == 5856 and source.licence == 'CC BY 4.0'
+    for name, source in SOURCES.items():
+        assert source.name == name
+        assert source.page.startswith('https://')
+        assert source.images == 5856
+        assert source.licence == 'CC BY 4.0'

@@ -1,8 +1,8 @@
-"""How the site is made: Sphinx reads our Markdown and docstrings, MyST-NB the notebooks, furo gives the look.
+"""Configuration of the documentation site: Sphinx with MyST-NB for Markdown and notebooks, and the theme furo.
 
-Why these: MkDocs 1 and mkdocs-material are in maintenance, while Sphinx is kept up, reads docstrings by itself and
-checks every reference as it builds. MyST-NB shows the outputs that notebooks store without running them, and furo,
-search and formulas (MathML, by docutils) need nothing from another server.
+Sphinx is maintained (MkDocs 1 and mkdocs-material are in maintenance mode), reads docstrings and checks every reference.
+MyST-NB shows the stored outputs of notebooks without running them. The theme, the search and the formulas (MathML by
+docutils) load nothing from other servers.
 """
 
 import os
@@ -12,7 +12,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from textwrap import indent
 
-import fastapi  # noqa: F401  (autodoc plays the type checker while it imports, which pydantic's models do not bear)
+import fastapi  # noqa: F401  (must precede autodoc, which sets TYPE_CHECKING during imports and breaks pydantic)
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from fastcore.docments import docments
@@ -37,7 +37,7 @@ nb_merge_streams = True
 copybutton_prompt_text = '$ '
 myst_enable_extensions = ['dollarmath']
 myst_dmath_allow_space = myst_dmath_allow_digits = False
-myst_heading_anchors = 4  # as GitHub makes them
+myst_heading_anchors = 4  # with the names that GitHub uses
 myst_fence_as_directive = ['math']
 
 autodoc_default_options = {'members': True, 'member-order': 'bysource'}
@@ -47,7 +47,7 @@ python_maximum_signature_line_length = 84
 add_module_names = viewcode_follow_imported_members = False
 toc_object_entries_show_parents = 'hide'
 default_role = 'py:obj'
-# Other packages' names, whose sites are not at hand, and type variables.
+# Names of other packages, which have no inventory here, and type variables.
 nitpick_ignore_regex = [('py:.*', r'(?!cxr_fastai\.).*'), ('py:class', r'cxr_fastai\.\w+\.[ST]')]
 
 html_theme = 'furo'
@@ -78,11 +78,11 @@ PAGES = {
     'nbs': 'notebooks',
     'docs': '.',
 }
-"""Where on the site a file or folder of the repository is; a link to anything else becomes a download."""
+"""Repository files and folders, and their places on the site. Links to other files become downloads."""
 
 
 def gather(app, config) -> None:
-    """Put what is no page of `docs/` among them: the notebooks, and the commands with what their `--help` says."""
+    """Copy the notebooks to `docs/` and write the page of all commands."""
     (HERE / 'notebooks').mkdir(exist_ok=True)
     names = {path.name for path in (ROOT / 'nbs').glob('*.ipynb')}
     for old in (HERE / 'notebooks').iterdir():
@@ -94,13 +94,13 @@ def gather(app, config) -> None:
 
 
 def write_if_new(path: Path, text: str) -> None:
-    """Leave a file that says the same alone, so that its page is not built again."""
+    """Write `text` unless the file has the same content, so that an unchanged page is not built again."""
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
 
 def commands() -> str:
-    """The page of all commands, from the command line itself; headings and the sidebar are its table of contents."""
+    """Return the page of all commands, generated from their `--help`."""
     command = get_command(cli.app)
     context = command.make_context('cxr-fastai', [], resilient_parsing=True)
     text = get_docs_for_click(obj=command, ctx=context, name='cxr-fastai', title='Commands')
@@ -109,7 +109,7 @@ def commands() -> str:
 
 
 def map_links(text: str, folder: Path) -> str:
-    """`text`, a page that lies in `folder` of the repository, with its relative links as the site needs them."""
+    """Return `text`, a page in `folder` of the repository, with its relative links changed to those of the site."""
 
     def place(link: re.Match) -> str:
         target = (folder / link[1]).resolve()
@@ -119,19 +119,13 @@ def map_links(text: str, folder: Path) -> str:
 
 
 def on_site(path: Path) -> str:
-    """The path below `docs/` of the repository's file `path`: of its page, else of the file itself."""
-    if path.parts[0] == 'cxr_fastai' and (page := api_page(path.stem)):
-        return f'{page}#{path.stem}'
+    """Return the place below `docs/` of the repository file `path`: its page, or else the file itself."""
+    if path.parts[0] == 'cxr_fastai' and path.suffix == '.py' and len(path.parts) == 3:
+        return f'api/{path.parts[1]}.md#{path.stem}'
     for old, new in PAGES.items():
         if path.is_relative_to(old):
             return os.path.normpath(f'{new}/{path.relative_to(old)}')
     return f'../{path}'
-
-
-def api_page(module: str) -> str | None:
-    """The page whose `automodule` is `cxr_fastai.<module>`."""
-    pages = (HERE / 'api').glob('*.md')
-    return next((f'api/{page.name}' for page in pages if f':: cxr_fastai.{module}\n' in page.read_text()), None)
 
 
 def read_page(app, docname: str, source: list[str]) -> None:
@@ -144,25 +138,28 @@ def read_include(app, path: Path, docname: str, source: list[str]) -> None:
 
 
 def read_docstring(app, what: str, name: str, thing, options, lines: list[str]) -> None:
-    """Keep the drawings of a docstring, and add the comments beside a dataclass's fields, but for those that end with a
-    stop, which head a group of fields."""
+    """Keep diagrams of a docstring as literal text, and add the comments next to the fields of a dataclass.
+
+    A comment that ends with a full stop is the heading of a group of fields and is left out.
+    """
     lines[:] = '\n\n'.join(keep_drawing(block) for block in '\n'.join(lines).split('\n\n')).split('\n')
     if what != 'class' or not is_dataclass(thing):
         return
-    told = {field: ' '.join(text.split()) for field, text in docments(thing).items() if text}
-    lines += ['', *(f':param {field}: {text}' for field, text in told.items() if not text.endswith('.')), '']
+    comments = {field: ' '.join(text.split()) for field, text in docments(thing).items() if text}
+    lines += ['', *(f':param {field}: {text}' for field, text in comments.items() if not text.endswith('.')), '']
 
 
 def keep_drawing(block: str) -> str:
-    """`block`, as literal text if it has columns or arrows and is not that yet."""
+    """Return `block`, as literal text if it has columns or arrows."""
     drawing = not block.startswith('    ') and re.search(r'\S {3,}\S|-->', block)
     return '.. code-block:: text\n\n' + indent(block, '    ') if drawing else block
 
 
 def find_name(app, env, node, contnode):
-    """Link the `name` of a docstring to the one thing in the package that has it; other code stays code.
+    """Link a `name` in a docstring to the only object of the package with this name; other code stays code.
 
-    A word without a dot is no attribute: more often it is a parameter of the same name."""
+    A name without a dot is not linked to an attribute, because it is usually a parameter of the same name.
+    """
     if node.get('reftype') != 'obj' or not isinstance(contnode, nodes.literal):
         return None
     domain, name = env.domains['py'], node['reftarget']

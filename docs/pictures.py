@@ -1,10 +1,10 @@
-"""Draw the pictures of these pages anew, from what `cxr-fastai demo` wrote and from figures that were measured.
+"""Draw the pictures of the documentation from the output of `cxr-fastai demo` and from measured speeds.
 
     cxr-fastai demo --out demo
     python docs/pictures.py demo
 
-Those of real images (`robustness_*.png`, `cam_check_real.png`) need the commands that their pages name; `report.png` and
-`audit.png` are screenshots.
+The pictures of real images (`robustness_*.png`, `cam_check_real.png`) are written by the commands on their pages.
+`report.png` and `audit.png` are screenshots.
 """
 
 import argparse
@@ -30,25 +30,24 @@ SPEED = {
     'files to batches, training': {
         'Pillow + torchvision': (52, 1),
         'fastai DataBlock': (59, 1.17),
-        'ours, decoding': (149, 2.9),
-        'ours, from the cache': (1022, 18.9),
+        'cxr_fastai, decoding': (149, 2.9),
+        'cxr_fastai, cache': (1022, 18.9),
     },
-    'a training step, baseline': {'plain PyTorch script': (13.9, 1), 'ours': (32.8, 2.36)},
+    'a training step, baseline': {'plain PyTorch script': (13.9, 1), 'cxr_fastai': (32.8, 2.36)},
     'file to probability, baseline': {
         'learn.predict': (27, 1),
         'learn.get_preds': (25, 0.92),
-        'ours, torch': (30, 1.2),
-        'ours, ONNX Runtime': (69, 2.8),
-        'ours, 8 bits': (92, 3.6),
+        'cxr_fastai, torch': (30, 1.2),
+        'cxr_fastai, ONNX': (69, 2.8),
     },
-    'a training step, EfficientNet-Lite0': {'plain PyTorch script': (9.7, 1), 'ours': (28.8, 3.06)},
+    'a training step, EfficientNet-Lite0': {'plain PyTorch script': (9.7, 1), 'cxr_fastai': (28.8, 3.06)},
 }
-"""Images a second at 224 px on two cores of an AMD EPYC, and the median of the ratios to the first of each, round by
-round: those of docs/benchmarks.md."""
+"""Images per second at 224 pixels on two cores of an AMD EPYC, and the median ratio to the first row of each group, from
+docs/benchmarks.md."""
 
 
 def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
-    """A figure of so many inches, and its axes (rows, columns), without frames."""
+    """Return a figure of `width` x `height` inches and its axes (rows, columns) without frames."""
     figure = Figure(figsize=(width, height), layout='constrained')
     panels = figure.subplots(rows, columns, squeeze=False)
     for ax in panels.ravel():
@@ -57,7 +56,7 @@ def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, 
 
 
 def images(demo: Path) -> Figure:
-    """Synthetic images of each kind, and the masks of their opacities."""
+    """Draw synthetic images of each kind and the masks of their opacities."""
     train = demo / 'images/train'
     chosen = [
         *sorted((train / 'NORMAL').iterdir())[:2],
@@ -78,7 +77,7 @@ def images(demo: Path) -> Figure:
 
 
 def augmentation(demo: Path) -> Figure:
-    """What the two recipes make of one image."""
+    """Draw one image as augmented by both recipes."""
     path = next((demo / 'images/train/PNEUMONIA').glob('*bacteria*'))
     figure, panels = grid(2, 7, 9, 3)
     torch.manual_seed(0)
@@ -97,13 +96,13 @@ def augmentation(demo: Path) -> Figure:
 
 
 def explained(demo: Path) -> Figure:
-    """Some images of pneumonia: the image, where its opacity is, and the map."""
+    """Draw images with pneumonia, the masks of their opacities, and their maps."""
     run = Run.open(demo / 'run')
-    found = run.predicted('test').query('label == "PNEUMONIA"').iloc[::9].head(4)
+    rows = run.predicted('test').query('label == "PNEUMONIA"').iloc[::9].head(4)
     explainer = Explainer(Predictor.load(run.path))
     subjects = [
         Subject(demo / 'images' / path, path, 'PNEUMONIA', p)
-        for path, p in zip(found.path, found.p_pneumonia, strict=True)
+        for path, p in zip(rows.path, rows.p_pneumonia, strict=True)
     ]
     figure, panels = grid(3, len(subjects), 6.1, 4.9)
     for column, one in zip(panels.T, explainer.explain(subjects), strict=True):
@@ -118,49 +117,49 @@ def explained(demo: Path) -> Figure:
 
 
 def gate(demo: Path) -> Figure:
-    """What the gate of the demo's bundle says of an image, and of what is none."""
+    """Draw an image and modified versions of it with the decision of the demo bundle's input gate."""
     predictor = Predictor.load(demo / 'bundle')
     seen = Preprocessing.of(predictor.config)
     image = seen.load(list_images([demo / 'images/test/PNEUMONIA'])[1])
     half, rng = len(image) // 2, np.random.default_rng(0)
-    made = {
+    pictures = {
         'the image': image,
         'mirrored': image[:, ::-1],
         'upside down': image[::-1],
-        'turned left': np.rot90(image),
+        'rotated left': np.rot90(image),
         'negative': 255 - image,
         'a quarter': seen.fit(np.ascontiguousarray(image[:half, :half])),
         'halves swapped': np.roll(image, half, axis=0),
         'noise': rng.integers(0, 256, image.shape, dtype=np.uint8),
     }
-    batch = np.stack([np.ascontiguousarray(one) for one in made.values()])
+    batch = np.stack([np.ascontiguousarray(picture) for picture in pictures.values()])
     p, features = predictor.engine(batch)
     figure, panels = grid(2, 4, 7, 4.3)
-    over = predictor.gate.measure(features, batch) > 1
-    for ax, name, one, score, away in zip(panels.ravel(), made, batch, p, over, strict=True):
-        show_image(ax, one)
-        ax.set_title(f'{name}: network {score:.2f}\n{"turned away" if away else "let through"}', fontsize=9)
+    rejected = predictor.gate.measure(features, batch) > 1
+    for ax, name, picture, score, reject in zip(panels.ravel(), pictures, batch, p, rejected, strict=True):
+        show_image(ax, picture)
+        ax.set_title(f'{name}: network {score:.2f}\n{"rejected" if reject else "accepted"}', fontsize=9)
     return figure
 
 
 def speed() -> Figure:
-    """Images a second of `SPEED`."""
+    """Draw the images per second in `SPEED`."""
     figure = Figure(figsize=(8.6, 4.6), layout='constrained')
-    for ax, (title, found) in zip(figure.subplots(2, 2).ravel(), SPEED.items(), strict=True):
-        rates, ratios = zip(*found.values(), strict=True)
-        bars = tidy(ax).barh(list(found), rates, color=[BLUE if 'ours' in name else GREY for name in found])
-        told = [f' {rate:,g} ({ratio:g} times)' for rate, ratio in zip(rates, ratios, strict=True)]
-        ax.bar_label(bars, [f' {rates[0]:g}', *told[1:]], fontsize=8, color=INK)
+    for ax, (title, speeds) in zip(figure.subplots(2, 2).ravel(), SPEED.items(), strict=True):
+        rates, ratios = zip(*speeds.values(), strict=True)
+        bars = tidy(ax).barh(list(speeds), rates, color=[BLUE if 'cxr_fastai' in name else GREY for name in speeds])
+        labels = [f' {rate:,g} ({ratio:g} times)' for rate, ratio in zip(rates, ratios, strict=True)]
+        ax.bar_label(bars, [f' {rates[0]:g}', *labels[1:]], fontsize=8, color=INK)
         ax.set_xlim(0, 1.45 * max(rates))
         ax.set_title(title, fontsize=10)
         ax.invert_yaxis()
         ax.tick_params(labelsize=8)
-    figure.supxlabel('images a second', fontsize=9)
+    figure.supxlabel('images per second', fontsize=9)
     return figure
 
 
 def curves(demo: Path, out: Path) -> None:
-    """Four figures of the run as one picture."""
+    """Draw four figures of the run as one picture."""
     run = Run.open(demo / 'run')
     split, metrics = run.predicted('test'), run.metrics['test']
     parts = []
@@ -177,13 +176,14 @@ def curves(demo: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Draw all."""
+    """Draw all pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('demo', type=Path, help='folder that `cxr-fastai demo` wrote')
     parser.add_argument('--out', type=Path, default=HERE)
     args = parser.parse_args()
     for draw in (images, augmentation, explained, gate):
-        save_figure(draw(args.demo), path := args.out / f'{draw.__name__}.png')
+        path = args.out / f'{draw.__name__}.png'
+        save_figure(draw(args.demo), path)
         if draw is not explained:
             Image.open(path).convert('RGB').quantize(200).save(path, optimize=True)
     save_figure(speed(), args.out / 'speed.png')

@@ -1,12 +1,9 @@
-"""The commands `export`, `predict` and `trust`: model files out, probabilities, and whose pickles may be opened."""
+"""The commands `export`, `push-to-hub`, `predict` and `trust`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -15,43 +12,36 @@ from cxr_fastai.cli.output import out, print_error, print_line
 from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import UsageError, visible
 from cxr_fastai.core.files import check_new
-from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 
 if TYPE_CHECKING:
-    from cxr_fastai.inference.predictor import Predictor
-    from cxr_fastai.inference.tables import CsvRows
+    from cxr_fastai.inference.tables import Predictions
 
-SHOWN = 20
-"""Rows that are printed."""
+ROWS_SHOWN = 20
 
 
 def export(
-    run: opt.RunFolder,
-    bundle: opt.NewBundle = None,
-    as_zip: opt.AsZip = False,
-    int8: opt.Int8 = False,
-    space: opt.NewSpace = None,
+    run: opt.RunFolder, bundle: opt.NewBundle = None, as_zip: opt.AsZip = False, space: opt.NewSpace = None
 ) -> None:
-    """Make a bundle of a run that was evaluated: weights, decision, card and input gate, safe to share and quick to
-    predict with. It is predicted with in a fresh process before it takes its place.
+    """Export an evaluated run as a bundle: weights, threshold, model card and input gate, safe to share.
+
+    The bundle is verified in a new process before it replaces an older one.
 
     Example: cxr-fastai export runs/resnet50 --out pneumonia-bundle
     """
-    known = Run.open(run)
+    source = Run.open(run)
     if space:
         check_new(space)
     from cxr_fastai.inference.bundle import Bundle
     from cxr_fastai.publishing.exporting import export
 
-    made = Bundle.open(export(known, bundle, as_zip, int8))
-    print_line(f'{made.path}: {", ".join(made.manifest)}. Next: cxr-fastai predict {made.path} IMAGE...')
+    exported = Bundle.open(export(source, bundle, as_zip))
+    print_line(f'{exported.path}: {", ".join(exported.manifest)}. Next: cxr-fastai predict {exported.path} IMAGE...')
     if space:
         from cxr_fastai.publishing.hub import write_space
 
-        print_line(
-            f'{write_space(made, space)}: a Space of Hugging Face: python app.py there tries it, git push shares it.'
-        )
+        folder = write_space(exported, space)
+        print_line(f'{folder}: a Hugging Face Space. Run `python app.py` there to try it, and `git push` to share it.')
 
 
 def push_to_hub(
@@ -80,136 +70,91 @@ def predict(
     engine: opt.EngineKind = 'auto',
     workers: opt.Threads = None,
 ) -> None:
-    """Give each image the probability of pneumonia; an image that cannot be used gets a row with the reason.
+    """Predict the probability of pneumonia for each image. An image that cannot be used gets a row with the reason.
 
     Example: cxr-fastai predict bundle image.jpeg more_images/ --out predictions.csv
     """
-    from dataclasses import replace
-
     from cxr_fastai.data.find import list_images
-    from cxr_fastai.inference.predictor import Predictor
-    from cxr_fastai.inference.shards import gathered, shared, told
+    from cxr_fastai.inference.tables import predict_to_table
 
-    with gathered():
-        writer, done = _begin(table, resume, maps) if is_main_process() else (None, [])
-        done, paths = told((done, list_images(images) if is_main_process() else []))
-        if done and [row['path'] for row in done] != [_shown(path) for path in paths[: len(done)]]:
-            raise UsageError(f'--resume: {table} is about other images: name those that it was begun with.')
-        predictor = replace(Predictor.load(model, calibrated, 'torch' if maps else engine, not no_gate), tta=tta)
-        if threshold is not None:
-            predictor = predictor.at(threshold)
-        if not (predictor.gate or no_gate):
-            print_error(
-                f'warning: {model} has no input gate, so any picture gets a probability: a bundle that `export` '
-                'makes has one.'
-            )
-        if done and float(done[0]['threshold']) != predictor.threshold:
-            raise UsageError(
-                f'--resume: {table} has the threshold {float(done[0]["threshold"]):g}, now it would be '
-                f'{predictor.threshold:g}: go on with the model and options that it was begun with.'
-            )
-        if maps:
-            check_new(_folder(table))
-        if writer and not done:
-            writer.start()
-        work = partial(predictor.predict, batch_size=batch_size, workers=workers)
-        found = done + _write(shared(work, paths[len(done) :]), writer, batch_size)
+    map_folder = _map_folder(table) if maps else None
+    paths = list_images(images) if is_main_process() else []
+    predictions = predict_to_table(
+        model,
+        paths,
+        table,
+        resume=resume,
+        batch_size=batch_size,
+        workers=workers,
+        calibrated=calibrated,
+        threshold=threshold,
+        tta=tta,
+        use_gate=not no_gate,
+        engine='torch' if maps else engine,
+    )
     if not is_main_process():
         return
-    if maps:
-        _explain(predictor, found, paths, _folder(table))
-    _say(found, table)
-
-
-def trust(what: opt.TrustWhat, sha256: opt.Hash = None) -> None:
-    """Say whose pickles may be opened: only those whose SHA-256 you had from their maker by another way. Bundles need
-    no trust.
-
-    Example: cxr-fastai trust learner.pkl --sha256 HEX
-    """
-    from cxr_fastai.inference import pickles as store
-
-    match what:
-        case ['list'] if not sha256:
-            for known, facts in store.trusted().items():
-                print_line(f'{known}  {facts["since"]}  {facts["why"]}')
-        case ['remove', known] if not sha256:
-            store.distrust(known)
-        case [file] if sha256:
-            print_line(f'{file}: trusted ({store.vouch(Path(file), sha256)})')
-        case _:
-            raise UsageError('give `FILE --sha256 HEX`, `list`, or `remove HEX`.')
-
-
-def _begin(table: Path | None, resume: bool, maps: bool) -> tuple[CsvRows | None, list[dict[str, Any]]]:
-    """What writes the table, and the rows that are in it already."""
-    if table is None:
-        if resume or maps:
-            raise UsageError(f'--{"resume" if resume else "explain"} needs --out.')
-        return None, []
-    from cxr_fastai.inference.predictor import COLUMNS
-    from cxr_fastai.inference.tables import open_rows
-
-    if not table.parent.is_dir():
-        raise UsageError(f'{table}: the folder {table.parent} does not exist.')
-    writer = open_rows(table, COLUMNS)
-    if not table.exists():
-        return writer, []
-    if not resume:
-        raise UsageError(f'{table} exists already and was left alone: choose another --out, or give --resume.')
-    try:
-        return writer, writer.read()
-    except (ValueError, KeyError, OSError, RecursionError) as error:
-        raise UsageError(f'--resume: {table} is no table of predictions ({error}).') from None
-
-
-def _write(rows: Iterator[dict[str, Any]], writer: CsvRows | None, batch_size: int) -> list[dict[str, Any]]:
-    found = []
-    try:
-        while batch := list(islice(rows, batch_size)):
-            batch = [row | {'path': _shown(row['path'])} for row in batch]
-            if writer:
-                writer.add(batch)
-            found += batch
-    finally:
-        if writer:
-            writer.close()
-    return found
-
-
-def _shown(path: Path | str) -> str:
-    """A path as text that every encoding knows."""
-    return str(path).encode('utf-8', 'backslashreplace').decode()
-
-
-def _say(rows: list[dict[str, Any]], table: Path | None) -> None:
-    from cxr_fastai.cli.output import predictions_table
-    from cxr_fastai.inference.gate import OUT_OF_DISTRIBUTION
-
-    bad = [row for row in rows if row['status'] != 'ok']
-    out.print(predictions_table(rows, SHOWN))
-    for row in bad:
-        print_error(f'{row["status"]}: {row["path"]}: {row["message"]}')
-    if any(row['code'] == OUT_OF_DISTRIBUTION for row in bad):
-        print_error('--no-gate tells the probability of what the gate has turned away.')
-    called = sum(row['prediction'] == VOCAB[POSITIVE] for row in rows)
-    print_line(
-        f'{len(rows)} images, {called} called PNEUMONIA, {len(bad)} failed' + (f'; rows in {table}' if table else '')
-    )
-    if bad:
+    if map_folder:
+        _save_maps(predictions, paths, map_folder)
+    _print_predictions(predictions, table)
+    if predictions.failures:
         raise typer.Exit(3)
 
 
-def _folder(table: Path) -> Path:
-    return table.with_name(f'{table.stem}_maps')
+def _map_folder(table: Path | None) -> Path:
+    """Return the folder of the maps that belong to `table`. Raises `UsageError` if it is not empty."""
+    if table is None:
+        raise UsageError('--explain needs --out: the maps are saved next to the table.')
+    folder = table.with_name(f'{table.stem}_maps')
+    check_new(folder)
+    return folder
 
 
-def _explain(predictor: Predictor, rows: list[dict[str, Any]], paths: list[Path], folder: Path) -> None:
-    """Draw a map of each image that has a probability, called by the number of its row."""
-    from cxr_fastai.cli.explain import draw
+def _save_maps(predictions: Predictions, paths: list[Path], folder: Path) -> None:
+    """Save a map of each image that has a probability; its file name is the number of its row."""
+    from cxr_fastai.cli.explain import print_explanations
     from cxr_fastai.data.find import short_path
-    from cxr_fastai.interpretation.explainer import Explainer, Subject
+    from cxr_fastai.interpretation.explainer import Explainer, Subject, save_explanations
 
-    shown = [path for row, path in zip(rows, paths, strict=True) if row['status'] == 'ok']
-    found = Explainer(predictor).explain([Subject(path, visible(short_path(str(path)))) for path in shown])
-    draw((next(found) if row['status'] == 'ok' else None for row in rows), folder)
+    numbers = [number for number, row in enumerate(predictions.rows, 1) if row['status'] == 'ok']
+    explained = [paths[number - 1] for number in numbers]
+    subjects = [Subject(path, visible(short_path(str(path)))) for path in explained]
+    explanations = Explainer(predictions.predictor).explain(subjects)
+    print_explanations(save_explanations(explanations, folder, numbers))
+
+
+def _print_predictions(predictions: Predictions, table: Path | None) -> None:
+    from cxr_fastai.cli.output import predictions_table
+    from cxr_fastai.inference.gate import OUT_OF_DISTRIBUTION
+
+    out.print(predictions_table(predictions.rows, ROWS_SHOWN))
+    failures = predictions.failures
+    for row in failures:
+        print_error(f'{row["status"]}: {row["path"]}: {row["message"]}')
+    if any(row['code'] == OUT_OF_DISTRIBUTION for row in failures):
+        print_error('With --no-gate the images that the input gate rejected get a probability too.')
+    summary = f'{len(predictions.rows)} images, {predictions.positives} classified as PNEUMONIA, {len(failures)} failed'
+    if table:
+        summary += f'; rows in {table}'
+    print_line(summary)
+
+
+def trust(what: opt.TrustWhat, sha256: opt.Hash = None) -> None:
+    """Trust a pickled model file, so that it can be opened: compare its SHA-256 with the one that its author published.
+
+    Bundles need no trust.
+
+    Example: cxr-fastai trust learner.pkl --sha256 HEX
+    """
+    from cxr_fastai.inference.pickles import distrust, trust_file, trusted
+
+    match what:
+        case ['list'] if not sha256:
+            for digest, entry in trusted().items():
+                print_line(f'{digest}  {entry["since"]}  {entry["why"]}')
+        case ['remove', digest] if not sha256:
+            distrust(digest)
+        case [file] if sha256:
+            print_line(f'{file}: trusted ({trust_file(Path(file), sha256)})')
+        case _:
+            raise UsageError('trust takes `FILE --sha256 HEX`, `list`, or `remove HEX`.')

@@ -1,14 +1,13 @@
-"""A bundle: a folder, or one zip of it, with all that prediction needs and nothing that runs code by being opened.
+"""The bundle: a folder, or one zip file, with everything that prediction needs. Opening it never runs code from it.
 
-config.json         what the network is, sees, and how its probability becomes a decision
-model.safetensors   its weights
-model.onnx          the same, images in, probabilities out (where the extra onnx is installed)
-model.int8.onnx     the same in 8 bits, where that was asked for and costs no accuracy
-canary.safetensors  eight synthetic images, and what the network says of them
-gate.safetensors    what tells chest images from other pictures
-MODEL_CARD.md       what is known about it
-manifest.json       SHA-256 and size of each of these files
-learner.pkl         for fastai's own `load_learner`; never opened unless its hash is trusted
+config.json           architecture, image size, threshold, temperature
+model.safetensors     weights
+model.onnx            the same network for ONNX Runtime, if the extra `onnx` was installed at export
+selftest.safetensors  eight reference images and the probabilities that the network predicted for them
+gate.safetensors      input gate (out-of-distribution check)
+MODEL_CARD.md         model card
+manifest.json         SHA-256 and size of each of these files
+learner.pkl           for `load_learner` of fastai; only opened if its hash is trusted
 """
 
 from __future__ import annotations
@@ -25,90 +24,108 @@ from typing import Any
 
 import numpy as np
 
-from cxr_fastai.core.environment import process_count
+from cxr_fastai.core.environment import process_count, require_package
 from cxr_fastai.core.errors import CXRError, UsageError
-from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, check_header, load_network
-from cxr_fastai.inference.selftest import Canary, Engine
+from cxr_fastai.inference.config import LEARNER, SCHEMA, WEIGHTS, ModelConfig, check_header, check_schema, load_network
+from cxr_fastai.inference.engines import OnnxEngine, TorchEngine
+from cxr_fastai.inference.selftest import SelfTest
 
-SCHEMA = 1
-CONFIG, MANIFEST, ONNX, INT8 = 'config.json', 'manifest.json', 'model.onnx', 'model.int8.onnx'
-CANARY, GATE, CARD = 'canary.safetensors', 'gate.safetensors', 'MODEL_CARD.md'
-FILES = (CONFIG, WEIGHTS, ONNX, INT8, CANARY, GATE, CARD, LEARNER)
-"""What a manifest may name."""
-MAX_BYTES, MAX_TEXT = 2**31, 2**20
-"""Bytes of a file, and of JSON, above which it is refused."""
-ENGINES = ('auto', 'onnx', 'int8', 'torch')
-QUICK = 2
-"""Canary images that are predicted whenever a bundle is opened: one of each class."""
+CONFIG = 'config.json'
+MANIFEST = 'manifest.json'
+ONNX = 'model.onnx'
+SELFTEST = 'selftest.safetensors'
+GATE = 'gate.safetensors'
+CARD = 'MODEL_CARD.md'
+FILES = (CONFIG, WEIGHTS, ONNX, SELFTEST, GATE, CARD, LEARNER)
+"""The file names that a manifest may contain."""
+
+MAX_BYTES = 2**31
+"""Largest file that is read, in bytes."""
+MAX_JSON_BYTES = 2**20
+"""Largest JSON file that is read, in bytes."""
+ENGINES = ('auto', 'onnx', 'torch')
+IMAGES_AT_OPEN = 2
+"""Number of reference images, one of each class, that are predicted whenever a bundle is opened."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """The bundle in a folder or a zip `path`. Every file is checked against the manifest before it is used."""
+    """The bundle in the folder or zip file `path`. Every file is checked against the manifest before it is used."""
 
     path: Path
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
-        """The bundle `path`. Raises `UsageError` where there is none, `CXRError` for one that is damaged."""
+        """Open the bundle `path`. Raises `UsageError` if there is none, and `CXRError` if it is damaged or outdated."""
         if not is_bundle(path):
-            raise UsageError(f'{path}: no bundle: `cxr-fastai export RUN` makes one.')
+            raise UsageError(f'{path}: not a bundle. `cxr-fastai export RUN` makes one.')
         bundle = cls(path)
-        if bundle.facts.get('schema') != SCHEMA:
-            raise CXRError(
-                f'{path}: a bundle of the schema {bundle.facts.get("schema")}; {SCHEMA} is meant here: '
-                'export it again, or install the version of cxr-fastai that made it.'
-            )
+        check_schema(bundle._manifest_json.get('schema'), path)
+        check_schema(bundle.facts.get('schema'), path / CONFIG)
         return bundle
 
     @cached_property
     def manifest(self) -> dict[str, dict[str, Any]]:
-        """File -> its `sha256` and `size`."""
-        found = self._json(self._bytes(MANIFEST, MAX_TEXT), MANIFEST).get('files')
-        if (
-            not isinstance(found, dict)
-            or not set(found) <= set(FILES)
-            or not all(isinstance(facts, dict) and {'sha256', 'size'} <= set(facts) for facts in found.values())
-        ):
-            raise CXRError(f'{self.path / MANIFEST}: no manifest of a bundle.')
-        return found
+        """The files of the bundle: name -> `sha256` and `size`."""
+        files = self._manifest_json.get('files')
+        if not isinstance(files, dict):
+            raise CXRError(
+                f'{self.path / MANIFEST}: not the manifest of a bundle. Get the bundle again from its source.'
+            )
+        for name, entry in files.items():
+            is_entry = isinstance(entry, dict) and {'sha256', 'size'} <= set(entry)
+            if name not in FILES or not is_entry:
+                raise CXRError(f'{self.path / MANIFEST}: the entry {name!r:.80} is not valid. Get the bundle again.')
+        return files
 
     @cached_property
     def identity(self) -> str:
-        """The SHA-256 of its manifest, which has that of every file."""
-        return hashlib.sha256(self._bytes(MANIFEST, MAX_TEXT)).hexdigest()
+        """The SHA-256 of the manifest, which identifies the contents of all files."""
+        return hashlib.sha256(self._manifest_bytes).hexdigest()
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """All that `config.json` says."""
-        return self._json(self.read(CONFIG), CONFIG)
+        """The contents of `config.json`."""
+        return self._parse_json(self.read(CONFIG), CONFIG)
 
     @property
     def config(self) -> ModelConfig:
-        """What prediction has to know."""
+        """The settings of the model."""
         return ModelConfig.from_dict(self.facts, self.path / CONFIG)
 
     @property
-    def canary(self) -> Canary:
-        """Its canary images."""
-        return self.canary_of()
+    def selftest(self) -> SelfTest:
+        """The reference images and their stored probabilities. Raises `CXRError` if they are damaged."""
+        source = self.path / SELFTEST
+        tensors = self.tensors(SELFTEST)
+        if not {'images', 'p'} <= tensors.keys():
+            raise CXRError(f'{source}: the reference images of its self-test are damaged.')
+        selftest = SelfTest.from_arrays(tensors['images'], tensors['p'], source)
+        side = selftest.images.shape[-1]
+        if side != self.config.size:
+            raise CXRError(
+                f'{source}: the reference images have {side} px, but the network takes {self.config.size} px. '
+                'The bundle is damaged. Get it again from its source.'
+            )
+        return selftest
 
     def __contains__(self, name: str) -> bool:
         return name in self.manifest
 
     def read(self, name: str) -> bytes:
-        """The bytes of the file `name`. Raises `CXRError` where they are not those that the manifest tells of."""
+        """Return the bytes of the file `name`. Raises `CXRError` if they do not match the hash in the manifest."""
         if name not in self:
             raise CXRError(f'{self.path}: the bundle has no {name}.')
-        data = self._bytes(name, MAX_BYTES)
+        data = self._read_bytes(name, MAX_BYTES)
         if hashlib.sha256(data).hexdigest() != self.manifest[name]['sha256']:
             raise CXRError(
-                f'{self.path / name}: not the bytes that its manifest tells of: it was damaged or changed. Get it anew.'
+                f'{self.path / name}: does not match its hash in the manifest, so it was damaged or changed. '
+                'Get the bundle again from its source.'
             )
         return data
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
-        """The arrays in the safetensors file `name`."""
+        """Return the arrays of the safetensors file `name`. Raises `CXRError` if it is damaged."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
@@ -117,80 +134,83 @@ class Bundle:
         try:
             return load(data)
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CXRError(f'{self.path / name}: damaged ({error}).') from None
+            raise CXRError(f'{self.path / name}: damaged ({error}). Get the bundle again from its source.') from None
 
-    def engine(self, kind: str = 'auto') -> Engine:
-        """What computes: `onnx`, `int8`, `torch`, or `auto`: ONNX Runtime where it is installed and the bundle has its
-        file. Raises `ParityError` where it does not predict of the first canary images what it should."""
+    def engine(self, kind: str = 'auto') -> TorchEngine | OnnxEngine:
+        """Return the engine `onnx` or `torch`; `auto` is ONNX Runtime if it is installed and the bundle has its file.
+
+        Raises `ParityError` if the engine does not reproduce the first reference images.
+        """
         if kind not in ENGINES:
-            raise UsageError(f'--engine {kind}: choose {", ".join(ENGINES)}.')
+            raise UsageError(f'--engine {kind}: unknown. Choose one of {", ".join(ENGINES)}.')
         if kind == 'auto':
             kind = 'onnx' if ONNX in self and find_spec('onnxruntime') else 'torch'
-        made = self._torch() if kind == 'torch' else self._onnx(INT8 if kind == 'int8' else ONNX)
-        self.canary_of(kind).check(made, self.path, QUICK, self.config.threshold)
-        return made
+        engine = self._onnx_engine() if kind == 'onnx' else self._torch_engine()
+        self.selftest.check(engine, self.path, IMAGES_AT_OPEN, self.config.threshold)
+        return engine
 
-    def canary_of(self, kind: str = 'torch') -> Canary:
-        """Its canary images, and what an engine of this kind says of them: in 8 bits something else."""
-        found, size = self.tensors(CANARY), self.config.size
-        p = 'p_int8' if kind == 'int8' and 'p_int8' in found else 'p'
-        if {'images', p} - set(found):
-            raise CXRError(f'{self.path / CANARY}: its canary images are damaged.')
-        canary = Canary.checked(found['images'], found[p], self.path / CANARY)
-        if (side := canary.images.shape[-1]) != size:
-            raise CXRError(
-                f'{self.path / CANARY}: canary images of {side} px, for a network of {size} px: the bundle is damaged.'
-            )
-        return canary
+    def _onnx_engine(self) -> OnnxEngine:
+        require_package('onnxruntime', '--engine onnx', 'onnx')
+        threads = None
+        local_processes = int(os.environ.get('LOCAL_WORLD_SIZE', process_count()))
+        if local_processes > 1:
+            threads = max((os.cpu_count() or 1) // local_processes, 1)
+        return OnnxEngine(self.read(ONNX), self.path / ONNX, threads)
 
-    def _onnx(self, name: str) -> Engine:
-        from cxr_fastai.inference.engines import OnnxEngine
-
-        if not find_spec('onnxruntime'):
-            raise UsageError('--engine onnx needs pip install "cxr_fastai[onnx]".')
-        here = int(os.environ.get('LOCAL_WORLD_SIZE', process_count()))  # processes of this machine
-        threads = max((os.cpu_count() or 1) // here, 1) if here > 1 else None
-        return OnnxEngine(self.read(name), self.path / name, threads)
-
-    def _torch(self) -> Engine:
-        from cxr_fastai.inference.engines import TorchEngine
-
+    def _torch_engine(self) -> TorchEngine:
         return TorchEngine(load_network(self.config.arch, self.read(WEIGHTS), self.path / WEIGHTS))
 
-    def _bytes(self, name: str, most: int) -> bytes:
+    @cached_property
+    def _manifest_bytes(self) -> bytes:
+        return self._read_bytes(MANIFEST, MAX_JSON_BYTES)
+
+    @cached_property
+    def _manifest_json(self) -> dict[str, Any]:
+        return self._parse_json(self._manifest_bytes, MANIFEST)
+
+    def _read_bytes(self, name: str, max_bytes: int) -> bytes:
         try:
             if self.path.is_dir():
-                if not (self.path / name).is_file():
-                    raise OSError('no regular file')  # a pipe would wait for ever
-                self._limit((self.path / name).stat().st_size, name, most)
-                return (self.path / name).read_bytes()
-            with zipfile.ZipFile(self.path) as archive:
-                self._limit(archive.getinfo(name).file_size, name, most)
-                return archive.read(name)
+                return self._read_from_folder(name, max_bytes)
+            return self._read_from_zip(name, max_bytes)
         except CXRError:
             raise
-        except Exception as error:  # what a broken zip raises is up to its bytes
+        except Exception as error:  # a damaged zip file can raise any exception
             raise CXRError(f'{self.path}: {name} cannot be read from the bundle ({error}).') from None
 
-    def _limit(self, size: int, name: str, most: int) -> None:
-        if size > most:
-            raise CXRError(f'{self.path / name}: {size:,} bytes; at most {most:,} are read.')
+    def _read_from_folder(self, name: str, max_bytes: int) -> bytes:
+        file = self.path / name
+        if not file.is_file():
+            raise OSError('not a regular file')  # reading a pipe would never end
+        self._check_size(file.stat().st_size, name, max_bytes)
+        return file.read_bytes()
 
-    def _json(self, data: bytes, name: str) -> dict[str, Any]:
+    def _read_from_zip(self, name: str, max_bytes: int) -> bytes:
+        with zipfile.ZipFile(self.path) as archive:
+            self._check_size(archive.getinfo(name).file_size, name, max_bytes)
+            return archive.read(name)
+
+    def _check_size(self, size: int, name: str, max_bytes: int) -> None:
+        if size > max_bytes:
+            raise CXRError(f'{self.path / name}: {size:,} bytes, but at most {max_bytes:,} are read.')
+
+    def _parse_json(self, data: bytes, name: str) -> dict[str, Any]:
         try:
-            found = json.loads(data) if len(data) <= MAX_TEXT else None
+            facts = json.loads(data) if len(data) <= MAX_JSON_BYTES else None
         except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            raise CXRError(f'{self.path / name}: not a JSON object: the bundle is damaged.')
-        return found
+            facts = None
+        if not isinstance(facts, dict):
+            raise CXRError(f'{self.path / name}: not a JSON object, so the bundle is damaged. Get it again.')
+        return facts
 
 
 def manifest_text(files: dict[str, dict[str, Any]]) -> str:
-    """The manifest of `files`, name -> `sha256` and `size`."""
+    """Return the text of the manifest of `files`, name -> `sha256` and `size`."""
     return json.dumps({'schema': SCHEMA, 'files': files}, indent=2) + '\n'
 
 
 def is_bundle(path: Path) -> bool:
-    """Whether `path` is the folder or the zip of a bundle."""
-    return (path / MANIFEST).is_file() or path.suffix == '.zip' and path.is_file()
+    """Return True if `path` is a folder with a manifest, or a zip file."""
+    if path.suffix == '.zip' and path.is_file():
+        return True
+    return (path / MANIFEST).is_file()

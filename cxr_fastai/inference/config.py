@@ -1,4 +1,4 @@
-"""What every model file has to say, and its weights: `ModelConfig`, safetensors, SHA-256."""
+"""The settings and the weights that every model file contains: `ModelConfig`, safetensors files, SHA-256 hashes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -18,20 +18,29 @@ from cxr_fastai.core.recipe import VOCAB, Recipe
 if TYPE_CHECKING:
     from torch import nn
 
-WEIGHTS, LEARNER = 'model.safetensors', 'learner.pkl'
-ABOVE_ALL = math.nextafter(1, 2)
-"""The threshold that calls no image pneumonia."""
-COLDEST, HOTTEST = 1e-3, 1e3
-"""Temperatures beyond which none is believed."""
-MAX_HEADER = 2**22
-"""Bytes of a safetensors header above which the file is refused; a ResNet50's has 2^15."""
+SCHEMA = 2
+"""Version of the format of bundles and exported learners. Schema 1 was used before version 0.1.0."""
+WEIGHTS = 'model.safetensors'
+LEARNER = 'learner.pkl'
+
+MAX_THRESHOLD = math.nextafter(1, 2)
+"""Largest threshold: no image is classified as pneumonia."""
+MIN_TEMPERATURE = 1e-3
+MAX_TEMPERATURE = 1e3
 MAX_SIZE = 2**12
-"""Side of an image, in px, above which no network is believed to want it."""
+"""Largest side of an image, in px, that a model file may ask for."""
+MAX_HEADER = 2**22
+"""Largest header of a safetensors file, in bytes. The header of a ResNet50 has about 2**15."""
+EDGE = 1e-15
+"""Probabilities are clipped to [EDGE, 1 - EDGE] before the logit, which is infinite at 0 and 1."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What prediction has to know beside the weights; it travels in every model file."""
+    """The settings that prediction needs in addition to the weights. Every model file contains them.
+
+    `size` is in pixels, `low_pass` a fraction of the side. `temperature` is None before the run was evaluated.
+    """
 
     arch: str
     size: int
@@ -42,42 +51,76 @@ class ModelConfig:
     temperature: float | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe) -> ModelConfig:
-        """That of a network trained by `recipe`, before anything was decided on validation images."""
+    def from_recipe(cls, recipe: Recipe) -> ModelConfig:
+        """Return the settings of a network trained with `recipe`, before `evaluate` chose a threshold."""
         return cls(
-            recipe.arch, recipe.size, recipe.threshold, f'fixed:{recipe.threshold:g}', recipe.resize, recipe.low_pass
+            arch=recipe.arch,
+            size=recipe.size,
+            threshold=recipe.threshold,
+            threshold_rule=f'fixed:{recipe.threshold:g}',
+            resize=recipe.resize,
+            low_pass=recipe.low_pass,
         )
 
     @classmethod
     def from_dict(cls, facts: dict[str, Any], source: Path) -> ModelConfig:
-        """The inverse of `asdict`, of what the file `source` says; other keys are let be. Raises `CXRError` where
-        something is missing, of another kind, or of other classes."""
-        vocab = facts.get('vocab', VOCAB)
-        if not isinstance(vocab, list | tuple) or tuple(vocab) != VOCAB:
-            raise CXRError(
-                f'{source}: made for the classes {vocab!r:.80}, in this order; {", ".join(VOCAB)} are meant here.'
-            )
-        known = {field.name: facts[field.name] for field in fields(cls) if field.name in facts}
+        """Return the settings that the file `source` contains as `facts`; other keys are ignored.
+
+        Raises `CXRError` if a setting is missing, has another type, is out of range, or if the classes differ.
+        """
+        check_vocab(facts.get('vocab', VOCAB), source)
+        settings = {field.name: facts[field.name] for field in fields(cls) if field.name in facts}
         try:
-            config = cls(**known)
-            whole = (
-                0 < config.size <= MAX_SIZE,
-                type(config.size) is int,
-                isinstance(config.resize, str),
-                0 <= config.threshold <= ABOVE_ALL,
-                config.low_pass >= 0,
-                config.arch.isprintable(),
-                config.temperature is None or COLDEST <= config.temperature <= HOTTEST,
-            )
+            config = cls(**settings)
+            invalid = config._invalid_settings()
         except (TypeError, AttributeError) as error:
-            raise CXRError(f'{source}: not a model of ours ({error}).') from None
-        if not all(whole):
-            raise CXRError(f'{source}: size, resize, threshold, low_pass or temperature cannot be: {known!r:.300}.')
+            raise CXRError(f'{source}: not the settings of a model ({error}). Export the model again.') from None
+        if invalid:
+            name = invalid[0]
+            raise CXRError(f'{source}: {name} {settings[name]!r:.80} is not valid. Export the model again.')
         return config
+
+    def _invalid_settings(self) -> list[str]:
+        """Return the names of the settings with an impossible value."""
+        valid = {
+            'arch': self.arch.isprintable(),
+            'size': type(self.size) is int and 0 < self.size <= MAX_SIZE,
+            'resize': isinstance(self.resize, str),
+            'threshold': 0 <= self.threshold <= MAX_THRESHOLD,
+            'low_pass': self.low_pass >= 0,
+            'temperature': self.temperature is None or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
+        }
+        return [name for name, is_valid in valid.items() if not is_valid]
+
+
+def check_vocab(vocab: Any, source: Path) -> None:
+    """Raise `CXRError` unless `vocab`, which the file `source` contains, are the classes of this package in order."""
+    if not isinstance(vocab, list | tuple) or tuple(vocab) != VOCAB:
+        raise CXRError(
+            f'{source}: made for the classes {vocab!r:.80}, but {", ".join(VOCAB)} are expected, in this order.'
+        )
+
+
+def check_schema(schema: Any, source: Path) -> None:
+    """Raise `CXRError` unless `schema`, which the file `source` contains, is the format of this version."""
+    if schema == SCHEMA:
+        return
+    if schema == 1:
+        raise CXRError(f'{source}: made before version 0.1.0 (schema 1), which cannot be read. Export it again.')
+    raise CXRError(
+        f'{source}: has the schema {schema!r:.80}, but {SCHEMA} is expected. '
+        'Export it again, or install the version of cxr-fastai that made it.'
+    )
+
+
+def config_text(config: ModelConfig, **extra: Any) -> str:
+    """Return `config`, the classes, the schema and `extra` facts as JSON text."""
+    facts = {'schema': SCHEMA, **asdict(config), 'vocab': list(VOCAB), **extra}
+    return json.dumps(facts, indent=2, allow_nan=False) + '\n'
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the state of `model` to `path` as safetensors, atomically: it holds numbers and names, and runs nothing."""
+    """Write the state dict of `model` to `path` as safetensors, atomically. Reading such a file never runs code."""
     from safetensors.torch import save
 
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
@@ -86,8 +129,10 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_network(arch: str, data: bytes, path: Path) -> nn.Module:
-    """The network `arch` with the bytes of what `save_weights` wrote to `path`. Raises `CXRError` where they are
-    damaged or of another network."""
+    """Return the network `arch` with the weights `data`, which `save_weights` wrote to `path`.
+
+    Raises `CXRError` if the bytes are damaged or belong to another network.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -98,61 +143,60 @@ def load_network(arch: str, data: bytes, path: Path) -> nn.Module:
     try:
         model.load_state_dict(load(data))
     except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise CXRError(f'{path}: not the weights of this network ({first_line(error)}).') from None
+        raise CXRError(f'{path}: not the weights of the network {arch} ({first_line(error)}).') from None
     return model
 
 
 def tensor_bytes(tensors: dict[str, np.ndarray]) -> bytes:
-    """Arrays as safetensors. (Its own `save` writes the memory behind a view, not the view.)"""
+    """Return arrays as the bytes of a safetensors file."""
     from safetensors.numpy import save
 
+    # For a view, `save` would write the memory behind it.
     return save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
 
 
 def check_header(data: bytes, path: Path) -> None:
-    """Raise `CXRError` where the header of the safetensors `data` is longer than any of ours, or than the file."""
-    length = int.from_bytes(data[:8], 'little')
-    if len(data) < 8 or length > min(MAX_HEADER, len(data) - 8):
-        raise CXRError(f'{path}: no safetensors file (a header of {length:,} bytes in a file of {len(data):,}).')
+    """Raise `CXRError` if the safetensors header in `data` is longer than the file or than `MAX_HEADER`."""
+    header = int.from_bytes(data[:8], 'little')
+    if len(data) < 8 or header > min(MAX_HEADER, len(data) - 8):
+        raise CXRError(f'{path}: not a safetensors file (a header of {header:,} bytes in a file of {len(data):,}).')
 
 
-def find_network(model: Path) -> Path:
-    """The file that holds the network of the run folder `model`, by whose SHA-256 it is known."""
+def find_network(run: Path) -> Path:
+    """Return the file in the run folder `run` that contains the network. Raises `UsageError` if there is none."""
     for name in (WEIGHTS, LEARNER):
-        if (model / name).is_file():
-            return model / name
+        if (run / name).is_file():
+            return run / name
     raise UsageError(
-        f'{model}: no model there: name a run folder that `cxr-fastai train` finished, a bundle that '
+        f'{run}: no model there. Name a run folder that `cxr-fastai train` finished, a bundle that '
         '`cxr-fastai export` made, or a .pkl file.'
     )
 
 
-def identify_network(model: Path) -> str:
-    """The SHA-256 of `find_network`, by which a run's decision and figures know what they are of."""
-    return sha256(find_network(model))
+def identify_network(run: Path) -> str:
+    """Return the SHA-256 of the network file of a run. Decisions and metrics store it to name their network."""
+    return sha256(find_network(run))
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of the file's bytes, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def config_text(config: ModelConfig, **more: Any) -> str:
-    """`config` and what `more` is known as JSON."""
-    return json.dumps({**asdict(config), 'vocab': list(VOCAB), **more}, indent=2, allow_nan=False) + '\n'
-
-
-EDGE = 1e-15
-"""Probabilities nearer to 0 and 1 than this count as this far: double precision has no logit for 1."""
-
-
+@overload
+def temper(p: float, temperature: float) -> float: ...
+@overload
+def temper(p: np.ndarray, temperature: float) -> np.ndarray: ...
 def temper(p: np.ndarray | float, temperature: float) -> np.ndarray | float:
-    """Probabilities (n,) with their logits divided by `temperature` (Guo et al. 2017); their order stays."""
-    return p if temperature == 1 else 1 / (1 + np.exp(-logits(p) / temperature))
+    """Return probabilities (n,) with their logits divided by `temperature` (Guo et al. 2017). The order stays."""
+    if temperature == 1:
+        return p
+    scaled = 1 / (1 + np.exp(-logits(p) / temperature))
+    return scaled if isinstance(p, np.ndarray) else float(scaled)
 
 
-def logits(p: np.ndarray | float) -> np.ndarray | float:
-    """The logits of probabilities, those of 0 and 1 cut to what double precision tells from them."""
-    cut = np.clip(p, EDGE, 1 - EDGE)
-    return np.log(cut) - np.log1p(-cut)
+def logits(p: np.ndarray | float) -> np.ndarray:
+    """Return the logits of probabilities, which are clipped to [EDGE, 1 - EDGE] before."""
+    clipped = np.clip(p, EDGE, 1 - EDGE)
+    return np.asarray(np.log(clipped) - np.log1p(-clipped))

@@ -1,4 +1,4 @@
-"""The threshold and temperature that turn a probability into a class, with their rule."""
+"""The decision of a run: the threshold that turns a probability into a class, the rule behind it, the temperature."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from cxr_fastai.core.run import Run
 
 @dataclass(frozen=True)
 class Decision:
-    """`decision.json` in the run folder is this. `model` is the SHA-256 of the network that it was chosen for; `valid`
-    says on which images, and what the threshold does there; `margin` is what the rule adds for their number, in words.
+    """The contents of `decision.json` in the run folder, which `evaluate` writes.
+
+    `rule` is the rule that chose the threshold, `margin` the safety margin that it added for the number of images, in
+    words. `model` is the SHA-256 of the network. `valid` describes the validation images that were used.
     """
 
     threshold: float
@@ -24,30 +26,44 @@ class Decision:
     valid: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, run: Run, model: str) -> Decision | None:
-        """What was decided for `run`; None where nothing was, or for another `model`."""
-        if not (known := run.decision):
+    def from_run(cls, run: Run, model: str) -> Decision | None:
+        """Return the decision of `run` for the network with the SHA-256 `model`; None if there is none.
+
+        Raises `UsageError` if `decision.json` is damaged.
+        """
+        facts = run.decision
+        if not facts:
             return None
         try:
-            decision = cls(**known)
+            decision = cls(**facts)
         except TypeError as error:
-            raise UsageError(f'{run / "decision.json"}: damaged ({error}): delete it and evaluate again.') from None
-        if not all(isinstance(number, int | float) for number in (decision.threshold, decision.temperature)):
-            raise UsageError(f'{run / "decision.json"}: damaged (no numbers): delete it and evaluate again.')
+            raise UsageError(_damaged(run, str(error))) from None
+        for name in ('threshold', 'temperature'):
+            value = getattr(decision, name)
+            if not isinstance(value, int | float):
+                raise UsageError(_damaged(run, f'{name} {value!r:.80} is not a number'))
         return decision if decision.model == model else None
 
     @classmethod
-    def behind(cls, run: Run, metrics: dict[str, Any]) -> Decision | None:
-        """What was decided for `run`, where the `metrics` of a split are of that; None where they are of another."""
-        known = cls.of(run, metrics['model'])
-        return known if known and known.fits(metrics) else None
+    def from_metrics(cls, run: Run, metrics: dict[str, Any]) -> Decision | None:
+        """Return the decision of `run` that the `metrics` of a split were computed with; None if it was another one."""
+        decision = cls.from_run(run, metrics['model'])
+        if decision is None or not decision.matches(metrics):
+            return None
+        return decision
 
-    def fits(self, metrics: dict[str, Any]) -> bool:
-        """Whether the `metrics` of a split are of this decision."""
-        return (self.threshold, self.rule, self.model) == tuple(
-            metrics.get(name) for name in ('threshold', 'threshold_rule', 'model')
+    def matches(self, metrics: dict[str, Any]) -> bool:
+        """Return True if the `metrics` of a split were computed with this decision."""
+        return (
+            metrics.get('threshold') == self.threshold
+            and metrics.get('threshold_rule') == self.rule
+            and metrics.get('model') == self.model
         )
 
     def save(self, run: Run) -> None:
-        """Write it into `run`."""
+        """Write `decision.json` into `run`."""
         write_json(run / 'decision.json', asdict(self))
+
+
+def _damaged(run: Run, reason: str) -> str:
+    return f'{run / "decision.json"}: damaged ({reason}). Delete it and evaluate the run again.'

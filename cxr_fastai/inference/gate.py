@@ -1,12 +1,12 @@
-"""Whether a picture looks like the images that a network was trained on: if not, its probability means nothing.
+"""The input gate (out-of-distribution check): rejects images that are unlike the images of the training.
 
-Three distances, since each alone lets something through: the network's features do not mind a negative, nor thumbnails,
-all in all, an image upside down.
+It measures three distances, because none is enough alone. The features of the network hardly change for a negative
+image, and thumbnails as a whole hardly change for an image upside down.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,28 +14,33 @@ import numpy as np
 from cxr_fastai.core.errors import CXRError
 
 OUT_OF_DISTRIBUTION = 'E_OUT_OF_DISTRIBUTION'
-OUTSIDE = {
+REJECTION = {
     'status': 'rejected',
     'code': OUT_OF_DISTRIBUTION,
-    'message': ('unlike the chest images that the network was trained on, so a probability would mean nothing'),
+    'message': 'unlike the chest X-ray images of the training, so a probability would be meaningless',
 }
-"""What a row says of a picture that is let through by no gate."""
+"""The fields of the row of an image that the gate rejects."""
+
 IMAGES = 800
-"""Images of training, and of validation, that are looked at."""
-NEAR, COMPONENTS = 5, 64
-"""Which neighbour counts; directions of thumbnails that are told apart."""
-FLAT = 1.0
-"""Grey levels of deviation below which there is nothing to see."""
+"""Largest number of training images, and of validation images, that a gate is fitted to."""
 REJECTED = 0.02
-"""The share of validation images that a gate may turn away."""
+"""Fraction of the validation images that a gate rejects."""
+NEIGHBOUR = 5
+"""The features are compared with the training image that is the fifth nearest."""
+COMPONENTS = 64
+"""Largest number of principal components of the thumbnails."""
 THUMB = 16
-"""Side of the small picture that is looked at beside the network's features."""
+"""Side of a thumbnail, in px."""
+FLAT = 1.0
+"""Smallest standard deviation, in grey levels, of an image that is not blank."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """Where vectors of training images lie: around `mean` (d,), along `axes` (d, k) with the deviations `spread`
-    (k,), and outside these with `rest`, the deviation of all other directions together."""
+    """The distribution of vectors: `mean` (d,), principal `axes` (d, k) with the standard deviations `spread` (k,).
+
+    `rest` is the standard deviation of all other directions together, a scalar array.
+    """
 
     mean: np.ndarray
     axes: np.ndarray
@@ -44,27 +49,35 @@ class Space:
 
     @classmethod
     def fit(cls, vectors: np.ndarray, components: int = COMPONENTS) -> Space:
-        """The space of `vectors` (n, d)."""
+        """Return the distribution of `vectors` (n, d), with at most `components` principal axes."""
+        n = len(vectors)
         mean = vectors.mean(axis=0)
-        _, deviations, axes = np.linalg.svd(vectors - mean, full_matrices=False)
-        k = min(components, len(deviations) - 1, max(len(vectors) // 4, 1))
-        others = np.sqrt((deviations[k:] ** 2).sum() / len(vectors))
-        return cls(*(np.float32(part) for part in (mean, axes[:k].T, deviations[:k] / np.sqrt(len(vectors)), others)))
+        _, singular_values, axes = np.linalg.svd(vectors - mean, full_matrices=False)
+        k = min(components, len(singular_values) - 1, max(n // 4, 1))
+        rest = np.sqrt((singular_values[k:] ** 2).sum() / n)
+        return cls(
+            mean=np.asarray(mean, np.float32),
+            axes=np.asarray(axes[:k].T, np.float32),
+            spread=np.asarray(singular_values[:k] / np.sqrt(n), np.float32),
+            rest=np.asarray(rest, np.float32),
+        )
 
     def distance(self, vectors: np.ndarray) -> np.ndarray:
-        """The Mahalanobis distance (n,) of `vectors` (n, d), with the directions outside `axes` taken as one more."""
-        off = vectors - self.mean
-        along = off @ self.axes
-        outside = np.maximum((off**2).sum(axis=1) - (along**2).sum(axis=1), 0)
-        return np.sqrt(
-            ((along / np.maximum(self.spread, 1e-6)) ** 2).sum(axis=1) + outside / np.maximum(self.rest, 1e-6) ** 2
-        )
+        """Return the Mahalanobis distance (n,) of `vectors` (n, d). All directions off the axes count as one."""
+        offset = vectors - self.mean
+        along = offset @ self.axes
+        off_axes = np.maximum((offset**2).sum(axis=1) - (along**2).sum(axis=1), 0)
+        squared = ((along / np.maximum(self.spread, 1e-6)) ** 2).sum(axis=1)
+        return np.asarray(np.sqrt(squared + off_axes / np.maximum(self.rest, 1e-6) ** 2))
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A `bank` (m, c) of the network's mean features of training images, of length 1; the space of their thumbnails; and
-    the `limits` (3,) of the distances from both."""
+    """The gate of a network: what is known of the training images, and the `limits` (3,) of the three distances.
+
+    `bank` (m, c) are the mean features of training images, normalised to length 1; `thumbs` is the distribution of
+    their thumbnails.
+    """
 
     bank: np.ndarray
     thumbs: Space
@@ -72,52 +85,68 @@ class Gate:
 
     @classmethod
     def fit(cls, train: tuple[np.ndarray, np.ndarray], valid: tuple[np.ndarray, np.ndarray]) -> Gate:
-        """A gate that knows the features (n, c) and images uint8 (n, s, s) of training, and turns away `REJECTED` of
-        those of validation, as many by each distance."""
-        gate = cls(np.float16(unit(train[0])), Space.fit(thumbnails(train[1])), np.ones(3, np.float32))
+        """Return a gate for `train` that rejects the fraction `REJECTED` of `valid`.
+
+        Both are mean features (n, c) and images, grey uint8 (n, s, s). Each distance rejects the same number of images.
+        """
+        features, images = train
+        bank = np.asarray(unit(features), np.float16)
+        gate = cls(bank, Space.fit(thumbnails(images)), limits=np.ones(3, np.float32))
         limits = np.quantile(gate.distances(*valid), 1 - REJECTED / 3, axis=1)
         return replace(gate, limits=limits.astype(np.float32))
 
     def measure(self, features: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """The greatest of the distances (n,) of each image, over its limit: above 1 it is no chest image."""
-        over = self.distances(features, images) / np.maximum(self.limits, 1e-9)[:, None]
-        return np.where(images.std(axis=(1, 2)) < FLAT, np.inf, over.max(axis=0))
+        """Return for each image the largest ratio (n,) of a distance to its limit; above 1 the gate rejects the image.
+
+        It is infinite for a blank image.
+        """
+        ratios = self.distances(features, images) / np.maximum(self.limits, 1e-9)[:, None]
+        is_blank = images.std(axis=(1, 2)) < FLAT
+        return np.where(is_blank, np.inf, ratios.max(axis=0))
 
     def distances(self, features: np.ndarray, images: np.ndarray) -> np.ndarray:
-        """Three distances (3, n) of each image: of its features to the `NEAR`-th nearest of the bank, by angle (Sun et
-        al. 2022); of its thumbnail to those of training images; and that over the one when it is turned upside down."""
-        alike = np.sort(unit(features) @ self.bank.astype(np.float32).T, axis=1)
-        far, turned = (self.thumbs.distance(thumbnails(one)) for one in (images, images[:, ::-1]))
-        return np.stack([1 - alike[:, -min(NEAR, len(self.bank))], far, far / np.maximum(turned, 1e-9)])
+        """Return three distances (3, n) of images, grey uint8 (n, s, s), with the mean features (n, c):
+
+        1. the cosine distance of the features to the `NEIGHBOUR`-th nearest of the bank (Sun et al. 2022)
+        2. the Mahalanobis distance of the thumbnail
+        3. the ratio of distance 2 to the same of the image upside down
+        """
+        similarities = np.sort(unit(features) @ self.bank.astype(np.float32).T, axis=1)
+        nearest = similarities[:, -min(NEIGHBOUR, len(self.bank))]
+        upright = self.thumbs.distance(thumbnails(images))
+        upside_down = self.thumbs.distance(thumbnails(images[:, ::-1]))
+        return np.stack([1 - nearest, upright, upright / np.maximum(upside_down, 1e-9)])
 
     def as_tensors(self) -> dict[str, np.ndarray]:
-        """Plain arrays, by name."""
-        space = {f'thumbs.{part}': array for part, array in asdict(self.thumbs).items()}
-        return {'bank': self.bank, 'limits': self.limits, **space}
+        """Return the arrays of the gate by name."""
+        thumbs = {f'thumbs.{name}': array for name, array in asdict(self.thumbs).items()}
+        return {'bank': self.bank, 'limits': self.limits, **thumbs}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, np.ndarray], source: Path) -> Gate:
-        """The inverse of `as_tensors`. Raises `CXRError` for what is none."""
+        """Return the gate that `as_tensors` described. Raises `CXRError` if `tensors`, from `source`, are not one."""
         try:
-            thumbs = Space(*(tensors[f'thumbs.{part}'] for part in Space.__dataclass_fields__))
-            found = cls(tensors['bank'], thumbs, tensors['limits'])
+            thumbs = Space(**{field.name: tensors[f'thumbs.{field.name}'] for field in fields(Space)})
+            gate = cls(tensors['bank'], thumbs, tensors['limits'])
         except KeyError as error:
-            raise CXRError(f'{source}: no gate ({error} is missing).') from None
-        if not np.isfinite(found.limits).all():
-            raise CXRError(f'{source}: no gate (its limits are no numbers).')
-        return found
+            raise CXRError(f'{source}: not an input gate ({error} is missing). Get the file again.') from None
+        if not np.isfinite(gate.limits).all():
+            raise CXRError(f'{source}: not an input gate (a limit is NaN or infinite). Get the file again.')
+        return gate
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors (n, d) at length 1."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+    """Return vectors (n, d) normalised to length 1."""
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9))
 
 
 def thumbnails(images: np.ndarray) -> np.ndarray:
-    """Images uint8 (n, s, s) as vectors (n, 256): the means of 16 x 16 parts, each image at mean 0 and deviation 1."""
+    """Return images, uint8 (n, s, s), as vectors (n, THUMB * THUMB) of local means, each of mean 0 and deviation 1."""
     side = images.shape[-1]
     edges = np.linspace(0, side, THUMB + 1).astype(int)
-    small = np.add.reduceat(np.add.reduceat(images.astype(np.float64), edges[:-1], axis=1), edges[:-1], axis=2)
-    small /= np.outer(np.diff(edges), np.diff(edges))
-    flat = small.reshape(len(images), -1)
-    return (flat - flat.mean(axis=1, keepdims=True)) / np.maximum(flat.std(axis=1, keepdims=True), 1)
+    row_sums = np.add.reduceat(images.astype(np.float64), edges[:-1], axis=1)
+    sums = np.add.reduceat(row_sums, edges[:-1], axis=2)
+    means = sums / np.outer(np.diff(edges), np.diff(edges))
+    vectors = means.reshape(len(images), -1)
+    centred = vectors - vectors.mean(axis=1, keepdims=True)
+    return np.asarray(centred / np.maximum(vectors.std(axis=1, keepdims=True), 1))

@@ -1,4 +1,4 @@
-"""A model file becomes a `Predictor`: images go in, a row of facts for each comes out."""
+"""The `Predictor`, which loads any model file and gives each image a row with its probability of pneumonia."""
 
 from __future__ import annotations
 
@@ -20,25 +20,28 @@ from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle
 from cxr_fastai.inference.config import LEARNER, ModelConfig, find_network, load_network, sha256, temper
-from cxr_fastai.inference.engines import TorchEngine
-from cxr_fastai.inference.gate import OUTSIDE, Gate
-from cxr_fastai.inference.selftest import Engine
+from cxr_fastai.inference.decision import Decision
+from cxr_fastai.inference.engines import Engine, TorchEngine
+from cxr_fastai.inference.gate import REJECTION, Gate
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import nn
 
+Row = dict[str, Any]
+"""A prediction of one image, with the keys `COLUMNS`."""
 COLUMNS = ('path', 'status', 'p_pneumonia', 'prediction', 'threshold', 'code', 'message')
-SHORT = 200
-"""Letters of a message."""
+MAX_MESSAGE = 200
+"""Largest length of a message, in characters."""
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """What computes, and what it was trained for. `Predictor.load(MODEL)` makes one.
+    """An engine with the settings of its model. `Predictor.load(MODEL)` creates one.
 
-    A `calibrated` one gives probabilities, and the threshold, at the temperature fitted on validation images. One with a
-    `gate` gives none of a picture that is no chest image. With `tta` an image's probability is the mean of its own and
-    that of its mirror image.
+    If `calibrated`, probabilities and threshold are scaled by the temperature that was fitted to validation images. A
+    `gate` rejects images that are unlike the training images. With `tta` (test-time augmentation) the probability is
+    the mean of that of the image and that of its mirror image.
     """
 
     engine: Engine
@@ -49,149 +52,193 @@ class Predictor:
 
     @classmethod
     def load(cls, model: Path, calibrated: bool = False, engine: str = 'auto', gate: bool = True) -> Predictor:
-        """The predictor of a bundle (by the `engine` of `Bundle.engine`), of a run folder, with what `evaluate` decided
-        there, or of an exported `.pkl` that is trusted. Raises `CXRError`."""
-        load = _of_bundle if is_bundle(model) else _of_run if model.is_dir() else _of_pickle
-        found = load(model, engine)
-        if calibrated and found.config.temperature is None:
-            raise UsageError(
-                f'{model}: --calibrated needs the temperature that `cxr-fastai evaluate RUN` fits on '
-                'validation images: evaluate the run, and name its folder.'
-            )
-        return replace(found, calibrated=calibrated, gate=found.gate if gate else None)
+        """Load a bundle with the `engine` (see `Bundle.engine`), a run folder, or an exported `.pkl` that is trusted.
 
-    def at(self, threshold: float) -> Predictor:
-        """The same with another threshold, told as this one tells probabilities."""
-        raw = float(temper(threshold, 1 / self.config.temperature)) if self.calibrated else threshold
+        A run folder is loaded with the threshold and temperature that `evaluate` chose. With `gate=False` every image
+        gets a probability. Raises `CXRError` if the model cannot be loaded, and `UsageError` if it has no temperature
+        for `calibrated`.
+        """
+        if is_bundle(model):
+            predictor = _load_bundle(model, engine)
+        elif model.is_dir():
+            predictor = _load_run(model)
+        else:
+            predictor = _load_pickle(model)
+        if calibrated and predictor.config.temperature is None:
+            raise UsageError(
+                f'{model}: --calibrated needs a temperature, which `cxr-fastai evaluate RUN` fits to validation '
+                'images. Evaluate the run, and name its folder.'
+            )
+        if not gate:
+            predictor = replace(predictor, gate=None)
+        return replace(predictor, calibrated=calibrated)
+
+    def with_threshold(self, threshold: float) -> Predictor:
+        """Return a predictor with another threshold, on the scale of the probabilities that this one shows."""
+        raw = temper(threshold, 1 / self._temperature)
         return replace(self, config=replace(self.config, threshold=raw, threshold_rule=f'fixed:{threshold:g}'))
 
     @property
-    def model(self) -> Any:
-        """The torch network. Raises `UsageError` for an engine that has none."""
+    def model(self) -> nn.Module:
+        """The torch network. Raises `UsageError` for ONNX Runtime."""
+        if not isinstance(self.engine, TorchEngine):
+            raise UsageError('maps need the torch network, not ONNX Runtime. Load the model with `engine="torch"`.')
         return self.engine.model
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What every image goes through on its way to the network."""
+        """The steps between an image and the input of the network."""
         return Preprocessing.of(self.config)
 
     @property
     def threshold(self) -> float:
-        """From what probability on an image is called pneumonia."""
-        return self.show(self.config.threshold)
+        """An image is classified as pneumonia if its shown probability is at least this threshold."""
+        return self.displayed(self.config.threshold)
 
-    def show(self, score: float) -> float:
-        """A raw probability as this predictor tells it."""
-        return float(temper(score, self.config.temperature)) if self.calibrated else score
+    def displayed(self, p: float) -> float:
+        """Return a probability of the network as this predictor shows it: calibrated, or unchanged."""
+        return float(temper(p, self._temperature))
 
-    def scores(self, images: np.ndarray) -> np.ndarray:
-        """The probability of pneumonia (n,) of grey uint8 images (n, size, size)."""
-        return self.judge(images)[0]
+    @property
+    def _temperature(self) -> float:
+        if not self.calibrated or self.config.temperature is None:
+            return 1.0
+        return self.config.temperature
 
-    def predict(
-        self, images: Sequence[Path], batch_size: int = 32, workers: int | None = None
-    ) -> Iterator[dict[str, Any]]:
-        """A row an image, in their order, with the keys `COLUMNS`; an image that cannot be used gets the status `error` or
-        `rejected` and its code, and stops nothing. The message of others tells what reading it took, such as the window
-        of a 16-bit image. `workers` threads read ahead (default: the cores). The progress is shown."""
+    def predict(self, images: Sequence[Path], batch_size: int = 32, workers: int | None = None) -> Iterator[Row]:
+        """Yield a row for each image, in order, with the keys `COLUMNS`, and show the progress.
+
+        An image that cannot be used gets the status `error` or `rejected` with a code and a message. The message of
+        other images contains notes of their reading, such as the window of a 16-bit image. `workers` threads read
+        images ahead (default: the number of cores).
+        """
         opened = in_threads(self._open, images, workers)
         while batch := list(islice(opened, batch_size)):
-            yield from self._rows(batch)
+            yield from self._predict_batch(batch)
 
-    def take(
-        self, name: str, read: Callable[[Preprocessing], DecodedImage]
-    ) -> tuple[dict[str, Any], DecodedImage | None]:
-        """The row that `predict` begins for the image `name`, which `read` decodes for the preprocessing that it is
-        given; and the image, None where the row tells why there is none."""
-        row = dict.fromkeys(COLUMNS) | {'path': name, 'threshold': self.threshold}
+    def _open(self, path: Path) -> tuple[Row, np.ndarray | None]:
+        row, image = self.start_row(str(path), lambda preprocessing: open_image(path, preprocessing))
+        if image is None:
+            return row, None
+        return row, self.preprocessing.fit(image.pixels)
+
+    def _predict_batch(self, batch: list[tuple[Row, np.ndarray | None]]) -> Iterator[Row]:
+        squares = [square for _, square in batch if square is not None]
+        decisions = []
+        if squares:
+            p, distances = self.infer(np.stack(squares))
+            decisions = [self.decide(*pair) for pair in zip(p, distances, strict=True)]
+        position = 0
+        for row, square in batch:
+            if square is not None:
+                row = row | decisions[position]
+                position += 1
+            yield row
+
+    def start_row(self, name: str, read: Callable[[Preprocessing], DecodedImage]) -> tuple[Row, DecodedImage | None]:
+        """Return the row of the image `name` before its prediction, and the image; None if it cannot be used.
+
+        `read` decodes the image for the preprocessing that it is given.
+        """
+        row: Row = {**dict.fromkeys(COLUMNS), 'path': name, 'threshold': self.threshold}
         try:
             image = read(self.preprocessing)
         except ImageError as error:
-            why = str(error).removeprefix(f'{name}: '.replace('\n', ' '))[:SHORT]
-            return row | {'status': error.status, 'code': error.code, 'message': why}, None
-        return row | {'status': 'ok', 'message': '; '.join(image.notes)[:SHORT] or None}, image
+            message = str(error).removeprefix(f'{name}: '.replace('\n', ' '))[:MAX_MESSAGE]
+            return row | {'status': error.status, 'code': error.code, 'message': message}, None
+        notes = '; '.join(image.notes)[:MAX_MESSAGE]
+        return row | {'status': 'ok', 'message': notes or None}, image
 
-    def judge(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities, and how far each image is from those of the gate over what it allows; 0 without a gate."""
+    def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return probabilities (n,) and gate distances (n,) of grey uint8 images (n, size, size).
+
+        A distance above 1 means that the gate rejects the image; without a gate all are 0. Raises `CXRError` if a
+        probability is NaN or not between 0 and 1.
+        """
         p, features = self.engine(images)
         if self.tta:
-            p = (p + self.engine(np.ascontiguousarray(images[:, :, ::-1]))[0]) / 2
+            mirrored, _ = self.engine(np.ascontiguousarray(images[:, :, ::-1]))
+            p = (p + mirrored) / 2
         if not ((p >= 0) & (p <= 1)).all():
             raise CXRError(
-                f'{self.config.arch}: it gives {p.min():g} to {p.max():g} for a probability: the model is '
-                'damaged, get it anew.'
+                f'{self.config.arch}: the network returned probabilities from {p.min():g} to {p.max():g}, so the model '
+                'is damaged. Get it again from its source.'
             )
-        return p, self.gate.measure(features, images) if self.gate else np.zeros(len(p))
+        if self.gate is None:
+            return p, np.zeros(len(p))
+        return p, self.gate.measure(features, images)
 
-    def tell(self, score: float, distance: float) -> dict[str, Any]:
-        """What `judge` found of an image, in the words of a row."""
-        if not distance <= 1:
-            return OUTSIDE
-        return {'p_pneumonia': self.show(float(score)), 'prediction': VOCAB[int(score >= self.config.threshold)]}
+    def decide(self, p: float, distance: float) -> Row:
+        """Return the fields of a row that follow from the results of `infer` for one image."""
+        is_known = distance <= 1  # False if the distance is NaN
+        if not is_known:
+            return REJECTION
+        label = VOCAB[int(p >= self.config.threshold)]
+        return {'p_pneumonia': self.displayed(float(p)), 'prediction': label}
 
-    def _open(self, path: Path) -> tuple[dict, np.ndarray | None]:
-        row, image = self.take(str(path), lambda wanted: open_image(path, wanted))
-        return row, None if image is None else self.preprocessing.fit(image.pixels)
-
-    def _rows(self, batch: list[tuple[dict, np.ndarray | None]]) -> Iterator[dict]:
-        readable = [image for _, image in batch if image is not None]
-        found = zip(*self.judge(np.stack(readable)), strict=True) if readable else iter(())
-        for row, image in batch:
-            yield row if image is None else row | self.tell(*next(found))
+    def scores(self, images: np.ndarray) -> np.ndarray:
+        """Return the probabilities of pneumonia (n,) of grey uint8 images (n, size, size), not calibrated."""
+        p, _ = self.infer(images)
+        return p
 
 
-def prediction_table(rows: Iterable[dict]) -> pd.DataFrame:
-    """The rows of `Predictor.predict` as a table."""
+def prediction_table(rows: Iterable[Row]) -> pd.DataFrame:
+    """Return the rows of `Predictor.predict` as a table with the columns `COLUMNS`."""
     import pandas as pd
 
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _of_bundle(path: Path, engine: str) -> Predictor:
+def _load_bundle(path: Path, engine: str) -> Predictor:
     bundle = Bundle.open(path)
-    found = Predictor(bundle.engine(engine), bundle.config)
+    predictor = Predictor(bundle.engine(engine), bundle.config)
     if GATE not in bundle:
-        return found
-    found = replace(found, gate=Gate.from_tensors(bundle.tensors(GATE), path / GATE))
+        return predictor
+    predictor = replace(predictor, gate=Gate.from_tensors(bundle.tensors(GATE), path / GATE))
     try:
-        fits = found.judge(bundle.canary.images[:1])[1].shape == (1,)
+        _, distances = predictor.infer(bundle.selftest.images[:1])
+        gate_fits = distances.shape == (1,)
     except (ValueError, TypeError, IndexError):
-        fits = False
-    if not fits:
-        raise CXRError(f'{path / GATE}: not a gate of this network: the bundle is damaged, get it anew.')
-    return found
+        gate_fits = False
+    if not gate_fits:
+        raise CXRError(
+            f'{path / GATE}: not the gate of this network, so the bundle is damaged. Get it again from its source.'
+        )
+    return predictor
 
 
-def _of_run(path: Path, _: str) -> Predictor:
-    run, file = Run(path), find_network(path)
+def _load_run(path: Path) -> Predictor:
+    run = Run(path)
+    file = find_network(path)
     if file.name == LEARNER:
-        found = _of_pickle(file)  # a run of before there were safetensors
+        predictor = _load_pickle(file)
     else:
-        config = ModelConfig.from_dict(asdict(ModelConfig.of(run.recipe)), run / 'recipe.json')
-        found = Predictor(TorchEngine(load_network(config.arch, file.read_bytes(), file)), config)
-    return replace(found, config=_decided(run, file, found.config))
+        settings = asdict(ModelConfig.from_recipe(run.recipe))
+        config = ModelConfig.from_dict(settings, run / 'recipe.json')
+        predictor = Predictor(TorchEngine(load_network(config.arch, file.read_bytes(), file)), config)
+    return replace(predictor, config=_apply_decision(run, file, predictor.config))
 
 
-def _of_pickle(path: Path, _: str = 'auto') -> Predictor:
-    if not path.is_file():
-        find_network(path)  # which tells what a model is
-    from cxr_fastai.inference.pickles import load_learner
-
-    learn = load_learner(path)
-    return Predictor(TorchEngine(learn.model), ModelConfig.from_dict(learn.config, path))
-
-
-def _decided(run: Run, file: Path, config: ModelConfig) -> ModelConfig:
-    """`config` with what was decided for the network in `file`; with a warning as it is, where that was for another."""
-    from cxr_fastai.inference.decision import Decision
-
-    known = Decision.of(run, sha256(file))
-    if known:
-        return replace(config, threshold=known.threshold, threshold_rule=known.rule, temperature=known.temperature)
+def _apply_decision(run: Run, file: Path, config: ModelConfig) -> ModelConfig:
+    """Return `config` with the decision of `run`; unchanged, with a warning, if that was made for another network."""
+    decision = Decision.from_run(run, sha256(file))
+    if decision:
+        return replace(
+            config, threshold=decision.threshold, threshold_rule=decision.rule, temperature=decision.temperature
+        )
     if run.decision:
         warnings.warn(
-            f'{run / "decision.json"} was chosen for another network, so it is not used: evaluate the run again.',
+            f'{run / "decision.json"} was made for another network, so it is not used. Evaluate the run again.',
             CXRWarning,
             stacklevel=4,
         )
     return config
+
+
+def _load_pickle(path: Path) -> Predictor:
+    from cxr_fastai.inference.pickles import load_learner
+
+    if not path.is_file():
+        find_network(path)  # raises the error that explains what a model is
+    learn = load_learner(path)
+    return Predictor(TorchEngine(learn.model), ModelConfig.from_dict(learn.config, path))

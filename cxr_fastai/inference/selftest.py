@@ -1,8 +1,7 @@
-"""Eight synthetic images, and what a network predicted of them when it was saved: does it still?"""
+"""The self-test of a model file: reference images, and the probabilities that were predicted for them at export."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,81 +10,94 @@ import numpy as np
 
 from cxr_fastai.core.errors import CXRError, first_line
 from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.inference.engines import Engine
 
 IMAGES = 8
+"""Number of reference images."""
 TOLERANCE = 1e-4
-"""By how much a probability may differ on another machine, or in another format."""
-Engine = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Images, grey uint8 (n, s, s), become probabilities of pneumonia (n,) and features (n, c)."""
+"""Largest difference of a probability on another machine or in another file format."""
 
 
 class ParityError(CXRError):
-    """A model file that does not predict what it did when it was saved."""
+    """A model file does not reproduce the probabilities that were stored with it."""
 
     exit_code = 5
 
 
 @dataclass(frozen=True)
-class Canary:
-    """`images`, grey uint8 (n, s, s), and the probabilities `p` (n,) of pneumonia."""
+class SelfTest:
+    """Reference `images`, grey uint8 (n, s, s), and their stored probabilities `p` (n,) of pneumonia."""
 
     images: np.ndarray
     p: np.ndarray
 
     @classmethod
-    def of(cls, engine: Engine, size: int) -> Canary:
-        """What `engine` predicts of four synthetic images of each class, of `size` px."""
+    def create(cls, engine: Engine, size: int) -> SelfTest:
+        """Return a self-test with the predictions of `engine` for `IMAGES` synthetic images of `size` px."""
         images = draw_images(size)
-        return cls(images, engine(images)[0])
+        p, _ = engine(images)
+        return cls(images, p)
 
-    def check(self, engine: Engine, source: Path, few: int = IMAGES, threshold: float = 0.5) -> None:
-        """Raise `ParityError` unless `engine` predicts the same of the first `few` images, and calls them the same."""
-        known = self.p[:few]
+    def check(self, engine: Engine, source: Path, first: int = IMAGES, threshold: float = 0.5) -> None:
+        """Raise `ParityError` unless `engine` reproduces the probabilities and classes of the `first` images.
+
+        A stored probability within `TOLERANCE` of the threshold does not decide a class. `source` is the file that the
+        message names.
+        """
+        expected = self.p[:first]
         try:
-            p = engine(self.images[:few])[0]
-        except Exception as error:  # those of torch and ONNX Runtime share no base
+            p, _ = engine(self.images[:first])
+        except Exception as error:  # torch and ONNX Runtime have no common base class
             raise ParityError(
-                f'{source}: it cannot predict the images that it was saved with '
-                f'({first_line(error, 200)}): it is damaged, or made for other software: get it anew.'
+                f'{source}: the model cannot predict its reference images ({first_line(error, 200)}). '
+                'It is damaged, or made for other software. Get it again from its source.'
             ) from error
-        same = p.shape == known.shape and p.dtype.kind == 'f'
-        worst, plain = float(np.abs(p - known).max()) if same else np.inf, np.abs(known - threshold) > TOLERANCE
-        if not worst <= TOLERANCE or ((p >= threshold) != (known >= threshold))[plain].any():
+        if p.shape != expected.shape or p.dtype.kind != 'f':
+            difference = np.inf
+            same_classes = False
+        else:
+            difference = float(np.abs(p - expected).max())
+            is_clear = np.abs(expected - threshold) > TOLERANCE
+            same_classes = np.array_equal((p >= threshold)[is_clear], (expected >= threshold)[is_clear])
+        if np.isnan(difference) or difference > TOLERANCE or not same_classes:
             raise ParityError(
-                f'{source}: it does not predict what it did when it was saved (a probability differs by '
-                f'{worst:.2g}): it is damaged, or made for other software: get it anew.'
+                f'{source}: the model does not reproduce its stored predictions (a probability differs by '
+                f'{difference:.2g}). It is damaged, or made for other software. Get it again from its source.'
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, which need no package to be read."""
+        """Return plain values, which a pickle can contain without a class of another package."""
         return {'images': self.images.tobytes(), 'size': self.images.shape[-1], 'p': self.p.tolist()}
 
     @classmethod
-    def from_dict(cls, facts: dict[str, Any], source: Path) -> Canary:
-        """The inverse of `as_dict`. Raises `CXRError` for what is none."""
+    def from_dict(cls, facts: dict[str, Any], source: Path) -> SelfTest:
+        """Return the self-test that `as_dict` described. Raises `CXRError` if `facts`, from `source`, are not one."""
         try:
-            images = np.frombuffer(bytearray(facts['images']), np.uint8).reshape(-1, facts['size'], facts['size'])
-            return cls.checked(images, np.array(facts['p'], np.float64), source)
+            size = facts['size']
+            images = np.frombuffer(bytearray(facts['images']), np.uint8).reshape(-1, size, size)
+            p = np.array(facts['p'], np.float64)
         except (KeyError, TypeError, ValueError, OverflowError):
-            raise CXRError(f'{source}: its canary images are damaged.') from None
+            raise CXRError(f'{source}: the reference images of its self-test are damaged.') from None
+        return cls.from_arrays(images, p, source)
 
     @classmethod
-    def checked(cls, images: np.ndarray, p: np.ndarray, source: Path) -> Canary:
-        """A canary of what a file holds. Raises `CXRError` where that is no set of images with probabilities."""
-        square = images.ndim == 3 and images.dtype == np.uint8 and images.shape[1] == images.shape[2]
-        told = p.dtype.kind == 'f' and p.shape == (len(images),) and ((p >= 0) & (p <= 1)).all()
-        if not (square and told and len(images) >= 1):
-            raise CXRError(f'{source}: its canary images are damaged.')
+    def from_arrays(cls, images: np.ndarray, p: np.ndarray, source: Path) -> SelfTest:
+        """Return the self-test of arrays that `source` contains. Raises `CXRError` if a shape, type or value is bad."""
+        are_images = images.ndim == 3 and images.dtype == np.uint8 and images.shape[1] == images.shape[2]
+        are_probabilities = p.dtype.kind == 'f' and bool(((p >= 0) & (p <= 1)).all())
+        if not are_images or not are_probabilities or len(images) == 0 or p.shape != (len(images),):
+            raise CXRError(f'{source}: the reference images of its self-test are damaged.')
         return cls(images, p)
 
 
 def draw_images(size: int) -> np.ndarray:
-    """Four synthetic images of each class in turn, uint8 (8, size, size)."""
+    """Return `IMAGES` synthetic images, uint8 (n, size, size); the classes alternate."""
     from PIL import Image
 
     from cxr_fastai.images.synthetic import Chest, draw_image
 
-    rng, images = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    images = []
     for i in range(IMAGES):
         image, _ = draw_image(Chest.draw(rng), VOCAB[i % 2], max(size, 64), rng)
         images.append(np.asarray(Image.fromarray(image).resize((size, size))))

@@ -1,178 +1,331 @@
-"""Rows go to disk as they come; what is there is a whole file at any time."""
+"""`predict_to_table`, which predicts images and writes a table (CSV, JSON or Parquet) that is complete at any time."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from cxr_fastai.core.errors import OutputError, UsageError
+from cxr_fastai.core.environment import is_main_process
+from cxr_fastai.core.errors import CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import atomic, writing
+from cxr_fastai.core.recipe import POSITIVE, VOCAB
+from cxr_fastai.inference.distributed import broadcast, map_in_processes, process_group
+from cxr_fastai.inference.predictor import COLUMNS, Predictor, Row
 
-Row = dict[str, Any]
-FORMULA = ('=', '+', '-', '@', '\t', '\r', '\0')
-"""First letters that make a spreadsheet reckon with a text."""
+FORMULA_STARTS = ('=', '+', '-', '@', '\t', '\r', '\0')
+"""First characters that make a spreadsheet evaluate a text as a formula."""
+NUMBERS = ('p_pneumonia', 'threshold')
+"""Columns that Parquet stores as numbers; the others are text."""
 
 
-class CsvRows:
-    """A CSV with the columns of its first row; a text that a spreadsheet would take for a formula gets a `'` first."""
+@dataclass(frozen=True)
+class Predictions:
+    """The result of `predict_to_table`: the rows of all images, and the predictor that computed them."""
 
-    end = b''
-    """What stands behind the last row."""
+    rows: list[Row]
+    predictor: Predictor
 
-    def __init__(self, path: Path, columns: Sequence[str]):
-        self.path, self.columns = path, columns
+    @property
+    def positives(self) -> int:
+        """The number of images that were classified as pneumonia."""
+        return sum(row['prediction'] == VOCAB[POSITIVE] for row in self.rows)
 
-    def start(self) -> None:
-        """Begin the file."""
+    @property
+    def failures(self) -> list[Row]:
+        """The rows of images without a probability, with the status `error` or `rejected`."""
+        return [row for row in self.rows if row['status'] != 'ok']
+
+
+def predict_to_table(
+    model: Path,
+    images: Sequence[Path],
+    table: Path | None = None,
+    *,
+    resume: bool = False,
+    batch_size: int = 32,
+    workers: int | None = None,
+    calibrated: bool = False,
+    threshold: float | None = None,
+    tta: bool = False,
+    use_gate: bool = True,
+    engine: str = 'auto',
+) -> Predictions:
+    """Predict `images` with `model` and write a row for each image to `table`, batch by batch.
+
+    `model` and the options are those of `Predictor.load`; `threshold` replaces that of the model. `table` is a new
+    `.csv`, `.json` or `.parquet` file with the columns `COLUMNS`; None writes nothing. If the process is interrupted,
+    the rows of all finished batches are in the file, and `resume=True` continues it with the same model, options and
+    images. An image that cannot be used gets a row with a code and a message.
+
+    In a distributed run each process predicts a part of the images, and only the main process writes and returns rows.
+
+    Raises `UsageError` if `table` exists already, or if it cannot be resumed with these arguments; `OutputError` if it
+    cannot be written; `CXRError` if the model cannot be loaded.
+    """
+    with process_group():
+        writer = None
+        finished: list[Row] = []
+        if is_main_process():
+            writer, finished = _open_table(table, resume)
+        finished, paths = broadcast((finished, list(images)))
+        _check_same_images(finished, paths, table)
+        predictor = replace(Predictor.load(model, calibrated, engine, use_gate), tta=tta)
+        if threshold is not None:
+            predictor = predictor.with_threshold(threshold)
+        _check_same_threshold(finished, predictor, table)
+        if use_gate and predictor.gate is None and is_main_process():
+            warnings.warn(
+                f'{model} has no input gate, so every image gets a probability, even if it is not a chest X-ray. '
+                '`cxr-fastai export` makes a bundle with a gate.',
+                CXRWarning,
+                stacklevel=2,
+            )
+        if writer and not finished:
+            writer.create()
+        predict = partial(predictor.predict, batch_size=batch_size, workers=workers)
+        rows = map_in_processes(predict, paths[len(finished) :])
+        written = _write_rows(rows, writer, batch_size)
+    return Predictions(finished + written, predictor)
+
+
+def _open_table(table: Path | None, resume: bool) -> tuple[CsvTable | None, list[Row]]:
+    """Return the writer of `table`, and the rows that the file contains already."""
+    if table is None:
+        if resume:
+            raise UsageError('--resume needs --out, the table to resume.')
+        return None, []
+    if not table.parent.is_dir():
+        raise UsageError(f'{table}: the folder {table.parent} does not exist. Create it, or choose another --out.')
+    writer = open_table(table, COLUMNS)
+    if not table.exists():
+        return writer, []
+    if not resume:
+        raise UsageError(f'{table} exists already and was not changed. Choose another --out, or give --resume.')
+    try:
+        return writer, writer.read()
+    except (ValueError, KeyError, OSError, RecursionError) as error:
+        raise UsageError(f'--resume: {table} is not a table of predictions ({error}). Choose another --out.') from None
+
+
+def _check_same_images(finished: list[Row], paths: list[Path], table: Path | None) -> None:
+    expected = [_path_text(path) for path in paths[: len(finished)]]
+    if [row['path'] for row in finished] != expected:
+        raise UsageError(f'--resume: {table} contains other images. Name the same images as before, in the same order.')
+
+
+def _check_same_threshold(finished: list[Row], predictor: Predictor, table: Path | None) -> None:
+    if not finished:
+        return
+    threshold = float(finished[0]['threshold'])
+    if threshold != predictor.threshold:
+        raise UsageError(
+            f'--resume: {table} has the threshold {threshold:g}, but now it is {predictor.threshold:g}. '
+            'Use the same model and options as before.'
+        )
+
+
+def _write_rows(rows: Iterator[Row], writer: CsvTable | None, batch_size: int) -> list[Row]:
+    written: list[Row] = []
+    try:
+        while batch := list(islice(rows, batch_size)):
+            batch = [row | {'path': _path_text(row['path'])} for row in batch]
+            if writer:
+                writer.append(batch)
+            written += batch
+    finally:
+        if writer:
+            writer.close()
+    return written
+
+
+def _path_text(path: Path | str) -> str:
+    """Return a path as valid UTF-8; bytes of a file name that are not valid become escape sequences."""
+    return str(path).encode('utf-8', 'backslashreplace').decode()
+
+
+class CsvTable:
+    """A CSV file. A text that a spreadsheet would evaluate as a formula is written with a `'` in front.
+
+    Interrupted at any time, the file contains complete rows.
+    """
+
+    footer = b''
+    """The bytes after the last row."""
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path = path
+        self.columns = columns
+
+    def create(self) -> None:
+        """Write a file without rows. Raises `OutputError`."""
         with atomic(self.path) as temporary:
-            temporary.write_bytes(_lines([self.columns]))
+            temporary.write_bytes(_csv_bytes([self.columns]))
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Put `rows` behind those that are there."""
-        self._append(_lines([_plain(row[name]) for name in self.columns] for row in rows))
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add `rows` at the end. Raises `OutputError`; the file then contains the rows before."""
+        self._append_bytes(_csv_bytes([_cell(row[name]) for name in self.columns] for row in rows))
 
     def read(self) -> list[Row]:
-        """The rows that are there; empty cells are None, numbers and the rest are text. Raises `ValueError` where it is
-        no such table."""
+        """Return the rows of the file. Empty cells are None, all others are text.
+
+        Raises `ValueError` if it is not a table with these columns.
+        """
         with open(self.path, encoding='utf-8', newline='') as file:
             try:
-                names, *lines = csv.reader(file)
+                lines = list(csv.reader(file))
             except csv.Error as error:
                 raise ValueError(str(error)) from None
-        _check_columns([names], self.columns)
-        return [dict(zip(self.columns, (_unescaped(cell) for cell in line), strict=True)) for line in lines]
+        if not lines:
+            raise ValueError('it is empty')
+        _check_columns(lines[:1], self.columns)
+        return [dict(zip(self.columns, map(_parse_cell, line), strict=True)) for line in lines[1:]]
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Write the rows that are not written yet. Raises `OutputError`."""
 
-    def _append(self, data: bytes, between: bytes = b'') -> None:
-        """Put `data` behind the rows that are there; a disk that is full in the midst of it leaves these."""
+    def _append_bytes(self, data: bytes, separator: bytes = b'') -> None:
+        """Write `data` in front of the footer, after a `separator` unless it is the first row.
+
+        If the disk becomes full, the file is restored.
+        """
         with writing(self.path):
-            at = self.path.stat().st_size - len(self.end)
-        if at > 1:
-            data = between + data
+            end_of_rows = self.path.stat().st_size - len(self.footer)
+        if end_of_rows > 1:
+            data = separator + data
         try:
             with writing(self.path), open(self.path, 'rb+') as file:
-                file.seek(at)
-                file.write(data + self.end)
+                file.seek(end_of_rows)
+                file.write(data + self.footer)
         except OutputError:
             with suppress(OSError):
-                os.truncate(self.path, at)
+                os.truncate(self.path, end_of_rows)
                 with open(self.path, 'ab') as file:
-                    file.write(self.end)
+                    file.write(self.footer)
             raise
 
 
-class JsonRows(CsvRows):
-    """A JSON array of objects, whose texts are as they are."""
+class JsonTable(CsvTable):
+    """A JSON file: an array with an object for each row."""
 
-    end = b'\n]\n'
+    footer = b'\n]\n'
 
-    def start(self) -> None:
-        """Begin the file."""
+    def create(self) -> None:
+        """Write an empty array. Raises `OutputError`."""
         with atomic(self.path) as temporary:
-            temporary.write_bytes(b'[' + self.end)
+            temporary.write_bytes(b'[' + self.footer)
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Put `rows` behind those that are there."""
-        lines = ',\n'.join(json.dumps(row, allow_nan=False) for row in rows)
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add `rows` at the end. Raises `OutputError`; the file then contains the rows before."""
         if rows:
-            self._append(f'\n{lines}'.encode(), b',')
+            lines = ',\n'.join(json.dumps(row, allow_nan=False) for row in rows)
+            self._append_bytes(f'\n{lines}'.encode(), separator=b',')
 
     def read(self) -> list[Row]:
-        """The rows that are there. Raises `ValueError` where it is no such table."""
+        """Return the rows of the file. Raises `ValueError` if it is not a table with these columns."""
         rows = json.loads(self.path.read_text(encoding='utf-8'))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise ValueError('no array of objects')
+            raise ValueError('not an array of objects')
         _check_columns(rows, self.columns)
         return rows
 
 
-class ParquetRows(CsvRows):
-    """A Parquet table, written anew whenever `EVERY` rows are new, and at the end."""
+class ParquetTable(CsvTable):
+    """A Parquet file. It cannot be extended, so it is rewritten after every `ROWS_PER_WRITE` rows and at the end."""
 
-    EVERY = 2000
+    ROWS_PER_WRITE = 2000
 
-    def start(self) -> None:
-        """Begin the file."""
+    def create(self) -> None:
+        """Write a file without rows. Raises `OutputError`."""
         self.rows: list[Row] = []
-        self.written = 0
         self.close()
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Put `rows` behind those that are there."""
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add `rows` at the end. Raises `OutputError`; the file then contains the rows that were written before."""
         self.rows += rows
-        if len(self.rows) - self.written >= self.EVERY:
+        if len(self.rows) - self.written_rows >= self.ROWS_PER_WRITE:
             self.close()
 
     def read(self) -> list[Row]:
-        """The rows that are there. Raises `ValueError` where it is no such table."""
+        """Return the rows of the file. Raises `ValueError` if it is not a table with these columns."""
         import pandas as pd
 
         table = pd.read_parquet(self.path).astype(object)
         _check_columns([table], self.columns)
         self.rows = table.where(table.notna(), None).to_dict('records')
-        self.written = len(self.rows)
+        self.written_rows = len(self.rows)
         return self.rows
 
     def close(self) -> None:
-        """Write what is not written yet."""
+        """Write all rows. Raises `OutputError`."""
         import pandas as pd
 
-        kinds = {name: 'float64' if name in ('p_pneumonia', 'threshold') else 'string' for name in self.columns}
-        table = pd.DataFrame(self.rows, columns=list(self.columns)).astype(kinds)
+        dtypes = {name: 'float64' if name in NUMBERS else 'string' for name in self.columns}
+        table = pd.DataFrame(self.rows, columns=list(self.columns)).astype(dtypes)
         with atomic(self.path) as temporary:
             table.to_parquet(temporary, index=False)
-        self.written = len(self.rows)
+        self.written_rows = len(self.rows)
 
 
-KINDS = {'.csv': CsvRows, '.json': JsonRows, '.parquet': ParquetRows}
-"""The end of a file's name -> what writes it."""
+TABLES: dict[str, type[CsvTable]] = {'.csv': CsvTable, '.json': JsonTable, '.parquet': ParquetTable}
+"""Suffix of a file name -> the class that writes it."""
 
 
-def open_rows(path: Path, columns: Sequence[str]) -> CsvRows:
-    """What writes the file `path`, by its name. Raises `UsageError` for a name that is none of `KINDS`, or where the
-    package for it is missing."""
-    kind = KINDS.get(path.suffix.lower())
+def open_table(path: Path, columns: Sequence[str]) -> CsvTable:
+    """Return the writer of the file `path`, which is chosen by its suffix.
+
+    Raises `UsageError` for another suffix than those in `TABLES`, or if a package is missing.
+    """
+    kind = TABLES.get(path.suffix.lower())
     if kind is None:
-        raise UsageError(f'--out {path}: its name has to end in {", ".join(KINDS)}.')
-    if kind is ParquetRows:
-        from importlib.util import find_spec
-
-        if not find_spec('pyarrow'):
-            raise UsageError(f'--out {path}: needs pip install "cxr_fastai[parquet]".')
+        raise UsageError(f'--out {path}: unknown kind of table. The name must end in {", ".join(TABLES)}.')
+    if kind is ParquetTable and not find_spec('pyarrow'):
+        raise UsageError(f'--out {path}: needs the package pyarrow. Install it: pip install "cxr_fastai[parquet]".')
     return kind(path, columns)
 
 
-def _lines(rows: Iterable[Sequence[Any]]) -> bytes:
-    """`rows` as CSV. (Where lines do not end in a carriage return, older `csv` do not quote a cell with one.)"""
+def _csv_bytes(rows: Iterable[Sequence[Any]]) -> bytes:
+    """Return `rows` as CSV with the line ending `\\n`.
+
+    They are written with `\\r\\n` first: otherwise some versions of `csv` do not quote a cell with a carriage return.
+    """
     lines: list[str] = []
     csv.writer(SimpleNamespace(write=lines.append), lineterminator='\r\n').writerows(rows)
-    return ''.join(f'{line[:-2]}\n' for line in lines).encode('utf-8', 'backslashreplace')
+    return ''.join(line.removesuffix('\r\n') + '\n' for line in lines).encode('utf-8', 'backslashreplace')
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, str) and _reckons(value):
+def _cell(value: Any) -> Any:
+    if value is None:
+        return ''
+    if isinstance(value, str) and _is_formula(value):
         return f"'{value}"
-    return '' if value is None else value
+    return value
 
 
-def _unescaped(cell: str) -> str | None:
-    return (cell[1:] if cell[:1] == "'" and _reckons(cell) else cell) or None
+def _parse_cell(cell: str) -> str | None:
+    """Return the text that `_cell` wrote as `cell`."""
+    if cell.startswith("'") and _is_formula(cell):
+        cell = cell[1:]
+    return cell or None
 
 
-def _reckons(text: str) -> bool:
-    """Whether `text` is a formula, or one behind a `'`, which needs another to be told from it."""
-    return text.lstrip("'").startswith(FORMULA)
+def _is_formula(text: str) -> bool:
+    """Return True if `text` is a formula, or a formula after one or more `'`, so that each of them is written back."""
+    return text.lstrip("'").startswith(FORMULA_STARTS)
 
 
 def _check_columns(rows: Iterable[Iterable[str]], columns: Sequence[str]) -> None:
     """Raise `ValueError` unless each of `rows` has the `columns`."""
-    if any(list(row) != list(columns) for row in rows):
-        raise ValueError('other columns')
+    for row in rows:
+        if list(row) != list(columns):
+            raise ValueError('other columns')

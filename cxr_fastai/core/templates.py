@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 
-def fill(template: str, **values: Any) -> str:
+def render_template(template: str, **values: Any) -> str:
     """Return the text of `template`, a file name in the `templates/` folder of a room, rendered with `values`.
 
     In HTML templates every value is escaped, unless it is a `Markup`. Raises `jinja2.UndefinedError` if a value is

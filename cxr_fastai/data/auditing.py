@@ -15,7 +15,7 @@ from PIL import Image
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.files import write_json, write_text, writing
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
-from cxr_fastai.core.templates import data_uri, fill
+from cxr_fastai.core.templates import data_uri, render_template
 from cxr_fastai.data.find import short_path, shown_path
 from cxr_fastai.data.image_stats import MAX_PAIRS, MIN_CORRELATION, TRAITS, find_duplicates, measure_images
 from cxr_fastai.data.items import identify_images, image_root, read_items
@@ -142,7 +142,7 @@ def save_audit(audit: Audit, folder: Path) -> None:
 def render(audit: Audit) -> str:
     """Return the audit as one HTML page without scripts and external files."""
     pictures = {name: data_uri(jpeg, 'image/jpeg') for name, jpeg in audit.pictures.items()}
-    return fill(
+    return render_template(
         'audit.html',
         audit=audit,
         pictures=pictures,

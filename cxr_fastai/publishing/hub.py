@@ -1,4 +1,4 @@
-"""A bundle goes to the Hugging Face Hub, with its card as the page that people see first."""
+"""Publishes a bundle on the Hugging Face Hub: as a model repository, or as a Space with a page to try the model."""
 
 from __future__ import annotations
 
@@ -15,47 +15,8 @@ from cxr_fastai.core.templates import fill
 from cxr_fastai.inference.bundle import CARD, MANIFEST, Bundle, manifest_text
 from cxr_fastai.inference.config import LEARNER
 
-
-def push(path: Path, repo: str, private: bool = False, with_pickle: bool = False) -> str:
-    """Upload the files of the bundle `path`, each checked, to the repository `repo` (`user/name`), which is made if it
-    is not there; returns its address. The learner, which could run code, goes only `with_pickle`.
-
-    Raises `CXRError` where the bundle is damaged, or the Hub refuses.
-    """
-    require_package('huggingface_hub', 'push-to-hub', 'hub')
-    from huggingface_hub import HfApi
-
-    bundle = Bundle.open(path)
-    with TemporaryDirectory() as made:
-        copy_bundle(Path(made), bundle, with_pickle)
-        try:
-            api = HfApi()
-            api.create_repo(repo, private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=repo,
-                folder_path=made,
-                commit_message='Bundle of cxr_fastai',
-                delete_patterns=None if with_pickle else [LEARNER],
-            )
-        except Exception as error:  # what carries its requests has errors of its own
-            raise CXRError(
-                f'{repo}: the Hub refused ({first_line(error, 200)}): log in by `hf auth login`, and name a '
-                'repository of yours as user/name.'
-            ) from None
-    return f'https://huggingface.co/{repo}'
-
-
-def copy_bundle(folder: Path, bundle: Bundle, with_pickle: bool = False) -> None:
-    """Put into `folder` what goes to the Hub: the bundle, with its card as README.md."""
-    files = {name: facts for name, facts in bundle.manifest.items() if with_pickle or name != LEARNER}
-    for name in files:
-        (folder / name).write_bytes(bundle.read(name))
-    (folder / MANIFEST).write_text(manifest_text(files), encoding='utf-8')
-    (folder / 'README.md').write_bytes(bundle.read(CARD))
-
-
-PACKAGE = Path(__file__).parents[1]
-NEEDED = (
+PACKAGE_FOLDER = Path(__file__).parents[1]
+SPACE_PACKAGES = (
     'numpy',
     'pillow',
     'rich',
@@ -64,49 +25,92 @@ NEEDED = (
     'safetensors',
     'filelock',
     'matplotlib',
+    'lazy-loader',
     'torch',
     'torchvision',
     'pydicom',
     'pyjpegls',
     'onnxruntime',
 )
-"""What predicting and maps need of the package's requirements: fastai is not imported."""
-CPU = '--extra-index-url https://download.pytorch.org/whl/cpu'
-"""Where torch is to be had without two gigabytes for GPUs."""
-FRONT = re.compile(r'\A---\n.*?\n---\n', re.DOTALL)
-"""What a card says to the Hub, above what it says to people."""
+"""The requirements of the package that prediction and maps need; fastai is not one of them."""
+TORCH_INDEX = '--extra-index-url https://download.pytorch.org/whl/cpu'
+"""Makes pip install torch without the CUDA libraries, which take 2 GB."""
+FRONT_MATTER = re.compile(r'\A---\n.*?\n---\n', re.DOTALL)
+"""The metadata at the start of a model card."""
+
+
+def push(path: Path, repo: str, private: bool = False, with_pickle: bool = False) -> str:
+    """Upload the files of the bundle `path` to the model repository `repo` (`user/name`) and return its URL.
+
+    The repository is created if it does not exist. Each file is checked before the upload. The pickled learner, which
+    could run code when it is loaded, is uploaded only with `with_pickle`. Raises `CXRError` if the bundle is damaged or
+    the Hub rejects the upload.
+    """
+    require_package('huggingface_hub', 'push-to-hub', 'hub')
+    from huggingface_hub import HfApi
+
+    bundle = Bundle.open(path)
+    with TemporaryDirectory() as folder:
+        copy_bundle(Path(folder), bundle, with_pickle)
+        try:
+            api = HfApi()
+            api.create_repo(repo, private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message='Bundle of cxr_fastai',
+                delete_patterns=None if with_pickle else [LEARNER],
+            )
+        except Exception as error:  # includes the errors of the HTTP client, which have no common base
+            raise CXRError(
+                f'{repo}: the Hub rejected the upload ({first_line(error, 200)}). Log in with `hf auth login`, and name '
+                'a repository of your own as user/name.'
+            ) from None
+    return f'https://huggingface.co/{repo}'
+
+
+def copy_bundle(folder: Path, bundle: Bundle, with_pickle: bool = False) -> None:
+    """Copy the files of `bundle` to `folder`, with its model card as `README.md`."""
+    files = {name: facts for name, facts in bundle.manifest.items() if with_pickle or name != LEARNER}
+    for name in files:
+        (folder / name).write_bytes(bundle.read(name))
+    (folder / MANIFEST).write_text(manifest_text(files), encoding='utf-8')
+    (folder / 'README.md').write_bytes(bundle.read(CARD))
 
 
 def write_space(bundle: Bundle, out: Path) -> Path:
-    """Write the Space of `bundle` to the new folder `out` and return it: `app.py`, `requirements.txt`, the card as
-    `README.md` with what the Hub has to know, the bundle without its pickle, and this package, so that nothing is
-    installed by a name that anybody could take. Raises `UsageError` where the folder has something in it."""
+    """Write a Space for `bundle` to the new folder `out` and return it.
+
+    The folder contains `app.py`, `requirements.txt`, `README.md` with the model card and the settings of the Space, the
+    bundle without its pickle, and a copy of this package, so that the Space does not install it from a package index.
+    Raises `UsageError` if the folder is not empty.
+    """
     check_new(out)
     with writing(out):
         (out / 'bundle').mkdir(parents=True)
         copy_bundle(out / 'bundle', bundle)
-        shutil.copytree(PACKAGE, out / PACKAGE.name, ignore=shutil.ignore_patterns('__pycache__'), dirs_exist_ok=True)
-    card = FRONT.sub('', bundle.read(CARD).decode())
-    for name, text in {
-        'app.py': fill('space_app.py'),
-        'requirements.txt': '\n'.join([CPU, *needed(), '']),
-        'README.md': fill('space.md', card=card, gradio=_version('gradio')),
-    }.items():
-        write_text(out / name, text)
+        ignore = shutil.ignore_patterns('__pycache__')
+        shutil.copytree(PACKAGE_FOLDER, out / PACKAGE_FOLDER.name, ignore=ignore, dirs_exist_ok=True)
+    card = FRONT_MATTER.sub('', bundle.read(CARD).decode())
+    write_text(out / 'app.py', fill('space_app.py'))
+    write_text(out / 'requirements.txt', '\n'.join([TORCH_INDEX, *space_requirements(), '']))
+    write_text(out / 'README.md', fill('space.md', card=card, gradio=_oldest_version('gradio')))
     return out
 
 
-def needed() -> list[str]:
-    """The requirements of a Space, as the package states them."""
-    stated = {name: text for text in requires('cxr_fastai') or [] if (name := _name(text)) in NEEDED}
-    return [stated[name].partition(';')[0].strip() for name in NEEDED]
+def space_requirements() -> list[str]:
+    """Return the requirements of a Space, with the versions that the package requires."""
+    requirements = _requirements()
+    return [requirements[name].partition(';')[0].strip() for name in SPACE_PACKAGES]
 
 
-def _version(name: str) -> str:
-    """The oldest version of `name` that the package states."""
-    text = next(text for text in requires('cxr_fastai') or [] if _name(text) == name)
-    return re.search(r'>=([\d.]+)', text)[1]
+def _requirements() -> dict[str, str]:
+    """The requirements of the package, extras included, by the name of the required package."""
+    requirements = requires('cxr_fastai') or []
+    return {re.split(r'[^\w-]', text)[0].lower(): text for text in requirements}
 
 
-def _name(requirement: str) -> str:
-    return re.match(r'[\w-]+', requirement)[0].lower()
+def _oldest_version(name: str) -> str:
+    """The oldest version of the package `name` that the requirements allow."""
+    versions = re.findall(r'>=([\d.]+)', _requirements()[name])
+    return str(versions[0])

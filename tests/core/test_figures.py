@@ -1,13 +1,11 @@
-"""A figure on a page takes the page's colours and letters, and brings nothing from elsewhere."""
+"""Figures as PNG files and as inline SVG elements."""
 
 import re
 
-import pandas as pd
 import pytest
 
-from cxr_fastai.core.figures import BLUE, INK, axes, entitle, save_figure, to_svg
-from cxr_fastai.evaluation.plots import plot_rates
-from cxr_fastai.training.lr_finder import Rates
+from cxr_fastai.core.figures import BLUE, INK, axes, save_figure, set_title, to_svg
+from cxr_fastai.core.templates import render_template
 
 
 @pytest.fixture
@@ -16,36 +14,49 @@ def figure():
     ax.plot([0, 1], [1, 0], color=BLUE, marker='o', label='<b>&"')
     ax.annotate('words', (0.5, 0.5), color=INK)
     ax.legend().get_texts()[0].set_parse_math(False)
-    entitle(ax, r'$\bad$ <i>')
+    set_title(ax, r'$\bad$ <i>')
     return figure
 
 
-def test_words_stay_words_and_markup_stays_text(figure):
+def test_text_stays_text_and_markup_is_escaped(figure):
     svg = to_svg(figure, 'a "figure" <of> mine')
-    assert svg.startswith('<svg role="img" aria-label="a &quot;figure&quot; &lt;of&gt; mine" viewBox=')
-    assert '>words</text>' in svg and '&lt;b&gt;&amp;' in svg and r'$\bad$ &lt;i&gt;' in svg and '<i>' not in svg
+    assert svg.startswith('<svg role="img" aria-label="a &quot;figure&quot; &lt;of&gt; mine" viewBox="0 0 288 216">')
+    assert '>words</text>' in svg
+    assert '&lt;b&gt;&amp;' in svg
+    assert r'$\bad$ &lt;i&gt;' in svg
+    assert '<i>' not in svg
 
 
-def test_colours_and_letters_are_the_pages(figure):
+def test_colours_follow_the_theme_of_the_page(figure):
     svg = to_svg(figure, 'x')
-    assert 'var(--blue)' in svg and 'var(--ink)' in svg and not re.search(f'{BLUE}|{INK}|#000000', svg, re.IGNORECASE)
-    assert 'system-ui, sans-serif' in svg and 'DejaVu' not in svg
+    page = render_template('page.html')
+    for variable in re.findall(r'var\((--\w+)\)', svg):
+        assert page.count(f'{variable}: ') == 2, f'{variable} needs a value for the light and for the dark theme'
+    assert {'--blue', '--ink'} <= set(re.findall(r'var\((--\w+)\)', svg))
+    assert not re.search(f'{BLUE}|{INK}|#000000', svg, re.IGNORECASE)
 
 
-def test_nothing_comes_from_elsewhere_and_identifiers_do_not_meet(figure):
+def test_the_page_sets_the_font_of_the_text(figure):
+    assert re.search(
+        r'svg :is\(text, tspan\) { font-family: system-ui, sans-serif !important; }', render_template('page.html')
+    )
+
+
+def test_an_svg_refers_to_nothing_outside_itself(figure):
+    svg = to_svg(figure, 'x')
+    assert not re.search(r'https?:|xmlns|<metadata|<style|<!--|<\?xml', svg)
+    assert svg.count('<svg') == 1 and svg.rstrip().endswith('</svg>')
+
+
+def test_two_svgs_of_a_page_share_no_ids(figure):
     first, second = to_svg(figure, 'one'), to_svg(figure, 'two')
-    assert not re.search(r'https?:|xmlns|<metadata|<style|<!--', first)
-    names = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (first, second)]
-    assert names[0] and not names[0] & names[1]
-    assert all(f'#{name}' in first for name in names[0]) and to_svg(figure, 'one') == first
+    first_ids, second_ids = (set(re.findall(r' id="([^"]+)"', svg)) for svg in (first, second))
+    assert first_ids and not first_ids & second_ids
+    assert all(f'#{name}' in first for name in first_ids)
+    assert to_svg(figure, 'one') == first
 
 
-def test_a_picture_is_written_whole(figure, tmp_path):
+def test_a_png_is_written_completely(figure, tmp_path):
     save_figure(figure, tmp_path / 'f.png')
-    assert (tmp_path / 'f.png').read_bytes().startswith(b'\x89PNG') and len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_learning_rates_curve_is_whole_up_to_the_suggestion_also_where_a_lucky_batch_comes_first():
-    curve = pd.DataFrame({'lr': [1e-7, 1e-5, 1e-3, 1e-2, 1], 'loss': [0.65, 0.70, 0.72, 0.66, 5]})
-    low, high = plot_rates(Rates(curve, 1e-3)).axes[0].get_ylim()
-    assert low < 0.65 and 0.72 < high < 1
+    assert (tmp_path / 'f.png').read_bytes().startswith(b'\x89PNG')
+    assert len(list(tmp_path.iterdir())) == 1

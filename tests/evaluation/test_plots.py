@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from cxr_fastai.evaluation.curves import plot_roc
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.evaluation.metrics import measure
-from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history
+from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_rates
+from cxr_fastai.training.lr_finder import Rates
 
 TARGS = np.arange(40) < 25
 PREDICTIONS = pd.DataFrame(
@@ -62,3 +63,9 @@ def test_an_estimate_is_formatted_with_its_interval(estimate, text):
 def test_a_title_is_not_parsed_as_mathematics():
     for figure in (plot_confusion_matrix(METRICS, r'$\bad$'), plot_roc(PREDICTIONS, METRICS, r'$\bad$')):
         figure.savefig('/dev/null', format='png')
+
+
+def test_the_learning_rate_curve_is_complete_up_to_the_suggestion_also_if_the_first_loss_is_low():
+    curve = pd.DataFrame({'lr': [1e-7, 1e-5, 1e-3, 1e-2, 1], 'loss': [0.65, 0.70, 0.72, 0.66, 5]})
+    low, high = plot_rates(Rates(curve, 1e-3)).axes[0].get_ylim()
+    assert low < 0.65 and 0.72 < high < 1

@@ -1,0 +1,83 @@
+"""The run folder and its journal."""
+
+import pandas as pd
+import pytest
+
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.files import write_csv
+from cxr_fastai.core.run import Run
+from cxr_fastai.models.architectures import make_recipe
+
+
+def test_a_run_is_not_created_twice_in_a_folder(tmp_path):
+    Run.create(tmp_path / 'run')
+    with pytest.raises(UsageError, match='exists already and nothing in it was overwritten'):
+        Run.create(tmp_path / 'run')
+
+
+def test_an_empty_folder_can_become_a_run(tmp_path):
+    assert (Run.create(tmp_path) / 'figures').is_dir()
+
+
+def test_a_folder_without_a_recipe_is_not_a_run(tmp_path):
+    with pytest.raises(UsageError, match='is not a run folder.*cxr-fastai train'):
+        Run.open(tmp_path)
+
+
+def test_the_journal_returns_the_last_line_about_an_event(tmp_path):
+    run = Run.create(tmp_path)
+    assert run.last_event('start') == {}
+    for seed in (1, 2):
+        run.log_event('start', seed=seed)
+    run.log_event('end')
+    assert run.last_event('start')['seed'] == 2
+
+
+def test_a_line_torn_by_a_crash_spoils_no_later_event(tmp_path):
+    run = Run.create(tmp_path)
+    run.log_event('start', seed=1)
+    with open(run / 'journal.jsonl', 'ab') as journal:
+        journal.write(b'{"time": "20')
+    run.log_event('end', seed=2)
+    assert run.last_event('start')['seed'] == 1
+    assert run.last_event('end')['seed'] == 2
+
+
+def test_patients_stay_text_and_probabilities_keep_every_digit(tmp_path):
+    run = Run(tmp_path)
+    table = pd.DataFrame(
+        {'path': ['a', 'b'], 'split': 'test', 'patient': ['007', 'NA'], 'p_pneumonia': [0.1 + 0.2, 1 / 3]}
+    )
+    write_csv(run / 'predictions.csv', table)
+    pd.testing.assert_frame_equal(run.predictions, table, check_exact=True)
+
+
+def test_evaluating_a_split_keeps_the_rows_of_the_others(tmp_path):
+    run = Run(tmp_path)
+    for split, paths in (('valid', ['a']), ('test', ['b']), ('valid', ['c', 'd'])):
+        run.write_split('predictions.csv', pd.DataFrame({'path': paths, 'split': split}), split)
+    assert list(run.predicted('valid').path) == ['c', 'd']
+    assert list(run.predicted('test').path) == ['b']
+
+
+def test_temporary_files_of_a_killed_training_are_removed_and_others_stay(tmp_path):
+    for name in ('.state.pt.123.tmp', '.notes.txt.tmp', 'state.pt'):
+        (tmp_path / name).write_text('')
+    Run(tmp_path).remove_partial_files()
+    assert {path.name for path in tmp_path.iterdir()} == {'.notes.txt.tmp', 'state.pt'}
+
+
+def test_two_processes_cannot_train_into_one_run(tmp_path):
+    run = Run.create(tmp_path)
+    with run.locked(), pytest.raises(UsageError, match='another process trains there'), Run(tmp_path).locked():
+        pass
+
+
+def test_a_damaged_recipe_is_a_usage_error(tmp_path):
+    run = Run.create(tmp_path)
+    run.start(make_recipe('baseline'), pd.DataFrame({'path': ['a']}))
+    assert Run.open(tmp_path).recipe == make_recipe('baseline')
+    for content, message in (('{', 'damaged'), ('{"arch": "baseline"}', 'not a recipe of this version')):
+        (run / 'recipe.json').write_text(content)
+        with pytest.raises(UsageError, match=message):
+            _ = run.recipe

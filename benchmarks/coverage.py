@@ -17,13 +17,13 @@ from scipy.stats import norm
 from cxr_fastai.evaluation.intervals import (
     Estimate,
     auc_draws,
-    estimate,
-    middle,
+    auc_interval,
+    make_estimate,
+    percentile_interval,
     predictive_values,
-    proportion,
-    roc_auc,
+    wilson_interval,
 )
-from cxr_fastai.evaluation.metrics import SHARES, Calls, Sample, area
+from cxr_fastai.evaluation.metrics import RATES, ConfusionMatrix, Sample, measure_auc
 
 SHARED = 0.5
 """The share of a score's variance that belongs to the patient."""
@@ -53,16 +53,19 @@ def draw(normals: int, pneumonias: int, several: bool, distance: float, rng: np.
 
 def intervals(sample: Sample, threshold: float) -> Iterator[tuple[str, str, Estimate]]:
     """Figure, way and estimate."""
-    calls, (right, wrong) = Calls(sample, threshold), SHARES['sensitivity']
-    yield 'sensitivity', 'reported', calls.share(right, wrong)
-    yield 'sensitivity', 'images independent (Wilson)', proportion(calls.n['tp'], calls.n['tp'] + calls.n['fn'])
-    yield 'sensitivity', 'percentiles', estimate(0, *middle(calls.share_draws(right, wrong)))
-    yield 'AUC', 'reported', area(sample)
-    yield 'AUC', 'images independent (DeLong, logit)', roc_auc(sample.targs, sample.p)
-    yield 'AUC', 'percentiles', estimate(0, *middle(auc_draws(sample.weights, sample.targs, sample.p)))
-    rates = [calls.share(*SHARES[name]) for name in ('sensitivity', 'specificity')]
-    sizes = [calls.effective(*SHARES[name]) for name in ('sensitivity', 'specificity')]
-    yield 'PPV at 10 %', 'reported', predictive_values(*rates, *sizes, PREVALENCE)[0]
+    confusion = ConfusionMatrix(sample, threshold)
+    positives = confusion.counts['tp'] + confusion.counts['fn']
+    yield 'sensitivity', 'reported', confusion.rate('sensitivity')
+    yield 'sensitivity', 'images independent (Wilson)', wilson_interval(confusion.counts['tp'], positives)
+    yield 'sensitivity', 'percentiles', make_estimate(0, *percentile_interval(confusion.rate_draws('sensitivity')))
+    auc_of_draws = auc_draws(sample.weights, sample.targs, sample.p)
+    yield 'AUC', 'reported', measure_auc(sample)
+    yield 'AUC', 'images independent (DeLong, logit)', auc_interval(sample.targs, sample.p)
+    yield 'AUC', 'percentiles', make_estimate(0, *percentile_interval(auc_of_draws))
+    names = ('sensitivity', 'specificity')
+    rates = [confusion.rate(name) for name in names]
+    sizes = [confusion.effective_size(*RATES[name]) for name in names]
+    yield 'PPV at 10%', 'reported', predictive_values(*rates, *sizes, PREVALENCE)[0]
 
 
 def truths(distance: float) -> tuple[float, dict[str, float]]:
@@ -72,7 +75,7 @@ def truths(distance: float) -> tuple[float, dict[str, float]]:
     return float(norm.cdf(cut - distance / 2)), {
         'sensitivity': SENSITIVITY,
         'AUC': norm.cdf(distance / np.sqrt(2)),
-        'PPV at 10 %': a / (a + b),
+        'PPV at 10%': a / (a + b),
     }
 
 

@@ -1,4 +1,4 @@
-"""Whether a probability means what it says: calibration measured, and mended by one temperature."""
+"""Calibration of predicted probabilities: how it is measured, and temperature scaling."""
 
 from __future__ import annotations
 
@@ -10,100 +10,149 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import xlog1py, xlogy
 
-from cxr_fastai.evaluation.intervals import Estimate, estimate, mean_draws, middle, proportion
+from cxr_fastai.evaluation.intervals import (
+    Estimate,
+    make_estimate,
+    mean_draws,
+    percentile_interval,
+    wilson_interval,
+)
 from cxr_fastai.inference.config import EDGE, logits
 
-BINS = 15
+ECE_BINS = 15
 NULL_DRAWS = 2000
-COLDEST, HOTTEST = 0.05, 20
+DRAWS_PER_BLOCK = 100
+"""Number of null draws held in memory at once."""
+TEMPERATURE_RANGE = (0.05, 20.0)
 
 
 def fit_temperature(targs: np.ndarray, p: np.ndarray) -> float:
-    """The temperature that gives `p` (n,) the least log loss on the boolean `targs` (n,). 1, which changes nothing,
-    where a class is missing or the classes separate completely: the loss has no least value then."""
+    """Find the temperature that minimises the log loss of `p` (n,) on the boolean targets `targs` (n,).
+
+    Temperature scaling (Guo et al. 2017) divides the logits by it. Returns 1, which changes nothing, where the loss has
+    no minimum: images of a single class, or complete separation of the classes.
+    """
     if targs.all() or not targs.any() or p[targs].min() > p[~targs].max():
         return 1.0
     z = logits(p)
-    loss = lambda t: float(np.mean(np.logaddexp(0, np.where(targs, -z, z) / np.exp(t))))
-    return float(np.exp(minimize_scalar(loss, bounds=np.log([COLDEST, HOTTEST]), method='bounded').x))
+    signed_logits = np.where(targs, -z, z)
+
+    def mean_log_loss(log_temperature: float) -> float:
+        return float(np.mean(np.logaddexp(0, signed_logits / np.exp(log_temperature))))
+
+    minimum = minimize_scalar(mean_log_loss, bounds=np.log(TEMPERATURE_RANGE), method='bounded')
+    return float(np.exp(minimum.x))
 
 
 def measure_calibration(targs: np.ndarray, p: np.ndarray, patients: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
-    """Brier score and log loss with the middle 95 % of the bootstrap `weights` (draws, n), the expected calibration
-    error and what it would be by chance, and slope and intercept."""
-    brier, loss = (p - targs) ** 2, log_losses(targs, p)
-    with_interval = lambda values: estimate(values.mean(), *middle(mean_draws(weights, values)))
+    """Measure the calibration of probabilities `p` (n,) for the boolean targets `targs` (n,).
+
+    Args:
+        patients: patient of each image, (n,); standard errors of slope and intercept are grouped by it.
+        weights: bootstrap weights of `draw_patients`, (draws, n).
+
+    Returns:
+        `brier` and `log_loss` (nats) with percentile intervals, `ece` with its value expected by chance, and
+        `slope` and `intercept` of the recalibration.
+    """
     return {
-        'brier': with_interval(brier),
-        'log_loss': with_interval(loss),
-        'ece': {'value': calibration_error(targs, p)} | chance_error(p),
+        'brier': _mean_with_interval((p - targs) ** 2, weights),
+        'log_loss': _mean_with_interval(log_losses(targs, p), weights),
+        'ece': {'value': calibration_error(targs, p), **chance_error(p)},
         **recalibrate(targs, p, patients),
     }
 
 
+def _mean_with_interval(values: np.ndarray, weights: np.ndarray) -> Estimate:
+    low, high = percentile_interval(mean_draws(weights, values))
+    return make_estimate(values.mean(), low, high)
+
+
 def log_losses(targs: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """The cross-entropy (n,) of each image, in nats."""
-    cut = np.clip(p, EDGE, 1 - EDGE)
-    return -(xlogy(targs, cut) + xlog1py(~targs, -cut))
+    """Cross-entropy (n,) of each image in nats."""
+    clipped = np.clip(p, EDGE, 1 - EDGE)
+    losses: np.ndarray = -(xlogy(targs, clipped) + xlog1py(~targs, -clipped))
+    return losses
 
 
-def calibration_error(targs: np.ndarray, p: np.ndarray, bins: int = BINS) -> float:
-    """The expected calibration error over `bins` equal bins of probability (Naeini et al. 2015): the mean distance of
-    share and mean probability, bins weighted by their images."""
-    of = _bins(p, bins)
-    return float(np.abs(np.bincount(of, targs - p, bins)).sum() / len(p))
+def calibration_error(targs: np.ndarray, p: np.ndarray, bins: int = ECE_BINS) -> float:
+    """Expected calibration error over `bins` bins of equal width (Naeini et al. 2015).
+
+    It is the mean distance between the share of positives and the mean probability, weighted by the images of a bin.
+    """
+    sums = np.bincount(_equal_width_bins(p, bins), targs - p, bins)
+    return float(np.abs(sums).sum() / len(p))
 
 
-def chance_error(p: np.ndarray, bins: int = BINS, draws: int = NULL_DRAWS, seed: int = 0) -> dict[str, float]:
-    """What the error of `calibration_error` would be if each image were positive with just its probability `p` (n,):
-    the `chance` mean over draws, and the `chance_high` that 95 % of them stay below. It is never 0."""
-    rng, of = np.random.default_rng(seed), _bins(p, bins)
-    member = (of[:, None] == np.arange(bins)).astype(np.float64)  # (n, bins)
-    errors = [np.abs(((rng.random((100, len(p))) < p) - p) @ member).sum(axis=1) for _ in range(draws // 100)]
-    found = np.concatenate(errors) / len(p)
-    return {'chance': float(found.mean()), 'chance_high': float(np.percentile(found, 95))}
+def chance_error(p: np.ndarray, bins: int = ECE_BINS, draws: int = NULL_DRAWS, seed: int = 0) -> dict[str, float]:
+    """Simulate the expected calibration error of a perfectly calibrated model with the probabilities `p` (n,).
+
+    It is above 0, because the share of positives in a bin varies by chance. Returns its mean (`chance`) and its 95th
+    percentile (`chance_high`) over `draws` simulated sets of targets.
+    """
+    rng = np.random.default_rng(seed)
+    membership = (_equal_width_bins(p, bins)[:, None] == np.arange(bins)).astype(np.float64)  # (n, bins)
+    blocks = []
+    for _ in range(draws // DRAWS_PER_BLOCK):
+        simulated_targs = rng.random((DRAWS_PER_BLOCK, len(p))) < p
+        blocks.append(np.abs((simulated_targs - p) @ membership).sum(axis=1))
+    errors = np.concatenate(blocks) / len(p)
+    return {'chance': float(errors.mean()), 'chance_high': float(np.percentile(errors, 95))}
+
+
+def _equal_width_bins(p: np.ndarray, bins: int) -> np.ndarray:
+    """Index (n,) of the bin of each probability."""
+    return np.minimum((p * bins).astype(int), bins - 1)
 
 
 def recalibrate(targs: np.ndarray, p: np.ndarray, patients: np.ndarray) -> dict[str, Estimate]:
-    """`slope` of a logistic regression of `targs` on the logit of `p` (Cox 1958), and `intercept` of one whose slope
-    is held at 1 (calibration in the large): 1 and 0 where the probabilities are right. A slope below 1 means that they
-    are too extreme, an intercept above 0 that they are too low. Standard errors grouped by patient; undefined where the
-    classes separate or one is missing."""
-    z, ones = logits(p), np.ones((len(p), 1))
+    """Calibration slope and intercept by logistic regression of the targets on the logits of `p` (Cox 1958).
+
+    `slope` is 1 for calibrated probabilities and below 1 for probabilities that are too extreme. `intercept` is that of
+    a regression with a slope of 1 (calibration in the large): 0 for calibrated probabilities and above 0 for
+    probabilities that are too low. Standard errors are grouped by patient. Undefined for images of a single class and
+    for complete separation.
+    """
     if targs.all() or not targs.any():
-        return {'slope': estimate(None), 'intercept': estimate(None)}
-    slope = _logistic(targs, np.column_stack([z, ones]), None, patients) if np.ptp(z) > 1e-9 else estimate(None)
-    return {'slope': slope, 'intercept': _logistic(targs, ones, z, patients)}
+        return {'slope': make_estimate(None), 'intercept': make_estimate(None)}
+    z = logits(p)
+    constant = np.ones((len(p), 1))
+    slope = make_estimate(None)
+    if np.ptp(z) > 1e-9:  # equal logits determine no slope
+        slope = _first_coefficient(targs, np.column_stack([z, constant]), None, patients)
+    return {'slope': slope, 'intercept': _first_coefficient(targs, constant, z, patients)}
 
 
-def _logistic(targs: np.ndarray, x: np.ndarray, offset: np.ndarray | None, patients: np.ndarray) -> Estimate:
-    """The first coefficient of a logistic regression on `x` (n, k) and a given `offset` (n,)."""
+def _first_coefficient(targs: np.ndarray, x: np.ndarray, offset: np.ndarray | None, patients: np.ndarray) -> Estimate:
+    """Fit a logistic regression on `x` (n, k) with a fixed `offset` (n,); return its first coefficient."""
     import statsmodels.api as sm
 
-    groups = np.unique(patients, return_inverse=True)[1]
+    _, groups = np.unique(patients, return_inverse=True)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         try:
-            fitted = sm.GLM(targs.astype(float), x, sm.families.Binomial(), offset=offset).fit(
-                cov_type='cluster', cov_kwds={'groups': groups}
-            )
-            return estimate(fitted.params[0], *fitted.conf_int()[0])
-        except Exception:
-            return estimate(None)  # separation is told by warnings and errors of many kinds
+            model = sm.GLM(targs.astype(float), x, sm.families.Binomial(), offset=offset)
+            fit = model.fit(cov_type='cluster', cov_kwds={'groups': groups})
+            low, high = fit.conf_int()[0]
+        except Exception:  # statsmodels reports separation by warnings and errors of many types
+            return make_estimate(None)
+    return make_estimate(fit.params[0], low, high)
 
 
 def reliability(targs: np.ndarray, p: np.ndarray, bins: int = 10) -> pd.DataFrame:
-    """Images in `bins` of equal number by probability: columns n, p (their mean), and share, low, high (how many are
-    pneumonia, with Wilson's interval). Equal probabilities stay in one bin."""
+    """Group the images into up to `bins` bins of equal size by probability, for a reliability diagram.
+
+    Returns:
+        One row per bin: `n` images, mean probability `p`, and `share` of pneumonia with Wilson's interval `low` to
+        `high`. Images with equal probabilities stay in one bin.
+    """
     edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)))
-    of = np.clip(np.searchsorted(edges, p, side='right') - 1, 0, max(len(edges) - 2, 0))
-    bins = [of == i for i in np.unique(of)]
-    rows = [
-        (int(here.sum()), p[here].mean(), *proportion(int(targs[here].sum()), int(here.sum())).values())
-        for here in bins
-    ]
+    last_bin = max(len(edges) - 2, 0)
+    bin_of_image = np.clip(np.searchsorted(edges, p, side='right') - 1, 0, last_bin)
+    rows = []
+    for index in np.unique(bin_of_image):
+        inside = bin_of_image == index
+        total = int(inside.sum())
+        share = wilson_interval(int(targs[inside].sum()), total)
+        rows.append((total, p[inside].mean(), share['value'], share['low'], share['high']))
     return pd.DataFrame(rows, columns=['n', 'p', 'share', 'low', 'high'])
-
-
-def _bins(p: np.ndarray, bins: int) -> np.ndarray:
-    return np.minimum((p * bins).astype(int), bins - 1)

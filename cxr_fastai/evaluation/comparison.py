@@ -1,9 +1,10 @@
-"""Several runs on the same images: their figures side by side, what sets them apart, and how seeds vary."""
+"""Comparison of several runs on the same images: paired tests, and the variation over random seeds."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,135 +12,219 @@ import numpy as np
 import pandas as pd
 
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.figures import save_figure
+from cxr_fastai.core.files import check_new, write_json, writing
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import identify_images
-from cxr_fastai.evaluation.intervals import auc_draws, compare_auc, deviation, difference
+from cxr_fastai.evaluation.curves import plot_comparison
+from cxr_fastai.evaluation.intervals import auc_draws, compare_auc, difference_interval, standard_error
 from cxr_fastai.evaluation.metrics import Sample
 
-FIGURES = ('auc', 'average_precision', 'sensitivity', 'specificity', 'balanced_accuracy', 'accuracy', 'mcc', 'brier')
-"""What the mean over seeds is told of."""
+SEED_METRICS = (
+    'auc',
+    'average_precision',
+    'sensitivity',
+    'specificity',
+    'balanced_accuracy',
+    'accuracy',
+    'mcc',
+    'brier',
+)
+"""Metrics for which mean and standard deviation over seeds are computed."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The contents of `comparison.json`: metrics by run, the results of `compare`, and those of `summarise_seeds`."""
+
+    split: str
+    runs: dict[str, dict[str, Any]]
+    pairs: list[dict[str, Any]]
+    seeds: list[dict[str, Any]]
+
+
+def compare_runs(runs: Sequence[Run], split: str, folder: Path) -> Comparison:
+    """Compare runs that were evaluated on `split`; write `comparison.json` and `comparison.png` into a new `folder`.
+
+    `pairs` is empty where the runs have too few images in common. Raises `UsageError` if `folder` is not empty.
+    """
+    check_new(folder)
+    named_runs = name_runs(runs)
+    metrics = {name: run.metrics[split] for name, run in named_runs.items()}
+    tables = {name: run.predicted(split) for name, run in named_runs.items()}
+    thresholds = {name: metrics[name]['threshold'] for name in named_runs}
+    shared = same_images(tables)
+    pairs = compare(shared, thresholds) if shared else []
+    comparison = Comparison(split, metrics, pairs, summarise_seeds(named_runs, split))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / 'comparison.json', asdict(comparison))
+    save_figure(plot_comparison(shared or tables, metrics, f'{split} split'), folder / 'comparison.png')
+    return comparison
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs that `folders` mean: run folders as they are, and those directly inside other folders. Raises
-    `UsageError` where there is none, or one twice."""
-    found = []
+    """Return the runs in `folders`, each a run folder or a folder of run folders.
+
+    Raises `UsageError` for a folder without a run, and for a run that is named twice.
+    """
+    runs: list[Run] = []
     for folder in folders:
         inside = sorted(path.parent for path in folder.glob('*/recipe.json'))
-        found += [Run.open(folder)] if (folder / 'recipe.json').is_file() or not inside else map(Run.open, inside)
-    paths = [run.path.resolve() for run in found]
-    if twice := [str(run.path) for run in found if paths.count(run.path.resolve()) > 1]:
-        raise UsageError(f'{twice[0]} is named twice: a run cannot be compared with itself.')
-    return found
+        is_run = (folder / 'recipe.json').is_file()
+        paths = [folder] if is_run or not inside else inside
+        runs.extend(Run.open(path) for path in paths)
+    counts = Counter(run.path.resolve() for run in runs)
+    for run in runs:
+        if counts[run.path.resolve()] > 1:
+            raise UsageError(f'{run.path} is named twice: a run cannot be compared with itself. Name it once.')
+    return runs
 
 
 def name_runs(runs: Sequence[Run]) -> dict[str, Run]:
-    """The runs by the shortest ends of their paths that tell them apart."""
-    parts = [run.path.resolve().parts for run in runs]
-    depth = next(
-        depth for depth in range(1, max(map(len, parts)) + 1) if len({path[-depth:] for path in parts}) == len(runs)
-    )
-    return {'/'.join(path[-depth:]): run for path, run in zip(parts, runs, strict=True)}
+    """Name the runs by the shortest endings of their paths that are all different."""
+    paths = [run.path.resolve().parts for run in runs]
+    longest = max(len(path) for path in paths)
+    depth = 1
+    while depth < longest and len({path[-depth:] for path in paths}) < len(runs):
+        depth += 1
+    return {'/'.join(path[-depth:]): run for path, run in zip(paths, runs, strict=True)}
 
 
 def same_images(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """The rows of images that all `tables` have with one label, in one order. Empty where that is less than half of any
-    table, as with the validation images of other seeds, or images of one class alone: such runs are not compared."""
-    keyed = {
-        name: table.drop_duplicates('path').set_index(['path', 'label'], drop=False) for name, table in tables.items()
-    }
-    first, *others = keyed.values()
+    """Select the images that all predictions `tables` contain with the same label, in the same order.
+
+    Returns an empty dict where the runs cannot be compared: fewer than half of the images of a table are shared, as for
+    the validation images of different seeds, or the shared images are of a single class.
+    """
+    by_image = {}
+    for name, table in tables.items():
+        by_image[name] = table.drop_duplicates('path').set_index(['path', 'label'], drop=False)
+    first, *others = by_image.values()
     shared = [image for image in first.index if all(image in other.index for other in others)]
-    enough = len(shared) >= max(map(len, keyed.values())) / 2 and len({label for _, label in shared}) > 1
-    return {name: table.loc[shared].reset_index(drop=True) for name, table in keyed.items()} if enough else {}
+    labels = {label for _, label in shared}
+    largest = max(len(table) for table in by_image.values())
+    if len(shared) < largest / 2 or len(labels) < 2:
+        return {}
+    return {name: table.loc[shared].reset_index(drop=True) for name, table in by_image.items()}
 
 
 def compare(tables: Mapping[str, pd.DataFrame], thresholds: Mapping[str, float]) -> list[dict[str, Any]]:
-    """What sets each run apart from the first, on the same images, each at its own threshold.
+    """Compare each run with the first on the same images, each at its own threshold.
 
-    The difference of the AUCs with DeLong's interval and p, which take images as independent, and `p_patients`, which
-    the bootstrap of patients shows where patients have several images; McNemar's exact test of which images are called
-    rightly; and each p as Holm (1979) adjusts it for the number of runs. `tables` are those of `same_images`.
+    Args:
+        tables: predictions by run, as `same_images` returns them.
+        thresholds: threshold by run.
+
+    Returns:
+        One object per run after the first: `auc`, the difference of the AUCs with interval and p-value by DeLong, which
+        assumes independent images; `p_patients`, its p-value by the bootstrap of patients, None where each patient has
+        one image; `mcnemar`, McNemar's exact test on the correct predictions. Each p-value also has a value adjusted
+        for the number of runs (Holm 1979).
     """
-    (base, first), *others = tables.items()
-    sample = Sample.of(first)
+    (base_name, base_table), *others = tables.items()
+    base = Sample.from_predictions(base_table)
+    base_correct = (base.p >= thresholds[base_name]) == base.targs
     rows = []
     for name, table in others:
-        other = table.p_pneumonia.to_numpy(float)
-        gap = compare_auc(sample.targs, other, sample.p)
-        right = [(scores >= thresholds[run]) == sample.targs for run, scores in ((base, sample.p), (name, other))]
+        p = table.p_pneumonia.to_numpy(float)
+        correct = (p >= thresholds[name]) == base.targs
+        auc = compare_auc(base.targs, p, base.p)
         rows.append(
             {
                 'run': name,
-                'against': base,
-                'n': len(other),
-                'auc': gap,
-                'mcnemar': mcnemar(*right),
-                'p_patients': _by_patients(sample, other, gap['value']),
+                'against': base_name,
+                'n': len(p),
+                'auc': auc,
+                'mcnemar': mcnemar(base_correct, correct),
+                'p_patients': _p_by_patients(base, p, auc['value']),
             }
         )
-    return _adjusted(rows)
+    return _add_adjusted(rows)
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
-    """McNemar's exact test (1947) that two classifiers are right, (n,) each, equally often on the same images."""
-    from statsmodels.stats.contingency_tables import mcnemar as test
+    """McNemar's exact test (1947) of whether two classifiers are correct equally often.
 
-    cells = [[int((a & b).sum()) for b in (second, ~second)] for a in (first, ~first)]
-    return {'only_first': cells[0][1], 'only_second': cells[1][0], 'p': float(test(cells, exact=True).pvalue)}
+    `first` and `second` (n,) tell for each image whether the classifier is correct.
+    """
+    from statsmodels.stats import contingency_tables
+
+    only_first = int((first & ~second).sum())
+    only_second = int((~first & second).sum())
+    table = [[int((first & second).sum()), only_first], [only_second, int((~first & ~second).sum())]]
+    test = contingency_tables.mcnemar(table, exact=True)
+    return {'only_first': only_first, 'only_second': only_second, 'p': float(test.pvalue)}
+
+
+def _p_by_patients(base: Sample, p: np.ndarray, difference: float | None) -> float | None:
+    """Return the p-value of an AUC `difference` with its standard error by the bootstrap of patients."""
+    if difference is None or not base.grouped:
+        return None
+    base_draws = auc_draws(base.weights, base.targs, base.p)
+    other_draws = auc_draws(base.weights, base.targs, p)
+    return difference_interval(difference, standard_error(other_draws - base_draws))['p']
+
+
+def _add_adjusted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add the p-values adjusted by Holm to the objects of `compare`."""
+    auc = _holm([row['auc']['p'] for row in rows])
+    mcnemar = _holm([row['mcnemar']['p'] for row in rows])
+    patients = _holm([row['p_patients'] for row in rows])
+    adjusted = []
+    for i, row in enumerate(rows):
+        adjusted.append(
+            {
+                **row,
+                'auc': {**row['auc'], 'p_holm': auc[i]},
+                'mcnemar': {**row['mcnemar'], 'p_holm': mcnemar[i]},
+                'p_patients_holm': patients[i],
+            }
+        )
+    return adjusted
+
+
+def _holm(values: list[float | None]) -> list[float | None]:
+    """Adjust p-values for multiple testing; undefined ones stay None and do not count."""
+    from statsmodels.stats.multitest import multipletests
+
+    adjusted: list[float | None] = [None] * len(values)
+    defined = [i for i, value in enumerate(values) if value is not None]
+    if defined:
+        _, corrected, *_ = multipletests([values[i] for i in defined], method='holm')
+        for i, p in zip(defined, corrected, strict=True):
+            adjusted[i] = float(p)
+    return adjusted
 
 
 def summarise_seeds(runs: Mapping[str, Run], split: str) -> list[dict[str, Any]]:
-    """Mean and standard deviation of `FIGURES` on `split` over runs on the same images that differ in their seed alone:
-    an object for each recipe that has several seeds, with the names of its `runs` and {mean, sd} of each figure."""
-    alike: dict[Any, list[str]] = {}
+    """Summarise runs on the same images whose recipes differ in the seed alone.
+
+    Returns:
+        One object per recipe with several seeds: the names of its `runs`, and `mean` and `sd` of each of `SEED_METRICS`
+        on `split`; None where a metric of a run is undefined.
+    """
+    groups: dict[Any, list[str]] = {}
     for name, run in runs.items():
-        alike.setdefault((replace(run.recipe, seed=0, workers=0), identify_images(run.items)), []).append(name)
-    return [
-        {'runs': names, **_spread([runs[name].metrics[split] for name in names])}
-        for names in alike.values()
-        if len({runs[name].recipe.seed for name in names}) > 1
-    ]
+        key = (replace(run.recipe, seed=0, workers=0), identify_images(run.items))
+        groups.setdefault(key, []).append(name)
+    summaries = []
+    for names in groups.values():
+        seeds = {runs[name].recipe.seed for name in names}
+        if len(seeds) > 1:
+            metrics = [runs[name].metrics[split] for name in names]
+            spread = {metric: _mean_and_sd([_value(of_run[metric]) for of_run in metrics]) for metric in SEED_METRICS}
+            summaries.append({'runs': names, **spread})
+    return summaries
 
 
-def _spread(metrics: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    values = {
-        figure: [one[figure]['value'] if isinstance(one[figure], dict) else one[figure] for one in metrics]
-        for figure in FIGURES
-    }
-    return {
-        figure: {'mean': None, 'sd': None}
-        if None in found
-        else {'mean': float(np.mean(found)), 'sd': float(np.std(found, ddof=1))}
-        for figure, found in values.items()
-    }
+def _value(metric: float | dict[str, float | None]) -> float | None:
+    """Return the value of a metric of `metrics.json` with or without an interval."""
+    return metric['value'] if isinstance(metric, dict) else metric
 
 
-def _by_patients(sample: Sample, other: np.ndarray, gap: float | None) -> float | None:
-    """The p of the AUCs' difference `gap` with the standard error that the bootstrap of patients shows; None where no
-    patient has several images."""
-    if gap is None or not sample.grouped:
-        return None
-    ours, theirs = (auc_draws(sample.weights, sample.targs, scores) for scores in (sample.p, other))
-    return difference(gap, deviation(theirs - ours))['p']
-
-
-def _adjusted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    from statsmodels.stats.multitest import multipletests
-
-    def holm(values: list[float | None]) -> list[float | None]:
-        known = [value for value in values if value is not None]
-        found = iter(multipletests(known, method='holm')[1].tolist() if known else [])
-        return [None if value is None else next(found) for value in values]
-
-    aucs, calls = [row['auc']['p'] for row in rows], [row['mcnemar']['p'] for row in rows]
-    adjusted = map(holm, (aucs, calls, [row['p_patients'] for row in rows]))
-    return [
-        {
-            **row,
-            'auc': row['auc'] | {'p_holm': auc},
-            'mcnemar': row['mcnemar'] | {'p_holm': call},
-            'p_patients_holm': patients,
-        }
-        for row, auc, call, patients in zip(rows, *adjusted, strict=True)
-    ]
+def _mean_and_sd(values: list[float | None]) -> dict[str, float | None]:
+    defined = [value for value in values if value is not None]
+    if len(defined) < len(values):
+        return {'mean': None, 'sd': None}
+    return {'mean': float(np.mean(defined)), 'sd': float(np.std(defined, ddof=1))}

@@ -1,11 +1,11 @@
-"""One pass over a split gives the predictions table; threshold and temperature come from valid alone, all figures from
-the table."""
+"""Evaluation of a run: predict a split once, choose the threshold on the validation images, and compute the metrics."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from cxr_fastai.data.items import data_root, image_root, parse_name, read_items
 from cxr_fastai.data.splits import count_images
 from cxr_fastai.evaluation.calibration import log_losses
 from cxr_fastai.evaluation.metrics import PREVALENCES, is_complete, measure
-from cxr_fastai.evaluation.thresholds import DEFAULT, decide, parse_rule
+from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, parse_rule
 from cxr_fastai.inference.config import identify_network
 from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.predictor import Predictor
 
-COLUMNS = ['path', 'label', 'split', 'patient', 'p_pneumonia', 'prediction', 'loss']
+PREDICTION_COLUMNS = ['path', 'label', 'split', 'patient', 'p_pneumonia', 'prediction', 'loss']
+"""Columns of `predictions.csv`."""
 
 
 def evaluate(
@@ -39,112 +40,211 @@ def evaluate(
     by: Sequence[str] = ('kind',),
     again: bool = True,
 ) -> dict[str, Any]:
-    """Predict the images of `split` once, and all of the run's own valid where that was not done yet; choose the
-    threshold on valid by `rule` (default: that of the last time, else `decision.DEFAULT`); measure, and return the
-    split's metrics.
+    """Evaluate a run on a split, and return the metrics of the split.
 
-    Writes `predictions.csv`, `decision.json` and `metrics.json`, where other splits are kept, judged by the same
-    threshold. `by` names columns of the items that tell groups apart. Unless `again`, what the same network predicted
-    of the same files before is taken as it is. Raises `UsageError` for a split without images or a rule that does not
-    exist, `ImageError` for an unreadable image.
+    Writes `predictions.csv`, `decision.json` and `metrics.json` into the run. Other splits that were evaluated before
+    stay in these files, with metrics at the same threshold. The validation images of the run are predicted too if that
+    was not done before, because the threshold and the temperature are chosen on them alone.
+
+    Args:
+        data: folder or CSV file of the images; by default the one that the run was trained on.
+        split: `train`, `valid` or `test`.
+        batch_size: number of images predicted at once.
+        limit: only the first images of each class, for trials.
+        rule: rule for the threshold; by default the one used last, else `DEFAULT_RULE`.
+        prevalences: prevalences in (0, 1) for which predictive values are computed.
+        by: columns of the items that define subgroups.
+        again: predict the split again even if this network has predicted the same files before.
+
+    Raises `UsageError` for a split without images and for an invalid rule, `ImageError` for an unreadable image.
     """
     if rule:
         parse_rule(rule)
-    by = [column.strip().lower() for column in by]  # as the header of a listing is read
-    root, items = find_split(run, data, split, limit, by)
-    predictor, model = Predictor.load(run.path), identify_network(run.path)
-    tables, stamps = known_predictions(run, model), {}
-
-    def predict(name: str, items: pd.DataFrame, root: Path) -> None:
-        tables[name] = predict_items(predictor, items, root, batch_size)
-        stamps[name] = stamp_images(items, root)
-
-    if again or not _has(run, tables, split, items, root):
-        predict(split, items, root)
-    valid = _own_images(run, 'valid')
-    folder = _folder_of(valid, run.images, data)
-    if split != 'valid' and not _has(run, tables, 'valid', valid, folder):
-        tables.pop('valid', None)
-        if folder:
-            predict('valid', valid, folder)
-    whole = tables['valid'] if 'valid' in tables and _same_paths(tables['valid'], valid) else None
-    decision = _decide(run, whole, rule, model)
-    tables = {name: judge(table, decision.threshold) for name, table in tables.items()}
-    groups = {column: items[column].to_numpy() for column in by}
-    measured = {
-        name: measure_split(run, tables[name], decision, groups, prevalences, stamps.get(name))
-        if name == split
-        else _measure_again(run, name, tables[name], decision, stamps.get(name))
-        for name in tables
-    }
+    columns = [column.strip().lower() for column in by]  # as in the header of a CSV file of images
+    root, items = find_split(run, data, split, limit, columns)
+    model = identify_network(run.path)
+    predicted = _predict_missing(run, model, _Images(split, items, root), data, batch_size, again)
+    decision = _decide(run, predicted.valid, rule, model)
+    groups = {column: items[column].to_numpy() for column in columns}
+    metrics = {}
+    tables = {}
+    for name, predictions in predicted.tables.items():
+        table = apply_threshold(predictions, decision.threshold)
+        stamp = predicted.stamps.get(name)
+        if name == split:
+            metrics[name] = measure_split(run, table, decision, groups, prevalences, stamp)
+        else:
+            metrics[name] = _update_metrics(run, name, table, decision, stamp)
+        tables[name] = table
     write_csv(run / 'predictions.csv', pd.concat(tables.values(), ignore_index=True))
     if decision.valid:
         decision.save(run)
-    write_json(run / 'metrics.json', measured)
-    return measured[split]
+    write_json(run / 'metrics.json', metrics)
+    return metrics[split]
 
 
 def find_split(
     run: Run, data: Path | None, split: str, limit: int | None = None, by: Sequence[str] = ()
 ) -> tuple[Path, pd.DataFrame]:
-    """The images' folder and the items of `split` in it, with the columns `by` beside their own.
+    """Find the images of a split; return their folder, and their items with the additional columns `by`.
 
-    Where the run's own train or valid images are there, also in a copy of the folder, those are meant: never an image
-    that it trained on as valid. Without `data` the folder is the one it was trained on. Raises `UsageError`.
+    `train` and `valid` mean the splits of the run's training if `data` contains these images, which may be a copy of
+    the original folder. So no image that the network was trained on counts as a validation image.
+
+    Raises `UsageError` for a split without images, and if only some of the run's images are in `data`.
     """
-    root = data_root(data or (run.images if run.images and run.images.exists() else None))
+    trained_on = run.images if run.images and run.images.exists() else None
+    root = data_root(data or trained_on)
     own = _own_images(run, split) if split != 'test' else run.items[:0]
-    if _folder_of(own, root):
-        more = [column for column in by if column not in own]
-        items = own.merge(read_items(root, columns=more)[['path', *more]], on='path') if more else own
+    if _folder_with(own, root):
+        items = _add_columns(own, root, by)
     else:
         items = read_items(root, columns=by)
-        _refuse_known(items, run, split, root)
-    chosen = _first(items[items.split == split], limit)
-    if chosen.empty:
-        found = count_images(items).sum(axis=1)
+        _check_unknown(items, run, split, root)
+    in_split = items[items.split == split]
+    if limit is not None:
+        in_split = in_split.groupby('label', sort=False).head(limit)
+    if in_split.empty:
+        counts = ', '.join(f'{name} {n}' for name, n in count_images(items).sum(axis=1).items())
+        raise UsageError(f'{root}: the split {split} has no images (found {counts}). Choose another --split.')
+    return image_root(root), in_split.reset_index(drop=True)
+
+
+def _own_images(run: Run, split: str) -> pd.DataFrame:
+    """Return the items of `split` in the training, without images that it skipped as unreadable."""
+    items = run.used_items
+    return items[items.split == split]
+
+
+def _folder_with(items: pd.DataFrame, *roots: Path | None) -> Path | None:
+    """Return the image folder of the first of `roots` that contains all `items`; None for none, and without items."""
+    if items.empty:
+        return None
+    for root in roots:
+        if root is None:
+            continue
+        folder = image_root(root)
+        if all((folder / path).exists() for path in items.path):
+            return folder
+    return None
+
+
+def _add_columns(items: pd.DataFrame, root: Path, columns: Sequence[str]) -> pd.DataFrame:
+    missing = [column for column in columns if column not in items]
+    if not missing:
+        return items
+    return items.merge(read_items(root, columns=missing)[['path', *missing]], on='path')
+
+
+def _check_unknown(items: pd.DataFrame, run: Run, split: str, root: Path) -> None:
+    """Raise `UsageError` if images of a foreign train or valid split belong to the run, perhaps to another split."""
+    if split == 'test':
+        return
+    shared = items.path[items.split == split].isin(run.items.path).sum()
+    if shared:
         raise UsageError(
-            f'{root}: the split {split} has no images; found '
-            f'{", ".join(f"{name} {n}" for name, n in found.items())}: choose another --split.'
+            f'{root}: {shared} images of its {split} split belong to the run, but other images of the run are missing '
+            'there. Name the complete folder that the run was trained on.'
         )
-    return image_root(root), chosen.reset_index(drop=True)
 
 
-def predict_items(predictor: Predictor, items: pd.DataFrame, root: Path, batch_size: int = 32) -> pd.DataFrame:
-    """The predictions table of `items`: one row an image, with the cross-entropy of its label as `loss`.
+@dataclass(frozen=True)
+class _Images:
+    """The images of a split."""
 
-    Raises `ImageError` naming the unreadable images, since figures over the rest would be of another set.
-    """
-    rows = pd.DataFrame(predictor.predict([root / path for path in items.path], batch_size))
-    if (bad := rows[rows.status != 'ok']).size:
-        more = f' (and {len(bad) - 1} more: `cxr-fastai predict` lists them)' if len(bad) > 1 else ''
-        raise ImageError(
-            f'{bad.path.iloc[0]}: {bad.message.iloc[0]}{more}. Remove or mend it, then evaluate again.',
-            bad.code.iloc[0],
-        )
-    p = rows.p_pneumonia.astype(float)
-    loss = log_losses((items.label == VOCAB[POSITIVE]).to_numpy(), p.to_numpy())
-    return items.reset_index(drop=True).assign(p_pneumonia=p, prediction=rows.prediction, loss=loss)[COLUMNS]
+    split: str
+    items: pd.DataFrame
+    root: Path
 
 
-def judge(predictions: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """`predictions` with the column `prediction` as `threshold` has it."""
-    called = (predictions.p_pneumonia >= threshold).to_numpy().astype(int)
-    return predictions.assign(prediction=np.array(VOCAB)[called])
+@dataclass(frozen=True)
+class _Predicted:
+    """Predictions of one network: `tables` by split, `stamps` of the splits predicted just now, complete `valid`."""
+
+    tables: dict[str, pd.DataFrame]
+    stamps: dict[str, str]
+    valid: pd.DataFrame | None
+
+
+def _predict_missing(
+    run: Run, model: str, images: _Images, data: Path | None, batch_size: int, again: bool
+) -> _Predicted:
+    """Predict `images`, and the validation images of the run, unless the same files were predicted before."""
+    tables = known_predictions(run, model)
+    missing = []
+    if again or not _is_current(run, tables, images.split, images.items, images.root):
+        missing.append(images)
+    valid = _own_images(run, 'valid')
+    folder = _folder_with(valid, run.images, data)
+    if images.split != 'valid' and not _is_current(run, tables, 'valid', valid, folder):
+        tables.pop('valid', None)
+        if folder:
+            missing.append(_Images('valid', valid, folder))
+    stamps = {}
+    if missing:
+        predictor = Predictor.load(run.path)
+        for part in missing:
+            tables[part.split] = predict_items(predictor, part.items, part.root, batch_size)
+            stamps[part.split] = stamp_images(part.items, part.root)
+    has_all_valid = 'valid' in tables and _have_same_paths(tables['valid'], valid)
+    return _Predicted(tables, stamps, tables['valid'] if has_all_valid else None)
 
 
 def known_predictions(run: Run, model: str) -> dict[str, pd.DataFrame]:
-    """The predictions of each split that the network with the SHA-256 `model` has made so far."""
-    same = [split for split, metrics in run.metrics.items() if metrics.get('model') == model]
-    if not same or not (run / 'predictions.csv').exists():
+    """Return the stored predictions by split that were made by the network with the SHA-256 `model`."""
+    splits = [split for split, metrics in run.metrics.items() if metrics.get('model') == model]
+    if not splits or not (run / 'predictions.csv').exists():
         return {}
-    return {split: rows for split, rows in run.predictions.groupby('split', sort=False) if split in same}
+    return {str(split): rows for split, rows in run.predictions.groupby('split', sort=False) if split in splits}
+
+
+def _is_current(
+    run: Run, tables: Mapping[str, pd.DataFrame], split: str, items: pd.DataFrame, root: Path | None
+) -> bool:
+    """Return whether `tables` has the predictions of `items`, and their files below `root` have not changed since.
+
+    Without `root` the files are no longer there, and the stored predictions count.
+    """
+    if split not in tables or not _have_same_paths(tables[split], items):
+        return False
+    return root is None or run.metrics[split].get('images') == stamp_images(items, root)
+
+
+def _have_same_paths(predictions: pd.DataFrame, items: pd.DataFrame) -> bool:
+    return predictions.path.to_list() == items.path.to_list()
 
 
 def stamp_images(items: pd.DataFrame, root: Path) -> str:
-    """A SHA-256 that changes with the paths, sizes and times of the images' files."""
-    facts = ((path, (stat := (root / path).stat()).st_size, stat.st_mtime_ns) for path in items.path)
-    return hashlib.sha256(repr(list(facts)).encode(errors='surrogateescape')).hexdigest()
+    """Return a SHA-256 of the paths, sizes and modification times of the image files."""
+    facts = []
+    for path in items.path:
+        stat = (root / path).stat()
+        facts.append((path, stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(repr(facts).encode(errors='surrogateescape')).hexdigest()
+
+
+def predict_items(predictor: Predictor, items: pd.DataFrame, root: Path, batch_size: int = 32) -> pd.DataFrame:
+    """Predict the images of `items`; return a table with `PREDICTION_COLUMNS`, where `loss` is the cross-entropy.
+
+    Raises `ImageError` with the name of an unreadable image: metrics of the others would be those of another set.
+    """
+    rows = pd.DataFrame(predictor.predict([root / path for path in items.path], batch_size))
+    failed = rows[rows.status != 'ok']
+    if len(failed):
+        first = failed.iloc[0]
+        others = f' ({len(failed) - 1} more; `cxr-fastai predict` lists them)' if len(failed) > 1 else ''
+        raise ImageError(f'{first.path}: {first.message}{others}. Remove or fix it, then evaluate again.', first.code)
+    p = rows.p_pneumonia.astype(float)
+    targs = (items.label == VOCAB[POSITIVE]).to_numpy()
+    losses = log_losses(targs, p.to_numpy())
+    table = items.reset_index(drop=True).assign(p_pneumonia=p, prediction=rows.prediction, loss=losses)
+    return table[PREDICTION_COLUMNS]
+
+
+def apply_threshold(predictions: pd.DataFrame, threshold: float) -> pd.DataFrame:
+    """Return `predictions` with the column `prediction` according to `threshold`."""
+    is_positive = (predictions.p_pneumonia >= threshold).to_numpy()
+    return predictions.assign(prediction=np.array(VOCAB)[is_positive.astype(int)])
 
 
 def measure_split(
@@ -155,95 +255,66 @@ def measure_split(
     prevalences: Sequence[float],
     stamp: str | None = None,
 ) -> dict[str, Any]:
-    """The metrics of a split's `predictions`, in `groups` by column; with the network and the files they are of."""
+    """Compute the metrics of one split as `measure` does, and add the network and the `stamp` of the image files.
+
+    `groups` has the subgroup of each image by column, (n,) each. Without `stamp` the stored one stays.
+    """
     split = predictions.split.iloc[0]
     metrics = measure(
         predictions.assign(**groups), decision.threshold, decision.rule, decision.temperature, prevalences, list(groups)
     )
-    return metrics | {'model': decision.model, 'images': stamp or run.metrics.get(split, {}).get('images')}
-
-
-def _has(run: Run, tables: Mapping[str, pd.DataFrame], split: str, items: pd.DataFrame, root: Path | None) -> bool:
-    """Whether `tables` has the predictions of `items`, of the files as they are now below `root` (None: are gone)."""
-    return (
-        split in tables
-        and _same_paths(tables[split], items)
-        and (root is None or run.metrics[split].get('images') == stamp_images(items, root))
-    )
-
-
-def _same_paths(predictions: pd.DataFrame, items: pd.DataFrame) -> bool:
-    return predictions.path.to_list() == items.path.to_list()
-
-
-def _own_images(run: Run, split: str) -> pd.DataFrame:
-    """The items that `run` had in `split`, without images that training skipped as unreadable."""
-    return run.used_items[lambda items: items.split == split]
-
-
-def _folder_of(items: pd.DataFrame, *roots: Path | None) -> Path | None:
-    """The folder of the first of `roots` that has all images of `items`; None where none has, or there are no items."""
-    folders = [image_root(root) for root in roots if root and len(items)]
-    return next((folder for folder in folders if all((folder / path).exists() for path in items.path)), None)
-
-
-def _refuse_known(items: pd.DataFrame, run: Run, split: str, root: Path) -> None:
-    known = items.path[items.split == split].isin(run.items.path).sum() if split != 'test' else 0
-    if known:
-        raise UsageError(
-            f'{root}: {known} images of its {split} split are among those of the run, but not all of '
-            "the run's are there: name the folder it was trained on, whole."
-        )
-
-
-def _first(items: pd.DataFrame, limit: int | None) -> pd.DataFrame:
-    return items if limit is None else items.groupby('label', sort=False).head(limit)
+    metrics['model'] = decision.model
+    metrics['images'] = stamp or run.metrics.get(split, {}).get('images')
+    return metrics
 
 
 def _decide(run: Run, valid: pd.DataFrame | None, rule: str | None, model: str) -> Decision:
-    """By `rule`, or the rule of the last time, on the predictions of `valid`; without them what was decided before, or
-    the recipe's own threshold, with a warning."""
-    known = Decision.of(run, model)
+    """Choose the threshold by `rule` (default: the one used last) on the predictions of all validation images.
+
+    Without them it is the stored decision, a fixed threshold, or that of the recipe with a warning.
+    """
+    previous = Decision.from_run(run, model)
     if valid is not None:
-        return decide(valid, rule or (known.rule if known else DEFAULT), model)
-    if known and rule in (None, known.rule):
-        return known
-    if rule and not rule.startswith('fixed:'):
-        raise UsageError(
-            f'--threshold {rule}: it is chosen on all validation images of the run, which are not at hand: '
-            'evaluate where they are, without --limit, or give fixed:T.'
-        )
-    threshold = parse_rule(rule)[1][0] if rule else run.recipe.threshold
-    if not rule:
+        default_rule = previous.rule if previous else DEFAULT_RULE
+        return decide(valid, rule or default_rule, model)
+    if previous and rule in (None, previous.rule):
+        return previous
+    if rule is None:
+        threshold = run.recipe.threshold
         warnings.warn(
-            f'not all validation images of the run are at hand, so no threshold was chosen on them: '
-            f'{threshold:g} is used.',
+            f'no threshold was chosen, because not all validation images of the run were found: {threshold:g} is used.',
             CXRWarning,
             stacklevel=3,
         )
-    return Decision(threshold, rule or f'fixed:{threshold:g}', model=model)
+        return Decision(threshold, f'fixed:{threshold:g}', model=model)
+    if not rule.startswith('fixed:'):
+        raise UsageError(
+            f'--threshold {rule}: this rule requires all validation images of the run, and not all were found. '
+            'Evaluate with the folder that the run was trained on and without --limit, or choose fixed:T.'
+        )
+    _, (threshold,) = parse_rule(rule)
+    return Decision(threshold, rule, model=model)
 
 
-def _measure_again(
+def _update_metrics(
     run: Run, split: str, predictions: pd.DataFrame, decision: Decision, stamp: str | None
 ) -> dict[str, Any]:
-    """The metrics of a split that was not asked for: as they are known, or measured anew, where it was predicted just
-    now, the decision is another one, or figures are missing."""
-    known = run.metrics.get(split, {})
-    if (
-        stamp is None
-        and decision.fits(known)
-        and is_complete(known)
-        and (known['calibrated']['temperature'] == decision.temperature)
-    ):
-        return known
-    if lost := sorted({group['column'] for group in known.get('subgroups', ())} - {'kind'}):
+    """Return the metrics of a split that was not asked for.
+
+    They are the stored ones, unless the split was predicted just now, the decision has changed, or metrics are missing.
+    """
+    stored = run.metrics.get(split, {})
+    is_valid = stamp is None and decision.matches(stored) and is_complete(stored)
+    if is_valid and stored['calibrated']['temperature'] == decision.temperature:
+        return stored
+    lost_columns = {group['column'] for group in stored.get('subgroups', ())} - {'kind'}
+    if lost_columns:
         warnings.warn(
-            f'the split {split} is judged by another threshold now, without its groups by {", ".join(lost)}: '
-            'evaluate it again.',
+            f'the metrics of the split {split} were computed again with another threshold, without the subgroups by '
+            f'{", ".join(sorted(lost_columns))}: evaluate this split again.',
             CXRWarning,
             stacklevel=3,
         )
-    kinds = [parse_name(*image)[0] for image in zip(predictions.path, predictions.label, strict=True)]
-    prevalences = [row['prevalence'] for row in known.get('prevalences', ())] or PREVALENCES
+    kinds = [parse_name(path, label).kind for path, label in zip(predictions.path, predictions.label, strict=True)]
+    prevalences = [row['prevalence'] for row in stored.get('prevalences', ())] or PREVALENCES
     return measure_split(run, predictions, decision, {'kind': np.array(kinds)}, prevalences, stamp)

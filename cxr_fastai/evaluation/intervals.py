@@ -1,6 +1,8 @@
-"""Figures with 95 % intervals, from counts, scores and standard errors: Wilson, DeLong, Newcombe, Mercaldo."""
+"""Point estimates with 95% confidence intervals: Wilson, DeLong, Newcombe, Mercaldo, and the bootstrap of patients."""
 
 from __future__ import annotations
+
+from typing import SupportsFloat
 
 import numpy as np
 from scipy.optimize import brentq
@@ -8,203 +10,269 @@ from scipy.special import expit, logit
 from scipy.stats import norm, rankdata
 
 Z95 = float(norm.ppf(0.975))
+BOOTSTRAP_DRAWS = 2000
+BOOTSTRAP_SEED = 0
 Estimate = dict[str, float | None]
-"""`value`, and `low` and `high` of its 95 % interval; None where there is nothing to estimate from."""
+"""`value`, and `low` and `high` of its 95% interval; None where they are undefined."""
 
 
-def estimate(value: float | None, low: float | None = None, high: float | None = None) -> Estimate:
-    """The three as an `Estimate`."""
-    return {name: v if v is None else float(v) for name, v in (('value', value), ('low', low), ('high', high))}
+def make_estimate(
+    value: SupportsFloat | None, low: SupportsFloat | None = None, high: SupportsFloat | None = None
+) -> Estimate:
+    """Return the three numbers as an `Estimate`."""
+    numbers = {'value': value, 'low': low, 'high': high}
+    return {name: None if number is None else float(number) for name, number in numbers.items()}
 
 
-def describe(found: Estimate, digits: int = 3, sign: str = '') -> str:
-    """An estimate in words: `0.953 (0.931 to 0.968)`, or `undefined` where there is nothing to estimate from. The
-    `sign` '+' tells positive numbers from negative ones."""
-    if found['value'] is None:
-        return 'undefined'
-    value, low, high = (
-        None if found[name] is None else f'{found[name]:{sign}.{digits}f}' for name in ('value', 'low', 'high')
-    )
-    return value if low is None else f'{value} ({low} to {high})'
+def format_estimate(estimate: Estimate, digits: int = 3, sign: str = '') -> str:
+    """Format an estimate as `0.953 (0.931 to 0.968)`, or as `undefined` without a value.
 
-
-def proportion(k: int, n: int, effective: float | None = None) -> Estimate:
-    """k of n with Wilson's 95 % interval (1927, without continuity correction), as wide as that of `effective`
-    independent images would be (default: n)."""
-    if n == 0:
-        return estimate(None)
-    p, n = k / n, effective or n
-    centre, half = p + Z95**2 / (2 * n), Z95 * np.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-    low, high = (centre + np.array([-half, half])) / (1 + Z95**2 / n)
-    return estimate(p, max(0.0, min(low, p)), min(1.0, max(high, p)))
-
-
-def f1(tp: int, fp: int, fn: int, effective: float | None = None) -> Estimate:
-    """F1 with the interval of J = tp/(tp + fp + fn), a proportion, mapped through F1 = 2J/(1 + J)."""
-    return {
-        name: value if value is None else 2 * value / (1 + value)
-        for name, value in proportion(tp, tp + fp + fn, effective).items()
-    }
-
-
-def roc_auc(targs: np.ndarray, scores: np.ndarray) -> Estimate:
-    """Area under the ROC curve of `scores` (n,) for the boolean `targs` (n,), with a 95 % interval.
-
-    DeLong's variance (1988) on the logit scale. Where that variance is 0 or undefined (classes that separate
-    completely, equal scores, one image of a class) Newcombe's method 5 (2006) instead, one-sided for an AUC of 0 or 1.
-    None for one class only.
+    With `sign='+'` positive numbers have a plus sign, which suits differences.
     """
-    m, n = int(targs.sum()), int((~targs).sum())
-    if not m or not n:
-        return estimate(None)
+    if estimate['value'] is None:
+        return 'undefined'
+    number_format = f'{sign}.{digits}f'
+    value = format(estimate['value'], number_format)
+    if estimate['low'] is None or estimate['high'] is None:
+        return value
+    return f'{value} ({format(estimate["low"], number_format)} to {format(estimate["high"], number_format)})'
+
+
+def wilson_interval(count: int, total: int, effective_total: float | None = None) -> Estimate:
+    """The proportion `count / total` with Wilson's interval (1927), without continuity correction.
+
+    With `effective_total` the interval is as wide as that of the same proportion of so many independent images (the
+    effective sample size; default: `total`). Undefined for a `total` of 0.
+    """
+    from statsmodels.stats.proportion import proportion_confint  # loaded only where an interval is computed
+
+    if total == 0:
+        return make_estimate(None)
+    proportion = count / total
+    size = effective_total or total
+    low, high = proportion_confint(proportion * size, size, alpha=0.05, method='wilson')
+    return make_estimate(proportion, min(low, proportion), max(high, proportion))
+
+
+def f1_interval(tp: int, fp: int, fn: int, effective_total: float | None = None) -> Estimate:
+    """F1, with an interval derived from Wilson's.
+
+    The Jaccard index J = tp/(tp + fp + fn) is a proportion, and F1 = 2J/(1 + J) is a monotonic function of it, which
+    maps the limits of its interval.
+    """
+    jaccard = wilson_interval(tp, tp + fp + fn, effective_total)
+    return {name: None if j is None else 2 * j / (1 + j) for name, j in jaccard.items()}
+
+
+def auc_interval(targs: np.ndarray, scores: np.ndarray) -> Estimate:
+    """Area under the ROC curve of `scores` (n,) for the boolean targets `targs` (n,), images being independent.
+
+    The interval uses DeLong's variance (DeLong et al. 1988) on the logit scale. Where that variance is 0 or undefined
+    (complete separation, equal scores, or a single image of a class), it is Newcombe's method 5 (2006). Undefined for
+    images of a single class.
+    """
+    positives = int(targs.sum())
+    negatives = int((~targs).sum())
+    if positives == 0 or negatives == 0:
+        return make_estimate(None)
     above, below = placements(targs, scores)
     auc = float(above.mean())
-    variance = above.var(ddof=1) / m + below.var(ddof=1) / n if min(m, n) > 1 else 0.0
+    variance = 0.0
+    if min(positives, negatives) > 1:
+        variance = above.var(ddof=1) / positives + below.var(ddof=1) / negatives
     if auc in (0.0, 1.0) or variance == 0:
-        return newcombe(auc, m, n)
-    return on_logit_scale(auc, float(np.sqrt(variance)))
+        return newcombe_interval(auc, positives, negatives)
+    return logit_interval(auc, float(np.sqrt(variance)))
 
 
 def placements(targs: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each positive the share of negatives below it, (m,), and for each negative the share of positives above it,
-    (n,); ties count half. The mean of either is the AUC (by ranks, as in Sun and Xu 2014)."""
-    positive, negative = scores[targs], scores[~targs]
+    """Placement values: for each positive the share of negatives with a lower score, and for each negative the share of
+    positives with a higher score; ties count half.
+
+    The mean of either array, (positives,) and (negatives,), is the AUC. Computed from ranks (Sun and Xu 2014).
+    """
+    positive = scores[targs]
+    negative = scores[~targs]
     m, n = len(positive), len(negative)
     ranks = rankdata(np.concatenate([positive, negative]))
-    return (ranks[:m] - rankdata(positive)) / n, 1 - (ranks[m:] - rankdata(negative)) / m
+    above = (ranks[:m] - rankdata(positive)) / n
+    below = 1 - (ranks[m:] - rankdata(negative)) / m
+    return above, below
 
 
 def compare_auc(targs: np.ndarray, first: np.ndarray, second: np.ndarray) -> Estimate:
-    """The AUC of `first` less that of `second` on the same images, with a 95 % interval and the two-sided `p` of
-    DeLong's test for paired curves (1988). None where a class has fewer than two images."""
-    m, n = int(targs.sum()), int((~targs).sum())
-    if min(m, n) < 2:
-        return estimate(None) | {'p': None}
-    above, below = (a - b for a, b in zip(placements(targs, first), placements(targs, second), strict=True))
-    return difference(float(above.mean()), float(np.sqrt(above.var(ddof=1) / m + below.var(ddof=1) / n)))
+    """AUC of the scores `first` minus AUC of the scores `second` on the same images, all (n,).
+
+    Adds `p`, the two-sided p-value of DeLong's test for paired curves (1988). Undefined where a class has fewer than
+    two images.
+    """
+    positives = int(targs.sum())
+    negatives = int((~targs).sum())
+    if min(positives, negatives) < 2:
+        return make_estimate(None) | {'p': None}
+    first_above, first_below = placements(targs, first)
+    second_above, second_below = placements(targs, second)
+    above = first_above - second_above
+    below = first_below - second_below
+    variance = above.var(ddof=1) / positives + below.var(ddof=1) / negatives
+    return difference_interval(float(above.mean()), float(np.sqrt(variance)))
 
 
-def difference(value: float, error: float) -> Estimate:
-    """A difference with its standard `error`: the 95 % interval, and the two-sided `p` of its being none. Where nothing
-    varies, as between networks that both separate the classes, there is neither, but for two that are the same."""
-    if not error:
-        return estimate(value) | {'p': 1.0 if value == 0 else None}
-    return estimate(value, value - Z95 * error, value + Z95 * error) | {'p': float(2 * norm.sf(abs(value) / error))}
+def difference_interval(difference: float, error: float) -> Estimate:
+    """A difference with its standard `error`: its normal interval, and `p`, the two-sided p-value of no difference.
+
+    With an `error` of 0 there is no interval; `p` is 1 for a difference of 0 and undefined otherwise.
+    """
+    if error == 0:
+        return make_estimate(difference) | {'p': 1.0 if difference == 0 else None}
+    half_width = Z95 * error
+    p = float(2 * norm.sf(abs(difference) / error))
+    return make_estimate(difference, difference - half_width, difference + half_width) | {'p': p}
 
 
 def predictive_values(
     sensitivity: Estimate, specificity: Estimate, positives: float, negatives: float, prevalence: float
 ) -> tuple[Estimate, Estimate]:
-    """PPV and NPV at a `prevalence` in (0, 1) by Bayes' rule, where `positives` and `negatives` are the (effective)
-    numbers of images behind the two rates.
+    """PPV and NPV at a `prevalence` in (0, 1) by Bayes' rule.
 
-    Intervals on the logit scale by Mercaldo, Lau and Zhou (2007); where a rate is 0 or 1, with z²/2 images added to each
-    cell, as they advise there.
+    Args:
+        positives, negatives: the (effective) numbers of images from which the two rates were estimated.
+
+    The intervals are computed on the logit scale (Mercaldo, Lau and Zhou 2007). Where a rate is 0 or 1, z²/2 images are
+    added to each cell of the confusion matrix, as the authors recommend.
     """
-    a, b = sensitivity['value'], specificity['value']
+    a = sensitivity['value']
+    b = specificity['value']
     if a is None or b is None:
-        return estimate(None), estimate(None)
-    return (
-        _predictive(a, positives, b, negatives, prevalence),
-        _predictive(b, negatives, a, positives, 1 - prevalence),
-    )
+        return make_estimate(None), make_estimate(None)
+    ppv = _predictive_value(a, positives, b, negatives, prevalence)
+    npv = _predictive_value(b, negatives, a, positives, 1 - prevalence)
+    return ppv, npv
 
 
-def _predictive(right: float, n: float, other: float, m: float, prior: float) -> Estimate:
-    """Of the images called one class, the share that is: `right` of the n of that class and 1 - `other` of the m of the
-    other class are called so."""
-    called = right * prior + (1 - other) * (1 - prior)
-    if called == 0:
-        return estimate(None)
-    more = Z95**2 / 2 if {right, other} & {0, 1} else 0.0
-    a, b = (right * n + more) / (n + 2 * more), (other * m + more) / (m + 2 * more)
+def _predictive_value(recall: float, n: float, other_recall: float, other_n: float, prior: float) -> Estimate:
+    """The probability of a class, given that it is predicted.
+
+    `recall` is the share of the `n` images of the class that are predicted so, `other_recall` that of the other class.
+    """
+    predicted = recall * prior + (1 - other_recall) * (1 - prior)
+    if predicted == 0:
+        return make_estimate(None)
+    value = recall * prior / predicted
+    added = Z95**2 / 2 if {recall, other_recall} & {0, 1} else 0.0
+    n_adjusted = n + 2 * added
+    other_n_adjusted = other_n + 2 * added
+    a = (recall * n + added) / n_adjusted
+    b = (other_recall * other_n + added) / other_n_adjusted
     centre = logit(prior) + np.log(a / (1 - b))
-    half = Z95 * np.sqrt((1 - a) / (a * (n + 2 * more)) + b / ((1 - b) * (m + 2 * more)))
-    value, (low, high) = right * prior / called, expit(centre + np.array([-half, half]))
-    return estimate(value, min(low, value), max(high, value))
+    half_width = Z95 * np.sqrt((1 - a) / (a * n_adjusted) + b / ((1 - b) * other_n_adjusted))
+    low, high = expit(centre + np.array([-half_width, half_width]))
+    return make_estimate(value, min(low, value), max(high, value))
 
 
-def on_logit_scale(value: float, error: float) -> Estimate:
-    """A share in (0, 1) with its standard `error`, and the interval that is symmetric on the logit scale."""
-    half = Z95 * error / (value * (1 - value))
-    return estimate(value, *expit(logit(value) + np.array([-half, half])))
+def logit_interval(value: float, error: float) -> Estimate:
+    """A `value` in (0, 1) with its standard `error`; the interval is symmetric on the logit scale (delta method)."""
+    half_width = Z95 * error / (value * (1 - value))
+    low, high = expit(logit(value) + np.array([-half_width, half_width]))
+    return make_estimate(value, low, high)
 
 
-def newcombe(auc: float, m: int, n: int) -> Estimate:
-    """The AUCs at which this one, of m and n images, lies just z standard errors off, by Newcombe's variance of an AUC
-    t (2006, method 5); one-sided for 0 and 1."""
-    z, half = norm.ppf(0.95 if auc in (0.0, 1.0) else 0.975), (m + n) / 2
+def newcombe_interval(auc: float, positives: int, negatives: int) -> Estimate:
+    """An AUC with its interval by Newcombe's method 5 (2006): the values that lie z standard errors away.
 
-    def gap(t: float) -> float:
-        variance = t * (1 - t) / (m * n) * (2 * half - 1 - (3 * half - 3) / ((2 - t) * (1 + t)))
-        return (auc - t) ** 2 - z**2 * variance
-
+    The interval is one-sided for an AUC of 0 or 1, so it is never [1, 1].
+    """
+    z = norm.ppf(0.95 if auc in (0.0, 1.0) else 0.975)
+    mean_size = (positives + negatives) / 2
     edge = 1e-12
-    low = brentq(gap, edge, min(auc, 1 - edge)) if auc > 0 else 0.0
-    high = brentq(gap, max(auc, edge), 1 - edge) if auc < 1 else 1.0
-    return estimate(auc, low, high)
+
+    def excess(t: float) -> float:
+        factor = 2 * mean_size - 1 - (3 * mean_size - 3) / ((2 - t) * (1 + t))
+        variance = t * (1 - t) / (positives * negatives) * factor
+        return float((auc - t) ** 2 - z**2 * variance)
+
+    low = brentq(excess, edge, min(auc, 1 - edge)) if auc > 0 else 0.0
+    high = brentq(excess, max(auc, edge), 1 - edge) if auc < 1 else 1.0
+    return make_estimate(auc, low, high)
 
 
-DRAWS, SEED = 2000, 0
+def draw_patients(patients: np.ndarray, draws: int = BOOTSTRAP_DRAWS, seed: int = BOOTSTRAP_SEED) -> np.ndarray:
+    """Weights of a cluster bootstrap (Field and Welsh 2007): how often each image counts in each draw, (draws, n).
 
-
-def draw_patients(patients: np.ndarray, draws: int = DRAWS, seed: int = SEED) -> np.ndarray:
-    """How often each image counts in each draw, (draws, n): of `patients` (n,) as many as there are are drawn with
-    replacement, each with all its images (cluster bootstrap; Field and Welsh 2007)."""
-    names, of = np.unique(patients, return_inverse=True)
+    Each draw samples as many `patients` (n,) as there are, with replacement; a patient counts with all images.
+    """
+    names, patient_of_image = np.unique(patients, return_inverse=True)
     rng = np.random.default_rng(seed)
-    return rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)[:, of].astype(np.float64)
+    equal = np.full(len(names), 1 / len(names))
+    counts = rng.multinomial(len(names), equal, size=draws)
+    return counts[:, patient_of_image].astype(np.float64)
 
 
-def count_draws(weights: np.ndarray, targs: np.ndarray, called: np.ndarray) -> tuple[np.ndarray, ...]:
-    """tp, fp, fn and tn, each (draws,), where image i counts `weights[:, i]` times."""
-    cells = np.stack([targs & called, ~targs & called, targs & ~called, ~targs & ~called])
+def count_draws(weights: np.ndarray, targs: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Weighted counts tp, fp, fn and tn, each (draws,), of the predictions `positive` (n,)."""
+    cells = np.stack([targs & positive, ~targs & positive, targs & ~positive, ~targs & ~positive])
     return tuple(cells.astype(np.float64) @ weights.T)
 
 
-def rate_draws(weights: np.ndarray, targs: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted counts of true and of false positives, (draws, scores + 1), while the threshold falls from above the
-    highest score to the lowest."""
-    return tuple(np.pad(side[:, ::-1].cumsum(axis=1), ((0, 0), (1, 0))) for side in _by_score(weights, targs, scores))
+def roc_draws(weights: np.ndarray, targs: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted counts of true and of false positives, (draws, distinct scores + 1) each.
+
+    From left to right the threshold falls from above the highest score to the lowest.
+    """
+    positive, negative = _weights_by_score(weights, targs, scores)
+    return _cumulate_from_highest(positive), _cumulate_from_highest(negative)
+
+
+def _cumulate_from_highest(weights: np.ndarray) -> np.ndarray:
+    return np.pad(weights[:, ::-1].cumsum(axis=1), ((0, 0), (1, 0)))
 
 
 def auc_draws(weights: np.ndarray, targs: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """The AUC (draws,) of weighted images; NaN in a draw without one of the classes."""
-    positive, negative = _by_score(weights, targs, scores)
+    """AUC of the weighted images, (draws,); NaN in a draw without one of the classes."""
+    positive, negative = _weights_by_score(weights, targs, scores)
     below = np.cumsum(negative, axis=1) - negative / 2  # ties count half
     with np.errstate(invalid='ignore'):
         return (positive * below).sum(axis=1) / (positive.sum(axis=1) * negative.sum(axis=1))
 
 
 def average_precision_draws(weights: np.ndarray, targs: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """The average precision (draws,) of weighted images, as scikit-learn defines it; NaN without a positive image."""
-    tp, fp = rate_draws(weights, targs, scores)
+    """Average precision of the weighted images, (draws,), as scikit-learn defines it; NaN without a positive image."""
+    tp, fp = roc_draws(weights, targs, scores)
+    predicted = np.maximum(tp + fp, 1)
     with np.errstate(invalid='ignore'):
-        return (np.diff(tp) * tp[:, 1:] / np.maximum(tp + fp, 1)[:, 1:]).sum(axis=1) / tp[:, -1]
+        return (np.diff(tp) * tp[:, 1:] / predicted[:, 1:]).sum(axis=1) / tp[:, -1]
 
 
 def mean_draws(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The mean (draws,) of the images' `values` (n,)."""
+    """Weighted mean of the images' `values` (n,) in each draw, (draws,)."""
     return weights @ values / weights.sum(axis=1)
 
 
-def deviation(draws: np.ndarray) -> float:
-    """The standard error that `draws` show; NaN among them is left out. 0 where nothing is left, or nothing varies but
-    the last digits."""
-    known = draws[~np.isnan(draws)]
-    error = float(known.std(ddof=1)) if len(known) > 1 else 0.0
+def standard_error(draws: np.ndarray) -> float:
+    """Standard deviation of a metric over `draws`, without NaN; 0 where fewer than two draws are left.
+
+    A deviation below 1e-9 is rounding error and counts as 0.
+    """
+    valid = draws[~np.isnan(draws)]
+    error = float(valid.std(ddof=1)) if len(valid) > 1 else 0.0
     return error if error > 1e-9 else 0.0
 
 
-def middle(draws: np.ndarray) -> tuple[float | None, float | None]:
-    """The middle 95 % of `draws`; NaN among them is left out, and nothing else gives None."""
-    known = draws[~np.isnan(draws)]
-    return tuple(np.percentile(known, [2.5, 97.5]).tolist()) if len(known) else (None, None)
+def percentile_interval(draws: np.ndarray) -> tuple[float | None, float | None]:
+    """The 2.5th and 97.5th percentile of a metric over `draws`, without NaN; None where no draw is left."""
+    valid = draws[~np.isnan(draws)]
+    if len(valid) == 0:
+        return None, None
+    low, high = np.percentile(valid, [2.5, 97.5])
+    return float(low), float(high)
 
 
-def _by_score(weights: np.ndarray, targs: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The weights of positives and of negatives at each different score, from the lowest: (draws, scores)."""
+def _weights_by_score(weights: np.ndarray, targs: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum the weights of positives and of negatives at each distinct score, in ascending order: (draws, scores)."""
     order = np.argsort(scores, kind='stable')
-    starts = np.flatnonzero(np.r_[True, np.diff(scores[order]) > 0])
+    is_new_score = np.r_[True, np.diff(scores[order]) > 0]
+    starts = np.flatnonzero(is_new_score)
     ordered = weights[:, order]
-    return tuple(np.add.reduceat(ordered * side[order], starts, axis=1) for side in (targs, ~targs))
+    positive = np.add.reduceat(ordered * targs[order], starts, axis=1)
+    negative = np.add.reduceat(ordered * ~targs[order], starts, axis=1)
+    return positive, negative

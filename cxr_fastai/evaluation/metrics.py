@@ -1,4 +1,4 @@
-"""Predictions become metrics: every figure of a split with its interval, in the form of `metrics.json`."""
+"""Metrics of a split with their intervals, computed from its predictions in the form of `metrics.json`."""
 
 from __future__ import annotations
 
@@ -13,139 +13,194 @@ import pandas as pd
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.evaluation.calibration import measure_calibration
 from cxr_fastai.evaluation.intervals import (
-    DRAWS,
-    SEED,
+    BOOTSTRAP_DRAWS,
+    BOOTSTRAP_SEED,
     Z95,
     Estimate,
     auc_draws,
+    auc_interval,
     average_precision_draws,
     count_draws,
-    deviation,
     draw_patients,
-    estimate,
-    f1,
-    newcombe,
-    on_logit_scale,
+    f1_interval,
+    logit_interval,
+    make_estimate,
+    newcombe_interval,
     predictive_values,
-    proportion,
-    roc_auc,
+    standard_error,
+    wilson_interval,
 )
 from cxr_fastai.inference.config import temper
 
 TARGETS = {'sensitivity': 0.95, 'specificity': 0.90}
-"""What the specification asks for."""
+"""Minimum values that the specification requires."""
 PREVALENCES = (0.02, 0.10, 0.30)
-HALF = 0.5
-"""The threshold of the specification, whose figures stand beside those of the chosen one."""
-FEW = 10
-"""Images in a group below which its figures would say little and might point at somebody."""
-SHARES = {
-    'sensitivity': (('tp',), ('fn',)),
-    'specificity': (('tn',), ('fp',)),
-    'accuracy': (('tp', 'tn'), ('fp', 'fn')),
-    'ppv': (('tp',), ('fp',)),
-    'npv': (('tn',), ('fn',)),
+"""Default prevalences of pneumonia for which predictive values are computed."""
+SPECIFICATION_THRESHOLD = 0.5
+"""Threshold of the specification; its metrics are reported next to those of the chosen threshold."""
+MIN_GROUP_SIZE = 10
+"""Metrics of fewer images are not reported: they are imprecise, and could reveal a single patient."""
+Cells = Sequence[str]
+"""Cells of the confusion matrix: `tp`, `fp`, `fn`, `tn`."""
+RATES: dict[str, tuple[Cells, Cells]] = {
+    'sensitivity': (['tp'], ['fn']),
+    'specificity': (['tn'], ['fp']),
+    'accuracy': (['tp', 'tn'], ['fp', 'fn']),
+    'ppv': (['tp'], ['fp']),
+    'npv': (['tn'], ['fn']),
 }
-"""Figure -> the cells of the confusion matrix that are right, and those that are wrong."""
+"""Metrics that are proportions: the cells that count as correct, and those that count as incorrect."""
+METRIC_NAMES = {'auc': 'AUC', 'ppv': 'PPV', 'npv': 'NPV', 'f1': 'F1', 'mcc': 'MCC', 'brier': 'Brier score'}
+"""Names of metrics that differ from their keys."""
 
 
-def truth(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each image shows pneumonia, and the probability given to it: (n,) and (n,)."""
-    return (predictions.label == VOCAB[POSITIVE]).to_numpy(), predictions.p_pneumonia.to_numpy(float)
+def name_metric(key: str) -> str:
+    """Return the name of a metric from its key in `metrics.json`."""
+    return METRIC_NAMES.get(key, key.replace('_', ' '))
+
+
+def targets_and_probabilities(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Return the targets (n,), true for pneumonia, and the predicted probabilities of pneumonia (n,)."""
+    targs = (predictions.label == VOCAB[POSITIVE]).to_numpy()
+    return targs, predictions.p_pneumonia.to_numpy(float)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Images with their truth `targs` (true: pneumonia), probability `p` and patients, each (n,)."""
+    """Images with their targets (true for pneumonia), probabilities and patients, each (n,)."""
 
     targs: np.ndarray
     p: np.ndarray
     patients: np.ndarray
 
     @classmethod
-    def of(cls, predictions: pd.DataFrame) -> Sample:
-        """The sample of a predictions table; without a column patient each image is a patient of its own."""
+    def from_predictions(cls, predictions: pd.DataFrame) -> Sample:
+        """The images of a predictions table; without a column `patient` each image is its own patient."""
         patients = predictions['patient'] if 'patient' in predictions else pd.Series(range(len(predictions)))
-        return cls(*truth(predictions), patients.astype(str).to_numpy())
+        targs, p = targets_and_probabilities(predictions)
+        return cls(targs, p, patients.astype(str).to_numpy())
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """How often each image counts in each draw of patients, (draws, n)."""
+        """Bootstrap weights of the images, (draws, n)."""
         return draw_patients(self.patients)
 
     @cached_property
     def grouped(self) -> bool:
-        """Whether a patient has several images, so that images are not independent."""
-        return self.count(self.targs | True) < len(self.patients)
+        """True where a patient has several images, so that the images are not independent."""
+        return self.count_patients() < len(self.patients)
 
-    def count(self, chosen: np.ndarray) -> int:
-        """The patients of the `chosen` images (n,)."""
-        return len(np.unique(self.patients[chosen]))
+    def count_patients(self, chosen: np.ndarray | None = None) -> int:
+        """Number of patients, of all images or of the `chosen` ones (boolean, (n,))."""
+        patients = self.patients if chosen is None else self.patients[chosen]
+        return len(np.unique(patients))
 
 
-class Calls:
-    """The confusion matrix of a `sample` at a `threshold`: which images are in each cell, how many, and in each draw."""
+class ConfusionMatrix:
+    """Confusion matrix of a sample at a threshold: `images` (boolean, (n,)), `counts` and bootstrap `draws` by cell."""
 
     def __init__(self, sample: Sample, threshold: float):
-        targs, called = sample.targs, sample.p >= threshold
+        targs = sample.targs
+        positive = sample.p >= threshold
         self.sample = sample
-        self.images = {'tp': targs & called, 'fp': ~targs & called, 'fn': targs & ~called, 'tn': ~targs & ~called}
-        self.n = {cell: int(images.sum()) for cell, images in self.images.items()}
-        self.draws = dict(zip(self.images, count_draws(sample.weights, targs, called), strict=True))
-
-    def share(self, right: Sequence[str], wrong: Sequence[str]) -> Estimate:
-        """The share of the cells `right` among them and `wrong`, with Wilson's interval."""
-        k = sum(self.n[cell] for cell in right)
-        return proportion(k, k + sum(self.n[cell] for cell in wrong), self.effective(right, wrong))
-
-    def share_draws(self, right: Sequence[str], wrong: Sequence[str]) -> np.ndarray:
-        """That share in each draw, (draws,); NaN where no image is in any of the cells."""
-        k, rest = (np.sum([self.draws[cell] for cell in cells], axis=0) for cells in (right, wrong))
-        with np.errstate(invalid='ignore'):
-            return k / (k + rest)
-
-    def effective(self, right: Sequence[str], wrong: Sequence[str]) -> float:
-        """How many independent images would make that share vary as much as the draws of patients do: at most the images
-        that there are (Kish's effective sample size). Where it does not vary, as a share of 0 or 1, the patients."""
-        k, n = sum(self.n[cell] for cell in right), sum(self.n[cell] for cell in (*right, *wrong))
-        if not self.sample.grouped:
-            return n
-        error = deviation(self.share_draws(right, wrong)) if 0 < k < n else 0.0
-        if error:
-            return min(n, k / n * (1 - k / n) / error**2)
-        return self.sample.count(np.any([self.images[cell] for cell in (*right, *wrong)], axis=0))
-
-    def rates(self) -> dict[str, Any]:
-        """Every figure of `AT_A_THRESHOLD`, and the counts."""
-        return {
-            **{name: figure(self) for name, figure in AT_A_THRESHOLD.items()},
-            'confusion': {cell: self.n[cell] for cell in ('tn', 'fp', 'fn', 'tp')},
+        self.images = {
+            'tp': targs & positive,
+            'fp': ~targs & positive,
+            'fn': targs & ~positive,
+            'tn': ~targs & ~positive,
         }
+        self.counts = {cell: int(images.sum()) for cell, images in self.images.items()}
+        self.draws = dict(zip(self.images, count_draws(sample.weights, targs, positive), strict=True))
+
+    def metrics(self) -> dict[str, Any]:
+        """All `THRESHOLD_METRICS`, and the counts as `confusion`."""
+        metrics: dict[str, Any] = {name: measure_one(self) for name, measure_one in THRESHOLD_METRICS.items()}
+        metrics['confusion'] = {cell: self.counts[cell] for cell in ('tn', 'fp', 'fn', 'tp')}
+        return metrics
+
+    def rate(self, name: str) -> Estimate:
+        """One of `RATES` with Wilson's interval."""
+        correct, incorrect = RATES[name]
+        count = self._count(correct)
+        return wilson_interval(count, count + self._count(incorrect), self.effective_size(correct, incorrect))
+
+    def rate_draws(self, name: str) -> np.ndarray:
+        """One of `RATES` in each bootstrap draw, (draws,); NaN in draws without an image in its cells."""
+        return self._proportion_draws(*RATES[name])
+
+    def effective_size(self, correct: Cells, incorrect: Cells) -> float:
+        """Effective sample size (Kish 1965) of the proportion correct / (correct + incorrect).
+
+        It is the number of independent images that would vary as much as the bootstrap of patients, at most the number
+        of images. Where the proportion is 0 or 1 and does not vary, it is the number of patients.
+        """
+        count = self._count(correct)
+        total = count + self._count(incorrect)
+        if not self.sample.grouped:
+            return total
+        if 0 < count < total:
+            error = standard_error(self._proportion_draws(correct, incorrect))
+            if error > 0:
+                return min(total, count / total * (1 - count / total) / error**2)
+        inside = np.any([self.images[cell] for cell in (*correct, *incorrect)], axis=0)
+        return self.sample.count_patients(inside)
+
+    def _proportion_draws(self, correct: Cells, incorrect: Cells) -> np.ndarray:
+        numerator = np.sum([self.draws[cell] for cell in correct], axis=0)
+        rest = np.sum([self.draws[cell] for cell in incorrect], axis=0)
+        with np.errstate(invalid='ignore'):
+            proportions: np.ndarray = numerator / (numerator + rest)
+        return proportions
+
+    def _count(self, cells: Cells) -> int:
+        return sum(self.counts[cell] for cell in cells)
 
     def f1(self) -> Estimate:
-        """The harmonic mean of sensitivity and PPV."""
-        return f1(*(self.n[cell] for cell in ('tp', 'fp', 'fn')), self.effective(['tp'], ['fp', 'fn']))
+        """F1, the harmonic mean of sensitivity and PPV."""
+        size = self.effective_size(['tp'], ['fp', 'fn'])
+        return f1_interval(self.counts['tp'], self.counts['fp'], self.counts['fn'], size)
 
     def balanced_accuracy(self) -> Estimate:
-        """The mean of sensitivity and specificity, its interval on the logit scale from the draws of patients."""
-        sensitivity, specificity = (self.share(*SHARES[name]) for name in TARGETS)
-        if sensitivity['value'] is None or specificity['value'] is None:
-            return estimate(None)
-        middle = {name: (sensitivity[name] + specificity[name]) / 2 for name in sensitivity}
-        error = deviation(sum(self.share_draws(*SHARES[name]) for name in TARGETS) / 2)
-        return on_logit_scale(middle['value'], error) if 0 < middle['value'] < 1 and error else middle
+        """Mean of sensitivity and specificity; its interval on the logit scale, from the bootstrap of patients.
 
-    def correlation(self) -> Estimate:
-        """Matthews' correlation coefficient (1975), its interval on Fisher's z scale; None for the interval where it is
-        -1 or 1, and for all where a margin is empty."""
-        value = _mcc(**{cell: np.float64(n) for cell, n in self.n.items()})
+        Where it is 0 or 1 the interval is the mean of the two intervals.
+        """
+        sensitivity = self.rate('sensitivity')
+        specificity = self.rate('specificity')
+        if sensitivity['value'] is None or specificity['value'] is None:
+            return make_estimate(None)
+        mean = {bound: _mean_of_two(sensitivity[bound], specificity[bound]) for bound in sensitivity}
+        error = standard_error((self.rate_draws('sensitivity') + self.rate_draws('specificity')) / 2)
+        value = mean['value']
+        if value is not None and 0 < value < 1 and error > 0:
+            return logit_interval(value, error)
+        return mean
+
+    def matthews_correlation(self) -> Estimate:
+        """Matthews' correlation coefficient (1975); its interval on Fisher's z scale, from the bootstrap of patients.
+
+        A value of -1 or 1 has no interval. Undefined where a row or column of the confusion matrix is empty.
+        """
+        value = float(_matthews(**{cell: np.float64(count) for cell, count in self.counts.items()}))
         if np.isnan(value):
-            return estimate(None)
-        error = deviation(_mcc(**self.draws))
-        if abs(value) == 1 or not error:
-            return estimate(value)
-        half = Z95 * error / (1 - value**2)
-        return estimate(value, *np.tanh(np.arctanh(value) + np.array([-half, half])))
+            return make_estimate(None)
+        error = standard_error(np.asarray(_matthews(**self.draws)))
+        if abs(value) == 1 or error == 0:
+            return make_estimate(value)
+        half_width = Z95 * error / (1 - value**2)
+        low, high = np.tanh(np.arctanh(value) + np.array([-half_width, half_width]))
+        return make_estimate(value, low, high)
+
+
+def _mean_of_two(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else (first + second) / 2
+
+
+def _matthews(
+    tp: np.ndarray | np.float64, fp: np.ndarray | np.float64, fn: np.ndarray | np.float64, tn: np.ndarray | np.float64
+) -> np.ndarray | np.float64:
+    with np.errstate(invalid='ignore'):
+        return (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
 
 
 def measure(
@@ -156,130 +211,136 @@ def measure(
     prevalences: Sequence[float] = PREVALENCES,
     by: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The metrics of one split, in the form of `metrics.json`, at `threshold`, which `rule` chose, and at .5 beside it.
+    """Compute the metrics of one split in the form of `metrics.json`.
 
-    Intervals are Wilson's for proportions and DeLong's on the logit scale for the AUC. Where patients have several
-    images they are as wide as the bootstrap of patients shows. `by` names columns of the table that tell groups apart.
+    Proportions have Wilson's interval and the AUC has DeLong's on the logit scale. Where patients have several images,
+    the bootstrap of patients determines the width of the intervals.
+
+    Args:
+        predictions: table with the columns `label`, `p_pneumonia`, and optionally `patient`.
+        threshold: images with at least this probability are classified as pneumonia.
+        rule: the rule that chose the threshold; it is stored with the metrics.
+        temperature: for the metrics `calibrated`, which use probabilities after temperature scaling.
+        prevalences: prevalences in (0, 1) for which predictive values are computed.
+        by: columns of the table that define subgroups.
     """
-    sample = Sample.of(predictions)
-    chosen = Calls(sample, threshold)
-    calibration, tempered = (
-        measure_calibration(sample.targs, p, sample.patients, sample.weights)
-        for p in (sample.p, temper(sample.p, temperature))
-    )
+    sample = Sample.from_predictions(predictions)
+    confusion = ConfusionMatrix(sample, threshold)
+    at_specification = ConfusionMatrix(sample, SPECIFICATION_THRESHOLD)
+    calibration = measure_calibration(sample.targs, sample.p, sample.patients, sample.weights)
+    tempered = temper(sample.p, temperature)
+    calibrated = measure_calibration(sample.targs, tempered, sample.patients, sample.weights)
     return {
         'n': len(sample.p),
         'positives': int(sample.targs.sum()),
-        'patients': sample.count(sample.targs | True),
+        'patients': sample.count_patients(),
         'threshold': threshold,
         'threshold_rule': rule,
-        **chosen.rates(),
-        **{name: figure(sample) for name, figure in OVERALL.items()},
+        **confusion.metrics(),
+        **{name: measure_one(sample) for name, measure_one in RANKING_METRICS.items()},
         'brier': calibration['brier']['value'],
         'log_loss': calibration['log_loss']['value'],
-        'at_half': {'threshold': HALF, **Calls(sample, HALF).rates()},
-        'prevalences': [at_prevalence(chosen, prevalence) for prevalence in prevalences],
+        'at_half': {'threshold': SPECIFICATION_THRESHOLD, **at_specification.metrics()},
+        'prevalences': [at_prevalence(confusion, prevalence) for prevalence in prevalences],
         'calibration': calibration,
-        'calibrated': {'temperature': temperature, **tempered},
+        'calibrated': {'temperature': temperature, **calibrated},
         'subgroups': [group for column in by for group in measure_groups(predictions, column, threshold)],
-        'intervals': {'grouped_by_patient': sample.grouped, 'draws': DRAWS, 'seed': SEED},
+        'intervals': {'grouped_by_patient': sample.grouped, 'draws': BOOTSTRAP_DRAWS, 'seed': BOOTSTRAP_SEED},
     }
 
 
 def is_complete(metrics: dict[str, Any]) -> bool:
-    """Whether the `metrics` of a split have all the figures of `measure`; those of an older version may lack some."""
-    return {*OVERALL, *AT_A_THRESHOLD, 'calibration'} <= metrics.keys()
+    """Return whether the metrics of a split contain all that `measure` computes; older versions computed fewer."""
+    return {*RANKING_METRICS, *THRESHOLD_METRICS, 'calibration'} <= metrics.keys()
 
 
-def area(sample: Sample) -> Estimate:
-    """The area under the ROC curve: DeLong's interval, or as wide as the bootstrap shows where patients have several
-    images; by Newcombe's method of the number of patients where that shows nothing."""
-    found = roc_auc(sample.targs, sample.p)
-    if not sample.grouped or found['value'] is None:
-        return found
-    error = deviation(auc_draws(sample.weights, sample.targs, sample.p))
-    if error and 0 < found['value'] < 1:
-        return on_logit_scale(found['value'], error)
-    return newcombe(found['value'], sample.count(sample.targs), sample.count(~sample.targs))
+def measure_auc(sample: Sample) -> Estimate:
+    """Area under the ROC curve.
+
+    The interval is DeLong's, or the bootstrap's on the logit scale where patients have several images. Where the
+    bootstrap does not vary, it is Newcombe's for the number of patients.
+    """
+    auc = auc_interval(sample.targs, sample.p)
+    if auc['value'] is None or not sample.grouped:
+        return auc
+    error = standard_error(auc_draws(sample.weights, sample.targs, sample.p))
+    if 0 < auc['value'] < 1 and error > 0:
+        return logit_interval(auc['value'], error)
+    return newcombe_interval(auc['value'], sample.count_patients(sample.targs), sample.count_patients(~sample.targs))
 
 
-def average_precision(sample: Sample) -> Estimate:
-    """scikit-learn's average precision, its interval on the logit scale from the bootstrap of patients; None for the
-    interval where it is 1, and for all without an image of one class."""
+def measure_average_precision(sample: Sample) -> Estimate:
+    """Average precision as scikit-learn defines it; its interval on the logit scale, from the bootstrap of patients.
+
+    A value of 1 has no interval. Undefined for images of a single class.
+    """
     from sklearn.metrics import average_precision_score
 
     if sample.targs.all() or not sample.targs.any():
-        return estimate(None)
+        return make_estimate(None)
     value = float(average_precision_score(sample.targs, sample.p))
-    error = deviation(average_precision_draws(sample.weights, sample.targs, sample.p))
-    return on_logit_scale(value, error) if error and value < 1 else estimate(value)
+    error = standard_error(average_precision_draws(sample.weights, sample.targs, sample.p))
+    return logit_interval(value, error) if error > 0 and value < 1 else make_estimate(value)
 
 
-def at_prevalence(calls: Calls, prevalence: float) -> dict[str, Any]:
-    """PPV and NPV among images of which the share `prevalence` shows pneumonia."""
-    rates = [calls.share(*SHARES[name]) for name in ('sensitivity', 'specificity')]
-    sizes = [calls.effective(*SHARES[name]) for name in ('sensitivity', 'specificity')]
-    ppv, npv = predictive_values(*rates, *sizes, prevalence)
+def at_prevalence(confusion: ConfusionMatrix, prevalence: float) -> dict[str, Any]:
+    """PPV and NPV in a population with another `prevalence` of pneumonia, in (0, 1)."""
+    ppv, npv = predictive_values(
+        confusion.rate('sensitivity'),
+        confusion.rate('specificity'),
+        confusion.effective_size(*RATES['sensitivity']),
+        confusion.effective_size(*RATES['specificity']),
+        prevalence,
+    )
     return {'prevalence': prevalence, 'ppv': ppv, 'npv': npv}
 
 
 def measure_groups(predictions: pd.DataFrame, column: str, threshold: float) -> list[dict[str, Any]]:
-    """Sensitivity, specificity and AUC in each group that `column` tells apart; the AUC of a group of one class is
-    against all images of the other. A rate of fewer than `FEW` images is not told; groups of fewer are counted in a row.
+    """Compute sensitivity, specificity and AUC in each group of a `column`.
+
+    The AUC of a group with a single class is computed against all images of the other class. A rate of fewer than
+    `MIN_GROUP_SIZE` images is undefined; groups of fewer images are only counted, in a row with `suppressed`.
     """
     groups = predictions[column].fillna('missing').astype(str)
     sizes = groups.value_counts()
-    rows = [
-        _measure_group(predictions, column, name, groups == name, threshold)
-        for name in sorted(sizes.index[sizes >= FEW])
-    ]
-    if small := int((sizes < FEW).sum()):
-        rows.append({'column': column, 'group': None, 'suppressed': small})
+    large_groups = sorted(sizes.index[sizes >= MIN_GROUP_SIZE])
+    rows = [_measure_group(predictions, column, name, groups == name, threshold) for name in large_groups]
+    suppressed = int((sizes < MIN_GROUP_SIZE).sum())
+    if suppressed:
+        rows.append({'column': column, 'group': None, 'suppressed': suppressed})
     return rows
 
 
 def _measure_group(
-    predictions: pd.DataFrame, column: str, name: str, chosen: pd.Series, threshold: float
+    predictions: pd.DataFrame, column: str, name: str, inside: pd.Series[bool], threshold: float
 ) -> dict[str, Any]:
-    inside = predictions[chosen]
-    labels = set(inside.label)
-    both = inside if len(labels) > 1 else predictions[chosen | ~predictions.label.isin(labels)]
-    calls = Calls(Sample.of(inside), threshold)
-    told = {
-        rate: calls.share(*SHARES[rate])
-        if sum(calls.n[cell] for cells in SHARES[rate] for cell in cells) >= FEW
-        else estimate(None)
-        for rate in TARGETS
-    }
+    group = predictions[inside]
+    labels = set(group.label)
+    both_classes = group if len(labels) > 1 else predictions[inside | ~predictions.label.isin(labels)]
+    confusion = ConfusionMatrix(Sample.from_predictions(group), threshold)
+    positives = confusion.counts['tp'] + confusion.counts['fn']
+    rates = {}
+    for rate, total in (('sensitivity', positives), ('specificity', len(group) - positives)):
+        rates[rate] = confusion.rate(rate) if total >= MIN_GROUP_SIZE else make_estimate(None)
     return {
         'column': column,
         'group': name,
-        'n': len(inside),
-        'positives': calls.n['tp'] + calls.n['fn'],
-        **told,
-        'auc': area(Sample.of(both)),
+        'n': len(group),
+        'positives': positives,
+        **rates,
+        'auc': measure_auc(Sample.from_predictions(both_classes)),
     }
 
 
-def _mcc(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid='ignore'):
-        return (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-
-
-OVERALL: dict[str, Callable[[Sample], Estimate]] = {'auc': area, 'average_precision': average_precision}
-"""Figure over all thresholds -> how it is estimated; a row is in `metrics.json`, the terminal and the report."""
-AT_A_THRESHOLD: dict[str, Callable[[Calls], Estimate]] = {
-    **{name: partial(Calls.share, right=right, wrong=wrong) for name, (right, wrong) in SHARES.items()},
-    'f1': Calls.f1,
-    'balanced_accuracy': Calls.balanced_accuracy,
-    'mcc': Calls.correlation,
+RANKING_METRICS: dict[str, Callable[[Sample], Estimate]] = {
+    'auc': measure_auc,
+    'average_precision': measure_average_precision,
 }
-"""The same for figures that depend on the threshold."""
-
-NAMES = {'auc': 'AUC', 'ppv': 'PPV', 'npv': 'NPV', 'f1': 'F1', 'mcc': 'MCC', 'brier': 'Brier score'}
-"""Figures that are not called by their own name."""
-
-
-def name_figure(name: str) -> str:
-    """A figure's key of `metrics.json` in words."""
-    return NAMES.get(name, name.replace('_', ' '))
+"""Metrics without a threshold. A row here appears in `metrics.json`, in the terminal and in the report."""
+THRESHOLD_METRICS: dict[str, Callable[[ConfusionMatrix], Estimate]] = {
+    **{name: partial(ConfusionMatrix.rate, name=name) for name in RATES},
+    'f1': ConfusionMatrix.f1,
+    'balanced_accuracy': ConfusionMatrix.balanced_accuracy,
+    'mcc': ConfusionMatrix.matthews_correlation,
+}
+"""Metrics at a threshold, which likewise appear everywhere."""

@@ -1,8 +1,8 @@
-"""How a model's AUC holds on images that were corrupted, and on images whose sharpness tells nothing: one table.
+"""Robustness of a model: its AUC on corrupted images, and on images without the sharpness shortcut.
 
-Every image is read once and becomes a square of `SIDE` px (more only for a network that sees more); it is corrupted
-there, and then goes through the model's own preprocessing. So models of different input size meet the same images. A
-network that sees less than `SIDE` px gets its images resampled twice, which `evaluate` does not.
+Every image is read once and resized to a square of `SQUARE_SIZE` pixels (larger only for a network with a larger
+input). The square is corrupted and then preprocessed for the model, so models of different input sizes are measured on
+the same corrupted images. For a network with a smaller input the image is resampled twice, unlike in `evaluate`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import find_split
-from cxr_fastai.evaluation.intervals import proportion, roc_auc
+from cxr_fastai.evaluation.figures import save_robustness_figure
+from cxr_fastai.evaluation.intervals import auc_interval
 from cxr_fastai.images.corruptions import CLEAN, CORRUPTIONS, SHORTCUT, STRENGTHS, Equaliser, corrupt
 from cxr_fastai.images.decode import open_image
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.predictor import Predictor
 
-SIDE = 224
-IN_MEMORY = 2**30
+SQUARE_SIZE = 224
+"""Side of the squares in pixels."""
+MAX_IN_MEMORY = 2**30
 """Bytes of squares above which they are kept in a temporary file."""
-COLUMNS = ['corruption', 'strength', 'n', 'auc', 'auc_low', 'auc_high', 'sensitivity', 'specificity']
+ROBUSTNESS_COLUMNS = ['corruption', 'strength', 'n', 'auc', 'auc_low', 'auc_high', 'sensitivity', 'specificity']
 Variant = Callable[[np.ndarray, str], np.ndarray]
-"""A square, grey uint8 (s, s), and its image's path become another square."""
+"""A function of a square, grey uint8 (s, s), and the path of its image, which returns another square."""
 
 
 def evaluate_robustness(
@@ -42,13 +44,15 @@ def evaluate_robustness(
     batch_size: int = 32,
     limit: int | None = None,
 ) -> pd.DataFrame:
-    """`measure_robustness` of a run on a split, written to its `robustness.csv`, where other splits are kept.
+    """Measure the robustness of a run on a split as `measure_robustness` does.
 
-    Raises `UsageError` for a split without images, `ImageError` for an unreadable image.
+    Writes the table into the run's `robustness.csv`, where the rows of other splits stay, and draws its figure. Raises
+    `UsageError` for a split without images, `ImageError` for an unreadable image.
     """
     root, items = find_split(run, data, split, limit)
     table = measure_robustness(Predictor.load(run.path), items, root, batch_size)
     run.write_split('robustness.csv', table.assign(split=split), split)
+    save_robustness_figure(run, split)
     return table
 
 
@@ -60,25 +64,40 @@ def measure_robustness(
     seed: int = 0,
     workers: int | None = None,
 ) -> pd.DataFrame:
-    """A row for clean images, for each kind and strength of corruption, and for the images without shortcuts.
+    """Measure the AUC on clean images, on each kind and strength of corruption, and on images without shortcuts.
 
-    Columns `COLUMNS`: the AUC with DeLong's 95 % interval, sensitivity and specificity at the model's threshold; NaN
-    where a class is missing. `items` has the columns path and label, `workers` threads read and corrupt. Raises
-    `ImageError` for an unreadable image.
+    Args:
+        predictor: the model.
+        items: table of the images with the columns `path` and `label`.
+        root: folder of the images.
+        batch_size: number of images predicted at once.
+        seed: seed of the corruptions.
+        workers: number of threads that read and corrupt images (default: the number of cores).
+
+    Returns:
+        Table with `ROBUSTNESS_COLUMNS`: the AUC with DeLong's 95% interval, sensitivity and specificity at the model's
+        threshold; NaN where a class is missing. Strength 0 marks uncorrupted images.
+
+    Raises `ImageError` for an unreadable image.
     """
-    seen, targs = Preprocessing.of(predictor.config), (items.label == VOCAB[POSITIVE]).to_numpy()
-    squares, sides = read_squares(items, root, Preprocessing(max(SIDE, seen.size), seen.resize), workers)
-    variants = _variants(Equaliser.of(squares, sides), seed)
+    preprocessing = Preprocessing.of(predictor.config)
+    targs = (items.label == VOCAB[POSITIVE]).to_numpy()
+    square_size = max(SQUARE_SIZE, preprocessing.size)
+    squares, sides = read_squares(items, root, Preprocessing(square_size, preprocessing.resize), workers)
+    variants = _make_variants(Equaliser.of(squares, sides), seed)
 
-    def make(job: tuple[Variant, int]) -> np.ndarray:
-        variant, image = job
-        return seen.fit(variant(squares[image], items.path.iloc[image]))
+    def make_image(job: tuple[Variant, int]) -> np.ndarray:
+        variant, index = job
+        return preprocessing.fit(variant(squares[index], items.path.iloc[index]))
 
-    jobs = [(variant, image) for variant in variants.values() for image in range(len(items))]
-    images = in_threads(make, jobs, workers)
+    jobs = [(variant, index) for variant in variants.values() for index in range(len(items))]
+    images = in_threads(make_image, jobs, workers)
     scores = np.concatenate([predictor.scores(batch) for batch in _batches(images, batch_size)])
-    rows = zip(variants, scores.reshape(len(variants), -1), strict=True)
-    return pd.DataFrame([_row(*name, targs, p, predictor.config.threshold) for name, p in rows], columns=COLUMNS)
+    rows = []
+    for (corruption, strength), p in zip(variants, scores.reshape(len(variants), -1), strict=True):
+        metrics = _measure_variant(targs, p, predictor.config.threshold)
+        rows.append({'corruption': corruption, 'strength': strength, 'n': len(targs), **metrics})
+    return pd.DataFrame(rows, columns=ROBUSTNESS_COLUMNS)
 
 
 def read_squares(
@@ -87,18 +106,26 @@ def read_squares(
     preprocessing: Preprocessing,
     workers: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The images of `items` as uint8 (n, side, side), in a temporary file where memory would be short, and the shorter
-    sides (n,) of their files in pixels. Raises `ImageError` for an unreadable image."""
+    """Read the images of `items` and make them square.
+
+    Returns:
+        The squares, uint8 (n, size, size), in a temporary file where they would need much memory; and the shorter sides
+        (n,) of the image files in pixels.
+
+    Raises `ImageError` for an unreadable image.
+    """
     shape = (len(items), preprocessing.size, preprocessing.size)
-    if np.prod(shape) <= IN_MEMORY:
+    squares: np.ndarray
+    if np.prod(shape) <= MAX_IN_MEMORY:
         squares = np.empty(shape, np.uint8)
     else:
-        with TemporaryFile() as file:
-            squares = np.memmap(file, np.uint8, shape=shape)  # which keeps the file
+        with TemporaryFile() as file:  # the mapping keeps the file open
+            squares = np.memmap(file, np.uint8, shape=shape)
     sides = np.empty(len(items), int)
-    read = in_threads(partial(_read, preprocessing=preprocessing), [root / path for path in items.path], workers)
-    for i, (square, side) in enumerate(read):
-        squares[i], sides[i] = square, side
+    paths = [root / path for path in items.path]
+    for i, (square, side) in enumerate(in_threads(partial(_read, preprocessing=preprocessing), paths, workers)):
+        squares[i] = square
+        sides[i] = side
     return squares, sides
 
 
@@ -107,25 +134,25 @@ def _read(path: Path, preprocessing: Preprocessing) -> tuple[np.ndarray, int]:
     return preprocessing.fit(image.pixels), min(image.width, image.height)
 
 
-def _variants(equaliser: Equaliser, seed: int) -> dict[tuple[str, int], Variant]:
-    """What to do to an image, by corruption and strength."""
-    corrupted = {
-        (kind, strength): partial(_corrupted, kind=kind, strength=strength, seed=seed)
-        for kind in CORRUPTIONS
-        for strength in STRENGTHS
-    }
-    return {(CLEAN, 0): _unchanged, **corrupted, (SHORTCUT, 0): partial(_equalised, equaliser=equaliser)}
+def _make_variants(equaliser: Equaliser, seed: int) -> dict[tuple[str, int], Variant]:
+    """Return the functions that corrupt an image, by kind and strength."""
+    variants: dict[tuple[str, int], Variant] = {(CLEAN, 0): _keep}
+    for kind in CORRUPTIONS:
+        for strength in STRENGTHS:
+            variants[kind, strength] = partial(_corrupt, kind=kind, strength=strength, seed=seed)
+    variants[SHORTCUT, 0] = partial(_equalise, equaliser=equaliser)
+    return variants
 
 
-def _unchanged(square: np.ndarray, path: str) -> np.ndarray:
+def _keep(square: np.ndarray, path: str) -> np.ndarray:
     return square
 
 
-def _corrupted(square: np.ndarray, path: str, kind: str, strength: int, seed: int) -> np.ndarray:
+def _corrupt(square: np.ndarray, path: str, kind: str, strength: int, seed: int) -> np.ndarray:
     return corrupt(square, kind, strength, path, seed)
 
 
-def _equalised(square: np.ndarray, path: str, equaliser: Equaliser) -> np.ndarray:
+def _equalise(square: np.ndarray, path: str, equaliser: Equaliser) -> np.ndarray:
     return equaliser(square)
 
 
@@ -134,16 +161,14 @@ def _batches(images: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.stack(batch)
 
 
-def _row(corruption: str, strength: int, targs: np.ndarray, p: np.ndarray, threshold: float) -> dict[str, Any]:
-    auc, called = roc_auc(targs, p), p >= threshold
-    right = {
-        name: proportion(int((called[side] == positive).sum()), int(side.sum()))['value']
-        for name, side, positive in (('sensitivity', targs, True), ('specificity', ~targs, False))
+def _measure_variant(targs: np.ndarray, p: np.ndarray, threshold: float) -> dict[str, Any]:
+    auc = auc_interval(targs, p)
+    is_positive = p >= threshold
+    metrics = {
+        'auc': auc['value'],
+        'auc_low': auc['low'],
+        'auc_high': auc['high'],
+        'sensitivity': is_positive[targs].mean() if targs.any() else None,
+        'specificity': (~is_positive)[~targs].mean() if not targs.all() else None,
     }
-    row = {'auc': auc['value'], 'auc_low': auc['low'], 'auc_high': auc['high'], **right}
-    return {
-        'corruption': corruption,
-        'strength': strength,
-        'n': len(targs),
-        **{name: np.nan if value is None else value for name, value in row.items()},
-    }
+    return {name: np.nan if value is None else float(value) for name, value in metrics.items()}

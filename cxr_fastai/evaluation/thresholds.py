@@ -1,223 +1,302 @@
-"""How a probability becomes a decision: threshold and temperature, chosen on validation images alone, by a rule.
-
-fixed:0.5          the number itself
-sensitivity:0.95   the highest threshold that keeps this sensitivity, with the margin that few images demand
-youden             the greatest sensitivity + specificity
-cost:10/1          the least cost, where a missed pneumonia costs 10 and a false alarm 1
-"""
+"""Decision thresholds: rules that choose one on the validation images, and the trade-offs over all thresholds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.evaluation.calibration import fit_temperature
-from cxr_fastai.evaluation.intervals import draw_patients, rate_draws
-from cxr_fastai.evaluation.metrics import SHARES, TARGETS, Calls, Sample, at_prevalence, truth
+from cxr_fastai.evaluation.intervals import draw_patients, roc_draws
+from cxr_fastai.evaluation.metrics import (
+    ConfusionMatrix,
+    Sample,
+    at_prevalence,
+    targets_and_probabilities,
+)
 from cxr_fastai.inference.config import logits
 from cxr_fastai.inference.decision import Decision
 
-DEFAULT = 'sensitivity:0.95'
-DIGITS = range(2, 18)
-"""Decimals that a threshold may have; as few as tell it from the scores on both sides."""
+DEFAULT_RULE = 'sensitivity:0.95'
+MIN_DECIMALS = 2
+MAX_DECIMALS = 17
+"""Decimals of a threshold: as few as separate it from the scores on both sides."""
 
 
 def decide(valid: pd.DataFrame, rule: str, model: str = '') -> Decision:
-    """The threshold that `rule` chooses on `valid`, a predictions table, and the temperature fitted there.
+    """Choose the threshold by `rule`, and fit the temperature, on the predictions of the validation images.
 
-    Raises `UsageError` for a rule that does not exist, and for one that needs images of both classes and has not.
+    The rules are `fixed:0.5` (the number itself), `sensitivity:0.95` (the highest threshold that keeps this
+    sensitivity, with a margin for the number of images), `youden` (the greatest sensitivity + specificity) and
+    `cost:10/1` (the least cost, where a missed pneumonia costs 10 and a false alarm 1).
+
+    Args:
+        valid: predictions table of the validation images.
+        rule: name and numbers of the rule.
+        model: SHA-256 of the network, which is stored with the decision.
+
+    Raises `UsageError` for an unknown rule, and for a rule that needs images of both classes where one is missing.
     """
     choose, numbers = parse_rule(rule)
-    sample = Sample.of(valid)
+    sample = Sample.from_predictions(valid)
     targs, p = sample.targs, sample.p
     if choose is not fixed and (targs.all() or not targs.any()):
         raise UsageError(
-            f'--threshold {rule}: the validation images are all {valid.label.iloc[0]}, which shows no '
-            'threshold: use images of both classes.'
+            f'--threshold {rule}: no threshold can be chosen, because the validation images are all '
+            f'{valid.label.iloc[0]}. Use validation images of both classes, or fixed:T.'
         )
     threshold, margin = choose(targs, p, *numbers)
-    calls = Calls(sample, threshold)
-    found = {'n': len(p), 'positives': int(targs.sum()), **{name: calls.share(*SHARES[name]) for name in TARGETS}}
-    return Decision(threshold, rule, fit_temperature(targs, p), model, margin, found)
+    confusion = ConfusionMatrix(sample, threshold)
+    performance = {
+        'n': len(p),
+        'positives': int(targs.sum()),
+        'sensitivity': confusion.rate('sensitivity'),
+        'specificity': confusion.rate('specificity'),
+    }
+    return Decision(threshold, rule, fit_temperature(targs, p), model, margin, performance)
 
 
 def fixed(targs: np.ndarray, p: np.ndarray, threshold: float) -> tuple[float, str]:
-    """The `threshold` itself."""
+    """Return the `threshold` itself."""
     return threshold, ''
 
 
 def keep_sensitivity(targs: np.ndarray, p: np.ndarray, target: float) -> tuple[float, str]:
-    """The highest threshold at which the next pneumonia is called with a probability of at least `target`.
+    """Choose the highest threshold with an expected sensitivity of at least `target` on new images.
 
-    Of n positive scores a new one, exchangeable with them, falls below the j-th lowest with a probability of j/(n + 1)
-    (the order statistics of conformal prediction; Vovk, Gammerman and Shafer 2005). So j is the largest number with
-    j/(n + 1) <= 1 - target: no more margin than n images demand.
+    Of n positive scores, a new score that is exchangeable with them falls below the j-th lowest with probability
+    j/(n + 1) (order statistics, as in conformal prediction; Vovk, Gammerman and Shafer 2005). So j is the largest
+    number with j/(n + 1) <= 1 - target. The margin is as small as n images allow.
+
+    Returns:
+        The threshold, and the margin in words.
     """
     n = int(targs.sum())
-    wanted = math.floor((1 - target) * (n + 1) + 1e-9)
-    j = max(wanted, 1)
-    threshold = _below(np.sort(p[targs])[j - 1], p)
-    if not wanted:
-        return threshold, (
-            f'{n} validation images of pneumonia are too few to show a sensitivity of '
-            f'{target:g}: all are called, and {n / (n + 1):.2f} is to be expected of others.'
+    rank = math.floor((1 - target) * (n + 1) + 1e-9)
+    positive_scores = np.sort(p[targs])
+    if rank == 0:
+        return _below(positive_scores[0], p), (
+            f'{n} validation images of pneumonia are too few for a sensitivity of {target:g}: all of them are '
+            f'classified as pneumonia, and the expected sensitivity on new images is {n / (n + 1):.2f}.'
         )
-    called = int((p[targs] >= threshold).sum())
+    threshold = _below(positive_scores[rank - 1], p)
+    detected = int((positive_scores >= threshold).sum())
     return threshold, (
-        f'{called} of {n} validation images of pneumonia are called ({called / n:.4f}), so that at least '
-        f'{1 - j / (n + 1):.4f} are to be expected of others: the margin for {n} images.'
+        f'{detected} of {n} validation images of pneumonia are classified as pneumonia ({detected / n:.4f}), so that '
+        f'the expected sensitivity on new images is at least {1 - rank / (n + 1):.4f}.'
     )
 
 
 def youden(targs: np.ndarray, p: np.ndarray) -> tuple[float, str]:
-    """The threshold of the greatest sensitivity + specificity (Youden 1950); the lowest where it ties."""
-    return _best(targs, p, lambda missed, alarms: missed / targs.sum() + alarms / (~targs).sum()), ''
+    """Choose the threshold with the greatest sensitivity + specificity (Youden 1950); the lowest of equal ones."""
+    positives = targs.sum()
+    negatives = (~targs).sum()
+    cuts, missed, alarms = _errors_by_cut(targs, p)
+    return _below(cuts[np.argmin(missed / positives + alarms / negatives)], p), ''
 
 
 def least_cost(targs: np.ndarray, p: np.ndarray, missed_cost: float, alarm_cost: float) -> tuple[float, str]:
-    """The threshold of the least cost at the prevalence of these images; the lowest where it ties."""
-    return _best(targs, p, lambda missed, alarms: missed_cost * missed + alarm_cost * alarms), (
-        f'The least cost at a prevalence of {targs.mean():.2f}, which is that of the validation images.'
-    )
+    """Choose the threshold with the least cost at the prevalence of these images; the lowest of equal ones."""
+    cuts, missed, alarms = _errors_by_cut(targs, p)
+    threshold = _below(cuts[np.argmin(missed_cost * missed + alarm_cost * alarms)], p)
+    return threshold, f'The cost is least at the prevalence of the validation images, {targs.mean():.2f}.'
 
 
-RULES: dict[str, tuple[Callable[..., tuple[float, str]], str, str]] = {
-    'fixed': (fixed, 'T', 'a number from 0 to 1'),
-    'sensitivity': (keep_sensitivity, 'S', 'a number above 0 and below 1'),
-    'youden': (youden, '', 'nothing'),
-    'cost': (least_cost, 'FN/FP', 'two positive numbers'),
+def _errors_by_cut(targs: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return all thresholds that differ, and the numbers of missed pneumonias and of false alarms at each."""
+    cuts = np.append(np.unique(p), np.inf)
+    missed = np.searchsorted(np.sort(p[targs]), cuts)
+    alarms = (~targs).sum() - np.searchsorted(np.sort(p[~targs]), cuts)
+    return cuts, missed, alarms
+
+
+def _below(score: float, p: np.ndarray) -> float:
+    """Return a short number between `score` and the next lower score in `p`.
+
+    It classifies the same images as positive as `score` itself, even where the last digits of a prediction differ.
+    """
+    lower_scores = p[p < score]
+    low = float(lower_scores.max()) if len(lower_scores) else 0.0
+    high = float(min(score, np.nextafter(1, 2)))
+    for decimals in range(MIN_DECIMALS, MAX_DECIMALS + 1):
+        threshold = round((low + high) / 2, decimals)
+        if low < threshold <= high:
+            return threshold
+    return high
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule that chooses a threshold from targets and probabilities, and the numbers that it takes."""
+
+    choose: Callable[..., tuple[float, str]]
+    form: str
+    """The numbers as they are written after the name of the rule, separated by `/`."""
+    requirement: str
+    """The numbers in words."""
+    allows: Callable[..., bool]
+
+    def n_numbers(self) -> int:
+        """Return how many numbers the rule takes."""
+        return len(self.form.split('/')) if self.form else 0
+
+
+def _is_probability(threshold: float) -> bool:
+    return 0 <= threshold <= 1
+
+
+def _is_sensitivity(target: float) -> bool:
+    return 0 < target < 1
+
+
+def _has_no_numbers() -> bool:
+    return True
+
+
+def _are_costs(missed_cost: float, alarm_cost: float) -> bool:
+    return 0 < missed_cost < math.inf and 0 < alarm_cost < math.inf
+
+
+RULES = {
+    'fixed': Rule(fixed, 'T', 'a number from 0 to 1', _is_probability),
+    'sensitivity': Rule(keep_sensitivity, 'S', 'a number above 0 and below 1', _is_sensitivity),
+    'youden': Rule(youden, '', 'no number', _has_no_numbers),
+    'cost': Rule(least_cost, 'FN/FP', 'two positive numbers', _are_costs),
 }
-"""Rule -> what chooses, the form of its numbers, and those numbers in words."""
 
 
 def parse_rule(rule: str) -> tuple[Callable[..., tuple[float, str]], tuple[float, ...]]:
-    """The function and the numbers that `rule` means. Raises `UsageError`."""
+    """Return the function and the numbers of a rule such as `cost:10/1`. Raises `UsageError` for an invalid one."""
     name, _, text = rule.partition(':')
     if name not in RULES:
-        known = ', '.join(f'{name}:{form}' if form else name for name, (_, form, _) in RULES.items())
-        raise UsageError(f'--threshold {rule}: choose a rule: {known}.')
-    choose, form, words = RULES[name]
+        raise UsageError(f'--threshold {rule}: unknown rule. Choose one of {", ".join(map(_spell, RULES))}.')
     try:
         numbers = tuple(float(number) for number in text.split('/')) if text else ()
     except ValueError:
         numbers = (math.nan,)
-    fits = {
-        'fixed': lambda t: 0 <= t <= 1,
-        'sensitivity': lambda s: 0 < s < 1,
-        'youden': lambda: True,
-        'cost': lambda fn, fp: 0 < fn < math.inf and 0 < fp < math.inf,
-    }[name]
-    if len(numbers) != (form.count('/') + 1 if form else 0) or not fits(*numbers):
-        raise UsageError(f'--threshold {rule}: after {name} comes {words}{": " + name + ":" + form if form else ""}.')
-    return choose, numbers
+    if len(numbers) != RULES[name].n_numbers() or not RULES[name].allows(*numbers):
+        raise UsageError(f'--threshold {rule}: {name} requires {RULES[name].requirement}. Write {_spell(name)}.')
+    return RULES[name].choose, numbers
 
 
-def _best(targs: np.ndarray, p: np.ndarray, cost: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> float:
-    """The threshold of the least `cost(missed, alarms)`, which takes the numbers of images for every cut."""
-    cuts = np.append(np.unique(p), np.inf)
-    missed = np.searchsorted(np.sort(p[targs]), cuts)
-    alarms = (~targs).sum() - np.searchsorted(np.sort(p[~targs]), cuts)
-    return _below(cuts[np.argmin(cost(missed, alarms))], p)
+def _spell(name: str) -> str:
+    form = RULES[name].form
+    return f'{name}:{form}' if form else name
 
 
-def _below(score: float, p: np.ndarray) -> float:
-    """A short number between `score` and the next lower one in `p`: it calls the same images as `score` itself, also
-    where the last digits of a prediction differ."""
-    lower = p[p < score]
-    low, high = (lower.max() if len(lower) else 0.0), min(score, np.nextafter(1, 2))
-    return next((t for digits in DIGITS if low < (t := round(float(low + high) / 2, digits)) <= high), float(high))
-
-
-SHOWN = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+TABLE_THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 """Thresholds of `threshold_table`."""
 BAND_DRAWS = 500
-GRID = np.linspace(0, 1, 201)
-"""Where a band is drawn."""
+BAND_GRID = np.linspace(0, 1, 201)
+"""Horizontal positions at which a band is computed."""
 
 
 def roc_curve(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """False and true positive rates along the thresholds, from (0, 0) to (1, 1)."""
-    from sklearn.metrics import roc_curve as curve
+    """Return false and true positive rates from (0, 0) to (1, 1)."""
+    from sklearn import metrics
 
-    fpr, tpr, _ = curve(*truth(predictions))
+    fpr, tpr, _ = metrics.roc_curve(*targets_and_probabilities(predictions))
     return fpr, tpr
 
 
-def precision_recall(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Sensitivity (recall) and PPV (precision) along the thresholds, from the highest score on."""
-    from sklearn.metrics import precision_recall_curve
+def precision_recall_curve(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Return recall (sensitivity) and precision (PPV), from the highest threshold to the lowest."""
+    from sklearn import metrics
 
-    precision, recall, _ = precision_recall_curve(*truth(predictions))
+    precision, recall, _ = metrics.precision_recall_curve(*targets_and_probabilities(predictions))
     return recall[::-1], precision[::-1]
 
 
 def roc_band(predictions: pd.DataFrame) -> pd.DataFrame:
-    """The middle 95 % of the sensitivities at each false positive rate over the bootstrap of patients, point by point:
-    columns x, low, high."""
-    tp, fp = rate_draws(*_drawn(predictions))
+    """Compute the pointwise 95% band of the ROC curve over the bootstrap of patients.
+
+    Returns:
+        Columns `x` (false positive rate), `low` and `high` (true positive rate).
+    """
+    tp, fp = _bootstrap_counts(predictions)
     return _band(fp / np.maximum(fp[:, -1:], 1), tp / np.maximum(tp[:, -1:], 1))
 
 
 def precision_recall_band(predictions: pd.DataFrame) -> pd.DataFrame:
-    """The middle 95 % of the PPVs at each sensitivity over the bootstrap of patients: columns x, low, high."""
-    tp, fp = rate_draws(*_drawn(predictions))
-    precision = np.where(tp + fp > 0, tp / np.maximum(tp + fp, 1), 1)  # nothing called: 1, as scikit-learn has it
+    """Compute the pointwise 95% band of the precision-recall curve over the bootstrap of patients.
+
+    Returns:
+        Columns `x` (recall), `low` and `high` (precision).
+    """
+    tp, fp = _bootstrap_counts(predictions)
+    predicted = tp + fp
+    precision = np.where(predicted > 0, tp / np.maximum(predicted, 1), 1)  # 1 without positives, as in scikit-learn
     return _band(tp / np.maximum(tp[:, -1:], 1), precision)
 
 
-def threshold_table(predictions: pd.DataFrame, marked: Sequence[float] = (), prevalence: float = 0.1) -> pd.DataFrame:
-    """A row for each threshold of `SHOWN` and each `marked` one: threshold, sensitivity, specificity, missed and alarms
-    (counts), ppv and npv at `prevalence`, each figure an `Estimate`."""
-    sample = Sample.of(predictions)
-    rows = []
-    for threshold in sorted({*SHOWN, *marked}):
-        calls = Calls(sample, threshold)
-        rates, values = calls.rates(), at_prevalence(calls, prevalence)
-        rows.append(
-            (
-                threshold,
-                rates['sensitivity'],
-                rates['specificity'],
-                calls.n['fn'],
-                calls.n['fp'],
-                values['ppv'],
-                values['npv'],
-            )
-        )
-    return pd.DataFrame(rows, columns=['threshold', 'sensitivity', 'specificity', 'missed', 'alarms', 'ppv', 'npv'])
-
-
-def _drawn(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    sample = Sample.of(predictions)
-    return draw_patients(sample.patients, BAND_DRAWS), sample.targs, sample.p
+def _bootstrap_counts(predictions: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    sample = Sample.from_predictions(predictions)
+    return roc_draws(draw_patients(sample.patients, BAND_DRAWS), sample.targs, sample.p)
 
 
 def _band(x: np.ndarray, y: np.ndarray) -> pd.DataFrame:
-    """Where the middle 95 % of the curves `y` over `x`, (draws, points), lie."""
-    curves = np.stack([np.interp(GRID, *curve) for curve in zip(x, y, strict=True)])
+    """Return the middle 95% of the curves `y` over `x`, both (draws, points)."""
+    curves = np.stack([np.interp(BAND_GRID, x_of_draw, y_of_draw) for x_of_draw, y_of_draw in zip(x, y, strict=True)])
     low, high = np.percentile(curves, [2.5, 97.5], axis=0)
-    return pd.DataFrame({'x': GRID, 'low': low, 'high': high})
+    return pd.DataFrame({'x': BAND_GRID, 'low': low, 'high': high})
 
 
-def net_benefit(predictions: pd.DataFrame, odds_at: np.ndarray) -> pd.DataFrame:
-    """What acting on the probabilities is worth, in true positives an image, where a false alarm costs the odds of the
-    threshold probability (Vickers and Elkin 2006): columns threshold, model, all (everybody is treated)."""
-    targs, p = truth(predictions)
-    called = p >= odds_at[:, None]
-    cost = odds_at / (1 - odds_at)
-    model = (called & targs).mean(axis=1) - (called & ~targs).mean(axis=1) * cost
-    return pd.DataFrame({'threshold': odds_at, 'model': model, 'all': targs.mean() - (1 - targs.mean()) * cost})
+def threshold_table(predictions: pd.DataFrame, marked: Sequence[float] = (), prevalence: float = 0.1) -> pd.DataFrame:
+    """Compute the metrics at each of `TABLE_THRESHOLDS` and at each `marked` threshold.
+
+    Returns:
+        Columns `threshold`, `sensitivity`, `specificity`, `missed` and `alarms` (counts of false negatives and false
+        positives), and `ppv` and `npv` at `prevalence`. Metrics are `Estimate`s.
+    """
+    sample = Sample.from_predictions(predictions)
+    rows = []
+    for threshold in sorted({*TABLE_THRESHOLDS, *marked}):
+        confusion = ConfusionMatrix(sample, threshold)
+        values = at_prevalence(confusion, prevalence)
+        row = {
+            'threshold': threshold,
+            'sensitivity': confusion.rate('sensitivity'),
+            'specificity': confusion.rate('specificity'),
+            'missed': confusion.counts['fn'],
+            'alarms': confusion.counts['fp'],
+            'ppv': values['ppv'],
+            'npv': values['npv'],
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def net_benefit(predictions: pd.DataFrame, thresholds: np.ndarray) -> pd.DataFrame:
+    """Compute the net benefit at each threshold probability (decision curve analysis; Vickers and Elkin 2006).
+
+    It is measured in true positives per image, where a false alarm costs the odds of the threshold probability.
+
+    Returns:
+        Columns `threshold`, `model`, and `all` for treating every patient.
+    """
+    targs, p = targets_and_probabilities(predictions)
+    positive = p >= thresholds[:, None]
+    odds = thresholds / (1 - thresholds)
+    model = (positive & targs).mean(axis=1) - (positive & ~targs).mean(axis=1) * odds
+    treat_all = targs.mean() - (1 - targs.mean()) * odds
+    return pd.DataFrame({'threshold': thresholds, 'model': model, 'all': treat_all})
 
 
 def risk_coverage(predictions: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """Accuracy when the least certain images are set aside for a human (El-Yaniv and Wiener 2010): columns coverage (the
-    share that is kept) and accuracy among it. Certain is what lies far from `threshold` on the logit scale."""
-    targs, p = truth(predictions)
-    order = np.argsort(-np.abs(logits(p) - logits(threshold)), kind='stable')
-    right = ((p >= threshold) == targs)[order]
-    kept = np.arange(1, len(p) + 1)
-    return pd.DataFrame({'coverage': kept / len(p), 'accuracy': np.cumsum(right) / kept})
+    """Compute the accuracy where the least certain images are left to a human (El-Yaniv and Wiener 2010).
+
+    Certainty is the distance from `threshold` on the logit scale.
+
+    Returns:
+        Columns `coverage` (share of images classified by the model) and `accuracy` on them.
+    """
+    targs, p = targets_and_probabilities(predictions)
+    distance = np.abs(logits(p) - logits(threshold))
+    most_certain_first = np.argsort(-distance, kind='stable')
+    correct = ((p >= threshold) == targs)[most_certain_first]
+    n_classified = np.arange(1, len(p) + 1)
+    return pd.DataFrame({'coverage': n_classified / len(p), 'accuracy': np.cumsum(correct) / n_classified})

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
-from cxr_fastai.evaluation.metrics import FEW, Calls, Sample, measure, measure_groups
+from cxr_fastai.evaluation.metrics import MIN_GROUP_SIZE, Calls, Sample, measure, measure_groups
 
 RNG = np.random.default_rng(0)
 RATES = ('accuracy', 'sensitivity', 'specificity', 'ppv', 'npv', 'f1', 'balanced_accuracy', 'mcc')
@@ -134,8 +134,8 @@ def test_the_temperature_changes_calibration_and_nothing_else():
 
 def test_groups_are_told_apart_and_small_ones_hidden():
     kinds = np.where(TARGS, np.where(np.arange(300) % 2, 'virus', 'bacteria'), 'normal').astype(object)
-    kinds[np.flatnonzero(TARGS)[: FEW - 1]] = 'rare'
-    kinds[np.flatnonzero(TARGS)[FEW]] = None
+    kinds[np.flatnonzero(TARGS)[: MIN_GROUP_SIZE - 1]] = 'rare'
+    kinds[np.flatnonzero(TARGS)[MIN_GROUP_SIZE]] = None
     images = table(TARGS, P, kind=kinds)
     groups = {group['group']: group for group in measure_groups(images, 'kind', 0.4)}
     assert set(groups) == {'bacteria', 'normal', 'virus', None} and groups[None] == {
@@ -154,7 +154,7 @@ def test_groups_are_told_apart_and_small_ones_hidden():
 
 
 def test_a_rate_of_few_images_is_not_told():
-    images = table(TARGS, P, sex=np.where(TARGS | (np.cumsum(~TARGS) < FEW), 'f', 'm'))  # one normal image too few
+    images = table(TARGS, P, sex=np.where(TARGS | (np.cumsum(~TARGS) < MIN_GROUP_SIZE), 'f', 'm'))  # one normal image too few
     f, m = measure_groups(images, 'sex', 0.4)
     assert f['specificity']['value'] is None and f['sensitivity']['value'] is not None
     assert m['sensitivity']['value'] is None and m['specificity']['value'] is not None

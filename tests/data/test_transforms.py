@@ -1,6 +1,7 @@
-"""Random crops, smaller images, and the degradations, each beside an independent implementation."""
+"""Augmentation gives the same images as torchvision, SciPy and Pillow, and changes training images only."""
 
 import io
+from collections import deque
 
 import numpy as np
 import pytest
@@ -9,90 +10,214 @@ import torch.nn.functional as F
 from fastai.torch_core import TensorImageBW
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF1
+from torchvision.transforms.v2 import functional as TF2
 
-from cxr_fastai.data.transforms import AugmentImages, DegradeImages, augmentations, blur, coarsen, recompress, warp
+from cxr_fastai.data.transforms import (
+    AugmentImages,
+    DegradeImages,
+    augmentations,
+    blur,
+    coarsen,
+    jitter,
+    recompress,
+    warp,
+)
 from cxr_fastai.models.architectures import make_recipe
 
-NONE = torch.zeros(1, dtype=torch.bool)
+HEIGHT, WIDTH = 60, 48  # not square, so that mixing up the axes fails
+NO = torch.tensor([False])
+YES = torch.tensor([True])
 ZERO = torch.zeros(1)
+NO_SHIFT = torch.zeros(1, 2)
+MODES = ['nearest', 'bilinear']
 
 
 @pytest.fixture(scope='module')
 def image() -> torch.Tensor:
+    """A smooth image, uint8 (1, 1, HEIGHT, WIDTH)."""
+    noise = torch.rand(1, 1, 8, 6, generator=torch.Generator().manual_seed(1))
+    return F.interpolate(noise, (HEIGHT, WIDTH), mode='bicubic').clamp(0, 1).mul(255).to(torch.uint8)
+
+
+@pytest.fixture(scope='module')
+def square() -> torch.Tensor:
     """A smooth image with an edge, (1, 1, 64, 64) in [0, 1]."""
     noise = np.random.default_rng(0).random((64, 64))
     return torch.from_numpy(gaussian_filter(noise, 2)).float()[None, None].mul(4).sub(1.5).clamp(0, 1)
 
 
-def kept(image, scale, shift) -> torch.Tensor:
-    return warp(image, NONE, ZERO, torch.tensor([shift]), 'bilinear', torch.tensor([scale]))
+def scaled(image: torch.Tensor) -> torch.Tensor:
+    """An uint8 image in [0, 1]."""
+    return image.float() / 255
 
 
-def test_a_crop_is_torchvisions(image):
-    # The 32 columns from 16 on and the 40 rows from 4 on: the middle of the crop is 8 px above that of the image.
-    theirs = TF.resized_crop(image, 4, 16, 40, 32, [64, 64], antialias=False)
-    ours = kept(image, [32 / 64, 40 / 64], [0.0, 8.0])
+def max_difference(ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+    """The largest difference in grey levels between an image in [0, 1] and one in [0, 255], where `mask` is true."""
+    difference = (ours * 255 - theirs.float()).abs()
+    return float(difference.max() if mask is None else difference[mask].max())
+
+
+def test_the_flip_equals_torchvision(image):
+    assert max_difference(warp(scaled(image), YES, ZERO, NO_SHIFT), TF1.hflip(image)) <= 1
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('angle', [-10.0, -3.3, 7.7, 10.0])
+def test_the_rotation_equals_torchvision(image, angle, mode):
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        return TF1.rotate(x, angle, interpolation=InterpolationMode(mode))
+
+    ours = warp(scaled(image), NO, torch.tensor([angle]), NO_SHIFT, mode)
+    inside = rotate(torch.ones(1, 1, HEIGHT, WIDTH)) > 0.999
+    assert max_difference(ours, rotate(image), inside) <= 1
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('shift', [(5, 0), (0, -6), (-4, 3)])
+def test_the_translation_equals_torchvision(image, shift, mode):
+    ours = warp(scaled(image), NO, ZERO, torch.tensor([shift]).float(), mode)
+    assert max_difference(ours, TF1.affine(image, 0.0, list(shift), 1.0, [0.0])) <= 1
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize(('angle', 'shift'), [(9.7, (5, -6)), (-8.0, (-3, 4))])
+def test_flip_rotation_and_translation_have_the_order_of_torchvision(image, angle, shift, mode):
+    def transform(x: torch.Tensor) -> torch.Tensor:
+        rotated = TF1.rotate(TF1.hflip(x), angle, interpolation=InterpolationMode(mode))
+        return TF1.affine(rotated, 0.0, list(shift), 1.0, [0.0])
+
+    ours = warp(scaled(image), YES, torch.tensor([angle]), torch.tensor([shift]).float(), mode)
+    # In separate steps, what the rotation moves out of the frame is lost even if the translation would move it back.
+    inside = transform(torch.ones(1, 1, HEIGHT, WIDTH)) > 0.999
+    assert max_difference(ours, transform(scaled(image)) * 255, inside) <= 1
+
+
+@pytest.mark.parametrize('factor', [0.8, 1.0, 1.2])
+def test_brightness_and_contrast_equal_torchvision(image, factor):
+    one = torch.ones(1)
+    brighter = jitter(scaled(image), factor * one, one, NO)
+    assert max_difference(brighter, TF1.adjust_brightness(image, factor)) <= 1
+    more_contrast = jitter(scaled(image), one, factor * one, NO)
+    assert max_difference(more_contrast, TF1.adjust_contrast(image, factor)) <= 1
+
+
+@pytest.mark.parametrize('brighter_first', [True, False])
+def test_brightness_and_contrast_are_applied_in_the_given_order(image, brighter_first):
+    if brighter_first:
+        expected = TF1.adjust_contrast(TF1.adjust_brightness(scaled(image), 1.2), 0.8)
+    else:
+        expected = TF1.adjust_brightness(TF1.adjust_contrast(scaled(image), 0.8), 1.2)
+    ours = jitter(scaled(image), torch.tensor([1.2]), torch.tensor([0.8]), torch.tensor([brighter_first]))
+    assert max_difference(ours, expected * 255) <= 1e-3
+
+
+def test_parameters_have_the_ranges_of_the_specification():
+    torch.manual_seed(0)
+    p = AugmentImages().draw(2000, 200, 100)
+    for name, low, high in [('angle', -10, 10), ('brightness', 0.8, 1.2), ('contrast', 0.8, 1.2)]:
+        tolerance = (high - low) / 100
+        assert low <= p[name].min() < low + tolerance
+        assert high - tolerance < p[name].max() <= high
+    assert (p['shift'] == p['shift'].round()).all()
+    assert p['shift'].amin(0).tolist() == [-10, -20]
+    assert p['shift'].amax(0).tolist() == [10, 20]
+    assert 0.45 < p['flip'].float().mean() < 0.55
+    assert 0.45 < p['brighter_first'].float().mean() < 0.55
+
+
+def test_each_image_of_a_batch_has_its_own_parameters():
+    images = TensorImageBW(torch.rand(1, 1, 32, 32).repeat(6, 1, 1, 1))
+    augmented = AugmentImages()(images, split_idx=0)
+    assert len({image.numpy().tobytes() for image in augmented}) == 6
+    assert torch.equal(AugmentImages()(images, split_idx=1), images), 'validation images are not changed'
+
+
+def test_a_process_that_shares_a_batch_gets_its_part_of_the_same_images():
+    images = TensorImageBW(torch.rand(5, 1, 32, 32))
+    torch.manual_seed(0)
+    expected = AugmentImages()(images, split_idx=0)
+    transform = AugmentImages()
+    transform.parts = deque([(5, slice(2, 4))])
+    torch.manual_seed(0)
+    assert torch.equal(transform(images[2:4], split_idx=0), expected[2:4])
+
+
+def crop(image: torch.Tensor, scale: list[float], shift: list[float]) -> torch.Tensor:
+    return warp(image, NO, ZERO, torch.tensor([shift]), 'bilinear', torch.tensor([scale]))
+
+
+def test_a_crop_equals_torchvision(square):
+    # 40 rows from row 4 and 32 columns from column 16: the centre of the crop is 8 px above that of the image.
+    theirs = TF2.resized_crop(square, 4, 16, 40, 32, [64, 64], antialias=False)
+    ours = crop(square, [32 / 64, 40 / 64], [0.0, 8.0])
     assert (ours - theirs)[..., 2:-2, 2:-2].abs().max() < 1e-5
 
 
-def test_crops_lie_inside_the_image_and_have_the_areas_and_aspects_that_are_asked_for():
+def test_crops_are_inside_the_image_with_the_requested_areas_and_aspects():
     torch.manual_seed(0)
     p = AugmentImages(translate=0, crop=0.25, crop_aspect=4 / 3).draw(4000, 100, 100)
     (w, h), (dx, dy) = p['scale'].unbind(1), p['shift'].unbind(1)
-    assert ((w / 2 + dx.abs() / 100 <= 0.5 + 1e-6) & (h / 2 + dy.abs() / 100 <= 0.5 + 1e-6)).all()
-    assert 0.25 - 1e-6 <= (w * h).min() < 0.26 and (w * h).max() > 0.97
-    assert 3 / 4 - 1e-3 <= (w / h).min() < 0.77 and 1.30 < (w / h).max() <= 4 / 3 + 1e-3
-    assert p['shift'].amin() < -20 and p['shift'].amax() > 20
+    assert (w / 2 + dx.abs() / 100 <= 0.5 + 1e-6).all()
+    assert (h / 2 + dy.abs() / 100 <= 0.5 + 1e-6).all()
+    assert 0.25 - 1e-6 <= (w * h).min() < 0.26
+    assert (w * h).max() > 0.97
+    assert 3 / 4 - 1e-3 <= (w / h).min() < 0.77
+    assert 1.30 < (w / h).max() <= 4 / 3 + 1e-3
+    assert p['shift'].amin() < -20
+    assert p['shift'].amax() > 20
 
 
-def test_without_crops_the_draws_are_those_of_the_specification():
-    for_both = []
-    for transform in (AugmentImages(), AugmentImages(crop=1.0, crop_aspect=1.0)):
-        torch.manual_seed(3)
-        for_both.append(transform.draw(5, 64, 64))
-    assert all(torch.equal(for_both[0][name], for_both[1][name]) for name in for_both[0])
-    assert (for_both[0]['scale'] == 1).all()
+def test_without_crops_the_parameters_are_those_of_the_specification():
+    torch.manual_seed(3)
+    default = AugmentImages().draw(5, 64, 64)
+    torch.manual_seed(3)
+    without_crops = AugmentImages(crop=1.0, crop_aspect=1.0).draw(5, 64, 64)
+    assert all(torch.equal(default[name], without_crops[name]) for name in default)
+    assert (default['scale'] == 1).all()
 
 
 @pytest.mark.parametrize(('share', 'side'), [(0.5, 64), (0.7, 96), (0.99, 128), (1.0, 128), (0.01, 64)])
-def test_small_images_have_sides_that_networks_halve(share, side):
+def test_smaller_images_have_sides_that_the_networks_can_halve(share, side):
     augment = AugmentImages(flip=0, degrees=0, translate=0, brightness=0, contrast=0)
     augment.share = share
     assert augment(TensorImageBW(torch.rand(2, 1, 128, 128)), split_idx=0).shape == (2, 1, side, side)
 
 
-def test_a_smaller_image_shows_the_same(image):
-    small = warp(image, NONE, ZERO, torch.zeros(1, 2), 'bilinear', None, 32)
-    assert (small - F.interpolate(image, (32, 32), mode='bilinear', antialias=False)).abs().max() < 1e-5
+def test_a_smaller_image_shows_the_same(square):
+    small = warp(square, NO, ZERO, NO_SHIFT, 'bilinear', None, 32)
+    assert (small - F.interpolate(square, (32, 32), mode='bilinear', antialias=False)).abs().max() < 1e-5
 
 
-def test_a_low_pass_is_scipys(image):
-    ours = blur(image.repeat(2, 1, 1, 1), torch.tensor([1.7, 0.0]))
-    theirs = gaussian_filter(image[0, 0].numpy().astype(float), 1.7, mode='mirror', truncate=3.6)
+def test_blur_equals_scipy(square):
+    ours = blur(square.repeat(2, 1, 1, 1), torch.tensor([1.7, 0.0]))
+    theirs = gaussian_filter(square[0, 0].numpy().astype(float), 1.7, mode='mirror', truncate=3.6)
     assert np.abs(ours[0, 0].numpy() - theirs).max() < 2e-3
-    assert torch.allclose(ours[1], image[0])
+    assert torch.allclose(ours[1], square[0])
 
 
-def test_coarse_images_are_torchvisions_resized_twice(image):
-    theirs = TF.resize(TF.resize(image, [32, 32], antialias=True), [64, 64], antialias=False)
-    assert (coarsen(image, torch.tensor([0.5])) - theirs).abs().max() < 1e-5
+def test_coarsening_equals_two_resizes_of_torchvision(square):
+    theirs = TF2.resize(TF2.resize(square, [32, 32], antialias=True), [64, 64], antialias=False)
+    assert (coarsen(square, torch.tensor([0.5])) - theirs).abs().max() < 1e-5
 
 
-def test_an_image_is_compressed_as_pillow_does(image):
-    grey = (image[0, 0] * 255).round().to(torch.uint8)
-    Image.fromarray(grey.numpy()).save(file := io.BytesIO(), 'JPEG', quality=30)
+def test_compression_equals_pillow(square):
+    pixels = (square[0, 0] * 255).round().to(torch.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, 'JPEG', quality=30)
     theirs = np.asarray(Image.open(file)).astype(int)
-    ours = (recompress(image, torch.tensor([30]))[0, 0] * 255).round().numpy().astype(int)
+    ours = (recompress(square, torch.tensor([30]))[0, 0] * 255).round().numpy().astype(int)
     assert np.abs(ours - theirs).max() <= 2
 
 
-def test_degradation_leaves_valid_images_alone_and_draws_for_each_training_image():
+def test_degradation_changes_each_training_image_and_no_other():
     degrade = DegradeImages(resolution=0.3, blur=0.02, jpeg=20)
     images = TensorImageBW(torch.rand(1, 1, 32, 32).repeat(4, 1, 1, 1))
     assert torch.equal(degrade(images, split_idx=1), images)
-    worse = degrade(images, split_idx=0)
-    assert worse.shape == images.shape and len({image.numpy().tobytes() for image in worse}) == 4
+    degraded = degrade(images, split_idx=0)
+    assert degraded.shape == images.shape
+    assert len({image.numpy().tobytes() for image in degraded}) == 4
 
 
 @pytest.mark.parametrize(
@@ -103,11 +228,11 @@ def test_degradation_leaves_valid_images_alone_and_draws_for_each_training_image
         ({'jpeg': 30, 'erase': 0.5}, ['AugmentImages', 'DegradeImages', 'RandomErasing']),
     ],
 )
-def test_a_recipe_gets_the_transforms_that_it_asks_for(fields, names):
+def test_a_recipe_has_the_transforms_that_it_needs(fields, names):
     assert [type(step).__name__ for step in augmentations(make_recipe('baseline', **fields))] == names
 
 
-def test_every_field_reaches_its_transform():
+def test_every_field_of_a_recipe_reaches_its_transform():
     fields = {
         'flip': 0.3,
         'degrees': 7.0,
@@ -122,4 +247,5 @@ def test_every_field_reaches_its_transform():
         'jpeg': 33,
     }
     steps = augmentations(make_recipe('baseline', **fields))
-    assert all(any(getattr(step, name, None) == value for step in steps) for name, value in fields.items())
+    for name, value in fields.items():
+        assert any(getattr(step, name, None) == value for step in steps), name

@@ -1,8 +1,8 @@
 """Configuration of the documentation site: Sphinx with MyST-NB for Markdown and notebooks, and the theme furo.
 
-Sphinx is maintained (MkDocs 1 and mkdocs-material are in maintenance mode), reads docstrings and checks every reference.
-MyST-NB shows the stored outputs of notebooks without running them. The theme, the search and the formulas (MathML by
-docutils) load nothing from other servers.
+Sphinx reads docstrings, checks every reference and is maintained (MkDocs 1 and mkdocs-material are in maintenance
+mode). MyST-NB shows the stored outputs of notebooks without running them. The theme, the search and the formulas
+(MathML by docutils) load nothing from other servers.
 """
 
 import os

@@ -42,8 +42,8 @@ SPEED = {
     },
     'a training step, EfficientNet-Lite0': {'plain PyTorch script': (9.7, 1), 'cxr_fastai': (28.8, 3.06)},
 }
-"""Images per second at 224 pixels on two cores of an AMD EPYC, and the median ratio to the first row of each group, from
-docs/benchmarks.md."""
+"""Images per second at 224 pixels on two cores of an AMD EPYC, and the median ratio to the first row of each group. The
+values are those of docs/benchmarks.md."""
 
 
 def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:

@@ -8,7 +8,7 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.data.auditing import audit, save_audit
 from cxr_fastai.data.find import list_images
 from cxr_fastai.data.items import data_root, image_root, read_items
-from cxr_fastai.data.loaders import image_block, locate, make_dls
+from cxr_fastai.data.loaders import cxr_block, locate, make_dls
 from cxr_fastai.data.sources import download
 from cxr_fastai.data.splits import count_images, split_patients
 from cxr_fastai.data.transforms import AugmentImages
@@ -22,7 +22,7 @@ from cxr_fastai.evaluation.curves import (
     plot_scores,
 )
 from cxr_fastai.evaluation.evaluation import evaluate
-from cxr_fastai.evaluation.intervals import describe
+from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.evaluation.metrics import measure
 from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_robustness
 from cxr_fastai.evaluation.robustness import measure_robustness
@@ -39,7 +39,8 @@ from cxr_fastai.inference.pickles import load_learner, save_learner
 from cxr_fastai.inference.predictor import Predictor, prediction_table
 from cxr_fastai.interpretation.checks import check_maps, check_run
 from cxr_fastai.interpretation.explainer import Explainer
-from cxr_fastai.interpretation.interpretation import CXRInterpretation, typical_hits, worst_errors
+from cxr_fastai.evaluation.figures import typical_correct, worst_errors
+from cxr_fastai.interpretation.interpretation import CXRInterpretation
 from cxr_fastai.interpretation.overlays import plot_explanation, plot_gallery, plot_mean_maps
 from cxr_fastai.models.architectures import ARCHS, BaselineCNN, build_model, make_recipe
 from cxr_fastai.publishing.exporting import export
@@ -74,13 +75,13 @@ __all__ = [
     'count_images',
     'data_root',
     'decide',
-    'describe',
+    'format_estimate',
     'download',
     'evaluate',
     'example_images',
     'example_run',
     'export',
-    'image_block',
+    'cxr_block',
     'image_root',
     'find_cache',
     'fit',
@@ -119,6 +120,6 @@ __all__ = [
     'split_patients',
     'summarise',
     'train',
-    'typical_hits',
+    'typical_correct',
     'worst_errors',
 ]

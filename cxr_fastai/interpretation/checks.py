@@ -17,7 +17,7 @@ from cxr_fastai.core.files import write_json
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import find_split
-from cxr_fastai.evaluation.plots import plot_check
+from cxr_fastai.evaluation.plots import plot_cam_check
 from cxr_fastai.evaluation.robustness import read_squares
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import identify_network
@@ -67,7 +67,7 @@ def check_run(
     write_json(run / 'figures' / 'cam_check.json', check)
     figure_path = run / 'figures' / 'cam_check.png'
     if 'stages' in check:
-        save_figure(plot_check(check, f'{run.recipe.arch}, {split} split'), figure_path)
+        save_figure(plot_cam_check(check, f'{run.recipe.arch}, {split} split'), figure_path)
     else:
         figure_path.unlink(missing_ok=True)
     return check
@@ -97,7 +97,7 @@ def check_maps(
         'images': len(images),
         **dict.fromkeys(CHECKS),
         'empty': float((~has_evidence).mean()),
-        'cam_error': cam_error(explainer.predictor.model, to_input(images[:N_ALONE])),
+        'cam_error': cam_error(explainer.model, to_input(images[:N_ALONE])),
     }
     if not has_evidence.any():
         return results

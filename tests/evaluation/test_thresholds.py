@@ -1,126 +1,201 @@
-"""The threshold by its rule, on validation images alone, with no more margin than they demand."""
+"""Rules choose the threshold on the validation images, and trade-offs over all thresholds follow their definitions."""
 
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn import metrics as sk
 
 from cxr_fastai.core.errors import UsageError
-from cxr_fastai.evaluation.thresholds import RULES, decide, keep_sensitivity, parse_rule
+from cxr_fastai.evaluation.thresholds import (
+    RULES,
+    TABLE_THRESHOLDS,
+    decide,
+    keep_sensitivity,
+    net_benefit,
+    parse_rule,
+    precision_recall_band,
+    precision_recall_curve,
+    risk_coverage,
+    roc_band,
+    roc_curve,
+    threshold_table,
+)
 
-RNG = np.random.default_rng(0)
 
-
-def valid(targs, p) -> pd.DataFrame:
+def make_table(targs, p) -> pd.DataFrame:
     return pd.DataFrame({'label': np.where(targs, 'PNEUMONIA', 'NORMAL'), 'p_pneumonia': p})
 
 
-def images(n=400, seed=0) -> tuple[np.ndarray, np.ndarray]:
+def make_predictions(n=400, seed=0) -> tuple[np.ndarray, np.ndarray]:
+    """Targets and probabilities of `n` images."""
     rng = np.random.default_rng(seed)
     targs = rng.random(n) < 0.7
     return targs, 1 / (1 + np.exp(-rng.normal(4 * targs - 2, 1.5)))
 
 
-def rates(targs, p, threshold) -> tuple[float, float]:
+def sensitivity_and_specificity(targs, p, threshold) -> tuple[float, float]:
     return (p[targs] >= threshold).mean(), (p[~targs] < threshold).mean()
 
 
-def test_a_fixed_threshold_is_itself():
-    assert decide(valid(*images()), 'fixed:0.37').threshold == 0.37
+def test_a_fixed_threshold_is_used_as_given():
+    assert decide(make_table(*make_predictions()), 'fixed:0.37').threshold == 0.37
 
 
-def test_the_threshold_is_the_highest_that_keeps_the_sensitivity_with_its_margin():
-    targs, p = images()
-    n, chosen = targs.sum(), decide(valid(targs, p), 'sensitivity:0.95').threshold
-    missed = (p[targs] < chosen).sum()
+def test_the_sensitivity_rule_chooses_the_highest_threshold_that_keeps_the_expected_sensitivity():
+    targs, p = make_predictions()
+    n = targs.sum()
+    threshold = decide(make_table(targs, p), 'sensitivity:0.95').threshold
+    missed = (p[targs] < threshold).sum()
     assert (missed + 1) / (n + 1) <= 0.05 < (missed + 2) / (n + 1)
-    higher = np.sort(p[targs])[missed] + 1e-9  # one more image is missed
+    higher = np.sort(p[targs])[missed] + 1e-9  # misses one more image
     assert ((p[targs] < higher).sum() + 1) / (n + 1) > 0.05
 
 
-def test_new_images_keep_the_sensitivity_on_average_and_no_more_than_the_size_demands():
-    kept = []
+def test_new_images_keep_the_sensitivity_on_average_with_a_small_margin():
+    sensitivities = []
     for seed in range(300):
-        chosen, _ = keep_sensitivity(*images(120, seed), 0.95)
-        targs, p = images(4000, seed + 1000)
-        kept.append((p[targs] >= chosen).mean())
-    assert 0.948 < np.mean(kept) < 0.965
+        threshold, _ = keep_sensitivity(*make_predictions(120, seed), 0.95)
+        targs, p = make_predictions(4000, seed + 1000)
+        sensitivities.append((p[targs] >= threshold).mean())
+    assert 0.948 < np.mean(sensitivities) < 0.965
 
 
-def test_too_few_images_are_all_called_and_it_is_said():
-    targs, p = np.arange(16) >= 8, np.r_[np.linspace(0.1, 0.5, 8), np.linspace(0.4, 0.9, 8)]
-    found = decide(valid(targs, p), 'sensitivity:0.95')
-    assert (p[targs] >= found.threshold).all() and 'too few to show' in found.margin and '0.89' in found.margin
+def test_with_too_few_images_all_pneumonias_are_detected_and_the_margin_says_so():
+    targs = np.arange(16) >= 8
+    p = np.r_[np.linspace(0.1, 0.5, 8), np.linspace(0.4, 0.9, 8)]
+    decision = decide(make_table(targs, p), 'sensitivity:0.95')
+    assert (p[targs] >= decision.threshold).all()
+    assert 'too few for a sensitivity of 0.95' in decision.margin and '0.89' in decision.margin
 
 
-def test_youden_is_the_best_of_all_thresholds():
-    targs, p = images()
-    best = max(sum(rates(targs, p, threshold)) for threshold in p)
-    assert sum(rates(targs, p, decide(valid(targs, p), 'youden').threshold)) == pytest.approx(best)
+def test_the_margin_counts_images_with_equal_scores():
+    targs = np.arange(200) >= 100
+    p = np.r_[np.linspace(0, 0.9, 100), np.ones(100)]
+    margin = decide(make_table(targs, p), 'sensitivity:0.95').margin
+    assert margin.startswith('100 of 100 validation images of pneumonia are classified as pneumonia (1.0000)')
 
 
-@pytest.mark.parametrize(('missed', 'alarm'), [(1, 1), (10, 1), (1, 20), (1, 10**6)])
-def test_the_cost_is_the_least_of_all_thresholds(missed, alarm):
-    targs, p = images()
-    cost = lambda threshold: missed * (p[targs] < threshold).sum() + alarm * (p[~targs] >= threshold).sum()
-    found = decide(valid(targs, p), f'cost:{missed}/{alarm}').threshold
-    assert cost(found) == min(map(cost, [*p, 1.1]))
+def test_youden_chooses_the_best_of_all_thresholds():
+    targs, p = make_predictions()
+    best = max(sum(sensitivity_and_specificity(targs, p, threshold)) for threshold in p)
+    threshold = decide(make_table(targs, p), 'youden').threshold
+    assert sum(sensitivity_and_specificity(targs, p, threshold)) == pytest.approx(best)
+
+
+@pytest.mark.parametrize(('missed_cost', 'alarm_cost'), [(1, 1), (10, 1), (1, 20), (1, 10**6)])
+def test_the_cost_rule_chooses_the_least_cost_of_all_thresholds(missed_cost, alarm_cost):
+    targs, p = make_predictions()
+
+    def cost(threshold):
+        return missed_cost * (p[targs] < threshold).sum() + alarm_cost * (p[~targs] >= threshold).sum()
+
+    threshold = decide(make_table(targs, p), f'cost:{missed_cost}/{alarm_cost}').threshold
+    assert cost(threshold) == min(map(cost, [*p, 1.1]))
 
 
 @pytest.mark.parametrize('rule', ['sensitivity:0.9', 'youden', 'cost:5/1'])
-def test_the_number_is_short_and_does_not_hang_on_last_digits(rule):
-    targs, p = images()
-    found = decide(valid(targs, p), rule).threshold
-    near = p + RNG.uniform(-1e-9, 1e-9, len(p))
-    assert len(repr(found)) <= 8 and ((p >= found) == (near >= found)).all()
+def test_the_threshold_is_short_and_does_not_depend_on_the_last_digits_of_a_score(rule):
+    targs, p = make_predictions()
+    threshold = decide(make_table(targs, p), rule).threshold
+    nearly_p = p + np.random.default_rng(0).uniform(-1e-9, 1e-9, len(p))
+    assert len(repr(threshold)) <= 8 and ((p >= threshold) == (nearly_p >= threshold)).all()
 
 
-def test_equal_scores_are_called_alike():
-    targs, p = np.arange(40) >= 20, np.r_[np.full(20, 0.5), np.full(20, 0.5)]
-    assert decide(valid(targs, p), 'sensitivity:0.9').threshold <= 0.5
-    assert np.isfinite(decide(valid(targs, np.ones(40)), 'cost:1/9').threshold)
+def test_images_with_equal_scores_get_the_same_class():
+    targs = np.arange(40) >= 20
+    assert decide(make_table(targs, np.full(40, 0.5)), 'sensitivity:0.9').threshold <= 0.5
+    assert np.isfinite(decide(make_table(targs, np.ones(40)), 'cost:1/9').threshold)
 
 
-def test_what_the_threshold_does_on_its_images_is_told():
-    targs, p = images()
-    found = decide(valid(targs, p), 'youden', model='abc')
-    sensitivity, specificity = rates(targs, p, found.threshold)
-    assert found.valid['n'] == 400 and found.valid['positives'] == targs.sum() and found.model == 'abc'
-    assert (found.valid['sensitivity']['value'], found.valid['specificity']['value']) == (sensitivity, specificity)
+def test_a_decision_contains_the_performance_on_the_validation_images():
+    targs, p = make_predictions()
+    decision = decide(make_table(targs, p), 'youden', model='abc')
+    valid = decision.valid
+    rates = sensitivity_and_specificity(targs, p, decision.threshold)
+    assert valid['n'] == 400 and valid['positives'] == targs.sum() and decision.model == 'abc'
+    assert (valid['sensitivity']['value'], valid['specificity']['value']) == rates
 
 
 @pytest.mark.parametrize(
-    ('rule', 'says'),
+    ('rule', 'message'),
     [
-        ('best', 'choose a rule: fixed:T, sensitivity:S, youden, cost:FN/FP'),
-        ('fixed', 'a number from 0 to 1: fixed:T'),
+        ('best', 'Choose one of fixed:T, sensitivity:S, youden, cost:FN/FP'),
+        ('fixed', 'a number from 0 to 1. Write fixed:T'),
         ('fixed:2', 'a number from 0 to 1'),
         ('fixed:x', 'a number from 0 to 1'),
         ('sensitivity:1', 'above 0 and below 1'),
         ('sensitivity:95', 'above 0 and below 1'),
-        ('youden:3', 'nothing'),
+        ('youden:3', 'no number'),
         ('cost:1', 'two positive numbers'),
         ('cost:0/1', 'two positive numbers'),
         ('cost:1/nan', 'two positive numbers'),
         ('fixed:nan', 'from 0 to 1'),
     ],
 )
-def test_a_rule_that_is_none_is_refused(rule, says):
-    with pytest.raises(UsageError, match=says):
+def test_an_invalid_rule_is_refused(rule, message):
+    with pytest.raises(UsageError, match=message):
         parse_rule(rule)
 
 
-def test_a_fixed_threshold_needs_no_second_class():
-    found = decide(valid(np.ones(9, bool), np.arange(9) / 9), 'fixed:0.5')
-    assert found.threshold == 0.5 and found.temperature == 1 and found.valid['specificity']['value'] is None
-
-
-def test_the_margin_counts_equal_scores_as_they_are_called():
-    found = decide(valid(np.arange(200) >= 100, np.r_[np.linspace(0, 0.9, 100), np.ones(100)]), 'sensitivity:0.95')
-    assert found.margin.startswith('100 of 100 validation images of pneumonia are called (1.0000)')
+def test_a_fixed_threshold_needs_only_one_class():
+    decision = decide(make_table(np.ones(9, bool), np.arange(9) / 9), 'fixed:0.5')
+    assert decision.threshold == 0.5 and decision.temperature == 1
+    assert decision.valid['specificity']['value'] is None
 
 
 @pytest.mark.parametrize('rule', ['sensitivity:0.95', 'youden', 'cost:1/1'])
-def test_one_class_shows_no_threshold(rule):
+def test_other_rules_need_both_classes(rule):
     assert rule.partition(':')[0] in RULES
     with pytest.raises(UsageError, match='all PNEUMONIA'):
-        decide(valid(np.ones(9, bool), np.arange(9) / 9), rule)
+        decide(make_table(np.ones(9, bool), np.arange(9) / 9), rule)
+
+
+RNG = np.random.default_rng(0)
+TARGS = RNG.random(200) < 0.6
+P = np.clip(RNG.normal(0.35 + 0.3 * TARGS, 0.2), 0.001, 0.999)
+PREDICTIONS = make_table(TARGS, P).assign(patient=np.arange(200) // 2)
+
+
+def test_the_areas_under_the_curves_are_those_of_scikit_learn():
+    fpr, tpr = roc_curve(PREDICTIONS)
+    assert np.trapezoid(tpr, fpr) == pytest.approx(sk.roc_auc_score(TARGS, P))
+    recall, precision = precision_recall_curve(PREDICTIONS)
+    average_precision = (np.diff(recall) * precision[1:]).sum()
+    assert average_precision == pytest.approx(sk.average_precision_score(TARGS, P))
+
+
+@pytest.mark.parametrize(('band', 'curve'), [(roc_band, roc_curve), (precision_recall_band, precision_recall_curve)])
+def test_a_bootstrap_band_contains_its_curve(band, curve):
+    limits = band(PREDICTIONS)
+    x, y = curve(PREDICTIONS)
+    middle = (limits.x > 0.1) & (limits.x < 0.9)
+    curve_at_x = np.interp(limits.x, x, y)
+    assert (limits.low <= limits.high).all()
+    assert ((limits.low <= curve_at_x + 0.02) & (curve_at_x <= limits.high + 0.02))[middle].all()
+    assert 0.01 < (limits.high - limits.low)[middle].mean() < 0.3
+
+
+def test_the_threshold_table_counts_missed_pneumonias_and_false_alarms():
+    table = threshold_table(PREDICTIONS, marked=[0.37])
+    assert table.threshold.to_list() == sorted({*TABLE_THRESHOLDS, 0.37})
+    row = table[table.threshold == 0.37].iloc[0]
+    assert row.missed == (TARGS & (P < 0.37)).sum() and row.alarms == (~TARGS & (P >= 0.37)).sum()
+    assert row.sensitivity['value'] == pytest.approx((P[TARGS] >= 0.37).mean())
+    assert table.missed.is_monotonic_increasing and table.alarms.is_monotonic_decreasing
+
+
+def test_net_benefit_follows_its_definition():
+    row = net_benefit(PREDICTIONS, np.array([0.2, 0.5])).iloc[0]
+    tp = (TARGS & (P >= 0.2)).sum()
+    fp = (~TARGS & (P >= 0.2)).sum()
+    assert row.model == pytest.approx(tp / 200 - fp / 200 * 0.2 / 0.8)
+    assert row['all'] == pytest.approx(TARGS.mean() - (1 - TARGS.mean()) * 0.25)
+
+
+def test_the_least_certain_images_are_left_out_first():
+    curve = risk_coverage(PREDICTIONS, 0.4)
+    correct = (P >= 0.4) == TARGS
+    assert curve.coverage.iloc[-1] == 1 and curve.accuracy.iloc[-1] == pytest.approx(correct.mean())
+    distance = np.abs(np.log(P / (1 - P)) - np.log(0.4 / 0.6))
+    most_certain_half = np.argsort(-distance)[:100]
+    assert curve.accuracy.iloc[99] == pytest.approx(correct[most_certain_half].mean())

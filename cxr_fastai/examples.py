@@ -1,4 +1,4 @@
-"""What the notebooks begin with: a few hundred images in three splits, and one trained and measured run."""
+"""Images and a trained run for the notebooks, and a split that keeps the official test images unused."""
 
 from __future__ import annotations
 
@@ -19,73 +19,82 @@ from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training.training import train
 
 FOLDER = Path('example')
-SYNTHETIC = 400
-REAL = {'train': 120, 'valid': 40, 'test': 40}
-"""Images of each class that are taken of the real ones."""
+SYNTHETIC_IMAGES = 400
+REAL_IMAGES = {'train': 120, 'valid': 40, 'test': 40}
+"""Number of real images of each class to copy for each split."""
 
 
 def example_images(folder: Path = FOLDER) -> Path:
-    """A folder of images `train|val|test / NORMAL|PNEUMONIA` below `folder`, made when it is not there yet.
+    """Return a folder of images `train|val|test / NORMAL|PNEUMONIA` below `folder`; create it if it does not exist.
 
-    They are synthetic, or, where the environment's CXR_DATA names real images, copies of some of them: of patients who
-    are in one split each, and never of the official test split, which is kept for the finished system.
+    The images are synthetic. If the environment variable CXR_DATA names the real data set, they are copies of real
+    images: each patient is in one split, and no image is from the official test split.
     """
-    real = os.environ.get('CXR_DATA')
-    images = folder / ('real' if real else 'synthetic') / 'images'
-    with _locked(images.parent):
+    real_data = os.environ.get('CXR_DATA')
+    images = folder / ('real' if real_data else 'synthetic') / 'images'
+    with _lock(images.parent):
         if images.exists():
             return images
-        making = images.with_name('images.part')
-        shutil.rmtree(making, ignore_errors=True)
-        if real:
-            _copy_sample(Path(real), making)
+        incomplete = images.with_name('images.part')
+        shutil.rmtree(incomplete, ignore_errors=True)
+        if real_data:
+            _copy_sample(Path(real_data), incomplete)
         else:
-            make_demo(making, images=SYNTHETIC, size=128, seed=0)
-        making.rename(images)
+            make_demo(incomplete, images=SYNTHETIC_IMAGES, size=128, seed=0)
+        incomplete.rename(images)
     return images
 
 
+def _copy_sample(root: Path, target: Path) -> None:
+    """Copy the first `REAL_IMAGES` of each class and split of `hold_out` to the folder `target`."""
+    for (split, label), images in hold_out(read_items(root)).groupby(['split', 'label'], sort=False):
+        folder = target / split / label
+        with writing(target):
+            folder.mkdir(parents=True)
+            for path in images.path.head(REAL_IMAGES[split]):
+                shutil.copyfile(image_root(root) / path, folder / Path(path).name)
+
+
+def _lock(folder: Path) -> FileLock:
+    """Return a lock that one process at a time can hold for `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / '.lock')
+
+
 def example_run(folder: Path = FOLDER) -> Run:
-    """The baseline trained on `example_images(folder)` at 96 px and measured on their test split; kept beside them."""
+    """Return the baseline trained on `example_images(folder)` at 96 px and evaluated on their test split.
+
+    The run is stored next to the images and reused by later calls.
+    """
     images = example_images(folder)
     run = images.with_name('run')
-    with _locked(images.parent):
+    with _lock(images.parent):
         if not (run / 'metrics.json').exists():
-            shutil.rmtree(run, ignore_errors=True)  # of a training that was stopped
+            shutil.rmtree(run, ignore_errors=True)  # an interrupted training
             recipe = make_recipe('baseline', size=96, batch_size=16, epochs=8, seed=0)
             evaluate(train(recipe, images, run), images)
     return Run.open(run)
 
 
+def hold_out(items: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Return `items` without the official test images, with new splits by patient.
+
+    A tenth of the patients is for test, and a tenth of the others for valid. Decisions that are based on this test
+    split leave the official one unused.
+    """
+    first_split = split_patients(items[items.split != 'test'], seed)
+    test = first_split[first_split.split == 'valid'].assign(split='test')
+    others = split_patients(first_split[first_split.split != 'valid'], seed + 1)
+    return pd.concat([others, test], ignore_index=True)
+
+
 def list_held_out(root: Path, listing: Path, seed: int = 0) -> Path:
-    """Write the CSV `listing` of the images of `root` by `hold_out`, and return it; it can stand for a folder of images
-    everywhere."""
+    """Write the images of `root`, split by `hold_out`, to the CSV file `listing` and return its path.
+
+    Every function and command accepts the CSV file instead of a folder of images.
+    """
     items = hold_out(read_items(root), seed)
     paths = [os.path.relpath(image_root(root) / path, listing.parent) for path in items.path]
     listing.parent.mkdir(parents=True, exist_ok=True)
     write_csv(listing, items.assign(path=paths))
     return listing
-
-
-def hold_out(items: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """`items` without the official test images, split anew: a tenth of the patients as test, a tenth of the others as
-    valid. What is decided by looking at such a test split leaves the official one as it was."""
-    first = split_patients(items[items.split != 'test'], seed)
-    rest = split_patients(first[first.split != 'valid'], seed + 1)
-    return pd.concat([rest, first[first.split == 'valid'].assign(split='test')], ignore_index=True)
-
-
-def _copy_sample(root: Path, into: Path) -> None:
-    """Copy `REAL` images of each class and split of `hold_out` into the layout of the data set."""
-    for (split, label), images in hold_out(read_items(root)).groupby(['split', 'label'], sort=False):
-        folder = into / split / label
-        with writing(into):
-            folder.mkdir(parents=True)
-            for path in images.path.head(REAL[split]):
-                shutil.copyfile(image_root(root) / path, folder / Path(path).name)
-
-
-def _locked(folder: Path) -> FileLock:
-    """One process at a time makes what is in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / '.lock')

@@ -227,14 +227,14 @@ def _receive(session: requests.Session, source: Source, part: Path) -> bool:
     return total in (None, _file_size(part))
 
 
-def _read_range(response: requests.Response) -> tuple[int | None, int]:
-    """Return the first byte and the total length in the response to a range request; no first byte if it is unclear.
+def _read_range(response: requests.Response) -> tuple[int | None, int | None]:
+    """Return the first byte and the total length in the response to a range request; None if they are missing.
 
     The response to a request that starts at the end (416) has the total length as its first byte.
     """
     match = CONTENT_RANGE.fullmatch(response.headers.get('Content-Range', ''))
     if not match:
-        return None, 0
+        return None, None
     return int(match['start'] or match['total']), int(match['total'])
 
 

@@ -48,7 +48,7 @@ def check_run(
     """
     explainer = Explainer.load(run.path, method=method, layer=layer)
     root, items = find_split(run, data, split)
-    preprocessing = Preprocessing.of(explainer.predictor.config)
+    preprocessing = explainer.predictor.preprocessing
     samples = {label: rows.sample(min(MAX_IMAGES, len(rows)), random_state=0) for label, rows in items.groupby('label')}
     if len(samples) < len(VOCAB):
         raise UsageError(f'--split {split}: checking maps needs images of both classes. Choose another split.')

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image
+from torch import nn
 
 from cxr_fastai.core.errors import ImageError, UsageError, visible
 from cxr_fastai.core.figures import save_figure
@@ -60,7 +62,7 @@ class Explainer:
     def __post_init__(self) -> None:
         if self.target not in VOCAB:
             raise UsageError(f'--target {self.target}: choose {" or ".join(VOCAB)}.')
-        check_method(self.predictor.model, self.method, self.layer)
+        check_method(self.model, self.method, self.layer)
 
     @classmethod
     def load(
@@ -70,10 +72,14 @@ class Explainer:
         return cls(Predictor.load(model, engine='torch'), target, method, layer)
 
     @property
+    def model(self) -> nn.Sequential:
+        """The torch network `Sequential(body, head)`."""
+        return cast(nn.Sequential, self.predictor.model)
+
+    @property
     def layer_name(self) -> str:
         """The name of the layer that the maps are computed from."""
-        model = self.predictor.model
-        return name_layer(model, find_layer(model, self.layer, self.method))
+        return name_layer(self.model, find_layer(self.model, self.layer, self.method))
 
     def maps(self, images: np.ndarray) -> np.ndarray:
         """Return maps (n, size, size) from 0 to 1 of grey uint8 `images` (n, size, size).
@@ -84,7 +90,7 @@ class Explainer:
 
     def _maps(self, images: np.ndarray) -> np.ndarray:
         target = VOCAB.index(self.target)
-        maps = activation_maps(self.predictor.model, to_input(images), target, self.method, self.layer)
+        maps = activation_maps(self.model, to_input(images), target, self.method, self.layer)
         return np.asarray(scale(enlarge(maps, images.shape[-1])))
 
     def scores(self, images: np.ndarray) -> np.ndarray:
@@ -107,7 +113,7 @@ class Explainer:
             yield from self._explain(batch, allow_burned_in)
 
     def _explain(self, subjects: Sequence[Subject], allow_burned_in: bool) -> list[Explanation | ImageError]:
-        preprocessing = Preprocessing.of(self.predictor.config)
+        preprocessing = self.predictor.preprocessing
         images = [_open(subject.path, preprocessing, allow_burned_in) for subject in subjects]
         usable = {i: image for i, image in enumerate(images) if isinstance(image, np.ndarray)}
         results: dict[int, Explanation | ImageError] = {
@@ -129,7 +135,7 @@ class Explainer:
     def _explanation(self, subject: Subject, image: np.ndarray, heat: np.ndarray, p: float) -> Explanation:
         displayed = Image.fromarray(image)
         displayed.thumbnail((DISPLAY_SIZE, DISPLAY_SIZE))
-        preprocessing = Preprocessing.of(self.predictor.config)
+        preprocessing = self.predictor.preprocessing
         heat = preprocessing.map_to_image(heat, displayed.height, displayed.width)
         return Explanation(
             image=np.asarray(displayed),

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import CXRError, first_line
 from cxr_fastai.core.files import check_new, write_text, writing
-from cxr_fastai.core.templates import fill
+from cxr_fastai.core.templates import render_template
 from cxr_fastai.inference.bundle import CARD, MANIFEST, Bundle, manifest_text
 from cxr_fastai.inference.config import LEARNER
 
@@ -63,8 +63,8 @@ def push(path: Path, repo: str, private: bool = False, with_pickle: bool = False
             )
         except Exception as error:  # includes the errors of the HTTP client, which have no common base
             raise CXRError(
-                f'{repo}: the Hub rejected the upload ({first_line(error, 200)}). Log in with `hf auth login`, and name '
-                'a repository of your own as user/name.'
+                f'{repo}: the Hub rejected the upload ({first_line(error, 200)}). Log in with `hf auth login`, and '
+                'name a repository of your own as user/name.'
             ) from None
     return f'https://huggingface.co/{repo}'
 
@@ -92,9 +92,10 @@ def write_space(bundle: Bundle, out: Path) -> Path:
         ignore = shutil.ignore_patterns('__pycache__')
         shutil.copytree(PACKAGE_FOLDER, out / PACKAGE_FOLDER.name, ignore=ignore, dirs_exist_ok=True)
     card = FRONT_MATTER.sub('', bundle.read(CARD).decode())
-    write_text(out / 'app.py', fill('space_app.py'))
+    write_text(out / 'app.py', render_template('space_app.py'))
     write_text(out / 'requirements.txt', '\n'.join([TORCH_INDEX, *space_requirements(), '']))
-    write_text(out / 'README.md', fill('space.md', card=card, gradio=_oldest_version('gradio')))
+    readme = render_template('space.md', card=card, gradio=_oldest_version('gradio'))
+    write_text(out / 'README.md', readme)
     return out
 
 

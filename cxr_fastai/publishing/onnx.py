@@ -1,10 +1,11 @@
-"""A network becomes an ONNX file that takes images as they are."""
+"""`to_onnx` converts a network to an ONNX file that takes grey images and needs neither torch nor preprocessing."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -14,59 +15,78 @@ from cxr_fastai.core.recipe import POSITIVE
 from cxr_fastai.models.inputs import MEAN, STD, normalize, pool
 
 OPSET = 17
+INPUT_NAME = 'images'
+OUTPUT_NAMES = ['p_pneumonia', 'p_calibrated', 'features']
 
 
-class Deployed(nn.Module):
-    """Takes grey uint8 images (n, 1, s, s); gives the probability of pneumonia (n,), the same at `temperature`, and the
-    body's mean features (n, c).
+class GreyImageModel(nn.Module):
+    """A network that takes grey uint8 images (n, 1, s, s).
 
-    Normalisation and the three equal channels are folded into the first convolution, which then has two channels: the
-    image from 0 to 1, and ones, which carry the means. (A bias could not: at the border the convolution pads with zeros
-    of the *normalised* image.) A network without such a convolution is given three channels.
+    It returns the probability of pneumonia (n,), the same at `temperature`, and the mean features of the body (n, c).
+    If possible, the normalisation is folded into the first convolution; see `fold_normalisation`.
     """
 
-    def __init__(self, model: nn.Sequential, temperature: float | None):
+    def __init__(self, model: nn.Module, temperature: float | None) -> None:
         super().__init__()
         model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-        self.folded = fold(model)
-        self.body, self.head, self.temperature = *model, temperature or 1.0
+        self.is_folded = fold_normalisation(model)
+        self.body, self.head = model.children()
+        self.temperature = temperature or 1.0
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Probabilities, probabilities at the temperature, features."""
+        """Return probabilities, probabilities at the temperature, and features."""
         images = images.float() / 255
-        maps = self.body(torch.cat([images, torch.ones_like(images)], dim=1) if self.folded else normalize(images))
+        maps = self.body(self._inputs(images))
         logits = self.head(maps).double()
-        return (logits.softmax(dim=1)[:, POSITIVE], (logits / self.temperature).softmax(dim=1)[:, POSITIVE], pool(maps))
+        p = logits.softmax(dim=1)[:, POSITIVE]
+        p_calibrated = (logits / self.temperature).softmax(dim=1)[:, POSITIVE]
+        return p, p_calibrated, pool(maps)
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        if not self.is_folded:
+            return normalize(images)
+        return torch.cat([images, torch.ones_like(images)], dim=1)
 
 
-def fold(model: nn.Module) -> bool:
-    """Give the first convolution of `model` the two channels of `Deployed`; False where there is none over three."""
-    first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
-    if first is None or (first.in_channels, first.groups, first.padding_mode) != (3, 1, 'zeros'):
+def fold_normalisation(model: nn.Module) -> bool:
+    """Change the first convolution of `model` so that it takes two channels: the image from 0 to 1, and ones.
+
+    This replaces the normalisation and the three equal channels. The channel of ones carries the means; a bias could
+    not, because at the border the convolution pads the *normalised* image with zeros. Returns False, and changes
+    nothing, if the first convolution does not have three channels.
+    """
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    if not convolutions:
+        return False
+    first = convolutions[0]
+    if (first.in_channels, first.groups, first.padding_mode) != (3, 1, 'zeros'):
         return False
     weight = first.weight.detach()
-    image, ones = (weight / STD).sum(dim=1, keepdim=True), -(weight * MEAN / STD).sum(dim=1, keepdim=True)
-    first.weight, first.in_channels = nn.Parameter(torch.cat([image, ones], dim=1)), 2
+    image_weight = (weight / STD).sum(dim=1, keepdim=True)
+    ones_weight = -(weight * MEAN / STD).sum(dim=1, keepdim=True)
+    first.weight = nn.Parameter(torch.cat([image_weight, ones_weight], dim=1))
+    first.in_channels = 2
     return True
 
 
-def to_onnx(model: nn.Sequential, size: int, temperature: float | None = None) -> bytes:
-    """`model` as an ONNX file: input `images`, outputs `p_pneumonia`, `p_calibrated` and `features`, of any number of
-    images of `size` px."""
-    example = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 1, size, size), dtype=np.uint8))
-    names = ['p_pneumonia', 'p_calibrated', 'features']
-    buffer = BytesIO()
-    with warnings.catch_warnings(), torch.no_grad():
+def to_onnx(model: nn.Module, size: int, temperature: float | None = None) -> bytes:
+    """Return `model` as the bytes of an ONNX file for any number of images of `size` pixels.
+
+    Its input is `images`, grey uint8 (n, 1, size, size). Its outputs are `p_pneumonia`, `p_calibrated` and `features`,
+    as `GreyImageModel` returns them.
+    """
+    images = np.random.default_rng(0).integers(0, 256, (2, 1, size, size), dtype=np.uint8)
+    with TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')
-        # The other exporter needs onnxscript, which no user of the file does.
+        path = Path(folder) / 'model.onnx'
         torch.onnx.export(
-            Deployed(model, temperature).eval(),
-            (example,),
-            buffer,
-            input_names=['images'],
-            output_names=names,
-            dynamic_axes={name: {0: 'n'} for name in ('images', *names)},
+            GreyImageModel(model, temperature).eval(),
+            (torch.from_numpy(images),),
+            path,
+            input_names=[INPUT_NAME],
+            output_names=OUTPUT_NAMES,
+            dynamic_axes={name: {0: 'n'} for name in (INPUT_NAME, *OUTPUT_NAMES)},
             opset_version=OPSET,
-            dynamo=False,
+            dynamo=False,  # the new exporter would need the package onnxscript
         )
-    return buffer.getvalue()
+        return path.read_bytes()

@@ -1,4 +1,7 @@
-"""A run becomes one page that needs nothing else: it reads the run's JSON, CSV and PNG files, and predicts nothing."""
+"""`report` writes the report of an evaluated run as one self-contained HTML page, and `print_pdf` prints it.
+
+The report is made from the JSON, CSV and PNG files of the run. Nothing is predicted, so torch is not loaded.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +20,44 @@ from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.figures import to_svg
 from cxr_fastai.core.files import atomic, write_text
 from cxr_fastai.core.run import Run, read_json
-from cxr_fastai.core.templates import data_uri, fill
-from cxr_fastai.data.auditing import NOT_TRAINABLE, TOO_SMALL
-from cxr_fastai.data.find import safe_path, short_path
+from cxr_fastai.core.templates import data_uri, render_template
+from cxr_fastai.data.auditing import NOT_TRAINABLE, SMALL_VALIDATION
+from cxr_fastai.data.find import shown_path
 from cxr_fastai.data.items import identify_images
-from cxr_fastai.data.splits import doubt_validation, leaking_patients
-from cxr_fastai.evaluation.intervals import Estimate, describe
-from cxr_fastai.evaluation.metrics import AT_A_THRESHOLD, FEW, OVERALL, TARGETS, is_complete, name_figure
-from cxr_fastai.evaluation.plots import CHECKED, EPOCHS, plot_checked, plot_epochs, plot_robustness
+from cxr_fastai.data.splits import leaking_patients, validation_warning
+from cxr_fastai.evaluation.figures import CURVES, image_picture, typical_correct, worst_errors
+from cxr_fastai.evaluation.intervals import Estimate, format_estimate
+from cxr_fastai.evaluation.metrics import (
+    MIN_GROUP_SIZE,
+    RANKING_METRICS,
+    TARGETS,
+    THRESHOLD_METRICS,
+    is_complete,
+    name_metric,
+)
+from cxr_fastai.evaluation.plots import (
+    CAM_CHECK_PANELS,
+    HISTORY_PANELS,
+    plot_cam_check_panel,
+    plot_history_panel,
+    plot_robustness,
+)
 from cxr_fastai.evaluation.thresholds import threshold_table
 from cxr_fastai.images.corruptions import summarise
 from cxr_fastai.inference.config import identify_network
 from cxr_fastai.inference.decision import Decision
-from cxr_fastai.interpretation.checks import CHECKS, tell
-from cxr_fastai.interpretation.interpretation import CURVES, image_picture, typical_hits, worst_errors
+from cxr_fastai.interpretation.check_targets import check_rows
 from cxr_fastai.publishing.checklist import TOPICS
-from cxr_fastai.publishing.model_card import NOT_A_DEVICE, OUTSIDE, count_kinds, describe_run, render_card, reproduce
+from cxr_fastai.publishing.model_card import (
+    EXTERNAL_VALIDITY,
+    NOT_A_DEVICE,
+    count_kinds,
+    describe_run,
+    main_split,
+    render_card,
+    reproduce,
+)
 
-SPLITS = ('test', 'valid', 'train')
-"""What the report is about, in order of preference."""
 SECTIONS = {
     'summary': 'Summary',
     'data': 'Data',
@@ -43,251 +65,259 @@ SECTIONS = {
     'performance': 'Performance',
     'calibration': 'Calibration',
     'thresholds': 'Thresholds',
-    'groups': 'Groups',
+    'groups': 'Subgroups',
     'robustness': 'Robustness',
     'images': 'Images',
-    'maps': 'Whether maps can be believed',
+    'maps': 'Reliability of the maps',
     'card': 'Model card',
-    'checklist': 'Checklist',
-    'reproduce': 'How to reproduce it',
+    'checklist': 'Reporting checklist',
+    'reproduce': 'How to reproduce',
 }
+"""The sections of the report with their titles; those without content are left out."""
+VALIDATION_SPLITS = {
+    'official': 'the images of the folder val',
+    'patients': 'about 10% of the patients of train and val, drawn at random with the same class balance',
+}
+"""How validation images are chosen, by the field `valid` of the recipe."""
 
 
 def report(run: Run, audit: Path | None = None, hide_names: bool = False) -> Path:
-    """Write `report.html` and `model_card.md` into `run` and return the page's path.
+    """Write `report.html` and `model_card.md` into `run` and return the path of the page.
 
-    `audit` is the folder of a `data audit` of its images (default: that of `find_audit`). With `hide_names`, images
-    whose names may be a person's are called by numbers. Raises `UsageError` where nothing was evaluated yet, or for
-    another set's audit.
+    `audit` is the folder of a `data audit` of the images of the run (default: see `find_audit`). With `hide_names`,
+    images are named by numbers. Raises `UsageError` if the run has not been evaluated since its network changed, or if
+    the audit is of other images.
     """
     if not run.metrics:
-        raise UsageError(f'{run.path}: nothing was evaluated yet: `cxr-fastai evaluate {run.path}`.')
-    split = next(split for split in SPLITS if split in run.metrics)
-    check_fresh(run, split)
+        raise UsageError(f'{run.path}: not evaluated yet. Run `cxr-fastai evaluate {run.path}` first.')
+    split = main_split(run)
+    check_up_to_date(run, split)
     findings = read_audit(audit, run) if audit else find_audit(run)
     write_text(run / 'report.html', render(run, split, findings, hide_names))
     write_text(run / 'model_card.md', render_card(run, split))
     return run / 'report.html'
 
 
-def check_fresh(run: Run, split: str) -> None:
-    """Raise `UsageError` where the metrics of `split` are of an older version, other predictions or another network."""
-    metrics, n = run.metrics[split], len(run.predicted(split))
-    why = (
-        'are of an older version'
-        if not is_complete(metrics)
-        else f'are of {metrics["n"]} images, predictions.csv of {n}'
-        if metrics['n'] != n
-        else 'are of another network'
-        if not _is_of(run, metrics)
-        else None
+def check_up_to_date(run: Run, split: str) -> None:
+    """Raise `UsageError` if the metrics of `split` are of an older version, of other predictions or another network."""
+    metrics = run.metrics[split]
+    n_predictions = len(run.predicted(split))
+    if not is_complete(metrics):
+        problem = 'were made by an older version'
+    elif metrics['n'] != n_predictions:
+        problem = f'are of {metrics["n"]} images, but predictions.csv contains {n_predictions}'
+    elif not _is_of_network(run, metrics):
+        problem = 'are of another network'
+    else:
+        return
+    raise UsageError(
+        f'{run.path}: the metrics of {split} {problem}. Run `cxr-fastai evaluate {run.path} --split {split}` again.'
     )
-    if why:
-        raise UsageError(f'{run.path}: the metrics of {split} {why}: `cxr-fastai evaluate {run.path} --split {split}`.')
 
 
 def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names: bool = False) -> str:
-    """The report about `split` as HTML, with everything that it shows inside."""
-    metrics, predictions = run.metrics[split], run.predicted(split)
-    own, check = run.items[run.items.split == split], _checked_maps(run)
-    facts = {
-        'metrics': metrics,
-        'split': split,
+    """Return the report about `split` as HTML, with all figures and images embedded."""
+    metrics = run.metrics[split]
+    predictions = run.predicted(split)
+    map_check = _read_map_check(run)
+    split_items = run.items[run.items.split == split]
+    values = {
         'run': run,
-        'targets': judge_targets(metrics),
-        'audit': audit,
-        'facts': describe_run(run),
-        'counts': count_kinds(run),
+        'split': split,
+        'metrics': metrics,
+        'targets': compare_with_targets(metrics),
+        'decision': Decision.from_metrics(run, metrics),
+        'valid_metrics': run.metrics.get('valid') if split != 'valid' else None,
         'flow': describe_flow(run),
+        'counts': count_kinds(run),
+        'leaking_patients': len(leaking_patients(run.items)),
+        'validation_warning': validation_warning(run.items),
+        'has_other_images': not set(predictions.path) <= set(split_items.path),
+        'audit': audit,
+        'plots': draw(run, predictions, metrics, split, map_check),
+        'thresholds': threshold_table(predictions, [metrics['threshold']]).to_dict('records'),
+        'robustness': _summarise_robustness(run, split),
+        'images': select_images(run, predictions, hide_names),
+        'maps': map_check,
+        'check_rows': check_rows(map_check) if map_check else [],
+        'facts': describe_run(run),
         'command': reproduce(run, split),
-        'doubt': doubt_validation(run.items),
-        'leaks': len(leaking_patients(run.items)),
-        'valid': run.metrics.get('valid') if split != 'valid' else None,
-        'decision': Decision.behind(run, metrics),
-        'elsewhere': not set(predictions.path) <= set(own.path),
-        'begun': run.noted('start', 'resume'),
-        'pictures': draw(run, predictions, metrics, split, check),
-        'thresholds': _thresholds(predictions, metrics),
-        'robustness': _robustness(run, split),
-        'maps': check,
-        'images': show_images(run, predictions, hide_names),
     }
-    sections = {name: title for name, title in SECTIONS.items() if facts.get(name, True) is not None}
-    told = {
-        *sections,
-        *(['internal'] if split == 'test' and not facts['elsewhere'] else []),
-        *(['origin'] if 'origin' in facts['begun'] else []),
-        *(['cams'] if any(image['cam'] for images in facts['images'].values() for image in images) else []),
-    }
-    return fill(
+    sections = {name: title for name, title in SECTIONS.items() if values.get(name, True) is not None}
+    return render_template(
         'report.html',
-        **facts,
+        **values,
         sections=sections,
+        contents={*sections, *_extra_contents(run, split, values)},
         topics=TOPICS,
-        told=told,
-        say=describe,
-        name_figure=name_figure,
-        overall=OVERALL,
-        at_a_threshold=AT_A_THRESHOLD,
-        few=FEW,
-        checks=CHECKS,
-        tell=tell,
+        format_estimate=format_estimate,
+        name_metric=name_metric,
+        ranking_metrics=RANKING_METRICS,
+        threshold_metrics=THRESHOLD_METRICS,
+        min_group_size=MIN_GROUP_SIZE,
         not_a_device=NOT_A_DEVICE,
-        outside=OUTSIDE,
+        external_validity=EXTERNAL_VALIDITY,
     )
 
 
-def judge_targets(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each target of the specification: whether the figure meets it, and whether its interval is sure of that."""
+def _extra_contents(run: Run, split: str, values: dict[str, Any]) -> list[str]:
+    """The facts that topics of the checklist require, in addition to sections."""
+    contents = []
+    if split == 'test' and not values['has_other_images']:
+        contents.append('internal')
+    if 'origin' in run.last_event('start', 'resume'):
+        contents.append('origin')
+    if any(image['cam'] for images in values['images'].values() for image in images):
+        contents.append('cams')
+    return contents
+
+
+def compare_with_targets(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return each target of the specification with the estimate and a verdict: a CSS class and a text."""
     return [
         {'name': name, 'target': target, 'estimate': metrics[name], 'verdict': _verdict(metrics[name], target)}
         for name, target in TARGETS.items()
     ]
 
 
+def _verdict(estimate: Estimate, target: float) -> tuple[str, str]:
+    value, low, high = estimate['value'], estimate['low'], estimate['high']
+    if value is None or low is None or high is None:
+        return 'warning', 'cannot be determined'
+    if value >= target:
+        return 'good', 'met' if low >= target else 'met, but the interval includes lower values'
+    return 'error', 'not met' if high < target else 'not met, but the interval includes the target'
+
+
 def describe_flow(run: Run) -> dict[str, Any]:
-    """How many images the run found and could not read, what went into each split, and how valid was chosen."""
-    used, valid = (
-        run.used_items,
-        {
-            'official': 'the images of the folder val',
-            'patients': (
-                'a tenth of the patients of train and val, drawn by the seed, with the shares of the classes kept'
-            ),
-        },
-    )
+    """Return the number of images that the run found, could not read, and used in each split."""
+    used_items = run.used_items
     return {
         'found': len(run.items),
         'patients': run.items.patient.nunique(),
         'limit': run.recipe.limit,
-        'unreadable': len(run.items) - len(used),
-        'valid': valid[run.recipe.valid],
-        'splits': {split: rows.label.value_counts().sort_index().to_dict() for split, rows in used.groupby('split')},
+        'unreadable': len(run.items) - len(used_items),
+        'valid': VALIDATION_SPLITS[run.recipe.valid],
+        'splits': {
+            split: rows.label.value_counts().sort_index().to_dict() for split, rows in used_items.groupby('split')
+        },
     }
 
 
 def read_audit(folder: Path, run: Run) -> dict[str, Any]:
-    """What `data audit` found of the images of `run`. Raises `UsageError` where there is no audit, or another one's."""
+    """Return the results of `data audit` in `folder`. Raises `UsageError` unless they are of the images of `run`.
+
+    Findings about the splits are left out, because the run has chosen its splits.
+    """
     path = folder / 'audit.json'
     if not path.is_file():
-        raise UsageError(f'{path}: no such file: `cxr-fastai data audit --out {folder}` writes it.')
+        raise UsageError(f'{path}: no such file. `cxr-fastai data audit --out {folder}` writes it.')
     audit = read_json(path)
     if not isinstance(audit, dict) or audit.get('identity') != identify_images(run.items):
-        raise UsageError(f'{path} is about other images than those of the run: audit these.')
-    return audit | {
-        'findings': [finding for finding in audit['findings'] if finding['name'] not in (NOT_TRAINABLE, TOO_SMALL)]
-    }  # the run chose its splits
+        raise UsageError(f'{path}: an audit of other images than those of the run. Audit the images of the run.')
+    findings = [finding for finding in audit['findings'] if finding['name'] not in (NOT_TRAINABLE, SMALL_VALIDATION)]
+    return audit | {'findings': findings}
 
 
 def find_audit(run: Run) -> dict[str, Any] | None:
-    """The audit in `audit/`, here or beside the run, where `data audit` leaves it, if it is of the images of `run`."""
+    """Return the audit of the images of `run` in `audit/`, here or next to the run; None if there is none."""
     for folder in (Path('audit'), run.path.parent / 'audit'):
         with suppress(UsageError):
             return read_audit(folder, run)
     return None
 
 
-def show_images(run: Run, predictions: pd.DataFrame, hide_names: bool = False) -> dict[str, list[dict[str, Any]]]:
-    """The worst errors and typical hits, each with its name, truth, probability, and small pictures of image and map
-    (None where there is none)."""
+def select_images(run: Run, predictions: pd.DataFrame, hide_names: bool = False) -> dict[str, list[dict[str, Any]]]:
+    """Return the worst `errors` and typical `correct` predictions.
+
+    Each has the keys `name`, `label`, `p`, and `picture` and `cam`, which are data URIs of thumbnails of the image and
+    of its map (None if there is none).
+    """
     numbers = {path: number for number, path in enumerate(predictions.path, 1)}
-    chosen = {'errors': worst_errors(predictions), 'hits': typical_hits(predictions)}
-    name = lambda path: safe_path(path, numbers[path]) if hide_names else short_path(path)
+    groups = {'errors': worst_errors(predictions), 'correct': typical_correct(predictions)}
     return {
-        kind: [
+        group: [
             {
-                'name': name(row.path),
+                'name': shown_path(row.path, numbers[row.path], hide_names),
                 'label': row.label,
                 'p': row.p_pneumonia,
-                'picture': _picture(image_picture(run, row.path)),
-                'cam': _picture(image_picture(run, row.path, 'cams')),
+                'picture': _embed(image_picture(run, row.path)),
+                'cam': _embed(image_picture(run, row.path, 'cams')),
             }
             for row in rows.itertuples()
         ]
-        for kind, rows in chosen.items()
+        for group, rows in groups.items()
     }
 
 
+def _embed(path: Path) -> str | None:
+    return data_uri(path.read_bytes(), 'image/png') if path.is_file() else None
+
+
 def draw(
-    run: Run, predictions: pd.DataFrame, metrics: dict[str, Any], split: str, check: dict[str, Any] | None = None
+    run: Run, predictions: pd.DataFrame, metrics: dict[str, Any], split: str, map_check: dict[str, Any] | None = None
 ) -> dict[str, Markup]:
-    """Every figure of the page as an SVG, by name; `check` is what was found of its maps."""
-    figures = {part: plot_epochs(run.history, part) for part in EPOCHS}
+    """Return the figures of the report as SVG, by name; `map_check` is the content of `cam_check.json`, if any."""
+    figures = {panel: plot_history_panel(run.history, panel) for panel in HISTORY_PANELS}
     if metrics['auc']['value'] is not None:
         figures |= {name: plot(predictions, metrics, f'{split} split') for name, plot in CURVES.items()}
-    rows = _robust_rows(run, split)
-    if rows is not None:
-        figures['robustness'] = plot_robustness(rows, f'{split} split', columns=2)
-    if check and 'stages' in check:
-        figures |= {name: plot_checked(check, name) for name in CHECKED}
+    robustness = _read_robustness(run, split)
+    if robustness is not None:
+        figures['robustness'] = plot_robustness(robustness, f'{split} split', columns=2)
+    if map_check and 'stages' in map_check:
+        figures |= {panel: plot_cam_check_panel(map_check, panel) for panel in CAM_CHECK_PANELS}
     return {name: Markup(to_svg(figure, describe_plot(name, metrics))) for name, figure in figures.items()}
 
 
 def describe_plot(name: str, metrics: dict[str, Any]) -> str:
-    """What the figure `name` shows, for those who cannot see it."""
-    words = {
+    """Return the text alternative of the figure `name`, for readers who cannot see it."""
+    auc = format_estimate(metrics['auc'])
+    average_precision = format_estimate(metrics['average_precision'])
+    slope = format_estimate(metrics['calibration']['slope'])
+    descriptions = {
         'losses': 'training and validation loss by epoch',
-        'validation': 'validation figures by epoch',
-        'roc': f'ROC curve, AUC {describe(metrics["auc"])}',
-        'precision_recall': f'precision-recall curve, average precision {describe(metrics["average_precision"])}',
-        'calibration': f'reliability diagram, slope {describe(metrics["calibration"]["slope"])}',
-        'scores': 'histograms of the probability of pneumonia for normal images and for pneumonia',
-        'net_benefit': 'decision curve beside treating everybody and nobody',
-        'risk_coverage': 'accuracy against the share of images that are kept',
-        'robustness': 'AUC against the strength of each corruption',
-        'deletion': 'probability while pixels become those of a normal image, and while they come back',
-        'forgetting': 'similarity of maps while layers are drawn anew, beside that of two images',
-        'place': 'the mean map, and the box of the thorax',
+        'validation': 'validation metrics by epoch',
+        'roc': f'ROC curve, AUC {auc}',
+        'precision_recall': f'precision-recall curve, average precision {average_precision}',
+        'calibration': f'calibration curve, slope {slope}',
+        'scores': 'histograms of the probability of pneumonia for normal images and for images of pneumonia',
+        'net_benefit': 'decision curve of the model, compared with treating everyone and treating no one',
+        'risk_coverage': 'accuracy by the share of images that are kept',
+        'robustness': 'AUC by the strength of each corruption',
+        'deletion': 'probability of pneumonia while pixels are deleted and inserted',
+        'randomisation': 'similarity of maps while layers are randomised, compared with the maps of two images',
+        'location': 'mean map and the box around the thorax',
     }
-    return f'Figure: {words[name]}'
+    return f'Figure: {descriptions[name]}'
 
 
-def _verdict(estimate: Estimate, target: float) -> tuple[str, str]:
-    """A word that the page colours, and the verdict."""
-    if estimate['value'] is None:
-        return 'warning', 'cannot be told'
-    if estimate['value'] >= target:
-        return ('good', 'met') if estimate['low'] >= target else ('good', 'met, though the interval reaches below it')
-    return ('error', 'missed') if estimate['high'] < target else ('error', 'missed, though the interval reaches it')
-
-
-def _thresholds(predictions: pd.DataFrame, metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    return threshold_table(predictions, [metrics['threshold']]).to_dict('records')
-
-
-def _robust_rows(run: Run, split: str) -> pd.DataFrame | None:
+def _read_robustness(run: Run, split: str) -> pd.DataFrame | None:
     if not (run / 'robustness.csv').exists():
         return None
     rows = run.robustness[lambda table: table.split == split]
     return rows if len(rows) else None
 
 
-def _robustness(run: Run, split: str) -> dict[str, Any] | None:
-    rows = _robust_rows(run, split)
-    if rows is None:
-        return None
-    kinds = rows[rows.strength > 0].groupby('corruption', sort=False)
-    worst = [{'kind': kind, 'mean': found.auc.mean(), 'worst': found.auc.min()} for kind, found in kinds]
-    return summarise(rows) | {'kinds': worst}
+def _summarise_robustness(run: Run, split: str) -> dict[str, float] | None:
+    rows = _read_robustness(run, split)
+    return None if rows is None else summarise(rows)
 
 
-def _checked_maps(run: Run) -> dict[str, Any] | None:
-    """What `explain --check` found of the run's network; None where it found nothing, or of another network."""
+def _read_map_check(run: Run) -> dict[str, Any] | None:
+    """The results of `explain --check`; None if there are none, or if they are of another network."""
     path = run / 'figures' / 'cam_check.json'
-    check = read_json(path) if path.is_file() else None
-    return check if check and _is_of(run, check) else None
+    if not path.is_file():
+        return None
+    check = read_json(path)
+    return check if _is_of_network(run, check) else None
 
 
-def _is_of(run: Run, found: dict[str, Any]) -> bool:
-    """Whether `found` is about the network of `run`, as far as that is there."""
+def _is_of_network(run: Run, facts: dict[str, Any]) -> bool:
+    """Return True if `facts` are about the network of `run`, or if the network is not in the folder any more."""
     try:
-        return identify_network(run.path) == found['model']
+        return bool(identify_network(run.path) == facts['model'])
     except UsageError:
         return True
-
-
-def _picture(path: Path) -> str | None:
-    return data_uri(path.read_bytes(), 'image/png') if path.is_file() else None
 
 
 BROWSERS = (
@@ -299,7 +329,7 @@ BROWSERS = (
     'msedge',
     '/Applications/Google Chrome.app/Contents/MacOS/Google Chrome',
 )
-QUIET = (
+BROWSER_OPTIONS = (
     '--headless',
     '--disable-gpu',
     '--disable-quic',
@@ -309,34 +339,40 @@ QUIET = (
     '--disable-sync',
     '--no-pdf-header-footer',
 )
-PATIENCE = 120
-"""Seconds that printing may take."""
+PRINT_TIMEOUT = 120
+"""Maximum duration of printing in seconds."""
 
 
 def find_browser() -> str | None:
-    """The Chromium, Chrome or Edge on this machine, if there is one."""
-    return next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    """Return the path of Chromium, Chrome or Edge on this computer, None if there is none."""
+    for name in BROWSERS:
+        path = shutil.which(name)
+        if path:
+            return path
+    return None
 
 
 def print_pdf(page: Path, pdf: Path) -> None:
-    """Print the HTML file `page` to `pdf`, atomically. Raises `CXRError` where no browser is found or it fails."""
-    if not (browser := find_browser()):
-        raise CXRError(f'--pdf: neither Chromium nor Chrome was found: install one, or print {page} from a browser.')
-    sandbox = ['--no-sandbox'] if hasattr(os, 'geteuid') and os.geteuid() == 0 else []  # root has none
-    with TemporaryDirectory() as profile, atomic(pdf) as temporary:
-        made = Path(profile) / 'page.pdf'
+    """Print the HTML file `page` to `pdf`, atomically. Raises `CXRError` if no browser is found or printing fails."""
+    browser = find_browser()
+    if browser is None:
+        raise CXRError(f'--pdf: no Chromium, Chrome or Edge was found. Install one, or print {page} from a browser.')
+    is_root = hasattr(os, 'geteuid') and os.geteuid() == 0
+    sandbox_options = ['--no-sandbox'] if is_root else []  # Chromium has no sandbox for root
+    with TemporaryDirectory() as folder, atomic(pdf) as temporary:
+        printed = Path(folder) / 'page.pdf'
         command = [
             browser,
-            *QUIET,
-            *sandbox,
-            f'--user-data-dir={profile}/user',
-            f'--print-to-pdf={made}',
+            *BROWSER_OPTIONS,
+            *sandbox_options,
+            f'--user-data-dir={folder}/user',
+            f'--print-to-pdf={printed}',
             page.resolve().as_uri(),
         ]
         try:
-            subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True)
+            subprocess.run(command, capture_output=True, timeout=PRINT_TIMEOUT, check=True)
         except (subprocess.SubprocessError, OSError) as error:
-            raise CXRError(f'--pdf: {browser} failed ({error}): print {page} from a browser.') from error
-        if not made.is_file():
-            raise CXRError(f'--pdf: {browser} wrote nothing: print {page} from a browser.')
-        temporary.write_bytes(made.read_bytes())
+            raise CXRError(f'--pdf: {browser} failed ({error}). Print {page} from a browser.') from error
+        if not printed.is_file():
+            raise CXRError(f'--pdf: {browser} wrote no file. Print {page} from a browser.')
+        temporary.write_bytes(printed.read_bytes())

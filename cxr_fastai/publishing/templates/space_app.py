@@ -1,4 +1,4 @@
-"""A page to try the model: one image, its probability, and what influenced it."""
+"""A Gradio page to try the model: upload an image, get its probability of pneumonia and what influenced the score."""
 
 import base64
 from io import BytesIO
@@ -12,40 +12,45 @@ from cxr_fastai.serving.service import Service
 
 service = Service.open(Path(__file__).parent / 'bundle')
 NOTICE = (
-    '**Research software, not a medical device.** It must not be used to diagnose anybody. Send no image of a '
-    'patient who could be recognised.'
+    '**Research software, not a medical device.** It must not be used to diagnose anyone. Do not upload images from '
+    'which a patient can be identified.'
 )
 
 
-def judge(path: str | None) -> tuple[str, Image.Image | None, Image.Image | None]:
-    """The decision in words, the image, and the image under its map."""
+def predict(path: str | None) -> tuple[str, Image.Image | None, Image.Image | None]:
+    """Return the prediction as text, the image, and the image with its map."""
     if path is None:
         return '', None, None
-    row = service.answer(Path(path).read_bytes())
-    shown = row['explanation'] or {'image': None, 'overlay': None, 'note': None}
+    row = service.explain(Path(path).read_bytes())
+    explanation = row['explanation'] or {'image': None, 'overlay': None, 'note': None}
     if row['status'] == 'ok':
-        words = (
+        text = (
             f'### {row["prediction"].title()}: probability of pneumonia {row["p_pneumonia"]:.3f}\n'
-            f'called pneumonia from {row["threshold"]:.3g} on'
+            f'Classified as pneumonia at probability ≥ {row["threshold"]:.3g}.'
         )
     else:
-        words = f'### No probability\n{row["message"]} ({row["code"]})'
-    return '\n\n'.join(filter(None, [words, shown['note']])), _picture(shown['image']), _picture(shown['overlay'])
+        text = f'### No probability\n{row["message"]} ({row["code"]})'
+    if explanation['note']:
+        text += f'\n\n{explanation["note"]}'
+    return text, decode_png(explanation['image']), decode_png(explanation['overlay'])
 
 
-def _picture(png: str | None) -> Image.Image | None:
-    return png and Image.open(BytesIO(base64.b64decode(png)))
+def decode_png(png: str | None) -> Image.Image | None:
+    """Return the image of a base64 encoded PNG."""
+    if png is None:
+        return None
+    return Image.open(BytesIO(base64.b64decode(png)))
 
 
-with gr.Blocks(title='Chest images', delete_cache=(600, 600)) as demo:
-    gr.Markdown(f'# Normal or pneumonia, on a chest image\n{NOTICE}')
+with gr.Blocks(title='Chest X-ray images', delete_cache=(600, 600)) as demo:
+    gr.Markdown(f'# Chest X-ray: normal or pneumonia\n{NOTICE}')
     with gr.Row():
-        chosen = gr.File(label='An image: JPEG, PNG, TIFF or DICOM', type='filepath')
-        words = gr.Markdown()
+        file = gr.File(label='Image: JPEG, PNG, TIFF or DICOM', type='filepath')
+        result = gr.Markdown()
     with gr.Row():
-        image = gr.Image(label='image', format='png')
+        image = gr.Image(label='Image', format='png')
         overlay = gr.Image(label=f'Grad-CAM: {CAVEAT}', format='png')
-    chosen.change(judge, chosen, [words, image, overlay])
+    file.change(predict, file, [result, image, overlay])
 
 if __name__ == '__main__':
     demo.launch(show_error=False, max_file_size='20mb')

@@ -97,7 +97,7 @@ class Sample:
 
 
 class ConfusionMatrix:
-    """Confusion matrix of a sample at a threshold: `images` (boolean, (n,)), `counts` and bootstrap `draws` by cell."""
+    """Confusion matrix of a sample at a threshold: `images` (boolean, (n,)) and `counts` by cell."""
 
     def __init__(self, sample: Sample, threshold: float):
         targs = sample.targs
@@ -110,7 +110,13 @@ class ConfusionMatrix:
             'tn': ~targs & ~positive,
         }
         self.counts = {cell: int(images.sum()) for cell, images in self.images.items()}
-        self.draws = dict(zip(self.images, count_draws(sample.weights, targs, positive), strict=True))
+
+    @cached_property
+    def draws(self) -> dict[str, np.ndarray]:
+        """Weighted counts by cell in each bootstrap draw, (draws,)."""
+        positive = self.images['tp'] | self.images['fp']
+        counts = count_draws(self.sample.weights, self.sample.targs, positive)
+        return dict(zip(('tp', 'fp', 'fn', 'tn'), counts, strict=True))
 
     def metrics(self) -> dict[str, Any]:
         """All `THRESHOLD_METRICS`, and the counts as `confusion`."""

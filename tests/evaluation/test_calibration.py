@@ -1,4 +1,4 @@
-"""Calibration is measured as scikit-learn and statsmodels would, and mended without changing an order."""
+"""Calibration metrics agree with their definitions and with scikit-learn; temperature scaling keeps the order."""
 
 import numpy as np
 import pytest
@@ -21,10 +21,10 @@ from cxr_fastai.inference.config import logits, temper
 RNG = np.random.default_rng(0)
 P = RNG.random(624)
 TARGS = RNG.random(624) < P  # perfectly calibrated
-ALONE = np.arange(624)
+ONE_IMAGE_EACH = np.arange(624)
 
 
-def error_by_hand(targs, p):
+def error_by_definition(targs, p):
     total = 0
     for low in np.arange(15) / 15:
         inside = (p >= low) & (p < low + 1 / 15)
@@ -33,43 +33,45 @@ def error_by_hand(targs, p):
     return total / len(p)
 
 
-def test_the_error_is_that_of_its_definition():
-    assert calibration_error(TARGS, P) == pytest.approx(error_by_hand(TARGS, P))
+def test_the_expected_calibration_error_follows_its_definition():
+    assert calibration_error(TARGS, P) == pytest.approx(error_by_definition(TARGS, P))
     assert calibration_error(np.array([True, False]), np.array([1.0, 0.0])) == 0
 
 
-def test_chance_gives_an_error_too_and_a_calibrated_model_has_no_more():
-    simulated = [error_by_hand(RNG.random(624) < P, P) for _ in range(300)]
+def test_a_calibrated_model_has_an_error_within_that_expected_by_chance():
+    simulated = [error_by_definition(RNG.random(624) < P, P) for _ in range(300)]
     chance = chance_error(P)
     assert chance['chance'] == pytest.approx(np.mean(simulated), abs=0.002)
     assert chance['chance_high'] == pytest.approx(np.percentile(simulated, 95), abs=0.004)
     assert calibration_error(TARGS, P) < chance['chance_high'] < calibration_error(TARGS, temper(P, 0.3))
 
 
-def test_the_null_band_shrinks_with_images():
+def test_the_error_expected_by_chance_decreases_with_the_number_of_images():
     assert chance_error(np.tile(P, 16))['chance'] == pytest.approx(chance_error(P)['chance'] / 4, rel=0.05)
 
 
-def test_slope_and_intercept_are_those_of_their_regressions():
+def test_slope_and_intercept_are_those_of_logistic_regressions():
     p = expit(2 * logits(P) - 0.5)
-    fitted = LogisticRegression(C=np.inf, tol=1e-9).fit(logits(p)[:, None], TARGS)
-    found = recalibrate(TARGS, p, ALONE)
-    assert found['slope']['value'] == pytest.approx(fitted.coef_[0, 0], abs=1e-4) == pytest.approx(0.5, abs=0.1)
-    large = brentq(lambda a: expit(logits(p) + a).sum() - TARGS.sum(), -9, 9)  # its estimating equation
-    assert found['intercept']['value'] == pytest.approx(large, abs=1e-6)
-    assert found['slope']['low'] < 0.5 < found['slope']['high']
+    regression = LogisticRegression(C=np.inf, tol=1e-9).fit(logits(p)[:, None], TARGS)
+    slope, intercept = recalibrate(TARGS, p, ONE_IMAGE_EACH).values()
+    assert slope['value'] == pytest.approx(regression.coef_[0, 0], abs=1e-4) == pytest.approx(0.5, abs=0.1)
+    assert slope['low'] < 0.5 < slope['high']
+    root = brentq(lambda a: expit(logits(p) + a).sum() - TARGS.sum(), -9, 9)  # the estimating equation
+    assert intercept['value'] == pytest.approx(root, abs=1e-6)
 
 
-def test_a_calibrated_model_has_slope_one_and_intercept_nought():
-    slope, intercept = recalibrate(TARGS, P, ALONE).values()
+def test_a_calibrated_model_has_slope_1_and_intercept_0():
+    slope, intercept = recalibrate(TARGS, P, ONE_IMAGE_EACH).values()
     assert slope['low'] < 1 < slope['high'] and intercept['low'] < 0 < intercept['high']
 
 
-def test_copied_images_of_a_patient_do_not_make_a_slope_surer():
-    once = recalibrate(TARGS[:200], P[:200], ALONE[:200])
-    thrice = recalibrate(np.tile(TARGS[:200], 3), np.tile(P[:200], 3), np.tile(ALONE[:200], 3))
-    width = lambda found: found['slope']['high'] - found['slope']['low']
-    assert width(thrice) == pytest.approx(width(once), rel=0.02)
+def test_copies_of_the_images_of_a_patient_do_not_narrow_the_interval_of_the_slope():
+    images = TARGS[:200], P[:200], ONE_IMAGE_EACH[:200]
+    widths = []
+    for copies in (1, 3):
+        slope = recalibrate(*[np.tile(column, copies) for column in images])['slope']
+        widths.append(slope['high'] - slope['low'])
+    assert widths[1] == pytest.approx(widths[0], rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -80,41 +82,45 @@ def test_copied_images_of_a_patient_do_not_make_a_slope_surer():
         *((np.array([True, False] * 20), np.full(40, p)) for p in (0.5, 0.62, 0.9, 0.0, 1.0)),
     ],
 )
-def test_slopes_that_do_not_exist_are_undefined(targs, p):
+def test_the_slope_is_undefined_for_separated_classes_one_class_and_equal_probabilities(targs, p):
     assert recalibrate(targs, p, np.arange(len(p)))['slope']['value'] is None
 
 
 @pytest.mark.parametrize('temperature', [0.5, 1.0, 3.0])
-def test_the_temperature_is_found(temperature):
+def test_the_temperature_of_scaled_probabilities_is_recovered(temperature):
     p, targs = np.tile(P, 20), RNG.random(624 * 20) < np.tile(P, 20)
     assert fit_temperature(targs, temper(p, 1 / temperature)) == pytest.approx(temperature, rel=0.05)
 
 
-def test_a_temperature_never_worsens_the_log_loss_where_it_was_fitted():
+def test_temperature_scaling_reduces_the_log_loss_on_the_images_that_it_was_fitted_on():
     p = expit(3 * logits(P))
     assert log_loss(TARGS, temper(p, fit_temperature(TARGS, p))) < log_loss(TARGS, p)
 
 
 @pytest.mark.parametrize('targs', [np.arange(10) > 4, np.ones(10, bool), np.zeros(10, bool)])
-def test_where_no_temperature_is_the_best_it_changes_nothing(targs):
+def test_the_temperature_is_1_for_separated_classes_and_for_one_class(targs):
     assert fit_temperature(targs, np.arange(10) / 10) == 1
 
 
-def test_tempering_keeps_order_and_one_half():
+def test_temperature_scaling_keeps_the_order_and_one_half():
     p = np.sort(P)
     assert (np.diff(temper(p, 2.5)) >= 0).all() and temper(0.5, 2.5) == 0.5 and (temper(p, 1) == p).all()
     assert np.isfinite(temper(np.array([0.0, 1.0]), 0.5)).all()
 
 
-def test_brier_score_and_log_loss_are_scikit_learns_with_intervals():
-    found = measure_calibration(TARGS, P, ALONE, draw_patients(ALONE))
+def test_brier_score_and_log_loss_are_those_of_scikit_learn_and_have_intervals():
+    metrics = measure_calibration(TARGS, P, ONE_IMAGE_EACH, draw_patients(ONE_IMAGE_EACH))
     for name, value in (('brier', brier_score_loss(TARGS, P)), ('log_loss', log_loss(TARGS, P))):
-        assert found[name]['value'] == pytest.approx(value) and found[name]['low'] < value < found[name]['high']
+        assert metrics[name]['value'] == pytest.approx(value)
+        assert metrics[name]['low'] < value < metrics[name]['high']
 
 
-def test_reliability_has_every_image_once():
+def test_each_image_is_in_one_bin_of_the_reliability_diagram():
     bins = reliability(TARGS, P)
     assert bins.n.sum() == 624 and len(bins) == 10 and bins.p.is_monotonic_increasing
     assert (bins.n * bins.share).sum() == pytest.approx(TARGS.sum()) and (bins.low <= bins.share).all()
-    few = reliability(np.array([True, False, True]), np.array([0.5, 0.5, 0.5]))
-    assert few.n.to_list() == [3]
+
+
+def test_equal_probabilities_are_in_the_same_bin_of_the_reliability_diagram():
+    bins = reliability(np.array([True, False, True]), np.array([0.5, 0.5, 0.5]))
+    assert bins.n.to_list() == [3]

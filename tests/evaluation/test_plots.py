@@ -5,7 +5,15 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from cxr_fastai.evaluation.curves import plot_roc
+from cxr_fastai.evaluation.curves import (
+    plot_calibration,
+    plot_comparison,
+    plot_net_benefit,
+    plot_precision_recall,
+    plot_risk_coverage,
+    plot_roc,
+    plot_scores,
+)
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.evaluation.metrics import measure
 from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_rates
@@ -49,15 +57,27 @@ def test_the_history_names_its_phases():
 
 
 @pytest.mark.parametrize(
-    ('estimate', 'text'),
+    ('plot', 'labels'),
     [
-        ({'value': None, 'low': None, 'high': None}, 'undefined'),
-        ({'value': 0.5, 'low': None, 'high': None}, '0.500'),
-        ({'value': 0.5, 'low': 0.25, 'high': 0.75}, '0.500 (0.250 to 0.750)'),
+        (plot_roc, ('1 - specificity', 'sensitivity', '95% bootstrap band', 'both targets met')),
+        (plot_precision_recall, ('sensitivity (recall)', 'PPV (precision)', 'chance level (prevalence 0.625)')),
+        (plot_calibration, ('predicted probability of pneumonia', 'perfect calibration', 'temperature 2.00')),
+        (plot_scores, ('normal (n = 15)', 'pneumonia (n = 25)', 'threshold 0.4', 'threshold 0.5')),
+        (plot_net_benefit, ('threshold probability', 'treat all', 'treat none', 'model')),
+        (plot_risk_coverage, ('coverage', 'accuracy on these images')),
     ],
 )
-def test_an_estimate_is_formatted_with_its_interval(estimate, text):
-    assert format_estimate(estimate) == text
+def test_axes_and_lines_of_a_curve_are_labelled(plot, labels):
+    shown = words(plot(PREDICTIONS, measure(PREDICTIONS, 0.4, 'fixed:0.4', temperature=2.0), 'a run'))
+    assert all(label in shown for label in labels)
+
+
+def test_a_comparison_shows_the_auc_and_the_metrics_of_every_run():
+    figure = plot_comparison({'first': PREDICTIONS, '$second$': PREDICTIONS}, {'first': METRICS, '$second$': METRICS})
+    shown = words(figure)
+    for name in ('first', '$second$'):
+        assert f'{name}: AUC {format_estimate(METRICS["auc"])}' in shown
+    assert all(name in shown for name in ('AUC', 'sensitivity', 'specificity', 'accuracy', 'target'))
 
 
 def test_a_title_is_not_parsed_as_mathematics():

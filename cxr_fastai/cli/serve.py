@@ -1,16 +1,16 @@
-"""The command `serve`: a web page and a REST service in front of a bundle."""
+"""The command `serve`: a web page and a REST API for a bundle."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
-
-import typer
+from pathlib import Path
 
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.output import print_line
 from cxr_fastai.core.errors import UsageError
 
-NEEDED = ('fastapi', 'uvicorn', 'python_multipart', 'prometheus_client', 'onnxruntime')
+REQUIRED_MODULES = ('fastapi', 'hypercorn', 'python_multipart', 'prometheus_client', 'onnxruntime')
+MIN_TOKEN_LENGTH = 16
 
 
 def serve(
@@ -22,48 +22,46 @@ def serve(
     max_body: opt.MaxBody = 20,
     max_images: opt.MaxImages = 64,
     queue: opt.QueueLength = 32,
-    per_client: opt.ClientShare = 0,
     timeout: opt.RequestTime = 30,
     send_timeout: opt.SendTime = 10,
 ) -> None:
-    """Serve a bundle: a page to drop images on, and a REST service, documented at /docs.
+    """Serve a bundle: a web page for images, and a REST API, which is documented at /docs.
 
-    Images stay in memory and are gone with their answer. It listens on this machine alone unless --host says otherwise.
+    Images are kept in memory only, until their request is answered. Other computers have no access unless --host allows
+    it.
 
     Example: cxr-fastai serve bundle --port 8000
     """
-    if missing := [name for name in NEEDED if not find_spec(name)]:
-        raise UsageError(f'serve needs {", ".join(missing)}: pip install "cxr_fastai[serve]".')
+    missing = [name for name in REQUIRED_MODULES if not find_spec(name)]
+    if missing:
+        raise UsageError(f'serve needs {", ".join(missing)}. Install them with pip install "cxr_fastai[serve]".')
+    from cxr_fastai.serving.app import Settings
     from cxr_fastai.serving.server import serve
-    from cxr_fastai.serving.service import Limits, Settings
+    from cxr_fastai.serving.uploads import Limits
 
-    limits = Limits(max_body * 2**20, max_images)
-    code = serve(
-        Settings(
-            bundle,
-            host,
-            port,
-            limits,
-            queue,
-            per_client,
-            timeout,
-            send_timeout,
-            token=_read_token(token_file),
-            hosts=tuple(allow_host or ()),
-        ),
-        print_line,
+    settings = Settings(
+        bundle,
+        host,
+        port,
+        limits=Limits(max_body * 2**20, max_images),
+        max_requests=queue,
+        answer_seconds=timeout,
+        send_seconds=send_timeout,
+        token=_read_token(token_file),
+        hosts=tuple(allow_host or ()),
     )
-    if code:
-        raise typer.Exit(code)
+    serve(settings, print_line)
 
 
-def _read_token(file: opt.TokenFile) -> str | None:
+def _read_token(file: Path | None) -> str | None:
     if file is None:
         return None
     try:
         token = file.read_text(encoding='ascii').strip()
     except (OSError, UnicodeError) as error:
-        raise UsageError(f'--token-file {file}: {error}.') from None
-    if len(token) >= 16 and len(token.split()) == 1:
-        return token
-    raise UsageError(f'--token-file {file}: at least 16 letters without a space are needed, on one line.')
+        raise UsageError(f'--token-file {file}: cannot be read: {error}.') from None
+    if len(token) < MIN_TOKEN_LENGTH or len(token.split()) != 1:
+        raise UsageError(
+            f'--token-file {file}: not a token. Write at least {MIN_TOKEN_LENGTH} ASCII characters without a space.'
+        )
+    return token

@@ -1,102 +1,108 @@
-"""What programs ask, and how refusals are told: REST in front of a `Service`."""
+"""The REST API: routes, response schemas, the access token, and the response to each kind of error."""
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from typing import Any, Literal
+from collections.abc import Coroutine
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from cxr_fastai import __version__
 from cxr_fastai.images.decode import sniff
-from cxr_fastai.serving.middleware import CONTENT_TYPE, PREDICT, answer, internal
+from cxr_fastai.serving.middleware import PREDICT, error_response, internal_error
 from cxr_fastai.serving.service import Busy, Service
-from cxr_fastai.serving.uploads import FIELD, Refusal, read_images
+from cxr_fastai.serving.uploads import FIELD, APIError, read_images
+
+NOTICE = 'Research software, not a medical device.'
 
 
-class Picture(BaseModel):
-    """What a file was, and the image as the reader sees it."""
+class Explanation(BaseModel):
+    """Facts about the file of an image, and the image without and with its Grad-CAM map."""
 
-    format: str = Field(description='JPEG, PNG, TIFF or DICOM, by content', examples=['JPEG'])
-    mode: str = Field(description='how its pixels are stored', examples=['L'])
-    width: int = Field(description='pixels, as stored')
-    height: int = Field(description='pixels, as stored')
-    image: str | None = Field(description='the image as PNG in base64, its longer side at most 640 px')
+    format: str = Field(description='file format, detected from the content', examples=['JPEG'])
+    mode: str = Field(description='pixel mode as stored', examples=['L'])
+    width: int = Field(description='width in pixels, as stored')
+    height: int = Field(description='height in pixels, as stored')
+    image: str | None = Field(description='the image as PNG in base64; its longer side is at most 640 px')
     overlay: str | None = Field(
-        description='the image under its Grad-CAM map, as PNG in base64: what influenced the '
-        'score; not a lesion outline'
+        description='the image under its Grad-CAM map, as PNG in base64. The map shows what influenced the score; '
+        'it is not a lesion outline'
     )
-    note: str | None = Field(description='why a picture is missing')
+    note: str | None = Field(description='why `image` or `overlay` is missing')
 
 
-class Row(BaseModel):
-    """One image: the prediction row of every table that this program writes."""
+class PredictionRow(BaseModel):
+    """The prediction for one image, with the columns of the table that `cxr-fastai predict` writes."""
 
-    path: str = Field(description='image-1 and so on, in the order sent; file names are not repeated')
+    path: str = Field(description='`image-1`, `image-2`, ... in the order of the request, instead of the file name')
     status: Literal['ok', 'rejected', 'error']
-    p_pneumonia: float | None = Field(ge=0, le=1)
+    p_pneumonia: float | None = Field(ge=0, le=1, description='probability of pneumonia')
     prediction: Literal['NORMAL', 'PNEUMONIA'] | None
-    threshold: float = Field(description='from what probability on an image is called PNEUMONIA')
-    code: str | None = Field(description='a stable name of what is wrong', examples=['E_OUT_OF_DISTRIBUTION'])
-    message: str | None = Field(description='what is wrong, or what reading the image took, such as its window')
-    explanation: Picture | None = Field(None, description='only with explain=true')
+    threshold: float = Field(description='an image is classified as PNEUMONIA at this probability or above')
+    code: str | None = Field(description='stable name of the problem', examples=['E_OUT_OF_DISTRIBUTION'])
+    message: str | None = Field(description='the problem, or a note on how the image was read, such as its window')
+    explanation: Explanation | None = Field(None, description='only with `explain=true`')
 
 
-class Answer(BaseModel):
-    """Rows in the order of the images."""
+class Predictions(BaseModel):
+    """One row per image, in the order of the images in the request."""
 
-    images: list[Row]
-
-
-class Problem(BaseModel):
-    """Why there is no answer."""
-
-    code: str = Field(examples=['E_BODY'])
-    message: str
+    images: list[PredictionRow]
 
 
-class State(BaseModel):
-    """Whether the service lives, or is ready."""
+class ErrorBody(BaseModel):
+    """Why a request failed."""
+
+    code: str = Field(description='stable name of the problem', examples=['E_BODY'])
+    message: str = Field(description='the problem and how to solve it')
+
+
+class Status(BaseModel):
+    """State of the service."""
 
     status: Literal['ok', 'starting']
 
 
-class Model(BaseModel):
-    """What predicts."""
+class ModelFacts(BaseModel):
+    """The served model."""
 
-    arch: str
-    size: int = Field(description='pixels a side that the network sees')
-    threshold: float
-    threshold_rule: str
-    sha256: str = Field(description="of the bundle's manifest, which has the hash of every file")
-    gate: bool = Field(description='whether pictures that are no chest image are turned away')
-    version: str = Field(description='of the program')
-    notice: str
+    arch: str = Field(description='architecture of the network')
+    size: int = Field(description='side of the square input of the network, in pixels')
+    threshold: float = Field(description='an image is classified as PNEUMONIA at this probability or above')
+    threshold_rule: str = Field(description='rule by which the threshold was chosen')
+    sha256: str = Field(description='SHA-256 of the manifest of the bundle, which has the hash of every file')
+    gate: bool = Field(description='True if an input gate (out-of-distribution check) rejects unusual images')
+    version: str = Field(description='version of cxr_fastai')
+    notice: str = Field(description='intended use')
 
 
-NOTICE = 'Research software, not a medical device.'
-WORDS = {
-    400: 'not a request, or not a multipart form',
-    401: 'no token',
-    413: 'too large, or too many images',
-    415: 'not multipart/form-data',
-    422: 'no images, or an option that does not exist',
-    429: 'too many of your requests wait',
-    503: 'busy or not ready: try again after Retry-After seconds',
+ERROR_DESCRIPTIONS = {
+    400: 'invalid request, or not a multipart form',
+    401: 'missing or wrong access token',
+    408: 'the request was not complete in time',
+    413: 'request too large, or too many images',
+    415: 'not multipart/form-data, or compressed',
+    422: 'no images, or an invalid option',
+    503: 'busy, starting, or failed; try again after `Retry-After` seconds',
 }
 
 
-def problems(*statuses: int) -> dict[int, dict]:
-    """The OpenAPI entries of these refusals."""
-    return {status: {'model': Problem, 'description': WORDS[status]} for status in statuses}
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the OpenAPI entries of the error responses with these `statuses`."""
+    return {status: {'model': ErrorBody, 'description': ERROR_DESCRIPTIONS[status]} for status in statuses}
 
 
-FORM = {
+# FastAPI would write uploads to the disk, so `uploads` parses the form, and the schema is written by hand.
+FORM_SCHEMA = {
     'required': True,
     'content': {
         'multipart/form-data': {
@@ -110,70 +116,68 @@ FORM = {
         }
     },
 }
-"""What a request for predictions holds. `uploads` reads it: FastAPI would keep images on the disk."""
-rest = APIRouter()
+bearer = HTTPBearer(auto_error=False, description='The access token that the operator has set with `--token-file`.')
 
 
-def service_of(request: Request) -> Service:
-    """The service behind the app. Raises `Refusal` 503 while it starts."""
-    service = request.app.state.service
+async def check_token(
+    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+) -> None:
+    """Raise `APIError` 401 if the service has an access token and the request does not."""
+    token = request.app.state.settings.token
+    if token is None:
+        return
+    sent = credentials.credentials if credentials else ''
+    if not secrets.compare_digest(sent.encode(), token.encode()):
+        message = 'the access token is missing or wrong: send the header `Authorization: Bearer TOKEN`.'
+        raise APIError(401, 'E_TOKEN', message, {'www-authenticate': 'Bearer'})
+
+
+public_routes = APIRouter(tags=['operate'])
+protected_routes = APIRouter()
+"""Routes that need the access token, if there is one."""
+
+
+def get_service(request: Request) -> Service:
+    """Return the service. Raises `APIError` 503 while it loads the model."""
+    service: Service | None = request.app.state.service
     if service is None:
-        raise Refusal(503, 'E_STARTING', 'the model is being opened: try again.', retry_after='1')
+        raise APIError(503, 'E_STARTING', 'the model is being loaded: try again in a moment.', {'retry-after': '1'})
     return service
 
 
-@rest.post(
+@protected_routes.post(
     PREDICT,
     response_model_exclude_unset=True,
-    openapi_extra={'requestBody': FORM},
-    responses=problems(400, 401, 413, 415, 422, 429, 503),
+    openapi_extra={'requestBody': FORM_SCHEMA},
+    responses=error_responses(400, 401, 408, 413, 415, 422, 503),
     tags=['predict'],
 )
-async def predict(request: Request, explain: bool = False) -> Answer:
-    """The probability of pneumonia in each image: a form with one or more files in the field `images` (JPEG, PNG, TIFF or
-    DICOM). An image that cannot be used gets a row that says why. `explain` adds what the file was, the image, and the
-    image under a map of what influenced its score."""
-    state, counts = request.scope['state'], request.app.state.counts
-    service, settings = service_of(request), request.app.state.settings
+async def predict(request: Request, explain: bool = False) -> Predictions:
+    """Predict the probability of pneumonia for each image.
+
+    The body is a form with one or more files in the field `images`: JPEG, PNG, TIFF or DICOM. An image that cannot be
+    used gets a row with the reason, and the other images are still predicted. With `explain=true`, each row also has
+    facts about the file, the image, and a map of what influenced its score.
+    """
+    service = get_service(request)
+    settings = request.app.state.settings
+    metrics = request.app.state.metrics
     images = await read_images(request, settings.limits)
-    state.update(bytes=sum(map(len, images)), images=len(images), formats=','.join(sorted({*map(sniff, images)})))
-    began = time.monotonic()
-    with service.admitted():
-        rows = await _unless_gone(request, service.predict(images, explain), settings.seconds)
-    counts.seconds.observe(time.monotonic() - began)
+    formats = sorted({sniff(image) for image in images})
+    request.scope['state'].update(bytes=sum(map(len, images)), images=len(images), formats=','.join(formats))
+    start = time.monotonic()
+    with service.admit_request():
+        rows = await _finish_in_time(request, service.predict(images, explain), settings.answer_seconds)
+    metrics.seconds.observe(time.monotonic() - start)
     for row in rows:
-        counts.images.labels(row['status'], row['code'] or '').inc()
-    return Answer(images=rows)
+        metrics.images.labels(row['status'], row['code'] or '').inc()
+    return Predictions(images=[PredictionRow(**row) for row in rows])
 
 
-@rest.get('/health', tags=['operate'])
-async def health() -> State:
-    """Whether the process answers."""
-    return State(status='ok')
-
-
-@rest.get('/ready', responses=problems(503), tags=['operate'])
-async def ready(request: Request) -> State:
-    """Whether the model is open, and has predicted the canary images as when it was exported."""
-    service_of(request)
-    return State(status='ok')
-
-
-@rest.get('/metrics', responses=problems(401), tags=['operate'], response_class=PlainTextResponse)
-async def metrics(request: Request) -> Response:
-    """Counters and timings for Prometheus."""
-    return Response(request.app.state.counts.text(), media_type=CONTENT_TYPE)
-
-
-@rest.get('/v1/model', responses=problems(401, 429, 503), tags=['predict'])
-async def model(request: Request) -> Model:
-    """What predicts, and with which threshold."""
-    return Model(**service_of(request).facts(), version=__version__, notice=NOTICE)
-
-
-async def _unless_gone(request: Request, work: Any, seconds: float) -> Any:
-    """What `work` gives, unless the client leaves or it takes longer than `seconds`: it is given up then."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+async def _finish_in_time(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:
+    """Return the result of `work`, which is cancelled after `seconds` or when the client disconnects."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
         await asyncio.wait({working, leaving}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     finally:
@@ -183,36 +187,72 @@ async def _unless_gone(request: Request, work: Any, seconds: float) -> Any:
     if working.done() and not working.cancelled():
         return working.result()
     if leaving.done() and not leaving.cancelled():
-        raise Refusal(400, 'E_CUT', 'the client left.')
-    raise Refusal(503, 'E_TIMEOUT', f'it took over {seconds:g} s: send fewer images at a time.', retry_after='5')
+        raise APIError(400, 'E_CUT', 'the client closed the connection.')
+    message = f'no prediction within {seconds:g} s: send fewer images per request.'
+    raise APIError(503, 'E_TIMEOUT', message, {'retry-after': '5'})
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())['type'] != 'http.disconnect':
         pass
 
 
-async def _refused(request: Request, refusal: Refusal) -> JSONResponse:
-    return answer(refusal)
+@protected_routes.get('/v1/model', responses=error_responses(401, 503), tags=['predict'])
+async def model(request: Request) -> ModelFacts:
+    """Describe the model and its threshold."""
+    return ModelFacts(**get_service(request).model_facts(), version=__version__, notice=NOTICE)
 
 
-async def _busy(request: Request, error: Busy) -> JSONResponse:
-    return answer(Refusal(503, 'E_BUSY', str(error), retry_after='1'))
+@protected_routes.get('/metrics', responses=error_responses(401), tags=['operate'], response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """Return counters and timings for Prometheus."""
+    return Response(request.app.state.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    wrong = '; '.join(f'{".".join(map(str, one["loc"][1:]))}: {one["msg"]}' for one in error.errors())
-    return answer(Refusal(422, 'E_OPTION', wrong))
+@public_routes.get('/health')
+async def health() -> Status:
+    """Return `ok` if the process runs."""
+    return Status(status='ok')
 
 
-async def _other(request: Request, error: HTTPException) -> JSONResponse:
-    code = {404: 'E_NOT_FOUND', 405: 'E_METHOD'}.get(error.status_code, 'E_HTTP')
-    return answer(Refusal(error.status_code, code, str(error.detail), **(error.headers or {})))
+@public_routes.get('/ready', responses=error_responses(503))
+async def ready(request: Request) -> Status:
+    """Return `ok` if the model is loaded and has passed its self-test on reference images."""
+    get_service(request)
+    return Status(status='ok')
 
 
-async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
-    return answer(internal(request.scope['state']['id']))
+async def _handle_api_error(request: Request, error: APIError) -> JSONResponse:
+    return error_response(error)
 
 
-TOLD = {Refusal: _refused, Busy: _busy, RequestValidationError: _invalid, HTTPException: _other, Exception: _unforeseen}
-"""What is said of each error."""
+async def _handle_busy(request: Request, error: Busy) -> JSONResponse:
+    return error_response(APIError(503, 'E_BUSY', str(error), {'retry-after': '1'}))
+
+
+async def _handle_invalid_option(request: Request, error: RequestValidationError) -> JSONResponse:
+    problems = []
+    for problem in error.errors():
+        name = '.'.join(str(part) for part in problem['loc'][1:])
+        problems.append(f'{name}: {problem["msg"]}')
+    return error_response(APIError(422, 'E_OPTION', '; '.join(problems)))
+
+
+async def _handle_http_error(request: Request, error: HTTPException) -> JSONResponse:
+    codes = {404: 'E_NOT_FOUND', 405: 'E_METHOD'}
+    code = codes.get(error.status_code, 'E_HTTP')
+    return error_response(APIError(error.status_code, code, str(error.detail), dict(error.headers or {})))
+
+
+async def _handle_unexpected(request: Request, error: Exception) -> JSONResponse:
+    return error_response(internal_error(request.scope['state']['id']))
+
+
+ERROR_HANDLERS: dict[type[Exception], Any] = {
+    APIError: _handle_api_error,
+    Busy: _handle_busy,
+    RequestValidationError: _handle_invalid_option,
+    HTTPException: _handle_http_error,
+    Exception: _handle_unexpected,
+}
+"""The handler that turns each exception of a route into a response."""

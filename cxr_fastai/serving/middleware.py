@@ -1,62 +1,35 @@
-"""What every request passes before it is answered, and every answer on its way out: plain ASGI, one duty each."""
+"""ASGI middleware: request limits, host and origin checks, security headers, the access log and the metrics."""
 
 from __future__ import annotations
 
 import asyncio
-import collections
-import hmac
 import logging
 import time
 import uuid
-from collections.abc import Callable, Collection
-from urllib.parse import urlsplit
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cxr_fastai.serving.uploads import Refusal
+from cxr_fastai.serving.uploads import APIError
 
-CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+log = logging.getLogger('cxr_fastai.serving')
 
 PREDICT = '/v1/predict'
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
-
-
-class Counts:
-    """The figures of one service, in a registry of their own."""
-
-    def __init__(self):
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter('cxr_requests', 'Requests for predictions, by status', ['status'], registry=registry)
-        self.images = Counter('cxr_images', 'Images, by status and code', ['status', 'code'], registry=registry)
-        self.seconds = Histogram(
-            'cxr_request_seconds', 'Seconds from the whole request to its answer', buckets=SECONDS, registry=registry
-        )
-        self.batch = Histogram('cxr_batch_images', 'Images computed together', buckets=BATCHES, registry=registry)
-        self.waiting = Gauge('cxr_requests_waiting', 'Requests that are being answered', registry=registry)
-        self.ready = Gauge('cxr_ready', '1 once the canary images agree', registry=registry)
-
-    def answered(self, path: str, status: int) -> None:
-        """Count a request for predictions by its status; others are not counted."""
-        if path == PREDICT:
-            self.requests.labels(status or 'gone').inc()
-
-    def text(self) -> bytes:
-        """All of them."""
-        return generate_latest(self.registry)
-
-
-log = logging.getLogger('cxr_fastai.serving.server')
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
-)
-HEADERS = {
-    'content-security-policy': POLICY,
+POLLED = ('/health', '/ready', '/metrics')
+"""Routes that monitoring polls. They are logged at DEBUG level."""
+METHODS = ('GET', 'HEAD', 'OPTIONS', 'POST', 'PUT', 'PATCH', 'DELETE')
+"""Methods that the log repeats. Clients can send any word as a method, such as a name."""
+SECURITY_HEADERS = {
+    'content-security-policy': (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+        "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+    ),
     'x-content-type-options': 'nosniff',
     'referrer-policy': 'no-referrer',
     'cross-origin-opener-policy': 'same-origin',
@@ -64,164 +37,102 @@ HEADERS = {
     'permissions-policy': 'camera=(), microphone=(), geolocation=()',
     'cache-control': 'no-store',
 }
-OPEN = ('/', '/health', '/ready', '/card', '/docs', '/openapi.json', '/favicon.ico')
-"""What needs no token: the page itself, what it is about, and whether it lives."""
-POLLED = ('/health', '/ready', '/metrics')
-"""What is asked over and over."""
-METHODS = ('GET', 'HEAD', 'OPTIONS', 'POST', 'PUT', 'PATCH', 'DELETE')
-"""What a log repeats; any other word may be a name."""
+SHUTTING_DOWN = APIError(503, 'E_ENDING', 'the service is shutting down: try again later.', {'retry-after': '5'})
+SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def answer(refusal: Refusal) -> JSONResponse:
-    """A refusal as JSON `{code, message}`."""
-    return JSONResponse({'code': refusal.code, 'message': refusal.message}, refusal.status, refusal.headers)
+def error_response(error: APIError) -> JSONResponse:
+    """Return the response to `error`: JSON with `code` and `message`."""
+    return JSONResponse({'code': error.code, 'message': error.message}, error.status, error.headers)
 
 
-ENDING = Refusal(503, 'E_ENDING', 'the service ends, and can wait no longer: try again.', retry_after='5')
+def internal_error(request_id: str) -> APIError:
+    """Return the response to a failure that the service did not expect; its cause is in the log only."""
+    message = f'internal error; contact the operator, with the request id {request_id}.'
+    return APIError(503, 'E_INTERNAL', message, {'retry-after': '1'})
 
 
-def is_open(scope: Scope) -> bool:
-    """Whether a request is for what needs no token."""
-    return scope['path'] in OPEN or scope['path'].startswith('/static/')
+class Metrics:
+    """Prometheus metrics of one service, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._make(Counter, 'cxr_requests', 'Requests for predictions, by status', labels=['status'])
+        self.images = self._make(Counter, 'cxr_images', 'Images, by status and code', labels=['status', 'code'])
+        self.seconds = self._make(
+            Histogram,
+            'cxr_request_seconds',
+            'Seconds from the complete request to its response',
+            buckets=SECONDS_BUCKETS,
+        )
+        self.batch = self._make(Histogram, 'cxr_batch_images', 'Images per batch', buckets=BATCH_BUCKETS)
+        self.waiting = self._make(Gauge, 'cxr_requests_waiting', 'Requests that are being answered')
+        self.ready = self._make(Gauge, 'cxr_ready', '1 after the model has passed its self-test')
+
+    def _make(self, kind: Any, name: str, description: str, labels: Sequence[str] = (), **options: Any) -> Any:
+        return kind(name, description, labels, registry=self.registry, **options)
+
+    def count_response(self, path: str, status: int) -> None:
+        """Count the response to a request for predictions; `status` 0 means that the client had left."""
+        if path == PREDICT:
+            self.requests.labels(status or 'gone').inc()
+
+    def text(self) -> bytes:
+        """Return all metrics in the text format of Prometheus."""
+        return generate_latest(self.registry)
 
 
-class Guard:
-    """What `app` is asked, and what it says, unless `check` refuses the request."""
+class AccessLog:
+    """Adds a request id and `SECURITY_HEADERS` to every response, and logs one line per request.
 
-    def __init__(self, app: ASGIApp):
+    The line has the id, method, route, size, status and milliseconds, but no file name, address, header or content.
+    An exception of `app` becomes a 503 response. `observe` is called with the path and the status of every request.
+    WebSockets are rejected.
+    """
+
+    def __init__(self, app: ASGIApp, observe: Callable[[str, int], None] | None = None) -> None:
         self.app = app
-
-    def check(self, scope: Scope, headers: Headers) -> None:
-        """Raise `Refusal` for a request that goes no further."""
+        self.observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope['type'] == 'http':
-            try:
-                self.check(scope, Headers(scope=scope))
-            except Refusal as refusal:
-                return await answer(refusal)(scope, receive, send)
-        await self.app(scope, receive, send)
-
-
-class KnownHosts(Guard):
-    """Refuses requests for other names than `hosts`, such as a page of elsewhere whose name was pointed here."""
-
-    def __init__(self, app: ASGIApp, hosts: Collection[str]):
-        super().__init__(app)
-        self.hosts = {host.lower() for host in hosts}
-
-    def check(self, scope: Scope, headers: Headers) -> None:
-        told = headers.getlist('host')
-        try:
-            name = urlsplit(f'//{told[0]}').hostname if len(told) == 1 else None
-        except ValueError:
-            name = None
-        if '*' not in self.hosts and name not in self.hosts:
-            raise Refusal(400, 'E_HOST', 'this service does not go by that name: --allow-host adds one.')
-
-
-class SameOrigin(Guard):
-    """Refuses what another site's page sends: no such page may use a reader's network to get here."""
-
-    def check(self, scope: Scope, headers: Headers) -> None:
-        origin = headers.get('origin')
-        elsewhere = origin is not None and origin.partition('://')[2] != headers.get('host')
-        if scope['method'] == 'POST' and (elsewhere or headers.get('sec-fetch-site') == 'cross-site'):
-            raise Refusal(400, 'E_ORIGIN', 'pages of other sites may not send images here.')
-
-
-class Token(Guard):
-    """Refuses requests without the bearer `token`, but for what is `OPEN` and static."""
-
-    def __init__(self, app: ASGIApp, token: str):
-        super().__init__(app)
-        self.token = f'Bearer {token}'.encode()
-
-    def check(self, scope: Scope, headers: Headers) -> None:
-        if not is_open(scope) and not hmac.compare_digest(headers.get('authorization', '').encode(), self.token):
-            raise Refusal(401, 'E_TOKEN', 'send the header `Authorization: Bearer TOKEN`.', www_authenticate='Bearer')
-
-
-class PerClient(Guard):
-    """Refuses more than `most` requests at a time from one address; what is open to all is not counted."""
-
-    refusal = 429, 'E_TOO_OFTEN', '{} of your requests wait already.'
-
-    def who(self, scope: Scope) -> str:
-        """Whom a request counts for."""
-        return (scope['client'] or ('',))[0]
-
-    def __init__(self, app: ASGIApp, most: int):
-        super().__init__(app)
-        self.most, self.open = most, collections.Counter()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope['type'] != 'http' or is_open(scope) or scope['path'] in POLLED:
-            return await self.app(scope, receive, send)
-        client, (status, code, words) = self.who(scope), self.refusal
-        if self.open[client] >= self.most:
-            return await answer(Refusal(status, code, words.format(self.most), retry_after='1'))(scope, receive, send)
-        self.open[client] += 1
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            self.open[client] -= 1
-            if not self.open[client]:
-                del self.open[client]
-
-
-class Crowd(PerClient):
-    """Refuses more than `most` requests at a time from all together: each holds what it has sent in memory."""
-
-    refusal = 503, 'E_BUSY', '{} requests are under way already: try again in a moment.'
-
-    def who(self, scope: Scope) -> str:
-        """All are one."""
-        return ''
-
-
-class Record:
-    """Gives each answer an id and the safe `HEADERS`, turns what nobody foresaw into a 503, and logs a line: id,
-    method, route, size, status, milliseconds. No name, address, header or body gets into the log. `watch` is told the
-    path and the status of each."""
-
-    def __init__(self, app: ASGIApp, watch: Callable[[str, int], None] = lambda path, status: None):
-        self.app, self.watch = app, watch
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope['type'] == 'websocket':
+            return await send({'type': 'websocket.close'})
         if scope['type'] != 'http':
             return await self.app(scope, receive, send)
-        began, name, status = time.monotonic(), uuid.uuid4().hex[:12], 0
-        scope.setdefault('state', {})['id'] = name
+        start = time.monotonic()
+        request_id = uuid.uuid4().hex[:12]
+        status = 0
+        scope.setdefault('state', {})['id'] = request_id
 
-        async def sending(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message['type'] == 'http.response.start':
-                status, headers = message['status'], MutableHeaders(scope=message)
-                for header, value in (HEADERS | {'x-request-id': name}).items():
-                    headers.setdefault(header, value)
+                status = message['status']
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+                headers['x-request-id'] = request_id
             await send(message)
 
         try:
-            await self.app(scope, receive, sending)
+            await self.app(scope, receive, send_with_headers)
         except (Exception, asyncio.CancelledError) as error:
-            log.error('%s %s at %s', name, type(error).__name__, _place(error))
-            told = ENDING if isinstance(error, asyncio.CancelledError) else internal(name)
-            if not status:
-                await answer(told)(scope, receive, sending)
+            log.error('%s %s at %s', request_id, type(error).__name__, _origin(error))
+            if status == 0:
+                shutting_down = isinstance(error, asyncio.CancelledError)
+                response = error_response(SHUTTING_DOWN if shutting_down else internal_error(request_id))
+                await response(scope, receive, send_with_headers)
         finally:
-            self.watch(scope['path'], status)
-            _note(scope, status, time.monotonic() - began)
+            if self.observe:
+                self.observe(scope['path'], status)
+            _log_request(scope, status, time.monotonic() - start)
 
 
-def internal(name: str) -> Refusal:
-    """What is said of the request `name` when something failed that nobody foresaw."""
-    return Refusal(503, 'E_INTERNAL', f'it failed here: tell the operator {name}.', retry_after='1')
-
-
-def _note(scope: Scope, status: int, seconds: float) -> None:
-    """Log a request; what is polled is no news."""
-    state, route = scope['state'], getattr(scope.get('route'), 'path', '-')
+def _log_request(scope: Scope, status: int, seconds: float) -> None:
+    state = scope['state']
+    route = getattr(scope.get('route'), 'path', '-')
     log.log(
         logging.DEBUG if route in POLLED else logging.INFO,
         'id=%s method=%s route=%s bytes=%s images=%s formats=%s status=%s ms=%.0f',
@@ -236,9 +147,168 @@ def _note(scope: Scope, status: int, seconds: float) -> None:
     )
 
 
-def _place(error: BaseException) -> str:
-    """Where an error arose: file and line, without what was being handled."""
+def _origin(error: BaseException) -> str:
+    """Return the file name and line that raised `error`. Its message is not logged: it may quote a request."""
     trace = error.__traceback__
-    while trace and trace.tb_next:
+    if trace is None:
+        return 'unknown'
+    while trace.tb_next:
         trace = trace.tb_next
-    return f'{trace.tb_frame.f_code.co_filename.rsplit("/", 1)[-1]}:{trace.tb_lineno}' if trace else '?'
+    return f'{trace.tb_frame.f_code.co_filename.rsplit("/", 1)[-1]}:{trace.tb_lineno}'
+
+
+class BodyDeadline:
+    """Gives a client `seconds` to send the body of a request, counted from the end of its headers.
+
+    `app` gets an `APIError` 408 when it reads a body that is late. The end of a response is held back until the client
+    has sent its whole body, or is late: a server closes the connection after a response to an incomplete request, and a
+    client that is still sending would lose the response.
+    """
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self.app = app
+        self.seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope['type'] != 'http' or not _has_body(scope):
+            return await self.app(scope, receive, send)
+        body = _Body(receive, asyncio.get_running_loop().time() + self.seconds, self.seconds)
+
+        async def send_after_body(message: Message) -> None:
+            is_last = message['type'] == 'http.response.body' and not message.get('more_body', False)
+            if not is_last or body.is_complete:
+                return await send(message)
+            await send({**message, 'more_body': True})
+            with suppress(APIError):
+                while not body.is_complete:
+                    await body.receive()
+            # The server may be waiting for its queue of body parts to be read before it closes the connection.
+            discarding = asyncio.create_task(body.discard())
+            await send({'type': 'http.response.body', 'body': b''})
+            discarding.cancel()
+
+        await self.app(scope, body.receive, send_after_body)
+
+
+def _has_body(scope: Scope) -> bool:
+    """Return False for a request without a body. A body in HTTP/2 needs no header that announces it."""
+    headers = Headers(scope=scope)
+    return scope['http_version'] == '2' or 'content-length' in headers or 'transfer-encoding' in headers
+
+
+class _Body:
+    """The messages of one request body until the time `deadline` of the event loop."""
+
+    def __init__(self, receive: Receive, deadline: float, seconds: float) -> None:
+        self.receive_message = receive
+        self.deadline = deadline
+        self.seconds = seconds
+        self.is_complete = False
+
+    async def receive(self) -> Message:
+        """Return the next message. Raises `APIError` 408 after the deadline, unless the body is complete."""
+        if self.is_complete:
+            return await self.receive_message()
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                message = await self.receive_message()
+        except TimeoutError:
+            problem = f'the request was not complete after {self.seconds:g} s: send less, or use a faster connection.'
+            raise APIError(408, 'E_SLOW', problem) from None
+        self.is_complete = not message.get('more_body', False)
+        return message
+
+    async def discard(self) -> None:
+        """Read and drop all further messages until the client disconnects."""
+        while (await self.receive_message())['type'] != 'http.disconnect':
+            pass
+
+
+class ErrorResponses:
+    """Sends the response to an `APIError` of the middleware inside it; those of the routes have FastAPI's handlers."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        try:
+            await self.app(scope, receive, send)
+        except APIError as error:
+            await error_response(error)(scope, receive, send)
+
+
+class TrustedHosts:
+    """Accepts requests for the host names `hosts` only, which stops DNS rebinding. Raises `APIError` 400.
+
+    Starlette's `TrustedHostMiddleware` makes the check; its own response would not be JSON.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self.app = app
+        self.hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope['type'] == 'http' and not await self._is_trusted(scope):
+            raise APIError(400, 'E_HOST', 'the Host header is not a name of this service: add it with --allow-host.')
+        await self.app(scope, receive, send)
+
+    async def _is_trusted(self, scope: Scope) -> bool:
+        trusted = False
+
+        async def accept(*_: Any) -> None:
+            nonlocal trusted
+            trusted = True
+
+        async def ignore(*_: Any) -> Any:
+            pass
+
+        await TrustedHostMiddleware(accept, self.hosts, www_redirect=False)(scope, ignore, ignore)
+        return trusted and len(Headers(scope=scope).getlist('host')) == 1
+
+
+class SameOrigin:
+    """Rejects POST requests from pages of other sites, so that they cannot use a reader's network access.
+
+    Raises `APIError` 400.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope['type'] == 'http' and scope['method'] == 'POST':
+            headers = Headers(scope=scope)
+            origin = headers.get('origin')
+            other_origin = origin is not None and origin.partition('://')[2] != headers.get('host')
+            if other_origin or headers.get('sec-fetch-site') == 'cross-site':
+                raise APIError(400, 'E_ORIGIN', 'pages of other sites may not send images to this service.')
+        await self.app(scope, receive, send)
+
+
+class ConcurrencyLimit:
+    """Allows `max_requests` POST requests at a time, because each keeps its body in memory. Raises `APIError` 503.
+
+    The server has no such limit of its own.
+    """
+
+    def __init__(self, app: ASGIApp, max_requests: int) -> None:
+        self.app = app
+        self.max_requests = max_requests
+        self.requests = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one ASGI connection."""
+        if scope['type'] != 'http' or scope['method'] != 'POST':
+            return await self.app(scope, receive, send)
+        if self.requests >= self.max_requests:
+            message = f'{self.requests} requests are open already: try again in a moment.'
+            raise APIError(503, 'E_BUSY', message, {'retry-after': '1'})
+        self.requests += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.requests -= 1

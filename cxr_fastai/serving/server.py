@@ -1,172 +1,157 @@
-"""A process that serves, and one beside it that starts it anew when it is killed."""
+"""The HTTP server of one bundle: Hypercorn in this process, with its socket, signals, log and shutdown."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import multiprocessing
-import os
 import signal
 import socket
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import cast
 
-from cxr_fastai.core.errors import CXRError, UsageError, first_line
-from cxr_fastai.serving.service import Settings
+from hypercorn.asyncio import serve as serve_app
+from hypercorn.config import Config
+from hypercorn.typing import Framework
+from starlette.types import ASGIApp
 
-if TYPE_CHECKING:
-    import uvicorn
+from cxr_fastai.core.errors import UsageError, first_line
+from cxr_fastai.serving.app import Settings, make_app
 
 BACKLOG = 128
-"""Connections that wait for the process to take them."""
-FORMAT = '%(asctime)s %(levelname)s %(name)s %(message)s'
-SPEAKERS = ('cxr_fastai', 'uvicorn', 'asyncio')
-"""Whose words are logged: a package that reads images might quote them."""
-QUICK, TRIES = 10, 3
-"""Seconds within which an end counts as one at the start; of so many in a row it is not started again."""
-GRACE = 1
-"""Seconds beyond `Settings.drain` until a process that does not end is killed."""
-HEADERS = 2**14
-"""Bytes of a request before its body."""
-ENDS = (signal.SIGTERM, signal.SIGINT)
+"""Number of connections that may wait to be accepted."""
+MAX_HEADER_BYTES = 2**14
+SHUTDOWN_MARGIN = 1
+"""Seconds after `Settings.drain_seconds` when requests that still run are cancelled."""
+UNREAD_FACTOR = 3
+"""A connection is closed if a client reads nothing of its response for this many times `Settings.send_seconds`."""
+LOG_FORMAT = '%(asctime)s %(levelname)s %(name)s %(message)s'
+LOGGERS = ('cxr_fastai.serving', 'hypercorn.error', 'asyncio')
 
 
-def serve(settings: Settings, say: Callable[[str], None] = lambda text: None) -> int:
-    """Serve until SIGTERM or SIGINT, and return the exit code: 0 for these too, since that is how a service ends.
+def serve(settings: Settings, announce: Callable[[str], None] | None = None) -> None:
+    """Serve `settings.bundle` until SIGTERM or SIGINT, and log to stderr.
 
-    The listening socket outlives a killed process, so that callers wait for the next one instead of being turned away.
-    Raises `UsageError` where the place is taken."""
-    listening = listen(settings.host, settings.port)
-    port = listening.getsockname()[1]
-    say(f'serving {settings.bundle} at http://{_shown(settings.host)}:{port} (Ctrl-C ends it)')
-    with listening, _ending(settings.drain + GRACE) as told:
-        quick = 0
-        while True:
-            began, process = time.monotonic(), _start(settings, listening)
-            if told:
-                process.terminate()  # while it started
-            process.join()
-            if told or process.exitcode >= 0:
-                return max(process.exitcode, 0)
-            quick = quick + 1 if time.monotonic() - began < QUICK else 0
-            if quick > TRIES:
-                raise CXRError(
-                    f'the serving process ends by signal {-process.exitcode} as soon as it '
-                    'starts: is there enough memory?'
-                )
-            say(f'the serving process was ended by signal {-process.exitcode}: a new one starts')
+    `announce` is called with a line that contains the address. Raises `UsageError` if the address cannot be used, or if
+    there is no bundle; `ParityError` if the bundle fails its self-test; and `CXRError` if it is damaged.
+    """
+    server = Server(settings)
+    with _log_to_stderr(), _stop_on_signals(server):
+        if announce:
+            announce(f'serving {settings.bundle} at {server.url} (stop with Ctrl-C)')
+        server.run()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises `UsageError`."""
+class Server:
+    """A server with its socket. `run` serves until `stop` is called, from another thread or a signal handler.
+
+    `app` is the ASGI app, and `url` its address. Raises `UsageError` if the address cannot be used.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.app: ASGIApp = make_app(settings, self._fail)
+        self.socket = listen(settings.host, settings.port, UNREAD_FACTOR * settings.send_seconds)
+        self.port: int = self.socket.getsockname()[1]
+        host = f'[{settings.host}]' if ':' in settings.host else settings.host
+        self.url = f'http://{host}:{self.port}'
+        self._stopping = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._failure: Exception | None = None
+
+    def run(self) -> None:
+        """Serve until `stop`. Raises what prevented the model from being loaded."""
+        with self.socket:
+            asyncio.run(self._run())
+        if self._failure:
+            raise self._failure
+
+    def stop(self) -> None:
+        """Accept no more requests, and end `run` when the open ones are finished."""
+        if self._loop:
+            self._loop.call_soon_threadsafe(self._stopping.set)
+        else:
+            self._stopping.set()
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self.stop()
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        serving = asyncio.create_task(
+            serve_app(cast(Framework, self.app), self._config(), shutdown_trigger=self._stopping.wait)
+        )
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        # Hypercorn waits for clients that read nothing, and in Python 3.12 and later for all clients. The requests that
+        # are still open after the margin are cancelled when this function returns.
+        await asyncio.wait({serving}, timeout=self.settings.drain_seconds + SHUTDOWN_MARGIN)
+        self._loop = None
+        if serving.done():
+            serving.result()
+
+    def _config(self) -> Config:
+        config = Config()
+        config.bind = [f'fd://{self.socket.detach()}']  # Hypercorn closes it
+        config.backlog = BACKLOG
+        config.keep_alive_timeout = self.settings.send_seconds  # from connecting to the end of the headers
+        config.read_timeout = None  # `BodyDeadline` limits the time for the whole body
+        config.graceful_timeout = self.settings.drain_seconds
+        config.h11_max_incomplete_size = MAX_HEADER_BYTES
+        config.include_server_header = False
+        config.errorlog = logging.getLogger('hypercorn.error')
+        return config
+
+
+def listen(host: str, port: int, unread_seconds: float) -> socket.socket:
+    """Return a listening socket. Raises `UsageError` if the address is unknown or in use.
+
+    The kernel closes accepted connections whose client reads nothing for `unread_seconds` (Linux only).
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
-        raise UsageError(f'--host {host} --port {port}: {first_line(error)}: choose another.') from None
-
-
-def work(settings: Settings, listening: socket.socket) -> None:
-    """Serve in this process until it is told to stop; exit with the code of a bundle that cannot be opened."""
-    _speak()
-    _end_with_parent()
-    failures: list[Exception] = []
-
-    def fail(error: Exception) -> None:
-        failures.append(error)
-        server.should_exit = True
-
-    server = make_server(settings, fail)
-    server.run(sockets=[listening])
-    for error in failures:
-        if not isinstance(error, CXRError):
-            raise error
-        logging.getLogger('cxr_fastai.serving.server').error('%s', first_line(error))
-        raise SystemExit(error.exit_code)
-
-
-def make_server(settings: Settings, failed: Callable[[Exception], None] = lambda error: None) -> uvicorn.Server:
-    """What serves the app of `settings` on sockets that it is given; `failed` is told why there is nothing to serve."""
-    import uvicorn
-
-    from cxr_fastai.serving.app import make_app
-    from cxr_fastai.serving.protocol import PromptProtocol
-
-    return uvicorn.Server(
-        uvicorn.Config(
-            make_app(settings, failed),
-            http=partial(PromptProtocol, seconds=settings.sending),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            ws='none',
-            proxy_headers=False,
-            lifespan='on',
-            timeout_graceful_shutdown=settings.drain,
-            h11_max_incomplete_event_size=HEADERS,
-        )
-    )
-
-
-def _start(settings: Settings, listening: socket.socket) -> multiprocessing.Process:
-    """A process that serves. It never sees the SIGINT of a terminal's Ctrl-C: the one beside it tells it to end."""
-    process = multiprocessing.get_context('spawn').Process(target=work, args=(settings, listening))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return process
+        raise UsageError(f'--host {host} --port {port}: {first_line(error)}. Choose another address.') from None
+    if hasattr(socket, 'TCP_USER_TIMEOUT'):
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * unread_seconds))
+    return listening
 
 
 @contextmanager
-def _ending(seconds: float) -> Iterator[list[int]]:
-    """The signals by which this process was told to end. It hands that on, and kills who has not ended in `seconds`."""
-    told: list[int] = []
+def _stop_on_signals(server: Server) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        server.stop()
 
-    def kill() -> None:
-        for child in multiprocessing.active_children():
-            child.kill()
-
-    def end(number: int, _: object) -> None:
-        told.append(number)
-        for child in multiprocessing.active_children():
-            child.terminate()
-        timer = threading.Timer(seconds, kill)
-        timer.daemon = True
-        timer.start()
-
-    before = {number: signal.signal(number, end) for number in ENDS}
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield told
+        yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _speak() -> None:
-    """Log what `SPEAKERS` say, and nothing of others."""
+@contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Write the log of `LOGGERS` to stderr, and nothing of other packages: those that read images might quote them."""
     handler = logging.StreamHandler()
-    handler.addFilter(lambda record: record.name.partition('.')[0] in SPEAKERS)
-    logging.basicConfig(format=FORMAT, level=logging.INFO, handlers=[handler])
-    warnings.simplefilter('ignore')
-
-
-def _end_with_parent() -> None:
-    """End this process when the one beside it is gone, also if that was killed."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    if parent:
-        threading.Thread(target=watch, daemon=True).start()
-
-
-def _shown(host: str) -> str:
-    return f'[{host}]' if ':' in host else host
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    silent = logging.NullHandler()
+    logging.getLogger().addHandler(silent)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    logging.getLogger('hypercorn.error').setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.getLogger().removeHandler(silent)
+        for logger in loggers:
+            logger.removeHandler(handler)
+            logger.propagate = True

@@ -1,4 +1,7 @@
-"""What stands behind the server's door: uploaded bytes become prediction rows, and pictures of why. Knows no HTTP."""
+"""A bundle as an asynchronous service: uploaded bytes become prediction rows and explanations, in micro-batches.
+
+This module knows nothing of HTTP, and loads torch only for the first explanation.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,142 +30,138 @@ from cxr_fastai.inference.predictor import Predictor
 if TYPE_CHECKING:
     from torch import nn
 
+log = logging.getLogger('cxr_fastai.serving')
 
-@dataclass(frozen=True)
-class Limits:
-    """What one request may bring: `body` bytes in all and `images` files."""
+DISPLAY_SIDE = 640
+"""Longer side of the images in explanations, in pixels."""
+BURNED_IN = 'the file says that its picture contains text, which may name the patient, so it is not shown'
+NEEDS_TORCH = 'maps need PyTorch, which is not installed here'
+EMPTY_MAP = 'no part of the image raises the score for pneumonia'
+INTERNAL_ERROR = {'status': 'error', 'code': 'E_INTERNAL', 'message': 'internal error; contact the operator'}
+"""Row of an image for which the network failed."""
 
-    body: int = 20 * 2**20
-    images: int = 64
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the service of `bundle` is offered. `token` None asks for none, `per_client` 0 counts nobody; `seconds` are
-    for the answer to a request, `sending` for the request itself, `drain` for those under way when the service ends,
-    `wait` for other images to be computed with."""
-
-    bundle: Path
-    host: str = '127.0.0.1'
-    port: int = 8000
-    limits: Limits = field(default_factory=Limits)
-    queue: int = 32
-    per_client: int = 0
-    seconds: float = 30
-    sending: float = 10
-    drain: float = 8
-    batch: int = 16
-    wait: float = 0.004
-    token: str | None = field(default=None, repr=False)
-    hosts: tuple[str, ...] = ()
+Infer = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""`Predictor.infer`: grey uint8 images (n, size, size) -> probabilities (n,) and distances of the input gate (n,)."""
 
 
-Judge = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""Images, grey uint8 (n, s, s), become probabilities (n,) and distances (n,): `Predictor.judge`."""
+class Busy(CXRError):
+    """The maximum number of requests is being answered."""
+
+
+@dataclass
+class _Job:
+    """One image that waits for its batch. The result is its probability and its distance."""
+
+    image: np.ndarray
+    result: asyncio.Future[tuple[float, float]]
 
 
 class Batcher:
-    """Gives images to `judge` in batches of at most `most`, in a thread of `pool`, one batch at a time.
+    """Collects single images into batches of at most `max_batch` and runs `infer` on one batch at a time.
 
-    The first image waits `wait` seconds for others, while nothing is computed; images that arrive during a batch make the
-    next. An image whose request is gone is left out; where a batch fails, each of its images is tried alone.
+    A batch starts `max_delay` seconds after its first image, or as soon as it is full; images that arrive during a
+    computation form the next batch. Images of cancelled requests are dropped. If a batch fails, each of its images is
+    tried alone. `observe` is called with the size of every batch.
     """
 
     def __init__(
         self,
-        judge: Judge,
-        pool: Executor,
-        most: int = 16,
-        wait: float = 0.004,
-        watch: Callable[[int], None] = lambda size: None,
-    ):
-        self.judge, self.pool, self.most, self.wait, self.watch = judge, pool, most, wait, watch
-        self.waiting: asyncio.Queue[tuple[np.ndarray, asyncio.Future]] = asyncio.Queue()
+        infer: Infer,
+        executor: Executor,
+        max_batch: int = 16,
+        max_delay: float = 0.004,
+        observe: Callable[[int], None] | None = None,
+    ) -> None:
+        self.infer = infer
+        self.executor = executor
+        self.max_batch = max_batch
+        self.max_delay = max_delay
+        self.observe = observe
+        self.jobs: asyncio.Queue[_Job] = asyncio.Queue()
 
     async def submit(self, image: np.ndarray) -> tuple[float, float]:
-        """The probability and the distance of the image, grey uint8 (s, s). Raises what `judge`
-        raises."""
-        found = asyncio.get_running_loop().create_future()
-        self.waiting.put_nowait((image, found))
-        return await found
+        """Return the probability and the distance of one image, grey uint8 (size, size). Raises what `infer` raises."""
+        job = _Job(image, asyncio.get_running_loop().create_future())
+        self.jobs.put_nowait(job)
+        return await job.result
 
     async def run(self) -> None:
-        """Compute what is submitted, until cancelled."""
+        """Compute batches until this task is cancelled."""
         while True:
-            batch = [(image, found) for image, found in await self._gather() if not found.done()]
-            if batch:
-                await self._compute(*zip(*batch, strict=True))
+            jobs = [job for job in await self._collect() if not job.result.done()]
+            if jobs:
+                await self._compute(jobs)
 
-    async def _gather(self) -> list[tuple[np.ndarray, asyncio.Future]]:
-        batch = [await self.waiting.get()]
+    async def _collect(self) -> list[_Job]:
+        jobs = [await self.jobs.get()]
         with suppress(TimeoutError):
-            async with asyncio.timeout(self.wait):
-                while len(batch) < self.most:
-                    batch.append(await self.waiting.get())
-        return batch
+            async with asyncio.timeout(self.max_delay):
+                while len(jobs) < self.max_batch:
+                    jobs.append(await self.jobs.get())
+        return jobs
 
-    async def _compute(self, images: tuple[np.ndarray, ...], found: tuple[asyncio.Future, ...]) -> None:
-        self.watch(len(images))
+    async def _compute(self, jobs: list[_Job]) -> None:
+        if self.observe:
+            self.observe(len(jobs))
+        images = np.stack([job.image for job in jobs])
         try:
-            loop = asyncio.get_running_loop()
-            p, distances = await loop.run_in_executor(self.pool, self.judge, np.stack(images))
-        except Exception as error:  # an image's, not the end of all others
-            if len(images) == 1:
-                return None if found[0].done() else found[0].set_exception(error)
-            for image, one in zip(images, found, strict=True):
-                if not one.done():
-                    await self._compute((image,), (one,))
+            scores, distances = await asyncio.get_running_loop().run_in_executor(self.executor, self.infer, images)
+        except Exception as error:
+            await self._handle_failure(jobs, error)
             return
-        for one, score, distance in zip(found, p, distances, strict=True):
-            if not one.done():
-                one.set_result((float(score), float(distance)))
+        for job, score, distance in zip(jobs, scores, distances, strict=True):
+            if not job.result.done():
+                job.result.set_result((float(score), float(distance)))
 
-
-log = logging.getLogger('cxr_fastai.serving.server')
-SIDE = 640
-"""Pixels of the longer side of an image that is shown."""
-BURNED_IN = 'its file says that text in the picture may name the patient, so it is not shown'
-NO_MAPS = 'maps need PyTorch, which is not installed here'
-FAILED = {'status': 'error', 'code': 'E_INTERNAL', 'message': 'it failed here: tell the operator'}
-"""What a row says of an image that broke the network."""
-NO_EVIDENCE = 'nothing in it speaks for pneumonia'
-
-
-class Busy(CXRError):
-    """More is asked for than can wait."""
+    async def _handle_failure(self, jobs: list[_Job], error: Exception) -> None:
+        """Compute each image of a failed batch alone, so that one image cannot fail the others."""
+        if len(jobs) > 1:
+            for job in jobs:
+                if not job.result.done():
+                    await self._compute([job])
+        elif not jobs[0].result.done():
+            jobs[0].result.set_exception(error)
 
 
 class Service:
-    """A bundle that answers many at once. `open` makes one; between `running`'s ends it predicts.
+    """A bundle that answers many requests at a time. `Service.open` opens one; `running` starts its batches.
 
-    Images are decoded in as many threads as there are cores, computed together by `Batcher` in one more, and explained
-    in another. At most `queue` requests wait at a time.
+    Images are decoded in as many threads as this process has cores, computed in one thread, and explained in another.
+    At most `max_requests` requests are answered at a time.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         predictor: Predictor,
-        queue: int = 32,
-        batch: int = 16,
-        wait: float = 0.004,
-        watch: Callable[[int], None] = lambda size: None,
-    ):
-        self.bundle, self.predictor, self.queue, self.waiting = bundle, predictor, queue, 0
-        self.decoding, self.computing, self.explaining = (ThreadPoolExecutor(threads) for threads in (_cores(), 1, 1))
-        self.batcher = Batcher(predictor.judge, self.computing, batch, wait, watch)
+        max_requests: int = 32,
+        max_batch: int = 16,
+        max_delay: float = 0.004,
+        observe: Callable[[int], None] | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self.predictor = predictor
+        self.max_requests = max_requests
+        self.active_requests = 0
+        self.decoding = ThreadPoolExecutor(_available_cores())
+        self.computing = ThreadPoolExecutor(1)
+        self.explaining = ThreadPoolExecutor(1)
+        self.batcher = Batcher(predictor.infer, self.computing, max_batch, max_delay, observe)
 
     @classmethod
-    def open(cls, path: Path, **how: Any) -> Service:
-        """The service of the bundle `path`, or of a `model.onnx` inside one, computed by ONNX Runtime. Raises
-        `CXRError` for what is none, `ParityError` unless all canary images are predicted as when it was exported."""
+    def open(cls, path: Path, **options: Any) -> Service:
+        """Open the bundle `path` with ONNX Runtime and verify it on all of its reference images.
+
+        `path` may also be the `model.onnx` in a bundle; `options` are those of the constructor. Raises `UsageError` if
+        `path` is not a bundle, `ParityError` if the bundle fails its self-test, and `CXRError` if it is damaged.
+        """
         bundle = Bundle.open(find_bundle(path))
         predictor = Predictor.load(bundle.path, engine='onnx')
-        bundle.canary.check(predictor.engine, bundle.path, threshold=bundle.config.threshold)
-        return cls(bundle, predictor, **how)
+        bundle.selftest.check(predictor.engine, bundle.path)
+        return cls(bundle, predictor, **options)
 
-    def facts(self) -> dict[str, Any]:
-        """What predicts, and how its probability becomes a decision."""
+    def model_facts(self) -> dict[str, Any]:
+        """Return the architecture, image size, threshold and identity of the model."""
         config = self.predictor.config
         return {
             'arch': config.arch,
@@ -175,70 +174,79 @@ class Service:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Service]:
-        """Answers while the context lasts."""
-        task = asyncio.create_task(self.batcher.run())
+        """Answer requests within this context."""
+        batches = asyncio.create_task(self.batcher.run())
         try:
             yield self
         finally:
-            task.cancel()
-            for pool in (self.decoding, self.computing, self.explaining):
-                pool.shutdown(wait=False, cancel_futures=True)
+            batches.cancel()
+            for executor in (self.decoding, self.computing, self.explaining):
+                executor.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """A place among the requests that wait. Raises `Busy` where there is none."""
-        if self.waiting >= self.queue:
-            raise Busy(f'{self.waiting} requests wait already: try again in a moment.')
-        self.waiting += 1
+    def admit_request(self) -> Iterator[None]:
+        """Count a request within this context. Raises `Busy` if the maximum number is being answered already."""
+        if self.active_requests >= self.max_requests:
+            raise Busy(f'{self.active_requests} requests are being answered already: try again in a moment.')
+        self.active_requests += 1
         try:
             yield
         finally:
-            self.waiting -= 1
+            self.active_requests -= 1
 
     async def predict(self, images: list[bytes], explain: bool = False) -> list[dict[str, Any]]:
-        """A row an image, in their order, with the keys of `inference.COLUMNS`: `image-1` and so on in the place of a
-        path. With `explain`, each has a key `explanation` too: None, or what `picture` tells."""
-        return list(await asyncio.gather(*(self._row(f'image-{i}', data, explain) for i, data in enumerate(images, 1))))
+        """Return one row per image, in their order, with the keys `inference.COLUMNS`.
 
-    def answer(self, data: bytes) -> dict[str, Any]:
-        """The row of one image, explained, at once: for a program that has no others waiting."""
-        row, image, square = self._take('image', data, True)
-        if image is None:
-            return row | {'explanation': None}
-        (p,), (distance,) = self.predictor.judge(square[None])
-        row |= self.predictor.tell(p, distance)
-        return row | {'explanation': self.picture(image, square, row['status'] == 'ok')}
+        The path of a row is `image-1`, `image-2`, ... With `explain` each row also has the key `explanation`: the
+        result of the method `explanation`, or None if the image cannot be read.
+        """
+        rows = [self._predict_image(f'image-{i}', image, explain) for i, image in enumerate(images, start=1)]
+        return list(await asyncio.gather(*rows))
 
-    async def _row(self, name: str, data: bytes, explain: bool) -> dict[str, Any]:
-        row, image, square = await self._run(self.decoding, self._take, name, data, explain)
+    async def _predict_image(self, name: str, data: bytes, explain: bool) -> dict[str, Any]:
+        row, image, square = await _run(self.decoding, self._decode, name, data, explain)
         if explain:
             row['explanation'] = None
         if image is None:
             return row
         try:
-            row |= self.predictor.tell(*await self.batcher.submit(square))
-        except Exception as error:  # this image's, not the end of those beside it
-            log.error('an image failed: %s', type(error).__name__)
-            return row | FAILED
+            score, distance = await self.batcher.submit(square)
+            row |= self.predictor.decide(score, distance)
+        except Exception as error:  # the other images of the request are still answered
+            log.error('inference failed for one image: %s', type(error).__name__)
+            return row | INTERNAL_ERROR
         if explain:
-            row['explanation'] = await self._run(self.explaining, self.picture, image, square, row['status'] == 'ok')
+            row['explanation'] = await _run(self.explaining, self.explanation, image, square, row['status'] == 'ok')
         return row
 
-    def _take(
-        self, name: str, data: bytes, show: bool
-    ) -> tuple[dict[str, Any], DecodedImage | None, np.ndarray | None]:
-        """The row that is begun, the image, and what the network sees of it. Its pixels, which may be 40 million, do not
-        wait with it: they are made as small as it is shown, or dropped."""
-        row, image = self.predictor.take(name, lambda wanted: decode_image(data, wanted))
+    def explain(self, data: bytes) -> dict[str, Any]:
+        """Return the row of one image with its explanation, computed in this thread, without a running service."""
+        row, image, square = self._decode('image', data, True)
+        if image is None:
+            return row | {'explanation': None}
+        scores, distances = self.predictor.infer(square[None])
+        row |= self.predictor.decide(scores[0], distances[0])
+        return row | {'explanation': self.explanation(image, square, row['status'] == 'ok')}
+
+    def _decode(self, name: str, data: bytes, explain: bool) -> tuple[dict[str, Any], DecodedImage | None, Any]:
+        """Return the first fields of a row, the image, and the network's view of it, grey uint8 (size, size).
+
+        The image may have 40 million pixels, so it is reduced to its display size before it waits for its batch, or to
+        the network's view if it will not be displayed.
+        """
+        row, image = self.predictor.start_row(name, lambda preprocessing: decode_image(data, preprocessing))
         if image is None:
             return row, None, None
         square = self.predictor.preprocessing.fit(image.pixels)
-        return row, replace(image, pixels=_small(image.pixels) if show else square), square
+        pixels = _reduce(image.pixels) if explain else square
+        return row, replace(image, pixels=pixels), square
 
-    def picture(self, image: DecodedImage, square: np.ndarray, judged: bool) -> dict[str, Any]:
-        """What the file was, and the image as PNG in base64, alone (`image`) and under its map (`overlay`); each is None
-        where the `note` says why."""
-        facts = {
+    def explanation(self, image: DecodedImage, square: np.ndarray, has_score: bool) -> dict[str, Any]:
+        """Return facts about the file of `image`, and the image as PNG in base64 without and with its Grad-CAM map.
+
+        `square` is the network's view of it. `image` or `overlay` is None where `note` says why.
+        """
+        facts: dict[str, Any] = {
             'format': image.format,
             'mode': image.mode,
             'width': image.width,
@@ -249,67 +257,77 @@ class Service:
         }
         if image.burned_in:
             return facts | {'note': BURNED_IN}
-        facts['image'] = _png(Image.fromarray(image.pixels))
-        if not judged:
+        facts['image'] = _encode_png(image.pixels)
+        if not has_score:
             return facts
         try:
             overlay = self.overlay(image.pixels, square)
         except UsageError as error:
             return facts | {'note': str(error)}
-        return facts | ({'note': NO_EVIDENCE} if overlay is None else {'overlay': _png(Image.fromarray(overlay))})
+        if overlay is None:
+            return facts | {'note': EMPTY_MAP}
+        return facts | {'overlay': _encode_png(overlay)}
 
-    def overlay(self, shown: np.ndarray, square: np.ndarray) -> np.ndarray | None:
-        """The image, grey uint8 (h, w), under the map of what the network saw in `square`: uint8 (h, w, 3), or None for
-        an empty map. Raises `UsageError` where PyTorch is missing."""
+    def overlay(self, image: np.ndarray, square: np.ndarray) -> np.ndarray | None:
+        """Return `image`, grey uint8 (h, w), under the Grad-CAM map of `square`: uint8 (h, w, 3).
+
+        None if the map is empty. Raises `UsageError` if PyTorch is not installed.
+        """
         network = self.network
         from cxr_fastai.interpretation.cam import activation_maps, enlarge, scale
         from cxr_fastai.interpretation.overlays import blend_map
         from cxr_fastai.models.inputs import to_input
 
-        heat = scale(enlarge(activation_maps(network, to_input(square[None])), square.shape[-1])).numpy()[0]
+        maps = activation_maps(network, to_input(square[None]))
+        heat = scale(enlarge(maps, square.shape[-1])).numpy()[0]
         if not heat.any():
             return None
-        return blend_map(shown, np.clip(self.predictor.preprocessing.spread(heat, *shown.shape), 0, 1))
+        heat = self.predictor.preprocessing.map_to_image(heat, *image.shape)
+        return blend_map(image, np.clip(heat, 0, 1))
 
     @cached_property
-    def network(self) -> nn.Module:
-        """The torch network, loaded when the first map is asked for. Raises `UsageError` where PyTorch is missing."""
+    def network(self) -> nn.Sequential:
+        """The torch network, loaded for the first map. Raises `UsageError` if PyTorch is not installed."""
         try:
             import torch
         except ImportError:
-            raise UsageError(NO_MAPS) from None
-        torch.set_num_threads(1)  # more of them wait for each other, at ten times the cost where the cores are busy
-        return self.bundle.engine('torch').model
-
-    async def _run(self, pool: ThreadPoolExecutor, work: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *args))
-
-
-def _small(image: np.ndarray) -> np.ndarray:
-    """`image`, grey uint8 (h, w), with its longer side at most `SIDE`."""
-    shown = Image.fromarray(image)
-    shown.thumbnail((SIDE, SIDE))
-    return np.asarray(shown)
-
-
-def _cores() -> int:
-    """The cores that this process may use, which in a container are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+            raise UsageError(NEEDS_TORCH) from None
+        torch.set_num_threads(1)  # with more, the threads wait for each other, at ten times the cost on busy cores
+        engine: Any = self.bundle.engine('torch')
+        return engine.model
 
 
 def find_bundle(path: Path) -> Path:
-    """The bundle that `path` means. Raises `UsageError` for a pickle or any other file."""
+    """Return the bundle `path`, or the bundle of the `model.onnx` at `path`. Raises `UsageError` for other files."""
     if path.name == ONNX and (path.parent / MANIFEST).is_file():
         return path.parent
     if path.suffix in ('.pkl', '.onnx', '.safetensors'):
         raise UsageError(
-            f'{path}: a service opens bundles alone, since they say how to use the network and cannot run '
-            'code: `cxr-fastai export RUN` makes one.'
+            f'{path}: only bundles can be served, because they contain all settings and cannot run code. '
+            'Make one with `cxr-fastai export RUN`.'
         )
     return path
 
 
-def _png(image: Image.Image) -> str:
+def _available_cores() -> int:
+    """Return the number of cores that this process may use, which is less than `cpu_count` in many containers."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+async def _run(executor: Executor, function: Callable[..., Any], *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(executor, function, *args)
+
+
+def _reduce(image: np.ndarray) -> np.ndarray:
+    """Reduce `image`, grey uint8 (h, w), to a longer side of `DISPLAY_SIDE` pixels."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
+    return np.asarray(picture)
+
+
+def _encode_png(pixels: np.ndarray) -> str:
     buffer = BytesIO()
-    image.save(buffer, 'PNG', compress_level=3)
+    Image.fromarray(pixels).save(buffer, 'PNG', compress_level=3)
     return base64.b64encode(buffer.getvalue()).decode()

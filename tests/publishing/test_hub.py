@@ -79,7 +79,7 @@ def test_what_a_space_needs_is_enough_to_answer_with_a_map(space, images):
             (
                 f'import sys\nfor name in {banned}: sys.modules[name] = None\n'
                 'from pathlib import Path\nfrom cxr_fastai.serving.service import Service\n'
-                f'row = Service.open(Path("bundle")).answer(Path({str(image)!r}).read_bytes())\n'
+                f'row = Service.open(Path("bundle")).explain(Path({str(image)!r}).read_bytes())\n'
                 'print(row["status"], row["explanation"]["format"])'
             ),
         ],

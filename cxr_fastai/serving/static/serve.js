@@ -1,300 +1,437 @@
-// Images go to the service one by one, and their answers come onto the page. File names stay here.
+// Uploads images to the service one by one and shows their predictions. File names never leave the browser.
 'use strict';
-const AT_ONCE = 2, TRIES = 5;  // images under way; how often a busy service is asked again
-const FORM = 1024;  // bytes of a request beside its image
-const HELD = ['busy', 'offline', 'token'];
-const $ = (selector, within = document) => within.querySelector(selector);
-const told = $('main').dataset, words = JSON.parse(told.words), columns = JSON.parse(told.columns);
-let images = [], held = null, waiting = 0, numbered = 0;
 
-// What is sent
+const PARALLEL_UPLOADS = 2;
+const MAX_RETRIES = 5;  // automatic retries when the service is busy
+const FORM_BYTES = 1024;  // size of a request in addition to its image
+const PAUSED_STATES = ['busy', 'offline', 'token'];
+const RUNNING_STATES = ['uploading', 'working'];
 
-function bearer() {
+const page = find('main').dataset;
+const messages = JSON.parse(page.messages);
+const columns = JSON.parse(page.columns);
+const maxBytes = Number(page.body);
+const maxImages = Number(page.images);
+
+let images = [];  // the images on the page, in their order
+let pausedBy = null;  // why uploads are paused: one of PAUSED_STATES, or null
+let retryTimer = 0;
+let imageCount = 0;
+
+function find(selector, parent = document) {
+  return parent.querySelector(selector);
+}
+
+// Requests
+
+function authorization() {
   const token = sessionStorage.getItem('token');
   return token ? {Authorization: `Bearer ${token}`} : {};
 }
 
-/** What the service says of the bytes `blob`: {status, retry, ...its JSON}. Rejects where it cannot be reached. */
-function post(blob, progress) {
+/** Send one image. Resolves to {status, retry, ...JSON of the response}; rejects if the service cannot be reached. */
+function postImage(blob, onProgress) {
   return new Promise((resolve, reject) => {
-    const request = new XMLHttpRequest(), form = new FormData();
+    const form = new FormData();
     form.append('images', blob, 'image');
+    // XMLHttpRequest, because fetch does not report the progress of an upload.
+    const request = new XMLHttpRequest();
     request.open('POST', 'v1/predict?explain=true');
-    for (const [name, value] of Object.entries(bearer())) request.setRequestHeader(name, value);
+    for (const [name, value] of Object.entries(authorization())) request.setRequestHeader(name, value);
     request.responseType = 'json';
-    request.upload.onprogress = event => progress(event.loaded / event.total);
-    request.upload.onload = () => progress(1);
+    request.upload.onprogress = event => onProgress(event.loaded / event.total);
+    request.upload.onload = () => onProgress(1);
     request.onerror = reject;
-    request.onload = () => resolve({status: request.status, retry: request.getResponseHeader('Retry-After'),
-                                    ...request.response});
+    request.onload = () => {
+      const retry = request.getResponseHeader('Retry-After');
+      resolve({status: request.status, retry, ...request.response});
+    };
     request.send(form);
   });
 }
 
-/** A synthetic image of the service. Throws what `post` would answer where there is none. */
+/** Fetch a synthetic image. Throws an error response in the form of `postImage` if the service refuses. */
 async function fetchExample(number) {
-  const got = await fetch(`examples/${number}.png`, {headers: bearer()});
-  if (got.ok) return got.blob();
-  throw {status: got.status, retry: got.headers.get('Retry-After'), ...await got.json().catch(() => ({}))};
+  const response = await fetch(`examples/${number}.png`, {headers: authorization()});
+  if (response.ok) return response.blob();
+  const body = await response.json().catch(() => ({}));
+  throw {status: response.status, retry: response.headers.get('Retry-After'), ...body};
 }
 
-/** A file, if it can be read: a folder cannot, nor what was moved. */
+/** Return `file` if it can be read. A folder, or a file that was moved, cannot. */
 async function readFile(file) {
-  try { await file.slice(0, 1).arrayBuffer(); } catch { throw {status: 0, code: 'E_UNREADABLE'}; }
+  try {
+    await file.slice(0, 1).arrayBuffer();
+  } catch {
+    throw {status: 0, code: 'E_UNREADABLE'};
+  }
   return file;
 }
 
-/** Take in images, each [name, size, how to read it]. */
-function add(wanted) {
-  const added = wanted.map(([name, size, read]) => ({name, size, read, tries: 0, id: `image-${++numbered}`}));
+// Queue
+
+/** Add images to the page and start their uploads. A source is {name, size, read}, where `read` resolves to a blob. */
+function addImages(sources) {
+  const added = sources.map(source => {
+    imageCount += 1;
+    return {...source, retries: 0, id: `image-${imageCount}`};
+  });
   images.push(...added);
   for (const image of added) {
-    place(image);
-    if (image.size + FORM <= told.body) continue;
-    settle(image, {code: 'E_BODY', message: `${bytes(image.size)}, of ${bytes(told.body)} at most`});
+    addCard(image);
+    if (image.size + FORM_BYTES > maxBytes) {
+      const message = `the file has ${formatBytes(image.size)}, the limit is ${formatBytes(maxBytes)}`;
+      finish(image, {code: 'E_BODY', message});
+    }
   }
   added[0].card.scrollIntoView({block: 'nearest'});
-  pump();
+  startUploads();
 }
 
 function addFiles(files) {
-  if (told.ready !== 'yes' || !files.length) return;
-  const taken = [...files].slice(0, told.images);
-  if (!held) notice(taken.length < files.length
-    ? `${files.length} images are too many at a time: the first ${taken.length} were taken.` : '');
-  add(taken.map(file => [file.name, file.size, () => readFile(file)]));
+  if (page.ready !== 'yes' || files.length === 0) return;
+  const accepted = [...files].slice(0, maxImages);
+  if (!pausedBy) {
+    const ignored = files.length - accepted.length;
+    showNotice(ignored ? `At most ${maxImages} images at a time: ${ignored} of ${files.length} were not added.` : '');
+  }
+  addImages(accepted.map(file => ({name: file.name, size: file.size, read: () => readFile(file)})));
 }
 
-function pump() {
-  const under = images.filter(image => ['uploading', 'working'].includes(image.state)).length;
-  if (!held) images.filter(image => image.state === 'queued').slice(0, AT_ONCE - under).forEach(run);
+function startUploads() {
+  if (pausedBy) return;
+  const running = images.filter(image => RUNNING_STATES.includes(image.state)).length;
+  const queued = images.filter(image => image.state === 'queued');
+  queued.slice(0, PARALLEL_UPLOADS - running).forEach(upload);
 }
 
-async function run(image) {
-  show(image, 'uploading');
-  let got;
+async function upload(image) {
+  showState(image, 'uploading');
+  const response = await request(image);
+  if (!images.includes(image)) return;  // the reader has cleared the page
+  if (response.status === 200) {
+    finish(image, response.images[0]);
+  } else if (response.status === 'offline') {
+    pause(image, 'offline', navigator.onLine ? messages.E_OFFLINE : messages.E_NO_NETWORK);
+  } else if (response.status === 401) {
+    askForToken(image);
+  } else if (response.status === 429 || response.status >= 500) {
+    retryLater(image, response);
+  } else {
+    finish(image, {code: response.code ?? `HTTP ${response.status}`, message: response.message ?? null});
+  }
+  startUploads();
+}
+
+/** Read and send an image. Resolves to a response in the form of `postImage`, with the status 'offline' without one. */
+async function request(image) {
   try {
     const blob = await image.read();
     image.size = blob.size;
-    got = await post(blob, share => {
-      $('progress', image.card).value = share;
-      if (share === 1) show(image, 'working');
+    return await postImage(blob, fraction => {
+      find('progress', image.card).value = fraction;
+      if (fraction === 1) showState(image, 'working');
     });
-  } catch (error) { got = 'status' in error ? error : {status: 'offline'}; }
-  if (!images.includes(image)) return;  // cleared meanwhile
-  if (got.status === 200) settle(image, got.images[0]);
-  else if (got.status === 'offline') hold(image, 'offline', navigator.onLine ? words.E_OFFLINE : words.E_ALONE);
-  else if (got.status === 401) askToken(image);
-  else if (got.status === 429 || got.status >= 500) later(image, got);
-  else settle(image, {code: got.code ?? `HTTP ${got.status}`, message: got.message ?? null});
-  pump();
-}
-
-// What has to wait
-
-function hold(image, state, why) {
-  held = state;
-  image.why = why;
-  show(image, state);
-  notice(why, state !== 'token', state === 'token');
-}
-
-function later(image, {code, message, retry}) {
-  const seconds = Math.max(Number(retry) || 0, image.tries), why = words[code] ?? words.E_BUSY;
-  if (++image.tries > TRIES) return hold(image, 'busy', `${why} It was asked ${image.tries} times. ${message ?? ''}`);
-  hold(image, 'busy', `${why} Trying again in ${seconds} s (${image.tries} of ${TRIES}).`);
-  clearTimeout(waiting);
-  waiting = setTimeout(() => held === 'busy' && release(), 1000 * seconds);
-}
-
-function askToken(image) {
-  const why = sessionStorage.getItem('token') ? words.E_WRONG_TOKEN : words.E_TOKEN;
-  sessionStorage.removeItem('token');
-  hold(image, 'token', held === 'token' ? $('#why').textContent : why);
-  $('#secret').focus();
-}
-
-function release() {
-  held = null;
-  notice('');
-  for (const image of images) if (HELD.includes(image.state)) show(image, 'queued');
-  pump();
-}
-
-function again() {
-  for (const image of images) image.tries = 0;
-  release();
-  if (told.ready !== 'yes') awaitReady();
-}
-
-function notice(why, again = false, token = false) {
-  $('#why').textContent = why;
-  $('#notice').hidden = !why;
-  $('#again').hidden = !again;
-  $('#token').hidden = !token;
-}
-
-async function awaitReady() {
-  try { if ((await fetch('ready')).ok) return location.reload(); }
-  catch { return notice(words.E_OFFLINE, true); }
-  setTimeout(awaitReady, 1000);
-}
-
-// What is shown
-
-const bytes = size => size < 1e5 ? `${Math.ceil(size / 1024)} kB` : `${(size / 2**20).toFixed(1)} MB`;
-const short = p => String(+Number(p).toFixed(4)).replace(/^0(?=\.)/, '');
-const whole = number => number.toLocaleString('en');
-
-/** The probability of a row in as many digits as tell it from the threshold. */
-function rounded({p_pneumonia: p, threshold: t}) {
-  let digits = 3;
-  while (digits < 9 && [t, Number(t.toPrecision(4))].some(edge => (p >= t) !== (Number(p.toFixed(digits)) >= edge))) digits++;
-  return p.toFixed(digits).replace(/^0/, '');
-}
-
-function sentence({state, row, why}) {
-  if (state === 'refused') return words[row.code] ?? row.message ?? `The service refuses it (${row.code}).`;
-  return HELD.includes(state) ? why : words[state];
-}
-
-function place(image) {
-  image.card = $('#image').content.firstElementChild.cloneNode(true);
-  image.card.id = image.id;
-  image.line = $('#rows').insertRow();
-  $('h3', image.card).textContent = image.name;
-  $('.plain', image.card).alt = `Image ${image.name}`;
-  $('#images').append(image.card);
-  show(image, 'queued');
-}
-
-/** An answer comes for `image`; what was not judged is a row all the same. */
-function settle(image, {explanation, ...row}) {
-  image.row = {status: 'error', p_pneumonia: null, prediction: null, threshold: Number(told.threshold), ...row,
-              path: image.name};
-  image.read = null;
-  show(image, image.row.status === 'ok' ? 'done' : 'refused');
-  if (explanation) picture(image, explanation);
-  $('#live').textContent = `${image.name}: ${$('.decision', image.card).textContent} ${$('.why', image.card).textContent}`;
-}
-
-function show(image, state) {
-  const {card, row} = image, write = (selector, text) => { $(selector, card).textContent = text; };
-  image.state = card.dataset.state = state;
-  write('.why', state === 'done' ? '' : sentence(image));
-  if (state === 'refused') {
-    write('.decision b', 'Not judged');
-    write('.said', row.message && row.code !== 'E_OUT_OF_DISTRIBUTION' ? `${row.code}: ${row.message}` : row.code);
+  } catch (error) {
+    return 'status' in error ? error : {status: 'offline'};
   }
-  if (state === 'done') decide(card, row, write);
-  tabulate(image);
-  count();
 }
 
-function decide(card, row, write) {
-  card.dataset.called = row.prediction;
-  write('.decision b', row.prediction === 'PNEUMONIA' ? 'Pneumonia:' : 'Normal:');
-  write('.figures', ` ${rounded(row)}, threshold ${short(row.threshold)}`);
-  write('.from', `threshold ${short(row.threshold)}`);
-  const scale = $('.scale', card);
-  scale.setAttribute('aria-label', `${rounded(row)} on a scale from 0 to 1 with the threshold ${short(row.threshold)}`);
+// Pauses
+
+function pause(image, state, reason) {
+  pausedBy = state;
+  image.reason = reason;
+  showState(image, state);
+  showNotice(reason, {retry: state !== 'token', token: state === 'token'});
+}
+
+function retryLater(image, {code, message, retry}) {
+  const reason = messages[code] ?? messages.E_BUSY;
+  const seconds = Math.max(Number(retry) || 0, image.retries);
+  image.retries += 1;
+  if (image.retries > MAX_RETRIES) {
+    pause(image, 'busy', `${reason} Gave up after ${image.retries} attempts. ${message ?? ''}`);
+    return;
+  }
+  pause(image, 'busy', `${reason} Trying again in ${seconds} s (${image.retries} of ${MAX_RETRIES}).`);
+  clearTimeout(retryTimer);
+  retryTimer = setTimeout(() => {
+    if (pausedBy === 'busy') resume();
+  }, 1000 * seconds);
+}
+
+function askForToken(image) {
+  let reason = sessionStorage.getItem('token') ? messages.E_WRONG_TOKEN : messages.E_TOKEN;
+  if (pausedBy === 'token') reason = find('#reason').textContent;  // another image has asked already
+  sessionStorage.removeItem('token');
+  pause(image, 'token', reason);
+  find('#secret').focus();
+}
+
+function resume() {
+  pausedBy = null;
+  showNotice('');
+  for (const image of images) {
+    if (PAUSED_STATES.includes(image.state)) showState(image, 'queued');
+  }
+  startUploads();
+}
+
+function retryNow() {
+  for (const image of images) image.retries = 0;
+  resume();
+  if (page.ready !== 'yes') waitForModel();
+}
+
+function showNotice(text, {retry = false, token = false} = {}) {
+  find('#reason').textContent = text;
+  find('#notice').hidden = !text;
+  find('#retry').hidden = !retry;
+  find('#token').hidden = !token;
+}
+
+async function waitForModel() {
+  try {
+    const response = await fetch('ready');
+    if (response.ok) {
+      location.reload();
+      return;
+    }
+  } catch {
+    showNotice(messages.E_OFFLINE, {retry: true});
+    return;
+  }
+  setTimeout(waitForModel, 1000);
+}
+
+// Display
+
+function formatBytes(size) {
+  return size < 1e5 ? `${Math.ceil(size / 1024)} kB` : `${(size / 2**20).toFixed(1)} MB`;
+}
+
+function formatThreshold(threshold) {
+  return String(Number(Number(threshold).toFixed(4)));
+}
+
+/** Format a probability with three decimals, or as many as show on which side of the threshold it is. */
+function formatProbability({p_pneumonia: p, threshold}) {
+  const edges = [threshold, Number(threshold.toPrecision(4))];
+  const isAmbiguous = digits => edges.some(edge => (p >= threshold) !== (Number(p.toFixed(digits)) >= edge));
+  let digits = 3;
+  while (digits < 9 && isAmbiguous(digits)) digits += 1;
+  return p.toFixed(digits);
+}
+
+function addCard(image) {
+  image.card = find('#image').content.firstElementChild.cloneNode(true);
+  image.card.id = image.id;
+  image.line = find('#rows').insertRow();
+  find('h3', image.card).textContent = image.name;
+  find('.plain', image.card).alt = `Image ${image.name}`;
+  find('#images').append(image.card);
+  showState(image, 'queued');
+}
+
+/** Show the prediction for `image`, or the error that it got instead of one. */
+function finish(image, {explanation, ...fields}) {
+  const empty = {status: 'error', p_pneumonia: null, prediction: null, threshold: Number(page.threshold)};
+  image.row = {...empty, ...fields, path: image.name};
+  image.read = null;  // frees the file
+  showState(image, image.row.status === 'ok' ? 'done' : 'refused');
+  if (explanation) showExplanation(image, explanation);
+  const decision = find('.decision', image.card).textContent;
+  find('#live').textContent = `${image.name}: ${decision} ${find('.reason', image.card).textContent}`;
+}
+
+function showState(image, state) {
+  image.state = state;
+  image.card.dataset.state = state;
+  find('.reason', image.card).textContent = describeState(image);
+  if (state === 'done') showDecision(image);
+  if (state === 'refused') showRefusal(image);
+  showLine(image);
+  showCounts();
+}
+
+function describeState({state, row, reason}) {
+  if (state === 'done') return '';
+  if (state === 'refused') return messages[row.code] ?? row.message ?? `The service rejected the image (${row.code}).`;
+  return PAUSED_STATES.includes(state) ? reason : messages[state];
+}
+
+function showDecision({card, row}) {
+  const probability = formatProbability(row);
+  const threshold = formatThreshold(row.threshold);
+  card.dataset.prediction = row.prediction;
+  find('.decision b', card).textContent = row.prediction === 'PNEUMONIA' ? 'Pneumonia:' : 'Normal:';
+  find('.numbers', card).textContent = ` probability of pneumonia ${probability}, threshold ${threshold}`;
+  find('.threshold', card).textContent = `threshold ${threshold}`;
+  const scale = find('.scale', card);
+  scale.setAttribute('aria-label', `${probability} on a scale from 0 to 1, with the threshold at ${threshold}`);
   scale.style.setProperty('--p', row.p_pneumonia);
   scale.style.setProperty('--t', row.threshold);
 }
 
-function picture({card, row, size}, explanation) {
-  const [plain, map, toggle, opacity] = ['.plain', '.map', '.toggle', '.opacity'].map(one => $(one, card));
-  for (const [node, png] of [[plain, explanation.image], [map, explanation.overlay]]) {
-    node.hidden = !png;
-    if (png) node.src = `data:image/png;base64,${png}`;
-  }
-  $('.blank', card).hidden = Boolean(explanation.image);
-  $('.maps', card).hidden = !explanation.overlay;
-  $('.note', card).textContent = explanation.note ? `No ${explanation.image ? 'map' : 'picture'}: ${explanation.note}.` : '';
-  const facts = {format: explanation.format, mode: explanation.mode,
-                 reading: row.status === 'ok' ? row.message || 'as it is stored' : '',
-                 size: `${whole(explanation.width)} × ${whole(explanation.height)} px, ${bytes(size)}`};
-  for (const [name, text] of Object.entries(facts)) $(`.${name}`, card).textContent = text;
-  $('.reading', card).parentNode.hidden = !facts.reading;
-  $('.facts', card).hidden = false;
-  const fade = () => { map.style.opacity = toggle.checked ? opacity.value / 100 : 0; };
-  toggle.checked = row.prediction === 'PNEUMONIA';
-  toggle.onchange = fade;
-  opacity.oninput = () => { toggle.checked = true; fade(); };
-  fade();
+function showRefusal({card, row}) {
+  find('.decision b', card).textContent = 'No prediction';
+  const repeatsReason = row.code === 'E_OUT_OF_DISTRIBUTION' || !row.message;
+  find('.details', card).textContent = repeatsReason ? row.code : `${row.code}: ${row.message}`;
 }
 
-function tabulate(image) {
-  const {line, row} = image, link = document.createElement('a');
-  Object.assign(link, {href: `#${image.id}`, textContent: image.name});
-  const cells = row ? [row.status, row.prediction ? rounded(row) : '', row.prediction ?? '', short(row.threshold),
-                       row.code ?? '', row.code ? sentence(image) : row.message ?? '']
-                    : ['', '', '', '', '', sentence(image)];
+function showExplanation(image, explanation) {
+  const {card} = image;
+  showPicture(find('.plain', card), explanation.image);
+  showPicture(find('.map', card), explanation.overlay);
+  find('.blank', card).hidden = Boolean(explanation.image);
+  if (explanation.note) {
+    find('.note', card).textContent = `No ${explanation.image ? 'map' : 'picture'}: ${explanation.note}.`;
+  }
+  showFileFacts(image, explanation);
+  connectMapControls(image, Boolean(explanation.overlay));
+}
+
+function showPicture(node, png) {
+  node.hidden = !png;
+  if (png) node.src = `data:image/png;base64,${png}`;
+}
+
+function showFileFacts({card, row, size}, {format, mode, width, height}) {
+  find('.format', card).textContent = format;
+  find('.mode', card).textContent = mode;
+  find('.size', card).textContent = `${width.toLocaleString('en')} × ${height.toLocaleString('en')} px, ${formatBytes(size)}`;
+  const isPredicted = row.status === 'ok';
+  find('.reading', card).textContent = isPredicted ? row.message || 'unchanged' : '';
+  find('.reading', card).parentNode.hidden = !isPredicted;
+  find('.facts', card).hidden = false;
+}
+
+function connectMapControls({card, row}, hasMap) {
+  const map = find('.map', card);
+  const toggle = find('.toggle', card);
+  const opacity = find('.opacity', card);
+  const update = () => { map.style.opacity = toggle.checked ? opacity.value / 100 : 0; };
+  find('.maps', card).hidden = !hasMap;
+  toggle.checked = row.prediction === 'PNEUMONIA';
+  toggle.onchange = update;
+  opacity.oninput = () => {
+    toggle.checked = true;
+    update();
+  };
+  update();
+}
+
+/** Show the row of `image` in the table of all images. */
+function showLine(image) {
+  const {line, row} = image;
+  const link = document.createElement('a');
+  link.href = `#${image.id}`;
+  link.textContent = image.name;
+  let cells = ['', '', '', '', '', describeState(image)];
+  if (row) {
+    cells = [
+      row.status,
+      row.prediction ? formatProbability(row) : '',
+      row.prediction ?? '',
+      formatThreshold(row.threshold),
+      row.code ?? '',
+      row.code ? describeState(image) : row.message ?? '',
+    ];
+  }
   line.replaceChildren();
   for (const content of [link, ...cells]) line.insertCell().append(content);
-  for (const number of [2, 4]) line.cells[number].className = 'right';
+  for (const column of [2, 4]) line.cells[column].className = 'right';
 }
 
-function count() {
-  const kinds = images.map(({row}) => row ? row.prediction?.toLowerCase() ?? 'not judged' : 'under way');
-  const counts = ['pneumonia', 'normal', 'not judged', 'under way'].map(
-    kind => [kinds.filter(one => one === kind).length, kind]);
-  const all = [images.length, images.length > 1 ? 'images' : 'image'];
-  $('#count').textContent = [all, ...counts].filter(([n]) => n).map(pair => pair.join(' ')).join(' · ');
-  $('#results').hidden = !images.length;
-  $('#save').disabled = !images.some(image => image.row);
+function showCounts() {
+  const kinds = images.map(({row}) => {
+    if (!row) return 'in progress';
+    return row.prediction?.toLowerCase() ?? 'without a prediction';
+  });
+  const parts = [`${images.length} ${images.length === 1 ? 'image' : 'images'}`];
+  for (const kind of ['pneumonia', 'normal', 'without a prediction', 'in progress']) {
+    const count = kinds.filter(other => other === kind).length;
+    if (count) parts.push(`${count} ${kind}`);
+  }
+  find('#count').textContent = parts.join(' · ');
+  find('#results').hidden = images.length === 0;
+  find('#save').disabled = !images.some(image => image.row);
 }
 
-// What is taken away
+// Download
 
-/** A cell of a CSV; what a spreadsheet would reckon with gets a ' first, as in every table of this program. */
-function cell(value) {
-  const text = typeof value === 'string' && /^'*[=+\-@\t\r\0]/.test(value) ? `'${value}` : String(value ?? '');
+/** Format a cell of a CSV file. A quote in front keeps spreadsheets from computing text that looks like a formula. */
+function formatCell(value) {
+  let text = String(value ?? '');
+  if (typeof value === 'string' && /^'*[=+\-@\t\r\0]/.test(text)) text = `'${text}`;
   return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 
-function save() {
-  const rows = images.filter(image => image.row).map(image => columns.map(name => cell(image.row[name])).join(','));
-  const table = new Blob([[columns.join(','), ...rows, ''].join('\n')], {type: 'text/csv'});
+function downloadTable() {
+  const lines = [columns.join(',')];
+  for (const {row} of images) {
+    if (row) lines.push(columns.map(name => formatCell(row[name])).join(','));
+  }
+  const table = new Blob([lines.join('\n'), '\n'], {type: 'text/csv'});
   const link = document.createElement('a');
-  Object.assign(link, {href: URL.createObjectURL(table), download: 'predictions.csv'});
+  link.href = URL.createObjectURL(table);
+  link.download = 'predictions.csv';
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
-function clear() {
+function clearPage() {
   images = [];
-  for (const place of ['#images', '#rows']) $(place).replaceChildren();
-  release();
-  count();
-  $('#chooser').focus();
+  find('#images').replaceChildren();
+  find('#rows').replaceChildren();
+  resume();
+  showCounts();
+  find('#chooser').focus();
 }
 
-// What the reader does
+// Events
 
-function drag(event, over) {
+function handleDrag(event, isOver) {
   if (!event.dataTransfer?.types.includes('Files')) return;
   event.preventDefault();
-  document.body.classList.toggle('dragging', over);
+  document.body.classList.toggle('dragging', isOver);
 }
-document.addEventListener('dragover', event => drag(event, true));
-document.addEventListener('dragleave', event => event.relatedTarget || drag(event, false));
-document.addEventListener('drop', event => { drag(event, false); addFiles(event.dataTransfer.files); });
-$('#chooser').addEventListener('change', ({target}) => { addFiles(target.files); target.value = ''; });
-for (const button of document.querySelectorAll('[data-example]')) button.addEventListener('click', () => {
-  const number = Number(button.dataset.example);
-  add([[`example-${number + 1}.png`, 0, () => fetchExample(number)]]);
-});
-$('#token').addEventListener('submit', event => {
+
+function handleToken(event) {
   event.preventDefault();
-  const secret = $('#secret').value.trim();
-  if (!/^[\x20-\x7e]+$/.test(secret)) return notice(words.E_WRONG_TOKEN, false, true);  // no header can hold it
-  sessionStorage.setItem('token', secret);
-  $('#secret').value = '';
-  release();
+  const token = find('#secret').value.trim();
+  if (!/^[\x20-\x7e]+$/.test(token)) {  // a header cannot contain other characters
+    showNotice(messages.E_WRONG_TOKEN, {token: true});
+    return;
+  }
+  sessionStorage.setItem('token', token);
+  find('#secret').value = '';
+  resume();
+}
+
+document.addEventListener('dragover', event => handleDrag(event, true));
+document.addEventListener('dragleave', event => {
+  if (!event.relatedTarget) handleDrag(event, false);
 });
-$('#again').addEventListener('click', again);
-$('#save').addEventListener('click', save);
-$('#clear').addEventListener('click', clear);
-window.addEventListener('online', () => held === 'offline' && again());
-if (told.ready !== 'yes') awaitReady();
+document.addEventListener('drop', event => {
+  handleDrag(event, false);
+  addFiles(event.dataTransfer.files);
+});
+find('#chooser').addEventListener('change', ({target}) => {
+  addFiles(target.files);
+  target.value = '';  // so that the same file can be chosen again
+});
+for (const button of document.querySelectorAll('[data-example]')) {
+  const number = Number(button.dataset.example);
+  const source = {name: `example-${number + 1}.png`, size: 0, read: () => fetchExample(number)};
+  button.addEventListener('click', () => addImages([source]));
+}
+find('#token').addEventListener('submit', handleToken);
+find('#retry').addEventListener('click', retryNow);
+find('#save').addEventListener('click', downloadTable);
+find('#clear').addEventListener('click', clearPage);
+window.addEventListener('online', () => {
+  if (pausedBy === 'offline') retryNow();
+});
+if (page.ready !== 'yes') waitForModel();

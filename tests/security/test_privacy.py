@@ -207,7 +207,7 @@ def made(planted, tmp_path_factory) -> dict[str, Path]:
         for name in ('HOME', 'USERPROFILE'):
             patch.setenv(name, str(home))
         patch.setattr(
-            'cxr_fastai.publishing.exporting.verify_afresh', lambda _: None
+            'cxr_fastai.publishing.exporting.verify_in_new_process', lambda _: None
         )  # it reads alone, and takes long twice
         for words in commands:
             assert main([str(word) for word in words]) == 0

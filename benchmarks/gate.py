@@ -1,10 +1,10 @@
-"""What the input gate of a bundle turns away: held-out chest images, and what is none.
+"""Measure how many images the input gate (out-of-distribution check) of a bundle rejects.
 
     python benchmarks/gate.py BUNDLE IMAGES
 
-IMAGES is a folder of images that the network was neither trained nor validated on. Pictures are those that scikit-image
-and scikit-learn ship; the rest is made of the images. Prints the share turned away, and of how many the network would
-have been sure (a probability below .1 or above .9).
+IMAGES is a folder of images that were used neither for training nor for validation. The other inputs are pictures of
+scikit-image and scikit-learn, and images made from IMAGES. Prints the percentage of rejected inputs, and of inputs with
+a confident prediction (a probability below 0.1 or above 0.9).
 """
 
 import argparse
@@ -44,47 +44,66 @@ PICTURES = (
     'shepp_logan_phantom',
     'text',
 )
+"""Pictures of scikit-image, among them a slice of a CT phantom and pages of text."""
+BATCH_SIZE = 32
 
 
-def pictures(seen: Preprocessing) -> np.ndarray:
-    """What the libraries ship (among it a slice of a CT phantom, and pages of text), as the network would see it."""
-    from skimage import data
-    from sklearn.datasets import load_sample_images
-
-    found = [np.asarray(getattr(data, name)()) for name in PICTURES] + load_sample_images().images
-    return np.stack([seen.fit(_grey(one)) for one in found])
-
-
-def _grey(picture: np.ndarray) -> np.ndarray:
-    if picture.dtype != np.uint8:
-        picture = np.uint8(255 * np.clip(picture.astype(float), 0, 1))
-    return np.asarray(Image.fromarray(picture).convert('L'))
-
-
-def others(images: np.ndarray, seen: Preprocessing) -> Iterator[tuple[str, np.ndarray]]:
-    """Name, and what is made of images or of nothing, grey uint8 (n, s, s)."""
-    rng, side = np.random.default_rng(0), images.shape[-1]
+def other_inputs(images: np.ndarray, preprocessing: Preprocessing) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield a name, and grey uint8 inputs (n, s, s) that are not chest images or are changed chest `images`."""
+    rng = np.random.default_rng(0)
+    side = images.shape[-1]
     half = side // 2
-    yield 'pictures', pictures(seen)
-    yield 'turned left', np.rot90(images, 1, (1, 2))
-    yield 'turned right', np.rot90(images, 3, (1, 2))
+    yield 'pictures', load_pictures(preprocessing)
+    yield 'rotated left', np.rot90(images, 1, (1, 2))
+    yield 'rotated right', np.rot90(images, 3, (1, 2))
     yield 'upside down', images[:, ::-1]
     yield 'negative', 255 - images
-    yield 'quarter of an image', np.stack([seen.fit(np.ascontiguousarray(image[:half, :half])) for image in images])
+    quarters = np.ascontiguousarray(images[:, :half, :half])
+    yield 'quarter of an image', np.stack([preprocessing.fit(quarter) for quarter in quarters])
     yield 'halves swapped', np.roll(images, half, axis=1)
     yield 'noise', rng.integers(0, 256, images.shape, dtype=np.uint8)
     clouds = np.stack([gaussian_filter(rng.standard_normal((side, side)), side / 12) for _ in range(50)])
     yield 'clouds', np.uint8(np.clip(128 + 50 * clouds / clouds.std(), 0, 255))
     yield 'blank', np.stack([np.full((side, side), grey, np.uint8) for grey in range(0, 256, 16)])
-    yield 'text', np.stack([seen.fit(_page(rng)) for _ in range(30)])
+    yield 'text', np.stack([preprocessing.fit(draw_text(rng)) for _ in range(30)])
 
 
-def _page(rng: np.random.Generator) -> np.ndarray:
+def load_pictures(preprocessing: Preprocessing) -> np.ndarray:
+    """Return the pictures of scikit-image and scikit-learn as a network would see them: grey uint8 (n, s, s)."""
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    pictures = [np.asarray(getattr(data, name)()) for name in PICTURES]
+    pictures += load_sample_images().images
+    return np.stack([preprocessing.fit(to_grey(picture)) for picture in pictures])
+
+
+def to_grey(picture: np.ndarray) -> np.ndarray:
+    """Return a picture as grey uint8 (h, w)."""
+    if picture.dtype != np.uint8:
+        picture = np.uint8(255 * np.clip(picture.astype(float), 0, 1))
+    return np.asarray(Image.fromarray(picture).convert('L'))
+
+
+def draw_text(rng: np.random.Generator) -> np.ndarray:
+    """Return a page of random letters, grey uint8 (500, 400)."""
     page = Image.new('L', (400, 500), 255)
     draw = ImageDraw.Draw(page)
     for y in range(10, 480, 18):
         draw.text((10, y), ''.join(rng.choice(list('abcdefghij klmnop'), 55)), fill=0)
     return np.asarray(page)
+
+
+def predict(predictor: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probability (n,) of each image, and whether the gate rejects it (n,)."""
+    images = np.ascontiguousarray(images)
+    probabilities, features = [], []
+    for start in range(0, len(images), BATCH_SIZE):
+        p, batch_features = predictor.engine(images[start : start + BATCH_SIZE])
+        probabilities.append(p)
+        features.append(batch_features)
+    rejected = predictor.gate.measure(np.concatenate(features), images) > 1
+    return np.concatenate(probabilities), rejected
 
 
 def main() -> None:
@@ -94,19 +113,24 @@ def main() -> None:
     parser.add_argument('images', type=Path)
     parser.add_argument('--limit', type=int, default=400)
     args = parser.parse_args()
-    predictor, rng = Predictor.load(args.bundle), np.random.default_rng(0)
-    seen, paths = Preprocessing.of(predictor.config), list_images([args.images])
-    images = np.stack([seen.load(paths[i]) for i in rng.permutation(len(paths))[: args.limit]])
-    total = []
-    for name, pixels in [('held-out images', images), *others(images[:100], seen)]:
-        batches = [np.ascontiguousarray(pixels[start : start + 32]) for start in range(0, len(pixels), 32)]
-        p, features = (np.concatenate(part) for part in zip(*map(predictor.engine, batches), strict=True))
-        away = predictor.gate.measure(features, np.ascontiguousarray(pixels)) > 1
-        if name != 'held-out images':
-            total += away.tolist()
-        sure = (np.abs(p - 0.5) > 0.4).mean()
-        print(f'{name:18s} {len(pixels):4d}: {away.mean():6.1%} turned away; sure of {sure:6.1%}')
-    print(f'{"no images, in all":18s} {len(total):4d}: {np.mean(total):6.1%} turned away')
+    predictor = Predictor.load(args.bundle)
+    preprocessing = Preprocessing.of(predictor.config)
+    paths = list_images([args.images])
+    order = np.random.default_rng(0).permutation(len(paths))
+    images = np.stack([preprocessing.load(paths[i]) for i in order[: args.limit]])
+    print_row('held-out images', *predict(predictor, images))
+    all_rejected = []
+    for name, inputs in other_inputs(images[:100], preprocessing):
+        p, rejected = predict(predictor, inputs)
+        print_row(name, p, rejected)
+        all_rejected += rejected.tolist()
+    print(f'{"all other inputs":19s} {len(all_rejected):4d}: {np.mean(all_rejected):6.1%} rejected')
+
+
+def print_row(name: str, p: np.ndarray, rejected: np.ndarray) -> None:
+    """Print the percentages of rejected inputs and of confident predictions."""
+    confident = np.abs(p - 0.5) > 0.4
+    print(f'{name:19s} {len(p):4d}: {rejected.mean():6.1%} rejected, {confident.mean():6.1%} confident')
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ The rule:
 one. It allows a pickle to *call* every allowed class with any arguments, and to replace any method of an object by
 setting an attribute of the same name. A learner needs classes such as `TfmdLists`, `ColReader` and `functools.partial`:
 `TfmdLists` calls the functions it is given, and `ColReader` reads attributes. Together they run any Python code.
-`tests/security/test_hostile.py` contains such a file. Rules 2, 3 and 4 prevent this.
+`tests/security/test_hostile_pickles.py` contains such a file. Rules 2, 3 and 4 prevent this.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class Bundle:
         if kind == 'auto':
             kind = 'onnx' if ONNX in self and find_spec('onnxruntime') else 'torch'
         engine = self._onnx_engine() if kind == 'onnx' else self._torch_engine()
-        self.selftest.check(engine, self.path, IMAGES_AT_OPEN, self.config.threshold)
+        self.selftest.check(engine, self.path, IMAGES_AT_OPEN)
         return engine
 
     def _onnx_engine(self) -> OnnxEngine:

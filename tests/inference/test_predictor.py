@@ -83,5 +83,5 @@ def test_the_threshold_decides(paths):
 
 def test_folders_are_searched_and_empty_ones_refused(images, paths, tmp_path):
     assert list_images([paths[0], images / 'test']) == [paths[0], *sorted(paths)]
-    with pytest.raises(UsageError, match='no images there'):
+    with pytest.raises(UsageError, match='no images found'):
         list_images([tmp_path])

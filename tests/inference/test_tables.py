@@ -497,7 +497,7 @@ def test_standard_input_names_images_a_line_each(bundle, odd, image, monkeypatch
 
 def test_standard_input_without_an_image_is_wrong_usage(bundle, monkeypatch):
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'\n \n')))
-    refused(2, 'no images there', 'predict', bundle, '-')
+    refused(2, 'no images found', 'predict', bundle, '-')
 
 
 def test_a_threshold_that_is_given_decides(bundle, some):

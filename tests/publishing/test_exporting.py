@@ -1,0 +1,183 @@
+"""Export: a bundle replaces an older one only when it is complete and verified."""
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from bundlefiles import change_tensors, seal
+from safetensors.numpy import load
+
+from cxr_fastai.cli import main
+from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
+from cxr_fastai.core.run import Run
+from cxr_fastai.data.items import read_items
+from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.images.synthetic import make_demo
+from cxr_fastai.inference.bundle import SELFTEST, Bundle
+from cxr_fastai.inference.config import ModelConfig
+from cxr_fastai.inference.pickles import save_learner
+from cxr_fastai.inference.selftest import ParityError
+from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.models.inputs import normalize
+from cxr_fastai.publishing import exporting
+from cxr_fastai.publishing.exporting import export, verify, verify_in_new_process
+from cxr_fastai.publishing.onnx import fold_normalisation
+from cxr_fastai.training.learner import make_learner
+
+
+@pytest.fixture
+def copy(bundle, tmp_path) -> Path:
+    """A copy of the bundle, the only file in its folder."""
+    return Path(shutil.copytree(bundle, tmp_path / 'b'))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def fail(*_: object) -> None:
+    raise ParityError('no')
+
+
+def do_nothing(*_: object) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    'faults',
+    [{'write_files': fail}, {'write_files': do_nothing, 'verify_in_new_process': fail}],
+    ids=['while files are written', 'in verification'],
+)
+def test_a_failed_export_leaves_the_old_bundle(evaluated, copy, monkeypatch, faults):
+    before = contents(copy)
+    for name, fault in faults.items():
+        monkeypatch.setattr(exporting, name, fault)
+    with pytest.raises(ParityError):
+        export(evaluated, copy)
+    assert contents(copy) == before
+    assert os.listdir(copy.parent) == ['b']
+
+
+@pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
+def test_an_interrupt_while_the_bundle_is_replaced_leaves_the_old_one(evaluated, copy, monkeypatch, error):
+    monkeypatch.setattr(exporting, 'write_files', do_nothing)
+    monkeypatch.setattr(exporting, 'verify_in_new_process', do_nothing)
+    replace, calls = os.replace, []
+
+    def interrupt(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise error('stopped')
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', interrupt)
+        with pytest.raises((CXRError, KeyboardInterrupt)):
+            export(evaluated, copy)
+    Bundle.open(copy).engine('torch')
+    assert os.listdir(copy.parent) == ['b']
+
+
+def test_only_a_bundle_is_replaced(evaluated, bundle, tmp_path):
+    folder = tmp_path / 'b'
+    folder.mkdir()
+    (folder / 'precious').write_text('x')
+    with pytest.raises(UsageError, match='is not a bundle'):
+        export(evaluated, folder)
+    (folder / 'manifest.json').write_text('{"name": "a web page"}')
+    with pytest.raises(UsageError, match='is not a bundle'):
+        export(evaluated, folder)
+    assert (folder / 'precious').read_text() == 'x'
+    with zipfile.ZipFile(tmp_path / 'images.zip', 'w') as archive:
+        archive.writestr('image.jpeg', b'x')
+    with pytest.raises(UsageError, match='is not a bundle'):
+        export(evaluated, tmp_path / 'images.zip', as_zip=True)
+
+
+def test_a_bundle_with_other_files_in_its_folder_is_not_replaced(evaluated, copy):
+    (copy / 'image.jpeg').write_text('x')
+    with pytest.raises(UsageError, match='is not a bundle'):
+        export(evaluated, copy)
+
+
+def test_the_name_must_fit_the_option_zip(evaluated, tmp_path):
+    with pytest.raises(UsageError, match='must end in .zip'):
+        export(evaluated, tmp_path / 'c', as_zip=True)
+    with pytest.raises(UsageError, match='add --zip'):
+        export(evaluated, tmp_path / 'c.zip')
+
+
+def test_a_run_that_was_not_evaluated_is_not_exported(run, capsys, tmp_path):
+    assert main(['export', str(run.path), '--out', str(tmp_path / 'b')]) == 2
+    assert 'not evaluated' in capsys.readouterr().err
+
+
+def test_images_of_another_data_set_make_no_gate(evaluated, tmp_path, monkeypatch):
+    make_demo(tmp_path / 'images', images=40, size=64, seed=9)
+    monkeypatch.setattr(Run, 'images', tmp_path / 'gone')
+    monkeypatch.setenv('CXR_DATA', str(tmp_path / 'images'))
+    with pytest.warns(CXRWarning, match='no input gate'):
+        assert exporting.read_gate_samples(evaluated, None) == {}
+
+
+def test_verification_reads_every_file(copy):
+    verify(copy)
+    with open(copy / 'MODEL_CARD.md', 'a') as file:
+        file.write(' ')
+    with pytest.raises(CXRError, match=r'MODEL_CARD.md: does not match its hash'):
+        verify(copy)
+
+
+def test_verification_finds_the_learner_of_another_network(copy, images):
+    torch.manual_seed(3)
+    recipe = make_recipe('baseline', size=64, batch_size=8)
+    learn = make_learner(make_dls(read_items(images), images, recipe), recipe)
+    save_learner(learn, copy / 'learner.pkl', ModelConfig('baseline', 64, 0.5))
+    seal(copy)
+    with pytest.raises(ParityError):
+        verify(copy)
+
+
+@pytest.mark.slow  # starts a process that imports torch and fastai; `verify` itself is tested above
+def test_verification_in_a_new_process_finds_other_predictions(copy):
+    p = load((copy / SELFTEST).read_bytes())['p']
+    change_tensors(copy, SELFTEST, p=1 - p)
+    seal(copy)
+    with pytest.raises(ParityError, match=r'nothing was exported \(.*differs by'):
+        verify_in_new_process(copy)
+
+
+def test_folding_the_normalisation_is_exact_at_the_border_too():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1))
+    grey = torch.rand(2, 1, 8, 8)
+    expected = model(normalize(grey.clone()))
+    assert fold_normalisation(model)
+    assert torch.allclose(model(torch.cat([grey, torch.ones_like(grey)], 1)), expected, atol=1e-5)
+    assert not fold_normalisation(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3)))
+
+
+def test_a_bundle_goes_to_the_hub_without_its_pickle(bundle, tmp_path, monkeypatch, capsys):
+    huggingface_hub = pytest.importorskip('huggingface_hub', reason='needs pip install "cxr_fastai[hub]"')
+    requests = {}
+
+    class Api:
+        def create_repo(self, repo: str, **options: bool) -> None:
+            requests.update(options, repo=repo)
+
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str, delete_patterns: list) -> None:
+            assert delete_patterns == ['learner.pkl']
+            shutil.copytree(folder_path, tmp_path / 'sent')
+
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+    assert main(['push-to-hub', str(bundle), 'me/model', '--private']) == 0
+    assert requests == {'repo': 'me/model', 'private': True, 'exist_ok': True}
+    assert 'https://huggingface.co/me/model' in capsys.readouterr().out
+    verify(tmp_path / 'sent')
+    assert not (tmp_path / 'sent/learner.pkl').exists()
+    assert (tmp_path / 'sent/README.md').read_bytes() == (bundle / 'MODEL_CARD.md').read_bytes()
+    monkeypatch.setattr(Api, 'create_repo', lambda *_, **__: 1 / 0)
+    assert main(['push-to-hub', str(bundle), 'me/model']) == 1
+    assert 'the Hub rejected the upload' in capsys.readouterr().err

@@ -383,14 +383,12 @@ AllowHost = Annotated[
 ]
 MaxBody = Annotated[int, Option('--max-body', metavar='MB', min=1, help='Maximum size of a request, in megabytes.')]
 MaxImages = Annotated[int, Option('--max-images', metavar='N', min=1, help='Maximum number of images per request.')]
-QueueLength = Annotated[int, Option('--queue', metavar='N', min=1, help='Maximum number of waiting requests.')]
+QueueLength = Annotated[
+    int, Option('--queue', metavar='N', min=1, help='Maximum number of requests that are answered at the same time.')
+]
 RequestTime = Annotated[
     float, Option('--timeout', metavar='SECONDS', min=1, help='Time limit for answering a request, in seconds.')
 ]
 SendTime = Annotated[
     float, Option('--send-timeout', metavar='SECONDS', min=1, help='Time limit for receiving a request, in seconds.')
 ]
-
-# Leaving with the features they belong to
-Int8 = Annotated[bool, Option('--int8', help='Withdrawn.', hidden=True)]
-ClientShare = Annotated[int, Option('--per-client', hidden=True, help='Withdrawn.')]

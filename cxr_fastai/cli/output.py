@@ -119,7 +119,7 @@ def _files_table(audit: Audit) -> Table:
 
 
 def _probes_table(audit: Audit) -> Table:
-    from cxr_fastai.data.auditing import TELLING
+    from cxr_fastai.data.auditing import SHORTCUT_AUC
 
     caption = 'too few images or patients of each class' if audit.probes.empty else None
     table = _table('probes: how well a single number predicts the class or the split', ('target', 'number'), caption)
@@ -127,7 +127,7 @@ def _probes_table(audit: Audit) -> Table:
     best = audit.probes.groupby('probe', sort=False).head(MAX_PROBES)
     for row in best.itertuples():
         auc = f'{row.auc:.3f}'
-        if row.auc > TELLING:
+        if row.auc > SHORTCUT_AUC:
             auc = f'[yellow]{auc}[/]'
         table.add_row(row.probe, row.trait, auc)
     return table
@@ -157,67 +157,71 @@ def metrics_tables(metrics: dict[str, Any]) -> Group:
 
 
 def _rates_table(metrics: dict[str, Any]) -> Table:
-    from cxr_fastai.evaluation.intervals import describe
-    from cxr_fastai.evaluation.metrics import AT_A_THRESHOLD, OVERALL, TARGETS, name_figure
+    from cxr_fastai.evaluation.intervals import format_estimate
+    from cxr_fastai.evaluation.metrics import RANKING_METRICS, TARGETS, THRESHOLD_METRICS, name_metric
 
     half = metrics['at_half']
     confusion = metrics['confusion']
+    targets = [_compare_with_target(name, metrics[name]['value'], target) for name, target in TARGETS.items()]
     intervals = '95% intervals'
     if metrics['intervals']['grouped_by_patient']:
-        intervals += ', clustered by patient, as some patients have several images'
+        intervals += ', clustered by patient'
     caption = (
-        f'{intervals}\n'
+        f'targets: {", ".join(targets)}\n'
         f'{confusion["tp"]} true positives, {confusion["fn"]} false negatives\n'
-        f'{confusion["tn"]} true negatives, {confusion["fp"]} false positives'
+        f'{confusion["tn"]} true negatives, {confusion["fp"]} false positives\n'
+        f'{intervals}'
     )
-    columns = ('', f'threshold {metrics["threshold"]:g}', 'target', f'threshold {half["threshold"]:g}')
+    columns = ('', f'threshold {metrics["threshold"]:g}', f'threshold {half["threshold"]:g}')
     table = _table(f'{metrics["n"]} images of {metrics["patients"]} patients', columns, caption)
-    for name in OVERALL:
-        table.add_row(name_figure(name), describe(metrics[name]))
+    for name in RANKING_METRICS:
+        table.add_row(name_metric(name), format_estimate(metrics[name]))
     table.add_section()
-    for name in AT_A_THRESHOLD:
-        target = _compare_with_target(metrics[name], TARGETS.get(name))
-        table.add_row(name_figure(name), describe(metrics[name]), target, describe(half[name]))
+    for name in THRESHOLD_METRICS:
+        table.add_row(name_metric(name), format_estimate(metrics[name]), format_estimate(half[name]))
     return table
 
 
-def _compare_with_target(estimate: dict[str, Any], target: float | None) -> str:
-    if target is None or estimate['value'] is None:
-        return ''
-    verdict = '[green]met[/]' if estimate['value'] >= target else '[red]missed[/]'
-    return f'≥{target:.0%} {verdict}'
+def _compare_with_target(name: str, value: float | None, target: float) -> str:
+    if value is None:
+        verdict = 'undefined'
+    elif value >= target:
+        verdict = '[green]met[/]'
+    else:
+        verdict = '[red]missed[/]'
+    return f'{name} ≥{target:.0%} {verdict}'
 
 
 def _prevalences_table(prevalences: list[dict[str, Any]]) -> Table:
-    from cxr_fastai.evaluation.intervals import describe
+    from cxr_fastai.evaluation.intervals import format_estimate
 
     table = _table('predictive values at other prevalences', ('prevalence', 'PPV', 'NPV'))
     for row in prevalences:
-        table.add_row(f'{row["prevalence"]:.3g}', describe(row['ppv']), describe(row['npv']))
+        table.add_row(f'{row["prevalence"]:.3g}', format_estimate(row['ppv']), format_estimate(row['npv']))
     return table
 
 
 def _calibration_table(metrics: dict[str, Any]) -> Table:
-    from cxr_fastai.evaluation.intervals import describe
-    from cxr_fastai.evaluation.metrics import name_figure
+    from cxr_fastai.evaluation.intervals import format_estimate
+    from cxr_fastai.evaluation.metrics import name_metric
 
     uncalibrated = metrics['calibration']
     calibrated = metrics['calibrated']
     columns = ('', 'uncalibrated', f'at temperature {calibrated["temperature"]:.2f}')
     table = _table('calibration', columns)
     for name in ('brier', 'log_loss', 'slope', 'intercept'):
-        table.add_row(name_figure(name), describe(uncalibrated[name]), describe(calibrated[name]))
+        table.add_row(name_metric(name), format_estimate(uncalibrated[name]), format_estimate(calibrated[name]))
     errors = [uncalibrated['ece'], calibrated['ece']]
     table.add_row('ECE', *[f'{error["value"]:.3f}' for error in errors])
     table.add_row(
-        'ECE expected by chance',
+        'ECE by chance',
         *[f'{error["chance"]:.3f} (95% below {error["chance_high"]:.3f})' for error in errors],
     )
     return table
 
 
 def _groups_table(groups: list[dict[str, Any]]) -> Table:
-    from cxr_fastai.evaluation.intervals import describe
+    from cxr_fastai.evaluation.intervals import format_estimate
 
     table = _table(
         'subgroups',
@@ -229,7 +233,7 @@ def _groups_table(groups: list[dict[str, Any]]) -> Table:
             table.add_row(f'{row["column"]}: {row["suppressed"]} groups too small to show', '')
             continue
         name = escape(visible(f'{row["column"]} {row["group"]}'))
-        rates = [describe(row[metric]) for metric in ('sensitivity', 'specificity', 'auc')]
+        rates = [format_estimate(row[metric]) for metric in ('sensitivity', 'specificity', 'auc')]
         table.add_row(name, str(row['n']), *rates)
     return table
 
@@ -246,17 +250,17 @@ def comparison_tables(
 
 
 def _runs_table(metrics: dict[str, dict[str, Any]]) -> Table:
-    from cxr_fastai.evaluation.intervals import describe
+    from cxr_fastai.evaluation.intervals import format_estimate
 
     table = _table('runs', ('run', 'images', 'AUC', 'sensitivity', 'specificity', 'threshold'))
     for name, run in metrics.items():
-        rates = [describe(run[metric]) for metric in ('auc', 'sensitivity', 'specificity')]
+        rates = [format_estimate(run[metric]) for metric in ('auc', 'sensitivity', 'specificity')]
         table.add_row(escape(visible(name)), str(run['n']), *rates, f'{run["threshold"]:g}')
     return table
 
 
 def _pairs_table(pairs: list[dict[str, Any]]) -> Table:
-    from cxr_fastai.evaluation.intervals import describe
+    from cxr_fastai.evaluation.intervals import format_estimate
 
     caption = 'p values by DeLong and by McNemar (exact), in brackets adjusted for the number of runs (Holm)'
     if pairs[0]['p_patients'] is not None:
@@ -271,7 +275,7 @@ def _pairs_table(pairs: list[dict[str, Any]]) -> Table:
         mcnemar = row['mcnemar']
         table.add_row(
             escape(visible(row['run'])),
-            describe(auc, sign='+'),
+            format_estimate(auc, sign='+'),
             f'{format_p(auc["p"])} ({format_p(auc["p_holm"])})',
             format_p(row['p_patients_holm']),
             f'{mcnemar["only_second"]} : {mcnemar["only_first"]}',
@@ -290,13 +294,13 @@ def format_p(p: float | None) -> str:
 
 
 def _seeds_table(seeds: dict[str, Any]) -> Table:
-    from cxr_fastai.evaluation.metrics import name_figure
+    from cxr_fastai.evaluation.metrics import name_metric
 
     title = f'{len(seeds["runs"])} seeds: {", ".join(seeds["runs"])}'
     table = _table(title, ('', 'mean', 'standard deviation'))
     for name, summary in seeds.items():
         if name != 'runs' and summary['mean'] is not None:
-            table.add_row(name_figure(name), f'{summary["mean"]:.4f}', f'{summary["sd"]:.4f}')
+            table.add_row(name_metric(name), f'{summary["mean"]:.4f}', f'{summary["sd"]:.4f}')
     return table
 
 
@@ -330,16 +334,15 @@ def _format_auc(auc: float) -> str:
 
 def check_table(check: dict[str, Any]) -> Table:
     """Tabulate the numbers of a check of maps, each with its target and whether it is reached."""
-    from cxr_fastai.interpretation.checks import CHECKS, tell
+    from cxr_fastai.interpretation.check_targets import check_rows
 
     title = f'{check["method"]} at layer {check["layer"]}, {check["images"]} images with pneumonia'
     table = _table(title, ('check',))
     for name in ('value', 'target', 'result'):
         table.add_column(name, justify='right')
     results = {True: 'passed', False: 'failed', None: ''}
-    for name, definition in CHECKS.items():
-        result = results[check['verdicts'].get(name)]
-        table.add_row(definition.words, tell(check[name]), definition.aim, result)
+    for row in check_rows(check):
+        table.add_row(row.description, row.value, row.target, results[row.passed])
     return table
 
 

@@ -91,7 +91,8 @@ def test_a_signal_ends_a_command_with_one_error_line(fails, monkeypatch, images,
 
 
 def test_the_demo_runs_every_stage(fails, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(exporting, VERIFY, lambda *_: None)  # tested in tests/publishing; starts a process
+    # tests/publishing tests it; it starts a process
+    monkeypatch.setattr(exporting, 'verify_in_new_process', lambda _: None)
     folder = tmp_path / 'demo'
     assert main(['demo', '--out', str(folder), '--images', '40', '--size', '48', '--epochs', '1']) == 0
     assert '8 of 8: report' in capsys.readouterr().out
@@ -100,4 +101,4 @@ def test_the_demo_runs_every_stage(fails, tmp_path, monkeypatch, capsys):
     fails(['demo', '--out', folder], 2, str(folder))
 
 
-VERIFY = 'verify_afresh'
+VERIFY = 'verify_in_new_process'

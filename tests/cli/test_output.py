@@ -37,8 +37,8 @@ def metrics(evaluated) -> dict:
 def test_metrics_fit_in_80_columns_with_their_targets(metrics):
     text = render(metrics_tables(metrics))
     assert max(map(len, text.splitlines())) <= 80
-    assert re.search('≥95% (met|missed)', text)
-    assert re.search(r'sensitivity +│ \d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\) │', text)
+    assert re.search('sensitivity ≥95% (met|missed), specificity ≥90% (met|missed)', text)
+    assert re.search(r'sensitivity +│ \d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\) +│', text)
 
 
 def test_numbers_have_a_leading_zero(metrics):

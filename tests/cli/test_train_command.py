@@ -121,7 +121,7 @@ def test_an_unreadable_image_can_be_skipped_and_is_named(capsys, truncated, tmp_
     assert f'{image}: E_TRUNCATED' in errors
     assert 'skipped' in errors
     recorded = [image.relative_to(folder).as_posix()] if when == 'before' else []
-    assert Run.open(tmp_path / 'run').noted('start')['unreadable'] == recorded
+    assert Run.open(tmp_path / 'run').unreadable == recorded
     # A prediction needs a result for each image, so the exported learner raises.
     with pytest.raises(ImageError):
         load_learner(tmp_path / 'run' / 'learner.pkl').predict(image)

@@ -112,12 +112,17 @@ def audit(data: Path, workers: int | None = None, hide_names: bool = False) -> A
         data='images' if hide_names else data.resolve().name,
         images=len(items),
         identity=identify_images(items),
-        counts=items.groupby(['split', 'label', 'kind']).size().rename('images').reset_index(),
+        counts=_count_kinds(items),
         facts=_summarise_files(images, usable),
         probes=probes,
         findings=tuple(sorted(findings, key=lambda finding: finding.level != 'error')),
         pictures=_draw_pictures(images, pairs, root),
     )
+
+
+def _count_kinds(items: pd.DataFrame) -> pd.DataFrame:
+    counts = items.groupby(['split', 'label', 'kind']).size().rename('images')
+    return counts.reindex(['train', 'valid', 'test'], level='split').reset_index()
 
 
 def save_audit(audit: Audit, folder: Path) -> None:
@@ -156,9 +161,11 @@ def _find_unreadable(images: pd.DataFrame) -> list[Finding]:
     unreadable = images[images.code.notna()]
     if unreadable.empty:
         return []
-    codes = ', '.join(f'{n} {code}' for code, n in Counter(unreadable.code).items())
+    codes = ', '.join(f'{code} ({n})' for code, n in Counter(unreadable.code).items())
     names = tuple(zip(unreadable['name'], unreadable.code, strict=True))
-    return [Finding('error', 'unusable images', len(unreadable), f'{codes}. Replace or remove them.', names)]
+    return [
+        Finding('error', 'unusable images', len(unreadable), f'Error codes: {codes}. Replace or remove them.', names)
+    ]
 
 
 def _find_burned_in_text(images: pd.DataFrame) -> list[Finding]:
@@ -182,7 +189,7 @@ def _find_leakage(items: pd.DataFrame, hide_names: bool) -> list[Finding]:
         name = f'patient-{number}' if hide_names else short_path(str(patient))
         groups.append((name, *splits))
     advice = (
-        'Metrics on one of the splits are too optimistic. Put each patient into one split; `--valid patients` does so '
+        'Metrics on one of the splits are too optimistic. Put each patient into one split; --valid patients does so '
         'for train and valid.'
     )
     return [Finding('error', 'patients in two splits', len(splits_by_patient), advice, tuple(groups))]
@@ -214,7 +221,7 @@ def _find_duplicates(pairs: pd.DataFrame) -> list[Finding]:
     findings = []
     for relation, group in pairs.groupby('relation'):
         level = 'error' if relation in serious else 'warning'
-        advice = f'{group.identical.sum()} of the pairs have identical pixels. {serious.get(str(relation), minor)}'
+        advice = f'Pairs with identical pixels: {group.identical.sum()}. {serious.get(str(relation), minor)}'
         names = tuple(zip(group['name'], group.other, strict=True))
         findings.append(Finding(level, f'duplicate pairs {relation}', len(group), advice, names))
     return findings
@@ -249,7 +256,7 @@ def _find_small_splits(items: pd.DataFrame) -> list[Finding]:
     warning = validation_warning(items)
     if warning is None:
         return []
-    return [Finding('warning', SMALL_VALIDATION, None, f'{warning} Consider `--valid patients`.')]
+    return [Finding('warning', SMALL_VALIDATION, None, f'{warning} Consider --valid patients.')]
 
 
 def _find_shortcuts(probes: pd.DataFrame) -> list[Finding]:

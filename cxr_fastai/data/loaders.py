@@ -58,9 +58,9 @@ def cxr_block(recipe: Recipe, cache: ImageCache | None = None) -> DataBlock:
     Images in `cache` are not decoded again; the batches are the same with and without it.
     """
     open_image = OpenImage(cache or Preprocessing.of(recipe), skip=recipe.on_bad_image == 'skip')
-    image_block = TransformBlock(type_tfms=open_image, batch_tfms=[IntToFloatTensor, NormalizeImage])
+    images = TransformBlock(type_tfms=open_image, batch_tfms=[IntToFloatTensor, NormalizeImage])
     return DataBlock(
-        blocks=(image_block, CategoryBlock(vocab=list(VOCAB), sort=False)),
+        blocks=(images, CategoryBlock(vocab=list(VOCAB), sort=False)),
         get_x=ColReader('path'),
         get_y=ColReader('label'),
         splitter=ColSplitter('split', on='valid'),

@@ -1,4 +1,4 @@
-"""Image files for tests, good and bad: bytes made on the spot, none taken from anywhere."""
+"""Valid and invalid image files for tests, all generated, as bytes."""
 
 import struct
 import zlib
@@ -10,17 +10,26 @@ from pydicom import dcmread
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset, write_file_meta_info
 from pydicom.uid import ExplicitVRLittleEndian as Explicit
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 from scipy.ndimage import gaussian_filter
 
 PATIENT = 'Doe^Jane'
 DEEP = np.uint16(1000 + 3000 * np.linspace(0, 1, 96 * 80).reshape(96, 80))
-"""12 bits' worth of levels, from 1000 at the top to 4000 at the bottom."""
+"""12-bit levels, from 1000 at the top to 4000 at the bottom."""
+RAMP = np.rint(255 * np.clip((DEEP - np.percentile(DEEP, 0.5)) / np.ptp(np.percentile(DEEP, [0.5, 99.5])), 0, 1))
+"""`DEEP` in the window between its percentiles."""
+
+
+def within(levels: int, a: np.ndarray, b: np.ndarray) -> bool:
+    """Return True if `a` and `b` differ by at most so many grey levels."""
+    return np.abs(a.astype(int) - b).max() <= levels
 
 
 def smooth(h: int, w: int, seed: int = 0) -> np.ndarray:
-    """A smooth random picture, grey uint8 (h, w), over all levels."""
+    """Return a smooth random picture with all levels, grey uint8 (h, w)."""
     noise = gaussian_filter(np.random.default_rng(seed).standard_normal((h, w)), 5)
     return np.uint8(255 * (noise - noise.min()) / np.ptp(noise))
 
@@ -29,20 +38,21 @@ GREY = smooth(96, 80)
 
 
 def encoded(picture, form='PNG', **options) -> bytes:
-    """The bytes of a picture (an array or an image) in a file format."""
+    """Return the file of a picture, an array or an image, in the format `form`."""
     buffer = BytesIO()
-    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(buffer, form, **options)
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
 def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
-    """The PNG of `GREY` with more chunks behind its header."""
+    """Return the PNG of `GREY` with more chunks behind its header."""
     png = encoded(GREY)
     return png[:33] + b''.join(_chunk(name, body) for name, body in chunks) + png[33:]
 
 
 def colour_png(bits: int) -> bytes:
-    """A PNG in colour of 8 or 16 bits a sample, with levels of 12 bits in the latter."""
+    """Return a colour PNG of 8 or 16 bits per sample."""
     rows = np.repeat(DEEP[..., None], 3, 2).astype('>u2' if bits == 16 else np.uint8)
     packed = b''.join(b'\0' + row.tobytes() for row in rows)
     chunks = (
@@ -58,14 +68,14 @@ def _chunk(name: bytes, body: bytes) -> bytes:
 
 
 def progressive_with(scans: int, size: int) -> bytes:
-    """A progressive JPEG of `size` pixels a side, with a scan of a few bytes repeated."""
+    """Return a progressive JPEG of `size` x `size` pixels in which a scan of a few bytes is repeated `scans` times."""
     jpeg = encoded(np.zeros((size, size), np.uint8), 'JPEG', progressive=True)
-    at = [i for i in range(len(jpeg) - 1) if jpeg[i : i + 2] == b'\xff\xda']
-    return jpeg[:-2] + jpeg[at[-1] : -2] * scans + jpeg[-2:]
+    last_scan = jpeg[jpeg.rindex(b'\xff\xda') : -2]
+    return jpeg[:-2] + last_scan * scans + jpeg[-2:]
 
 
 def dicom(pixels=DEEP, syntax=Explicit, data=None, **tags) -> bytes:
-    """A digital radiograph of 12 bits in 16, with a patient's name; `tags` change or (None) remove what it says."""
+    """Return a 12-bit digital radiograph with a patient's name; `tags` replace or, with None, remove elements."""
     with disable_value_validation():
         return _dicom(pixels, syntax, data, tags)
 
@@ -87,47 +97,47 @@ def _dicom(pixels, syntax, data, tags: dict) -> bytes:
             setattr(image, name, value)
     image.PixelData = pixels.tobytes() if data is None else data
     image['PixelData'].VR = 'OW' if pixels.itemsize == 2 and data is None else 'OB'
-    return _written(image)
+    return _file(image)
 
 
 def compressed(syntax) -> bytes:
-    """A digital radiograph of 8 bits (12 in RLE and JPEG-LS) in a compressed transfer syntax."""
+    """Return a digital radiograph of 8 bits (RLE and JPEG-LS: 12) in a compressed transfer syntax."""
     forms = {JPEGBaseline8Bit: ('JPEG', {'quality': 95}), JPEG2000Lossless: ('JPEG2000', {})}
     if syntax in forms:
         form, options = forms[syntax]
         return dicom(GREY, syntax, encapsulate([encoded(GREY, form, **options)]))
     image = dcmread(BytesIO(dicom()))
     image.compress({RLELossless: RLELossless, JPEGLSLossless: JPEGLSLossless}[syntax], generate_instance_uid=False)
-    return _written(image)
+    return _file(image)
 
 
 def without(name: str, image: bytes) -> bytes:
-    """The DICOM file `image` without an element of its dataset or, for the transfer syntax, of its header."""
+    """Return the DICOM file `image` without an element of its dataset or its header."""
     read = dcmread(BytesIO(image))
-    del (read.file_meta if name in read.file_meta else read)[name]
-    return _written(read, whole=False)
+    part = read.file_meta if name in read.file_meta else read
+    del part[name]
+    return _incomplete_file(read)
 
 
 def lut(first: int, values: list[int], bits: int) -> Dataset:
-    """An item of a VOI or modality LUT sequence."""
+    """Return an item of a VOI or modality LUT sequence."""
     item = Dataset()
     item.LUTDescriptor, item.LUTData = [len(values), first, bits], values
     item['LUTDescriptor'].VR = item['LUTData'].VR = 'US'
     return item
 
 
-def _written(image, whole: bool = True) -> bytes:
+def _file(image: FileDataset) -> bytes:
     buffer = BytesIO()
-    if whole:
-        image.save_as(buffer, enforce_file_format=True)
-    else:
-        from pydicom.filebase import DicomBytesIO
-        from pydicom.filewriter import write_dataset, write_file_meta_info
+    image.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
 
-        out = DicomBytesIO()
-        out.is_little_endian, out.is_implicit_VR = True, False
-        out.write(b'\0' * 128 + b'DICM')
-        write_file_meta_info(out, image.file_meta, enforce_standard=False)
-        write_dataset(out, image)
-        return out.getvalue()
+
+def _incomplete_file(image: FileDataset) -> bytes:
+    """Write elements that are there, where pydicom's `save_as` insists on those that are required."""
+    buffer = DicomBytesIO()
+    buffer.is_little_endian, buffer.is_implicit_VR = True, False
+    buffer.write(b'\0' * 128 + b'DICM')
+    write_file_meta_info(buffer, image.file_meta, enforce_standard=False)
+    write_dataset(buffer, image)
     return buffer.getvalue()

@@ -100,7 +100,6 @@ def test_copies_of_images_of_the_same_patients_do_not_narrow_any_interval():
         assert grouped[name]['high'] - grouped[name]['low'] == pytest.approx(width, rel=0.12), name
 
 
-@pytest.mark.slow
 def test_intervals_grouped_by_patient_cover_the_true_value_where_intervals_by_image_do_not():
     rng = np.random.default_rng(3)
     true_sensitivity = 0.834  # of N(0.7, 0.206) above 0.5

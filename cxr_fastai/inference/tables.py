@@ -264,7 +264,7 @@ class ParquetTable(CsvTable):
         _check_columns([table], self.columns)
         self.rows = table.where(table.notna(), None).to_dict('records')
         self.written_rows = len(self.rows)
-        return self.rows
+        return list(self.rows)
 
     def close(self) -> None:
         """Write all rows. Raises `OutputError`."""

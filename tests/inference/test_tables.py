@@ -1,231 +1,148 @@
-"""Tables of predictions: whole at any time, whatever images are called, and never written over.
-
-The numbers are those of the list of bad inputs that the project keeps: 73 to 82 are names and places to write to.
-"""
+"""Tables of predictions: complete at any time, for images of any name, and never overwritten."""
 
 import csv
-import io
 import json
-import os
 import re
 import resource
 import shutil
-import sys
-import unicodedata
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
 import pytest
-from imagefiles import encoded
+from oddnames import FORMULAS, NAMES, copy_with_odd_names
 from PIL import Image
 
-from cxr_fastai.cli import main
-from cxr_fastai.cli import run as console_script
-from cxr_fastai.core import files as core
-from cxr_fastai.core.errors import OutputError, UsageError
+from cxr_fastai.core.errors import CXRWarning, OutputError, UsageError
+from cxr_fastai.data.find import find_images
 from cxr_fastai.images.decode import read_image
 from cxr_fastai.images.preprocessing import Preprocessing
-from cxr_fastai.inference import tables as writers
+from cxr_fastai.inference import tables
 from cxr_fastai.inference.bundle import Bundle
 from cxr_fastai.inference.config import temper
 from cxr_fastai.inference.predictor import COLUMNS, Predictor
-from cxr_fastai.inference.tables import FORMULA, JsonRows, ParquetRows, open_rows
+from cxr_fastai.inference.tables import FORMULA_STARTS, JsonTable, ParquetTable, open_table, predict_to_table
 
 SUFFIXES = ['.csv', '.json', '.parquet']
-FORMULAS = ['=cmd|"/c calc"!A0.png', '+1.png', '-1.png', '@SUM(A1).png', '\t=1.png', '\r=1.png', '\0.png']
-NAMES = [
-    *FORMULAS,
-    "'=1.png",
-    "''=1.png",
-    "'",
-    "'plain.png",
-    'a\rb.png',
-    'a\nb.png',
-    'a\r\nb.png',
-    'a,"b".png',
-    ' x ',
-    '<script>alert(1)</script>.png',
-    r'$\bad$.png',
-    '[/x].png',
-    '\x1b[31mred.png',
-    'fdp.\u202egnp',
-    'a\u2028b',
-    '胸',
-    unicodedata.normalize('NFC', 'é.png'),
-    unicodedata.normalize('NFD', 'é.png'),
-    'x' * 5000,
-]
-FILES = [
-    b'=cmd.jpeg',
-    b'+1.jpeg',
-    b'-1.jpeg',
-    b'@SUM.jpeg',
-    b'\t1.jpeg',
-    b'\r1.jpeg',
-    b"'=1.jpeg",
-    b'<script>alert(1)<.jpeg',
-    rb'$\bad$.jpeg',
-    b'[/x].jpeg',
-    b'bad\xff\xfe.jpeg',
-    b'\x1b[31mred.jpeg',
-    b'new\nline.jpeg',
-    'rtl\u202egpj.jpeg'.encode(),
-    b'back\\.jpeg',
-    *(unicodedata.normalize(form, 'é.jpeg').encode() for form in ('NFC', 'NFD')),
-    b'a/same.jpeg',
-    b'b/same.jpeg',
-]
-"""What Linux allows an image to be called; a slash makes a folder."""
 BATCH = 4
 
 
-def row(path: str, **facts) -> dict:
-    return dict.fromkeys(COLUMNS) | {'path': path, 'status': 'ok'} | facts
+def row(path: str, **fields: object) -> dict:
+    return {**dict.fromkeys(COLUMNS), 'path': path, 'status': 'ok', **fields}
 
 
 def parsed(path: Path) -> list[dict]:
-    """The rows of a table as programs other than ours read them; what is missing is an empty text."""
+    """The rows of a table as other programs read them; a missing value is an empty text."""
     if path.suffix == '.json':
-        return [{k: v or '' for k, v in row.items()} for row in json.loads(path.read_bytes())]
+        return [{name: value or '' for name, value in row.items()} for row in json.loads(path.read_bytes())]
     if path.suffix == '.parquet':
         return pd.read_parquet(path).astype(object).fillna('').to_dict('records')
     with open(path, encoding='utf-8', newline='') as file:
         return list(csv.DictReader(file, strict=True))
 
 
-def command(*words) -> tuple[int, str, str]:
-    """The exit code of `cxr-fastai WORDS`, and what it prints and complains."""
-    with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as told:
-        code = main([str(word) for word in words])
-    return code, said.getvalue(), told.getvalue()
-
-
-def refused(code: int, says: str, *words) -> None:
-    got, _, told = command(*words)
-    (complaint,) = (line for line in told.splitlines() if not line.startswith('warning: '))
-    assert got == code and re.search(says, complaint), complaint
-
-
-def rows_of(bundle: Path, *words) -> list[dict]:
-    """The rows that `predict` writes as JSON."""
-    with TemporaryDirectory() as folder:
-        code, _, told = command('predict', bundle, *words, '--out', f'{folder}/rows.json')
-        assert code in (0, 3), told
-        return json.loads(Path(folder, 'rows.json').read_text())
-
-
 @contextmanager
-def full_disk(monkeypatch, path: Path, limit: int):
-    """Within, the file `path`, and its temporary neighbours, cannot grow over `limit` bytes."""
-    plain, unlimited = core.writing, resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    @contextmanager
-    def writing(where, by='--out'):
-        if where == path:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
-        try:
-            with plain(where, by):
-                yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-
-    with monkeypatch.context() as patch:
-        for module in (core, writers):
-            patch.setattr(module, 'writing', writing)
+def full_disk(limit: int) -> Iterator[None]:
+    """Within the block no file can grow beyond `limit` bytes."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+    try:
         yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 
-# Rows.
+# The files.
 
 
 @pytest.mark.parametrize('name', FORMULAS)
-def test_a_name_that_a_spreadsheet_would_reckon_with_is_text_in_a_csv(tmp_path, name):
+def test_a_name_that_a_spreadsheet_would_evaluate_is_text_in_a_csv(tmp_path, name):
     for suffix in SUFFIXES:
-        table = open_rows(tmp_path / f'p{suffix}', COLUMNS)
-        table.start()
-        table.add([row(name, message=name)])
+        table = open_table(tmp_path / f'p{suffix}', COLUMNS)
+        table.create()
+        table.append([row(name, message=name)])
         table.close()
-        (found,) = parsed(table.path)
-        wanted = f"'{name}" if suffix == '.csv' else name
-        assert (found['path'], found['message']) == (wanted, wanted)
+        (other_program,) = parsed(table.path)
+        expected = f"'{name}" if suffix == '.csv' else name
+        assert (other_program['path'], other_program['message']) == (expected, expected)
         assert table.read() == [row(name, message=name)]
 
 
 @pytest.mark.parametrize('suffix', SUFFIXES)
-def test_every_name_comes_back_as_it_was(tmp_path, suffix):
-    table = open_rows(tmp_path / f'p{suffix}', COLUMNS)
-    table.start()
-    table.add([row(name) for name in NAMES])
+def test_every_name_is_read_as_it_was_written(tmp_path, suffix):
+    table = open_table(tmp_path / f'p{suffix}', COLUMNS)
+    table.create()
+    table.append([row(name) for name in NAMES])
     table.close()
-    assert [found['path'] for found in table.read()] == NAMES
-    raw = [found['path'] for found in parsed(table.path)]
+    assert [line['path'] for line in table.read()] == NAMES
+    other_program = [line['path'] for line in parsed(table.path)]
     if suffix == '.csv':
-        assert not [name for name in raw if name.startswith(FORMULA)]
+        assert not [name for name in other_program if name.startswith(FORMULA_STARTS)]
     else:
-        assert raw == NAMES
+        assert other_program == NAMES
 
 
 @pytest.mark.parametrize('suffix', SUFFIXES)
-def test_a_table_is_whole_after_every_batch(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr(ParquetRows, 'EVERY', 1)
-    table = open_rows(tmp_path / f'p{suffix}', COLUMNS)
-    table.start()
+def test_a_table_is_complete_after_every_batch(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(ParquetTable, 'ROWS_PER_WRITE', 1)
+    table = open_table(tmp_path / f'p{suffix}', COLUMNS)
+    table.create()
     assert parsed(table.path) == table.read() == []
-    added = []
-    for n in (3, 0, 1, 2):
-        batch = [row(name, p_pneumonia=0.25, threshold=0.5) for name in NAMES[len(added) : len(added) + n]]
-        table.add(batch)
-        added += batch
-        assert len(parsed(table.path)) == len(added)
-        again = open_rows(table.path, COLUMNS).read()
-        assert [(found['path'], float(found['p_pneumonia'])) for found in again] == [(a['path'], 0.25) for a in added]
+    count = 0
+    for batch_size in (3, 0, 1, 2):
+        table.append([row(name, p_pneumonia=0.25, threshold=0.5) for name in NAMES[count : count + batch_size]])
+        count += batch_size
+        assert len(parsed(table.path)) == count
+        lines = open_table(table.path, COLUMNS).read()
+        assert [line['path'] for line in lines] == NAMES[:count]
+        assert {float(line['p_pneumonia']) for line in lines} <= {0.25}
     assert [path.name for path in tmp_path.iterdir()] == [table.path.name]
 
 
-def test_a_parquet_table_is_not_written_anew_for_every_batch(tmp_path):
-    table = open_rows(tmp_path / 'p.parquet', COLUMNS)
-    table.start()
-    table.add([row('a.png')])
+def test_a_parquet_file_is_not_rewritten_for_every_batch(tmp_path):
+    table = open_table(tmp_path / 'p.parquet', COLUMNS)
+    table.create()
+    table.append([row('a.png')])
     assert parsed(table.path) == []
-    table.add([row('b.png')] * (ParquetRows.EVERY - 1))
-    assert len(parsed(table.path)) == ParquetRows.EVERY
+    table.append([row('b.png')] * (ParquetTable.ROWS_PER_WRITE - 1))
+    assert len(parsed(table.path)) == ParquetTable.ROWS_PER_WRITE
 
 
 @pytest.mark.parametrize('suffix', ['.csv', '.json'])
-def test_a_disk_that_is_full_in_the_midst_of_a_batch_leaves_the_rows_before_it(tmp_path, monkeypatch, suffix):
-    table = open_rows(tmp_path / f'p{suffix}', COLUMNS)
-    table.start()
-    for kept in ([], [row('a.png')]):
-        table.add(kept)
+def test_a_disk_that_becomes_full_in_a_batch_leaves_the_rows_before_it(tmp_path, suffix):
+    table = open_table(tmp_path / f'p{suffix}', COLUMNS)
+    table.create()
+    for batch in ([], [row('a.png')]):
+        table.append(batch)
         before = table.path.read_bytes()
-        with full_disk(monkeypatch, table.path, len(before) + 10), pytest.raises(OutputError, match='File too large'):
-            table.add([row(name) for name in NAMES])
+        with full_disk(len(before) + 10), pytest.raises(OutputError, match='File too large'):
+            table.append([row(name) for name in NAMES])
         assert table.path.read_bytes() == before
-    table.add([row('b.png')])
-    assert [found['path'] for found in table.read()] == ['a.png', 'b.png']
+    table.append([row('b.png')])
+    assert [line['path'] for line in table.read()] == ['a.png', 'b.png']
 
 
 @pytest.mark.parametrize('suffix', SUFFIXES)
-def test_a_table_that_cannot_even_begin_leaves_nothing(tmp_path, monkeypatch, suffix):
-    table = open_rows(tmp_path / f'p{suffix}', COLUMNS)
-    with full_disk(monkeypatch, table.path, 2), pytest.raises(OutputError, match='File too large'):
-        table.start()
+def test_a_table_that_cannot_be_created_leaves_no_file(tmp_path, suffix):
+    table = open_table(tmp_path / f'p{suffix}', COLUMNS)
+    with full_disk(2), pytest.raises(OutputError, match='File too large'):
+        table.create()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_name_that_is_no_tables_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(UsageError, match=r'its name has to end in .csv, .json, .parquet'):
-        open_rows(tmp_path / 'p', ())
-    assert isinstance(open_rows(tmp_path / 'P.JSON', ()), JsonRows)
-    monkeypatch.setattr('importlib.util.find_spec', lambda _: None)
+def test_the_suffix_chooses_the_kind_of_table(tmp_path, monkeypatch):
+    assert isinstance(open_table(tmp_path / 'P.JSON', ()), JsonTable)
+    with pytest.raises(UsageError, match='The name must end in .csv, .json, .parquet'):
+        open_table(tmp_path / 'p', ())
+    monkeypatch.setattr(tables, 'find_spec', lambda _: None)
     with pytest.raises(UsageError, match=r'pip install "cxr_fastai\[parquet\]"'):
-        open_rows(tmp_path / 'p.parquet', ())
+        open_table(tmp_path / 'p.parquet', ())
 
 
-# Names.
+# Predicting to a table.
 
 
 @pytest.fixture(scope='module')
@@ -234,327 +151,265 @@ def image(images) -> Path:
 
 
 @pytest.fixture(scope='module')
-def odd(image, tmp_path_factory) -> Path:
-    if sys.platform != 'linux':
-        pytest.skip('other systems refuse some of these names')
-    folder = tmp_path_factory.mktemp('odd')
-    for name in FILES:
-        path = os.path.join(os.fsencode(folder), name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        shutil.copy(os.fsencode(image), path)
-    return folder
+def paths(images, tmp_path_factory) -> list[Path]:
+    """Eleven images in three batches; the second batch contains an empty file."""
+    empty = tmp_path_factory.mktemp('bad') / '=bad.jpeg'
+    empty.write_bytes(b'')
+    good = sorted((images / 'test').rglob('*.jpeg'))[:10]
+    return [*good[:5], empty, *good[5:]]
 
 
-def names_of(odd: Path) -> list[str]:
-    """The names below a folder as tables have them, in the order of `predict`."""
-    from cxr_fastai.data.find import find_images
+@dataclass(frozen=True)
+class Call:
+    """`predict_to_table` with the same model, images and batch size."""
 
-    found = [str(path.relative_to(odd)) for path in find_images(odd)[0]]
-    return [name.encode('utf-8', 'backslashreplace').decode() for name in found]
+    model: Path
+    paths: list[Path]
 
-
-@pytest.mark.parametrize('suffix', SUFFIXES)
-def test_images_of_every_name_get_their_row_and_no_name_commands_the_terminal(
-    bundle, odd, tmp_path, monkeypatch, suffix
-):
-    monkeypatch.chdir(odd)
-    (tmp_path / 'bad\x1b[2J\u202e\n\x9b.jpeg').write_bytes(b'')
-    table = tmp_path / f'p{suffix}'
-    code, said, told = command('predict', bundle, '.', tmp_path, '--no-gate', '--out', table)
-    wanted = [*names_of(odd), f'{tmp_path}/bad\x1b[2J\u202e\n\x9b.jpeg']
-    assert code == 3 and len(wanted) == len(FILES) + 1 and 'bad\\udcff\\udcfe.jpeg' in wanted
-    found = open_rows(table, COLUMNS).read()
-    assert [row['path'] for row in found] == wanted
-    assert {row['status'] for row in found[:-1]} == {'ok'} and found[-1]['message'] == 'E_EMPTY: the file is empty'
-    assert not [c for c in said + told if c != '\n' and not c.isprintable()]
-    cells = {line.split('│')[1].strip() for line in said.splitlines() if line.startswith('│')}
-    assert cells >= {
-        '[/x].jpeg',
-        'back\\.jpeg',
-        r'new\nline.jpeg',
-        r'\x1b[31mred.jpeg',
-        r'rtl\u202egpj.jpeg',
-        r'$\bad$.jpeg',
-    }
-    assert told.rstrip().endswith(r'bad\x1b[2J\u202e\n\x9b.jpeg: E_EMPTY: the file is empty')
-    if suffix != '.csv':
-        assert [row['path'] for row in parsed(table)] == wanted
-    else:
-        assert not [row for row in parsed(table) if row['path'].startswith(FORMULA)]
+    def __call__(self, table: Path, **options: object) -> tables.Predictions:
+        return predict_to_table(self.model, self.paths, table, batch_size=BATCH, use_gate=False, **options)
 
 
-def test_an_image_that_no_system_can_have_is_a_row(bundle, image, tmp_path):
-    listing = tmp_path / 'list.csv'
-    listing.write_text(f'path\n{"y" * 300}.png\nnul\0.png\n{image}\n')
-    rows = rows_of(bundle, 'x' * 300 + '.png', listing, image, '--no-gate')
-    assert [row['status'] for row in rows] == ['error', 'error', 'error', 'ok', 'ok']
-    assert [row['message'] for row in rows[:3]] == ['E_IO: File name too long'] * 2 + [
-        'E_IO: no file can have this name'
-    ]
+@pytest.fixture(scope='module')
+def predict(bundle, paths) -> Call:
+    return Call(bundle, paths)
 
 
-def test_letters_that_the_terminal_lacks_are_escaped(bundle, image, tmp_path, monkeypatch):
-    shutil.copy(image, tmp_path / 'é胸.jpeg')
+@pytest.fixture(scope='module')
+def complete(predict, tmp_path_factory) -> dict[str, Path]:
+    """Tables by suffix, as they are without an interruption."""
+    paths = {suffix: tmp_path_factory.mktemp('complete') / f'p{suffix}' for suffix in SUFFIXES}
+    for path in paths.values():
+        predict(path)
+    return paths
+
+
+def is_same(table: Path, complete: dict[str, Path]) -> bool:
+    if table.suffix == '.parquet':
+        return pd.read_parquet(table).equals(pd.read_parquet(complete['.parquet']))
+    return table.read_bytes() == complete[table.suffix].read_bytes()
+
+
+def test_the_result_has_rows_positives_and_failures(predict, complete, tmp_path):
+    predictions = predict(tmp_path / 'p.json')
+    assert predictions.rows == json.loads(complete['.json'].read_text())
+    assert predictions.positives == sum(row['prediction'] == 'PNEUMONIA' for row in predictions.rows)
+    (failure,) = predictions.failures
+    assert failure['code'] == 'E_EMPTY' and failure['path'].endswith('=bad.jpeg')
+    assert predictions.predictor.gate is None
+
+
+def test_without_a_table_nothing_is_written(bundle, image, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, 'argv', ['cxr-fastai', 'predict', str(bundle), 'é胸.jpeg', '--no-gate'])
-    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), 'ascii'))
-    with pytest.raises(SystemExit) as ended:
-        console_script()
-    sys.stdout.flush()
-    assert ended.value.code == 0 and rb'\xe9\u80f8.jpeg' in sys.stdout.buffer.getvalue()
+    assert len(predict_to_table(bundle, [image]).rows) == 1
+    assert not list(tmp_path.iterdir())
 
 
-def test_pictures_are_called_by_the_number_of_their_row(bundle, odd, tmp_path, monkeypatch):
-    monkeypatch.chdir(odd)
-    (tmp_path / 'bad.jpeg').write_bytes(b'')
-    images = [
-        'a/same.jpeg',
-        tmp_path / 'bad.jpeg',
-        'b/same.jpeg',
-        r'$\bad$.jpeg',
-        os.fsdecode(b'bad\xff\xfe.jpeg'),
-        '\x1b[31mred.jpeg',
-        'new\nline.jpeg',
-    ]
-    argv = ['predict', bundle, *images, '--no-gate', '--explain', '--out', tmp_path / 'p.csv']
-    code, said, told = command(*argv)
-    assert code == 3 and '\x1b' not in said and r'bad\udcff\udcfe.jpeg: p(pneumonia)' in said
-    assert len(told.splitlines()) == 1  # the bad image is told of once
-    drawn = sorted(path.name for path in (tmp_path / 'p_maps').iterdir())
-    assert drawn == [f'{number:04d}.png' for number in (1, 3, 4, 5, 6, 7)]
-    before = {path: path.read_bytes() for path in (tmp_path / 'p_maps').iterdir()}
-    argv[-1] = tmp_path / 'p.json'
-    refused(2, 'p_maps exists already and nothing in it was overwritten', *argv)
-    assert before == {path: path.read_bytes() for path in (tmp_path / 'p_maps').iterdir()}
-    assert not (tmp_path / 'p.json').exists()
-
-
-# Places.
+def test_a_model_without_a_gate_is_a_warning(evaluated, image):
+    with pytest.warns(CXRWarning, match='has no input gate'):
+        predict_to_table(evaluated.path, [image])
 
 
 @pytest.mark.parametrize('suffix', SUFFIXES)
-def test_a_table_that_is_there_is_left_alone(bundle, image, tmp_path, suffix):
-    (table := tmp_path / f'p{suffix}').write_text('precious')
-    refused(2, 'exists already and was left alone', 'predict', bundle, image, '--out', table)
-    refused(2, 'is no table of predictions', 'predict', bundle, image, '--out', table, '--resume')
+def test_images_of_every_name_get_their_row(bundle, image, tmp_path, monkeypatch, suffix):
+    monkeypatch.chdir(copy_with_odd_names(image, tmp_path / 'images'))
+    paths, _ = find_images(Path('.'))
+    table = tmp_path / f'p{suffix}'
+    predict_to_table(bundle, paths, table, use_gate=False)
+    expected = [str(path).encode('utf-8', 'backslashreplace').decode() for path in paths]
+    lines = open_table(table, COLUMNS).read()
+    assert [line['path'] for line in lines] == expected
+    assert {line['status'] for line in lines} == {'ok'}
+    other_program = [line['path'] for line in parsed(table)]
+    if suffix == '.csv':
+        assert not [path for path in other_program if path.startswith(FORMULA_STARTS)]
+    else:
+        assert other_program == expected
+
+
+@pytest.mark.parametrize('suffix', SUFFIXES)
+def test_an_existing_table_is_not_changed(predict, tmp_path, suffix):
+    table = tmp_path / f'p{suffix}'
+    table.write_text('precious')
+    with pytest.raises(UsageError, match='exists already and was not changed'):
+        predict(table)
+    with pytest.raises(UsageError, match='is not a table of predictions'):
+        predict(table, resume=True)
     table.chmod(0o400)
-    refused(2, 'exists already', 'predict', bundle, image, '--out', table)
+    with pytest.raises(UsageError, match='exists already'):
+        predict(table)
     assert table.read_text() == 'precious'
 
 
 @pytest.mark.parametrize('content', ['', '{}', 'null', '5', '[1]', '[["path"]]', '[{"path": "a.png"}]', '[' * 100_000])
-def test_json_that_is_no_table_is_not_gone_on_with(bundle, image, tmp_path, content):
-    (tmp_path / 'p.json').write_text(content)
-    refused(2, 'is no table of predictions', 'predict', bundle, image, '--out', tmp_path / 'p.json', '--resume')
-    assert (tmp_path / 'p.json').read_text() == content
+def test_other_json_is_not_resumed(predict, tmp_path, content):
+    table = tmp_path / 'p.json'
+    table.write_text(content)
+    with pytest.raises(UsageError, match='is not a table of predictions'):
+        predict(table, resume=True)
+    assert table.read_text() == content
 
 
 @pytest.mark.parametrize(
     'content', ['', 'a,b\n', f'{",".join(COLUMNS)}\nx.png,ok\n', f'"{"x" * 200_000}"', '\0', '\xff']
 )
-def test_a_csv_that_is_no_table_is_not_gone_on_with(bundle, image, tmp_path, content):
-    (tmp_path / 'p.csv').write_text(content, encoding='latin-1')
-    refused(2, 'is no table of predictions', 'predict', bundle, image, '--out', tmp_path / 'p.csv', '--resume')
-    assert (tmp_path / 'p.csv').read_text(encoding='latin-1') == content
+def test_another_csv_file_is_not_resumed(predict, tmp_path, content):
+    table = tmp_path / 'p.csv'
+    table.write_text(content, encoding='latin-1')
+    with pytest.raises(UsageError, match='is not a table of predictions'):
+        predict(table, resume=True)
+    assert table.read_text(encoding='latin-1') == content
 
 
-def test_a_parquet_table_of_something_else_is_not_gone_on_with(bundle, image, tmp_path):
-    pd.DataFrame({'a': []}).to_parquet(tmp_path / 'p.parquet')
-    before = (tmp_path / 'p.parquet').read_bytes()
-    refused(2, 'is no table of predictions', 'predict', bundle, image, '--out', tmp_path / 'p.parquet', '--resume')
-    assert (tmp_path / 'p.parquet').read_bytes() == before
+def test_another_parquet_file_is_not_resumed(predict, tmp_path):
+    table = tmp_path / 'p.parquet'
+    pd.DataFrame({'a': []}).to_parquet(table)
+    before = table.read_bytes()
+    with pytest.raises(UsageError, match='is not a table of predictions'):
+        predict(table, resume=True)
+    assert table.read_bytes() == before
 
 
-@pytest.mark.parametrize('resume', [[], ['--resume']])
+@pytest.mark.parametrize('resume', [False, True])
 @pytest.mark.parametrize('suffix', SUFFIXES)
-def test_a_place_that_is_a_folder_or_an_image_is_refused(bundle, image, tmp_path, suffix, resume):
+def test_a_folder_or_an_image_is_not_a_table(predict, image, tmp_path, suffix, resume):
     (tmp_path / f'folder{suffix}').mkdir()
-    refused(2, 'exists already|no table', 'predict', bundle, image, '--out', tmp_path / f'folder{suffix}', *resume)
-    shutil.copy(image, again := tmp_path / f'image{suffix}')
-    if suffix == '.csv':
-        again.write_text(f'path\n{image}\n')  # which lists images
-    before = again.read_bytes()
-    refused(2, 'exists already|no table', 'predict', bundle, again, '--out', again, *resume)
-    assert again.read_bytes() == before
+    with pytest.raises(UsageError, match='exists already|not a table'):
+        predict(tmp_path / f'folder{suffix}', resume=resume)
+    copy = Path(shutil.copy(image, tmp_path / f'image{suffix}'))
+    before = copy.read_bytes()
+    with pytest.raises(UsageError, match='exists already|not a table'):
+        predict(copy, resume=resume)
+    assert copy.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ('options', 'says'),
-    [
-        (['--out', 'image.jpeg'], 'has to end in'),
-        (['--out', 'nowhere/p.csv'], 'the folder nowhere does not exist'),
-        (['--resume'], '--resume needs --out'),
-        (['--explain'], '--explain needs --out'),
-    ],
-)
-def test_options_that_do_not_fit_together_are_refused(bundle, image, tmp_path, monkeypatch, options, says):
-    monkeypatch.chdir(tmp_path)
-    refused(2, says, 'predict', bundle, image, *options)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(not Path('/sys').is_dir(), reason='needs a file system that refuses new files, also to root')
+@pytest.mark.skipif(not Path('/sys').is_dir(), reason='needs /sys, where nobody can create files; run it on Linux')
 @pytest.mark.parametrize('suffix', SUFFIXES)
-def test_a_folder_that_takes_no_file_ends_with_six(bundle, image, suffix):
-    refused(6, 'cannot be written', 'predict', bundle, image, '--out', f'/sys/cxr{suffix}')
+def test_a_folder_that_cannot_be_written_is_an_output_error(predict, suffix):
+    with pytest.raises(OutputError, match='cannot be written'):
+        predict(Path(f'/sys/cxr{suffix}'))
 
 
-# Stops.
+def interrupt_batch(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Let the prediction of a batch, counted from 1, be interrupted."""
+    infer = Predictor.infer
+    calls = 0
 
+    def interrupted(self: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal calls
+        if len(images) > 1:  # opening a bundle predicts one image
+            calls += 1
+        if calls == batch:
+            raise KeyboardInterrupt
+        return infer(self, images)
 
-@pytest.fixture(scope='module')
-def some(images, tmp_path_factory) -> list[Path]:
-    """Eleven images in three batches; a bad one in the second."""
-    bad = tmp_path_factory.mktemp('bad') / '=bad.jpeg'
-    bad.write_bytes(b'')
-    found = sorted((images / 'test').rglob('*.jpeg'))[:10]
-    return [*found[:5], bad, *found[5:]]
-
-
-@pytest.fixture(scope='module')
-def argv(bundle, some) -> list:
-    return ['predict', bundle, *some, '--batch-size', BATCH, '--no-gate', '--out']
-
-
-@pytest.fixture(scope='module')
-def whole(argv, tmp_path_factory) -> dict[str, Path]:
-    """The tables of a command that nothing stopped."""
-    tables = {suffix: tmp_path_factory.mktemp('whole') / f'p{suffix}' for suffix in SUFFIXES}
-    for table in tables.values():
-        assert command(*argv, table)[0] == 3
-    return tables
-
-
-def same(table: Path, whole: dict[str, Path]) -> bool:
-    if table.suffix != '.parquet':
-        return table.read_bytes() == whole[table.suffix].read_bytes()
-    return pd.read_parquet(table).equals(pd.read_parquet(whole['.parquet']))
-
-
-def stop(monkeypatch, batch: int, error: BaseException) -> None:
-    """Let prediction end at that batch, counted from 1."""
-    rows, count = Predictor._rows, iter(range(1, 99))
-
-    def stopped(self, images):
-        if next(count) == batch:
-            raise error
-        return rows(self, images)
-
-    monkeypatch.setattr(Predictor, '_rows', stopped)
+    monkeypatch.setattr(Predictor, 'infer', interrupted)
 
 
 @pytest.mark.parametrize('batch', [1, 3])
 @pytest.mark.parametrize('suffix', SUFFIXES)
-def test_a_command_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
-    argv, whole, tmp_path, monkeypatch, suffix, batch
-):
+def test_an_interrupted_table_is_resumed_to_the_same_table(predict, complete, tmp_path, monkeypatch, suffix, batch):
     table = tmp_path / f'p{suffix}'
     with monkeypatch.context() as patch:
-        stop(patch, batch, KeyboardInterrupt())
-        assert command(*argv, table)[0] == 130
-    assert parsed(table) == parsed(whole[suffix])[: (batch - 1) * BATCH]
-    for _ in range(2):  # again changes nothing
-        assert command(*argv, table, '--resume')[0] == 3 and same(table, whole)
+        interrupt_batch(patch, batch)
+        with pytest.raises(KeyboardInterrupt):
+            predict(table)
+    assert parsed(table) == parsed(complete[suffix])[: (batch - 1) * BATCH]
+    for _ in range(2):  # the second time nothing is left to do
+        assert len(predict(table, resume=True).rows) == 11
+        assert is_same(table, complete)
 
 
 @pytest.mark.parametrize('suffix', SUFFIXES)
-def test_a_disk_that_was_full_costs_no_row_that_was_written(argv, whole, tmp_path, monkeypatch, suffix):
+def test_a_full_disk_loses_no_row_that_was_written(predict, complete, tmp_path, suffix):
+    empty = open_table(tmp_path / f'empty{suffix}', COLUMNS)
+    empty.create()
     table = tmp_path / f'p{suffix}'
-    open_rows(table, COLUMNS).start()
-    room = table.stat().st_size + 40 if suffix == '.parquet' else whole[suffix].stat().st_size - 40
-    table.unlink()
-    with full_disk(monkeypatch, table, room):
-        refused(6, f'p{suffix}: cannot be written .*File too large', *argv, table)
-    assert parsed(table) == parsed(whole[suffix])[: 0 if suffix == '.parquet' else 2 * BATCH]
-    assert command(*argv, table, '--resume')[0] == 3 and same(table, whole)
+    limit = complete[suffix].stat().st_size - 40
+    rows_left = 2 * BATCH
+    if suffix == '.parquet':  # written once, at the end
+        limit = empty.path.stat().st_size + 40
+        rows_left = 0
+    with full_disk(limit), pytest.raises(OutputError, match=f'p{suffix}: cannot be written .*File too large'):
+        predict(table)
+    assert parsed(table) == parsed(complete[suffix])[:rows_left]
+    predict(table, resume=True)
+    assert is_same(table, complete)
 
 
 @pytest.mark.parametrize('suffix', SUFFIXES)
-def test_what_was_not_begun_is_begun_by_resume(argv, whole, tmp_path, suffix):
-    assert command(*argv, tmp_path / f'p{suffix}', '--resume')[0] == 3 and same(tmp_path / f'p{suffix}', whole)
+def test_resume_starts_a_table_that_does_not_exist(predict, complete, tmp_path, suffix):
+    predict(tmp_path / f'p{suffix}', resume=True)
+    assert is_same(tmp_path / f'p{suffix}', complete)
 
 
 @pytest.mark.parametrize('suffix', SUFFIXES)
-def test_a_table_of_other_images_or_another_threshold_is_not_gone_on_with(bundle, some, argv, whole, tmp_path, suffix):
-    table = Path(shutil.copy(whole[suffix], tmp_path / f'p{suffix}'))
-    refused(2, 'is about other images', 'predict', bundle, *some[::-1], '--out', table, '--resume')
-    refused(2, 'is about other images', 'predict', bundle, *some[:3], '--out', table, '--resume')
-    refused(2, 'has the threshold .*, now it would be 0.125', *argv, table, '--resume', '--threshold', '0.125')
-    assert table.read_bytes() == whole[suffix].read_bytes()
+def test_a_table_of_other_images_or_another_threshold_is_not_resumed(predict, paths, complete, tmp_path, suffix):
+    table = Path(shutil.copy(complete[suffix], tmp_path / f'p{suffix}'))
+    for other_paths in (paths[::-1], paths[:3]):
+        with pytest.raises(UsageError, match='contains other images'):
+            Call(predict.model, other_paths)(table, resume=True)
+    with pytest.raises(UsageError, match=r'has the threshold .*, but now it is 0.125'):
+        predict(table, resume=True, threshold=0.125)
+    assert table.read_bytes() == complete[suffix].read_bytes()
 
 
-# Sources and options.
+# Options.
 
 
-def test_standard_input_names_images_a_line_each(bundle, odd, image, monkeypatch):
-    monkeypatch.chdir(odd)
-    names = [b'bad\xff\xfe.jpeg', b' ', b'', b'=cmd.jpeg\r', b'gone.jpeg', b'-1.jpeg']
-    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'\n'.join(names)), 'utf-8'))
-    rows = rows_of(bundle, image, '-', '--no-gate')
-    assert [row['path'] for row in rows] == [str(image), r'bad\udcff\udcfe.jpeg', '=cmd.jpeg', 'gone.jpeg', '-1.jpeg']
-    assert [row['status'] for row in rows] == ['ok', 'ok', 'ok', 'error', 'ok']
+@pytest.fixture(scope='module')
+def good_paths(paths) -> list[Path]:
+    return [path for path in paths if not re.search('bad', path.name)]
 
 
-def test_standard_input_without_an_image_is_wrong_usage(bundle, monkeypatch):
-    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'\n \n')))
-    refused(2, 'no images found', 'predict', bundle, '-')
-
-
-def test_a_threshold_that_is_given_decides(bundle, some):
-    images = [*some[:5], *some[6:]]
-    plain = rows_of(bundle, *images, '--no-gate')
-    cut = float(np.median([row['p_pneumonia'] for row in plain]))
-    for threshold, called in ((0, 10), (cut, 5), (1, 0)):
-        rows = rows_of(bundle, *images, '--no-gate', '--threshold', threshold)
+def test_the_threshold_option_replaces_that_of_the_model(bundle, good_paths):
+    plain = predict_to_table(bundle, good_paths, use_gate=False).rows
+    median = float(np.median([row['p_pneumonia'] for row in plain]))
+    for threshold, positives in ((0, 10), (median, 5), (1, 0)):
+        predictions = predict_to_table(bundle, good_paths, use_gate=False, threshold=threshold)
+        rows = predictions.rows
         assert {row['threshold'] for row in rows} == {threshold}
         assert [row['p_pneumonia'] for row in rows] == [row['p_pneumonia'] for row in plain]
         assert [row['prediction'] == 'PNEUMONIA' for row in rows] == [row['p_pneumonia'] >= threshold for row in rows]
-        assert sum(row['prediction'] == 'PNEUMONIA' for row in rows) == called
-    assert command('predict', bundle, images[0], '--threshold', '1.5')[0] == 2
+        assert predictions.positives == positives
 
 
-def test_calibrated_probabilities_are_at_the_temperature_and_change_no_decision(bundle, some):
-    images, temperature = [*some[:5], *some[6:]], Bundle.open(bundle).config.temperature
-    plain, warm = rows_of(bundle, *images, '--no-gate'), rows_of(bundle, *images, '--no-gate', '--calibrated')
+def test_calibration_scales_probabilities_and_threshold_and_changes_no_class(bundle, good_paths):
+    temperature = Bundle.open(bundle).config.temperature
+    plain = predict_to_table(bundle, good_paths, use_gate=False).rows
+    calibrated = predict_to_table(bundle, good_paths, use_gate=False, calibrated=True).rows
     assert temperature != 1
-    for a, b in zip(plain, warm, strict=True):
-        assert b['p_pneumonia'] == pytest.approx(temper(a['p_pneumonia'], temperature)) != a['p_pneumonia']
-        assert b['threshold'] == pytest.approx(temper(a['threshold'], temperature))
-        assert a['prediction'] == b['prediction']
-    (told,) = rows_of(bundle, images[0], '--no-gate', '--calibrated', '--threshold', '0.3')
-    assert told['threshold'] == pytest.approx(0.3)
+    for before, after in zip(plain, calibrated, strict=True):
+        assert after['p_pneumonia'] == pytest.approx(temper(before['p_pneumonia'], temperature))
+        assert after['p_pneumonia'] != before['p_pneumonia']
+        assert after['threshold'] == pytest.approx(temper(before['threshold'], temperature))
+        assert after['prediction'] == before['prediction']
 
 
-def test_a_map_tells_the_probability_of_the_table(bundle, image, tmp_path):
-    argv = ['predict', bundle, image, '--no-gate', '--calibrated', '--threshold', '0.3', '--explain', '--tta']
-    code, said, _ = command(*argv, '--out', tmp_path / 'p.json')
-    (found,) = parsed(tmp_path / 'p.json')
-    assert code == 0 and f'p(pneumonia) {found["p_pneumonia"]:.3f}, threshold 0.3: {found["prediction"]}' in said
+def test_a_threshold_is_on_the_scale_of_calibrated_probabilities(bundle, image):
+    (row,) = predict_to_table(bundle, [image], use_gate=False, calibrated=True, threshold=0.3).rows
+    assert row['threshold'] == pytest.approx(0.3)
 
 
-def test_tta_is_the_mean_of_an_image_and_its_mirror_image(bundle, some, tmp_path):
-    seen = Preprocessing.of(Bundle.open(bundle).config)
-    for number, path in enumerate(some[:3]):
-        square = seen.square(read_image(path))
+def test_tta_is_the_mean_of_an_image_and_its_mirror_image(bundle, good_paths, tmp_path):
+    preprocessing = Preprocessing.of(Bundle.open(bundle).config)
+    for number, path in enumerate(good_paths[:3]):
+        square = preprocessing.square(read_image(path))
         Image.fromarray(square).save(tmp_path / f'{number}.png')
         Image.fromarray(square[:, ::-1]).save(tmp_path / f'{number}-mirrored.png')
-    plain = {Path(row['path']).stem: row['p_pneumonia'] for row in rows_of(bundle, tmp_path, '--no-gate')}
-    both = {Path(row['path']).stem: row['p_pneumonia'] for row in rows_of(bundle, tmp_path, '--no-gate', '--tta')}
+    paths = sorted(tmp_path.iterdir())
+    plain, averaged = {}, {}
+    for probabilities, tta in ((plain, False), (averaged, True)):
+        for row in predict_to_table(bundle, paths, use_gate=False, tta=tta).rows:
+            probabilities[Path(row['path']).stem] = row['p_pneumonia']
     for number in range(3):
-        pair = plain[f'{number}'], plain[f'{number}-mirrored']
-        assert abs(pair[0] - pair[1]) > 1e-5
-        assert both[f'{number}'] == pytest.approx(sum(pair) / 2, abs=1e-6) == both[f'{number}-mirrored']
+        p, mirrored = plain[f'{number}'], plain[f'{number}-mirrored']
+        assert abs(p - mirrored) > 1e-5
+        assert averaged[f'{number}'] == pytest.approx((p + mirrored) / 2, abs=1e-6)
+        assert averaged[f'{number}'] == averaged[f'{number}-mirrored']
 
 
-def test_a_picture_that_the_gate_turns_away_has_neither_probability_nor_map(bundle, image, tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (128, 128), dtype=np.uint8)
-    (tmp_path / 'noise.png').write_bytes(encoded(noise))
-    argv = ['predict', bundle, tmp_path / 'noise.png', image, '--explain', '--out']
-    code, said, told = command(*argv, tmp_path / 'p.json')
-    away, inside = parsed(tmp_path / 'p.json')
-    assert code == 3 and (away['status'], away['code']) == ('rejected', 'E_OUT_OF_DISTRIBUTION')
-    assert away['p_pneumonia'] == away['prediction'] == '' and inside['status'] == 'ok'
-    assert [path.name for path in (tmp_path / 'p_maps').iterdir()] == ['0002.png'] and 'noise.png: p(' not in said
-    assert 'rejected: ' in told and '--no-gate tells the probability' in told
-    told, _ = rows_of(bundle, tmp_path / 'noise.png', image, '--no-gate')
-    assert told['status'] == 'ok' and 0 <= told['p_pneumonia'] <= 1
+def test_unusable_paths_get_a_row(bundle, image):
+    rows = predict_to_table(bundle, [Path('x' * 300 + '.png'), Path('nul\0.png'), image], use_gate=False).rows
+    assert [row['status'] for row in rows] == ['error', 'error', 'ok']
+    assert [row['message'] for row in rows[:2]] == ['E_IO: File name too long', 'E_IO: not a valid file name']

@@ -1,0 +1,192 @@
+"""The command `predict`: its options, what it prints, and its exit codes."""
+
+import io
+import json
+import os
+import re
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+from imagefiles import encoded
+from oddnames import FILES, copy_with_odd_names
+
+from cxr_fastai.cli import main
+from cxr_fastai.cli import run as console_script
+
+
+def run_command(*words: object) -> tuple[int, str, str]:
+    """The exit code of a command, its standard output and its standard error."""
+    with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()) as errors:
+        code = main([str(word) for word in words])
+    return code, output.getvalue(), errors.getvalue()
+
+
+@pytest.fixture(scope='module')
+def image(images) -> Path:
+    return sorted((images / 'test').rglob('*.jpeg'))[0]
+
+
+@pytest.fixture(scope='module')
+def odd(image, tmp_path_factory) -> Path:
+    return copy_with_odd_names(image, tmp_path_factory.mktemp('odd'))
+
+
+@pytest.mark.parametrize(
+    ('options', 'pattern'),
+    [
+        (['--out', 'image.jpeg'], 'The name must end in'),
+        (['--out', 'nowhere/p.csv'], 'the folder nowhere does not exist'),
+        (['--resume'], '--resume needs --out'),
+        (['--explain'], '--explain needs --out'),
+        (['--threshold', '1.5'], ''),
+    ],
+)
+def test_options_that_do_not_fit_together_are_usage_errors(bundle, image, tmp_path, monkeypatch, options, pattern):
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = run_command('predict', bundle, image, *options)
+    assert code == 2 and re.search(pattern, errors)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_of_images_is_not_overwritten_by_the_predictions(bundle, image, tmp_path):
+    listing = tmp_path / 'list.csv'
+    listing.write_text(f'path\n{image}\n')
+    for options in ([], ['--resume']):
+        code, _, errors = run_command('predict', bundle, listing, '--out', listing, *options)
+        assert code == 2 and re.search('exists already|not a table', errors)
+    assert listing.read_text() == f'path\n{image}\n'
+
+
+@pytest.mark.skipif(not Path('/sys').is_dir(), reason='needs /sys, where nobody can create files; run it on Linux')
+def test_a_table_that_cannot_be_written_ends_with_six(bundle, image):
+    code, _, errors = run_command('predict', bundle, image, '--out', '/sys/cxr.csv')
+    assert code == 6 and 'cannot be written' in errors
+
+
+def test_file_names_cannot_control_the_terminal(bundle, odd, tmp_path, monkeypatch):
+    monkeypatch.chdir(odd)
+    (tmp_path / 'bad\x1b[2J\u202e\n\x9b.jpeg').write_bytes(b'')
+    table = tmp_path / 'p.json'
+    code, output, errors = run_command('predict', bundle, '.', tmp_path, '--no-gate', '--out', table)
+    rows = json.loads(table.read_text())
+    assert code == 3 and len(rows) == len(FILES) + 1
+    assert 'bad\\udcff\\udcfe.jpeg' in [row['path'] for row in rows]
+    assert not [char for char in output + errors if char != '\n' and not char.isprintable()]
+    cells = {line.split('│')[1].strip() for line in output.splitlines() if line.startswith('│')}
+    assert cells >= {
+        '[/x].jpeg',
+        'back\\.jpeg',
+        r'new\nline.jpeg',
+        r'\x1b[31mred.jpeg',
+        r'rtl\u202egpj.jpeg',
+        r'$\bad$.jpeg',
+    }
+    assert errors.rstrip().endswith(r'bad\x1b[2J\u202e\n\x9b.jpeg: E_EMPTY: the file is empty')
+
+
+def test_letters_that_the_terminal_cannot_show_are_escaped(bundle, image, tmp_path, monkeypatch):
+    (tmp_path / 'é胸.jpeg').write_bytes(image.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['cxr-fastai', 'predict', str(bundle), 'é胸.jpeg', '--no-gate'])
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), 'ascii'))
+    with pytest.raises(SystemExit) as ended:
+        console_script()
+    sys.stdout.flush()
+    assert ended.value.code == 0
+    assert rb'\xe9\u80f8.jpeg' in sys.stdout.buffer.getvalue()
+
+
+def test_an_interrupt_ends_with_130_and_leaves_a_table_to_resume(bundle, images, tmp_path, monkeypatch):
+    from cxr_fastai.inference.predictor import Predictor
+
+    infer = Predictor.infer
+
+    def interrupted(self: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if len(images) == 2:  # the last batch of twelve images
+            raise KeyboardInterrupt
+        return infer(self, images)
+
+    argv = ['predict', bundle, images / 'test', '--batch-size', 5, '--no-gate', '--out', tmp_path / 'p.csv']
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, 'infer', interrupted)
+        assert run_command(*argv)[0] == 130
+    assert len((tmp_path / 'p.csv').read_text().splitlines()) == 11
+    code, output, _ = run_command(*argv, '--resume')
+    assert code == 0
+    assert re.search(r'12 images, \d+ classified as PNEUMONIA, 0 failed; rows in', output)
+
+
+def test_standard_input_names_one_image_per_line(bundle, odd, image, tmp_path, monkeypatch):
+    monkeypatch.chdir(odd)
+    lines = [b'bad\xff\xfe.jpeg', b' ', b'', b'=cmd.jpeg\r', b'gone.jpeg', b'-1.jpeg']
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'\n'.join(lines)), 'utf-8'))
+    table = tmp_path / 'p.json'
+    assert run_command('predict', bundle, image, '-', '--no-gate', '--out', table)[0] == 3
+    rows = json.loads(table.read_text())
+    assert [row['path'] for row in rows] == [str(image), r'bad\udcff\udcfe.jpeg', '=cmd.jpeg', 'gone.jpeg', '-1.jpeg']
+    assert [row['status'] for row in rows] == ['ok', 'ok', 'ok', 'error', 'ok']
+
+
+def test_standard_input_without_an_image_is_a_usage_error(bundle, monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'\n \n')))
+    code, _, errors = run_command('predict', bundle, '-')
+    assert code == 2 and 'no images found' in errors
+
+
+def test_maps_are_named_by_the_number_of_the_row(bundle, odd, tmp_path, monkeypatch):
+    monkeypatch.chdir(odd)
+    (tmp_path / 'bad.jpeg').write_bytes(b'')
+    images = [
+        'a/same.jpeg',
+        tmp_path / 'bad.jpeg',
+        'b/same.jpeg',
+        r'$\bad$.jpeg',
+        os.fsdecode(b'bad\xff\xfe.jpeg'),
+        '\x1b[31mred.jpeg',
+    ]
+    argv = ['predict', bundle, *images, '--no-gate', '--explain', '--out', tmp_path / 'p.csv']
+    code, output, errors = run_command(*argv)
+    assert code == 3 and '\x1b' not in output
+    assert r'bad\udcff\udcfe.jpeg: p(pneumonia)' in output
+    assert len(errors.splitlines()) == 1  # the unreadable image is reported once
+    maps = {path: path.read_bytes() for path in sorted((tmp_path / 'p_maps').iterdir())}
+    assert [path.name for path in maps] == [f'{number:04d}.png' for number in (1, 3, 4, 5, 6)]
+    code, _, errors = run_command(*argv[:-1], tmp_path / 'p.json')
+    assert code == 2 and 'p_maps exists already and nothing in it was overwritten' in errors
+    assert maps == {path: path.read_bytes() for path in (tmp_path / 'p_maps').iterdir()}
+    assert not (tmp_path / 'p.json').exists()
+
+
+def test_the_line_of_a_map_has_the_probability_of_the_table(bundle, image, tmp_path):
+    argv = ['predict', bundle, image, '--no-gate', '--calibrated', '--threshold', '0.3', '--explain', '--tta']
+    code, output, _ = run_command(*argv, '--out', tmp_path / 'p.json')
+    (row,) = json.loads((tmp_path / 'p.json').read_text())
+    assert code == 0
+    assert f'p(pneumonia) {row["p_pneumonia"]:.3f}' in output and row['prediction'] in output
+
+
+def test_an_image_that_the_gate_rejects_has_neither_probability_nor_map(bundle, image, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128), dtype=np.uint8)
+    (tmp_path / 'noise.png').write_bytes(encoded(noise))
+    argv = ['predict', bundle, tmp_path / 'noise.png', image, '--explain', '--out', tmp_path / 'p.json']
+    code, output, errors = run_command(*argv)
+    rejected, accepted = json.loads((tmp_path / 'p.json').read_text())
+    assert code == 3
+    assert (rejected['status'], rejected['code']) == ('rejected', 'E_OUT_OF_DISTRIBUTION')
+    assert rejected['p_pneumonia'] is None and rejected['prediction'] is None
+    assert accepted['status'] == 'ok'
+    assert [path.name for path in (tmp_path / 'p_maps').iterdir()] == ['0002.png']
+    assert 'noise.png: p(' not in output
+    assert 'rejected: ' in errors and 'With --no-gate' in errors
+
+
+def test_without_the_gate_a_rejected_image_gets_a_probability(bundle, image, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128), dtype=np.uint8)
+    (tmp_path / 'noise.png').write_bytes(encoded(noise))
+    table = tmp_path / 'p.json'
+    assert run_command('predict', bundle, tmp_path / 'noise.png', '--no-gate', '--out', table)[0] == 0
+    (row,) = json.loads(table.read_text())
+    assert row['status'] == 'ok' and 0 <= row['p_pneumonia'] <= 1

@@ -1,4 +1,4 @@
-"""Two processes train what one trains, and leave one run."""
+"""Two processes train what one process trains, and write one run."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,43 +17,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.torch_core import TensorImageBW
 from faults import start
 
 from cxr_fastai.cli import main, output
+from cxr_fastai.core import environment
 from cxr_fastai.core.environment import is_main_process, part_of
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import write_text
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.transforms import AugmentImages, DegradeImages
-from cxr_fastai.training.distributed import check_batch
+from cxr_fastai.training.distributed import call_once, check_batch_size
 
-# A network without BatchNorm and dropout; a last batch of one image, which leaves the second process without any.
-OPTIONS = [
-    '--arch',
-    'test_convnext',
-    '--weights',
-    'none',
-    '--size',
-    '64',
-    '--batch-size',
-    '5',
-    '--limit',
-    '8',
-    '--lr',
-    '0.0005',
-    '--epochs',
-    '8',
-    '--set',
-    'class_weights=true',
-    '--set',
-    'ema=0.9',
-    '--set',
-    'blur=0.02',
-    '--workers',
-    '0',
-]
+EPOCHS = 5
+# The network has neither BatchNorm nor dropout. The last batch has one image, so the second process has none.
+OPTIONS = (
+    '--arch test_convnext --weights none --size 64 --batch-size 5 --limit 8 --lr 0.0005 --workers 0 '
+    f'--epochs {EPOCHS} --set class_weights=true --set ema=0.9 --set blur=0.02'
+).split()
 LAUNCH = [
-    sys.executable,
     '-m',
     'accelerate.commands.launch',
     '--multi_gpu',
@@ -72,104 +55,107 @@ LAUNCH = [
 
 
 @pytest.mark.parametrize(('n', 'world'), [(32, 2), (5, 2), (1, 2), (10, 4), (7, 3)])
-def test_every_image_of_a_batch_is_in_one_part(n, world):
+def test_every_image_of_a_batch_belongs_to_one_process(n, world):
     parts = [list(range(n))[part_of(n, rank, world)] for rank in range(world)]
     assert sum(parts, []) == list(range(n))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 @pytest.mark.parametrize('transform', [AugmentImages(crop=0.3), DegradeImages(resolution=0.5, blur=0.05)])
-def test_a_part_of_a_batch_is_augmented_as_in_the_whole(transform):
-    from fastai.torch_core import TensorImageBW
-
+def test_a_part_of_a_batch_is_augmented_like_the_whole_batch(transform):
     images = TensorImageBW(torch.rand(5, 1, 32, 32))
     torch.manual_seed(3)
     whole = transform.encodes(images)
-    for here in (slice(0, 3), slice(3, 5)):
+    for part in (slice(0, 3), slice(3, 5)):
         torch.manual_seed(3)
-        transform.parts = iter([(5, here)])
-        # Not to the last digit: a low-pass is as wide as the strongest of its batch asks for.
-        assert torch.allclose(transform.encodes(images[here]), whole[here], atol=2e-3)
+        transform.parts = deque([(5, part)])
+        # The filter of a low-pass is as wide as the largest sigma of its batch needs, so the last digits differ.
+        assert torch.allclose(transform.encodes(images[part]), whole[part], atol=2e-3)
 
 
-def test_a_process_that_does_not_lead_leaves_no_trace(tmp_path, monkeypatch):
+def test_only_the_main_process_writes_files(tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('RANK', '1')
     run = Run.create(tmp_path / 'run')
-    run.note('start')
+    run.log_event('start')
     with run.locked():
         write_text(run / 'history.csv', 'epoch')
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('rank', [0, 1])
-def test_one_process_speaks_for_all(monkeypatch, rank):
+def test_only_the_main_process_prints(monkeypatch, rank):
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setenv('RANK', str(rank))
     assert run_path(output.__file__)['out'].quiet is (rank > 0)
 
 
-def test_without_accelerate_the_extra_is_named(images, tmp_path, monkeypatch, capsys):
+def test_without_accelerate_the_error_names_the_extra(images, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setattr('cxr_fastai.models.weights.find_spec', lambda package: None)
+    monkeypatch.setattr(environment, 'find_spec', lambda package: None)
     assert main(['train', '--data', str(images), '--out', str(tmp_path / 'run')]) == 2
     assert 'pip install "cxr_fastai[scale]"' in capsys.readouterr().err
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
+def test_a_batch_smaller_than_the_number_of_processes_is_rejected(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '4')
-    with pytest.raises(UsageError, match='--batch-size 3: 4 processes share a batch: choose 4 or more'):
-        check_batch(3)
+    with pytest.raises(UsageError, match='--batch-size 3: 4 processes share a batch. Choose 4 or more'):
+        check_batch_size(3)
+
+
+def test_a_single_process_needs_no_group_to_call_a_function_once():
+    assert call_once(max, 3, 4) == 4
 
 
 class Team:
-    """Two processes that train or predict together; `log` has what they print."""
+    """Two processes that train or predict together, and the file `log` with their output."""
 
     def __init__(self, processes: list, log: Path):
-        self.processes, self.log = processes, log
+        self.processes = processes
+        self.log = log
 
-    def codes(self) -> list[int | None]:
-        """Their exit codes, None while they run."""
+    def exit_codes(self) -> list[int | None]:
+        """The exit codes; None while a process runs."""
         return [
             process.poll() if isinstance(process, subprocess.Popen) else process.exitcode for process in self.processes
         ]
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
     def stop(self) -> None:
         for process in self.processes:
             os.kill(process.pid, signal.SIGTERM)
 
-    def until(self, there: Callable[[], bool]) -> None:
-        """Wait until something is there."""
+    def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 600
-        while not there():
-            assert time.monotonic() < deadline, self.said()
+        while not condition():
+            assert time.monotonic() < deadline, self.output()
             time.sleep(0.05)
 
-    def ended(self) -> str:
-        """What they have said, once both have ended."""
-        self.until(lambda: None not in self.codes())
-        return self.said()
+    def wait(self) -> str:
+        """Wait until both have ended and return their output."""
+        self.wait_until(lambda: None not in self.exit_codes())
+        return self.output()
 
 
-def accelerated(argv: list[str], log: Path) -> Team:
-    """What `accelerate launch` starts."""
+def start_with_accelerate(argv: list[str], log: Path) -> Team:
+    """Start two processes with `accelerate launch`."""
     with open(log, 'a') as file:
-        return Team([subprocess.Popen([*LAUNCH, *argv], stdout=file, stderr=subprocess.STDOUT)], log)
+        launcher = subprocess.Popen([sys.executable, *LAUNCH, *argv], stdout=file, stderr=subprocess.STDOUT)
+    return Team([launcher], log)
 
 
-def forked(argv: list[str], log: Path) -> Team:
-    """The same two, each told by its environment who it is, from a process that has imported everything."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    return Team([start(argv, log, partial(join, rank, port)) for rank in range(2)], log)
+def start_forked(argv: list[str], log: Path) -> Team:
+    """Start the same two processes from one that has already imported everything."""
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        port = listener.getsockname()[1]
+    return Team([start(argv, log, partial(set_rank, rank, port)) for rank in range(2)], log)
 
 
-def join(rank: int, port: int) -> None:
-    """Say in the environment what a launcher says there."""
+def set_rank(rank: int, port: int) -> None:
+    """Set the environment variables that a launcher sets."""
     os.environ |= {
         'WORLD_SIZE': '2',
         'RANK': str(rank),
@@ -178,59 +164,62 @@ def join(rank: int, port: int) -> None:
         'MASTER_ADDR': '127.0.0.1',
         'MASTER_PORT': str(port),
     }
-    output.out.quiet = not is_main_process()  # which was decided before this was told
+    output.out.quiet = not is_main_process()  # it was set when the module was imported
 
 
-@pytest.fixture(params=[forked, pytest.param(accelerated, marks=pytest.mark.slow)])
+@pytest.fixture(params=[start_forked, pytest.param(start_with_accelerate, marks=pytest.mark.slow)])
 def launch(request, tmp_path):
-    """Start a command in two processes. Nothing survives the test."""
+    """A function that starts a command in two processes, which end with the test."""
     teams = []
 
-    def launched(*options: object) -> Team:
-        teams.append(request.param([str(option) for option in options], tmp_path / f'log-{len(teams)}'))
-        return teams[-1]
+    def launch_team(*options: object) -> Team:
+        team = request.param([str(option) for option in options], tmp_path / f'log-{len(teams)}')
+        teams.append(team)
+        return team
 
-    yield launched
-    for process in (process for team in teams for process in team.processes):
-        process.kill()
+    yield launch_team
+    for team in teams:
+        for process in team.processes:
+            process.kill()
 
 
-def stop_after(team: Team, run: Run, epochs: int) -> None:
-    """Stop both by SIGTERM after so many epochs."""
-    team.until(lambda: (run / 'history.csv').exists() and len(run.history) >= epochs or set(team.codes()) != {None})
-    assert set(team.codes()) == {None}, team.said()
+def stop_after_an_epoch(team: Team, run: Run) -> None:
+    """Stop both processes with SIGTERM after the first epoch."""
+    team.wait_until(lambda: (run / 'history.csv').exists() or set(team.exit_codes()) != {None})
+    assert set(team.exit_codes()) == {None}, team.output()
     team.stop()
-    team.ended()
+    team.wait()
 
 
-def test_two_processes_stopped_and_resumed_do_what_one_does_and_write_it_once(launch, images, tmp_path):
-    run = Run(tmp_path / 'two')
-    given = ['--data', str(images), *OPTIONS]
+def test_two_processes_that_are_stopped_and_resumed_train_what_one_process_trains(launch, images, tmp_path):
+    run, single = Run(tmp_path / 'two'), Run(tmp_path / 'one')
+    argv = ['train', '--data', str(images), *OPTIONS]
     with ThreadPoolExecutor() as pool:
-        stopped = pool.submit(stop_after, launch('train', *given, '--out', run.path), run, epochs=2)
-        assert main(['train', *given, '--out', str(tmp_path / 'one')]) == 0  # meanwhile
-        stopped.result()
-    assert (run / 'state.pt').exists() and not (run / 'learner.pkl').exists() and (done := len(run.history)) < 8
-    second = launch('train', '--resume', run.path)
-    said, one = second.ended(), Run(tmp_path / 'one')
-    assert not any(second.codes()), said
-    assert said.count(' AUC ') == 8 - done and said.count('trained. Next') == 1
-    assert run.history.epoch.tolist() == list(range(1, 9))
-    assert (run.history.phase == one.history.phase).all()
-    numbers = one.history.columns.drop(['phase', 'seconds'])
-    assert np.allclose(run.history[numbers], one.history[numbers], rtol=0, atol=1e-4)
-    events = [line.split('"event": "')[1].split('"')[0] for line in (run / 'journal.jsonl').read_text().splitlines()]
-    assert events == ['start', 'stop', 'resume', 'end'] and run.noted('start')['processes'] == 2
-    assert {path.name for path in run.path.iterdir()} == {path.name for path in one.path.iterdir()}
+        stopping = pool.submit(stop_after_an_epoch, launch(*argv, '--out', run.path), run)
+        assert main([*argv, '--out', str(single.path)]) == 0  # at the same time
+        stopping.result()
+    completed = len(run.history)
+    assert (run / 'state.pt').exists() and not (run / 'learner.pkl').exists() and completed < EPOCHS
+    resumed = launch('train', '--resume', run.path)
+    output = resumed.wait()
+    assert not any(resumed.exit_codes()), output
+    assert output.count(' AUC ') == EPOCHS - completed and output.count('trained. Next') == 1
+    assert run.history.epoch.tolist() == list(range(1, EPOCHS + 1))
+    assert (run.history.phase == single.history.phase).all()
+    numbers = single.history.columns.drop(['phase', 'seconds'])
+    assert np.allclose(run.history[numbers], single.history[numbers], rtol=0, atol=1e-4)
+    journal = pd.read_json(run / 'journal.jsonl', lines=True)
+    assert journal.event.tolist() == ['start', 'stop', 'resume', 'end']
+    assert run.last_event('start')['processes'] == 2
+    assert {path.name for path in run.path.iterdir()} == {path.name for path in single.path.iterdir()}
 
 
-def test_two_processes_predict_what_one_does_in_order(launch, bundle, images, tmp_path):
+def test_two_processes_predict_what_one_process_predicts_in_order(launch, bundle, images, tmp_path):
     (tmp_path / 'bad.jpeg').write_bytes(b'')
-    wanted = ['predict', bundle, images / 'test', tmp_path / 'bad.jpeg', images / 'train', '--batch-size', '4', '--out']
-    assert main([str(word) for word in (*wanted, tmp_path / 'one.csv')]) == 3
-    team = launch(*wanted, tmp_path / 'two.csv')
-    said = team.ended()
-    assert said.count('E_EMPTY: the file is empty') == 1 and said.count('rows in') == 1
-    one, two = (pd.read_csv(tmp_path / name) for name in ('one.csv', 'two.csv'))
-    assert np.allclose(one.pop('p_pneumonia'), two.pop('p_pneumonia'), atol=1e-6, equal_nan=True)
-    pd.testing.assert_frame_equal(one, two)
+    argv = ['predict', bundle, images / 'test', tmp_path / 'bad.jpeg', images / 'train', '--batch-size', '4', '--out']
+    assert main([str(word) for word in (*argv, tmp_path / 'one.csv')]) == 3
+    output = launch(*argv, tmp_path / 'two.csv').wait()
+    assert output.count('E_EMPTY: the file is empty') == 1 and output.count('rows in') == 1
+    single, shared = (pd.read_csv(tmp_path / name) for name in ('one.csv', 'two.csv'))
+    assert np.allclose(single.pop('p_pneumonia'), shared.pop('p_pneumonia'), atol=1e-6, equal_nan=True)
+    pd.testing.assert_frame_equal(single, shared)

@@ -1,4 +1,4 @@
-"""Phases, history, the best epoch, the plateau, and the same run twice."""
+"""Phases, history, the best epoch, the plateau schedule, reproducibility, and the options of `train`."""
 
 import dataclasses
 import json
@@ -7,109 +7,135 @@ import math
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.learner import Learner
+from faults import nan_before_batch
 
+from cxr_fastai.cli import main
 from cxr_fastai.core.recipe import Phase
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import make_dls
 from cxr_fastai.inference.pickles import load_learner
-from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.models.architectures import build_model, make_recipe
 from cxr_fastai.training import training
-from cxr_fastai.training.callbacks import COLUMNS
+from cxr_fastai.training.callbacks import COLUMNS, History
 from cxr_fastai.training.learner import make_learner
 from cxr_fastai.training.training import Diverged, fit, train
 
-SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=16, limit=8, seed=5)
+SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=8, limit=4, seed=5, workers=0)
+"""One batch per epoch: 4 images of each class."""
 
 
 @pytest.fixture
-def small(images) -> Learner:
-    return make_learner(make_dls(read_items(images, limit=8), images, SMALL), SMALL)
+def learn(images) -> Learner:
+    return make_learner(make_dls(read_items(images, limit=SMALL.limit), images, SMALL), SMALL)
 
 
-def phases(*given) -> tuple[Phase, ...]:
-    return tuple(Phase(*fields) for fields in given)
+@pytest.fixture
+def new_run(tmp_path) -> Run:
+    return Run.create(tmp_path / 'run')
 
 
-def test_two_runs_with_one_seed_are_the_same(images, tmp_path):
-    runs = [train(SMALL, images, tmp_path / name) for name in 'ab']
-    other = train(dataclasses.replace(SMALL, seed=6), images, tmp_path / 'c')
-    a, b, c = (run.history.drop(columns='seconds') for run in (*runs, other))
+def with_phases(*phases: tuple):
+    """The small recipe with other phases."""
+    return dataclasses.replace(SMALL, phases=tuple(Phase(*fields) for fields in phases))
+
+
+def test_two_trainings_with_one_seed_give_the_same_history(images, tmp_path):
+    short = dataclasses.replace(SMALL, batch_size=4, phases=SMALL.phases[:1])
+    recipes = {'a': short, 'b': short, 'c': dataclasses.replace(short, seed=6)}
+    runs = {name: train(recipe, images, tmp_path / name) for name, recipe in recipes.items()}
+    a, b, c = (run.history.drop(columns='seconds') for run in runs.values())
     assert a.equals(b) and not a.equals(c)
 
 
-def test_the_history_has_the_contracts_columns_over_all_phases(small, tmp_path):
-    recipe = dataclasses.replace(SMALL, phases=phases(('frozen', 1, 1e-3, True), ('fine-tune', 2, 1e-5)))
-    run = Run.create(tmp_path / 'run')
-    fit(small, recipe, run)
-    assert list(run.history) == COLUMNS
-    assert run.history[['phase', 'epoch', 'lr']].values.tolist() == [
+def test_the_history_has_one_row_per_epoch_over_all_phases(learn, new_run):
+    fit(learn, with_phases(('frozen', 1, 1e-3, True), ('fine-tune', 2, 1e-5)), new_run)
+    assert list(new_run.history) == COLUMNS
+    assert new_run.history[['phase', 'epoch', 'lr']].values.tolist() == [
         ['frozen', 1, 1e-3],
         ['fine-tune', 2, 1e-5],
         ['fine-tune', 3, 1e-5],
     ]
 
 
-def test_the_loss_of_the_history_is_the_mean_over_the_epochs_images(small, tmp_path):
+def test_the_training_loss_is_the_mean_over_the_images_of_the_epoch(learn, new_run):
     losses = []
-    loss_func = small.loss_func
-    small.loss_func = lambda pred, targ: losses.append((loss := loss_func(pred, targ)).item()) or loss
-    run = Run.create(tmp_path / 'run')
-    fit(small, dataclasses.replace(SMALL, phases=phases(('train', 1, 1e-3))), run)
-    assert run.history.train_loss[0] == pytest.approx(losses[0])  # 16 images are one batch
+    loss_func = learn.loss_func
+
+    def recording_loss(predictions, labels):
+        loss = loss_func(predictions, labels)
+        losses.append(loss.item())
+        return loss
+
+    learn.loss_func = recording_loss
+    fit(learn, with_phases(('train', 1, 1e-3)), new_run)
+    assert new_run.history.train_loss[0] == pytest.approx(losses[0])  # there is one batch
 
 
-def scripted(monkeypatch, small, tmp_path, scores, recipe=SMALL):
-    """Fit with validation results (AUC, loss) that are given, and each epoch's weights set to its number."""
-    rows = iter(scores)
-    after_epoch = training.History.after_epoch
+class Script(Callback):
+    """Replace the AUC and loss of each epoch by given ones, and set a weight to the number of the epoch."""
 
-    def replaced(self):
-        after_epoch(self)
-        self.rows[-1]['roc_auc'], self.rows[-1]['valid_loss'] = next(rows)
+    order = History.order + 0.5
+
+    def __init__(self, scores: list[tuple[float, float]]):
+        self.scores = scores
+
+    def after_epoch(self):
+        rows = self.history.rows
+        rows[-1]['roc_auc'], rows[-1]['valid_loss'] = self.scores[len(rows) - 1]
         with torch.no_grad():
-            self.model[1][-1].bias.fill_(len(self.rows))
-
-    monkeypatch.setattr(training.History, 'after_epoch', replaced)
-    run = Run.create(tmp_path / 'run')
-    best = fit(small, recipe, run)
-    return best, small.model[1][-1].bias[0].item(), run
+            self.model[1][-1].bias.fill_(len(rows))
 
 
 @pytest.mark.parametrize(
     ('scores', 'best'),
     [
-        ([(0.8, 0.5), (0.9, 0.9), (0.7, 0.1)], 2),  # by AUC, in whichever phase
-        ([(0.9, 0.5), (0.9, 0.4), (0.9, 0.4)], 2),  # by loss where the AUC ties, the first where that does too
-        ([(math.nan, 0.5), (math.nan, 0.6), (math.nan, 0.3)], 3),  # by loss where it is undefined
+        ([(0.8, 0.5), (0.9, 0.9), (0.7, 0.1)], 2),  # highest AUC, in any phase
+        ([(0.9, 0.5), (0.9, 0.4), (0.9, 0.4)], 2),  # equal AUC: lowest loss, then the first epoch
+        ([(math.nan, 0.5), (math.nan, 0.6), (math.nan, 0.3)], 3),  # undefined AUC: lowest loss
     ],
 )
-def test_the_best_epoch_is_kept_across_phases(monkeypatch, small, tmp_path, scores, best):
-    recipe = dataclasses.replace(SMALL, phases=phases(('one', 1, 1e-3), ('two', 2, 1e-3)))
-    row, weights, _ = scripted(monkeypatch, small, tmp_path, scores, recipe)
-    assert (row['epoch'], weights) == (best, best)
+def test_the_best_epoch_of_all_phases_is_kept(learn, new_run, scores, best):
+    row = fit(learn, with_phases(('one', 1, 1e-3), ('two', 2, 1e-3)), new_run, cbs=[Script(scores)])
+    assert (row['epoch'], learn.model[1][-1].bias[0].item()) == (best, best)
 
 
-def poisoned(monkeypatch, event):
-    """Let a weight become NaN at the first `event` of the second epoch."""
+def test_a_plateau_of_the_validation_loss_reduces_the_learning_rate(learn, new_run):
+    recipe = dataclasses.replace(with_phases(('train', 6, 1e-3)), plateau_factor=0.1, plateau_patience=1)
+    script = Script([(0.5, loss) for loss in (0.5, 0.6, 0.6, 0.6, 0.6, 0.6)])
+    fit(learn, recipe, new_run, cbs=[script])
+    assert new_run.history.lr.tolist() == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5])
 
-    def poison(self):
+
+class NaNWeight(Callback):
+    """Make a weight NaN before a step, or before validation, of the second epoch."""
+
+    def __init__(self, event: str):
+        self.event = event
+
+    def before_batch(self):
+        if self.training and self.event == 'before_batch':
+            self._break_model()
+
+    def before_validate(self):
+        if self.event == 'before_validate':
+            self._break_model()
+
+    def _break_model(self):
         if self.history.rows:
             self.model[0][0][0].weight.data.fill_(math.nan)
 
-    monkeypatch.setattr(training.History, event, poison, raising=False)
 
-
-def test_a_loss_that_is_no_number_ends_training_with_the_best_epoch_before_it(monkeypatch, small, tmp_path):
-    poisoned(monkeypatch, 'before_batch')
-    run = Run.create(tmp_path / 'run')
-    recipe = dataclasses.replace(SMALL, phases=phases(('one', 1, 1e-3), ('two', 2, 1e-4)))
-    with pytest.raises(Diverged, match='of training is nan in epoch 2, batch 1, .*; epoch 1, .* is kept') as failed:
-        fit(small, recipe, run)
-    assert failed.value.exit_code == 6 and failed.value.best['epoch'] == 1 and len(run.history) == 1
-    assert all(torch.isfinite(parameter).all() for parameter in small.model.parameters())
-    assert json.loads((run / 'failure.json').read_text()) == {
+def test_a_nan_training_loss_ends_the_fit_with_the_weights_of_the_best_epoch(learn, new_run):
+    recipe = with_phases(('one', 1, 1e-3), ('two', 2, 1e-4))
+    message = 'the training loss is nan in epoch 2, batch 1. The best network so far, of epoch 1, was kept'
+    with pytest.raises(Diverged, match=message) as raised:
+        fit(learn, recipe, new_run, cbs=[NaNWeight('before_batch')])
+    assert raised.value.exit_code == 6 and raised.value.best['epoch'] == 1 and len(new_run.history) == 1
+    assert all(torch.isfinite(parameter).all() for parameter in learn.model.parameters())
+    assert json.loads((new_run / 'failure.json').read_text()) == {
         'phase': 'two',
         'epoch': 2,
         'where': 'training',
@@ -120,125 +146,117 @@ def test_a_loss_that_is_no_number_ends_training_with_the_best_epoch_before_it(mo
     }
 
 
-def test_a_validation_loss_that_is_no_number_ends_training_too(monkeypatch, small, tmp_path):
-    poisoned(monkeypatch, 'before_validate')
-    run = Run.create(tmp_path / 'run')
-    with pytest.raises(Diverged, match='loss of validation is nan in epoch 2, so training ended; epoch 1'):
-        fit(small, SMALL, run)
-    assert len(run.history) == 1
+def test_a_nan_validation_loss_ends_the_fit_too(learn, new_run):
+    with pytest.raises(Diverged, match='the validation loss is nan in epoch 2. The best network so far, of epoch 1'):
+        fit(learn, SMALL, new_run, cbs=[NaNWeight('before_validate')])
+    assert len(new_run.history) == 1
 
 
-def test_without_an_epoch_before_it_there_is_no_network_to_keep(images, tmp_path):
-    hopeless = dataclasses.replace(SMALL, batch_size=4, phases=phases(('train', 2, 1e30)))
-    with pytest.raises(Diverged, match='no epoch came before it. Train again with a lower --lr'):
-        train(hopeless, images, tmp_path / 'run')
+def test_a_training_that_diverges_in_the_first_epoch_saves_no_model(images, tmp_path):
+    recipe = dataclasses.replace(with_phases(('train', 2, 1e30)), batch_size=4)
+    with pytest.raises(Diverged, match='No epoch was completed before. Train again with a lower --lr'):
+        train(recipe, images, tmp_path / 'run')
     assert not (tmp_path / 'run/learner.pkl').exists()
 
 
-def test_a_training_that_diverges_leaves_the_best_network_so_far(monkeypatch, images, tmp_path):
-    poisoned(monkeypatch, 'before_batch')
-    with pytest.raises(Diverged):
+def test_a_training_that_diverges_later_saves_the_best_model_so_far(images, tmp_path):
+    with nan_before_batch(2), pytest.raises(Diverged):
         train(SMALL, images, tmp_path / 'run')
     network = load_learner(tmp_path / 'run/learner.pkl').model
     assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
 
 
-def test_a_plateau_of_the_validation_loss_lowers_the_learning_rate_for_good(monkeypatch, small, tmp_path):
-    recipe = dataclasses.replace(SMALL, phases=phases(('train', 6, 1e-3)), plateau_factor=0.1, plateau_patience=1)
-    losses = [0.5, 0.6, 0.6, 0.6, 0.6, 0.6]
-    _, _, run = scripted(monkeypatch, small, tmp_path, [(0.5, loss) for loss in losses], recipe)
-    assert run.history.lr.tolist() == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5])
-
-
-def test_one_class_validation_trains_by_loss(images, tmp_path):
-    items = read_items(images, limit=6)
+def test_a_validation_with_one_class_selects_the_best_epoch_by_loss(images, tmp_path):
+    items = read_items(images, limit=4)
     kept = items[(items.split != 'valid') | (items.label == 'NORMAL')]
     table = kept.assign(path=[str(images / path) for path in kept.path])
     table.to_csv(tmp_path / 'images.csv', index=False)
-    with pytest.warns(UserWarning, match='5 NORMAL and 0 PNEUMONIA'):
+    with pytest.warns(UserWarning, match='4 NORMAL and 0 PNEUMONIA'):
         run = train(SMALL, tmp_path / 'images.csv', tmp_path / 'run')
-    assert run.history.roc_auc.isna().all() and run.noted('end')['best']['epoch'] == run.history.valid_loss.idxmin() + 1
+    assert run.history.roc_auc.isna().all()
+    assert run.last_event('end')['best']['epoch'] == run.history.valid_loss.idxmin() + 1
 
 
-def test_the_run_folder_tells_what_was_done(run, images):
+def test_the_run_folder_records_recipe_images_and_environment(run, images):
     assert run.recipe.size == 64 and run.items.equals(pd.DataFrame(read_items(images)))
-    start = run.noted('start')
+    start = run.last_event('start')
     assert {'time', 'data', 'device', 'python', 'torch', 'fastai', 'cxr_fastai'} <= set(start)
-    assert run.noted('end')['best']['epoch'] in run.history.epoch.to_list()
+    assert run.last_event('end')['best']['epoch'] in run.history.epoch.to_list()
 
 
+@pytest.fixture
+def train_without_fit(images, tmp_path, monkeypatch):
+    """A function that runs `cxr-fastai train OPTIONS` without the fit, and returns the recipe and the learner."""
+    fits = []
+
+    def record(learn, recipe, *_):
+        fits.append((recipe, learn))
+        return {}
+
+    monkeypatch.setattr(training, 'fit', record)
+
+    def run_train(*options: str):
+        assert main(['train', '--data', str(images), '--out', str(tmp_path / 'run'), *options]) == 0
+        recipe, learn = fits[-1]
+        assert Run.open(tmp_path / 'run').recipe == recipe
+        return recipe, learn
+
+    return run_train
+
+
+def test_every_option_of_train_has_its_effect(train_without_fit):
+    options = '--epochs 3 --lr 0.005 --valid patients --size 56 --batch-size 5 --workers 2 --limit 4 --seed 9'
+    recipe, learn = train_without_fit(*options.split())
+    assert recipe.epochs == 3 and recipe.phases[0].lr == 0.005
+    assert recipe.valid == 'patients' and len(learn.dls.valid_ds) < 12
+    assert learn.dls.train.bs == learn.dls.valid.bs == 5
+    assert learn.dls.train.fake_l.num_workers == 2
+    assert len(learn.dls.train_ds) == 8
+    assert recipe.seed == 9 and torch.initial_seed() == 9
+    assert learn.dls.new(num_workers=0).one_batch()[0].shape == (5, 3, 56, 56)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ('options', 'reached'),
+    ('options', 'has_effect'),
     [
-        (['--epochs', '3'], lambda r, learn: r.epochs == 3),
-        (['--lr', '0.005'], lambda r, learn: r.phases[0].lr == 0.005),
-        (['--valid', 'patients'], lambda r, learn: r.valid == 'patients' and len(learn.dls.valid_ds) < 12),
-        (['--size', '56'], lambda r, learn: learn.dls.one_batch()[0].shape[-2:] == (56, 56)),
-        (['--batch-size', '5'], lambda r, learn: learn.dls.train.bs == learn.dls.valid.bs == 5),
-        (['--workers', '2'], lambda r, learn: learn.dls.train.fake_l.num_workers == 2),
-        (['--limit', '4'], lambda r, learn: len(learn.dls.train_ds) == 8),
-        (['--seed', '9'], lambda r, learn: r.seed == 9 and torch.initial_seed() == 9),
-        (['--arch', 'resnet50', '--weights', 'none'], lambda r, learn: hasattr(learn.model[0], 'layer4')),
+        ('--epochs 3', lambda recipe, learn: recipe.epochs == 3),
+        ('--lr 0.005', lambda recipe, learn: recipe.phases[0].lr == 0.005),
+        ('--valid patients', lambda recipe, learn: recipe.valid == 'patients' and len(learn.dls.valid_ds) < 12),
+        ('--size 56', lambda recipe, learn: learn.dls.one_batch()[0].shape[-2:] == (56, 56)),
+        ('--batch-size 5', lambda recipe, learn: learn.dls.train.bs == learn.dls.valid.bs == 5),
+        ('--workers 2', lambda recipe, learn: learn.dls.train.fake_l.num_workers == 2),
+        ('--limit 4', lambda recipe, learn: len(learn.dls.train_ds) == 8),
+        ('--seed 9', lambda recipe, learn: recipe.seed == 9 and torch.initial_seed() == 9),
+        ('--arch resnet50 --weights none', lambda recipe, learn: hasattr(learn.model[0], 'layer4')),
     ],
 )
-def test_every_option_of_train_reaches_its_target(images, tmp_path, monkeypatch, options, reached):
-    from cxr_fastai.cli import main
-
-    seen = []
-    monkeypatch.setattr(training, 'fit', lambda learn, recipe, *_: seen.append((recipe, learn)) or {})
-    assert main(['train', '--data', str(images), '--out', str(tmp_path / 'run'), *options]) == 0
-    recipe, learn = seen[0]
-    assert reached(recipe, learn) and Run.open(tmp_path / 'run').recipe == recipe
+def test_each_option_of_train_has_its_effect_alone(train_without_fit, options, has_effect):
+    assert has_effect(*train_without_fit(*options.split()))
 
 
-def test_weights_from_a_file_reach_the_network(images, tmp_path, monkeypatch):
-    from cxr_fastai.cli import main
-    from cxr_fastai.models.architectures import build_model
-
-    state = build_model('baseline').state_dict()
-    torch.save(state, tmp_path / 'w.pth')
-    seen = []
-    monkeypatch.setattr(training, 'fit', lambda learn, *_: seen.append(learn) or {})
-    assert (
-        main(['train', '--data', str(images), '--out', str(tmp_path / 'run'), '--weights', str(tmp_path / 'w.pth')])
-        == 0
-    )
-    assert all(torch.equal(value, state[key]) for key, value in seen[0].model.state_dict().items())
+def test_weights_from_a_file_are_those_of_the_network(train_without_fit, tmp_path):
+    weights = build_model('baseline').state_dict()
+    torch.save(weights, tmp_path / 'w.pth')
+    _, learn = train_without_fit('--size', '48', '--weights', str(tmp_path / 'w.pth'))
+    assert all(torch.equal(value, weights[name]) for name, value in learn.model.state_dict().items())
 
 
-def test_a_terminal_gets_a_bar_and_the_log_plain_lines(small, tmp_path, terminal, caplog):
+def test_epochs_are_a_bar_on_a_terminal_and_plain_lines_of_100_columns_in_the_log(learn, new_run, terminal, caplog):
     caplog.set_level('INFO', 'cxr_fastai')
     with terminal.used():
-        fit(small, SMALL, Run.create(tmp_path / 'run'))
+        fit(learn, SMALL, new_run)
     assert 'validation' in terminal.getvalue()
-    assert sum('AUC' in line for line in caplog.messages) == 2 and not any('\x1b' in line for line in caplog.messages)
+    lines = [line for line in caplog.messages if 'AUC' in line]
+    assert len(lines) == 2 and max(map(len, lines)) <= 100
+    assert not any('\x1b' in line for line in caplog.messages)
 
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_real_images_go_the_whole_way(real_images, tmp_path):
-    from cxr_fastai.cli import main
-
+def test_real_images_can_be_trained_and_evaluated(real_images, tmp_path):
     run = tmp_path / 'run'
-    assert (
-        main(
-            [
-                'train',
-                '--data',
-                str(real_images),
-                '--out',
-                str(run),
-                '--valid',
-                'patients',
-                '--limit',
-                '60',
-                '--size',
-                '64',
-                '--epochs',
-                '2',
-            ]
-        )
-        == 0
-    )
+    options = ['--valid', 'patients', '--limit', '60', '--size', '64', '--epochs', '2']
+    assert main(['train', '--data', str(real_images), '--out', str(run), *options]) == 0
     assert main(['evaluate', str(run), '--split', 'valid']) == 0
     assert Run.open(run).metrics['valid']['n'] == 120

@@ -48,7 +48,7 @@ add_module_names = viewcode_follow_imported_members = False
 toc_object_entries_show_parents = 'hide'
 default_role = 'py:obj'
 # Names of other packages, which have no inventory here, and type variables.
-nitpick_ignore_regex = [('py:.*', r'(?!cxr_fastai\.).*'), ('py:class', r'cxr_fastai\.\w+\.[ST]')]
+nitpick_ignore_regex = [('py:.*', r'(?!cxr_fastai\.).*'), ('py:class', r'cxr_fastai(\.\w+)+\.[ST]')]
 
 html_theme = 'furo'
 html_title = 'cxr_fastai'

@@ -250,7 +250,7 @@ def threshold_table(predictions: pd.DataFrame, marked: Sequence[float] = (), pre
 
     Returns:
         Columns `threshold`, `sensitivity`, `specificity`, `missed` and `alarms` (counts of false negatives and false
-        positives), and `ppv` and `npv` at `prevalence`. Metrics are `Estimate`s.
+        positives), and `ppv` and `npv` at `prevalence`. Each metric is an `Estimate`.
     """
     sample = Sample.from_predictions(predictions)
     rows = []

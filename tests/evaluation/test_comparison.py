@@ -1,7 +1,8 @@
-"""Several runs on the same images: what sets them apart, by tests that know they are paired."""
+"""Several runs on the same images are compared by paired tests, and summarised over seeds."""
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,14 +12,26 @@ from scipy.stats import binomtest
 from cxr_fastai.cli import main
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.run import Run
-from cxr_fastai.evaluation.comparison import compare, find_runs, mcnemar, name_runs, same_images, summarise_seeds
+from cxr_fastai.evaluation import figures
+from cxr_fastai.evaluation.comparison import (
+    compare,
+    compare_runs,
+    find_runs,
+    mcnemar,
+    name_runs,
+    same_images,
+    summarise_seeds,
+)
+from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.evaluation.intervals import compare_auc
+from cxr_fastai.inference.predictor import Predictor
 
 RNG = np.random.default_rng(0)
 TARGS = np.arange(120) < 70
+GOOD, FAIR = (np.clip(RNG.normal(0.35 + distance * TARGS, 0.2), 0, 1) for distance in (0.5, 0.2))
 
 
-def table(p, patients=None, paths=None) -> pd.DataFrame:
+def make_table(p, patients=None, paths=None) -> pd.DataFrame:
     return pd.DataFrame(
         {
             'path': np.arange(120) if paths is None else paths,
@@ -29,20 +42,20 @@ def table(p, patients=None, paths=None) -> pd.DataFrame:
     )
 
 
-GOOD, FAIR = (np.clip(RNG.normal(0.35 + gap * TARGS, 0.2), 0, 1) for gap in (0.5, 0.2))
-
-
-def test_mcnemar_counts_where_one_alone_is_right():
-    first, second = RNG.random(90) < 0.8, RNG.random(90) < 0.6
-    found = mcnemar(first, second)
-    a, b = (first & ~second).sum(), (second & ~first).sum()
-    assert (found['only_first'], found['only_second']) == (a, b)
-    assert found['p'] == pytest.approx(binomtest(min(a, b), a + b).pvalue)
+def test_mcnemar_counts_the_images_on_which_only_one_run_is_correct():
+    first = RNG.random(90) < 0.8
+    second = RNG.random(90) < 0.6
+    test = mcnemar(first, second)
+    only_first = (first & ~second).sum()
+    only_second = (second & ~first).sum()
+    assert (test['only_first'], test['only_second']) == (only_first, only_second)
+    expected = binomtest(min(only_first, only_second), only_first + only_second).pvalue
+    assert test['p'] == pytest.approx(expected)
     assert mcnemar(first, first)['p'] == 1
 
 
-def test_runs_are_compared_with_the_first_and_adjusted_by_holm():
-    tables = {'fair': table(FAIR), 'good': table(GOOD), 'twin': table(FAIR + 0.0)}
+def test_runs_are_compared_with_the_first_and_p_values_are_adjusted_by_holm():
+    tables = {'fair': make_table(FAIR), 'good': make_table(GOOD), 'twin': make_table(FAIR + 0.0)}
     good, twin = compare(tables, dict.fromkeys(tables, 0.5))
     assert (good['run'], good['against'], good['n'], good['p_patients']) == ('good', 'fair', 120, None)
     auc = compare_auc(TARGS, GOOD, FAIR)
@@ -51,97 +64,126 @@ def test_runs_are_compared_with_the_first_and_adjusted_by_holm():
     json.dumps([good, twin], allow_nan=False)
 
 
-def test_each_run_is_judged_at_its_own_threshold():
-    tables = {'a': table(FAIR), 'b': table(FAIR / 2)}
+def test_each_run_is_classified_at_its_own_threshold():
+    tables = {'a': make_table(FAIR), 'b': make_table(FAIR / 2)}
     (same,) = compare(tables, {'a': 0.5, 'b': 0.25})
     assert same['mcnemar']['only_first'] == same['mcnemar']['only_second'] == 0
     (other,) = compare(tables, {'a': 0.5, 'b': 0.5})
     assert other['mcnemar']['p'] < 0.05
 
 
-def test_images_of_one_patient_make_a_difference_less_sure():
-    rough = np.round(FAIR, 1)
-    tables = {'a': table(rough, np.arange(120) // 10), 'b': table(GOOD, np.arange(120) // 10)}
-    (found,) = compare(tables, dict.fromkeys(tables, 0.5))
-    assert 0 < found['p_patients'] < 0.2
-    copies = {
-        name: pd.concat([one.assign(path=one.path.astype(str) + end) for end in 'xyz'])
-        for name, one in {'a': table(FAIR), 'b': table(GOOD * 0.7 + FAIR * 0.3)}.items()
-    }
-    (found,) = compare(copies, dict.fromkeys(copies, 0.5))
-    assert found['auc']['p'] < found['p_patients'] == found['p_patients_holm']
+def test_images_of_the_same_patients_increase_the_p_value_of_the_auc():
+    patients = np.arange(120) // 10
+    tables = {'a': make_table(np.round(FAIR, 1), patients), 'b': make_table(GOOD, patients)}
+    (pair,) = compare(tables, dict.fromkeys(tables, 0.5))
+    assert 0 < pair['p_patients'] < 0.2
+    copies = {}
+    for name, table in {'a': make_table(FAIR), 'b': make_table(GOOD * 0.7 + FAIR * 0.3)}.items():
+        copies[name] = pd.concat([table.assign(path=table.path.astype(str) + suffix) for suffix in 'xyz'])
+    (pair,) = compare(copies, dict.fromkeys(copies, 0.5))
+    assert pair['auc']['p'] < pair['p_patients'] == pair['p_patients_holm']
 
 
-def test_only_images_that_all_have_are_compared():
-    tables = {'a': table(FAIR), 'b': table(GOOD).sample(frac=0.8, random_state=0)}
+def test_only_images_of_all_runs_are_compared():
+    tables = {'a': make_table(FAIR), 'b': make_table(GOOD).sample(frac=0.8, random_state=0)}
     shared = same_images(tables)
     assert len(shared['a']) == 96 and (shared['a'].path == shared['b'].path).all()
-    others = {'a': table(FAIR), 'b': table(GOOD, paths=np.arange(100, 220))}
-    assert same_images(others) == {}
+
+
+def test_runs_with_few_images_in_common_are_not_compared():
+    tables = {'a': make_table(FAIR), 'b': make_table(GOOD, paths=np.arange(100, 220))}
+    assert same_images(tables) == {}
 
 
 @pytest.fixture
-def two(run, images, tmp_path):
+def two_runs(run, tmp_path) -> Path:
+    """A folder with two copies of a run, `a` and `b`, whose recipes differ in the seed."""
     for name, seed in (('a', 1), ('b', 2)):
-        shutil.copytree(run.path, tmp_path / 'runs' / name)
-        recipe = json.loads((run / 'recipe.json').read_text()) | {'seed': seed}
-        (tmp_path / 'runs' / name / 'recipe.json').write_text(json.dumps(recipe))
+        copy = tmp_path / 'runs' / name
+        shutil.copytree(run.path, copy)
+        recipe = json.loads((copy / 'recipe.json').read_text())
+        (copy / 'recipe.json').write_text(json.dumps(recipe | {'seed': seed}))
     return tmp_path / 'runs'
 
 
-def test_runs_are_found_in_folders_and_named_apart(two, tmp_path):
-    assert [run.path.name for run in find_runs([two])] == ['a', 'b'] == list(name_runs(find_runs([two])))
-    shutil.copytree(two, tmp_path / 'other')
-    assert list(name_runs(find_runs([two, tmp_path / 'other']))) == ['runs/a', 'runs/b', 'other/a', 'other/b']
+def test_runs_are_found_in_folders_and_have_different_names(two_runs, tmp_path):
+    runs = find_runs([two_runs])
+    assert [run.path.name for run in runs] == ['a', 'b'] == list(name_runs(runs))
+    shutil.copytree(two_runs, tmp_path / 'other')
+    runs = find_runs([two_runs, tmp_path / 'other'])
+    assert list(name_runs(runs)) == ['runs/a', 'runs/b', 'other/a', 'other/b']
+
+
+def test_a_run_named_twice_and_a_folder_without_runs_are_refused(two_runs, tmp_path):
     with pytest.raises(UsageError, match='named twice'):
-        find_runs([two, two / 'a'])
+        find_runs([two_runs, two_runs / 'a'])
     with pytest.raises(UsageError, match='is not a run folder'):
         find_runs([tmp_path / 'nothing'])
 
 
-def test_the_command_compares_averages_seeds_and_predicts_nothing_twice(two, images, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('cxr_fastai.evaluation.figures.save_figures', lambda *_: [])
-    argv = ['evaluate', str(two), '--data', str(images)]
-    assert main(argv) == 0
-    shown = capsys.readouterr().out
-    assert 'against a, on the same 12 images' in shown and '2 seeds: a, b' in shown
-    found = json.loads((tmp_path / 'comparison/comparison.json').read_text())
-    assert found['pairs'][0]['auc']['value'] == 0 and set(found['runs']) == {'a', 'b'}
-    metrics = found['runs']['a']
-    assert found['seeds'][0]['auc'] == {'mean': pytest.approx(metrics['auc']['value']), 'sd': 0}
+def test_compare_runs_writes_the_comparison_into_a_new_folder(two_runs, images, tmp_path):
+    runs = find_runs([two_runs])
+    for run in runs:
+        evaluate(run, images)
+    comparison = compare_runs(runs, 'test', tmp_path / 'comparison')
+    contents = json.loads((tmp_path / 'comparison/comparison.json').read_text())
+    assert list(contents) == ['split', 'runs', 'pairs', 'seeds'] and contents['split'] == 'test'
+    assert contents['runs'] == comparison.runs == {name: Run(two_runs / name).metrics['test'] for name in 'ab'}
+    assert contents['pairs'] == comparison.pairs and comparison.pairs[0]['auc']['value'] == 0
+    assert contents['seeds'] == comparison.seeds
+    auc = contents['runs']['a']['auc']['value']
+    assert comparison.seeds[0]['auc'] == {'mean': pytest.approx(auc), 'sd': 0}
     assert (tmp_path / 'comparison/comparison.png').read_bytes().startswith(b'\x89PNG')
+    with pytest.raises(UsageError, match='comparison'):
+        compare_runs(runs, 'test', tmp_path / 'comparison')
+
+
+def test_the_command_compares_runs_and_predicts_no_image_twice(two_runs, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, 'save_figures', lambda *_: [])  # the figures take long and are tested elsewhere
+    argv = ['evaluate', str(two_runs), '--data', str(images)]
+    assert main(argv) == 0
+    output = capsys.readouterr().out
+    assert 'a, on the same 12 images' in output and '2 seeds: a, b' in output
 
     def refuse(*_):
         raise AssertionError('predicted again')
 
-    monkeypatch.setattr('cxr_fastai.inference.predictor.Predictor.scores', refuse)
+    monkeypatch.setattr(Predictor, 'scores', refuse)
     assert main(argv) == 0
-    assert (tmp_path / 'comparison/comparison.json').read_text() == (
-        tmp_path / 'comparison-2/comparison.json'
-    ).read_text()
+    first, second = (tmp_path / name / 'comparison.json' for name in ('comparison', 'comparison-2'))
+    assert first.read_text() == second.read_text()
 
 
-def test_one_run_has_no_comparison(run, tmp_path, capsys):
+def test_a_folder_for_the_comparison_of_one_run_is_refused(run, tmp_path, capsys):
     assert main(['evaluate', str(run.path), '--out', str(tmp_path / 'c')]) == 2
-    assert 'is for several runs' in capsys.readouterr().err
+    assert 'only the comparison of several runs' in capsys.readouterr().err
 
 
-def test_seeds_are_averaged_only_where_the_recipe_is_the_same(two):
-    metrics = {name: 0.5 for name in ('brier',)} | {
-        name: {'value': 0.8, 'low': None, 'high': None}
-        for name in ('auc', 'average_precision', 'sensitivity', 'specificity', 'balanced_accuracy', 'accuracy', 'mcc')
-    }
-    for i, name in enumerate('ab'):
-        (two / name / 'metrics.json').write_text(json.dumps({'test': metrics | {'brier': 0.1 * (i + 1)}}))
-    runs = {name: Run.open(two / name) for name in 'ab'}
-    (found,) = summarise_seeds(runs, 'test')
-    assert found['runs'] == ['a', 'b']
-    assert found['brier'] == {'mean': pytest.approx(0.15), 'sd': pytest.approx(0.0707, abs=1e-4)}
-    recipe = json.loads((two / 'b/recipe.json').read_text())
-    for other in ({'flip': 0.1}, {'seed': 1}):  # another recipe, the same seed
-        (two / 'b/recipe.json').write_text(json.dumps(recipe | other))
-        assert summarise_seeds(runs, 'test') == []
-    (two / 'b/recipe.json').write_text(json.dumps(recipe))
-    runs['b'].items.iloc[1:].to_csv(two / 'b/items.csv', index=False)  # other images
-    assert summarise_seeds(runs, 'test') == []
+@pytest.fixture
+def measured_runs(two_runs) -> dict[str, Run]:
+    """Two runs with the same test metrics except the Brier score."""
+    for name, brier in (('a', 0.1), ('b', 0.2)):
+        names = ('auc', 'average_precision', 'sensitivity', 'specificity', 'balanced_accuracy', 'accuracy', 'mcc')
+        metrics = {metric: {'value': 0.8, 'low': None, 'high': None} for metric in names}
+        (two_runs / name / 'metrics.json').write_text(json.dumps({'test': metrics | {'brier': brier}}))
+    return {name: Run.open(two_runs / name) for name in 'ab'}
+
+
+def test_runs_with_different_seeds_are_summarised_by_mean_and_standard_deviation(measured_runs):
+    (summary,) = summarise_seeds(measured_runs, 'test')
+    assert summary['runs'] == ['a', 'b'] and summary['auc'] == {'mean': pytest.approx(0.8), 'sd': pytest.approx(0)}
+    assert summary['brier'] == {'mean': pytest.approx(0.15), 'sd': pytest.approx(0.0707, abs=1e-4)}
+
+
+@pytest.mark.parametrize('change', [{'flip': 0.1}, {'seed': 1}])
+def test_runs_with_another_recipe_or_the_same_seed_are_not_summarised(measured_runs, change):
+    path = measured_runs['b'] / 'recipe.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert summarise_seeds(measured_runs, 'test') == []
+
+
+def test_runs_on_other_images_are_not_summarised(measured_runs):
+    run = measured_runs['b']
+    run.items.iloc[1:].to_csv(run / 'items.csv', index=False)
+    assert summarise_seeds(measured_runs, 'test') == []

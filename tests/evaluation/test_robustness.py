@@ -1,40 +1,47 @@
-"""Every model meets the same harmed images, and what it does on them is told beside what it does on clean ones."""
+"""Robustness is measured on the same corrupted images for every model, and next to clean images."""
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image, ImageFilter
 
 from cxr_fastai.cli import main
 from cxr_fastai.core.run import Run
-from cxr_fastai.evaluation import robustness
+from cxr_fastai.evaluation import figures, robustness
 from cxr_fastai.evaluation.evaluation import find_split
-from cxr_fastai.evaluation.robustness import COLUMNS, evaluate_robustness, measure_robustness
+from cxr_fastai.evaluation.plots import plot_robustness
+from cxr_fastai.evaluation.robustness import (
+    ROBUSTNESS_COLUMNS,
+    evaluate_robustness,
+    measure_robustness,
+    read_squares,
+)
 from cxr_fastai.images.corruptions import CORRUPTIONS, STRENGTHS, sharpness, summarise
 from cxr_fastai.images.decode import open_image
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import ModelConfig
-from cxr_fastai.evaluation.plots import plot_robustness
 
 
 @dataclass
-class Model:
-    """Stands for a `Predictor`: gives every image the score `of` it, and keeps the images."""
+class FakePredictor:
+    """Scores every image by a function, and keeps the images that it was given."""
 
     config: ModelConfig
-    of: object
-    images: list = field(default_factory=list)
+    score: Callable[[np.ndarray], float]
+    images: list[np.ndarray] = field(default_factory=list)
 
     def scores(self, images: np.ndarray) -> np.ndarray:
         self.images.append(images)
-        return np.array([self.of(image) for image in images])
+        return np.array([self.score(image) for image in images])
 
 
-def model(of, size: int = 224) -> Model:
-    return Model(ModelConfig('baseline', size, 0.5), of)
+def model(score, size: int = 224) -> FakePredictor:
+    return FakePredictor(ModelConfig('baseline', size, 0.5), score)
 
 
 def constant(image: np.ndarray) -> float:
@@ -45,7 +52,7 @@ def mean(image: np.ndarray) -> float:
     return float(image.mean() / 255)
 
 
-def dullness(image: np.ndarray) -> float:
+def blurriness(image: np.ndarray) -> float:
     return 1 / (1 + sharpness(image)[0])
 
 
@@ -54,75 +61,82 @@ def few(run) -> tuple:
     return find_split(run, None, 'valid', limit=3)
 
 
-def test_a_row_for_each_corruption_and_strength_and_for_clean_and_shortcut(few):
+def test_the_table_has_a_row_for_clean_images_each_corruption_and_strength_and_the_shortcut(few):
     root, items = few
     table = measure_robustness(model(mean), items, root)
-    assert list(table) == COLUMNS and set(table.n) == {6}
-    wanted = [('clean', 0), *((kind, s) for kind in CORRUPTIONS for s in STRENGTHS), ('shortcut', 0)]
-    assert list(zip(table.corruption, table.strength, strict=True)) == wanted
+    assert list(table) == ROBUSTNESS_COLUMNS and set(table.n) == {6}
+    expected = [('clean', 0), *((kind, s) for kind in CORRUPTIONS for s in STRENGTHS), ('shortcut', 0)]
+    assert list(zip(table.corruption, table.strength, strict=True)) == expected
     assert ((table.auc_low <= table.auc) & (table.auc <= table.auc_high)).all()
 
 
-def test_a_constant_score_has_an_auc_of_a_half_everywhere(few):
+def test_a_constant_score_has_an_auc_of_one_half_on_all_images(few):
     root, items = few
     table = measure_robustness(model(constant), items, root)
     assert set(table.auc) == {0.5} and set(table.sensitivity) == {1} and set(table.specificity) == {0}
     assert summarise(table) == {'clean': 0.5, 'corrupted': 0.5, 'shortcut': 0.5, 'loss': 0}
 
 
-def test_images_are_read_once(few, monkeypatch):
+def test_each_image_is_read_once(few, monkeypatch):
     root, items = few
-    read = Counter()
-    monkeypatch.setattr(robustness, 'open_image', lambda path, wanted: read.update([path]) or open_image(path, wanted))
+    reads = Counter()
+
+    def count_and_open(path, preprocessing):
+        reads.update([path])
+        return open_image(path, preprocessing)
+
+    monkeypatch.setattr(robustness, 'open_image', count_and_open)
     measure_robustness(model(constant), items, root)
-    assert read == Counter(root / path for path in items.path)
+    assert reads == Counter(root / path for path in items.path)
 
 
-def test_models_of_different_size_meet_the_same_images(few):
+def test_models_of_different_input_sizes_get_the_same_corrupted_images(few):
     root, items = few
     large, small = model(constant), model(constant, 64)
-    for each in (large, small):
-        measure_robustness(each, items, root, batch_size=5)
+    for predictor in (large, small):
+        measure_robustness(predictor, items, root, batch_size=5)
     fit = Preprocessing(64).fit
     expected = np.stack([fit(image) for image in np.concatenate(large.images)])
     assert np.array_equal(np.concatenate(small.images), expected)
     assert max(len(batch) for batch in small.images) == 5
 
 
-def test_threads_and_batches_change_nothing(few):
+def test_the_numbers_of_threads_and_the_batch_size_do_not_change_the_result(few):
     root, items = few
-    one, many = (measure_robustness(model(mean), items, root, batch_size=b, workers=w) for b, w in ((1, 1), (64, 3)))
-    pd.testing.assert_frame_equal(one, many)
+    sequential = measure_robustness(model(mean), items, root, batch_size=1, workers=1)
+    parallel = measure_robustness(model(mean), items, root, batch_size=64, workers=3)
+    pd.testing.assert_frame_equal(sequential, parallel)
 
 
-def test_many_images_are_kept_in_a_file(few, monkeypatch):
+def test_many_images_are_stored_in_a_temporary_file(few, monkeypatch):
     root, items = few
-    kept = robustness.read_squares(items, root, Preprocessing(64))
-    monkeypatch.setattr(robustness, 'IN_MEMORY', 0)
-    filed = robustness.read_squares(items, root, Preprocessing(64))
-    assert isinstance(filed[0], np.memmap) and all(map(np.array_equal, kept, filed))
+    squares, sides = read_squares(items, root, Preprocessing(64))
+    monkeypatch.setattr(robustness, 'MAX_IN_MEMORY', 0)
+    stored_squares, stored_sides = read_squares(items, root, Preprocessing(64))
+    assert isinstance(stored_squares, np.memmap) and not isinstance(squares, np.memmap)
+    assert np.array_equal(squares, stored_squares) and np.array_equal(sides, stored_sides)
 
 
-def test_a_model_of_sharpness_fails_where_sharpness_is_equal(images, tmp_path):
-    from PIL import Image, ImageFilter
-
+def test_a_model_that_scores_sharpness_fails_on_equally_sharp_images(images, tmp_path):
     rows = []
-    for i, path in enumerate(sorted((images / 'train').rglob('*.jpeg'))):  # every other one is blurred, and called sick
+    for i, path in enumerate(
+        sorted((images / 'train').rglob('*.jpeg'))
+    ):  # every other image is blurred and labelled PNEUMONIA
         name = f'{i}.png'
         Image.open(path).filter(ImageFilter.GaussianBlur(i % 2 * (1 + i % 3))).save(tmp_path / name)
         rows.append((name, ('NORMAL', 'PNEUMONIA')[i % 2]))
-    summary = summarise(measure_robustness(model(dullness), pd.DataFrame(rows, columns=['path', 'label']), tmp_path))
+    summary = summarise(measure_robustness(model(blurriness), pd.DataFrame(rows, columns=['path', 'label']), tmp_path))
     assert summary['clean'] > 0.95 and abs(summary['shortcut'] - 0.5) < 0.2
     assert summary['loss'] == pytest.approx(summary['clean'] - summary['shortcut'])
 
 
-def test_one_class_has_no_auc(few):
+def test_the_auc_of_one_class_is_missing(few):
     root, items = few
     table = measure_robustness(model(mean), items[items.label == 'NORMAL'], root)
     assert table.auc.isna().all() and table.sensitivity.isna().all() and table.specificity.notna().all()
 
 
-def test_kinds_weigh_equally():
+def test_kinds_of_corruption_have_equal_weight_in_the_mean():
     rows = [('clean', 0, 0.9), ('a', 1, 0.8), ('a', 2, 0.6), ('b', 1, 0.5), ('shortcut', 0, 0.6)]
     summary = summarise(pd.DataFrame(rows, columns=['corruption', 'strength', 'auc']))
     assert summary == pytest.approx({'clean': 0.9, 'corrupted': 0.6, 'shortcut': 0.6, 'loss': 0.3})
@@ -134,22 +148,24 @@ def copy(run, tmp_path) -> Run:
     return Run(tmp_path / 'run')
 
 
-def test_the_command_prints_the_table_and_writes_csv_and_figure(copy, capsys):
+def test_the_command_prints_the_table_and_writes_a_csv_file_and_a_figure(copy, capsys, monkeypatch):
+    monkeypatch.setattr(figures, 'save_figures', lambda *_: [])  # other figures take long and are tested elsewhere
     assert main(['evaluate', str(copy.path), '--split', 'valid', '--robustness', '--limit', '3']) == 0
-    told = capsys.readouterr().out
-    assert all(word in told for word in (*CORRUPTIONS, 'shortcut', 'on average over the corruptions'))
-    assert 'robustness.csv, figures/robustness_valid.png' in told
+    output = capsys.readouterr().out
+    assert all(word in output for word in (*CORRUPTIONS, 'shortcut', 'mean over the corruptions'))
+    assert 'robustness.csv, figures/robustness_valid.png' in output
     assert (copy / 'figures/robustness_valid.png').stat().st_size > 10_000
     assert set(copy.robustness.split) == {'valid'} and len(copy.robustness) == 2 + 5 * len(CORRUPTIONS)
 
 
-def test_other_splits_are_kept(copy):
+def test_the_robustness_on_other_splits_is_kept(copy, monkeypatch):
+    monkeypatch.setattr(robustness, 'save_robustness_figure', lambda *_: None)  # takes long
     for split in ('test', 'valid', 'test'):
         evaluate_robustness(copy, None, split, limit=1)
     assert copy.robustness.split.value_counts().to_dict() == {'test': 42, 'valid': 42}
 
 
-def test_the_figure_shows_every_kind_beside_the_clean_level(few):
+def test_the_figure_shows_every_kind_of_corruption_and_the_auc_of_clean_images(few):
     root, items = few
     table = measure_robustness(model(mean), items, root)
     panels = plot_robustness(table, 'a run').axes
@@ -159,9 +175,9 @@ def test_the_figure_shows_every_kind_beside_the_clean_level(few):
     assert panels[0].lines[0].get_ydata()[0] == table.auc[0]
 
 
-def test_a_larger_input_moves_the_working_side(few):
+def test_a_larger_network_input_enlarges_the_squares(few):
     root, items = few
     large = replace(model(constant).config, size=256)
-    each = Model(large, constant)
-    measure_robustness(each, items.head(2), root)
-    assert {batch.shape[1:] for batch in each.images} == {(256, 256)}
+    predictor = FakePredictor(large, constant)
+    measure_robustness(predictor, items.head(2), root)
+    assert {batch.shape[1:] for batch in predictor.images} == {(256, 256)}

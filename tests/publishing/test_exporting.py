@@ -21,10 +21,8 @@ from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.inference.selftest import ParityError
 from cxr_fastai.models.architectures import make_recipe
-from cxr_fastai.models.inputs import normalize
 from cxr_fastai.publishing import exporting
 from cxr_fastai.publishing.exporting import export, verify, verify_in_new_process
-from cxr_fastai.publishing.onnx import fold_normalisation
 from cxr_fastai.training.learner import make_learner
 
 
@@ -148,36 +146,3 @@ def test_verification_in_a_new_process_finds_other_predictions(copy):
     seal(copy)
     with pytest.raises(ParityError, match=r'nothing was exported \(.*differs by'):
         verify_in_new_process(copy)
-
-
-def test_folding_the_normalisation_is_exact_at_the_border_too():
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1))
-    grey = torch.rand(2, 1, 8, 8)
-    expected = model(normalize(grey.clone()))
-    assert fold_normalisation(model)
-    assert torch.allclose(model(torch.cat([grey, torch.ones_like(grey)], 1)), expected, atol=1e-5)
-    assert not fold_normalisation(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3)))
-
-
-def test_a_bundle_goes_to_the_hub_without_its_pickle(bundle, tmp_path, monkeypatch, capsys):
-    huggingface_hub = pytest.importorskip('huggingface_hub', reason='needs pip install "cxr_fastai[hub]"')
-    requests = {}
-
-    class Api:
-        def create_repo(self, repo: str, **options: bool) -> None:
-            requests.update(options, repo=repo)
-
-        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str, delete_patterns: list) -> None:
-            assert delete_patterns == ['learner.pkl']
-            shutil.copytree(folder_path, tmp_path / 'sent')
-
-    monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
-    assert main(['push-to-hub', str(bundle), 'me/model', '--private']) == 0
-    assert requests == {'repo': 'me/model', 'private': True, 'exist_ok': True}
-    assert 'https://huggingface.co/me/model' in capsys.readouterr().out
-    verify(tmp_path / 'sent')
-    assert not (tmp_path / 'sent/learner.pkl').exists()
-    assert (tmp_path / 'sent/README.md').read_bytes() == (bundle / 'MODEL_CARD.md').read_bytes()
-    monkeypatch.setattr(Api, 'create_repo', lambda *_, **__: 1 / 0)
-    assert main(['push-to-hub', str(bundle), 'me/model']) == 1
-    assert 'the Hub rejected the upload' in capsys.readouterr().err

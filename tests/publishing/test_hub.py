@@ -1,4 +1,4 @@
-"""A Space holds all it needs and nothing that could run code by being opened, and its page answers."""
+"""A bundle on the Hub and a Space contain no pickle, and a Space contains all that its page needs."""
 
 import os
 import re
@@ -14,14 +14,29 @@ import pytest
 from cxr_fastai.cli import main
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.inference.bundle import Bundle
-from cxr_fastai.publishing.hub import NEEDED, needed, write_space
+from cxr_fastai.publishing import exporting
+from cxr_fastai.publishing.exporting import verify
+from cxr_fastai.publishing.hub import SPACE_PACKAGES, space_requirements, write_space
 
 GRADIO = Path(sys.prefix) / 'space'
-"""Gradio wants an older Pillow than the tested one, so `make test-all` installs it beside."""
-ASK = (
-    'import sys; from gradio_client import Client, handle_file; client = Client(sys.argv[1], verbose=False); '
-    'print(*(client.predict(handle_file(image), api_name="/judge")[0] for image in sys.argv[2:]), sep="\\n---\\n")'
-)
+"""`make test-all` installs gradio here, because it requires an older Pillow than the tested one."""
+EXPLAIN_CODE = """
+import sys
+for name in ('fastai', 'fastcore', 'pandas', 'sklearn', 'scipy', 'statsmodels', 'requests', 'gradio'):
+    sys.modules[name] = None
+from pathlib import Path
+from cxr_fastai.serving.service import Service
+row = Service.open(Path('bundle')).explain(Path(sys.argv[1]).read_bytes())
+print(row['status'], row['explanation']['format'], row['explanation']['overlay'] is not None)
+"""
+PREDICT_CODE = """
+import sys
+from gradio_client import Client, handle_file
+client = Client(sys.argv[1], verbose=False)
+for image in sys.argv[2:]:
+    print(client.predict(handle_file(image), api_name='/predict')[0])
+    print('---')
+"""
 
 
 @pytest.fixture(scope='module')
@@ -29,76 +44,87 @@ def space(bundle, tmp_path_factory) -> Path:
     return write_space(Bundle.open(bundle), tmp_path_factory.mktemp('space') / 'space')
 
 
-def test_a_space_holds_page_card_bundle_and_package_but_no_pickle(space):
-    assert {path.name for path in space.iterdir()} == {
-        'app.py',
-        'requirements.txt',
-        'README.md',
-        'bundle',
-        'cxr_fastai',
-    }
+def test_a_space_contains_page_card_bundle_and_package_but_no_pickle(space):
+    names = {path.name for path in space.iterdir()}
+    assert names == {'app.py', 'requirements.txt', 'README.md', 'bundle', 'cxr_fastai'}
     assert not list(space.rglob('*.pkl')) and not list(space.rglob('__pycache__'))
     assert Bundle.open(space / 'bundle').read('model.onnx')
 
 
-def test_its_front_matter_is_the_hubs_and_its_card_the_bundles(space):
+def test_the_readme_has_the_settings_of_the_space_and_the_model_card(space):
     text = (space / 'README.md').read_text()
-    front = re.match(r'---\n(.*?)\n---\n', text, re.DOTALL)[1]
-    assert 'sdk: gradio' in front and 'app_file: app.py' in front and re.search(r'sdk_version: \d+\.\d+\.\d+', front)
+    settings = re.match(r'---\n(.*?)\n---\n', text, re.DOTALL)[1]
+    assert 'sdk: gradio' in settings and 'app_file: app.py' in settings
+    assert re.search(r'sdk_version: \d+\.\d+\.\d+', settings)
     assert text.count('\n---\n') == 1 and 'not a medical device' in text.lower()
 
 
-def test_its_requirements_are_the_packages_own_without_fastai(space):
+def test_the_requirements_are_those_of_the_package_without_fastai(space):
     lines = (space / 'requirements.txt').read_text().splitlines()
-    assert lines[1:] == needed() and len(needed()) == len(NEEDED)
+    assert lines[1:] == space_requirements() and len(lines[1:]) == len(SPACE_PACKAGES)
     assert not any('fastai' in line for line in lines)
 
 
-def test_a_folder_with_something_in_it_is_left_alone(bundle, tmp_path):
+def test_a_folder_that_is_not_empty_is_not_changed(bundle, tmp_path):
     (tmp_path / 'mine').write_text('mine')
     with pytest.raises(UsageError, match='nothing in it was overwritten'):
         write_space(Bundle.open(bundle), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['mine']
 
 
-def test_export_writes_one(evaluated, tmp_path):
-    assert (
-        main(['export', str(evaluated.path), '--out', str(tmp_path / 'bundle'), '--space', str(tmp_path / 'space')])
-        == 0
-    )
+def test_export_can_write_a_space(evaluated, bundle, tmp_path, monkeypatch):
+    def copy_bundle(_run: object, folder: Path) -> None:
+        shutil.copytree(bundle, folder, dirs_exist_ok=True)
+
+    # Writing and verifying a bundle is slow, and tested in test_exporting.py.
+    monkeypatch.setattr(exporting, 'write_files', copy_bundle)
+    monkeypatch.setattr(exporting, 'verify_in_new_process', lambda _: None)
+    options = ['--out', str(tmp_path / 'bundle'), '--space', str(tmp_path / 'space')]
+    assert main(['export', str(evaluated.path), *options]) == 0
     assert (tmp_path / 'space/app.py').is_file()
 
 
-def test_what_a_space_needs_is_enough_to_answer_with_a_map(space, images):
-    """In a process where everything else of the package's requirements cannot be imported."""
+def test_a_bundle_goes_to_the_hub_without_its_pickle(bundle, tmp_path, monkeypatch, capsys):
+    huggingface_hub = pytest.importorskip('huggingface_hub', reason='needs pip install "cxr_fastai[hub]"')
+    requests = {}
+
+    class Api:
+        def create_repo(self, repo: str, **options: bool) -> None:
+            requests.update(options, repo=repo)
+
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str, delete_patterns: list) -> None:
+            assert delete_patterns == ['learner.pkl']
+            shutil.copytree(folder_path, tmp_path / 'sent')
+
+    monkeypatch.setattr(huggingface_hub, 'HfApi', Api)
+    assert main(['push-to-hub', str(bundle), 'me/model', '--private']) == 0
+    assert requests == {'repo': 'me/model', 'private': True, 'exist_ok': True}
+    assert 'https://huggingface.co/me/model' in capsys.readouterr().out
+    verify(tmp_path / 'sent')
+    assert not (tmp_path / 'sent/learner.pkl').exists()
+    assert (tmp_path / 'sent/README.md').read_bytes() == (bundle / 'MODEL_CARD.md').read_bytes()
+    monkeypatch.setattr(Api, 'create_repo', lambda *_, **__: 1 / 0)
+    assert main(['push-to-hub', str(bundle), 'me/model']) == 1
+    assert 'the Hub rejected the upload' in capsys.readouterr().err
+
+
+def test_a_space_answers_with_a_map_without_the_packages_that_it_does_not_require(space, images):
     image = next((images / 'test/PNEUMONIA').iterdir())
-    banned = ('fastai', 'fastcore', 'pandas', 'sklearn', 'scipy', 'statsmodels', 'requests', 'gradio')
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-c',
-            (
-                f'import sys\nfor name in {banned}: sys.modules[name] = None\n'
-                'from pathlib import Path\nfrom cxr_fastai.serving.service import Service\n'
-                f'row = Service.open(Path("bundle")).explain(Path({str(image)!r}).read_bytes())\n'
-                'print(row["status"], row["explanation"]["format"])'
-            ),
-        ],
-        cwd=space,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.split()[-1:] == ['JPEG'], done.stderr
+    command = [sys.executable, '-c', EXPLAIN_CODE, str(image)]
+    process = subprocess.run(command, cwd=space, capture_output=True, text=True)
+    assert re.search(r'^(ok JPEG|rejected JPEG)', process.stdout, re.MULTILINE), process.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not GRADIO.exists(), reason='gradio is not beside the environment: make test-all puts it there')
-def test_its_page_starts_and_answers(space, images, tmp_path):
-    image, text = next((images / 'test/PNEUMONIA').iterdir()), tmp_path / 'text.png'
+@pytest.mark.skipif(not GRADIO.exists(), reason='needs gradio next to the environment; run make test-all')
+def test_the_page_of_a_space_starts_and_answers(space, images, tmp_path):
+    image = shutil.copy(next((images / 'test/PNEUMONIA').iterdir()), tmp_path)
+    text = tmp_path / 'text.png'
     text.write_text('no image')
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    there = os.environ | {
+    with socket.socket() as free_socket:
+        free_socket.bind(('127.0.0.1', 0))
+        port = free_socket.getsockname()[1]
+    environment = os.environ | {
         'PYTHONPATH': f'{space}:{GRADIO}',
         'GRADIO_ANALYTICS_ENABLED': 'False',
         'HOME': str(tmp_path),
@@ -106,23 +132,26 @@ def test_its_page_starts_and_answers(space, images, tmp_path):
         'GRADIO_TEMP_DIR': str(tmp_path),
         'PYTHONUNBUFFERED': '1',
     }
-    with open(tmp_path / 'log', 'w') as log:
-        page = subprocess.Popen([sys.executable, 'app.py'], cwd=space, env=there, stdout=log, stderr=log)
+    log = tmp_path / 'log'
+    with open(log, 'w') as file:
+        server = subprocess.Popen([sys.executable, 'app.py'], cwd=space, env=environment, stdout=file, stderr=file)
     try:
-        address = _address(page, tmp_path / 'log')
-        asked = [address, str(shutil.copy(image, tmp_path)), str(text)]
-        done = subprocess.run([sys.executable, '-c', ASK, *asked], env=there, capture_output=True, text=True)
+        command = [sys.executable, '-c', PREDICT_CODE, wait_for_address(server, log), str(image), str(text)]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
     finally:
-        page.kill()
-        page.wait()
-    first, second = done.stdout.split('\n---\n')
-    assert re.search(r'probability of pneumonia 0\.\d{3}|No probability', first), done.stderr
-    assert 'No probability' in second and 'E_FORMAT' in second
+        server.kill()
+        server.wait()
+    answers = process.stdout.split('---')
+    assert re.search(r'probability of pneumonia 0\.\d{3}|No probability', answers[0]), process.stderr
+    assert 'No probability' in answers[1] and 'E_FORMAT' in answers[1]
 
 
-def _address(page: subprocess.Popen, log: Path) -> str:
+def wait_for_address(server: subprocess.Popen, log: Path) -> str:
+    """Return the address that the server prints when it is ready."""
     deadline = time.monotonic() + 120
-    while not (told := re.search(r'http://[\w.:]+', log.read_text())):
-        assert page.poll() is None and time.monotonic() < deadline, log.read_text()
+    while time.monotonic() < deadline and server.poll() is None:
+        address = re.search(r'http://[\w.:]+', log.read_text())
+        if address:
+            return address[0]
         time.sleep(0.1)
-    return told[0]
+    raise AssertionError(log.read_text())

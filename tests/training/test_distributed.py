@@ -35,23 +35,10 @@ OPTIONS = (
     '--arch test_convnext --weights none --size 64 --batch-size 5 --limit 8 --lr 0.0005 --workers 0 '
     f'--epochs {EPOCHS} --set class_weights=true --set ema=0.9 --set blur=0.02'
 ).split()
-LAUNCH = [
-    '-m',
-    'accelerate.commands.launch',
-    '--multi_gpu',
-    '--num_processes',
-    '2',
-    '--num_machines',
-    '1',
-    '--mixed_precision',
-    'no',
-    '--dynamo_backend',
-    'no',
-    '--main_process_port',
-    '0',
-    '-m',
-    'cxr_fastai',
-]
+LAUNCH = (
+    '-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no '
+    '--dynamo_backend no --main_process_port 0 -m cxr_fastai'
+)
 
 
 @pytest.mark.parametrize(('n', 'world'), [(32, 2), (5, 2), (1, 2), (10, 4), (7, 3)])
@@ -142,7 +129,7 @@ class Team:
 def start_with_accelerate(argv: list[str], log: Path) -> Team:
     """Start two processes with `accelerate launch`."""
     with open(log, 'a') as file:
-        launcher = subprocess.Popen([sys.executable, *LAUNCH, *argv], stdout=file, stderr=subprocess.STDOUT)
+        launcher = subprocess.Popen([sys.executable, *LAUNCH.split(), *argv], stdout=file, stderr=subprocess.STDOUT)
     return Team([launcher], log)
 
 

@@ -42,7 +42,7 @@ def check_trainable(items: pd.DataFrame) -> None:
         )
     if not counts.loc['valid'].sum():
         raise UsageError(
-            'valid holds no image, so the best epoch cannot be selected. Use `--valid patients`, which takes a tenth '
+            'valid holds no image, so the best epoch cannot be selected. Use --valid patients, which takes a tenth '
             'of the patients of train.'
         )
 

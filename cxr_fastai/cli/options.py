@@ -17,17 +17,12 @@ Data = Annotated[
         '--data',
         metavar='DIR',
         show_default=DATA_DEFAULT,
-        help='Folder of images (train|val|test / NORMAL|PNEUMONIA), or a CSV that lists images.',
+        help='Read images from this folder (train|val|test / NORMAL|PNEUMONIA), or from a CSV.',
     ),
 ]
 Csv = Annotated[
     Path | None,
-    Option(
-        '--csv',
-        metavar='FILE',
-        show_default='none',
-        help='CSV of images instead of --data, with columns path,label[,split,patient].',
-    ),
+    Option('--csv', metavar='FILE', show_default='none', help='Read images from this CSV: path,label[,split,patient].'),
 ]
 ImageFolder = Annotated[
     Path | None,
@@ -42,16 +37,16 @@ Origin = Annotated[
     ),
 ]
 Size = Annotated[
-    int, Option('--size', metavar='PX', min=48, max=2048, help='Side of the square input of the network, in pixels.')
+    int, Option('--size', metavar='PX', min=48, max=2048, help='Resize images to squares with this side, in pixels.')
 ]
 ImageSize = Annotated[
-    int, Option('--size', metavar='PX', min=64, max=4096, help='Side of each synthetic image, in pixels.')
+    int, Option('--size', metavar='PX', min=64, max=4096, help='Draw images with this side, in pixels.')
 ]
 Resize = Annotated[
-    str, Option('--resize', help='How to make images square: squish (ignore the aspect ratio), pad or crop (keep it).')
+    str, Option('--resize', help='Make images square: squish (ignore the aspect ratio), or pad or crop (keep it).')
 ]
-Images = Annotated[int, Option('--images', metavar='N', help='Number of synthetic images.')]
-BatchSize = Annotated[int, Option('--batch-size', metavar='N', min=1, help='Images per batch.')]
+Images = Annotated[int, Option('--images', metavar='N', help='Draw this number of synthetic images.')]
+BatchSize = Annotated[int, Option('--batch-size', metavar='N', min=1, help='Process this number of images per batch.')]
 Workers = Annotated[
     int | None,
     Option(
@@ -59,12 +54,14 @@ Workers = Annotated[
         metavar='N',
         min=0,
         show_default='number of cores; 0 with a cache',
-        help='Worker processes that load images; 0 loads them in the main process.',
+        help='Load images in this number of processes; 0 uses the main process.',
     ),
 ]
 Threads = Annotated[
     int | None,
-    Option('--workers', metavar='N', min=1, show_default='number of cores', help='Threads that load images.'),
+    Option(
+        '--workers', metavar='N', min=1, show_default='number of cores', help='Load images with this number of threads.'
+    ),
 ]
 Limit = Annotated[
     int | None,
@@ -72,19 +69,20 @@ Limit = Annotated[
         '--limit', metavar='N', min=1, show_default='all', help='Use only the first N images of each class and split.'
     ),
 ]
-Seed = Annotated[int, Option('--seed', metavar='N', min=0, help='Seed of all random numbers.')]
+Seed = Annotated[int, Option('--seed', metavar='N', min=0, help='Seed all random numbers with this number.')]
 
 # data audit
 
-AuditFolder = Annotated[Path, Option('--out', metavar='DIR', help='Folder for audit.json and audit.html.')]
+AuditFolder = Annotated[Path, Option('--out', metavar='DIR', help='Write audit.json and audit.html to this folder.')]
 
 # train, lr-find and demo
 
 Arch = Annotated[
-    str, Option('--arch', help='Network: baseline, resnet50, efficientnet_lite0, or the name of a timm model.')
+    str,
+    Option('--arch', help='Train this network: baseline, resnet50, efficientnet_lite0, or the name of a timm model.'),
 ]
 RecipeName = Annotated[
-    str, Option('--recipe', help='Training recipe: reference (the specification) or tuned (the most robust).')
+    str, Option('--recipe', help='Train by this recipe: reference (the specification) or tuned (the most robust).')
 ]
 Fields = Annotated[
     list[str] | None,
@@ -97,15 +95,20 @@ Fields = Annotated[
 ]
 Epochs = Annotated[
     int | None,
-    Option('--epochs', metavar='N', show_default='reference 15, tuned 6', help='Total number of epochs of all phases.'),
+    Option(
+        '--epochs',
+        metavar='N',
+        show_default='reference 15, tuned 6',
+        help='Train for this number of epochs, over all phases.',
+    ),
 ]
-DemoEpochs = Annotated[int, Option('--epochs', metavar='N', help='Number of epochs.')]
+DemoEpochs = Annotated[int, Option('--epochs', metavar='N', help='Train for this number of epochs.')]
 LearningRate = Annotated[
     float | None,
     Option(
         '--lr',
         show_default='from the recipe',
-        help='Learning rate of the first phase. Later phases keep their ratio to it.',
+        help='Set the learning rate of the first phase. Later phases keep their ratio to it.',
     ),
 ]
 Weights = Annotated[
@@ -113,23 +116,18 @@ Weights = Annotated[
     Option(
         '--weights',
         show_default='imagenet, if available',
-        help='Initial weights: imagenet, imagenet-v2, none, or the file of a state dict.',
+        help='Start from these weights: imagenet, imagenet-v2, none, or the file of a state dict.',
     ),
 ]
 Valid = Annotated[
-    str, Option('--valid', help='Validation images: official (the val folder) or patients (10% of the patients).')
+    str, Option('--valid', help='Validate on official (the val folder) or on patients (10% of the patients).')
 ]
 Leakage = Annotated[
     bool, Option('--allow-leakage', help='Train even if a patient is in two splits; the recipe records it.')
 ]
-BadImage = Annotated[
-    str, Option('--on-bad-image', help='What to do with an unreadable image: fail, or skip it with a warning.')
-]
+BadImage = Annotated[str, Option('--on-bad-image', help='At an unreadable image, fail, or skip it with a warning.')]
 Precision = Annotated[
-    str,
-    Option(
-        '--precision', help='Training precision: fp32, fp16, bf16, or auto (fp32 on a CPU, else the best of the GPU).'
-    ),
+    str, Option('--precision', help='Train in fp32, fp16, bf16, or auto (fp32 on a CPU, else the best of the GPU).')
 ]
 Compile = Annotated[str, Option('--compile', help='Compile training steps with torch.compile: on or off.')]
 Track = Annotated[
@@ -141,7 +139,7 @@ Track = Annotated[
 NewRun = Annotated[
     Path | None,
     Option(
-        '--out', metavar='RUN', show_default='runs/ARCH', help='Run folder to create; it must be empty or not exist.'
+        '--out', metavar='RUN', show_default='runs/ARCH', help='Create this run folder; it must be empty or not exist.'
     ),
 ]
 Resume = Annotated[
@@ -155,11 +153,11 @@ Resume = Annotated[
 ]
 NewFolder = Annotated[
     Path | None,
-    Option('--out', metavar='DIR', show_default='demo', help='Folder to create; it must be empty or not exist.'),
+    Option('--out', metavar='DIR', show_default='demo', help='Create this folder; it must be empty or not exist.'),
 ]
-Steps = Annotated[int, Option('--steps', metavar='N', min=20, help='Maximum number of batches.')]
+Steps = Annotated[int, Option('--steps', metavar='N', min=20, help='Train for at most this number of batches.')]
 NewCurve = Annotated[
-    Path, Option('--out', metavar='FILE', help='PNG file to create; a CSV with the numbers is written next to it.')
+    Path, Option('--out', metavar='FILE', help='Write the plot to this PNG file, and the numbers to a CSV next to it.')
 ]
 
 # evaluate and report
@@ -168,14 +166,14 @@ RunFolder = Annotated[Path, Argument(metavar='RUN', help='Run folder, as written
 RunFolders = Annotated[
     list[Path], Argument(metavar='RUN...', help='Run folders, as written by train, or a folder of run folders.')
 ]
-Split = Annotated[str, Option('--split', help='Split to evaluate: train, valid or test.')]
+Split = Annotated[str, Option('--split', help='Use the images of this split: train, valid or test.')]
 Rule = Annotated[
     str | None,
     Option(
         '--threshold',
         metavar='RULE',
         show_default='as before, else sensitivity:0.95',
-        help='Rule to choose the threshold on validation images: fixed:T, sensitivity:S, youden, or cost:FN/FP.',
+        help='Choose the threshold on validation images by this rule: fixed:T, sensitivity:S, youden, or cost:FN/FP.',
     ),
 ]
 Prevalences = Annotated[
@@ -186,7 +184,7 @@ Prevalences = Annotated[
         min=0.01,
         max=99.99,
         show_default='2, 10 and 30',
-        help='Prevalence in percent at which to report PPV and NPV. Repeat for more.',
+        help='Report PPV and NPV at this prevalence, in percent. Repeat for more.',
     ),
 ]
 By = Annotated[
@@ -211,13 +209,13 @@ NewComparison = Annotated[
         '--out',
         metavar='DIR',
         show_default='comparison',
-        help='Folder for the comparison of several runs. The default gets a number if it exists.',
+        help='Write the comparison of several runs to this folder. The default is numbered if it exists.',
     ),
 ]
 Audit = Annotated[
     Path | None,
     Option(
-        '--audit', metavar='DIR', show_default='audit, if it is of these images', help='Folder written by data audit.'
+        '--audit', metavar='DIR', show_default='audit, if of these images', help='Show the findings in this folder.'
     ),
 ]
 Pdf = Annotated[bool, Option('--pdf', help='Also print the report to report.pdf, with Chromium or Chrome.')]
@@ -240,17 +238,17 @@ Method = Annotated[
     str,
     Option(
         '--method',
-        help='Method: gradcam, gradcam++, cam (needs average pooling and one linear layer) or occlusion (slow).',
+        help='Compute maps by gradcam, gradcam++, cam (needs average pooling and one linear layer) or occlusion.',
     ),
 ]
-Target = Annotated[str, Option('--target', help='Class to explain: NORMAL or PNEUMONIA.')]
+Target = Annotated[str, Option('--target', help='Explain this class: NORMAL or PNEUMONIA.')]
 Layer = Annotated[
     str | None,
     Option(
         '--layer',
         metavar='NAME',
         show_default='the last before pooling',
-        help='Layer to explain, named as in the state dict.',
+        help='Explain this layer, named as in the state dict.',
     ),
 ]
 ExplanationFolder = Annotated[
@@ -259,7 +257,7 @@ ExplanationFolder = Annotated[
         '--out',
         metavar='DIR',
         show_default='RUN/figures/explained',
-        help='Folder to create for the figures. The default gets a number if it exists.',
+        help='Write the figures to this new folder. The default is numbered if it exists.',
     ),
 ]
 TopLosses = Annotated[
@@ -297,7 +295,9 @@ PredictImages = Annotated[
 ]
 NewTable = Annotated[
     Path | None,
-    Option('--out', metavar='FILE', show_default='print only', help='Table to create: .csv, .json or .parquet.'),
+    Option(
+        '--out', metavar='FILE', show_default='print only', help='Write rows to this new file: .csv, .json, .parquet.'
+    ),
 ]
 ResumeTable = Annotated[bool, Option('--resume', help='Resume an interrupted --out table, with the same images.')]
 Cut = Annotated[
@@ -324,7 +324,7 @@ NoGate = Annotated[
     bool, Option('--no-gate', help='Score rejected images too: switch off the input gate (out-of-distribution check).')
 ]
 EngineKind = Annotated[
-    str, Option('--engine', help='Inference engine for bundles: onnx, torch, or auto (ONNX Runtime if installed).')
+    str, Option('--engine', help='Run bundles with this engine: onnx, torch, or auto (ONNX Runtime if installed).')
 ]
 
 # export, push-to-hub and trust
@@ -336,18 +336,13 @@ NewBundle = Annotated[
         '--out',
         metavar='DIR',
         show_default='RUN/bundle',
-        help='Folder (with --zip: file) to create; an existing bundle is replaced.',
+        help='Write the bundle to this folder (with --zip: file), and replace an older bundle.',
     ),
 ]
 AsZip = Annotated[bool, Option('--zip', help='Write one zip file instead of a folder.')]
 NewSpace = Annotated[
     Path | None,
-    Option(
-        '--space',
-        metavar='DIR',
-        show_default='none',
-        help='Also create the folder of a Hugging Face Space, a Gradio page.',
-    ),
+    Option('--space', metavar='DIR', show_default='none', help='Also create a Hugging Face Space (Gradio page) here.'),
 ]
 Repo = Annotated[str, Argument(metavar='USER/NAME', help='Repository on the Hugging Face Hub; created if missing.')]
 Private = Annotated[bool, Option('--private', help='Make a new repository private.')]
@@ -357,20 +352,16 @@ TrustWhat = Annotated[
 ]
 Hash = Annotated[
     str | None,
-    Option(
-        '--sha256', metavar='HEX', show_default='none', help='SHA-256 of the file, obtained from its author separately.'
-    ),
+    Option('--sha256', metavar='HEX', show_default='none', help='Compare the file with this SHA-256 from its author.'),
 ]
 
 # serve
 
-Host = Annotated[str, Option('--host', help='Address to listen on; 0.0.0.0 listens on all networks.')]
-Port = Annotated[int, Option('--port', min=0, max=65535, help='Port to listen on; 0 picks a free port.')]
+Host = Annotated[str, Option('--host', help='Listen on this address; 0.0.0.0 listens on all networks.')]
+Port = Annotated[int, Option('--port', min=0, max=65535, help='Listen on this port; 0 picks a free one.')]
 TokenFile = Annotated[
     Path | None,
-    Option(
-        '--token-file', metavar='FILE', show_default='none', help='File with the bearer token that requests must send.'
-    ),
+    Option('--token-file', metavar='FILE', show_default='none', help='Require the bearer token in this file.'),
 ]
 AllowHost = Annotated[
     list[str] | None,
@@ -378,17 +369,22 @@ AllowHost = Annotated[
         '--allow-host',
         metavar='NAME',
         show_default='localhost, --host',
-        help='Host name to accept. Repeat for more; `*` accepts any.',
+        help='Accept this host name. Repeat for more; `*` accepts any.',
     ),
 ]
-MaxBody = Annotated[int, Option('--max-body', metavar='MB', min=1, help='Maximum size of a request, in megabytes.')]
-MaxImages = Annotated[int, Option('--max-images', metavar='N', min=1, help='Maximum number of images per request.')]
+MaxBody = Annotated[
+    int, Option('--max-body', metavar='MB', min=1, help='Refuse requests that are larger than this, in megabytes.')
+]
+MaxImages = Annotated[
+    int, Option('--max-images', metavar='N', min=1, help='Refuse requests with more images than this.')
+]
 QueueLength = Annotated[
-    int, Option('--queue', metavar='N', min=1, help='Maximum number of requests that are answered at the same time.')
+    int, Option('--queue', metavar='N', min=1, help='Answer at most this number of requests at the same time.')
 ]
 RequestTime = Annotated[
-    float, Option('--timeout', metavar='SECONDS', min=1, help='Time limit for answering a request, in seconds.')
+    float, Option('--timeout', metavar='SECONDS', min=1, help='Stop answering a request after this time, in seconds.')
 ]
 SendTime = Annotated[
-    float, Option('--send-timeout', metavar='SECONDS', min=1, help='Time limit for receiving a request, in seconds.')
+    float,
+    Option('--send-timeout', metavar='SECONDS', min=1, help='Stop receiving a request after this time, in seconds.'),
 ]

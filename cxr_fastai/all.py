@@ -22,6 +22,7 @@ from cxr_fastai.evaluation.curves import (
     plot_scores,
 )
 from cxr_fastai.evaluation.evaluation import evaluate
+from cxr_fastai.evaluation.figures import typical_correct, worst_errors
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.evaluation.metrics import measure
 from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_robustness
@@ -39,7 +40,6 @@ from cxr_fastai.inference.pickles import load_learner, save_learner
 from cxr_fastai.inference.predictor import Predictor, prediction_table
 from cxr_fastai.interpretation.checks import check_maps, check_run
 from cxr_fastai.interpretation.explainer import Explainer
-from cxr_fastai.evaluation.figures import typical_correct, worst_errors
 from cxr_fastai.interpretation.interpretation import CXRInterpretation
 from cxr_fastai.interpretation.overlays import plot_explanation, plot_gallery, plot_mean_maps
 from cxr_fastai.models.architectures import ARCHS, BaselineCNN, build_model, make_recipe
@@ -73,21 +73,21 @@ __all__ = [
     'compare',
     'corrupt',
     'count_images',
+    'cxr_block',
     'data_root',
     'decide',
-    'format_estimate',
     'download',
     'evaluate',
     'example_images',
     'example_run',
     'export',
-    'cxr_block',
-    'image_root',
     'find_cache',
     'fit',
+    'format_estimate',
     'hold_out',
-    'list_images',
+    'image_root',
     'list_held_out',
+    'list_images',
     'load_learner',
     'locate',
     'make_demo',

@@ -146,7 +146,7 @@ def compare(tables: Mapping[str, pd.DataFrame], thresholds: Mapping[str, float])
 def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
     """McNemar's exact test (1947) of whether two classifiers are correct equally often.
 
-    `first` and `second` (n,) tell for each image whether the classifier is correct.
+    `first` and `second` (n,) are true for images that a classifier predicts correctly.
     """
     from statsmodels.stats import contingency_tables
 

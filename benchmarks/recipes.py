@@ -1,4 +1,4 @@
-"""A table of runs that were evaluated with --robustness: validation, corruption, shortcuts, time.
+"""Print a table of runs that were evaluated with --robustness: validation, corruptions, shortcuts and time.
 
     for seed in 42 43 44; do
         cxr-fastai train --arch efficientnet_lite0 --recipe tuned --epochs 3 --size 128 --valid patients --seed $seed \\
@@ -7,8 +7,8 @@
     done
     python benchmarks/recipes.py runs/*
 
-A row a name; runs NAME-SEED of one name are averaged, with the standard deviation over the seeds behind the mean. The
-threshold is chosen on the validation images: the highest whose sensitivity there is at least .95.
+There is one row per name: runs NAME-SEED with the same name are averaged, and the standard deviation over the seeds
+follows the mean. The threshold is the highest one with a sensitivity of at least 0.95 on the validation images.
 """
 
 import argparse
@@ -21,64 +21,80 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.images.corruptions import summarise
 
 SENSITIVITY = 0.95
-TARGET = 0.985
+TARGET_AUC = 0.985
 
 
 def measure(run: Run) -> dict[str, float]:
-    """What the table has of one run."""
-    known = run.predictions.query('split == "valid"')
-    threshold = known[known.label == 'PNEUMONIA'].p_pneumonia.quantile(1 - SENSITIVITY, interpolation='lower')
-    called = known.p_pneumonia >= threshold
-    normal = known.label == 'NORMAL'
-    robust = run.robustness.query('split == "valid"')
-    harmed = robust[robust.strength > 0]
-    history = run.history
-    there = np.flatnonzero(history.roc_auc >= TARGET)
-    seconds = history.seconds[: there[0] + 1].sum() if len(there) else np.nan
-    auc = summarise(robust)
+    """Return the columns of the table for one run."""
+    predictions = run.predictions.query('split == "valid"')
+    pneumonia = predictions.label == 'PNEUMONIA'
+    threshold = predictions[pneumonia].p_pneumonia.quantile(1 - SENSITIVITY, interpolation='lower')
+    positive = predictions.p_pneumonia >= threshold
+    robustness = run.robustness.query('split == "valid"')
+    corrupted = robustness[robustness.strength > 0]
+    auc = summarise(robustness)
     return {
-        'epochs': len(history),
+        'epochs': len(run.history),
         'valid AUC': run.metrics['valid']['auc']['value'],
-        'sensitivity': called[~normal].mean(),
-        'specificity': (~called[normal]).mean(),
+        'sensitivity': positive[pneumonia].mean(),
+        'specificity': (~positive[~pneumonia]).mean(),
         'corrupted AUC': auc['corrupted'],
-        'corrupted specificity at .5': harmed.specificity.mean(),
-        'corrupted sensitivity at .5': harmed.sensitivity.mean(),
+        'corrupted specificity at 0.5': corrupted.specificity.mean(),
+        'corrupted sensitivity at 0.5': corrupted.sensitivity.mean(),
         'shortcut AUC': auc['shortcut'],
         'shortcut loss': auc['loss'],
-        f's to {TARGET}': seconds,
-        's an epoch': history.seconds.mean(),
+        f's to {TARGET_AUC}': _seconds_to_target(run.history),
+        's an epoch': run.history.seconds.mean(),
     }
 
 
+def _seconds_to_target(history: pd.DataFrame) -> float:
+    """Return the seconds until the validation AUC reaches `TARGET_AUC`; NaN if it does not."""
+    reached = np.flatnonzero(history.roc_auc >= TARGET_AUC)
+    if len(reached) == 0:
+        return float('nan')
+    return float(history.seconds[: reached[0] + 1].sum())
+
+
+def format_table(means: pd.DataFrame, deviations: pd.DataFrame, sizes: pd.Series) -> str:
+    """Return a Markdown table of the means, with the standard deviations where there are several runs."""
+    lines = ['| run | seeds | ' + ' | '.join(means) + ' |', '|---' * (len(means.columns) + 2) + '|']
+    for name, row in means.iterrows():
+        cells = [_format_cell(mean, deviations.loc[name, column], sizes[name]) for column, mean in row.items()]
+        lines.append(f'| {name} | {sizes[name]} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines)
+
+
+def _format_cell(mean: float, deviation: float, size: int) -> str:
+    if abs(mean) >= 1.5:  # seconds and epochs
+        return f'{mean:.0f}'
+    if size > 1 and deviation < 1:
+        return f'{mean:.4f} ± {deviation:.4f}'
+    return f'{mean:.4f}'
+
+
 def main() -> None:
-    """Measure the runs that are named and print a Markdown table."""
+    """Measure the given runs and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('runs', nargs='+', type=Path)
-    parser.add_argument('--kinds', action='store_true', help='the mean AUC of each kind of corruption as well')
+    parser.add_argument('runs', nargs='+', type=Path, help='run folders; those without robustness.csv are ignored')
+    parser.add_argument('--kinds', action='store_true', help='also print the mean AUC of each kind of corruption')
     args = parser.parse_args()
     runs = [Run.open(path) for path in args.runs if (path / 'robustness.csv').exists()]
     names = [run.path.name.rsplit('-', 1)[0] for run in runs]
-    table = pd.DataFrame(map(measure, runs), index=names).groupby(level=0, sort=False)
-    print(show(table.mean(), table.std(), table.size()))
+    print_grouped(pd.DataFrame([measure(run) for run in runs], index=names))
     if args.kinds:
-        kinds = [run.robustness.query('split == "valid"').groupby('corruption', sort=False).auc.mean() for run in runs]
-        by_name = pd.DataFrame([kind.to_dict() for kind in kinds], index=names).groupby(level=0, sort=False)
-        print('\n' + show(by_name.mean(), by_name.std(), by_name.size()))
+        rows = []
+        for run in runs:
+            robustness = run.robustness.query('split == "valid"')
+            rows.append(robustness.groupby('corruption', sort=False).auc.mean().to_dict())
+        print()
+        print_grouped(pd.DataFrame(rows, index=names))
 
 
-def show(means: pd.DataFrame, deviations: pd.DataFrame, sizes: pd.Series) -> str:
-    """The means, with the deviations where there are several runs, as Markdown."""
-    lines = ['| run | seeds | ' + ' | '.join(means) + ' |', '|---' * (len(means.columns) + 2) + '|']
-    for name, row in means.iterrows():
-        cells = [f'{value:.4f}' if abs(value) < 1.5 else f'{value:.0f}' for value in row]
-        if sizes[name] > 1:
-            cells = [
-                f'{cell} ± {off:.4f}' if off < 1 and '.' in cell else cell
-                for cell, off in zip(cells, deviations.loc[name], strict=True)
-            ]
-        lines.append(f'| {name} | {sizes[name]} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+def print_grouped(table: pd.DataFrame) -> None:
+    """Print the means of the rows with the same name."""
+    grouped = table.groupby(level=0, sort=False)
+    print(format_table(grouped.mean(), grouped.std(), grouped.size()))
 
 
 if __name__ == '__main__':

@@ -1,12 +1,12 @@
-"""Chest images on disk go in; a trained, measured, explained and safely shared classifier comes out.
+"""Train, evaluate, explain and share classifiers of chest X-ray images.
 
 ::
 
-    files --items--> table --data--> dls --learner--> Learner --training--> run/ --evaluation--> predictions + metrics
-                                                                            run/ --interpret--> figures
-                                                                            run/ --report--> report.html
-                                                                            run/ --export--> bundle
-                                                                            bundle --inference--> predictions.csv
+    files --data--> DataLoaders --training--> run/ --evaluation--> metrics.json, figures/
+                                              run/ --interpretation--> maps
+                                              run/ --publishing--> report.html, bundle/
+                                              bundle/ --inference--> predictions.csv
+                                              bundle/ --serving--> HTTP
 """
 
 from importlib.metadata import version

@@ -1,16 +1,17 @@
-"""Training images per second: our Learner against the specification's plain PyTorch script, in alternating rounds.
+"""Training images per second of the Learner and of a plain PyTorch script of the specification, in turn.
 
     python benchmarks/train_throughput.py --arch baseline --rounds 7
-    python benchmarks/train_throughput.py --compile             # ours as `train --compile on` has it
+    python benchmarks/train_throughput.py --compile             # the Learner as with `train --compile on`
     python benchmarks/train_throughput.py --arch efficientnet_lite0
-    python benchmarks/train_throughput.py --memory kept         # both in one process, as ours keeps memory
-    python benchmarks/train_throughput.py --memory default      # both in one process, glibc's own behaviour
-    python benchmarks/train_throughput.py --profile             # then also where our time goes
+    python benchmarks/train_throughput.py --memory kept         # both in one process that keeps freed memory
+    python benchmarks/train_throughput.py --memory default      # both in one process with the default of glibc
+    python benchmarks/train_throughput.py --profile             # also profile the Learner
 
-Both read, augment, collate and train; a round is a few whole batches of each, while the other side waits. The images are
-synthetic (`--data DIR` for others). How memory is kept belongs to a process, so by default each side has its own: the
-plain script with glibc's behaviour, ours with what `learner.reuse_memory` sets. `--memory kept` and `--memory default`
-put both into one process, with the same for both. Compiling itself is not timed: its seconds are printed apart.
+Both read, augment, collate and train. A round is a few batches of one side, while the other side waits. The images are
+synthetic; `--data DIR` takes others. How freed memory is handled is a property of a process, so by default each side
+has a process of its own: the plain script with the default of glibc, the Learner with what `learner.reuse_memory` sets.
+`--memory kept` and `--memory default` run both sides in one process. The time of the compilation is not part of a
+round; the time of the first two batches, which contains it, is printed separately.
 """
 
 import argparse
@@ -19,9 +20,12 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torchvision
 from fastai.callback.core import Callback, CancelTrainException, CancelValidException
@@ -41,10 +45,10 @@ from cxr_fastai.training.learner import make_learner, reuse_memory, start_phase
 
 
 def plain_baseline() -> nn.Module:
-    """The specification's CNN."""
-    layers = []
-    for i, o in [(3, 32), (32, 64), (64, 128), (128, 256)]:
-        layers += [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
+    """Return the CNN of the specification."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in [(3, 32), (32, 64), (64, 128), (128, 256)]:
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(
         *layers,
         nn.AdaptiveAvgPool2d(1),
@@ -58,26 +62,28 @@ def plain_baseline() -> nn.Module:
 
 
 def plain_resnet50() -> nn.Module:
-    """torchvision's ResNet50 with two outputs, all of it training."""
+    """Return torchvision's ResNet50 with two outputs."""
     model = torchvision.models.resnet50(weights=None)
     model.fc = nn.Linear(2048, 2)
     return model
 
 
 def plain_lite() -> nn.Module:
-    """timm's EfficientNet-Lite0 with two outputs, all of it training."""
+    """Return timm's EfficientNet-Lite0 with two outputs."""
     import timm
 
     return timm.create_model('tf_efficientnet_lite0', num_classes=2)
 
 
+Train = Callable[[int], None]
+"""A function that trains for a number of batches."""
 PLAIN = {'baseline': plain_baseline, 'resnet50': plain_resnet50, 'efficientnet_lite0': plain_lite}
 
 
 class PlainImages(torch.utils.data.Dataset):
-    """Pillow in RGB and torchvision's transforms, image by image."""
+    """RGB images read with Pillow and augmented one by one with torchvision's transforms."""
 
-    def __init__(self, items, root: Path, size: int):
+    def __init__(self, items: pd.DataFrame, root: Path, size: int):
         self.rows = [(root / path, VOCAB.index(label)) for path, label in zip(items.path, items.label, strict=True)]
         self.transform = T.Compose(
             [
@@ -91,25 +97,26 @@ class PlainImages(torch.utils.data.Dataset):
             ]
         )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         path, target = self.rows[i]
         return self.transform(Image.open(path).convert('RGB')), target
 
 
-def plain_round(arch: str, items, root: Path, size: int, bs: int):
-    """A function that trains the plain script for n batches."""
-    images = torch.utils.data.DataLoader(
+def make_plain(arch: str, items: pd.DataFrame, root: Path, size: int, bs: int) -> Train:
+    """Return a function that trains the plain script for n batches."""
+    loader = torch.utils.data.DataLoader(
         PlainImages(items, root, size), batch_size=bs, shuffle=True, num_workers=0, drop_last=True
     )
-    endless = itertools.chain.from_iterable(itertools.repeat(images))
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
     model = PLAIN[arch]().train()
-    optimiser, loss_func = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4), nn.CrossEntropyLoss()
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    loss_func = nn.CrossEntropyLoss()
 
     def train(n: int) -> None:
-        for xb, yb in itertools.islice(endless, n):
+        for xb, yb in itertools.islice(batches, n):
             optimiser.zero_grad()
             loss = loss_func(model(xb), yb)
             loss.backward()
@@ -120,20 +127,20 @@ def plain_round(arch: str, items, root: Path, size: int, bs: int):
 
 
 class FirstBatches(Callback):
-    """Stop the epoch after n batches, and skip validation."""
+    """End the epoch after `n` batches, without validation."""
 
     n = 1
 
-    def after_batch(self):
+    def after_batch(self) -> None:
         if self.training and self.iter + 1 == self.n:
             raise CancelTrainException
 
-    def before_validate(self):
+    def before_validate(self) -> None:
         raise CancelValidException
 
 
-def our_learner(arch: str, items, root: Path, size: int, bs: int, compiled: bool = False) -> Learner:
-    """Our Learner before its last phase, as `train` makes it."""
+def our_learner(arch: str, items: pd.DataFrame, root: Path, size: int, bs: int, compiled: bool = False) -> Learner:
+    """Return the Learner at the start of its last phase, as `train` makes it."""
     recipe = make_recipe(arch, weights='none', size=size, batch_size=bs)
     learn = make_learner(make_dls(items, root, recipe), recipe)
     start_phase(learn, recipe.phases[-1])
@@ -142,145 +149,164 @@ def our_learner(arch: str, items, root: Path, size: int, bs: int, compiled: bool
     return learn
 
 
-def our_round(learn: Learner):
-    """A function that trains `learn` for n batches of its own loader."""
-    first = FirstBatches()
+def make_ours(learn: Learner) -> Train:
+    """Return a function that trains `learn` for n batches of its own loader."""
+    first_batches = FirstBatches()
 
     def train(n: int) -> None:
-        first.n = n
+        first_batches.n = n
         with learn.no_bar(), learn.no_logging():
-            learn.fit(1, 1e-3, cbs=first)
+            learn.fit(1, 1e-3, cbs=first_batches)
 
     return train
 
 
-def matrix_rate(n: int = 2048, tries: int = 5) -> float:
-    """The best rate of a product of two matrices n x n in 32 bits, in GFLOP/s."""
-    a, b = torch.rand(2, n, n)
-    return 2 * n**3 / min(timed(lambda _: a @ b, 1) for _ in range(tries)) / 1e9
+class InOwnProcess:
+    """A side in a process of its own: calling it calls the function that `make(*arguments)` returns there."""
+
+    def __init__(self, make: Callable[..., Train], *arguments: object):
+        self.connection, other_end = multiprocessing.Pipe()
+        context = multiprocessing.get_context('spawn')
+        context.Process(target=serve, args=(other_end, make, *arguments), daemon=True).start()
+
+    def __call__(self, n: int) -> None:
+        self.connection.send(n)
+        self.connection.recv()
 
 
-def step_flops(learn: Learner) -> float:
-    """What the products and convolutions of a training step come to, in GFLOP: three times those of the forward pass,
-    since backward has one for the weights and one for the input. (FlopCounterMode does not see groups in backward.)"""
-    xb, _ = learn.dls.one_batch()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        learn.model.train()(xb)
-    return 3 * counter.get_total_flops() / 1e9
+def serve(connection: Connection, make: Callable[..., Train], *arguments: object) -> None:
+    """Train each number of batches that arrives, and confirm it."""
+    train = make(*arguments)
+    with suppress(EOFError):  # the other process has ended
+        while True:
+            train(connection.recv())
+            connection.send(None)
 
 
-def print_profile(learn: Learner, batches: int = 4) -> None:
-    """Where the time of our steps goes: operators, the share of convolutions, and the rate against that of matrices."""
-    train, work, best = our_round(learn), step_flops(learn), matrix_rate()
-    train(1)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        train(batches)
-    seconds = timed(train, batches) / batches
-    found = profile.key_averages()
-    print(found.table(sort_by='self_cpu_time_total', row_limit=15, max_name_column_width=45))
-    all_time = sum(event.self_cpu_time_total for event in found)
-    conv_time = sum(event.self_cpu_time_total for event in found if 'conv' in event.key.lower())
-    print(
-        f'convolutions: {conv_time / all_time:.0%} of the time; {work:.1f} GFLOP a step in {seconds:.2f} s: '
-        f'{work / seconds:.0f} GFLOP/s, {work / seconds / best:.0%} of the rate of matrix products ({best:.0f} GFLOP/s)'
-    )
+def make_ours_in_process(arch: str, items: pd.DataFrame, root: Path, size: int, bs: int, compiled: bool) -> Train:
+    """Return the function of `make_ours` in a new process, which keeps freed memory."""
+    reuse_memory()
+    return make_ours(our_learner(arch, items, root, size, bs, compiled))
 
 
-def timed(train, batches: int) -> float:
-    """Seconds that `train` takes for `batches`."""
+def measure_seconds(train: Train, batches: int) -> float:
+    """Return the seconds that `train` takes for `batches`."""
     start = time.perf_counter()
     train(batches)
     return time.perf_counter() - start
 
 
-class InOwnProcess:
-    """A side that trains in a process of its own, since how memory is kept belongs to a process: call it as the
-    function that `make` of `arguments` returns there."""
-
-    def __init__(self, make, *arguments):
-        self.here, there = multiprocessing.Pipe()
-        context = multiprocessing.get_context('spawn')
-        context.Process(target=serve, args=(there, make, *arguments), daemon=True).start()
-
-    def __call__(self, n: int) -> None:
-        self.here.send(n)
-        self.here.recv()
-
-
-def serve(there, make, *arguments) -> None:
-    """Train whenever a number of batches comes."""
-    train = make(*arguments)
-    with suppress(EOFError):  # the other end is gone
-        while True:
-            train(there.recv())
-            there.send(None)
-
-
-def our_side(arch: str, items, root: Path, size: int, bs: int, compiled: bool, kept: bool):
-    """Our round in a new process."""
-    if kept:
-        reuse_memory()
-    return our_round(our_learner(arch, items, root, size, bs, compiled))
-
-
-def compare(plain, ours, rounds: int, batches: int, batch_size: int) -> list[tuple[float, float]]:
-    """Images per second of both sides, round by round; every second round the other side goes first."""
+def compare(plain: Train, ours: Train, rounds: int, batches: int, batch_size: int) -> list[tuple[float, float]]:
+    """Return the images per second of both sides for each round; the sides take turns in going first."""
     rates = []
-    for i in range(rounds):
-        order = (plain, ours) if i % 2 == 0 else (ours, plain)
-        seconds = {train: timed(train, batches) for train in order}
-        rates.append(tuple(batches * batch_size / seconds[train] for train in (plain, ours)))
+    for number in range(rounds):
+        if number % 2 == 0:
+            plain_seconds = measure_seconds(plain, batches)
+            our_seconds = measure_seconds(ours, batches)
+        else:
+            our_seconds = measure_seconds(ours, batches)
+            plain_seconds = measure_seconds(plain, batches)
+        plain_rate = batches * batch_size / plain_seconds
+        our_rate = batches * batch_size / our_seconds
+        rates.append((plain_rate, our_rate))
+        ratio = our_rate / plain_rate
         print(
-            f'round {i + 1}: plain {rates[-1][0]:.1f}, ours {rates[-1][1]:.1f} images/s, '
-            f'ratio {rates[-1][1] / rates[-1][0]:.2f}',
-            flush=True,
+            f'round {number + 1}: plain {plain_rate:.1f}, ours {our_rate:.1f} images/s, ratio {ratio:.2f}', flush=True
         )
     return rates
 
 
-def main() -> None:
-    """Measure and print a line a round, then the medians."""
+def print_profile(learn: Learner, batches: int = 4) -> None:
+    """Print the time of each operator, the share of convolutions, and the rate compared with matrix products."""
+    train = make_ours(learn)
+    train(1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(batches)
+    seconds = measure_seconds(train, batches) / batches
+    operators = profile.key_averages()
+    print(operators.table(sort_by='self_cpu_time_total', row_limit=15, max_name_column_width=45))
+    total_time = sum(operator.self_cpu_time_total for operator in operators)
+    conv_time = sum(operator.self_cpu_time_total for operator in operators if 'conv' in operator.key.lower())
+    gflop, matrix_rate = count_gflop(learn), measure_matrix_rate()
+    rate = gflop / seconds
+    print(
+        f'convolutions: {conv_time / total_time:.0%} of the time; {gflop:.1f} GFLOP per step in {seconds:.2f} s: '
+        f'{rate:.0f} GFLOP/s, {rate / matrix_rate:.0%} of the rate of matrix products ({matrix_rate:.0f} GFLOP/s)'
+    )
+
+
+def count_gflop(learn: Learner) -> float:
+    """Return the operations of the products and convolutions of a training step, in GFLOP.
+
+    They are three times those of the forward pass, because the backward pass has one product for the weights and one
+    for the input. (`FlopCounterMode` ignores the groups of convolutions in the backward pass.)
+    """
+    images, _ = learn.dls.one_batch()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        learn.model.train()(images)
+    return 3 * counter.get_total_flops() / 1e9
+
+
+def measure_matrix_rate(n: int = 2048, tries: int = 5) -> float:
+    """Return the best rate of a product of two n x n matrices of 32-bit numbers, in GFLOP/s."""
+    a, b = torch.rand(2, n, n)
+    seconds = min(measure_seconds(lambda _: torch.matmul(a, b), 1) for _ in range(tries))
+    return 2 * n**3 / seconds / 1e9
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', default='baseline', choices=list(PLAIN))
     parser.add_argument('--data', type=Path, help='images (default: synthetic)')
-    parser.add_argument('--size', type=int, default=224)
+    parser.add_argument('--size', type=int, default=224, help='side of the images in pixels')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--batches', type=int, default=4, help='in a round, for each side')
-    parser.add_argument('--compile', action='store_true', help='our steps by torch.compile')
-    parser.add_argument('--profile', action='store_true', help='then also where our time goes')
+    parser.add_argument('--batches', type=int, default=4, help='batches of each side in a round')
+    parser.add_argument('--compile', action='store_true', help='compile the steps of the Learner')
+    parser.add_argument('--profile', action='store_true', help='also profile the Learner')
     parser.add_argument('--memory', choices=['as-used', 'kept', 'default'], default='as-used')
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, and print a line per round and then the medians."""
+    args = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
-        if args.data is None:
-            make_demo(root := Path(folder, 'images'), images=320, size=args.size)
-        else:
-            root = args.data
+        root = args.data
+        if root is None:
+            root = Path(folder, 'images')
+            make_demo(root, images=320, size=args.size)
         items = read_items(root)
-        shape = (image_root(root), args.size, args.batch_size)
         train_items = items[items.split == 'train']
+        shape = (image_root(root), args.size, args.batch_size)
         if args.memory == 'kept':
             reuse_memory()
         learn = our_learner(args.arch, items, *shape, args.compile)
         if args.memory == 'as-used':
-            plain = InOwnProcess(plain_round, args.arch, train_items, *shape)
-            ours = InOwnProcess(our_side, args.arch, items, *shape, args.compile, True)
+            plain: Train = InOwnProcess(make_plain, args.arch, train_items, *shape)
+            ours: Train = InOwnProcess(make_ours_in_process, args.arch, items, *shape, args.compile)
         else:
-            plain, ours = plain_round(args.arch, train_items, *shape), our_round(learn)
-        first = [timed(train, 2) for train in (plain, ours)]  # warm up
+            plain, ours = make_plain(args.arch, train_items, *shape), make_ours(learn)
+        first = [measure_seconds(train, 2) for train in (plain, ours)]  # warm up
         print(f'first two batches: plain {first[0]:.1f} s, ours {first[1]:.1f} s', flush=True)
         rates = compare(plain, ours, args.rounds, args.batches, args.batch_size)
         if args.profile:
             reuse_memory()
             print_profile(learn)
-    plain_rate, our_rate = (statistics.median(side) for side in zip(*rates, strict=True))
-    ratios = [our / plain for plain, our in rates]
+    print_summary(args, rates)
+
+
+def print_summary(args: argparse.Namespace, rates: list[tuple[float, float]]) -> None:
+    """Print the median rates of both sides, and the median and range of their ratio."""
+    plain_rate = statistics.median(plain for plain, _ in rates)
+    our_rate = statistics.median(ours for _, ours in rates)
+    ratios = [ours / plain for plain, ours in rates]
+    compiled = ', compiled' if args.compile else ''
     print(
-        f'{args.arch}, {args.size} px, batch {args.batch_size}, memory {args.memory}'
-        f'{", compiled" if args.compile else ""}, '
-        f'{torch.get_num_threads()} threads: '
-        f'median plain {plain_rate:.1f}, ours {our_rate:.1f} images/s, ratio {statistics.median(ratios):.2f} '
-        f'({min(ratios):.2f} to {max(ratios):.2f})'
+        f'{args.arch}, {args.size} px, batch {args.batch_size}, memory {args.memory}{compiled}, '
+        f'{torch.get_num_threads()} threads: median plain {plain_rate:.1f}, ours {our_rate:.1f} images/s, '
+        f'ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
     )
 
 

@@ -1,9 +1,10 @@
-"""Images per second from file to probability: fastai's two ways, and `predict`, alternating in one process.
+"""Images per second from file to probability: `predict` compared with two ways of fastai, alternating in one process.
 
     python benchmarks/inference.py RUN BUNDLE IMAGES --rounds 5
 
-RUN is a run folder, BUNDLE what `export RUN --int8` made of it, IMAGES a folder of original images. Prints images per
-second (medians over the rounds), and the ratio of each way to `learn.predict` and to `learn.get_preds`, round by round.
+RUN is a run folder, BUNDLE its bundle, IMAGES a folder of original images. For each way this prints the images per
+second (median of the rounds), the ratio to `learn.predict` and to `learn.get_preds` in the same round (median, minimum
+and maximum), and the largest difference of a probability.
 """
 
 import argparse
@@ -13,36 +14,51 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from fastai.learner import Learner
 
 from cxr_fastai.data.find import list_images
-from cxr_fastai.inference.bundle import INT8, Bundle
 from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.inference.predictor import Predictor
 
+BASELINES = ('learn.predict', 'learn.get_preds')
 
-def ways(run: Path, bundle: Path, paths: list[Path], batch_size: int) -> dict[str, Callable[[], np.ndarray]]:
-    """Name -> what predicts all images and returns their probabilities."""
-    learn = load_learner(run / 'learner.pkl')
 
-    def one_by_one() -> np.ndarray:
-        with learn.no_bar():
-            return np.array([float(learn.predict(path)[2][1]) for path in paths])
+def predict_one_by_one(learn: Learner, paths: list[Path]) -> np.ndarray:
+    """Return probabilities (n,) by fastai's `predict`."""
+    with learn.no_bar():
+        return np.array([float(learn.predict(path)[2][1]) for path in paths])
 
-    def batches() -> np.ndarray:
-        with learn.no_bar():
-            return learn.get_preds(dl=learn.dls.test_dl(paths, bs=batch_size, num_workers=0))[0][:, 1].numpy()
 
-    found = {'learn.predict': one_by_one, 'learn.get_preds': batches}
-    for engine in ('torch', 'onnx', *(['int8'] if INT8 in Bundle.open(bundle) else [])):
-        predictor = Predictor.load(bundle, engine=engine, gate=False)
-        found[f'predict, {engine}'] = lambda predictor=predictor: np.array(
-            [row['p_pneumonia'] for row in predictor.predict(paths, batch_size)]
-        )
-    return found
+def predict_batches(learn: Learner, paths: list[Path], batch_size: int) -> np.ndarray:
+    """Return probabilities (n,) by fastai's `get_preds`."""
+    dl = learn.dls.test_dl(paths, bs=batch_size, num_workers=0)
+    with learn.no_bar():
+        return learn.get_preds(dl=dl)[0][:, 1].numpy()
+
+
+def predict_rows(predictor: Predictor, paths: list[Path], batch_size: int) -> np.ndarray:
+    """Return probabilities (n,) by `Predictor.predict`."""
+    return np.array([row['p_pneumonia'] for row in predictor.predict(paths, batch_size)])
+
+
+def measure(methods: dict[str, Callable[[], np.ndarray]], images: int, rounds: int) -> dict[str, np.ndarray]:
+    """Return the images per second (rounds,) of each method. The methods alternate within a round."""
+    speeds: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(rounds):
+        for name, method in methods.items():
+            start = time.perf_counter()
+            method()
+            speeds[name].append(images / (time.perf_counter() - start))
+    return {name: np.array(values) for name, values in speeds.items()}
+
+
+def describe(ratio: np.ndarray) -> str:
+    """Return the median of ratios, with minimum and maximum."""
+    return f'{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})'
 
 
 def main() -> None:
-    """Time all and print."""
+    """Measure all methods and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', type=Path)
     parser.add_argument('bundle', type=Path)
@@ -52,20 +68,26 @@ def main() -> None:
     parser.add_argument('--limit', type=int, default=96)
     args = parser.parse_args()
     warnings.simplefilter('ignore')
+
     paths = list_images([args.images])[: args.limit]
-    works, speeds, scores = ways(args.run, args.bundle, paths, args.batch_size), {}, {}
-    for name, work in works.items():
-        scores[name] = work()
-    for _ in range(args.rounds):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            speeds.setdefault(name, []).append(len(paths) / (time.perf_counter() - start))
-    for name, found in speeds.items():
-        ratios = [np.array(found) / np.array(speeds[base]) for base in ('learn.predict', 'learn.get_preds')]
-        told = ', '.join(f'{np.median(r):.2f} ({r.min():.2f} to {r.max():.2f})' for r in ratios)
-        off = np.abs(scores[name] - scores['learn.get_preds']).max()
-        print(f'{name:16s} {np.median(found):6.1f} images/s; over predict, get_preds: {told}; differs by {off:.1g}')
+    learn = load_learner(args.run / 'learner.pkl')
+    by_torch = Predictor.load(args.bundle, engine='torch', gate=False)
+    by_onnx = Predictor.load(args.bundle, engine='onnx', gate=False)
+    methods = {
+        'learn.predict': lambda: predict_one_by_one(learn, paths),
+        'learn.get_preds': lambda: predict_batches(learn, paths, args.batch_size),
+        'predict, torch': lambda: predict_rows(by_torch, paths, args.batch_size),
+        'predict, onnx': lambda: predict_rows(by_onnx, paths, args.batch_size),
+    }
+    probabilities = {name: method() for name, method in methods.items()}  # also warms up
+    speeds = measure(methods, len(paths), args.rounds)
+    for name, speed in speeds.items():
+        ratios = ', '.join(describe(speed / speeds[baseline]) for baseline in BASELINES)
+        difference = np.abs(probabilities[name] - probabilities['learn.get_preds']).max()
+        print(
+            f'{name:16s} {np.median(speed):6.1f} images/s; ratio to predict, get_preds: {ratios}; '
+            f'largest difference {difference:.1g}'
+        )
 
 
 if __name__ == '__main__':

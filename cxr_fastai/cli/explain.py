@@ -15,6 +15,7 @@ from cxr_fastai.core.files import check_new
 from cxr_fastai.core.run import Run
 
 if TYPE_CHECKING:
+    from cxr_fastai.interpretation.interpretation import CXRInterpretation
     from cxr_fastai.interpretation.overlays import Explanation
 
 
@@ -52,20 +53,27 @@ def explain(
         raise UsageError(f'{run}: not a run folder. Choose a folder for the figures with --out.')
     folder = folder or unused_path(run / 'figures' / 'explained')
     check_new(folder)
-    n_errors = 0
     if images:
         from cxr_fastai.interpretation.explainer import Explainer, explain_images
 
         explainer = Explainer.load(run, target, method, layer)
         n_errors = print_explanations(explain_images(explainer, images, folder, batch_size, burned_in))
-    elif top_losses:
-        from cxr_fastai.interpretation.interpretation import CXRInterpretation, explain_split, save_galleries
+    else:
+        from cxr_fastai.interpretation.interpretation import CXRInterpretation
 
         interpretation = CXRInterpretation.from_run(Run(run), split, data, target, method, layer)
-        n_errors = print_explanations(explain_split(interpretation, top_losses, folder, batch_size, burned_in))
-        print_line(f'in {run}: {", ".join(save_galleries(interpretation, top_losses))}, and maps for its report')
+        n_errors = _explain_split(interpretation, top_losses or 1, folder, batch_size, burned_in)
     if n_errors:
         raise typer.Exit(3)
+
+
+def _explain_split(interpretation: CXRInterpretation, k: int, folder: Path, batch_size: int, burned_in: bool) -> int:
+    from cxr_fastai.interpretation.interpretation import explain_split, save_galleries
+
+    n_errors = print_explanations(explain_split(interpretation, k, folder, batch_size, burned_in))
+    galleries = save_galleries(interpretation, k)
+    print_line(f'in {interpretation.run.path}: {", ".join(galleries)}, and maps for its report')
+    return n_errors
 
 
 def print_explanations(saved: Iterable[tuple[Path, Explanation | ImageError]]) -> int:

@@ -79,6 +79,17 @@ VALIDATION_SPLITS = {
     'patients': 'about 10% of the patients of train and val, drawn at random with the same class balance',
 }
 """How validation images are chosen, by the field `valid` of the recipe."""
+CONSTANTS = {
+    'topics': TOPICS,
+    'ranking_metrics': RANKING_METRICS,
+    'threshold_metrics': THRESHOLD_METRICS,
+    'min_group_size': MIN_GROUP_SIZE,
+    'not_a_device': NOT_A_DEVICE,
+    'external_validity': EXTERNAL_VALIDITY,
+    'format_estimate': format_estimate,
+    'name_metric': name_metric,
+}
+"""The values and functions that the template uses for every run."""
 
 
 def report(run: Run, audit: Path | None = None, hide_names: bool = False) -> Path:
@@ -144,20 +155,8 @@ def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names
         'command': reproduce(run, split),
     }
     sections = {name: title for name, title in SECTIONS.items() if values.get(name, True) is not None}
-    return render_template(
-        'report.html',
-        **values,
-        sections=sections,
-        contents={*sections, *_extra_contents(run, split, values)},
-        topics=TOPICS,
-        format_estimate=format_estimate,
-        name_metric=name_metric,
-        ranking_metrics=RANKING_METRICS,
-        threshold_metrics=THRESHOLD_METRICS,
-        min_group_size=MIN_GROUP_SIZE,
-        not_a_device=NOT_A_DEVICE,
-        external_validity=EXTERNAL_VALIDITY,
-    )
+    contents = {*sections, *_extra_contents(run, split, values)}
+    return render_template('report.html', **CONSTANTS, **values, sections=sections, contents=contents)
 
 
 def _extra_contents(run: Run, split: str, values: dict[str, Any]) -> list[str]:

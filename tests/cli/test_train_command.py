@@ -151,7 +151,7 @@ def test_lr_find_overwrites_nothing(fails, images, tmp_path, name, pattern):
 
 def test_lr_find_suggests_a_rate_and_draws_the_curve(capsys, images, tmp_path):
     picture = tmp_path / 'lr.png'
-    size = ['--size', '48', '--steps', '40', '--batch-size', '8', '--workers', '0']
+    size = ['--size', '48', '--steps', '25', '--batch-size', '8', '--workers', '0']
     assert main(['lr-find', '--data', str(images), '--out', str(picture), *size]) == 0
     assert re.search(r'--lr \d\.\de-\d\d.*1\.0e-03', capsys.readouterr().out)
     curve = pd.read_csv(tmp_path / 'lr.csv')

@@ -11,6 +11,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,10 +75,10 @@ def main() -> None:
     by_torch = Predictor.load(args.bundle, engine='torch', gate=False)
     by_onnx = Predictor.load(args.bundle, engine='onnx', gate=False)
     methods = {
-        'learn.predict': lambda: predict_one_by_one(learn, paths),
-        'learn.get_preds': lambda: predict_batches(learn, paths, args.batch_size),
-        'predict, torch': lambda: predict_rows(by_torch, paths, args.batch_size),
-        'predict, onnx': lambda: predict_rows(by_onnx, paths, args.batch_size),
+        'learn.predict': partial(predict_one_by_one, learn, paths),
+        'learn.get_preds': partial(predict_batches, learn, paths, args.batch_size),
+        'predict, torch': partial(predict_rows, by_torch, paths, args.batch_size),
+        'predict, onnx': partial(predict_rows, by_onnx, paths, args.batch_size),
     }
     probabilities = {name: method() for name, method in methods.items()}  # also warms up
     speeds = measure(methods, len(paths), args.rounds)

@@ -3,12 +3,15 @@
     cxr-fastai demo --out demo
     python docs/pictures.py demo
 
-The pictures of real images (`robustness_*.png`, `cam_check_real.png`) are written by the commands on their pages.
-`report.png` and `audit.png` are screenshots.
+`report.png` and `audit.png` are screenshots and need Playwright with Chromium or Chrome. The pictures of real images
+(`robustness_*.png`, `cam_check_real.png`) are written by the commands on their pages.
 """
 
 import argparse
+import shutil
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -18,11 +21,14 @@ from PIL import Image
 
 from cxr_fastai.all import Explainer, Predictor, Preprocessing, Run, list_images, make_recipe, open_image
 from cxr_fastai.core.figures import BLUE, GREY, INK, save_figure, tidy
+from cxr_fastai.data.auditing import audit, save_audit
+from cxr_fastai.data.items import read_items
 from cxr_fastai.data.transforms import augmentations
 from cxr_fastai.evaluation.curves import plot_calibration, plot_net_benefit, plot_risk_coverage, plot_roc, plot_scores
 from cxr_fastai.evaluation.plots import plot_history
 from cxr_fastai.interpretation.explainer import Subject
 from cxr_fastai.interpretation.overlays import show_image, show_overlay
+from cxr_fastai.publishing.reporting import find_browser
 
 HERE = Path(__file__).parent
 SHOWN = ('bacteria', 'virus')
@@ -175,6 +181,59 @@ def curves(demo: Path, out: Path) -> None:
     save_figure(plot_history(run.history), out.with_name('history.png'))
 
 
+def report_screenshots(demo: Path) -> Image.Image:
+    """Return two parts of the report next to each other: its top, and the section Performance."""
+    page = demo / 'run/report.html'
+    parts = [screenshot(page, 616, 786), screenshot(page, 616, 786, anchor='performance')]
+    gap = 22
+    sheet = Image.new('RGB', (2 * parts[0].width + gap, parts[0].height), '#d8dde4')
+    sheet.paste(parts[0], (0, 0))
+    sheet.paste(parts[1], (parts[0].width + gap, 0))
+    return sheet
+
+
+def audit_screenshot(demo: Path) -> Image.Image:
+    """Return the top of the audit of a copy of the demo's images with planted faults."""
+    with TemporaryDirectory() as folder:
+        faulty = Path(folder, 'faulty_images')
+        shutil.copytree(demo / 'images', faulty)
+        plant_faults(faulty)
+        save_audit(audit(faulty), Path(folder, 'audit'))
+        return screenshot(Path(folder, 'audit/audit.html'), 900, 1215)
+
+
+def plant_faults(images: Path) -> None:
+    """Add a truncated image, a patient in two splits, and duplicates across classes and inside train."""
+    normal, pneumonia = images / 'train/NORMAL', images / 'train/PNEUMONIA'
+    normals = sorted(normal.iterdir())
+    truncated = normals[-1]
+    truncated.write_bytes(truncated.read_bytes()[:1500])
+    shrink(normals[0], pneumonia / 'person9003_virus_1.jpeg')
+    shrink(normals[1], normal / 'IM-9001-0001.jpeg')
+    train = read_items(images).query('split == "train" and kind == "bacteria"')
+    path = train[train.duplicated('patient')].path.iloc[0]
+    shutil.move(images / path, images / path.replace('train', 'test', 1))
+
+
+def shrink(source: Path, copy: Path) -> None:
+    """Save a smaller copy of an image."""
+    image = Image.open(source)
+    image.resize((image.width * 3 // 4, image.height * 3 // 4)).save(copy, quality=60)
+
+
+def screenshot(page: Path, width: int, height: int, anchor: str = '') -> Image.Image:
+    """Return the HTML file `page` as shown by a browser, from its section `anchor` on."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=['--no-sandbox', '--disable-gpu'])
+        tab = browser.new_page(viewport={'width': width, 'height': height})
+        tab.goto(f'{page.resolve().as_uri()}#{anchor}')
+        png = tab.screenshot()
+        browser.close()
+    return Image.open(BytesIO(png)).convert('RGB')
+
+
 def main() -> None:
     """Draw all pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -188,6 +247,8 @@ def main() -> None:
             Image.open(path).convert('RGB').quantize(200).save(path, optimize=True)
     save_figure(speed(), args.out / 'speed.png')
     curves(args.demo, args.out / 'curves.png')
+    report_screenshots(args.demo).quantize(200).save(args.out / 'report.png', optimize=True)
+    audit_screenshot(args.demo).quantize(200).save(args.out / 'audit.png', optimize=True)
 
 
 if __name__ == '__main__':

@@ -160,11 +160,14 @@ def equal(a: Any, b: Any) -> bool:
 @contextmanager
 def nan_before_batch(batch: int) -> Iterator[None]:
     """In the block a weight becomes NaN before the training batch of that number, counted from 1 over all epochs."""
-    batches = itertools.count(1)
+    trained = 0
 
     def before_batch(self: StopOnSignal) -> None:
-        if self.training and next(batches) == batch:
-            self.model[1][-1].bias.data.fill_(math.nan)
+        nonlocal trained
+        if self.training:
+            trained += 1
+            if trained == batch:
+                self.model[1][-1].bias.data.fill_(math.nan)
 
     StopOnSignal.before_batch = before_batch
     try:

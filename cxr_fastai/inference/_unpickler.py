@@ -169,10 +169,10 @@ class LearnerUnpickler(pickle._Unpickler):
             _refuse(f'it names {module}.{name}')
         if name in REPLACED.get(module, ()):
             return REPLACED[module][name]
-        found = super().find_class(module, name)
+        global_object = super().find_class(module, name)
         if name in CALLABLE.get(module, ()):
-            self.callables.append(found)
-        return found
+            self.callables.append(global_object)
+        return global_object
 
     def check_call(self) -> None:
         """Rule 2: the function is callable, and its arguments have plain types."""

@@ -85,12 +85,7 @@ def predict_to_table(
             predictor = predictor.with_threshold(threshold)
         _check_same_threshold(finished, predictor, table)
         if use_gate and predictor.gate is None and is_main_process():
-            warnings.warn(
-                f'{model} has no input gate, so every image gets a probability, even if it is not a chest X-ray. '
-                '`cxr-fastai export` makes a bundle with a gate.',
-                CXRWarning,
-                stacklevel=2,
-            )
+            _warn_of_missing_gate(model)
         if writer and not finished:
             writer.create()
         predict = partial(predictor.predict, batch_size=batch_size, workers=workers)
@@ -133,6 +128,15 @@ def _check_same_threshold(finished: list[Row], predictor: Predictor, table: Path
             f'--resume: {table} has the threshold {threshold:g}, but now it is {predictor.threshold:g}. '
             'Use the same model and options as before.'
         )
+
+
+def _warn_of_missing_gate(model: Path) -> None:
+    warnings.warn(
+        f'{model} has no input gate, so every image gets a probability, even if it is not a chest X-ray. '
+        '`cxr-fastai export` makes a bundle with a gate.',
+        CXRWarning,
+        stacklevel=3,
+    )
 
 
 def _write_rows(rows: Iterator[Row], writer: CsvTable | None, batch_size: int) -> list[Row]:

@@ -434,8 +434,8 @@ def test_an_onnx_file_of_another_program_is_refused(data, expected, changed, ref
 
 
 def test_an_onnx_file_that_knows_only_the_reference_images_is_refused(changed, refused):
-    known = load((changed / SELFTEST).read_bytes())['p'][:2]
-    (changed / ONNX).write_bytes(program(constant('p_pneumonia', known), FEATURES))
+    stored = load((changed / SELFTEST).read_bytes())['p'][:2]
+    (changed / ONNX).write_bytes(program(constant('p_pneumonia', stored), FEATURES))
     (changed / GATE).unlink()
     seal(changed)
     assert refused(changed) == 1
@@ -453,7 +453,7 @@ def zipped(folder: Path, place: Path, spoil=lambda archive: None) -> Path:
 
 
 def declare(size: int, name: str):
-    """Let the zip's directory tell that the file `name` has `size` bytes."""
+    """Write into the directory of a zip file that the file `name` has `size` bytes."""
 
     def spoil(archive: zipfile.ZipFile) -> None:
         archive.getinfo(name).file_size = size

@@ -86,7 +86,7 @@ GLOBALS_TO_EXEC = ('__globals__', '__builtins__', 'exec')
 
 
 def injected(good: bytes, instructions: bytes) -> bytes:
-    """The learner, whose pickle first does what the `instructions` say."""
+    """The learner with `instructions` at the start of its pickle."""
     return change_pickle(good, lambda old: old[:2] + instructions + b'0' + old[2:])
 
 

@@ -105,9 +105,9 @@ def dicom_image(image: Image.Image) -> bytes:
         OtherPatientNames=MARKERS['dicom_others'],
         StudyDescription=MARKERS['dicom_study'],
     )
-    found = dcmread(io.BytesIO(data))
-    found.private_block(0x0099, 'HOSPITAL', create=True).add_new(1, 'LO', MARKERS['dicom_private'])
-    found.save_as(buffer := io.BytesIO(), enforce_file_format=True)
+    dataset = dcmread(io.BytesIO(data))
+    dataset.private_block(0x0099, 'HOSPITAL', create=True).add_new(1, 'LO', MARKERS['dicom_private'])
+    dataset.save_as(buffer := io.BytesIO(), enforce_file_format=True)
     return buffer.getvalue()
 
 
@@ -131,14 +131,14 @@ def texts(path: Path) -> str:
         return ' '.join(str(element.value) for element in dcmread(path))
     with Image.open(path) as image:
         exif = image.getexif()
-        found = [
+        values = [
             *image.info.values(),
             *getattr(image, 'text', {}).values(),
             *exif.values(),
             *exif.get_ifd(ExifTags.IFD.Exif).values(),
         ]
     return ' '.join(
-        word.replace(b'\0', b'').decode('latin-1') if isinstance(word, bytes) else str(word) for word in found
+        word.replace(b'\0', b'').decode('latin-1') if isinstance(word, bytes) else str(word) for word in values
     )
 
 
@@ -147,14 +147,14 @@ def planted(images, tmp_path_factory) -> Path:
     """A CSV of forty images, with markers in the metadata of the files, in their names and in its own name."""
     root = tmp_path_factory.mktemp('planted') / MARKERS['home'] / 'data'
     (root / MARKERS['folder']).mkdir(parents=True)
-    found = [
+    paths = [
         path
         for split in ('train', 'val', 'test')
         for label in ('NORMAL', 'PNEUMONIA')
         for path in sorted((images / split / label).iterdir())[: 10 if split == 'train' else 5]
     ]
     rows, kinds = [], list(PLANTERS.items())
-    for number, path in enumerate(found):
+    for number, path in enumerate(paths):
         suffix, plant = kinds[number % len(kinds)]
         image = f'{MARKERS["folder"]}/{MARKERS["file"]}-{number}{suffix}'
         with Image.open(path) as picture:
@@ -251,12 +251,12 @@ def test_every_marker_was_written_and_would_be_found(planted, outputs):
 
 @pytest.mark.parametrize('kind', ['bundle', 'zip'])
 def test_no_file_of_a_bundle_contains_a_name(outputs, kind):
-    found = dict(entries(outputs[kind]))
+    files = dict(entries(outputs[kind]))
     names = {*FILES, MANIFEST}
     prefix = 'bundle.zip/' if kind == 'zip' else ''
-    assert found.keys() >= {prefix + name for name in names}
-    assert [name for name in found if name.startswith(f'{prefix}learner.pkl/') and name.endswith('.pkl')]
-    assert [(name, leaks(data)) for name, data in found.items() if leaks(data)] == []
+    assert files.keys() >= {prefix + name for name in names}
+    assert [name for name in files if name.startswith(f'{prefix}learner.pkl/') and name.endswith('.pkl')]
+    assert [(name, leaks(data)) for name, data in files.items() if leaks(data)] == []
 
 
 @pytest.mark.parametrize('name', ['learner.pkl', 'model.safetensors'])

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cxr_fastai.core.figures import BLUE, GREEN, GREY, INK, ORANGE, axes, set_title, tidy
 from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.images.corruptions import CLEAN, SHORTCUT
 
 if TYPE_CHECKING:
     from cxr_fastai.training.lr_finder import Rates
@@ -53,13 +54,17 @@ def plot_robustness(robustness: pd.DataFrame, title: str = '', columns: int = 4)
         columns: number of panels in a row.
     """
     corrupted = robustness[robustness.strength > 0]
-    reference_auc = robustness[robustness.strength == 0].set_index('corruption').auc
+    auc_by_kind = robustness[robustness.strength == 0].set_index('corruption').auc
+    references = (
+        (auc_by_kind[CLEAN], GREY, '--', 'clean'),
+        (auc_by_kind[SHORTCUT], ORANGE, ':', 'without sharpness shortcut'),
+    )
     kinds = list(corrupted.groupby('corruption', sort=False))
     n_rows = math.ceil(len(kinds) / columns)
     figure = Figure(figsize=(2.5 * columns, 2.6 * n_rows), layout='constrained')
     panels = figure.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for ax, (kind, rows) in zip(panels, kinds, strict=False):
-        for (name, auc), (colour, style) in zip(reference_auc.items(), ((GREY, '--'), (ORANGE, ':')), strict=True):
+        for auc, colour, style, name in references:
             ax.axhline(auc, color=colour, ls=style, lw=1.5, label=f'{name} {auc:.3f}')
         ax.fill_between(rows.strength, rows.auc_low, rows.auc_high, color=BLUE, alpha=0.2, lw=0, label='95% interval')
         ax.plot(rows.strength, rows.auc, color=BLUE, marker='.', label='corrupted')

@@ -1,14 +1,15 @@
-"""Images per second from files to an augmented, normalised batch, in alternating rounds in one process:
+"""Measure images per second, from files to augmented and normalised batches, in alternating rounds in one process.
 
-    (a) the specification's pipeline: Pillow in RGB, torchvision's transforms, no workers
-    (b) a usual fastai DataBlock: ImageBlock, Resize (squish), aug_transforms, fastai's own number of workers
-    (c) ours without a cache, `train`'s own number of workers
-    (d) ours with the cache of `data prepare`
+    (a) the pipeline of the specification: Pillow in RGB, torchvision's transforms, no workers
+    (b) a usual fastai DataBlock: ImageBlock, Resize (squish), aug_transforms, fastai's default number of workers
+    (c) this package without a cache, with the default number of workers of `train`
+    (d) this package with the cache of `data prepare`
 
     python benchmarks/data_pipeline.py --data chest_xray_originals --rounds 5
 
-A round of each is one epoch of the train images, repeated to at least `--images`; starting workers counts. The cache is
-made in a temporary folder before the first round. Without `--data` the images are synthetic, of 1,400 px.
+A round is one epoch of each over the training images, repeated until there are at least `--images`. The time includes
+the start of the workers. The cache is written to a temporary folder before the first round. Without `--data` the images
+are synthetic, of 1,400 x 1,400 pixels.
 """
 
 import argparse
@@ -16,8 +17,10 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from fastai.data.block import CategoryBlock, DataBlock
@@ -35,13 +38,22 @@ from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.models.architectures import make_recipe
 
 
-def count(batches) -> int:
-    """Take every batch and count its images."""
-    return sum(len(batch[0]) for batch in batches)
+def make_loaders(items: pd.DataFrame, root: Path, size: int, batch_size: int) -> dict[str, Any]:
+    """Return the four loaders by their letter."""
+    recipe = make_recipe('baseline', size=size, batch_size=batch_size, workers=None)
+    prepare(items.path, root, Preprocessing.of(recipe))
+    valid = items.head(1).assign(split='valid')  # a DataBlock needs a validation image
+    make_own = partial(make_dls, pd.concat([items, valid], ignore_index=True), root, recipe)
+    return {
+        'a': DataLoader(PlainImages(items, root, size), batch_size=batch_size, shuffle=True),
+        'b': make_fastai_loader(items, root, size, batch_size),
+        'c': make_own(None).train,
+        'd': make_own(find_cache(root, Preprocessing.of(recipe))).train,
+    }
 
 
-def usual(items: pd.DataFrame, root: Path, size: int, bs: int):
-    """fastai's DataLoader as its tutorials make it."""
+def make_fastai_loader(items: pd.DataFrame, root: Path, size: int, batch_size: int) -> Any:
+    """Return the DataLoader that fastai's tutorials build."""
     block = DataBlock(
         blocks=(ImageBlock, CategoryBlock),
         get_x=ColReader('path'),
@@ -50,55 +62,56 @@ def usual(items: pd.DataFrame, root: Path, size: int, bs: int):
         item_tfms=Resize(size, ResizeMethod.Squish),
         batch_tfms=aug_transforms(),
     )
-    return block.dataloaders(locate(items, root), bs=bs).train
+    return block.dataloaders(locate(items, root), bs=batch_size).train
 
 
-def sides(items: pd.DataFrame, root: Path, size: int, bs: int) -> dict:
-    """The four loaders, by letter."""
-    recipe = make_recipe('baseline', size=size, batch_size=bs, workers=None)
-    prepare(items.path, root, Preprocessing.of(recipe))
-    one = items.head(1).assign(split='valid')  # a DataBlock wants one
-    ours = partial(make_dls, pd.concat([items, one], ignore_index=True), root, recipe)
-    return {
-        'a': DataLoader(PlainImages(items, root, size), batch_size=bs, shuffle=True),
-        'b': usual(items, root, size, bs),
-        'c': ours(None).train,
-        'd': ours(find_cache(root, Preprocessing.of(recipe))).train,
-    }
+def count_images(batches: Iterable[Any]) -> int:
+    """Iterate over all batches and count their images."""
+    return sum(len(batch[0]) for batch in batches)
+
+
+def measure(loaders: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Return images per second of each loader and round; the order of the loaders alternates between rounds."""
+    rates: dict[str, list[float]] = {letter: [] for letter in loaders}
+    for number in range(rounds + 1):  # the first round warms up
+        for letter in sorted(loaders, reverse=number % 2 == 1):
+            start = time.perf_counter()
+            images = count_images(loaders[letter])
+            if number > 0:
+                rates[letter].append(images / (time.perf_counter() - start))
+        if number == 0:
+            print('warmed up', flush=True)
+        else:
+            line = ' '.join(f'{letter} {values[-1]:.1f}' for letter, values in rates.items())
+            print(f'round {number}: {line} images/s', flush=True)
+    return rates
 
 
 def main() -> None:
-    """Measure and print a line a round, then the medians and the ratios to (a)."""
+    """Measure, and print one line per round, then the medians and the ratios to (a)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', type=Path, help='images (default: synthetic)')
-    parser.add_argument('--images', type=int, default=500)
-    parser.add_argument('--size', type=int, default=224)
-    parser.add_argument('--batch-size', type=int, default=32)
-    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--data', type=Path, help='folder of images (default: synthetic images)')
+    parser.add_argument('--images', type=int, default=500, help='minimum number per round (default: 500)')
+    parser.add_argument('--size', type=int, default=224, help='side of the input in pixels (default: 224)')
+    parser.add_argument('--batch-size', type=int, default=32, help='images per batch (default: 32)')
+    parser.add_argument('--rounds', type=int, default=5, help='rounds after the warm-up (default: 5)')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.environ['CXR_CACHE'] = str(Path(folder, 'cache'))
-        if args.data is None:
-            make_demo(root := Path(folder, 'images'), images=64, size=1400)
-        else:
-            root = args.data
-        items = read_items(root).query('split == "train"')
-        items = pd.concat([items] * (-(-args.images // len(items))), ignore_index=True)
-        loaders = sides(items, image_root(root), args.size, args.batch_size)
-        rates = {side: [] for side in loaders}
-        for i in range(args.rounds + 1):  # the first warms up
-            for side in sorted(loaders, reverse=i % 2):
-                start = time.perf_counter()
-                images = count(loaders[side])
-                if i:
-                    rates[side].append(images / (time.perf_counter() - start))
-            told = ' '.join(f'{side} {found[-1]:.1f}' for side, found in rates.items() if found)
-            print(f'round {i}: {told} images/s' if told else 'warmed up', flush=True)
-    for side, found in rates.items():
-        ratios = [ours / plain for ours, plain in zip(found, rates['a'], strict=True)]
+        root = args.data
+        if root is None:
+            root = Path(folder, 'images')
+            make_demo(root, images=64, size=1400)
+        items = read_items(root)
+        items = items[items.split == 'train']
+        repeats = -(-args.images // len(items))
+        items = pd.concat([items] * repeats, ignore_index=True)
+        rates = measure(make_loaders(items, image_root(root), args.size, args.batch_size), args.rounds)
+    for letter, values in rates.items():
+        ratios = [value / plain for value, plain in zip(values, rates['a'], strict=True)]
         print(
-            f'({side}) median {statistics.median(found):.1f} images/s; ratio to (a) {statistics.median(ratios):.2f} '
-            f'({min(ratios):.2f} to {max(ratios):.2f})'
+            f'({letter}) median {statistics.median(values):.1f} images/s; ratio to (a) '
+            f'{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
         )
 
 

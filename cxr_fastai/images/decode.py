@@ -161,7 +161,7 @@ def _decode_picture(data: bytes, preprocessing: Preprocessing | None) -> Decoded
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f'none of {", ".join(FORMATS)}', 'E_FORMAT') from None
+        raise ImageError(f'the format is not one of {", ".join(FORMATS)}', 'E_FORMAT') from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f'over {MAX_PIXELS:,} pixels', 'E_TOO_LARGE') from None
     # Pillow's decoders raise SyntaxError, ValueError and others; none of them may end a batch.
@@ -177,7 +177,7 @@ def _check_header(image: Image.Image, data: bytes) -> None:
     if getattr(image, 'is_animated', False):
         raise ImageError('several frames or pages', 'E_MULTIFRAME')
     if image.format not in FORMATS:
-        raise ImageError(f'{image.format} is none of {", ".join(FORMATS)}', 'E_FORMAT')
+        raise ImageError(f'the format {image.format} is not one of {", ".join(FORMATS)}', 'E_FORMAT')
     if image.mode not in BITS:
         raise ImageError(f'unsupported pixel mode {image.mode}', 'E_BITDEPTH')
     bits = _stored_bits(image, data)

@@ -157,7 +157,7 @@ def find_arch(arch: str) -> Arch:
 
 def _find_timm_arch(arch: str) -> Arch:
     choices = ', '.join(ARCHS)
-    require_package('timm', f'--arch {arch}, which is none of {choices},', 'timm')
+    require_package('timm', f'--arch {arch}, which is not one of {choices},', 'timm')
     import timm
 
     if not timm.is_model(arch):
@@ -189,8 +189,7 @@ def make_recipe(
         raise UsageError(f'--recipe {name} is unknown: choose {" or ".join(RECIPES)}.')
     if lr is not None and not 0 < lr < math.inf:
         raise UsageError(f'--lr {lr}: a positive number is needed.')
-    if epochs is None:
-        epochs = EPOCHS[name]
+    epochs = EPOCHS[name] if epochs is None else epochs
     if epochs < 1:
         raise UsageError(f'--epochs {epochs}: at least 1 is needed.')
     facts = find_arch(arch)

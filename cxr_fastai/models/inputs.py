@@ -33,7 +33,10 @@ def to_input(images: np.ndarray) -> Tensor:
 
 
 def pool(features: Tensor) -> Tensor:
-    """Average the output of a body over its positions: (n, c, h, w) to (n, c). Other shapes are flattened to (n, c)."""
+    """Reduce the output of a body to one vector per image, which the input gate compares with training images.
+
+    Feature maps (n, c, h, w) are averaged over their positions: (n, c). Other shapes are flattened.
+    """
     if features.ndim == 4:
         return features.mean(dim=(2, 3))
     return features.flatten(1)

@@ -33,7 +33,7 @@ Origin = Annotated[
     str,
     Option(
         '--source',
-        help='Source: mendeley (1.2 GB, no account), kaggle (2.3 GB, with a val folder), or medmnist (0.2 GB).',
+        help='Download from mendeley (1.2 GB, no account), kaggle (2.3 GB, with a val folder), or medmnist (0.2 GB).',
     ),
 ]
 Size = Annotated[
@@ -342,7 +342,9 @@ NewBundle = Annotated[
 AsZip = Annotated[bool, Option('--zip', help='Write one zip file instead of a folder.')]
 NewSpace = Annotated[
     Path | None,
-    Option('--space', metavar='DIR', show_default='none', help='Also create a Hugging Face Space (Gradio page) here.'),
+    Option(
+        '--space', metavar='DIR', show_default='none', help='Also write a Hugging Face Space (Gradio) to this folder.'
+    ),
 ]
 Repo = Annotated[str, Argument(metavar='USER/NAME', help='Repository on the Hugging Face Hub; created if missing.')]
 Private = Annotated[bool, Option('--private', help='Make a new repository private.')]

@@ -97,7 +97,14 @@ def draw_only(name: str, monkeypatch, savefig=Figure.savefig) -> None:
     monkeypatch.setattr(Figure, 'savefig', save_or_stub)
 
 
-def test_a_full_disk_leaves_every_file_of_an_evaluation_intact(images, tmp_path, monkeypatch, run):
+@pytest.mark.parametrize(
+    'names',
+    [
+        pytest.param(('predictions.csv', 'roc_test.png', 'robustness.csv'), id='one of each kind'),
+        pytest.param(EVALUATION_FILES, id='all', marks=pytest.mark.slow),
+    ],
+)
+def test_a_full_disk_leaves_every_file_of_an_evaluation_intact(images, tmp_path, monkeypatch, run, names):
     rows = [('clean', 0), ('noise', 1), ('noise', 2), ('shortcut', 0)]
     table = pd.DataFrame(rows, columns=['corruption', 'strength']).assign(n=2, auc=0.5, auc_low=0.4, auc_high=0.6)
     monkeypatch.setattr(robustness, 'measure_robustness', lambda *_, **__: table)
@@ -105,7 +112,7 @@ def test_a_full_disk_leaves_every_file_of_an_evaluation_intact(images, tmp_path,
     evaluated = Path(shutil.copytree(run.path, tmp_path / 'run'))
     argv = ['evaluate', str(evaluated), '--data', str(images), '--robustness']
     assert run_quietly(argv)[0] == 0
-    for name in EVALUATION_FILES:
+    for name in names:
         path = next(evaluated.rglob(name))
         before = path.read_bytes()
         draw_only(name, monkeypatch)

@@ -117,7 +117,18 @@ def test_the_globals_of_this_package_are_public_modules_in_rooms():
         assert rest and not any(part.startswith('_') for part in (room, *rest))
 
 
-@pytest.mark.parametrize('module, name', [('os', 'system'), ('builtins', 'exec'), ('functools', 'reduce')])
+@pytest.mark.parametrize(
+    'module, name',
+    [('torchvision.models.resnet', 'Bottleneck'), ('timm.models._efficientnet_blocks', 'InvertedResidual')],
+)
+def test_the_unpickler_allows_layers_of_libraries(module, name):
+    assert is_allowed(module, name)
+
+
+@pytest.mark.parametrize(
+    'module, name',
+    [('os', 'system'), ('builtins', 'exec'), ('functools', 'reduce'), ('timm.layers.config', 'os.system')],
+)
 def test_the_unpickler_refuses_other_globals(module, name):
     assert not is_allowed(module, name)
 

@@ -41,7 +41,9 @@ def test_every_form_of_a_model_predicts_the_same(bundle, evaluated, squares):
         assert np.allclose(features, features_run, atol=1e-4)
 
 
-@pytest.mark.parametrize('arch', ['baseline', pytest.param('resnet50', marks=pytest.mark.slow), 'efficientnet_lite0'])
+@pytest.mark.parametrize(
+    'arch', ['baseline', *(pytest.param(arch, marks=pytest.mark.slow) for arch in ('resnet50', 'efficientnet_lite0'))]
+)
 def test_an_onnx_file_takes_grey_images_of_8_bits(arch):
     import onnxruntime
 

@@ -227,14 +227,14 @@ def tensor(dtype: str, shape: str, size: int) -> bytes:
         'a name with commands',
     ],
 )
-@pytest.mark.parametrize('name', [WEIGHTS, SELFTEST, GATE])
+@pytest.mark.parametrize('name', [WEIGHTS, SELFTEST, pytest.param(GATE, marks=pytest.mark.slow)])
 def test_a_safetensors_file_with_a_wrong_header_is_refused(name, content, changed, refused):
     (changed / name).write_bytes(content)
     seal(changed)
     assert refused(changed, '--engine', 'torch') == 1
 
 
-@pytest.mark.parametrize('engine', ['torch', 'onnx'])
+@pytest.mark.parametrize('engine', ['torch', pytest.param('onnx', marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     'change, expected',
     [
@@ -461,7 +461,7 @@ def declare(size: int, name: str):
     return spoil
 
 
-@pytest.mark.parametrize('name', [MANIFEST, CONFIG, ONNX])
+@pytest.mark.parametrize('name', [MANIFEST, *(pytest.param(name, marks=pytest.mark.slow) for name in (CONFIG, ONNX))])
 @pytest.mark.parametrize('size', [2**31 + 1, 2**40, 0, 7])
 def test_a_zip_with_a_wrong_size_is_refused(name, size, bundle, tmp_path, refused):
     assert refused(zipped(bundle, tmp_path / 'b.zip', declare(size, name))) == 1

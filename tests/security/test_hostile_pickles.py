@@ -381,6 +381,7 @@ def test_an_unchanged_learner_is_accepted(learn, tmp_path, marker, image):
     assert main(['predict', str(add_trust(tmp_path / 'model.pkl')), str(image)]) == 0
 
 
+@pytest.mark.slow  # tests/contracts asks for the names alone
 def test_a_learner_with_layers_of_torchvision_is_accepted(images, tmp_path, marker):
     recipe = make_recipe('resnet50', size=48, batch_size=8, weights='none')
     learn = make_learner(make_dls(read_items(images), images, recipe), recipe)

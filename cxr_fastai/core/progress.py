@@ -43,6 +43,7 @@ def progress(steps: Iterable[T], total: int | None = None, unit: str = 'image') 
     """Yield the `steps` and show how many of `total` are done. `total` may be omitted if `steps` has a length."""
     if total is None and isinstance(steps, Sized):
         total = len(steps)
+    goal = '?' if total is None else f'{total:,}'
     last_line = time.monotonic()
     with progress_bar(total, unit=unit) as bar:
         for done, step in enumerate(steps, 1):
@@ -50,7 +51,7 @@ def progress(steps: Iterable[T], total: int | None = None, unit: str = 'image') 
             bar.update()
             if bar.disable and time.monotonic() - last_line > LOG_SECONDS:
                 last_line = time.monotonic()
-                log.info('%s of %s %ss', f'{done:,}', 'an unknown number of' if total is None else f'{total:,}', unit)
+                log.info('%s of %s %ss', f'{done:,}', goal, unit)
 
 
 def in_threads(

@@ -1,8 +1,8 @@
-"""What the service bears: slow, broken and countless requests, signals and kills, asked through sockets."""
+"""The server withstands slow, broken and numerous requests, clients that leave, and signals."""
 
-import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,454 +10,329 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from bundlefiles import change_tensors, seal
 from imagefiles import dicom, encoded, smooth
+from services import (
+    HEALTH,
+    LOCAL,
+    PATIENCE,
+    PATIENT,
+    ProcessServer,
+    connected,
+    form,
+    is_closed,
+    is_ready,
+    post,
+    read_reply,
+    request_for,
+    request_head,
+    running_server,
+    send,
+    wait_until,
+)
 
-from cxr_fastai.core.errors import CXRError
+from cxr_fastai.cli import main
+from cxr_fastai.inference.bundle import SELFTEST, Bundle
 from cxr_fastai.inference.predictor import Predictor
-from cxr_fastai.serving.server import listen, make_server, serve
-from cxr_fastai.serving.service import Limits, Settings
-
-LOCAL = '127.0.0.1'
-PATIENT = 'ZqPatientXv'
-"""A name that stands nowhere else."""
-PART = 'Content-Disposition: form-data; name="images"; filename="{}"\r\n\r\n'
-LATE = 60
-"""Seconds after which a test gives up waiting, on a machine that is busy."""
-
-
-def until(found):
-    """What `found` gives, once it is true."""
-    deadline = time.monotonic() + LATE
-    while not (value := found()):
-        assert time.monotonic() < deadline, 'it never came'
-        time.sleep(0.005)
-    return value
-
-
-def form(*images: bytes, name: str = 'a') -> bytes:
-    """The images as a form with the boundary b."""
-    return b''.join(b'--b\r\n' + PART.format(name).encode() + image + b'\r\n' for image in images) + b'--b--\r\n'
-
-
-def head(*lines: str, path: str = '/v1/predict') -> bytes:
-    """The beginning of a request with a form."""
-    first = (f'POST {path} HTTP/1.1', f'Host: {LOCAL}', 'Content-Type: multipart/form-data; boundary=b')
-    return '\r\n'.join((*first, *lines, '', '')).encode()
-
-
-def whole(*images: bytes, lines: tuple[str, ...] = (), **how) -> bytes:
-    """A request for predictions."""
-    data = form(*images, **how)
-    return head(f'Content-Length: {len(data)}', *lines) + data
-
-
-@contextmanager
-def connected(port: int, *sent: bytes):
-    """A socket that has sent something."""
-    with socket.create_connection((LOCAL, port), timeout=LATE) as sock:
-        for part in sent:
-            sock.sendall(part)
-        yield sock
-
-
-def answer(sock: socket.socket) -> tuple[int, dict, dict[str, str]]:
-    """The next answer: status, what its JSON says, headers. Raises where it is not whole."""
-    told = http.client.HTTPResponse(sock)
-    told.begin()
-    return told.status, json.loads(told.read()), {name.lower(): value for name, value in told.getheaders()}
-
-
-def ask(port: int, *sent: bytes) -> tuple[int, dict, dict[str, str]]:
-    with connected(port, *sent) as sock:
-        return answer(sock)
-
-
-def post(port: int, *images: bytes, **how) -> tuple[int, dict, dict[str, str]]:
-    return ask(port, whole(*images, **how))
-
-
-def lives(port: int) -> bool:
-    with suppress(OSError, http.client.HTTPException):
-        return ask(port, f'GET /ready HTTP/1.1\r\nHost: {LOCAL}\r\n\r\n'.encode())[0] == 200
-    return False
-
-
-def cut(sock: socket.socket, *more: bytes) -> bool:
-    """Whether the other side has ended the connection, asked by sending it `more`."""
-    try:
-        for part in more:
-            sock.sendall(part)
-        sock.settimeout(0.01)
-        return not sock.recv(2**16)
-    except TimeoutError:
-        return False
-    except OSError:
-        return True
-
-
-# A server in a thread of this process
-
-
-class Held:
-    """An engine that waits until it is let go, and knows how many images it was given at a time."""
-
-    def __init__(self, judge):
-        self.judge, self.free, self.sizes = judge, threading.Event(), []
-
-    def __call__(self, images):
-        self.sizes.append(len(images))
-        assert self.free.wait(LATE)
-        return self.judge(images)
-
-
-class Served:
-    """A server: its `port` and, once it is ready, its `service`."""
-
-    def __init__(self, settings: Settings):
-        self.server, self.listening = make_server(settings), listen(LOCAL, 0)
-        self.port = self.listening.getsockname()[1]
-        self.thread = threading.Thread(target=self.server.run, args=([self.listening],))
-
-    @property
-    def service(self):
-        app = self.server.config.app
-        while not hasattr(app, 'state'):
-            app = app.app
-        return app.state.service
-
-    def hold(self) -> Held:
-        """Let its engine wait."""
-        held = self.service.batcher.judge = Held(self.service.predictor.judge)
-        return held
-
-
-@contextmanager
-def served(settings: Settings):
-    made = Served(settings)
-    made.thread.start()
-    try:
-        until(lambda: lives(made.port))
-        yield made
-    finally:
-        made.server.should_exit = True
-        if isinstance(made.service.batcher.judge, Held):
-            made.service.batcher.judge.free.set()
-        made.thread.join(LATE)
-
-
-@pytest.fixture(scope='module')
-def quick(bundle):
-    """A service that gives a client half a second to send a request."""
-    with served(Settings(bundle, sending=0.5, limits=Limits(body=10**5))) as made:
-        yield made
-
-
-@pytest.fixture(scope='module')
-def patient(bundle):
-    """A service that waits long for a request of at most 100 kB."""
-    with served(Settings(bundle, sending=LATE, limits=Limits(body=10**5))) as made:
-        yield made
-
-
-@pytest.fixture
-def small(bundle):
-    """A service where two may wait, and that ends at once."""
-    with served(Settings(bundle, queue=2, drain=0.2)) as made:
-        yield made
-
+from cxr_fastai.serving.app import Settings
+from cxr_fastai.serving.server import Server
+from cxr_fastai.serving.uploads import Limits
 
 IMAGE = encoded(smooth(96, 96))
 
 
-def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent(patient):
-    with connected(patient.port, head('Content-Length: 100000000')) as sock:
-        status, told, _ = answer(sock)
-        assert (status, told['code']) == (413, 'E_BODY')
-
-
-@pytest.mark.parametrize('closing', [(), ('Connection: close',)])
-@pytest.mark.parametrize('chunked', [False, True])
-def test_who_sends_all_of_a_body_that_is_too_large_gets_to_read_why_not(patient, closing, chunked):
-    data = form(b'x' * 8_000_000)
-    length = 'Transfer-Encoding: chunked' if chunked else f'Content-Length: {len(data)}'
-    if chunked:
-        data = f'{len(data):x}\r\n'.encode() + data + b'\r\n0\r\n\r\n'
-    with connected(patient.port, head(length, *closing), data) as sock:
-        status, told, _ = answer(sock)
-        assert (status, told['code']) == (413, 'E_BODY')
-        if closing:
-            return
-        sock.sendall(whole(IMAGE))
-        assert answer(sock)[0] == 200
-
-
-def test_other_refusals_reach_a_client_who_is_still_sending_too(patient):
-    data = form(b'x' * 8_000_000)
-    for lines, status in ((('Origin: http://elsewhere.example',), 400), (('Content-Encoding: gzip',), 415)):
-        told = ask(patient.port, head(f'Content-Length: {len(data)}', 'Connection: close', *lines), data)
-        assert told[0] == status
-
-
-def test_endless_chunks_are_answered_while_they_come_and_cut_after_the_deadline(quick):
-    chunk = b'8000\r\n' + b'x' * 0x8000 + b'\r\n'
-    with connected(quick.port, head('Transfer-Encoding: chunked'), *[chunk] * 4) as sock:
-        assert answer(sock)[1]['code'] == 'E_BODY'
-        until(lambda: cut(sock, chunk))
-    assert lives(quick.port)
-
-
-BROKEN = {
-    'two lengths': head('Content-Length: 5', 'Content-Length: 6'),
-    'a negative length': head('Content-Length: -1'),
-    'a length of many digits': head(f'Content-Length: {"9" * 5000}'),
-    'no such encoding': head('Transfer-Encoding: gzip'),
-    'no host': b'POST /v1/predict HTTP/1.1\r\n\r\n',
-    'two hosts': head('Host: elsewhere.example'),
-    'a line without a colon': head('nonsense'),
-    'a header of 1 MB': head('X: ' + 'x' * 10**6),
-    'an end of a line in a header': head('X: a\nb\0c'),
-    'no HTTP': b'\x16\x03\x01\x02\x00\x01\x00' + b'\r\n' * 4,
-    'a chunk without a size': head('Transfer-Encoding: chunked') + b'many\r\n',
-}
-
-
-@pytest.mark.parametrize('kind', BROKEN)
-def test_what_is_no_request_is_refused_in_json(patient, kind):
-    status, told, headers = ask(patient.port, BROKEN[kind])
-    assert status == 400 and set(told) == {'code', 'message'} and headers['content-type'] == 'application/json'
-    assert lives(patient.port)
-
-
-def test_a_length_told_twice_alike_and_many_requests_on_a_connection_are_fine(quick):
-    data, began = form(IMAGE), time.monotonic()
-    with connected(quick.port) as sock:
-        while time.monotonic() < began + 0.8:  # beyond the deadline of each
-            sock.sendall(head(*[f'Content-Length: {len(data)}'] * 2) + data)
-            assert answer(sock)[0] == 200
-
-
-HEALTH = b'GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n'
-"""A whole request that the next one follows in the same packet."""
-
-
-@pytest.mark.parametrize(
-    'sent',
-    [
-        b'',
-        b'POST /v1/pre',
-        head()[:-2],
-        head('Content-Length: 90000'),
-        head('Transfer-Encoding: chunked') + b'8000\r\n',
-        HEALTH + head()[:-2],
-        HEALTH + head('Content-Length: 90000'),
-    ],
-)
-@pytest.mark.parametrize('more', [b'', b'x'])
-def test_a_slow_request_is_cut_after_the_deadline_while_others_are_answered(quick, sent, more):
-    began = time.monotonic()
-    with connected(quick.port, sent) as sock:
-        assert post(quick.port, IMAGE)[0] == 200
-        until(lambda: cut(sock, more))
-    assert time.monotonic() - began > 0.4
-
-
-def test_ten_half_open_sockets_leave_it_answering(patient):
-    halves = [b'', b'G', head()[:-2], head('Content-Length: 90000'), head('Content-Length: 90000') + b'--b\r\n']
-    opened = [socket.create_connection((LOCAL, patient.port), timeout=LATE) for _ in range(10)]
-    for sock, half in zip(opened, halves * 2, strict=True):
-        sock.sendall(half)
-    for _ in range(3):
-        assert post(patient.port, IMAGE)[0] == 200
-    for sock in opened:
-        sock.close()
-    until(lambda: len(patient.server.server_state.connections) == 0)
-
-
-def test_who_comes_while_as_many_wait_as_may_is_told_when_to_try_again(small):
-    held = small.hold()
-    with connected(small.port, whole(IMAGE)) as one, connected(small.port, whole(IMAGE)) as two:
-        until(lambda: small.service.waiting == 2)
-        status, told, headers = post(small.port, IMAGE)
-        assert (status, told['code'], headers['retry-after']) == (503, 'E_BUSY', '1')
-        held.free.set()
-        assert answer(one)[0] == answer(two)[0] == 200
-    assert post(small.port, IMAGE)[0] == 200 and small.service.waiting == 0
-
-
-def test_the_work_of_a_client_who_leaves_is_dropped_and_its_place_is_free(small):
-    held = small.hold()
-    with connected(small.port, whole(IMAGE)) as first:
-        until(lambda: held.sizes)
-        with connected(small.port, whole(*[IMAGE] * 5)):
-            until(lambda: small.service.waiting == 2)
-        until(lambda: small.service.waiting == 1)
-        with connected(small.port, whole(IMAGE)) as third:
-            until(lambda: small.service.waiting == 2)
-            held.free.set()
-            assert answer(first)[0] == answer(third)[0] == 200
-    assert sum(held.sizes) == 2  # the five of the second were never computed
-
-
-def test_a_client_who_leaves_during_its_own_computation_frees_its_place(small):
-    held = small.hold()
-    with connected(small.port, whole(IMAGE)):
-        until(lambda: held.sizes)
-    until(lambda: small.service.waiting == 0)
-    held.free.set()
-    assert post(small.port, IMAGE)[0] == 200
-
-
-def test_an_answer_that_takes_too_long_is_given_up(bundle):
-    with served(Settings(bundle, seconds=0.2)) as made:
-        made.hold()
-        status, told, headers = post(made.port, IMAGE)
-        assert (status, told['code'], headers['retry-after']) == (503, 'E_TIMEOUT', '5') and made.service.waiting == 0
-
-
-def test_one_client_cannot_take_every_place(bundle):
-    with served(Settings(bundle, per_client=1)) as made:
-        held = made.hold()
-        with connected(made.port, whole(IMAGE)) as sock:
-            until(lambda: held.sizes)
-            status, told, headers = post(made.port, IMAGE)
-            assert (status, told['code'], headers['retry-after']) == (429, 'E_TOO_OFTEN', '1') and lives(made.port)
-            held.free.set()
-            assert answer(sock)[0] == 200
-        assert post(made.port, IMAGE)[0] == 200
-
-
-def test_what_cannot_be_finished_when_the_service_ends_is_a_503(small):
-    held = small.hold()
-    with connected(small.port, whole(IMAGE)) as sock:
-        until(lambda: held.sizes)
-        small.server.should_exit = True
-        status, told, headers = answer(sock)
-        assert (status, told['code'], headers['retry-after']) == (503, 'E_ENDING', '5')
-
-
-# Processes
-
-
-class Process:
-    """The command, in a process group of its own, with its `port` and what it prints in the file `log`."""
-
-    def __init__(self, bundle: Path, folder: Path, *options: str):
-        self.log, self.home, self.temporary = folder / 'log', folder / 'home', folder / 'tmp'
-        for made in (self.home, self.temporary):
-            made.mkdir()
-        argv = [sys.executable, '-m', 'cxr_fastai', 'serve', str(bundle.resolve()), '--port', '0', *options]
-        here = os.pathsep.join(str(Path(path or '.').resolve()) for path in sys.path)
-        with self.log.open('wb') as log:
-            self.process = subprocess.Popen(
-                argv,
-                stdout=log,
-                stderr=log,
-                cwd=self.home,
-                start_new_session=True,
-                env=os.environ | {'TMPDIR': str(self.temporary), 'PYTHONPATH': here},
-            )
-
-    @property
-    def port(self) -> int:
-        """Its port, once it tells it."""
-        line = until(lambda: next((line for line in self.told.splitlines() if 'serving ' in line), ''))
-        return int(line.partition(f'http://{LOCAL}:')[2].split()[0])
-
-    @property
-    def told(self) -> str:
-        return self.log.read_text()
-
-    @property
-    def worker(self) -> int:
-        """The process that serves."""
-        found = Path(f'/proc/{self.process.pid}/task/{self.process.pid}/children').read_text().split()
-        return next((int(pid) for pid in found if b'spawn_main' in Path(f'/proc/{pid}/cmdline').read_bytes()), 0)
-
-    def end(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(LATE)
+@pytest.fixture(scope='module')
+def impatient(bundle):
+    """A server that gives clients half a second to send a request of at most 100 kB."""
+    with running_server(Server(Settings(bundle, port=0, send_seconds=0.5, limits=Limits(body=10**5)))) as server:
+        yield server
 
 
 @pytest.fixture(scope='module')
-def server(bundle, tmp_path_factory):
-    """A service like a user's, whose folder for temporary files is its own."""
-    process = Process(bundle, tmp_path_factory.mktemp('server'))
-    until(lambda: lives(process.port))
-    yield process
-    process.end()
+def patient(bundle):
+    """A server that waits long for a request of at most 100 kB."""
+    with running_server(Server(Settings(bundle, port=0, send_seconds=PATIENCE, limits=Limits(body=10**5)))) as server:
+        yield server
 
 
 @pytest.fixture
-def start(bundle, tmp_path):
-    """Start a service; nothing survives the test."""
-    started = []
+def small(bundle):
+    """A server that answers two requests at a time and shuts down at once."""
+    with running_server(Server(Settings(bundle, port=0, max_requests=2, drain_seconds=0.2))) as server:
+        yield server
 
-    def starting(*options: str) -> Process:
-        started.append(Process(bundle, tmp_path, *options))
-        return started[-1]
 
-    yield starting
-    for process in started:
-        process.end()
+# Large, broken and slow requests
+
+
+def test_a_body_that_is_announced_too_large_is_rejected_before_it_is_sent(patient):
+    status, error, _ = send(patient.port, request_head('Content-Length: 100000000'))
+    assert (status, error['code']) == (413, 'E_BODY')
+
+
+@pytest.mark.parametrize('closing', [(), ('Connection: close',)], ids=['keep-alive', 'close'])
+@pytest.mark.parametrize('chunked', [False, True], ids=['length', 'chunked'])
+def test_a_client_that_sends_all_of_a_large_body_can_read_the_error(patient, closing, chunked):
+    body = form(b'x' * 8_000_000)
+    framing = f'Content-Length: {len(body)}'
+    if chunked:
+        framing = 'Transfer-Encoding: chunked'
+        body = f'{len(body):x}\r\n'.encode() + body + b'\r\n0\r\n\r\n'
+    with connected(patient.port, request_head(framing, *closing), body) as connection:
+        status, error, _ = read_reply(connection)
+        assert (status, error['code']) == (413, 'E_BODY')
+        if not closing:
+            connection.sendall(request_for(IMAGE))
+            assert read_reply(connection)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ('header', 'expected'), [('Origin: http://elsewhere.example', 400), ('Content-Encoding: gzip', 415)]
+)
+def test_other_errors_reach_a_client_that_is_still_sending(patient, header, expected):
+    body = form(b'x' * 8_000_000)
+    head = request_head(f'Content-Length: {len(body)}', 'Connection: close', header)
+    assert send(patient.port, head, body)[0] == expected
+
+
+def test_an_endless_body_gets_an_error_and_is_cut_at_the_deadline(impatient):
+    chunk = b'8000\r\n' + b'x' * 0x8000 + b'\r\n'
+    with connected(impatient.port, request_head('Transfer-Encoding: chunked'), *[chunk] * 4) as connection:
+        assert read_reply(connection)[1]['code'] == 'E_BODY'
+        wait_until(lambda: is_closed(connection, chunk))
+    assert is_ready(impatient.port)
+
+
+BROKEN_REQUESTS = {
+    'two lengths': request_head('Content-Length: 5', 'Content-Length: 6'),
+    'negative length': request_head('Content-Length: -1'),
+    'length of 5000 digits': request_head(f'Content-Length: {"9" * 5000}'),
+    'unknown encoding': request_head('Transfer-Encoding: gzip'),
+    'no host': b'POST /v1/predict HTTP/1.1\r\n\r\n',
+    'two hosts': request_head('Host: elsewhere.example'),
+    'line without a colon': request_head('nonsense'),
+    'header of 1 MB': request_head('X: ' + 'x' * 10**6),
+    'control characters in a header': request_head('X: a\nb\0c'),
+    'not HTTP': b'\x16\x03\x01\x02\x00\x01\x00' + b'\r\n' * 4,
+    'chunk without a size': request_head('Transfer-Encoding: chunked') + b'many\r\n',
+}
+
+
+@pytest.mark.parametrize('kind', BROKEN_REQUESTS)
+def test_a_request_that_is_not_http_gets_an_error_status(patient, kind):
+    status, error, _ = send(patient.port, BROKEN_REQUESTS[kind])
+    assert status in (400, 431, 501) and error == {}
+    assert is_ready(patient.port)
+
+
+def test_a_websocket_is_rejected(patient):
+    lines = (
+        'Upgrade: websocket',
+        'Connection: Upgrade',
+        'Sec-WebSocket-Version: 13',
+        'Sec-WebSocket-Key: MTIzNDU2Nzg5MTIzNDU2Nw==',
+    )
+    head = '\r\n'.join(('GET /v1/predict HTTP/1.1', f'Host: {LOCAL}', *lines, '', ''))
+    with connected(patient.port, head.encode()) as connection:
+        assert connection.recv(100).startswith(b'HTTP/1.1 403')
+
+
+def test_a_connection_can_send_requests_for_longer_than_the_deadline_of_one(impatient):
+    body = form(IMAGE)
+    start = time.monotonic()
+    with connected(impatient.port) as connection:
+        while time.monotonic() < start + 0.8:
+            connection.sendall(request_head(*[f'Content-Length: {len(body)}'] * 2) + body)
+            assert read_reply(connection)[0] == 200
+
+
+INCOMPLETE_REQUESTS = {
+    'nothing': b'',
+    'request line': b'POST /v1/pre',
+    'headers': request_head()[:-2],
+    'body': request_head('Content-Length: 90000'),
+    'chunks': request_head('Transfer-Encoding: chunked') + b'8000\r\n',
+    'pipelined headers': HEALTH + request_head()[:-2],
+    'pipelined body': HEALTH + request_head('Content-Length: 90000'),
+}
+
+
+@pytest.mark.parametrize('kind', INCOMPLETE_REQUESTS)
+def test_slow_clients_are_cut_at_the_deadline_while_others_are_served(impatient, kind):
+    start = time.monotonic()
+    request = INCOMPLETE_REQUESTS[kind]
+    with connected(impatient.port, request) as silent, connected(impatient.port, request) as dribbling:
+        assert post(impatient.port, IMAGE)[0] == 200
+        wait_until(lambda: is_closed(silent))
+        wait_until(lambda: is_closed(dribbling, b'x'))
+    assert time.monotonic() - start > 0.4
+
+
+def test_a_slow_body_gets_an_error_before_it_is_cut(impatient):
+    status, error, _ = send(impatient.port, request_head('Content-Length: 90000'))
+    assert (status, error['code']) == (408, 'E_SLOW')
+
+
+@pytest.mark.skipif(
+    not hasattr(socket, 'TCP_USER_TIMEOUT'), reason='only the kernel of Linux closes connections that are not read'
+)
+def test_a_client_that_reads_no_response_is_cut(impatient):
+    request = f'GET /docs HTTP/1.1\r\nHost: {LOCAL}\r\n\r\n'.encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(0.1)
+        connection.connect((LOCAL, impatient.port))
+        wait_until(lambda: is_cut_while_sending(connection, request))
+    assert is_ready(impatient.port)
+
+
+def is_cut_while_sending(connection: socket.socket, request: bytes) -> bool:
+    try:
+        connection.sendall(request)
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def test_ten_incomplete_requests_do_not_block_others(patient):
+    requests = list(INCOMPLETE_REQUESTS.values())[:5] * 2
+    connections = [socket.create_connection((LOCAL, patient.port), timeout=PATIENCE) for _ in requests]
+    for connection, request in zip(connections, requests, strict=True):
+        connection.sendall(request)
+    for _ in range(3):
+        assert post(patient.port, IMAGE)[0] == 200
+    for connection in connections:
+        connection.close()
+
+
+# Many requests, and clients that leave
+
+
+def test_a_full_service_tells_clients_when_to_try_again(small):
+    model = small.hold_model()
+    with connected(small.port, request_for(IMAGE)) as first, connected(small.port, request_for(IMAGE)) as second:
+        wait_until(lambda: small.service.active_requests == 2)
+        status, error, headers = post(small.port, IMAGE)
+        assert (status, error['code'], headers['retry-after']) == (503, 'E_BUSY', '1')
+        model.release()
+        assert read_reply(first)[0] == read_reply(second)[0] == 200
+    assert post(small.port, IMAGE)[0] == 200 and small.service.active_requests == 0
+
+
+def test_the_images_of_a_client_that_leaves_are_dropped(small):
+    model = small.hold_model()
+    with connected(small.port, request_for(IMAGE)) as first:
+        wait_until(lambda: model.batches)
+        with connected(small.port, request_for(*[IMAGE] * 5)):
+            wait_until(lambda: small.service.active_requests == 2)
+        wait_until(lambda: small.service.active_requests == 1)
+        with connected(small.port, request_for(IMAGE)) as third:
+            wait_until(lambda: small.service.active_requests == 2)
+            model.release()
+            assert read_reply(first)[0] == read_reply(third)[0] == 200
+    assert sum(model.batches) == 2
+
+
+def test_a_client_that_leaves_during_the_computation_makes_room_for_others(small):
+    model = small.hold_model()
+    with connected(small.port, request_for(IMAGE)):
+        wait_until(lambda: model.batches)
+    wait_until(lambda: small.service.active_requests == 0)
+    model.release()
+    assert post(small.port, IMAGE)[0] == 200
+
+
+def test_too_many_open_requests_are_rejected_while_pages_are_served(small):
+    incomplete = [connected(small.port, request_head('Content-Length: 90000')) for _ in range(4)]
+    for connection in incomplete:
+        connection.__enter__()
+    try:
+        status, error, _ = wait_until(lambda: busy_reply(small.port))
+        assert (status, error['code']) == (503, 'E_BUSY') and is_ready(small.port)
+    finally:
+        for connection in incomplete:
+            connection.__exit__(None, None, None)
+    wait_until(lambda: post(small.port, IMAGE)[0] == 200)
+
+
+def busy_reply(port: int):
+    reply = post(port, IMAGE)
+    return reply if reply[0] != 200 else None
+
+
+def test_a_prediction_that_takes_too_long_is_cancelled(bundle):
+    with running_server(Server(Settings(bundle, port=0, answer_seconds=0.2))) as server:
+        server.hold_model()
+        status, error, headers = post(server.port, IMAGE)
+        assert (status, error['code'], headers['retry-after']) == (503, 'E_TIMEOUT', '5')
+        assert server.service.active_requests == 0
+
+
+def test_requests_that_cannot_finish_before_the_shutdown_get_a_503(small):
+    model = small.hold_model()
+    with connected(small.port, request_for(IMAGE)) as connection:
+        wait_until(lambda: model.batches)
+        small.server.stop()
+        status, error, headers = read_reply(connection)
+        assert (status, error['code'], headers['retry-after']) == (503, 'E_ENDING', '5')
+
+
+# The command in a process
 
 
 @pytest.fixture(scope='module')
-def known(bundle, images) -> list[tuple[bytes, float]]:
-    """Images, and their probabilities one by one."""
+def process(bundle, tmp_path_factory):
+    """The command `serve` as a user starts it."""
+    process = ProcessServer(bundle, tmp_path_factory.mktemp('server'))
+    wait_until(lambda: is_ready(process.port))
+    yield process
+    process.kill()
+
+
+@pytest.fixture(scope='module')
+def known_images(bundle, images):
+    """Images with their probabilities."""
     paths = sorted((images / 'test').rglob('*.jpeg'))[:8]
     predictor = replace(Predictor.load(bundle, engine='onnx'), gate=None)
     rows = predictor.predict(paths, batch_size=1)
     return [(path.read_bytes(), row['p_pneumonia']) for path, row in zip(paths, rows, strict=True)]
 
 
-def right(told: dict, p: float) -> bool:
-    """Whether the answer tells this probability, or that the gate lets none through."""
-    (row,) = told['images']
+def is_right(predictions: dict, p: float) -> bool:
+    """True if the only row has the probability `p`, or was rejected by the input gate."""
+    (row,) = predictions['images']
     return row['status'] == 'rejected' or abs(row['p_pneumonia'] - p) <= 1e-6
 
 
-def test_of_two_hundred_posts_at_once_each_is_right_or_told_to_come_again(server, known):
-    with ThreadPoolExecutor(200) as pool:
-        answers = list(pool.map(lambda i: post(server.port, known[i % len(known)][0]), range(200)))
-    assert {status for status, *_ in answers} <= {200, 503}
-    for i, (status, told, headers) in enumerate(answers):
+@pytest.mark.parametrize('clients', [80, pytest.param(200, marks=pytest.mark.slow)])
+def test_many_requests_at_once_are_answered_correctly_or_sent_away(process, known_images, clients):
+    with ThreadPoolExecutor(clients) as pool:
+        replies = list(pool.map(lambda i: post(process.port, known_images[i % len(known_images)][0]), range(clients)))
+    assert {status for status, *_ in replies} <= {200, 503}
+    for i, (status, content, headers) in enumerate(replies):
         if status == 200:
-            assert right(told, known[i % len(known)][1])
+            assert is_right(content, known_images[i % len(known_images)][1])
         else:
-            assert told['code'] == 'E_BUSY' and headers['retry-after'] == '1'
-    assert sum(status == 200 for status, *_ in answers) >= 32 and lives(server.port)
+            assert content['code'] == 'E_BUSY' and headers['retry-after'] == '1'
+    assert sum(status == 200 for status, *_ in replies) >= 32 and is_ready(process.port)
 
 
-def test_random_requests_find_nothing_that_the_document_does_not_tell(server, tmp_path):
-    argv = [
-        'run',
-        f'http://{LOCAL}:{server.port}/openapi.json',
-        '--checks',
-        'all',
-        '--mode',
-        'all',
-        '--max-examples',
-        '8',
-        '--seed',
-        '1',
-        '--generation-database',
-        'none',
-        '--no-color',
-    ]
-    found = subprocess.run(
-        [sys.executable, '-m', 'schemathesis.cli', *argv], cwd=tmp_path, text=True, capture_output=True
-    )
-    assert found.returncode == 0 and 'No issues found' in found.stdout, found.stdout + found.stderr
+@pytest.mark.slow
+def test_random_requests_get_only_documented_responses(process, tmp_path):
+    options = '--checks all --mode all --max-examples 8 --seed 1 --generation-database none --no-color'
+    command = [sys.executable, '-m', 'schemathesis.cli', 'run', f'http://{LOCAL}:{process.port}/openapi.json']
+    done = subprocess.run([*command, *options.split()], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0 and 'No issues found' in done.stdout, done.stdout + done.stderr
 
 
-def odd_images() -> list[bytes]:
-    """Images with a patient's name, whole, refused, damaged, and larger than what is kept in memory by habit."""
+def images_with_names() -> list[bytes]:
+    """DICOM files with the name of a patient: intact, rejected, damaged, and too large for small buffers."""
     named = dicom(PatientName=PATIENT, PatientID=PATIENT, StudyDate=PATIENT, PatientAge=PATIENT)
     return [
         named,
@@ -472,91 +347,97 @@ def odd_images() -> list[bytes]:
     ]
 
 
-def test_uploads_leave_nothing_on_the_disk_and_no_name_in_the_log(server):
-    seen, over = set(), threading.Event()
+def test_uploads_leave_no_file_on_the_disk_and_no_name_in_the_log(process):
+    seen_files = set()
+    done = threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.001):
-            seen.update(server.temporary.iterdir(), server.home.iterdir())
+        while not done.wait(0.001):
+            seen_files.update(process.temporary.iterdir(), process.home.iterdir())
 
     watching = threading.Thread(target=watch)
     watching.start()
+    images = images_with_names()
     try:
-        status, told, _ = post(server.port, *odd_images(), name=f'../../{PATIENT}', lines=(f'X-Patient: {PATIENT}',))
-        with connected(server.port, whole(*odd_images())[:-9]):
+        status, content, _ = post(process.port, *images, name=f'../../{PATIENT}', lines=(f'X-Patient: {PATIENT}',))
+        with connected(process.port, request_for(*images)[:-9]):
             pass
-        assert post(server.port, *[b''] * 65)[0] == 413
-        ask(server.port, head('Content-Length: 0', f'User-Agent: {PATIENT}', path=f'/{PATIENT}?{PATIENT}'))
-        ask(server.port, f'{PATIENT} HTTP/1.1\r\n\r\n'.encode())
+        assert post(process.port, *[b''] * 65)[0] == 413
+        send(process.port, request_head('Content-Length: 0', f'User-Agent: {PATIENT}', path=f'/{PATIENT}?{PATIENT}'))
+        send(process.port, f'{PATIENT} HTTP/1.1\r\n\r\n'.encode())
     finally:
-        over.set()
+        done.set()
         watching.join()
-    assert status == 200 and len(told['images']) == 9 and PATIENT not in json.dumps(told)
-    assert not seen and not list(server.temporary.iterdir()) and not list(server.home.iterdir())
-    assert PATIENT not in server.told and 'Traceback' not in server.told and 'Warning' not in server.told
-    assert [LOCAL in line for line in server.told.splitlines()].count(True) == 1  # where it serves
+    assert status == 200 and len(content['images']) == 9 and PATIENT not in json.dumps(content)
+    assert not seen_files and not list(process.temporary.iterdir()) and not list(process.home.iterdir())
+    for word in (PATIENT, 'Traceback', 'Warning'):
+        assert word not in process.log
+    assert sum(LOCAL in line for line in process.log.splitlines()) == 1  # the line with the address of the service
 
 
-def test_a_killed_worker_is_followed_by_another_on_the_same_port(server, known):
-    port, before = server.port, server.worker
-    os.kill(before, signal.SIGKILL)
-    until(lambda: server.worker not in (0, before))
-    status, told, _ = until(lambda: (found := post(port, known[0][0]))[0] == 200 and found)
-    assert status == 200 and right(told, known[0][1])
-    assert 'ended by signal 9: a new one starts' in server.told and not list(server.temporary.iterdir())
-
-
-def test_at_sigterm_under_load_every_answer_that_comes_is_whole_and_right(start, known):
-    process, answers, ended = start(), [], threading.Event()
+def test_at_sigterm_under_load_every_response_is_complete_and_right(bundle, tmp_path, known_images):
+    process = ProcessServer(bundle, tmp_path)
     port = process.port
-    until(lambda: lives(port))
+    wait_until(lambda: is_ready(port))
+    replies = []
+    ended = threading.Event()
 
-    def keep_asking(i: int) -> None:
+    def keep_posting(i: int) -> None:
         while not ended.is_set():
             with suppress(ConnectionError):
-                answers.append((i, *post(port, known[i][0])))
+                replies.append((i, *post(port, known_images[i][0])))
 
-    with ThreadPoolExecutor(len(known)) as pool:
-        for i in range(len(known)):
-            pool.submit(keep_asking, i).add_done_callback(lambda done: done.exception())
-        until(lambda: len(answers) > 40)
-        began = time.monotonic()
-        process.process.terminate()
-        try:
-            code = process.process.wait(LATE)
-        finally:
-            ended.set()
-    assert code == 0 and time.monotonic() - began < 10
-    for i, status, told, _ in answers:
-        assert status in (200, 503) and (status == 503 or right(told, known[i][1]))
-    assert 'Traceback' not in process.told
-
-
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_at_once_while_it_starts_ends_it_without_a_traceback(start, number):
-    process = start()
-    until(lambda: process.port and process.worker)
-    os.killpg(process.process.pid, number)
-    assert process.process.wait(LATE) == 0 and 'Traceback' not in process.told
+    try:
+        with ThreadPoolExecutor(len(known_images)) as pool:
+            clients = [pool.submit(keep_posting, i) for i in range(len(known_images))]
+            wait_until(lambda: len(replies) > 40)
+            start = time.monotonic()
+            process.process.terminate()
+            try:
+                exit_code = process.process.wait(PATIENCE)
+            finally:
+                ended.set()
+            for client in clients:
+                client.exception()
+    finally:
+        process.kill()
+    assert exit_code == 0 and time.monotonic() - start < 10
+    for i, status, content, _ in replies:
+        assert status in (200, 503) and (status == 503 or is_right(content, known_images[i][1]))
+    assert 'Traceback' not in process.log
 
 
-def test_the_worker_does_not_outlive_who_started_it(start):
-    process = start()
-    until(lambda: lives(process.port))
-    worker = process.worker
-    process.process.kill()
-    until(lambda: not Path(f'/proc/{worker}').exists() or ' Z ' in Path(f'/proc/{worker}/stat').read_text())
+@pytest.mark.parametrize('number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_while_the_model_loads_ends_the_process_without_a_traceback(bundle, tmp_path, number):
+    process = ProcessServer(bundle, tmp_path)
+    try:
+        assert process.port
+        os.killpg(process.process.pid, number)
+        assert process.process.wait(PATIENCE) == 0 and 'Traceback' not in process.log
+    finally:
+        process.kill()
 
 
-def test_a_process_that_is_killed_as_soon_as_it_starts_is_given_up(monkeypatch, bundle):
-    class Killed:
-        exitcode = -9
+def test_the_exit_code_says_why_a_bundle_cannot_be_served(bundle, tmp_path, capfd):
+    failing = tmp_path / 'failing'
+    damaged = tmp_path / 'damaged'
+    for folder in (failing, damaged):
+        shutil.copytree(bundle, folder)
+    p = Bundle.open(bundle).selftest.p.copy()
+    p[-1] = 1 - p[-1] / 2  # not the first image: opening a bundle checks only two
+    change_tensors(failing, SELFTEST, p=p)
+    seal(failing)
+    (damaged / SELFTEST).write_bytes(b'x' + (damaged / SELFTEST).read_bytes()[1:])
+    (tmp_path / 'learner.pkl').write_bytes(b'')
+    expected = {failing: 5, damaged: 1, tmp_path / 'learner.pkl': 2, tmp_path: 2}
+    for path, code in expected.items():
+        assert main(['serve', str(path), '--port', '0']) == code
+        error = capfd.readouterr().err
+        assert error.count('error: ') == 1 and 'Traceback' not in error
 
-        def join(self) -> None:
-            started.append(self)
 
-    started, said = [], []
-    monkeypatch.setattr('cxr_fastai.serving.server._start', lambda settings, listening: Killed())
-    with pytest.raises(CXRError, match='ends by signal 9 as soon as it starts'):
-        serve(Settings(bundle, port=0), said.append)
-    assert len(started) == 4 and len(said) == 4  # where it serves, and three new ones
+def test_an_address_in_use_is_an_error(bundle, capfd):
+    with socket.create_server((LOCAL, 0)) as other:
+        port = other.getsockname()[1]
+        assert main(['serve', str(bundle), '--port', str(port)]) == 2
+    assert f'--port {port}: ' in capfd.readouterr().err

@@ -184,7 +184,8 @@ def curves(demo: Path, out: Path) -> None:
 def report_screenshots(demo: Path) -> Image.Image:
     """Return two parts of the report next to each other: its top, and the section Performance."""
     page = demo / 'run/report.html'
-    parts = [screenshot(page, 616, 786), screenshot(page, 616, 786, anchor='performance')]
+    shots = [screenshot(page, 1000, 1276, anchor) for anchor in ('', 'performance')]
+    parts = [shot.resize((616, 786), Image.Resampling.LANCZOS) for shot in shots]
     gap = 22
     sheet = Image.new('RGB', (2 * parts[0].width + gap, parts[0].height), '#d8dde4')
     sheet.paste(parts[0], (0, 0))

@@ -1,6 +1,6 @@
 from .errors import CXRError, CXRWarning, ImageError, OutputError, Stopped, UsageError
-from .progress import in_threads, progress
-from .recipe import POSITIVE, Phase, Recipe, VOCAB
+from .progress import in_threads, progress_bar
+from .recipe import POSITIVE, VOCAB, Phase, Recipe
 from .run import Run
 
 __all__ = [
@@ -16,5 +16,5 @@ __all__ = [
     'UsageError',
     'VOCAB',
     'in_threads',
-    'progress',
+    'progress_bar',
 ]

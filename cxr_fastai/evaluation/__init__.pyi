@@ -1,18 +1,22 @@
-from .comparison import compare, same_images
+from .comparison import compare, compare_runs, same_images
 from .curves import plot_calibration, plot_net_benefit, plot_precision_recall, plot_risk_coverage, plot_roc, plot_scores
 from .evaluation import evaluate
-from .figures import evaluate_and_draw, typical_correct, worst_errors
+from .figures import evaluate_and_draw, save_figures, typical_correct, worst_errors
+from .intervals import auc_interval, format_estimate, wilson_interval
 from .metrics import measure
 from .plots import plot_confusion_matrix, plot_history, plot_robustness
 from .robustness import evaluate_robustness, measure_robustness
 from .thresholds import decide, threshold_table
 
 __all__ = [
+    'auc_interval',
     'compare',
+    'compare_runs',
     'decide',
     'evaluate',
     'evaluate_and_draw',
     'evaluate_robustness',
+    'format_estimate',
     'measure',
     'measure_robustness',
     'plot_calibration',
@@ -25,7 +29,9 @@ __all__ = [
     'plot_roc',
     'plot_scores',
     'same_images',
+    'save_figures',
     'threshold_table',
     'typical_correct',
+    'wilson_interval',
     'worst_errors',
 ]

@@ -1,5 +1,5 @@
 from .checks import check_maps, check_run
-from .explainer import Explainer
+from .explainer import Explainer, save_explanations
 from .interpretation import CXRInterpretation
 from .overlays import Explanation, plot_explanation, plot_gallery, plot_mean_maps
 
@@ -12,4 +12,5 @@ __all__ = [
     'plot_explanation',
     'plot_gallery',
     'plot_mean_maps',
+    'save_explanations',
 ]

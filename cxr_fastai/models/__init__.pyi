@@ -1,4 +1,13 @@
-from .architectures import ARCHS, Arch, BaselineCNN, build_model, describe_network, find_arch, make_recipe, revise_recipe
+from .architectures import (
+    ARCHS,
+    Arch,
+    BaselineCNN,
+    build_model,
+    describe_network,
+    find_arch,
+    make_recipe,
+    revise_recipe,
+)
 from .inputs import denormalize, normalize, to_input
 
 __all__ = [

@@ -218,17 +218,29 @@ def test_a_state_loads_without_running_code_and_identifies_its_run(interrupted, 
     assert state['identity'] == checkpoint.identify(interrupted.recipe, items) and state['epochs'] == 2
 
 
-@pytest.mark.parametrize(
-    'damage', [lambda data: b'', lambda data: data[: len(data) // 2], lambda data: b'x' + data[1:]]
-)
+DAMAGES = {
+    'empty': lambda data: b'',
+    'half': lambda data: data[: len(data) // 2],
+    'first byte': lambda data: b'x' + data[1:],
+}
+
+
+def damage_state(run: Run, damage: str) -> None:
+    path = run / 'state.pt'
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
 def test_a_damaged_state_is_replaced_by_the_previous_one(interrupted, damage):
-    path = interrupted / 'state.pt'
-    path.write_bytes(damage(path.read_bytes()))
+    damage_state(interrupted, damage)
     assert load_state(interrupted)['epochs'] == 1
 
 
-def test_a_run_with_a_damaged_state_resumes_from_the_previous_one(interrupted, images, uninterrupted):
-    (interrupted / 'state.pt').write_bytes(b'')
+@pytest.mark.parametrize(
+    'damage', ['half', *(pytest.param(name, marks=pytest.mark.slow) for name in ('empty', 'first byte'))]
+)
+def test_a_run_with_a_damaged_state_resumes_from_the_previous_one(interrupted, images, uninterrupted, damage):
+    damage_state(interrupted, damage)
     train(interrupted.recipe, images, interrupted.path, resume=True)
     assert same(interrupted, uninterrupted['tuned'])
 

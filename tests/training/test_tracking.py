@@ -131,6 +131,17 @@ def test_mlflow_receives_the_recipe_and_the_metrics(images, tmp_path, new_run, r
     assert not [secret for secret in secrets(images, tmp_path) if secret in repr(logged)]
 
 
+@pytest.mark.slow
+def test_a_training_logs_each_epoch_of_its_history_to_a_tracker(images, tmp_path, recipe, monkeypatch):
+    logged = []
+    tracker = SimpleNamespace(log=lambda metrics, step: logged.append((step, metrics)), finish=lambda: None)
+    install(monkeypatch, 'wandb', Settings=dict, init=lambda **_: tracker)
+    run = train(recipe, images, tmp_path / 'run', track='wandb')
+    assert [step for step, _ in logged] == [1, 2]
+    for (_, metrics), auc in zip(logged, run.history.roc_auc, strict=True):
+        assert metrics['roc_auc'] == pytest.approx(auc)
+
+
 def test_a_tracker_that_fails_warns_once_and_does_not_end_the_training():
     calls = []
 

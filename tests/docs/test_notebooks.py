@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import REAL
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / 'nbs').glob('*.ipynb'))
 SHORT = [path for path in NOTEBOOKS if path.stem != '09_kaggle']
@@ -51,7 +50,7 @@ def test_a_notebook_runs_on_real_images(path, real_images, shared, tmp_path, mon
 @pytest.mark.real
 @pytest.mark.filterwarnings('ignore')
 def test_the_whole_story_runs_on_all_real_images(real_images, tmp_path, monkeypatch):
-    monkeypatch.setenv('CXR_DATA', REAL)
+    monkeypatch.setenv('CXR_DATA', str(real_images))
     execute(next(path for path in NOTEBOOKS if path not in SHORT), tmp_path, tmp_path, monkeypatch)
 
 

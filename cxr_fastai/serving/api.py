@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel, Field
@@ -44,9 +44,11 @@ class PredictionRow(BaseModel):
     """The prediction for one image, with the columns of the table that `cxr-fastai predict` writes."""
 
     path: str = Field(description='`image-1`, `image-2`, ... in the order of the request, instead of the file name')
-    status: Literal['ok', 'rejected', 'error']
+    status: Literal['ok', 'rejected', 'error'] = Field(
+        description='`rejected`: intact, but not a usable chest X-ray image; `error`: cannot be read'
+    )
     p_pneumonia: float | None = Field(ge=0, le=1, description='probability of pneumonia')
-    prediction: Literal['NORMAL', 'PNEUMONIA'] | None
+    prediction: Literal['NORMAL', 'PNEUMONIA'] | None = Field(description='class; null without a probability')
     threshold: float = Field(description='an image is classified as PNEUMONIA at this probability or above')
     code: str | None = Field(description='stable name of the problem', examples=['E_OUT_OF_DISTRIBUTION'])
     message: str | None = Field(description='the problem, or a note on how the image was read, such as its window')
@@ -56,7 +58,7 @@ class PredictionRow(BaseModel):
 class Predictions(BaseModel):
     """One row per image, in the order of the images in the request."""
 
-    images: list[PredictionRow]
+    images: list[PredictionRow] = Field(description='rows')
 
 
 class ErrorBody(BaseModel):
@@ -69,7 +71,7 @@ class ErrorBody(BaseModel):
 class Status(BaseModel):
     """State of the service."""
 
-    status: Literal['ok', 'starting']
+    status: Literal['ok'] = Field(description='always `ok`; otherwise the request fails')
 
 
 class ModelFacts(BaseModel):
@@ -203,7 +205,12 @@ async def model(request: Request) -> ModelFacts:
     return ModelFacts(**get_service(request).model_facts(), version=__version__, notice=NOTICE)
 
 
-@protected_routes.get('/metrics', responses=error_responses(401), tags=['operate'], response_class=PlainTextResponse)
+@protected_routes.get(
+    '/metrics',
+    responses={200: {'content': {'text/plain': {'schema': {'type': 'string'}}}}, **error_responses(401)},
+    tags=['operate'],
+    response_class=Response,
+)
 async def metrics(request: Request) -> Response:
     """Return counters and timings for Prometheus."""
     return Response(request.app.state.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -146,7 +146,7 @@ def test_a_prediction_is_shown_in_words_and_on_a_scale_with_the_threshold(page, 
     choose(page, address, upload(pneumonia, 'Doe Jane.jpeg'))
     card = finished(page)
     decision = ' '.join(card.locator('.decision').inner_text().split())
-    numbers = re.fullmatch(r'Pneumonia: probability of pneumonia ([01]\.\d{3,}), threshold ([01]\.\d+)', decision)
+    numbers = re.fullmatch(r'Pneumonia Probability of pneumonia ([01]\.\d{3,}), threshold ([01]\.\d+)', decision)
     assert float(numbers[1]) == pytest.approx(row['p_pneumonia'], abs=6e-4)
     assert float(numbers[2]) == pytest.approx(row['threshold'], abs=6e-5)
     expect(card.locator('h3')).to_have_text('Doe Jane.jpeg')
@@ -155,7 +155,7 @@ def test_a_prediction_is_shown_in_words_and_on_a_scale_with_the_threshold(page, 
     assert position == pytest.approx(row['p_pneumonia'], abs=1e-5)
     expect(card.locator('.facts')).to_contain_text('JPEG')
     expect(card.locator('.facts')).to_contain_text('96 × 96 px')
-    expect(page.locator('#live')).to_contain_text('Doe Jane.jpeg: Pneumonia:')
+    expect(page.locator('#live')).to_contain_text('Doe Jane.jpeg: Pneumonia. Probability')
 
 
 REFUSED_FILES = {

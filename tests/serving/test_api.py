@@ -45,7 +45,9 @@ def test_the_openapi_document_is_valid_and_lists_all_responses(client, protected
         Draft202012Validator.check_schema(schema)
     operation = document['paths']['/v1/predict']['post']
     assert set(operation['responses']) == {'200', '400', '401', '408', '413', '415', '422', '503'}
-    assert 'text/plain' in document['paths']['/metrics']['get']['responses']['200']['content']
+    responses = document['paths']['/metrics']['get']['responses']
+    assert list(responses['200']['content']) == ['text/plain']
+    assert list(responses['401']['content']) == ['application/json']
     assert set(document['paths']) == {'/v1/predict', '/v1/model', '/health', '/ready', '/metrics'}
     assert 'security' not in operation
     protected_paths = protected.get('/openapi.json').json()['paths']

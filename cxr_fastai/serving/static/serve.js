@@ -241,8 +241,8 @@ function finish(image, {explanation, ...fields}) {
   image.read = null;  // frees the file
   showState(image, image.row.status === 'ok' ? 'done' : 'refused');
   if (explanation) showExplanation(image, explanation);
-  const decision = find('.decision', image.card).textContent;
-  find('#live').textContent = `${image.name}: ${decision} ${find('.reason', image.card).textContent}`;
+  const parts = ['.decision b', '.numbers', '.reason'].map(selector => find(selector, image.card).textContent);
+  find('#live').textContent = `${image.name}: ${parts.filter(Boolean).join('. ')}`;
 }
 
 function showState(image, state) {
@@ -265,8 +265,8 @@ function showDecision({card, row}) {
   const probability = formatProbability(row);
   const threshold = formatThreshold(row.threshold);
   card.dataset.prediction = row.prediction;
-  find('.decision b', card).textContent = row.prediction === 'PNEUMONIA' ? 'Pneumonia:' : 'Normal:';
-  find('.numbers', card).textContent = ` probability of pneumonia ${probability}, threshold ${threshold}`;
+  find('.decision b', card).textContent = row.prediction === 'PNEUMONIA' ? 'Pneumonia' : 'Normal';
+  find('.numbers', card).textContent = `Probability of pneumonia ${probability}, threshold ${threshold}`;
   find('.threshold', card).textContent = `threshold ${threshold}`;
   const scale = find('.scale', card);
   scale.setAttribute('aria-label', `${probability} on a scale from 0 to 1, with the threshold at ${threshold}`);

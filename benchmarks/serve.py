@@ -1,18 +1,19 @@
-"""What serving costs: images a second and latency at 1, 4, 8 and 32 clients, against the Predictor's own batches.
+"""Throughput and latency of the service with 1, 4, 8 and 32 clients, compared with batches of the Predictor.
 
     python benchmarks/serve.py BUNDLE IMAGES --rounds 3
     python benchmarks/serve.py BUNDLE IMAGES --soak 900
 
-The clients are threads of this process, each with one connection that it keeps, on the loopback, and share the cores
-with the service; each posts one image and waits for its answer. Rounds alternate between the Predictor (batches of 32,
-the same files) and every number of clients.
+The clients are threads of this process, each with one persistent connection over the loopback interface. They share the
+cores with the service. Each client posts one image and waits for the response. Rounds alternate between the Predictor
+(batches of 32, the same files) and each number of clients.
 
-`--soak` posts for so many seconds with 8 clients, checks each answer against the
-Predictor's, and prints the memory of the service every minute.
+`--soak` posts for that many seconds with 8 clients, compares each response with the Predictor, and prints the memory of
+the service every minute.
 """
 
 import argparse
 import http.client
+import json
 import os
 import re
 import signal
@@ -21,7 +22,10 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -32,17 +36,29 @@ from cxr_fastai.inference.predictor import Predictor
 CLIENTS = (1, 4, 8, 32)
 BOUNDARY = 'image-boundary-0'
 HEADERS = {'Content-Type': f'multipart/form-data; boundary={BOUNDARY}'}
+TOLERANCE = 1e-6
+"""Largest difference between a probability of the service and one of the Predictor."""
+MAX_MEMORY_GROWTH = 0.1
 
 
-def body(image: bytes) -> bytes:
-    """A form with one image."""
+def make_form(image: bytes) -> bytes:
+    """Return a multipart form with one image."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="images"; filename="f"\r\n\r\n'.encode()
     return head + image + f'\r\n--{BOUNDARY}--\r\n'.encode()
 
 
+@dataclass
+class RunningService:
+    """The command `serve` in a process, and the seconds that it took to be ready."""
+
+    process: subprocess.Popen
+    port: int
+    startup_seconds: float
+
+
 @contextmanager
-def serving(bundle: Path):
-    """The port of a service of `bundle`, how long it took to get ready, and its process."""
+def run_service(bundle: Path) -> Iterator[RunningService]:
+    """Serve `bundle` within this context."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, '-m', 'cxr_fastai', 'serve', str(bundle), '--port', '0'],
@@ -51,124 +67,182 @@ def serving(bundle: Path):
         text=True,
     )
     port = int(re.search(r':(\d+) ', process.stdout.readline())[1])
-    while ask(port, 'GET', '/ready')[0] != 200:
+    while request(connect(port), 'GET', '/ready')[0] != 200:
         time.sleep(0.01)
     try:
-        yield port, time.perf_counter() - start, process
+        yield RunningService(process, port, time.perf_counter() - start)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(15)
 
 
-def ask(port: int, method: str, path: str, sent: bytes | None = None, kept: http.client.HTTPConnection | None = None):
-    """Status and body of the answer; 0 where the connection broke."""
-    connection = kept or http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+def connect(port: int) -> http.client.HTTPConnection:
+    """Return a connection to the service."""
+    return http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+
+
+def request(
+    connection: http.client.HTTPConnection, method: str, path: str, form: bytes | None = None
+) -> tuple[int, bytes]:
+    """Return the status and the body of the response; the status is 0 if the connection was closed."""
     try:
-        connection.request(method, path, sent, HEADERS if sent else {})
-        answer = connection.getresponse()
-        return answer.status, answer.read()
+        connection.request(method, path, form, HEADERS if form else {})
+        response = connection.getresponse()
+        return response.status, response.read()
     except (OSError, http.client.HTTPException):
         connection.close()
         return 0, b''
 
 
-def post_all(port: int, images: list[bytes], clients: int, until: float | None = None, check=lambda image, told: None):
-    """The latencies of each answer when `clients` post all images, or go on until a time; and counts of statuses."""
-    latencies, statuses, lock, jobs = [], Counter(), threading.Lock(), iter(range(10**9))
+@dataclass
+class Load:
+    """Posts of several clients: the seconds of each successful response, and the number of responses by status."""
 
-    def client() -> None:
-        kept = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
-        while True:
-            with lock:
-                job = next(jobs)
-            if (until is None and job >= len(images)) or (until and time.monotonic() > until):
-                return
-            start = time.perf_counter()
-            status, told = ask(port, 'POST', '/v1/predict', images[job % len(images)], kept)
-            seconds = time.perf_counter() - start
-            with lock:
-                statuses[status] += 1
-                if status == 200:
-                    latencies.append(seconds)
-            if status == 200:
-                check(job % len(images), told)
-            else:
-                time.sleep(0.05)
+    forms: list[bytes]
+    seconds: list[float] = field(default_factory=list)
+    statuses: Counter = field(default_factory=Counter)
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return latencies, statuses
+    def post_once(self, port: int, clients: int) -> None:
+        """Post every form once."""
+        self._run(port, clients, lambda number: number < len(self.forms), None)
+
+    def post_for(self, port: int, clients: int, seconds: float, check: Callable[[int, bytes], None]) -> None:
+        """Post for that many seconds; `check` gets the number of the form and the body of each response."""
+        end = time.monotonic() + seconds
+        self._run(port, clients, lambda number: time.monotonic() < end, check)
+
+    def _run(
+        self,
+        port: int,
+        clients: int,
+        has_time: Callable[[int], bool],
+        check: Callable[[int, bytes], None] | None,
+    ) -> None:
+        numbers = count()
+        lock = threading.Lock()
+
+        def work() -> None:
+            connection = connect(port)
+            while True:
+                with lock:
+                    number = next(numbers)
+                if not has_time(number):
+                    return
+                form_number = number % len(self.forms)
+                start = time.perf_counter()
+                status, body = request(connection, 'POST', '/v1/predict', self.forms[form_number])
+                elapsed = time.perf_counter() - start
+                with lock:
+                    self.statuses[status] += 1
+                    if status == 200:
+                        self.seconds.append(elapsed)
+                if status != 200:
+                    time.sleep(0.05)
+                elif check:
+                    check(form_number, body)
+
+        threads = [threading.Thread(target=work) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
 
-def memory(pid: int) -> int:
-    """Resident bytes of a process and those it started."""
-    children = Path(f'/proc/{pid}/task/{pid}/children').read_text().split()
-    pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
-    return pages * os.sysconf('SC_PAGE_SIZE') + sum(memory(int(child)) for child in children)
+@dataclass
+class Round:
+    """Images per second of the service and of the Predictor, and latencies of the service in milliseconds."""
+
+    service_rate: float
+    predictor_rate: float
+    p50: float
+    p95: float
+    p99: float
+
+    @property
+    def ratio(self) -> float:
+        """The rate of the service as a fraction of the rate of the Predictor."""
+        return self.service_rate / self.predictor_rate
 
 
 def compare(bundle: Path, paths: list[Path], rounds: int) -> None:
-    """Images a second and latencies of all numbers of clients, and their ratio to the Predictor's rate."""
-    images, rows = [body(path.read_bytes()) for path in paths], {clients: [] for clients in CLIENTS}
+    """Print rates and latencies for each number of clients."""
+    forms = [make_form(path.read_bytes()) for path in paths]
     predictor = Predictor.load(bundle, engine='onnx')
     list(predictor.predict(paths))
-    with serving(bundle) as (port, ready, _):
-        print(f'ready after {ready:.2f} s; {len(paths)} images')
+    results: dict[int, list[Round]] = {clients: [] for clients in CLIENTS}
+    with run_service(bundle) as service:
+        print(f'ready after {service.startup_seconds:.2f} s; {len(paths)} images')
         for clients in CLIENTS:
-            post_all(port, images, clients)
+            Load(forms).post_once(service.port, clients)
         for _ in range(rounds):
             for clients in CLIENTS:
-                start = time.perf_counter()
-                list(predictor.predict(paths))
-                own = len(paths) / (time.perf_counter() - start)
-                start = time.perf_counter()
-                latencies, statuses = post_all(port, images, clients)
-                rate = len(latencies) / (time.perf_counter() - start)
-                rows[clients].append((rate, rate / own, own, *np.percentile(latencies, (50, 95, 99))))
-                if set(statuses) != {200}:
-                    print('statuses', dict(statuses))
+                results[clients].append(measure_round(predictor, paths, forms, service.port, clients))
+    print_results(results)
+
+
+def measure_round(predictor: Predictor, paths: list[Path], forms: list[bytes], port: int, clients: int) -> Round:
+    """Measure the Predictor, and then the service."""
+    start = time.perf_counter()
+    list(predictor.predict(paths))
+    predictor_rate = len(paths) / (time.perf_counter() - start)
+    load = Load(forms)
+    start = time.perf_counter()
+    load.post_once(port, clients)
+    service_rate = len(load.seconds) / (time.perf_counter() - start)
+    if set(load.statuses) != {200}:
+        print('statuses', dict(load.statuses))
+    p50, p95, p99 = 1000 * np.percentile(load.seconds, (50, 95, 99))
+    return Round(service_rate, predictor_rate, p50, p95, p99)
+
+
+def print_results(results: dict[int, list[Round]]) -> None:
+    """Print the medians over the rounds."""
     print('clients  images/s  of the Predictor (range)    p50 ms  p95 ms  p99 ms')
-    for clients, found in rows.items():
-        rate, _, _, p50, p95, p99 = np.median(found, axis=0)
-        ratios = [row[1] for row in found]
+    for clients, rounds in results.items():
+        ratios = [each.ratio for each in rounds]
+        rate = np.median([each.service_rate for each in rounds])
+        p50, p95, p99 = np.median([(each.p50, each.p95, each.p99) for each in rounds], axis=0)
         print(
             f'{clients:7}  {rate:7.1f}  {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
-            f'{1000 * p50:16.0f}{1000 * p95:8.0f}{1000 * p99:8.0f}'
+            f'{p50:16.0f}{p95:8.0f}{p99:8.0f}'
         )
-    single = np.median(rows[1], axis=0)[3]
-    own = np.median([row[2] for found in rows.values() for row in found])
-    print(
-        f'Predictor {own:.1f} images/s; p95 at 4 clients is '
-        f'{np.median(rows[4], axis=0)[4] / single:.2f} times the latency of a single image'
-    )
+    predictor_rate = np.median([each.predictor_rate for rounds in results.values() for each in rounds])
+    print(f'Predictor {predictor_rate:.1f} images/s')
 
 
 def soak(bundle: Path, paths: list[Path], seconds: int) -> None:
-    """Post with 8 clients, and look at answers and memory."""
-    import json
+    """Post with 8 clients, and check responses and memory. Exits with 1 if the service fails."""
+    expected = [row['p_pneumonia'] for row in Predictor.load(bundle, engine='onnx').predict(paths)]
+    wrong: list[int] = []
 
-    known = [row['p_pneumonia'] for row in Predictor.load(bundle, engine='onnx').predict(paths)]
-    images, wrong, statuses, sizes = [body(path.read_bytes()) for path in paths], [], Counter(), []
+    def check(number: int, body: bytes) -> None:
+        p = json.loads(body)['images'][0]['p_pneumonia']
+        if p is None or expected[number] is None:
+            is_right = p is expected[number]
+        else:
+            is_right = abs(p - expected[number]) <= TOLERANCE
+        if not is_right:
+            wrong.append(number)
 
-    def check(image: int, told: bytes) -> None:
-        p = json.loads(told)['images'][0]['p_pneumonia']
-        if (p is None) != (known[image] is None) or p is not None and abs(p - known[image]) > 1e-6:
-            wrong.append(image)
-
-    with serving(bundle) as (port, _, process):
+    load = Load([make_form(path.read_bytes()) for path in paths])
+    memory: list[int] = []
+    with run_service(bundle) as service:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            _, found = post_all(port, images, 8, min(time.monotonic() + 60, end), check)
-            statuses += found
-            sizes.append(memory(process.pid))
-            print(f'{dict(statuses)}, wrong {len(wrong)}, {sizes[-1] / 1e6:.0f} MB', flush=True)
-    drift = sizes[-1] / sizes[min(1, len(sizes) - 1)] - 1
-    print(f'memory from the second minute on: {100 * drift:+.1f} %')
-    if wrong or set(statuses) - {200, 429, 503} or drift > 0.1:
-        sys.exit('the service did not hold')
+            load.post_for(service.port, 8, min(60, end - time.monotonic()), check)
+            memory.append(resident_bytes(service.process.pid))
+            print(f'{dict(load.statuses)}, wrong {len(wrong)}, {memory[-1] / 1e6:.0f} MB', flush=True)
+    second_minute = memory[min(1, len(memory) - 1)]
+    growth = memory[-1] / second_minute - 1
+    print(f'memory since the second minute: {growth:+.1%}')
+    if wrong or set(load.statuses) - {200, 503} or growth > MAX_MEMORY_GROWTH:
+        sys.exit('error: wrong responses, unexpected statuses, or growing memory')
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the resident memory of a process in bytes."""
+    pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
+    return pages * os.sysconf('SC_PAGE_SIZE')
 
 
 if __name__ == '__main__':
@@ -176,8 +250,11 @@ if __name__ == '__main__':
     parser.add_argument('bundle', type=Path)
     parser.add_argument('images', type=Path)
     parser.add_argument('--rounds', type=int, default=3)
-    parser.add_argument('--limit', type=int, default=200)
+    parser.add_argument('--limit', type=int, default=200, help='number of images')
     parser.add_argument('--soak', type=int, default=0, metavar='SECONDS')
     args = parser.parse_args()
     paths = list_images([args.images])[: args.limit]
-    soak(args.bundle, paths, args.soak) if args.soak else compare(args.bundle, paths, args.rounds)
+    if args.soak:
+        soak(args.bundle, paths, args.soak)
+    else:
+        compare(args.bundle, paths, args.rounds)

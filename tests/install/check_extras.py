@@ -112,18 +112,17 @@ def check_base(env: Environment) -> None:
     shutil.copytree(WORK / 'demo/images', WORK / 'images')
     env.run('-c', FINE_TUNE)
     image = next((WORK / 'images/test/NORMAL').iterdir())
-    rows = {
-        model: env.command('predict', WORK / 'demo' / model, image, '--no-gate', '--out', f'{Path(model).suffix}.csv')
-        for model in ('run', 'run/learner.pkl', 'bundle')
-    }
-    assert len(rows) == 3
+    for model in ('run', 'run/learner.pkl', 'bundle'):
+        table = WORK / f'{Path(model).name}.csv'
+        env.command('predict', WORK / 'demo' / model, image, '--no-gate', '--out', table)
+        assert len(table.read_text().splitlines()) == 2
 
 
 def check_missing(env: Environment) -> None:
     """Without its extra, each feature says in one line which one to install."""
     (WORK / 'image.dcm').write_bytes(b'\0' * 128 + b'DICM' + b'\0' * 64)
     assert 'cxr_fastai[dicom]' in env.command('predict', 'demo/bundle', 'image.dcm', code=3)
-    env.refuses('lite', *train('--arch', 'resnet18', '--weights', 'none'))
+    env.refuses('timm', *train('--arch', 'resnet18', '--weights', 'none'))
     env.refuses('lite', *train('--arch', 'efficientnet_lite0'))
     env.refuses('hub', 'push-to-hub', 'demo/bundle', 'me/model')
     env.refuses('serve', 'serve', 'demo/bundle')

@@ -9,7 +9,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 from hypercorn.asyncio import serve as serve_app
 from hypercorn.config import Config
@@ -80,6 +80,7 @@ class Server:
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_log_unless_disconnected)
         serving = asyncio.create_task(
             serve_app(cast(Framework, self.app), self._config(), shutdown_trigger=self._stopping.wait)
         )
@@ -103,6 +104,12 @@ class Server:
         config.include_server_header = False
         config.errorlog = logging.getLogger('hypercorn.error')
         return config
+
+
+def _log_unless_disconnected(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log an exception that nobody handled, but not those of connections that were closed or cancelled."""
+    if not isinstance(context.get('exception'), OSError | asyncio.CancelledError):
+        loop.default_exception_handler(context)
 
 
 def listen(host: str, port: int, unread_seconds: float) -> socket.socket:

@@ -60,9 +60,14 @@ class Bundle:
         if not is_bundle(path):
             raise UsageError(f'{path}: not a bundle. `cxr-fastai export RUN` makes one.')
         bundle = cls(path)
-        check_schema(bundle._manifest_json.get('schema'), path)
+        check_schema(bundle.schema, path)
         check_schema(bundle.facts.get('schema'), path / CONFIG)
         return bundle
+
+    @property
+    def schema(self) -> Any:
+        """The version of the format, as the manifest states it."""
+        return self._manifest_json.get('schema')
 
     @cached_property
     def manifest(self) -> dict[str, dict[str, Any]]:

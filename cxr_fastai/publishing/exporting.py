@@ -23,7 +23,18 @@ from cxr_fastai.core.files import atomic, sync, writing
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.robustness import read_squares
-from cxr_fastai.inference.bundle import CARD, CONFIG, FILES, GATE, MANIFEST, ONNX, SELFTEST, Bundle, manifest_text
+from cxr_fastai.inference.bundle import (
+    CARD,
+    CONFIG,
+    FILES,
+    GATE,
+    MANIFEST,
+    ONNX,
+    SELFTEST,
+    Bundle,
+    is_bundle,
+    manifest_text,
+)
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, config_text, save_weights, sha256, tensor_bytes
 from cxr_fastai.inference.engines import TorchEngine
 from cxr_fastai.inference.gate import IMAGES, Gate
@@ -35,6 +46,9 @@ from cxr_fastai.publishing.model_card import main_split, render_card
 
 VERSIONED_PACKAGES = ('cxr_fastai', 'torch', 'safetensors', 'onnxruntime')
 """Packages with their versions in `config.json`."""
+SCHEMA_1_SELFTEST = 'canary.safetensors'
+SCHEMA_1_FILES = (*FILES, SCHEMA_1_SELFTEST, 'model.int8.onnx')
+"""The files of bundles of schema 1, which cannot be opened any more, but may be replaced."""
 VERIFY_CODE = """
 import sys
 from pathlib import Path
@@ -53,8 +67,9 @@ INTENSITY = (
 def export(run: Run, out: Path | None = None, as_zip: bool = False) -> Path:
     """Write the bundle of `run` to `out` and return its path.
 
-    `out` is `bundle/` in the run by default; an existing bundle is replaced. With `as_zip`, the bundle is one zip file,
-    and `out` must end in `.zip`. The bundle contains an ONNX file if the extra `onnx` is installed.
+    `out` is `bundle/` in the run by default; an existing bundle is replaced, also one of schema 1. With `as_zip`, the
+    bundle is one zip file, and `out` must end in `.zip`. The bundle contains an ONNX file if the extra `onnx` is
+    installed.
 
     Raises `UsageError` if the run has not been evaluated or `out` is not a bundle, and `ParityError` if the bundle does
     not reproduce the predictions of the run in a new process; an existing bundle is then unchanged.
@@ -93,18 +108,34 @@ def check_destination(out: Path, as_zip: bool) -> None:
         return
     is_empty_folder = out.is_dir() and not any(out.iterdir())
     if not is_empty_folder and not _is_only_bundle(out):
-        raise UsageError(f'{out} is not a bundle and was not changed. Choose another --out.')
+        raise UsageError(
+            f'{out} is not a bundle, or contains other files too, and was not changed. Choose another --out.'
+        )
 
 
 def _is_only_bundle(path: Path) -> bool:
-    """Return True if `path` is a bundle, and a folder contains no other files."""
+    """Return True if `path` is a bundle of this version or of schema 1, and contains no other files."""
+    if not is_bundle(path):
+        return False
     try:
-        Bundle.open(path)
+        is_schema_1 = Bundle(path).schema == 1
+        if not is_schema_1:
+            Bundle.open(path)
     except CXRError:
         return False
-    if not path.is_dir():
-        return True
-    return {file.name for file in path.iterdir()} <= {*FILES, MANIFEST}
+    names = _file_names(path)
+    if is_schema_1:
+        has_required_files = {CONFIG, WEIGHTS, SCHEMA_1_SELFTEST} <= names
+        return has_required_files and names <= {*SCHEMA_1_FILES, MANIFEST}
+    return names <= {*FILES, MANIFEST}
+
+
+def _file_names(path: Path) -> set[str]:
+    """Return the names of the files in a folder or zip file."""
+    if path.is_dir():
+        return {file.name for file in path.iterdir()}
+    with zipfile.ZipFile(path) as archive:
+        return set(archive.namelist())
 
 
 def write_files(run: Run, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Export: a bundle replaces an older one only when it is complete and verified."""
 
+import json
 import os
 import shutil
 import zipfile
@@ -22,7 +23,7 @@ from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.inference.selftest import ParityError
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.publishing import exporting
-from cxr_fastai.publishing.exporting import export, verify, verify_in_new_process
+from cxr_fastai.publishing.exporting import check_destination, export, verify, verify_in_new_process
 from cxr_fastai.training.learner import make_learner
 
 
@@ -99,6 +100,39 @@ def test_a_bundle_with_other_files_in_its_folder_is_not_replaced(evaluated, copy
     (copy / 'image.jpeg').write_text('x')
     with pytest.raises(UsageError, match='is not a bundle'):
         export(evaluated, copy)
+
+
+def make_schema_1(bundle: Path) -> None:
+    """Change a bundle to the files and the schema that versions before 0.1.0 wrote."""
+    (bundle / SELFTEST).rename(bundle / 'canary.safetensors')
+    manifest = json.loads((bundle / 'manifest.json').read_text())
+    manifest['schema'] = 1
+    manifest['files']['canary.safetensors'] = manifest['files'].pop(SELFTEST)
+    (bundle / 'manifest.json').write_text(json.dumps(manifest))
+
+
+def test_a_bundle_of_schema_1_may_be_replaced(copy):
+    make_schema_1(copy)
+    with pytest.raises(CXRError, match='schema 1'):
+        Bundle.open(copy)
+    check_destination(copy, as_zip=False)
+    archive = copy.with_name('old.zip')
+    with zipfile.ZipFile(archive, 'w') as file:
+        for path in copy.iterdir():
+            file.write(path, path.name)
+    check_destination(archive, as_zip=True)
+
+
+def test_a_folder_that_only_resembles_a_bundle_of_schema_1_is_not_replaced(copy, tmp_path):
+    make_schema_1(copy)
+    (copy / 'notes.txt').write_text('x')
+    with pytest.raises(UsageError, match='contains other files'):
+        check_destination(copy, as_zip=False)
+    folder = tmp_path / 'extension'
+    folder.mkdir()
+    (folder / 'manifest.json').write_text('{"schema": 1}')
+    with pytest.raises(UsageError, match='is not a bundle'):
+        check_destination(folder, as_zip=False)
 
 
 def test_the_name_must_fit_the_option_zip(evaluated, tmp_path):

@@ -96,12 +96,8 @@ def report(
     Example: cxr-fastai report runs/resnet50 --pdf
     """
     folder = Run.open(run)
-    from cxr_fastai.publishing.reporting import print_pdf, report
+    from cxr_fastai.publishing.reporting import report
 
-    page = report(folder, audit, hide_names)
-    if pdf:
-        print_pdf(page, folder / 'report.pdf')
-    else:
-        (folder / 'report.pdf').unlink(missing_ok=True)  # it shows an earlier report
+    report(folder, audit, hide_names, pdf)
     files = ['report.html', *(['report.pdf'] if pdf else []), 'model_card.md']
     print_line(f'in {run}: {", ".join(files)}')

@@ -39,30 +39,30 @@ def explain(
 
     Example: cxr-fastai explain runs/resnet50 image.jpeg --method gradcam --out explained
     """
-    if [bool(images), bool(top_losses), check].count(True) != 1:
+    if sum([bool(images), bool(top_losses), check]) != 1:
         raise UsageError('give either images, or --top-losses N, or --check.')
     if images and (data or csv):
         raise UsageError('--data and --csv locate the images of a split: do not combine them with images.')
     data = choose_source(data, csv)
-    if not images:
-        Run.open(run)  # raises if it is not a run folder
     if check:
-        _check(Run(run), split, data, folder, target, method, layer)
+        _check(Run.open(run), split, data, folder, target, method, layer)
         return
-    if not (folder or (run / 'recipe.json').exists()):
+    if top_losses:
+        Run.open(run)  # before the folder is chosen: raises if it is not a run folder
+    if folder is None and not (run / 'recipe.json').exists():
         raise UsageError(f'{run}: not a run folder. Choose a folder for the figures with --out.')
     folder = folder or unused_path(run / 'figures' / 'explained')
     check_new(folder)
-    if images:
-        from cxr_fastai.interpretation.explainer import Explainer, explain_images
-
-        explainer = Explainer.load(run, target, method, layer)
-        n_errors = print_explanations(explain_images(explainer, images, folder, batch_size, burned_in))
-    else:
+    if top_losses:
         from cxr_fastai.interpretation.interpretation import CXRInterpretation
 
         interpretation = CXRInterpretation.from_run(Run(run), split, data, target, method, layer)
-        n_errors = _explain_split(interpretation, top_losses or 1, folder, batch_size, burned_in)
+        n_errors = _explain_split(interpretation, top_losses, folder, batch_size, burned_in)
+    else:
+        from cxr_fastai.interpretation.explainer import Explainer, explain_images
+
+        explainer = Explainer.load(run, target, method, layer)
+        n_errors = print_explanations(explain_images(explainer, images or [], folder, batch_size, burned_in))
     if n_errors:
         raise typer.Exit(3)
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from cxr_fastai.cli import options as opt
+from cxr_fastai.cli.explain import print_explanations
 from cxr_fastai.cli.output import out, print_error, print_line
 from cxr_fastai.core.environment import is_main_process
-from cxr_fastai.core.errors import UsageError, visible
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_new
 from cxr_fastai.core.run import Run
 
@@ -95,7 +96,9 @@ def predict(
     if not is_main_process():
         return
     if map_folder:
-        _save_maps(predictions, paths, map_folder)
+        from cxr_fastai.interpretation.explainer import explain_predictions
+
+        print_explanations(explain_predictions(predictions, paths, map_folder))
     _print_predictions(predictions, table)
     if predictions.failures:
         raise typer.Exit(3)
@@ -108,19 +111,6 @@ def _map_folder(table: Path | None) -> Path:
     folder = table.with_name(f'{table.stem}_maps')
     check_new(folder)
     return folder
-
-
-def _save_maps(predictions: Predictions, paths: list[Path], folder: Path) -> None:
-    """Save a map of each image that has a probability; its file name is the number of its row."""
-    from cxr_fastai.cli.explain import print_explanations
-    from cxr_fastai.data.find import short_path
-    from cxr_fastai.interpretation.explainer import Explainer, Subject, save_explanations
-
-    numbers = [number for number, row in enumerate(predictions.rows, 1) if row['status'] == 'ok']
-    explained = [paths[number - 1] for number in numbers]
-    subjects = [Subject(path, visible(short_path(str(path)))) for path in explained]
-    explanations = Explainer(predictions.predictor).explain(subjects)
-    print_explanations(save_explanations(explanations, folder, numbers))
 
 
 def _print_predictions(predictions: Predictions, table: Path | None) -> None:

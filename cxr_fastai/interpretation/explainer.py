@@ -20,6 +20,7 @@ from cxr_fastai.data.find import list_images, short_path
 from cxr_fastai.images.decode import open_image
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.inference.tables import Predictions
 from cxr_fastai.interpretation.cam import activation_maps, check_method, enlarge, find_layer, name_layer, scale
 from cxr_fastai.interpretation.overlays import Explanation, plot_explanation
 from cxr_fastai.models.inputs import to_input
@@ -173,8 +174,24 @@ def explain_images(
     allow_burned_in: bool = False,
 ) -> Iterator[tuple[Path, Explanation | ImageError]]:
     """Explain `images` (files, folders or CSV files) and save the figures; see `save_explanations`."""
-    subjects = [Subject(path, visible(short_path(str(path)))) for path in list_images(images)]
+    subjects = [_subject_of_file(path) for path in list_images(images)]
     return save_explanations(explainer.explain(subjects, batch_size, allow_burned_in), folder)
+
+
+def explain_predictions(
+    predictions: Predictions, images: Sequence[Path], folder: Path
+) -> Iterator[tuple[Path, Explanation | ImageError]]:
+    """Explain the predictions of `images` that have a probability, and save the figures; see `save_explanations`.
+
+    The file of each figure is named by the number of its row in `predictions`.
+    """
+    numbers = [number for number, row in enumerate(predictions.rows, 1) if row['status'] == 'ok']
+    subjects = [_subject_of_file(images[number - 1]) for number in numbers]
+    return save_explanations(Explainer(predictions.predictor).explain(subjects), folder, numbers)
+
+
+def _subject_of_file(path: Path) -> Subject:
+    return Subject(path, visible(short_path(str(path))))
 
 
 def save_explanations(

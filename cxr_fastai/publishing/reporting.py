@@ -92,21 +92,29 @@ CONSTANTS = {
 """The values and functions that the template uses for every run."""
 
 
-def report(run: Run, audit: Path | None = None, hide_names: bool = False) -> Path:
+def report(run: Run, audit: Path | None = None, hide_names: bool = False, pdf: bool = False) -> Path:
     """Write `report.html` and `model_card.md` into `run` and return the path of the page.
 
     `audit` is the folder of a `data audit` of the images of the run (default: see `find_audit`). With `hide_names`,
-    images are named by numbers. Raises `UsageError` if the run has not been evaluated since its network changed, or if
-    the audit is of other images.
+    images are named by numbers. With `pdf`, the page is also printed to `report.pdf`; without it, the `report.pdf` of
+    an earlier report is removed.
+
+    Raises `UsageError` if the run has not been evaluated since its network changed, or if the audit is of other images;
+    `CXRError` if no browser can print the page.
     """
     if not run.metrics:
         raise UsageError(f'{run.path}: not evaluated yet. Run `cxr-fastai evaluate {run.path}` first.')
     split = main_split(run)
     check_up_to_date(run, split)
     findings = read_audit(audit, run) if audit else find_audit(run)
-    write_text(run / 'report.html', render(run, split, findings, hide_names))
+    page = run / 'report.html'
+    write_text(page, render(run, split, findings, hide_names))
     write_text(run / 'model_card.md', render_card(run, split))
-    return run / 'report.html'
+    if pdf:
+        print_pdf(page, run / 'report.pdf')
+    else:
+        (run / 'report.pdf').unlink(missing_ok=True)
+    return page
 
 
 def check_up_to_date(run: Run, split: str) -> None:
@@ -278,7 +286,7 @@ def describe_plot(name: str, metrics: dict[str, Any]) -> str:
         'validation': 'validation metrics by epoch',
         'roc': f'ROC curve, AUC {auc}',
         'precision_recall': f'precision-recall curve, average precision {average_precision}',
-        'calibration': f'calibration curve, slope {slope}',
+        'calibration': f'reliability diagram, slope {slope}',
         'scores': 'histograms of the probability of pneumonia for normal images and for images of pneumonia',
         'net_benefit': 'decision curve of the model, compared with treating everyone and treating no one',
         'risk_coverage': 'accuracy by the share of images that are kept',

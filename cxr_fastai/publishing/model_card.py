@@ -50,7 +50,7 @@ def describe_run(run: Run) -> dict[str, str]:
             f'schedule {recipe.schedule}'
         ),
         'Augmentation': _augmentation(recipe),
-        'Class imbalance': 'class weights in the loss'
+        'Class imbalance': 'weights in the loss, so that both classes count equally'
         if recipe.class_weights
         else 'no resampling and no class weights',
         'Final model': _final_model(recipe, best.get('epoch', UNKNOWN)),

@@ -45,8 +45,8 @@ def test_a_command_module_is_not_hidden_by_its_command(name):
 
 def test_missing_images_exit_with_one_and_say_how_to_get_some(fails, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    fails(['train'], 1, 'data/chest_xray: .*--data DIR.*cxr-fastai data download.*data demo')
-    fails(['train', '--data', 'nowhere'], 1, 'nowhere: ')
+    fails(['train'], 1, 'data/chest_xray: no such folder.*--data DIR.*cxr-fastai data download.*data demo')
+    fails(['train', '--data', 'nowhere'], 1, 'nowhere: no such folder')
 
 
 def test_a_file_name_that_is_too_long_is_one_error_line(fails):
@@ -57,7 +57,7 @@ def test_a_full_disk_exits_with_six_and_leaves_no_learner(fails, train_argv, tmp
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, unlimited[1]))
     try:
-        fails([*train_argv, '--limit', '4'], 6, r'state.pt: .*\(?File too large')
+        fails([*train_argv, '--limit', '4'], 6, r'state.pt: cannot be written \(File too large\)')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert not list((tmp_path / 'run').glob('*learner.pkl*'))
@@ -66,10 +66,10 @@ def test_a_full_disk_exits_with_six_and_leaves_no_learner(fails, train_argv, tmp
 @pytest.mark.skipif(not Path('/sys').is_dir(), reason='needs Linux: /sys refuses new files even to root')
 def test_a_read_only_output_folder_exits_with_six(fails, train_argv, run, images):
     read_only = Path('/sys/cxr')
-    fails([*train_argv[:4], read_only / 'run'], 6, '/sys/cxr')
-    fails(['data', 'demo', read_only], 6, '/sys/cxr')
+    fails([*train_argv[:4], read_only / 'run'], 6, '/sys/cxr/run: cannot be written')
+    fails(['data', 'demo', read_only], 6, '/sys/cxr: cannot be written')
     image = next((images / 'test').rglob('*.jpeg'))
-    fails(['predict', run.path, image, '--out', read_only.with_suffix('.csv')], 6, '/sys/cxr')
+    fails(['predict', run.path, image, '--out', read_only.with_suffix('.csv')], 6, 'cannot be written')
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, images):
@@ -98,7 +98,4 @@ def test_the_demo_runs_every_stage(fails, tmp_path, monkeypatch, capsys):
     assert '8 of 8: report' in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} == {'images', 'audit', 'run', 'bundle', 'predictions.csv'}
     assert (folder / 'run/metrics.json').is_file()
-    fails(['demo', '--out', folder], 2, str(folder))
-
-
-VERIFY = 'verify_in_new_process'
+    fails(['demo', '--out', folder], 2, 'exists already')

@@ -10,7 +10,9 @@ from imagefiles import DEEP, dicom, encoded
 from cxr_fastai.cli import main
 
 
-@pytest.mark.parametrize(('name', 'pattern'), [('recipe.json', 'recipe.json'), ('items.csv', 'cxr-fastai train')])
+@pytest.mark.parametrize(
+    ('name', 'pattern'), [('recipe.json', 'recipe.json: .*damaged'), ('items.csv', 'is missing: `cxr-fastai train`')]
+)
 def test_a_damaged_run_is_one_error_line(fails, run, images, tmp_path, name, pattern):
     copy = tmp_path / 'run'
     shutil.copytree(run.path, copy)
@@ -33,7 +35,7 @@ def test_evaluate_prints_the_targets_and_draws_figures(capsys, run, images, tmp_
 
 
 def test_evaluate_needs_a_run_folder(fails, tmp_path):
-    fails(['evaluate', tmp_path], 2, 'run folder')
+    fails(['evaluate', tmp_path], 2, 'is not a run folder')
 
 
 @pytest.mark.parametrize('model', ['run', 'pkl'])
@@ -68,9 +70,9 @@ def test_predict_notes_the_window_of_deep_images_and_rejects_other_pictures(run,
 def test_predict_overwrites_nothing(fails, run, images, tmp_path):
     table = tmp_path / 'p.csv'
     table.write_text('precious')
-    fails(['predict', run.path, images, '--out', table], 2, 'exists')
+    fails(['predict', run.path, images, '--out', table], 2, 'exists already and was not changed')
     assert table.read_text() == 'precious'
 
 
 def test_predict_without_a_model_says_what_a_model_is(fails, images, tmp_path):
-    fails(['predict', tmp_path / 'nothing', images], 2, 'run folder')
+    fails(['predict', tmp_path / 'nothing', images], 2, 'Name a run folder')

@@ -33,20 +33,20 @@ def test_a_missing_class_or_an_empty_split_is_a_usage_error(fails, images, tmp_p
     no_valid = tmp_path / 'empty'
     shutil.copytree(images / 'train/NORMAL', one_class / 'train/NORMAL')
     shutil.copytree(images / 'train', no_valid / 'train')
-    fails(['train', '--data', one_class], 2, '14 NORMAL and 0 PNEUMONIA')
-    fails(['train', '--data', no_valid], 2, 'valid')
+    fails(['train', '--data', one_class], 2, 'train holds 14 NORMAL and 0 PNEUMONIA')
+    fails(['train', '--data', no_valid], 2, 'valid holds no image')
 
 
 @pytest.mark.parametrize(
     ('options', 'pattern'),
     [
-        (['--arch', 'vgg'], 'vgg.*baseline, resnet50, efficientnet_lite0, or'),
-        (['--recipe', 'magic'], 'magic.*reference or tuned'),
-        (['--valid', 'random'], 'official or patients'),
+        (['--arch', 'vgg'], 'vgg is unknown: choose baseline, resnet50, efficientnet_lite0, or'),
+        (['--recipe', 'magic'], 'magic is unknown: choose reference or tuned'),
+        (['--valid', 'random'], 'choose official or patients'),
         (['--epochs', '0'], 'at least 1'),
-        (['--lr', '-1'], 'positive'),
-        (['--lr', 'nan'], 'positive'),
-        (['--weights', 'nowhere.pth'], 'nowhere.pth.*baseline'),
+        (['--lr', '-1'], 'a positive number'),
+        (['--lr', 'nan'], 'a positive number'),
+        (['--weights', 'nowhere.pth'], 'nowhere.pth: neither a file nor known for baseline'),
     ],
 )
 def test_an_invalid_option_is_refused_before_a_run_exists(fails, train_argv, tmp_path, options, pattern):
@@ -59,7 +59,7 @@ def test_a_patient_in_two_splits_is_refused_unless_allowed_and_recorded(fails, i
     image = sorted((leaky / 'train/PNEUMONIA').iterdir())[0]
     shutil.copy(image, leaky / 'test/PNEUMONIA' / f'{image.stem}0.jpeg')
     argv = small_training(leaky, tmp_path / 'run')
-    fails(argv, 2, 'two splits: 1.*data audit.*--allow-leakage')
+    fails(argv, 2, 'patients with images in two splits: 1.*data audit.*--allow-leakage')
     assert not (tmp_path / 'run').exists()
     assert main([*argv, '--allow-leakage', '--limit', '3']) == 0
     assert '"allow_leakage": true' in (tmp_path / 'run/recipe.json').read_text()
@@ -85,13 +85,13 @@ def test_prediction_resizes_images_as_training_did(train_argv, images, tmp_path,
 def test_weights_of_the_wrong_shape_leave_no_run(fails, train_argv, tmp_path):
     weights = tmp_path / 'w.pth'
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), weights)
-    fails([*train_argv, '--arch', 'resnet50', '--weights', weights], 1, 'w.pth: ')
+    fails([*train_argv, '--arch', 'resnet50', '--weights', weights], 1, 'w.pth: does not fit')
     assert not (tmp_path / 'run').exists()
 
 
 def test_an_existing_run_is_refused_and_unchanged(fails, run, images):
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob('*')}
-    fails(['train', '--data', images, '--out', run.path], 2, 'exists')
+    fails(['train', '--data', images, '--out', run.path], 2, 'exists already and nothing in it was overwritten')
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob('*')} == before
 
 
@@ -132,17 +132,22 @@ def test_unreadable_images_are_named_before_training_starts(fails, images, tmp_p
     broken = sorted((folder / 'val/NORMAL').iterdir())[:4]
     for image in broken:
         image.write_bytes(b'')
-    fails(small_training(folder, tmp_path / 'run'), 1, f'{re.escape(str(folder / "val/NORMAL"))}.*E_EMPTY.*1 more')
+    pattern = f'{re.escape(str(folder / "val/NORMAL"))}.*E_EMPTY.*; and 1 more. Remove or repair'
+    fails(small_training(folder, tmp_path / 'run'), 1, pattern)
     assert not (tmp_path / 'run').exists()
 
 
 def test_an_infinite_loss_exits_with_six_and_advises_a_lower_rate(fails, train_argv):
-    fails([*train_argv, '--lr', '1e30'], 6, 'lower --lr')
+    fails([*train_argv, '--lr', '1e30'], 6, 'Train again with a lower --lr')
 
 
 @pytest.mark.parametrize(
     ('name', 'pattern'),
-    [('lr.csv', r'\.png'), ('no/lr.png', 'no'), ('existing.png', 'existing.csv')],
+    [
+        ('lr.csv', r'must end with \.png'),
+        ('no/lr.png', 'no does not exist'),
+        ('existing.png', 'existing.csv already exists and was not overwritten'),
+    ],
 )
 def test_lr_find_overwrites_nothing(fails, images, tmp_path, name, pattern):
     (tmp_path / 'existing.csv').write_text('path,label')
@@ -153,7 +158,7 @@ def test_lr_find_suggests_a_rate_and_draws_the_curve(capsys, images, tmp_path):
     picture = tmp_path / 'lr.png'
     size = ['--size', '48', '--steps', '25', '--batch-size', '8', '--workers', '0']
     assert main(['lr-find', '--data', str(images), '--out', str(picture), *size]) == 0
-    assert re.search(r'--lr \d\.\de-\d\d.*1\.0e-03', capsys.readouterr().out)
+    assert re.search(r'--lr \d\.\de-\d\d.*recipe.*1\.0e-03', capsys.readouterr().out)
     curve = pd.read_csv(tmp_path / 'lr.csv')
     assert curve.lr.is_monotonic_increasing and curve.loss.notna().all()
     assert picture.read_bytes().startswith(b'\x89PNG')

@@ -111,7 +111,7 @@ def terminal() -> Terminal:
 def real_images() -> Path:
     """The real images that CXR_DATA names; skips where it is not set."""
     if not REAL:
-        pytest.skip('CXR_DATA does not name the real images')
+        pytest.skip('needs the real images: set CXR_DATA to their folder (see docs/data.md) and run make test-all')
     return Path(REAL)
 
 

@@ -87,6 +87,17 @@ def test_file_names_cannot_control_the_terminal(bundle, odd, tmp_path, monkeypat
     assert errors.rstrip().endswith(r'bad\x1b[2J\u202e\n\x9b.jpeg: E_EMPTY: the file is empty')
 
 
+def test_names_that_no_file_can_have_get_a_row(bundle, image, tmp_path):
+    listing = tmp_path / 'list.csv'
+    listing.write_text(f'path\n{"y" * 300}.png\nnul\0.png\n{image}\n')
+    table = tmp_path / 'p.json'
+    assert run_command('predict', bundle, 'x' * 300 + '.png', listing, '--no-gate', '--out', table)[0] == 3
+    rows = json.loads(table.read_text())
+    assert [row['status'] for row in rows] == ['error', 'error', 'error', 'ok']
+    too_long = 'E_IO: File name too long'
+    assert [row['message'] for row in rows[:3]] == [too_long, too_long, 'E_IO: not a valid file name']
+
+
 def test_letters_that_the_terminal_cannot_show_are_escaped(bundle, image, tmp_path, monkeypatch):
     (tmp_path / 'é胸.jpeg').write_bytes(image.read_bytes())
     monkeypatch.chdir(tmp_path)
@@ -146,6 +157,7 @@ def test_maps_are_named_by_the_number_of_the_row(bundle, odd, tmp_path, monkeypa
         r'$\bad$.jpeg',
         os.fsdecode(b'bad\xff\xfe.jpeg'),
         '\x1b[31mred.jpeg',
+        'new\nline.jpeg',
     ]
     argv = ['predict', bundle, *images, '--no-gate', '--explain', '--out', tmp_path / 'p.csv']
     code, output, errors = run_command(*argv)
@@ -153,7 +165,7 @@ def test_maps_are_named_by_the_number_of_the_row(bundle, odd, tmp_path, monkeypa
     assert r'bad\udcff\udcfe.jpeg: p(pneumonia)' in output
     assert len(errors.splitlines()) == 1  # the unreadable image is reported once
     maps = {path: path.read_bytes() for path in sorted((tmp_path / 'p_maps').iterdir())}
-    assert [path.name for path in maps] == [f'{number:04d}.png' for number in (1, 3, 4, 5, 6)]
+    assert [path.name for path in maps] == [f'{number:04d}.png' for number in (1, 3, 4, 5, 6, 7)]
     code, _, errors = run_command(*argv[:-1], tmp_path / 'p.json')
     assert code == 2 and 'p_maps exists already and nothing in it was overwritten' in errors
     assert maps == {path: path.read_bytes() for path in (tmp_path / 'p_maps').iterdir()}
@@ -165,7 +177,8 @@ def test_the_line_of_a_map_has_the_probability_of_the_table(bundle, image, tmp_p
     code, output, _ = run_command(*argv, '--out', tmp_path / 'p.json')
     (row,) = json.loads((tmp_path / 'p.json').read_text())
     assert code == 0
-    assert f'p(pneumonia) {row["p_pneumonia"]:.3f}' in output and row['prediction'] in output
+    line = f'p(pneumonia) {row["p_pneumonia"]:.3f}, threshold 0.3: {row["prediction"]}'
+    assert line in ' '.join(output.split())
 
 
 def test_an_image_that_the_gate_rejects_has_neither_probability_nor_map(bundle, image, tmp_path):

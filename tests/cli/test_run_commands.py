@@ -1,5 +1,6 @@
 """The commands that read a run or a model: `evaluate` and `predict`."""
 
+import json
 import re
 import shutil
 
@@ -8,6 +9,7 @@ import pytest
 from imagefiles import DEEP, dicom, encoded
 
 from cxr_fastai.cli import main
+from cxr_fastai.evaluation import figures
 
 
 @pytest.mark.parametrize(
@@ -32,6 +34,17 @@ def test_evaluate_prints_the_targets_and_draws_figures(capsys, run, images, tmp_
     figures = {path.name for path in (copy / 'figures').iterdir()}
     curves = ('calibration', 'confusion', 'net_benefit', 'precision_recall', 'risk_coverage', 'roc', 'scores')
     assert figures == {'images', 'history.png', *(f'{name}_test.png' for name in curves)}
+
+
+def test_evaluate_uses_the_given_rule_and_prevalence(run, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, 'save_figures', lambda *_: [])  # the figures take long and are tested above
+    copy = tmp_path / 'run'
+    shutil.copytree(run.path, copy)
+    options = ['--threshold', 'cost:3/1', '--prevalence', '5']
+    assert main(['evaluate', str(copy), '--data', str(images), *options]) == 0
+    metrics = json.loads((copy / 'metrics.json').read_text())['test']
+    assert metrics['threshold_rule'] == 'cost:3/1'
+    assert [row['prevalence'] for row in metrics['prevalences']] == [0.05]
 
 
 def test_evaluate_needs_a_run_folder(fails, tmp_path):

@@ -1,5 +1,6 @@
 """Each room has a small public API that is loaded when it is used."""
 
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -30,6 +31,16 @@ def test_every_public_name_of_a_room_is_there_and_documented(room):
     for name in module.__all__:
         thing = getattr(module, name)
         assert not callable(thing) or thing.__doc__, f'{name} has no docstring'
+
+
+def test_only_the_command_line_uses_typer_and_rich():
+    package = Path(cxr_fastai.all.__file__).parent
+    users = {
+        path.relative_to(package).parts[0]
+        for path in package.rglob('*.py')
+        if re.search(r'^\s*(import|from) (typer|rich)\b', path.read_text(), re.MULTILINE)
+    }
+    assert users == {'cli'}
 
 
 @pytest.mark.parametrize('room', ROOMS)

@@ -166,6 +166,13 @@ def test_a_small_validation_split_is_reported_with_its_interval(few):
     assert 'from 0.' in findings['validation too small to select an epoch'].advice
 
 
+@pytest.mark.slow
+def test_a_small_validation_split_alone_gives_its_finding_alone(images):
+    for image in sorted((images / 'val/NORMAL').iterdir())[8:]:
+        image.unlink()
+    assert finding_names(audit(images)) == {'validation too small to select an epoch'}
+
+
 def test_images_listed_twice_are_not_duplicates(few, tmp_path):
     rows = [(path.relative_to(tmp_path).as_posix(), path.parts[-2], 'train') for path in sorted(few.rglob('*.jpeg'))]
     table = pd.DataFrame(rows, columns=['path', 'label', 'split'])

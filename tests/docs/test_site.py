@@ -165,7 +165,7 @@ def test_the_site_contains_no_path_of_the_machine_that_built_it(site):
 @pytest.mark.slow
 @pytest.mark.skipif(not find_browser(), reason='needs Chromium or Chrome: install one of them')
 def test_the_site_and_its_search_load_nothing_from_other_servers(site):
-    playwright = pytest.importorskip('playwright.sync_api')
+    playwright = pytest.importorskip('playwright.sync_api', reason='needs playwright: pip install playwright')
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=find_browser(), args=['--no-sandbox', '--disable-gpu'])
         page = browser.new_page(viewport={'width': 390, 'height': 844})

@@ -49,7 +49,7 @@ def model(request) -> nn.Sequential:
     [('gradcam', None, 1), ('gradcam', BODY, 0), ('gradcam++', None, 0), ('gradcam++', BODY, 1)],
 )
 def test_maps_equal_those_of_the_package_grad_cam(model, method, layer, target):
-    pytorch_grad_cam = pytest.importorskip('pytorch_grad_cam')
+    pytorch_grad_cam = pytest.importorskip('pytorch_grad_cam', reason='needs pip install grad-cam')
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     theirs = {'gradcam': pytorch_grad_cam.GradCAM, 'gradcam++': pytorch_grad_cam.GradCAMPlusPlus}[method]

@@ -1,7 +1,7 @@
 """Measure images per second, from files to augmented and normalised batches, in alternating rounds in one process.
 
     (a) the pipeline of the specification: Pillow in RGB, torchvision's transforms, no workers
-    (b) a usual fastai DataBlock: ImageBlock, Resize (squish), aug_transforms, fastai's default number of workers
+    (b) a typical fastai DataBlock: ImageBlock, Resize (squish), aug_transforms, fastai's default number of workers
     (c) this package without a cache, with the default number of workers of `train`
     (d) this package with the cache of `data prepare`
 

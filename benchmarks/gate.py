@@ -97,7 +97,8 @@ def draw_text(rng: np.random.Generator) -> np.ndarray:
 def predict(predictor: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the probability (n,) of each image, and whether the gate rejects it (n,)."""
     images = np.ascontiguousarray(images)
-    probabilities, features = [], []
+    probabilities = []
+    features = []
     for start in range(0, len(images), BATCH_SIZE):
         p, batch_features = predictor.engine(images[start : start + BATCH_SIZE])
         probabilities.append(p)
@@ -109,9 +110,9 @@ def predict(predictor: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.nd
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('bundle', type=Path)
-    parser.add_argument('images', type=Path)
-    parser.add_argument('--limit', type=int, default=400)
+    parser.add_argument('bundle', type=Path, help='bundle with an input gate')
+    parser.add_argument('images', type=Path, help='folder of images that were not used in training')
+    parser.add_argument('--limit', type=int, default=400, help='maximum number of these images (default: 400)')
     args = parser.parse_args()
     predictor = Predictor.load(args.bundle)
     preprocessing = Preprocessing.of(predictor.config)

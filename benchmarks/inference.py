@@ -61,12 +61,12 @@ def describe(ratio: np.ndarray) -> str:
 def main() -> None:
     """Measure all methods and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('run', type=Path)
-    parser.add_argument('bundle', type=Path)
-    parser.add_argument('images', type=Path)
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--batch-size', type=int, default=16)
-    parser.add_argument('--limit', type=int, default=96)
+    parser.add_argument('run', type=Path, help='run folder')
+    parser.add_argument('bundle', type=Path, help='bundle of the run')
+    parser.add_argument('images', type=Path, help='folder of original images')
+    parser.add_argument('--rounds', type=int, default=5, help='alternating rounds (default: 5)')
+    parser.add_argument('--batch-size', type=int, default=16, help='images per batch (default: 16)')
+    parser.add_argument('--limit', type=int, default=96, help='maximum number of images (default: 96)')
     args = parser.parse_args()
     warnings.simplefilter('ignore')
 

@@ -44,7 +44,7 @@ def measure(run: Run) -> dict[str, float]:
         'shortcut AUC': auc['shortcut'],
         'shortcut loss': auc['loss'],
         f's to {TARGET_AUC}': _seconds_to_target(run.history),
-        's an epoch': run.history.seconds.mean(),
+        's per epoch': run.history.seconds.mean(),
     }
 
 

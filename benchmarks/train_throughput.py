@@ -227,7 +227,8 @@ def print_profile(learn: Learner, batches: int = 4) -> None:
     print(operators.table(sort_by='self_cpu_time_total', row_limit=15, max_name_column_width=45))
     total_time = sum(operator.self_cpu_time_total for operator in operators)
     conv_time = sum(operator.self_cpu_time_total for operator in operators if 'conv' in operator.key.lower())
-    gflop, matrix_rate = count_gflop(learn), measure_matrix_rate()
+    gflop = count_gflop(learn)
+    matrix_rate = measure_matrix_rate()
     rate = gflop / seconds
     print(
         f'convolutions: {conv_time / total_time:.0%} of the time; {gflop:.1f} GFLOP per step in {seconds:.2f} s: '
@@ -287,7 +288,8 @@ def main() -> None:
             plain: Train = InOwnProcess(make_plain, args.arch, train_items, *shape)
             ours: Train = InOwnProcess(make_ours_in_process, args.arch, items, *shape, args.compile)
         else:
-            plain, ours = make_plain(args.arch, train_items, *shape), make_ours(learn)
+            plain = make_plain(args.arch, train_items, *shape)
+            ours = make_ours(learn)
         first = [measure_seconds(train, 2) for train in (plain, ours)]  # warm up
         print(f'first two batches: plain {first[0]:.1f} s, ours {first[1]:.1f} s', flush=True)
         rates = compare(plain, ours, args.rounds, args.batches, args.batch_size)

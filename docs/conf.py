@@ -25,7 +25,9 @@ from cxr_fastai import cli
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 
-project, author, release = 'cxr_fastai', 'cxr_fastai maintainers', cxr_fastai.__version__
+project = 'cxr_fastai'
+author = 'cxr_fastai maintainers'
+release = cxr_fastai.__version__
 copyright = 'the cxr_fastai maintainers, Apache-2.0'
 extensions = ['sphinx.ext.autodoc', 'sphinx.ext.viewcode', 'myst_nb', 'sphinx_copybutton']
 exclude_patterns = ['_build']
@@ -36,7 +38,8 @@ nb_execution_mode = 'off'
 nb_merge_streams = True
 copybutton_prompt_text = '$ '
 myst_enable_extensions = ['dollarmath']
-myst_dmath_allow_space = myst_dmath_allow_digits = False
+myst_dmath_allow_space = False
+myst_dmath_allow_digits = False
 myst_heading_anchors = 4  # with the names that GitHub uses
 myst_fence_as_directive = ['math']
 
@@ -44,7 +47,8 @@ autodoc_default_options = {'members': True, 'member-order': 'bysource'}
 autodoc_typehints_format = 'short'
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 84
-add_module_names = viewcode_follow_imported_members = False
+add_module_names = False
+viewcode_follow_imported_members = False
 toc_object_entries_show_parents = 'hide'
 default_role = 'py:obj'
 # Names of other packages, which have no inventory here, and type variables.
@@ -52,11 +56,14 @@ nitpick_ignore_regex = [('py:.*', r'(?!cxr_fastai\.).*'), ('py:class', r'cxr_fas
 
 html_theme = 'furo'
 html_title = 'cxr_fastai'
-html_favicon = html_logo = '_static/logo.svg'
+html_favicon = '_static/logo.svg'
+html_logo = '_static/logo.svg'
 html_static_path = ['_static']
-html_css_files, html_js_files = ['house.css'], ['search.js']
+html_css_files = ['house.css']
+html_js_files = ['search.js']
 html_math_renderer = 'mathml'
-html_copy_source = html_show_sourcelink = False
+html_copy_source = False
+html_show_sourcelink = False
 html_theme_options = {
     'light_css_variables': {'color-brand-primary': '#005a8d', 'color-brand-content': '#0067a3'},
     'dark_css_variables': {
@@ -68,7 +75,8 @@ html_theme_options = {
         'color-foreground-primary': '#e6eaf0',
     },
 }
-pygments_style, pygments_dark_style = 'friendly', 'github-dark'
+pygments_style = 'friendly'
+pygments_dark_style = 'github-dark'
 
 LINK = re.compile(r'(?<=\]\()(?![a-z]+:|[#/])([^)\s#]+)(?=[)#\s])')
 PAGES = {
@@ -113,7 +121,9 @@ def map_links(text: str, folder: Path) -> str:
 
     def place(link: re.Match) -> str:
         target = (folder / link[1]).resolve()
-        return '/' + on_site(target.relative_to(ROOT)) if target.exists() and ROOT in target.parents else link[0]
+        if target.exists() and ROOT in target.parents:
+            return '/' + on_site(target.relative_to(ROOT))
+        return link[0]
 
     return LINK.sub(place, text)
 
@@ -142,7 +152,8 @@ def read_docstring(app, what: str, name: str, thing, options, lines: list[str]) 
 
     A comment that ends with a full stop is the heading of a group of fields and is left out.
     """
-    lines[:] = '\n\n'.join(keep_drawing(block) for block in '\n'.join(lines).split('\n\n')).split('\n')
+    blocks = '\n'.join(lines).split('\n\n')
+    lines[:] = '\n\n'.join(keep_drawing(block) for block in blocks).split('\n')
     if what != 'class' or not is_dataclass(thing):
         return
     comments = {field: ' '.join(text.split()) for field, text in docments(thing).items() if text}
@@ -151,8 +162,10 @@ def read_docstring(app, what: str, name: str, thing, options, lines: list[str]) 
 
 def keep_drawing(block: str) -> str:
     """Return `block`, as literal text if it has columns or arrows."""
-    drawing = not block.startswith('    ') and re.search(r'\S {3,}\S|-->', block)
-    return '.. code-block:: text\n\n' + indent(block, '    ') if drawing else block
+    is_drawing = re.search(r'\S {3,}\S|-->', block)
+    if block.startswith('    ') or not is_drawing:
+        return block
+    return '.. code-block:: text\n\n' + indent(block, '    ')
 
 
 def find_name(app, env, node, contnode):
@@ -162,18 +175,19 @@ def find_name(app, env, node, contnode):
     """
     if node.get('reftype') != 'obj' or not isinstance(contnode, nodes.literal):
         return None
-    domain, name = env.domains['py'], node['reftarget']
-    ends = [
+    domain = env.domains['py']
+    name = node['reftarget']
+    matches = [
         key
         for key, thing in domain.objects.items()
         if key.endswith(f'.{name}')
         and key.startswith('cxr_fastai')
         and ('.' in name or thing.objtype in ('class', 'exception', 'function', 'data'))
     ]
-    if len(ends) != 1:
+    if len(matches) != 1:
         return nodes.literal('', name, classes=['code'])
-    node['reftarget'] = ends[0]
-    return domain.resolve_xref(env, node['refdoc'], app.builder, 'obj', ends[0], node, contnode)
+    node['reftarget'] = matches[0]
+    return domain.resolve_xref(env, node['refdoc'], app.builder, 'obj', matches[0], node, contnode)
 
 
 def show_inline(self, node) -> None:

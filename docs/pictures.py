@@ -31,7 +31,7 @@ from cxr_fastai.interpretation.overlays import show_image, show_overlay
 from cxr_fastai.publishing.reporting import find_browser
 
 HERE = Path(__file__).parent
-SHOWN = ('bacteria', 'virus')
+KINDS = ('normal', 'normal', 'bacteria', 'bacteria', 'virus', 'virus')
 SPEED = {
     'files to batches, training': {
         'Pillow + torchvision': (52, 1),
@@ -64,16 +64,14 @@ def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, 
 def images(demo: Path) -> Figure:
     """Draw synthetic images of each kind and the masks of their opacities."""
     train = demo / 'images/train'
-    chosen = [
-        *sorted((train / 'NORMAL').iterdir())[:2],
-        *(path for kind in SHOWN for path in sorted((train / 'PNEUMONIA').glob(f'*{kind}*'))[:2]),
-    ]
-    figure, panels = grid(2, 6, 9, 3.4)
-    for (above, below), path, name in zip(
-        panels.T, chosen, ['normal'] * 2 + ['bacteria'] * 2 + ['virus'] * 2, strict=True
-    ):
+    normals = sorted((train / 'NORMAL').iterdir())
+    bacteria = sorted((train / 'PNEUMONIA').glob('*bacteria*'))
+    viruses = sorted((train / 'PNEUMONIA').glob('*virus*'))
+    paths = [*normals[:2], *bacteria[:2], *viruses[:2]]
+    figure, panels = grid(2, len(paths), 9, 3.4)
+    for (above, below), path, kind in zip(panels.T, paths, KINDS, strict=True):
         show_image(above, open_image(path).pixels)
-        above.set_title(name, fontsize=9)
+        above.set_title(kind, fontsize=9)
         mask = demo / 'images/masks/train/PNEUMONIA' / f'{path.stem}.png'
         if mask.exists():
             below.imshow(Image.open(mask), cmap='gray')
@@ -111,11 +109,12 @@ def explained(demo: Path) -> Figure:
         for path, p in zip(rows.path, rows.p_pneumonia, strict=True)
     ]
     figure, panels = grid(3, len(subjects), 6.1, 4.9)
-    for column, one in zip(panels.T, explainer.explain(subjects), strict=True):
-        show_image(column[0], one.image)
-        column[1].imshow(Image.open(demo / 'images/masks' / Path(one.name).with_suffix('.png')), cmap='gray')
-        show_overlay(column[2], one)
-        column[0].set_title(f'p(pneumonia) {one.p:.3f}', fontsize=9)
+    for column, explanation in zip(panels.T, explainer.explain(subjects), strict=True):
+        mask = demo / 'images/masks' / Path(explanation.name).with_suffix('.png')
+        show_image(column[0], explanation.image)
+        column[1].imshow(Image.open(mask), cmap='gray')
+        show_overlay(column[2], explanation)
+        column[0].set_title(f'p(pneumonia) {explanation.p:.3f}', fontsize=9)
     for ax, name in zip(panels[:, 0], ('image', 'its opacity (the mask)', 'Grad-CAM'), strict=True):
         ax.text(-0.03, 0.5, name, rotation=90, va='center', ha='right', fontsize=9, transform=ax.transAxes)
     figure.supxlabel('influenced the score; not a lesion outline', fontsize=9)
@@ -127,7 +126,8 @@ def gate(demo: Path) -> Figure:
     predictor = Predictor.load(demo / 'bundle')
     seen = Preprocessing.of(predictor.config)
     image = seen.load(list_images([demo / 'images/test/PNEUMONIA'])[1])
-    half, rng = len(image) // 2, np.random.default_rng(0)
+    half = len(image) // 2
+    rng = np.random.default_rng(0)
     pictures = {
         'the image': image,
         'mirrored': image[:, ::-1],
@@ -153,7 +153,8 @@ def speed() -> Figure:
     figure = Figure(figsize=(8.6, 4.6), layout='constrained')
     for ax, (title, speeds) in zip(figure.subplots(2, 2).ravel(), SPEED.items(), strict=True):
         rates, ratios = zip(*speeds.values(), strict=True)
-        bars = tidy(ax).barh(list(speeds), rates, color=[BLUE if 'cxr_fastai' in name else GREY for name in speeds])
+        colours = [BLUE if 'cxr_fastai' in name else GREY for name in speeds]
+        bars = tidy(ax).barh(list(speeds), rates, color=colours)
         labels = [f' {rate:,g} ({ratio:g} times)' for rate, ratio in zip(rates, ratios, strict=True)]
         ax.bar_label(bars, [f' {rates[0]:g}', *labels[1:]], fontsize=8, color=INK)
         ax.set_xlim(0, 1.45 * max(rates))
@@ -167,17 +168,19 @@ def speed() -> Figure:
 def curves(demo: Path, out: Path) -> None:
     """Draw four figures of the run as one picture."""
     run = Run.open(demo / 'run')
-    split, metrics = run.predicted('test'), run.metrics['test']
+    predictions = run.predicted('test')
+    metrics = run.metrics['test']
     parts = []
     for plot in (plot_roc, plot_calibration, plot_net_benefit, plot_risk_coverage):
-        save_figure(plot(split, metrics, 'test'), out)
+        save_figure(plot(predictions, metrics, 'test'), out)
         parts.append(Image.open(out).convert('RGB'))
-    width, tall, short = parts[0].width, parts[0].height, parts[2].height
-    sheet = Image.new('RGB', (2 * width, tall + short), 'white')
+    width = parts[0].width
+    height = parts[0].height + parts[2].height
+    sheet = Image.new('RGB', (2 * width, height), 'white')
     for i, part in enumerate(parts):
-        sheet.paste(part, (i % 2 * width, i // 2 * tall))
+        sheet.paste(part, (i % 2 * width, i // 2 * parts[0].height))
     sheet.save(out, optimize=True)
-    save_figure(plot_scores(split, metrics, 'test'), out.with_name('scores.png'))
+    save_figure(plot_scores(predictions, metrics, 'test'), out.with_name('scores.png'))
     save_figure(plot_history(run.history), out.with_name('history.png'))
 
 
@@ -205,7 +208,8 @@ def audit_screenshot(demo: Path) -> Image.Image:
 
 def plant_faults(images: Path) -> None:
     """Add a truncated image, a patient in two splits, and duplicates across classes and inside train."""
-    normal, pneumonia = images / 'train/NORMAL', images / 'train/PNEUMONIA'
+    normal = images / 'train/NORMAL'
+    pneumonia = images / 'train/PNEUMONIA'
     normals = sorted(normal.iterdir())
     truncated = normals[-1]
     truncated.write_bytes(truncated.read_bytes()[:1500])

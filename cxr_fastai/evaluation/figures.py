@@ -39,9 +39,9 @@ CURVES: dict[str, Callable[[pd.DataFrame, dict[str, Any], str], Figure]] = {
     'risk_coverage': plot_risk_coverage,
 }
 """Figures of every split that contains both classes."""
-MAX_IMAGES = 12
+MAX_SHOWN = 12
 """Number of errors, and of typical correct predictions, that a report shows."""
-THUMBNAIL_SIZE = 192
+PICTURE_SIZE = 192
 """Longer side of these images in pixels."""
 
 
@@ -124,13 +124,13 @@ def shown_images(predictions: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([worst_errors(predictions), typical_correct(predictions)])
 
 
-def worst_errors(predictions: pd.DataFrame, most: int = MAX_IMAGES) -> pd.DataFrame:
+def worst_errors(predictions: pd.DataFrame, most: int = MAX_SHOWN) -> pd.DataFrame:
     """Select the `most` incorrect predictions with the greatest loss, the greatest first."""
     errors = predictions[predictions.prediction != predictions.label]
     return errors.nlargest(most, 'loss')
 
 
-def typical_correct(predictions: pd.DataFrame, most: int = MAX_IMAGES) -> pd.DataFrame:
+def typical_correct(predictions: pd.DataFrame, most: int = MAX_SHOWN) -> pd.DataFrame:
     """Select typical correct predictions: those with a loss closest to the median of their class, `most` in total."""
     correct = predictions[predictions.prediction == predictions.label]
     distance = (correct.loss - correct.groupby('label').loss.transform('median')).abs()
@@ -143,7 +143,7 @@ def save_picture(pixels: np.ndarray, path: Path) -> None:
     """Write uint8 `pixels` (h, w) or (h, w, 3) to `path` as a small PNG; create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(pixels)
-    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    image.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
     with atomic(path) as temporary:
         image.save(temporary, 'PNG', optimize=True)
 

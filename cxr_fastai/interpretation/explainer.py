@@ -29,7 +29,7 @@ DISPLAY_SIZE = 512
 """Maximum side, in pixels, of an image that is shown with its map."""
 BATCH_SIZE = 32
 """Number of images that pass through the network at once."""
-BURNED_IN = 'E_BURNED_IN'
+BURNED_IN_CODE = 'E_BURNED_IN'
 """The error code of an image that may show the patient's name."""
 
 
@@ -162,7 +162,7 @@ def _open(path: Path, preprocessing: Preprocessing, allow_burned_in: bool) -> np
         return error
     if image.burned_in and not allow_burned_in:
         message = 'the file says that the image contains text, which may name the patient. --allow-burned-in shows it.'
-        return ImageError(message, BURNED_IN).with_path(path)
+        return ImageError(message, BURNED_IN_CODE).with_path(path)
     return image.pixels
 
 

@@ -20,7 +20,7 @@ TOP = 0.05
 """The fraction of the pixels whose removal `drop` measures."""
 STEPS = (0.0, TOP, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 """The fractions of the pixels at which the deletion and insertion curves are computed."""
-MIN_DROP = 0.01
+MIN_RANDOM_DROP = 0.01
 """Lower limit of the drop for random pixels, in the denominator of `drop_ratio`."""
 N_PAIRS = 50
 """Number of pairs of images whose maps are compared."""
@@ -74,7 +74,7 @@ def deletion(
         'insertion': mean_scores(by_heat, insert=True),
         'drop': drop,
         'drop_random': random_drop,
-        'drop_ratio': drop / max(random_drop, MIN_DROP),
+        'drop_ratio': drop / max(random_drop, MIN_RANDOM_DROP),
     }
 
 

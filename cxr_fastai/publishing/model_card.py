@@ -23,7 +23,7 @@ CARD_METRICS = ('auc', 'average_precision', 'accuracy', 'sensitivity', 'specific
 """The metrics in the metadata of the card."""
 HUB_NAMES = {'auc': 'roc_auc', 'sensitivity': 'recall', 'ppv': 'precision'}
 """Metrics that have another name on the Hub."""
-PACKAGES = ('cxr_fastai', 'fastai', 'torch', 'torchvision', 'python')
+SHOWN_PACKAGES = ('cxr_fastai', 'fastai', 'torch', 'torchvision', 'python')
 UNKNOWN = 'not recorded'
 
 
@@ -39,7 +39,7 @@ def describe_run(run: Run) -> dict[str, str]:
     history = run.history
     train_items = run.used_items[lambda items: items.split == 'train']
     best = run.last_event('end').get('best') or {}
-    versions = [f'{name} {start[name]}' for name in PACKAGES if name in start]
+    versions = [f'{name} {start[name]}' for name in SHOWN_PACKAGES if name in start]
     return {
         'Architecture': _architecture(recipe, start.get('parameters')),
         'Classes': f'{VOCAB[0]} and {VOCAB[1]}; {VOCAB[1]} is the positive class',

@@ -10,7 +10,7 @@ from PIL import Image
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation import figures
 from cxr_fastai.evaluation.figures import (
-    THUMBNAIL_SIZE,
+    PICTURE_SIZE,
     evaluate_and_draw,
     image_picture,
     save_picture,
@@ -56,7 +56,7 @@ def test_a_picture_is_small_and_its_name_reveals_nothing(tmp_path):
     assert image_picture(run, 'a.jpeg', 'cams').parent == run / 'figures/cams'
     save_picture(np.zeros((400, 800), np.uint8), picture)
     with Image.open(picture) as image:
-        assert image.size == (THUMBNAIL_SIZE, THUMBNAIL_SIZE // 2)
+        assert image.size == (PICTURE_SIZE, PICTURE_SIZE // 2)
 
 
 def test_an_evaluation_draws_its_split_and_other_splits_with_changed_metrics(evaluated, images, tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ def test_the_page_shows_all_sections_and_the_metrics_with_their_intervals(page, 
         'not a medical device',
         '0.54',
         'To be written by a human',
-        'no claim of compliance',
+        'not a claim of compliance',
         metrics['threshold_rule'],
         f'{metrics["n"]} images',
     ):

@@ -1,6 +1,7 @@
 """Middleware rejects foreign hosts and origins, adds security headers, and logs requests without names."""
 
 import logging
+import tempfile
 
 import pytest
 from imagefiles import dicom
@@ -73,7 +74,7 @@ def test_tokens_are_not_logged(protected, caplog):
 
 
 def test_file_names_and_patients_are_neither_logged_nor_returned(client, caplog, tmp_path, monkeypatch):
-    monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
     images = [dicom(PatientName=PATIENT), dicom(Modality=PATIENT), dicom(NumberOfFrames='2', PatientID=PATIENT), b'']
     with caplog.at_level(logging.DEBUG):
         response = client.post(

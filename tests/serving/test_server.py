@@ -178,7 +178,7 @@ def test_a_slow_body_gets_an_error_before_it_is_cut(impatient):
 
 
 @pytest.mark.skipif(
-    not hasattr(socket, 'TCP_USER_TIMEOUT'), reason='only the kernel of Linux closes connections that are not read'
+    not hasattr(socket, 'TCP_USER_TIMEOUT'), reason='only Linux closes connections that are not read; run it on Linux'
 )
 def test_a_client_that_reads_no_response_is_cut(impatient):
     request = f'GET /docs HTTP/1.1\r\nHost: {LOCAL}\r\n\r\n'.encode()

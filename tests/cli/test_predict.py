@@ -68,12 +68,14 @@ def test_a_table_that_cannot_be_written_ends_with_six(bundle, image):
 
 def test_file_names_cannot_control_the_terminal(bundle, odd, tmp_path, monkeypatch):
     monkeypatch.chdir(odd)
-    (tmp_path / 'bad\x1b[2J\u202e\n\x9b.jpeg').write_bytes(b'')
+    bad = tmp_path / 'bad\x1b[2J\u202e\n\x9b.jpeg'
+    bad.write_bytes(b'')
     table = tmp_path / 'p.json'
     code, output, errors = run_command('predict', bundle, '.', tmp_path, '--no-gate', '--out', table)
     rows = json.loads(table.read_text())
     assert code == 3 and len(rows) == len(FILES) + 1
     assert 'bad\\udcff\\udcfe.jpeg' in [row['path'] for row in rows]
+    assert (rows[-1]['path'], rows[-1]['message']) == (str(bad), 'E_EMPTY: the file is empty')
     assert not [char for char in output + errors if char != '\n' and not char.isprintable()]
     cells = {line.split('│')[1].strip() for line in output.splitlines() if line.startswith('│')}
     assert cells >= {

@@ -29,7 +29,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 $(INSTALLED): settings.ini setup.py pyproject.toml constraints.txt
-	test -d .venv || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 

@@ -1,4 +1,4 @@
-"""One headless browser for all tests of a session, and a record of what its pages print and request."""
+"""One headless browser for all tests of a file, and a record of what its pages print and request."""
 
 from dataclasses import dataclass, field
 
@@ -11,8 +11,9 @@ PATIENCE_MS = 60_000
 ARGUMENTS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update']
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def browser():
+    """A headless browser. Playwright keeps an event loop in this thread, so it must end before tests that start one."""
     if not find_browser():
         pytest.skip('Chromium or Chrome is not installed; install one of them to run this test')
     playwright = pytest.importorskip('playwright.sync_api', reason='pip install playwright runs this test')

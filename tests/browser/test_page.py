@@ -55,7 +55,7 @@ class RequestRecorder:
         await self.app(scope, record if scope['type'] == 'http' else receive, send)
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def recorder(bundle):
     """A server that is ready and keeps the bodies of requests; `recorder.url` is its address."""
     server = Server(Settings(bundle, port=0, drain_seconds=1))
@@ -65,12 +65,12 @@ def recorder(bundle):
         yield recorder
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def address(recorder) -> str:
     return recorder.url
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def protected(bundle):
     """The address of a server with an access token and small limits."""
     settings = Settings(bundle, port=0, drain_seconds=1, token=TOKEN, limits=Limits(50_000, 3))
@@ -95,14 +95,14 @@ def failing_page(page, log):
     log.messages = [message for message in log.messages if HTTP_ERROR not in message]
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def rows(bundle, images) -> dict[Path, dict]:
     """The rows of the Predictor for the test images, by path."""
     paths = sorted((images / 'test').rglob('*.jpeg'))
     return dict(zip(paths, Predictor.load(bundle, engine='onnx').predict(paths), strict=True))
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def pneumonia(bundle, rows) -> Path:
     """An image that is classified as pneumonia and has a map."""
     service = Service.open(bundle)
@@ -481,8 +481,8 @@ def test_every_error_code_has_a_message():
     assert codes and codes <= set(MESSAGES)
 
 
-def test_the_script_never_turns_text_into_markup():
+def test_the_scripts_never_turn_text_into_markup():
     static = Path(cxr_fastai.__file__).parent / 'serving/static'
-    script = (static / 'serve.js').read_text()
-    assert not re.search('innerHTML|outerHTML|insertAdjacentHTML|document.write|eval', script)
-    assert not re.search('https?://(?!www.w3.org)', script + (static / 'serve.css').read_text())
+    scripts = ''.join(path.read_text() for path in static.glob('*.js'))
+    assert scripts and not re.search('innerHTML|outerHTML|insertAdjacentHTML|document.write|eval', scripts)
+    assert not re.search('https?://(?!www.w3.org)', scripts + (static / 'serve.css').read_text())

@@ -1,5 +1,5 @@
 // Uploads images to the service one by one and shows their predictions. File names never leave the browser.
-'use strict';
+import {fetchExample, postImage, readFile} from './requests.js';
 
 const PARALLEL_UPLOADS = 2;
 const MAX_RETRIES = 5;  // automatic retries when the service is busy
@@ -20,52 +20,6 @@ let imageCount = 0;
 
 function find(selector, parent = document) {
   return parent.querySelector(selector);
-}
-
-// Requests
-
-function authorization() {
-  const token = sessionStorage.getItem('token');
-  return token ? {Authorization: `Bearer ${token}`} : {};
-}
-
-/** Send one image. Resolves to {status, retry, ...JSON of the response}; rejects if the service cannot be reached. */
-function postImage(blob, onProgress) {
-  return new Promise((resolve, reject) => {
-    const form = new FormData();
-    form.append('images', blob, 'image');
-    // XMLHttpRequest, because fetch does not report the progress of an upload.
-    const request = new XMLHttpRequest();
-    request.open('POST', 'v1/predict?explain=true');
-    for (const [name, value] of Object.entries(authorization())) request.setRequestHeader(name, value);
-    request.responseType = 'json';
-    request.upload.onprogress = event => onProgress(event.loaded / event.total);
-    request.upload.onload = () => onProgress(1);
-    request.onerror = reject;
-    request.onload = () => {
-      const retry = request.getResponseHeader('Retry-After');
-      resolve({status: request.status, retry, ...request.response});
-    };
-    request.send(form);
-  });
-}
-
-/** Fetch a synthetic image. Throws an error response in the form of `postImage` if the service refuses. */
-async function fetchExample(number) {
-  const response = await fetch(`examples/${number}.png`, {headers: authorization()});
-  if (response.ok) return response.blob();
-  const body = await response.json().catch(() => ({}));
-  throw {status: response.status, retry: response.headers.get('Retry-After'), ...body};
-}
-
-/** Return `file` if it can be read. A folder, or a file that was moved, cannot. */
-async function readFile(file) {
-  try {
-    await file.slice(0, 1).arrayBuffer();
-  } catch {
-    throw {status: 0, code: 'E_UNREADABLE'};
-  }
-  return file;
 }
 
 // Queue
@@ -369,11 +323,9 @@ function formatCell(value) {
 }
 
 function downloadTable() {
-  const lines = [columns.join(',')];
-  for (const {row} of images) {
-    if (row) lines.push(columns.map(name => formatCell(row[name])).join(','));
-  }
-  const table = new Blob([lines.join('\n'), '\n'], {type: 'text/csv'});
+  const rows = images.map(image => image.row).filter(Boolean);
+  const lines = rows.map(row => columns.map(name => formatCell(row[name])).join(','));
+  const table = new Blob([[columns.join(','), ...lines, ''].join('\n')], {type: 'text/csv'});
   const link = document.createElement('a');
   link.href = URL.createObjectURL(table);
   link.download = 'predictions.csv';

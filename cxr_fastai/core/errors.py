@@ -1,6 +1,6 @@
 """The exceptions of the package, the warning category, and the exit code of the command line for each exception.
 
-This is the whole tree; the module in brackets defines the class where it is not this one::
+This is the whole tree. A module in brackets defines the class; the others are defined here::
 
     CXRError                  1    an expected failure, explained in one line
     ├── UsageError            2    the arguments do not fit together, or do not fit the files

@@ -160,7 +160,14 @@ CHOICES = {
     'on_bad_image': ('fail', 'skip'),
 }
 """Field to its permitted values."""
-SETTABLE = (*(RANGES.keys() - {'threshold'}), 'low_pass', 'interpolation', 'optimizer', 'schedule', 'class_weights')
+SETTABLE = (
+    *(name for name in RANGES if name != 'threshold'),
+    'low_pass',
+    'interpolation',
+    'optimizer',
+    'schedule',
+    'class_weights',
+)
 """Fields that have no option of their own and are set by `--set FIELD=VALUE`."""
 
 

@@ -221,7 +221,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_hash(archive: Path, md5: str) -> None:
+def check_md5(archive: Path, md5: str) -> None:
     """Raise `CXRError` if the MD5 hash of `archive` is not `md5`. An empty `md5` is not checked."""
     if not md5:
         return

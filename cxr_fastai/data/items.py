@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from cxr_fastai.core.errors import CXRError, UsageError
-from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.core.recipe import CHOICES, VOCAB
 from cxr_fastai.data.find import check_files, describe_rows, drop_repeated_rows, find_images, read_listing
 from cxr_fastai.data.splits import count_images, describe_counts, split_patients
 from cxr_fastai.images.decode import SUFFIXES
@@ -24,8 +24,6 @@ ITEM_COLUMNS = ['path', 'label', 'split', 'patient', 'kind']
 """The columns of the items table. `path` is relative to the data root; `kind` is normal, bacteria, virus or unknown."""
 SPLIT_NAMES = {'train': 'train', 'val': 'valid', 'valid': 'valid', 'test': 'test'}
 """The split that each folder name, or each value in the CSV column `split`, stands for."""
-VALID_CHOICES = ('official', 'patients')
-"""How validation images are chosen: the folder `val`, or a tenth of the patients of train and val together."""
 PNEUMONIA_NAME = re.compile(r'person(?P<id>\d+)_(?P<kind>bacteria|virus)_\d+')
 NORMAL_NAME = re.compile(r'(?P<id>(NORMAL2-)?IM-\d+)-\d+')
 OTHER_FOLDERS = {'chest_xray': 'nested chest_xray', 'masks': 'masks'}
@@ -57,13 +55,13 @@ def read_items(
 ) -> pd.DataFrame:
     """Return the items table of the folder or CSV file `root`, sorted by path.
 
-    `valid` is one of `VALID_CHOICES`, and `seed` the seed of the choice by patients. `limit` keeps the first images of
-    each class and split. `columns` names further columns of a CSV file to include. `.attrs['ignored']` counts ignored
-    files by reason. Raises `CXRError` if there are no images, `UsageError` for an unknown class, split, column or
-    `valid`.
+    `valid` is `official` (the folder `val`) or `patients` (a tenth of the patients of train and val together, chosen
+    with the random `seed`). `limit` keeps the first images of each class and split. `columns` names further columns of
+    a CSV file to include. `.attrs['ignored']` counts ignored files by reason. Raises `CXRError` if there are no images,
+    `UsageError` for an unknown class, split, column or `valid`.
     """
-    if valid not in VALID_CHOICES:
-        raise UsageError(f'--valid {valid}: choose {" or ".join(VALID_CHOICES)}.')
+    if valid not in CHOICES['valid']:
+        raise UsageError(f'--valid {valid}: choose {" or ".join(CHOICES["valid"])}.')
     items = _read_csv(root, columns) if root.is_file() else _read_folders(root)
     missing = [name for name in columns if name not in items]
     if missing:

@@ -20,7 +20,7 @@ from urllib3.util import Retry
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import check_new, writing
 from cxr_fastai.core.progress import progress_bar
-from cxr_fastai.data.archives import check_hash, hash_file, new_folder, unpack_arrays, unpack_images
+from cxr_fastai.data.archives import check_md5, hash_file, new_folder, unpack_arrays, unpack_images
 from cxr_fastai.data.find import find_images
 from cxr_fastai.data.items import read_items
 
@@ -98,7 +98,7 @@ def download(folder: Path, source: str | Source = 'mendeley') -> pd.DataFrame:
     manual_file = folder.with_name(f'{folder.name}.download') / source.file
     archive = manual_file if manual_file.exists() else source.fetch(source, manual_file)
     try:
-        check_hash(archive, source.md5)
+        check_md5(archive, source.md5)
         with new_folder(folder) as temporary:
             ignored = source.unpack(archive, temporary)
             _check_complete(archive, temporary, source)

@@ -43,7 +43,8 @@ class OpenImage(Transform):
 
     def __init__(self, source: Preprocessing | ImageCache, skip: bool = False) -> None:
         super().__init__()
-        self.source, self.skip = source, skip
+        self.source = source
+        self.skip = skip
         self.input_types = (str, Path, np.ndarray)  # what `dls.test_dl` accepts
 
     def encodes(self, image: str | Path | np.ndarray) -> TensorImageBW:

@@ -149,9 +149,9 @@ def _find_layer(module: str, name: str) -> Any:
 
 
 class LearnerUnpickler(pickle._Unpickler):
-    """Reads a pickle by the rule above. Raises `CXRError` at the first instruction that breaks it.
+    """Reads a pickle by the rule in this module's docstring. Raises `CXRError` at the first instruction that breaks it.
 
-    The base class is the unpickler in Python, because that in C does not allow to check single instructions.
+    The base class is the unpickler in Python, because the one in C cannot check single instructions.
     """
 
     stack: list[Any]
@@ -265,7 +265,7 @@ def _checked(instruction: bytes, check: Callable[[Any], None]) -> Callable[[Any]
 
 
 def _refuse_instruction(unpickler: Any) -> None:
-    _refuse('it has an instruction')
+    raise CXRError('it has a pickle instruction that no learner needs')
 
 
 CHECKED_INSTRUCTIONS: dict[bytes, Callable[[Any], None]] = {

@@ -120,7 +120,7 @@ class Bundle:
     def read(self, name: str) -> bytes:
         """Return the bytes of the file `name`. Raises `CXRError` if they do not match the hash in the manifest."""
         if name not in self:
-            raise CXRError(f'{self.path}: the bundle has no {name}.')
+            raise CXRError(f'{self.path}: the bundle has no {name}. Export the run again.')
         data = self._read_bytes(name, MAX_BYTES)
         if hashlib.sha256(data).hexdigest() != self.manifest[name]['sha256']:
             raise CXRError(

@@ -21,9 +21,9 @@ REJECTION = {
 }
 """The fields of the row of an image that the gate rejects."""
 
-IMAGES = 800
+MAX_IMAGES = 800
 """Largest number of training images, and of validation images, that a gate is fitted to."""
-REJECTED = 0.02
+REJECTED_FRACTION = 0.02
 """Fraction of the validation images that a gate rejects."""
 NEIGHBOUR = 5
 """The features are compared with the training image that is the fifth nearest."""
@@ -85,14 +85,14 @@ class Gate:
 
     @classmethod
     def fit(cls, train: tuple[np.ndarray, np.ndarray], valid: tuple[np.ndarray, np.ndarray]) -> Gate:
-        """Return a gate for `train` that rejects the fraction `REJECTED` of `valid`.
+        """Return a gate for `train` that rejects the fraction `REJECTED_FRACTION` of `valid`.
 
         Both are mean features (n, c) and images, grey uint8 (n, s, s). Each distance rejects the same number of images.
         """
         features, images = train
         bank = np.asarray(unit(features), np.float16)
         gate = cls(bank, Space.fit(thumbnails(images)), limits=np.ones(3, np.float32))
-        limits = np.quantile(gate.distances(*valid), 1 - REJECTED / 3, axis=1)
+        limits = np.quantile(gate.distances(*valid), 1 - REJECTED_FRACTION / 3, axis=1)
         return replace(gate, limits=limits.astype(np.float32))
 
     def measure(self, features: np.ndarray, images: np.ndarray) -> np.ndarray:

@@ -157,8 +157,10 @@ def _check_archive(data: bytes, path: Path) -> BytesIO:
 def _check_entries(archive: zipfile.ZipFile) -> None:
     names = archive.namelist()
     pickles = [name for name in names if name.endswith('.pkl')]
-    if len(pickles) != 1 or not pickles[0].endswith('/data.pkl'):
-        raise CXRError(f'it has {len(pickles)} pickles')
+    if len(pickles) != 1:
+        raise CXRError(f'it has {len(pickles)} pickles instead of one')
+    if not pickles[0].endswith('/data.pkl'):
+        raise CXRError(f'its pickle is named {pickles[0]!r:.80}')
     if len(set(names)) != len(names):
         raise CXRError('it has two files of the same name')
     if any('/code/' in name for name in names):

@@ -17,7 +17,7 @@ from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import RECIPES, VOCAB, Phase, Recipe
 from cxr_fastai.images.preprocessing import Preprocessing
-from cxr_fastai.models.weights import load_state, read_weights, timm_body
+from cxr_fastai.models.weights import load_weights, read_weights, timm_body
 
 
 class BaselineCNN(nn.Sequential):
@@ -268,7 +268,7 @@ def build_model(arch: str, weights: str = 'none') -> nn.Sequential:
     state = read_weights(source, weights)
     includes_head = any(key.startswith('1.') for key in state)  # the names of Sequential(body, head)
     target = model if includes_head else model[0]
-    load_state(target, state, weights, by_order=source.startswith('lite:'))
+    load_weights(target, state, weights, by_order=source.startswith('lite:'))
     return model
 
 

@@ -106,7 +106,7 @@ def _from_file(path: str, name: str) -> State:
     raise CXRError(f'--weights {name}: it contains {type(state).__name__}, not a state dict of tensors.')
 
 
-def load_state(target: nn.Module, state: State, name: str, by_order: bool = False) -> None:
+def load_weights(target: nn.Module, state: State, name: str, by_order: bool = False) -> None:
     """Load `state` into `target`, without the last layer for other classes.
 
     With `by_order` the tensors are matched by position, because their names differ. Error messages call the weights

@@ -37,7 +37,7 @@ from cxr_fastai.inference.bundle import (
 )
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, config_text, save_weights, sha256, tensor_bytes
 from cxr_fastai.inference.engines import TorchEngine
-from cxr_fastai.inference.gate import IMAGES, Gate
+from cxr_fastai.inference.gate import MAX_IMAGES, Gate
 from cxr_fastai.inference.pickles import load_learner, save_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.selftest import ParityError, SelfTest
@@ -167,8 +167,8 @@ def write_files(run: Run, folder: Path) -> None:
 def read_gate_samples(run: Run, predictor: Predictor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return mean features (n, c) and images, grey uint8 (n, s, s), of random images of train and valid of `run`.
 
-    At most `inference.gate.IMAGES` images of each split are used. If the images are not found, this warns and returns
-    an empty dict.
+    At most `inference.gate.MAX_IMAGES` images of each split are used. If the images are not found, this warns and
+    returns an empty dict.
     """
     try:
         return {split: _read_sample(run, predictor, split) for split in ('train', 'valid')}
@@ -186,7 +186,7 @@ def _read_sample(run: Run, predictor: Predictor, split: str) -> tuple[np.ndarray
     items_of_run = run.items[run.items.split == split]
     if not set(items.path) <= set(items_of_run.path):
         raise UsageError(f'{root}: not the {split} images of the run. They were in {run.images}; set CXR_DATA.')
-    items = items.sample(min(IMAGES, len(items)), random_state=0)
+    items = items.sample(min(MAX_IMAGES, len(items)), random_state=0)
     images, _ = read_squares(items, root, predictor.preprocessing)
     batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
     features = [predictor.engine(batch)[1] for batch in batches]
@@ -226,7 +226,8 @@ def _rounded(values: torch.Tensor) -> list[float]:
 
 def verify_in_new_process(folder: Path) -> None:
     """Run `verify` in a new process, which shares no state with this one. Raises `ParityError`."""
-    command = [sys.executable, '-W', 'ignore', '-c', VERIFY_CODE, str(folder)]
+    # With -P the process imports nothing from the current folder.
+    command = [sys.executable, '-P', '-W', 'ignore', '-c', VERIFY_CODE, str(folder)]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode == 0:
         return

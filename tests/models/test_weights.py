@@ -10,7 +10,7 @@ from torch import nn
 
 from cxr_fastai.core.errors import CXRError
 from cxr_fastai.models.architectures import build_model
-from cxr_fastai.models.weights import load_state, read_weights, timm_body
+from cxr_fastai.models.weights import load_weights, read_weights, timm_body
 
 
 @pytest.mark.parametrize(
@@ -98,5 +98,5 @@ def test_errors_about_unavailable_weights_of_timm_name_the_alternatives(monkeypa
 @pytest.mark.parametrize('arch', ['deit_tiny_distilled_patch16_224', 'legacy_seresnet18', 'levit_128s'])
 def test_unusual_last_layers_are_left_out_of_the_weights_of_timm(arch):
     body = build_model(arch)[0]
-    load_state(body, timm.create_model(arch).state_dict(), 'w.pth')
-    load_state(body, timm_body(arch).state_dict(), 'imagenet')
+    load_weights(body, timm.create_model(arch).state_dict(), 'w.pth')
+    load_weights(body, timm_body(arch).state_dict(), 'imagenet')

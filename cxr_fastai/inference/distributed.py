@@ -1,4 +1,4 @@
-"""Prediction in several processes, which `accelerate launch` or `torchrun` starts: a list is shared between them.
+"""Work in several processes, which `accelerate launch` or `torchrun` starts: joining them, and sharing a list.
 
 With one process nothing is shared, and neither torch nor accelerate is imported.
 """
@@ -19,19 +19,19 @@ ROUND = 256
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Join the other processes within the block, if there are any.
+def process_group(feature: str = 'prediction in several processes', cpu: bool = True) -> Iterator[None]:
+    """Join the other processes within the block, if there are any; accelerate chooses the device and the backend.
 
-    If this process raises, it ends without waiting for the others, and the launcher ends these. Raises `UsageError` if
-    accelerate is not installed.
+    With `cpu` the processes compute on the CPU only. If this process raises, it ends without waiting for the others,
+    and the launcher ends these. Raises `UsageError` if accelerate, which the `feature` needs, is not installed.
     """
     if process_count() < 2:
         yield
         return
-    require_package('accelerate', 'prediction in several processes', 'scale')
+    require_package('accelerate', feature, 'scale')
     from accelerate import PartialState
 
-    state = PartialState(cpu=True)
+    state = PartialState(cpu=cpu)
     yield
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -13,50 +13,27 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from fastai.learner import Learner
 
-from cxr_fastai.core.environment import is_main_process, process_count, require_package
+from cxr_fastai.core.environment import is_main_process, process_count
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.inference.distributed import broadcast, process_group
 from cxr_fastai.training.checkpoint import random_state, set_random_state
 
 T = TypeVar('T')
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Join the processes that train together; without effect if there is only one.
-
-    Accelerate chooses the device and the backend of each process. After an exception the group is not left in order:
-    the process ends, and the launcher ends the others. Raises `UsageError` if accelerate is not installed.
-    """
-    if process_count() < 2:
+def training_processes() -> Iterator[None]:
+    """Join the processes that train together; without effect if there is only one. Raises as `process_group` does."""
+    with process_group('training in several processes', cpu=not torch.cuda.is_available()):
         yield
-        return
-    require_package('accelerate', 'training in several processes', 'scale')
-    from accelerate import Accelerator
-
-    Accelerator(**_accelerator_options())
-    yield
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _accelerator_options() -> dict[str, Any]:
-    # The recipe sets the precision, not Accelerate.
-    return {'cpu': not torch.cuda.is_available(), 'mixed_precision': 'no'}
 
 
 def call_once(func: Callable[..., T], *args: Any) -> T:
     """Call `func(*args)` in the main process and return its result in all processes, which wait for it."""
-    if process_count() < 2:
-        return func(*args)
-    results: list[Any] = [None]
-    if is_main_process():
-        results[0] = func(*args)
-    dist.broadcast_object_list(results)
-    dist.barrier()
-    return results[0]
+    result: Any = func(*args) if is_main_process() else None
+    return broadcast(result)
 
 
 def check_batch_size(batch_size: int) -> None:
@@ -84,7 +61,8 @@ def share_batches(learn: Learner) -> Iterator[None]:
     callback = ShareBatches()
     learn.add_cb(callback)
     try:
-        with learn.distrib_ctx(sync_bn=False, **_accelerator_options()):
+        # The recipe sets the precision, not accelerate.
+        with learn.distrib_ctx(sync_bn=False, cpu=not torch.cuda.is_available(), mixed_precision='no'):
             yield
     finally:
         learn.remove_cb(callback)

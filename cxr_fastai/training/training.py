@@ -44,7 +44,7 @@ from cxr_fastai.training.checkpoint import (
     load_matching_state,
     start_epoch,
 )
-from cxr_fastai.training.distributed import call_once, check_batch_size, process_group, share_batches
+from cxr_fastai.training.distributed import call_once, check_batch_size, share_batches, training_processes
 from cxr_fastai.training.hardware import CompileSteps, can_compile, check_compile, describe_hardware
 from cxr_fastai.training.learner import make_learner, reuse_memory, start_phase
 from cxr_fastai.training.tracking import check_tracker, tracking
@@ -64,7 +64,7 @@ class Diverged(OutputError):
         self.best = best
 
 
-@process_group()
+@training_processes()
 def train(
     recipe: Recipe,
     data: Path,

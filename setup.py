@@ -8,24 +8,24 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
 config.read(HERE / 'settings.ini', encoding='utf-8')
-c = config['DEFAULT']
+settings = config['DEFAULT']
 suffix = '_requirements'
-extras = {key.removesuffix(suffix): value.split() for key, value in c.items() if key.endswith(suffix)}
+extras = {key.removesuffix(suffix): value.split() for key, value in settings.items() if key.endswith(suffix)}
 
 setup(
-    name=c['lib_name'],
-    version=c['version'],
-    description=c['description'],
-    author=c['author'],
-    keywords=c['keywords'],
+    name=settings['lib_name'],
+    version=settings['version'],
+    description=settings['description'],
+    author=settings['author'],
+    keywords=settings['keywords'],
     license='Apache-2.0',
     license_files=['LICENSE'],
-    python_requires=f'>={c["min_python"]}',
+    python_requires=f'>={settings["min_python"]}',
     long_description=(HERE / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
-    packages=find_packages(include=[c['lib_name'], f'{c["lib_name"]}.*']),
-    install_requires=c['requirements'].split(),
+    packages=find_packages(include=[settings['lib_name'], f'{settings["lib_name"]}.*']),
+    install_requires=settings['requirements'].split(),
     extras_require=extras,
-    package_data={c['lib_name']: ['py.typed', '*/*.pyi', '*/templates/*', '*/static/*']},
-    entry_points={'console_scripts': c['console_scripts'].split()},
+    package_data={settings['lib_name']: ['py.typed', '*/*.pyi', '*/templates/*', '*/static/*']},
+    entry_points={'console_scripts': settings['console_scripts'].split()},
 )

@@ -179,7 +179,8 @@ def unpack_arrays(archive: Path, folder: Path) -> Counter[str]:
     try:
         with open(archive, 'rb') as file, np.load(file, allow_pickle=False) as arrays:
             for split in ('train', 'val', 'test'):
-                images, labels = arrays[f'{split}_images'], arrays[f'{split}_labels']
+                images = arrays[f'{split}_images']
+                labels = arrays[f'{split}_labels']
                 _check_arrays(archive, split, images, labels)
                 for name in VOCAB:
                     (folder / split / name).mkdir(parents=True)

@@ -89,7 +89,8 @@ def audit(data: Path, workers: int | None = None, hide_names: bool = False) -> A
     With `hide_names` the result contains numbers instead of the names of images, patients and the folder, because names
     can identify a patient. Raises `CXRError` if there are no images.
     """
-    items, root = read_items(data), image_root(data)
+    items = read_items(data)
+    root = image_root(data)
     measurements, thumbnails = measure_images(list(items.path), root, workers)
     images = pd.concat([items, measurements], axis=1)
     images.attrs['ignored'] = items.attrs['ignored']

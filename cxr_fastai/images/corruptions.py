@@ -72,8 +72,8 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
 def crop_and_scale(square: np.ndarray, area: float, rng: np.random.Generator) -> np.ndarray:
     """Crop a square of `area` (fraction of the image's area) and enlarge it to the size of the image.
 
-    Its centre varies over the middle half of the possible range, because also a collimator that is too narrow is aimed
-    at the chest.
+    Its centre varies over the middle half of the possible range, because even a collimator that is set too narrow is
+    aimed at the chest.
     """
     side = len(square)
     part = side * np.sqrt(area)
@@ -142,7 +142,7 @@ def _to_uint8(levels: np.ndarray) -> np.ndarray:
 
 
 CORRUPTIONS = {
-    # 40% of the area still contain both lungs of an image that shows arms and abdomen.
+    # 40% of the area still contains both lungs of an image that shows arms and abdomen.
     'crop and scale': Corruption(crop_and_scale, 'area kept', (0.9, 0.8, 0.65, 0.5, 0.4)),
     # On a chest of 30 cm, 0.03 is 9 mm: consolidations and the heart border remain, fine markings disappear.
     'blur': Corruption(blur, 'sigma / side', (0.004, 0.008, 0.013, 0.02, 0.03)),
@@ -156,7 +156,7 @@ CORRUPTIONS = {
     'JPEG quality': Corruption(reencode, 'quality', (60, 40, 25, 15, 8)),
     # Augmentation rotates by up to 10 degrees; children are imaged at larger angles.
     'rotation': Corruption(rotate, 'degrees', (3, 6, 10, 15, 20)),
-    # 10% on each side leave 64% of the image; the lungs begin at about 10%.
+    # 10% on each side leaves 64% of the image; the lungs begin at about 10%.
     'border': Corruption(blank_border, 'width / side', (0.02, 0.04, 0.06, 0.08, 0.1)),
 }
 """Name of each kind of corruption to its function and strengths."""

@@ -31,7 +31,8 @@ from cxr_fastai.core.recipe import VOCAB, Recipe, differences
 from cxr_fastai.core.run import Run
 from cxr_fastai.training.learner import network
 
-STATE, PREVIOUS_STATE = 'state.pt', 'state.previous.pt'
+STATE = 'state.pt'
+PREVIOUS_STATE = 'state.previous.pt'
 STATEFUL_CALLBACKS = ('history', 'keep_best', 'average_weights', 'reduce_on_plateau', 'precision')
 """Attributes of a `Learner` with the callbacks that have a state."""
 RESULTS = ('history.csv', 'model.safetensors', 'learner.pkl')

@@ -11,6 +11,7 @@ each process computes for its own part. Import this module only in runs of sever
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from typing import Any
@@ -51,7 +52,7 @@ class BatchPartLoader(DistributedDL):
         return self.dl.rng
 
     def __len__(self) -> int:
-        return -(-self.n // self.whole_batch_size)
+        return math.ceil(self.n / self.whole_batch_size)
 
     def get_idxs(self) -> list[int]:
         """Return the indices of this process's images in an epoch, batch by batch."""

@@ -78,7 +78,8 @@ class Precision(MixedPrecision):
 
     def before_fit(self) -> None:
         """Replaces fastai's method, which supports CUDA only."""
-        device, dtype = self.dls.device.type, DTYPES[self.amp_mode.value]
+        device = self.dls.device.type
+        dtype = DTYPES[self.amp_mode.value]
         self.autocast = torch.autocast(device, dtype=dtype)
         self.learn.scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
         self.scales = L()

@@ -22,7 +22,8 @@ from cxr_fastai.models.architectures import build_model
 
 OPTIMIZERS = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}
 """Optimisers by name. `adam` applies weight decay as an L2 penalty, `adamw` decouples it from the gradient."""
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
 """Parameters of glibc's `mallopt`, from malloc.h."""
 
 

@@ -261,7 +261,9 @@ def fit(
     weights so far.
     """
     reuse_memory()
-    history, best, show = History(run), KeepBest(), ShowEpochs()
+    history = History(run)
+    best = KeepBest()
+    show = ShowEpochs()
     items = run.items if (run / 'items.csv').is_file() else pd.DataFrame()
     checkpoint = Checkpoint(run, identify(recipe, items), state)
     callbacks = [history, best, show, checkpoint, *recipe_callbacks(recipe), *cbs]

@@ -1,11 +1,12 @@
-"""Install the base requirements alone, then each extra alone, and check that what each promises works.
+"""Install the base requirements alone, then each extra alone, and check that their features work.
 
     python tests/install/check_extras.py            # base, then every extra: `make test-plain`
     python tests/install/check_extras.py base       # the base alone
     python tests/install/check_extras.py onnx       # the base and this extra
 
-The base requirements go into an environment of their own below `.venv/plain`. An extra goes into a small environment
-that sees the base, so only what the extra adds is installed. The exit code is 1 if a check failed.
+The base requirements are installed into an environment of their own below `.venv/plain`. Each extra is installed into a
+small environment that can import the base, so only the packages of the extra are added. The exit code is 1 if a check
+failed.
 """
 
 from __future__ import annotations
@@ -58,11 +59,12 @@ image.save_as('image.dcm', enforce_file_format=True)
 class Environment:
     """A virtual environment, and commands that run in `WORK` with its programs."""
 
-    def __init__(self, folder: Path, base: Environment | None = None):
-        self.folder, self.base = folder, base
+    def __init__(self, folder: Path, base: Environment | None = None) -> None:
+        self.folder = folder
+        self.base = base
 
     def create(self, requirement: str) -> None:
-        """Install `requirement`, with the tested versions; packages of the base environment are seen, not installed."""
+        """Install the tested versions of `requirement`, except for packages that the base environment has already."""
         shutil.rmtree(self.folder, ignore_errors=True)
         subprocess.run([sys.executable, '-m', 'venv', self.folder], check=True)
         if self.base:
@@ -78,13 +80,13 @@ class Environment:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment variables of its commands; nothing of the user's own is read or written."""
+        """The environment variables of its commands, which do not read or write files of the user."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(('CXR_', 'PYTHON'))}
         own = {'CXR_TRUST': str(WORK / 'trust.json'), 'CXR_CACHE': str(WORK / 'cache'), 'WANDB_MODE': 'offline'}
         return kept | own | {'PATH': f'{self.folder / "bin"}:{kept["PATH"]}', 'COLUMNS': '300'}
 
     def run(self, *words: object, code: int = 0) -> str:
-        """Run `python` with `words` and return all that it printed. Raises `AssertionError` for another exit code."""
+        """Run `python` with `words` and return its output. Raises `AssertionError` for another exit code."""
         python = self.folder / 'bin/python'
         done = subprocess.run(
             [python, *map(str, words)], cwd=WORK, env=self.variables, capture_output=True, text=True, timeout=SECONDS
@@ -104,7 +106,7 @@ class Environment:
 
 
 def train(*more: object) -> tuple[object, ...]:
-    """The words of a command that trains for a moment."""
+    """The words of a command that trains for a few seconds."""
     return ('train', '--data', 'images', '--epochs', 1, '--size', 48, '--batch-size', 8, *more)
 
 
@@ -123,7 +125,7 @@ def check_base(env: Environment) -> None:
 
 
 def check_missing(env: Environment) -> None:
-    """Without its extra, each feature says in one line which one to install."""
+    """Without its extra, each feature names the extra to install, in one line."""
     (WORK / 'image.dcm').write_bytes(b'\0' * 128 + b'DICM' + b'\0' * 64)
     assert 'cxr_fastai[dicom]' in env.command('predict', 'demo/bundle', 'image.dcm', code=3)
     env.refuses('timm', *train('--arch', 'resnet18', '--weights', 'none'))
@@ -161,13 +163,13 @@ def check_parquet(env: Environment) -> None:
 
 
 def check_hub(env: Environment) -> None:
-    """Without a network it comes as far as the connection."""
+    """Without a network only the connection fails."""
     text = env.command('push-to-hub', 'demo/bundle', 'me/model', code=1)
     assert 'cxr_fastai[hub]' not in text and 'Traceback' not in text
 
 
 def check_kaggle(env: Environment) -> None:
-    """Without a network it comes as far as the connection."""
+    """Without a network only the connection fails."""
     text = env.command('data', 'download', 'kaggle', '--source', 'kaggle', code=1)
     assert 'cxr_fastai[kaggle]' not in text and 'Traceback' not in text
 
@@ -216,22 +218,22 @@ def check_serve(env: Environment) -> None:
 
 
 def check_space(env: Environment) -> None:
-    """Gradio imports beside the package; the page itself is a test of `make test-all`."""
+    """Gradio can be imported together with the package. `make test-all` also tests the page itself."""
     env.command('export', 'demo/run', '--out', 'again', '--space', 'space')
     env.run('-c', 'import gradio, cxr_fastai.inference.predictor')
 
 
 def first_match(process: subprocess.Popen, pattern: str) -> str:
-    """The first text in what `process` prints that matches `pattern`."""
+    """Return the first match of `pattern` in the output of `process`."""
     for line in process.stdout:
         match = re.search(pattern, line.decode())
         if match:
             return match[0]
-    raise AssertionError(f'no {pattern} in what the server printed')
+    raise AssertionError(f'no {pattern} in the output of the server')
 
 
 def post(address: str, image: bytes) -> str:
-    """The answer to a form with one image; asks again while the model is being opened."""
+    """Post a form with one image and return the response; repeat the request until the model is loaded."""
     head = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
     kind = {'Content-Type': 'multipart/form-data; boundary=x'}
     request = urllib.request.Request(address, head + image + b'\r\n--x--\r\n', kind)
@@ -261,7 +263,7 @@ CHECKS: dict[str, Callable[[Environment], None]] = {
     'mlflow': check_mlflow,
     'space': check_space,
 }
-"""How each extra is checked; `serve` after `onnx`, whose bundle it serves."""
+"""Extra to its check. `serve` follows `onnx`, because it serves the bundle with the ONNX file."""
 
 
 def extras() -> set[str]:

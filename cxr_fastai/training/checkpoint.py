@@ -172,15 +172,17 @@ def load_state(run: Run) -> dict[str, Any] | None:
 def load_matching_state(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any] | None:
     """Return the state that `run` resumes from; None if it was stopped before the first state was saved.
 
-    Raises `UsageError` if `recipe`, `items` or the classes differ from those of `run`, or if the state is missing.
+    Raises `UsageError` if `recipe`, `items` or the classes differ from those of `run`, if the state is missing, or if
+    another version of the package made `run`.
     """
+    recipe_of_run = run.recipe  # first, because it raises a clear error for a run of another version
     state = load_state(run)
     if state is not None:
         saved = state['identity']
     elif any((run / name).exists() for name in RESULTS):
         raise UsageError(f'{run.path} cannot be resumed: it has no {STATE}. Train with another --out.')
     else:
-        saved = identify(run.recipe, run.items)
+        saved = identify(recipe_of_run, run.items)
     current = identify(recipe, items)
     changes = differences(Recipe.from_dict(saved['recipe']), recipe)
     if saved['classes'] != current['classes']:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -32,7 +33,10 @@ def progress_bar(total: int | None, description: str = '', **options: Any) -> An
 
     The bar is drawn only on a terminal or in a notebook, and only in the main process of a distributed run.
     """
-    from tqdm.auto import tqdm
+    if 'IPython' in sys.modules:
+        from tqdm.auto import tqdm  # a widget in a notebook; it loads asyncio, which slows the start of a command
+    else:
+        from tqdm import tqdm
 
     # With None, tqdm draws the bar if its output is a terminal.
     disable = None if is_main_process() else True

@@ -207,7 +207,7 @@ async def model(request: Request) -> ModelFacts:
 
 @protected_routes.get(
     '/metrics',
-    responses={200: {'content': {'text/plain': {'schema': {'type': 'string'}}}}, **error_responses(401)},
+    responses={200: {'content': {'text/plain': {'schema': {'type': 'string'}}}}} | error_responses(401),
     tags=['operate'],
     response_class=Response,
 )

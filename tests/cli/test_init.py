@@ -86,6 +86,7 @@ def test_a_signal_ends_a_command_with_one_error_line(fails, monkeypatch, images,
     def interrupt(*_):
         signal.raise_signal(number)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
     monkeypatch.setattr(items, 'data_root', interrupt)
     fails(['data', 'audit', images], code, f'stopped by {number.name}')
 

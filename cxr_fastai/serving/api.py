@@ -205,9 +205,14 @@ async def model(request: Request) -> ModelFacts:
     return ModelFacts(**get_service(request).model_facts(), version=__version__, notice=NOTICE)
 
 
+TEXT_RESPONSE: dict[int | str, dict[str, Any]] = {
+    200: {'content': {'text/plain': {'schema': {'type': 'string'}}}},
+}
+
+
 @protected_routes.get(
     '/metrics',
-    responses={200: {'content': {'text/plain': {'schema': {'type': 'string'}}}}} | error_responses(401),
+    responses=TEXT_RESPONSE | error_responses(401),
     tags=['operate'],
     response_class=Response,
 )

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from cxr_fastai.core.environment import is_main_process
+from cxr_fastai.core.environment import is_main_process, require_package
 from cxr_fastai.core.errors import CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import atomic, writing
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
@@ -293,8 +292,8 @@ def open_table(path: Path, columns: Sequence[str]) -> CsvTable:
     kind = TABLES.get(path.suffix.lower())
     if kind is None:
         raise UsageError(f'--out {path}: unknown kind of table. The name must end in {", ".join(TABLES)}.')
-    if kind is ParquetTable and not find_spec('pyarrow'):
-        raise UsageError(f'--out {path}: needs the package pyarrow. Install it: pip install "cxr_fastai[parquet]".')
+    if kind is ParquetTable:
+        require_package('pyarrow', f'--out {path}', 'parquet')
     return kind(path, columns)
 
 

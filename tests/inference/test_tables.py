@@ -16,6 +16,7 @@ import pytest
 from oddnames import FORMULAS, NAMES, copy_with_odd_names
 from PIL import Image
 
+from cxr_fastai.core import environment
 from cxr_fastai.core.errors import CXRWarning, OutputError, UsageError
 from cxr_fastai.data.find import find_images
 from cxr_fastai.images.decode import read_image
@@ -137,7 +138,7 @@ def test_the_suffix_chooses_the_kind_of_table(tmp_path, monkeypatch):
     assert isinstance(open_table(tmp_path / 'P.JSON', ()), JsonTable)
     with pytest.raises(UsageError, match='The name must end in .csv, .json, .parquet'):
         open_table(tmp_path / 'p', ())
-    monkeypatch.setattr(tables, 'find_spec', lambda _: None)
+    monkeypatch.setattr(environment, 'find_spec', lambda _: None)
     with pytest.raises(UsageError, match=r'pip install "cxr_fastai\[parquet\]"'):
         open_table(tmp_path / 'p.parquet', ())
 

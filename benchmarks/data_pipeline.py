@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from train_throughput import PlainImages
 
 from cxr_fastai.data.items import image_root, read_items
-from cxr_fastai.data.loaders import locate, make_dls
+from cxr_fastai.data.loaders import CXRDataLoaders, locate
 from cxr_fastai.images.cache import find_cache, prepare
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.images.synthetic import make_demo
@@ -43,7 +43,7 @@ def make_loaders(items: pd.DataFrame, root: Path, size: int, batch_size: int) ->
     recipe = make_recipe('baseline', size=size, batch_size=batch_size, workers=None)
     prepare(items.path, root, Preprocessing.of(recipe))
     valid = items.head(1).assign(split='valid')  # a DataBlock needs a validation image
-    make_own = partial(make_dls, pd.concat([items, valid], ignore_index=True), root, recipe)
+    make_own = partial(CXRDataLoaders.from_items, pd.concat([items, valid], ignore_index=True), root, recipe)
     return {
         'a': DataLoader(PlainImages(items, root, size), batch_size=batch_size, shuffle=True),
         'b': make_fastai_loader(items, root, size, batch_size),

@@ -37,7 +37,7 @@ from torchvision import transforms as T
 
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.data.items import image_root, read_items
-from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training.hardware import CompileSteps
@@ -142,7 +142,7 @@ class FirstBatches(Callback):
 def our_learner(arch: str, items: pd.DataFrame, root: Path, size: int, bs: int, compiled: bool = False) -> Learner:
     """Return the Learner at the start of its last phase, as `train` makes it."""
     recipe = make_recipe(arch, weights='none', size=size, batch_size=bs)
-    learn = make_learner(make_dls(items, root, recipe), recipe)
+    learn = make_learner(CXRDataLoaders.from_items(items, root, recipe), recipe)
     start_phase(learn, recipe.phases[-1])
     if compiled:
         learn.add_cb(CompileSteps(size))

@@ -7,8 +7,8 @@ from cxr_fastai.core.recipe import POSITIVE, VOCAB, Phase, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.auditing import audit, save_audit
 from cxr_fastai.data.find import list_images
-from cxr_fastai.data.items import data_root, image_root, read_items
-from cxr_fastai.data.loaders import cxr_block, locate, make_dls
+from cxr_fastai.data.items import data_root, image_root, read_items, read_table
+from cxr_fastai.data.loaders import CXRDataLoaders, cxr_block, find_preprocessing, locate
 from cxr_fastai.data.sources import download
 from cxr_fastai.data.splits import count_images, split_patients
 from cxr_fastai.data.transforms import AugmentImages
@@ -54,6 +54,7 @@ __all__ = [
     'BaselineCNN',
     'Bundle',
     'CORRUPTIONS',
+    'CXRDataLoaders',
     'CXRError',
     'CXRInterpretation',
     'Decision',
@@ -82,6 +83,7 @@ __all__ = [
     'example_run',
     'export',
     'find_cache',
+    'find_preprocessing',
     'fit',
     'format_estimate',
     'hold_out',
@@ -91,7 +93,6 @@ __all__ = [
     'load_learner',
     'locate',
     'make_demo',
-    'make_dls',
     'make_learner',
     'make_recipe',
     'measure',
@@ -113,6 +114,7 @@ __all__ = [
     'prepare',
     'read_image',
     'read_items',
+    'read_table',
     'report',
     'same_images',
     'save_audit',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any
@@ -14,6 +14,10 @@ from cxr_fastai.core.errors import UsageError
 VOCAB = ('NORMAL', 'PNEUMONIA')
 """The classes in the order of the network's outputs; the last one is the positive class."""
 POSITIVE = VOCAB.index('PNEUMONIA')
+CUSTOM = 'custom'
+"""Name of the recipe of a network that was not trained by a named recipe."""
+UNKNOWN = 'unknown'
+"""Architecture, weights, optimizer or schedule of a custom recipe that were not recorded."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Recipe:
     weights: str = 'none'
     # Images.
     valid: str = 'official'
+    valid_pct: float = 0.1  # proportion of the patients that valid='patients' takes for validation
     size: int = 224
     resize: str = 'squish'  # a key of `images.preprocessing.RESIZES`
     low_pass: float = 0.0  # standard deviation of the Gaussian filter that every image passes
@@ -89,7 +94,8 @@ class Recipe:
                 raise UsageError(f'{name} {value}: a number from {low:g} to {high:g} is needed.')
         for name, choices in CHOICES.items():
             value = getattr(self, name)
-            if value not in choices:
+            is_unknown = self.name == CUSTOM and value == UNKNOWN
+            if value not in choices and not is_unknown:
                 option = name if name in SETTABLE else _option(name)
                 raise UsageError(f'{option} {value}: choose {" or ".join(choices)}.')
 
@@ -127,7 +133,22 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """Name to the fields in which a recipe differs from the specification, for every architecture."""
 
+
+def data_recipe(recipe: str | Recipe, **fields: Any) -> Recipe:
+    """Return a recipe for `DataLoaders`: `recipe`, a recipe or the name of one, with other `fields`.
+
+    By a name it has no architecture and no phases. Raises `UsageError` for an unknown name.
+    """
+    if isinstance(recipe, Recipe):
+        return replace(recipe, **fields)
+    if recipe not in RECIPES:
+        raise UsageError(f'recipe {recipe} is unknown: choose {" or ".join(RECIPES)}.')
+    settings: dict[str, Any] = RECIPES[recipe] | fields
+    return Recipe(UNKNOWN, (), name=recipe, **settings)
+
+
 RANGES = {
+    'valid_pct': (0.01, 0.5),
     'flip': (0, 1),
     'degrees': (0, 180),
     'translate': (0, 0.5),

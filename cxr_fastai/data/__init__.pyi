@@ -1,7 +1,7 @@
 from .auditing import Audit, Finding, audit, save_audit
 from .find import find_images, list_images, shown_path
-from .items import data_root, describe_items, image_root, parse_name, read_items
-from .loaders import cxr_block, locate, make_dls
+from .items import data_root, describe_items, image_root, parse_name, read_items, read_table
+from .loaders import CXRDataLoaders, cxr_block, find_preprocessing, locate
 from .sources import SOURCES, Source, download
 from .splits import check_leakage, check_trainable, count_images, split_patients, validation_warning
 from .transforms import AugmentImages
@@ -9,6 +9,7 @@ from .transforms import AugmentImages
 __all__ = [
     'Audit',
     'AugmentImages',
+    'CXRDataLoaders',
     'Finding',
     'SOURCES',
     'Source',
@@ -21,12 +22,13 @@ __all__ = [
     'describe_items',
     'download',
     'find_images',
+    'find_preprocessing',
     'image_root',
     'list_images',
     'locate',
-    'make_dls',
     'parse_name',
     'read_items',
+    'read_table',
     'save_audit',
     'shown_path',
     'split_patients',

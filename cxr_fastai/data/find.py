@@ -138,12 +138,13 @@ def _parse(path: Path, text: str) -> pd.DataFrame:
 
 
 def check_files(table: pd.DataFrame, path: Path) -> None:
-    """Raise `UsageError` if an image that the CSV file `path` lists does not exist."""
+    """Raise `UsageError` if an image of `table`, from the CSV file or for the folder `path`, does not exist."""
     import pandas as pd
 
-    missing = pd.Series([not os.path.isfile(path.parent / image) for image in table.path], table.index)
+    folder = path if path.is_dir() else path.parent
+    missing = pd.Series([not os.path.isfile(folder / image) for image in table.path], table.index)
     if missing.any():
-        raise UsageError(f'{path}: no such file in {describe_rows(missing)}. Paths are relative to {path.parent}.')
+        raise UsageError(f'{path}: no such file in {describe_rows(missing)}. Paths are relative to {folder}.')
 
 
 def drop_repeated_rows(table: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, int]:

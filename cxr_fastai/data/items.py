@@ -51,17 +51,21 @@ def image_root(root: Path) -> Path:
 
 
 def read_items(
-    root: Path, valid: str = 'official', seed: int = 42, limit: int | None = None, columns: Sequence[str] = ()
+    root: Path,
+    valid: str = 'official',
+    seed: int = 42,
+    limit: int | None = None,
+    columns: Sequence[str] = (),
+    valid_pct: float = 0.1,
 ) -> pd.DataFrame:
     """Return the items table of the folder or CSV file `root`, sorted by path.
 
-    `valid` is `official` (the folder `val`) or `patients` (a tenth of the patients of train and val together, chosen
-    with the random `seed`). `limit` keeps the first images of each class and split. `columns` names further columns of
+    `valid` is `official` (the folder `val`) or `patients` (the proportion `valid_pct` of the patients of train and val
+    together, drawn with the random `seed`). `limit` keeps the first images of each class and split. `columns` names further columns of
     a CSV file to include. `.attrs['ignored']` counts ignored files by reason. Raises `CXRError` if there are no images,
     `UsageError` for an unknown class, split, column or `valid`.
     """
-    if valid not in CHOICES['valid']:
-        raise UsageError(f'--valid {valid}: choose {" or ".join(CHOICES["valid"])}.')
+    _check_valid(valid)
     items = _read_csv(root, columns) if root.is_file() else _read_folders(root)
     missing = [name for name in columns if name not in items]
     if missing:
@@ -69,8 +73,38 @@ def read_items(
             f'{root}: no column {" or ".join(missing)}. Choose one of {", ".join(items)}, or another column of a CSV '
             'file of images.'
         )
+    return _split_and_limit(items, valid, seed, limit, valid_pct)
+
+
+def read_table(
+    table: pd.DataFrame,
+    root: Path,
+    valid: str = 'official',
+    seed: int = 42,
+    limit: int | None = None,
+    valid_pct: float = 0.1,
+) -> pd.DataFrame:
+    """Return the items table of the images in the rows of `table`, with paths relative to the folder `root`.
+
+    The columns are those of a CSV file: `path`, `label`, and optionally `split` and `patient`. The other parameters,
+    the result and the errors are those of `read_items`.
+    """
+    _check_valid(valid)
+    missing = [name for name in ('path', 'label') if name not in table]
+    if missing:
+        raise UsageError(f'the table has no column {" or ".join(missing)}, but {", ".join(map(str, table))}.')
+    texts = table.assign(path=[str(path) for path in table.path]).reset_index(drop=True)
+    return _split_and_limit(_read_rows(texts, root), valid, seed, limit, valid_pct)
+
+
+def _check_valid(valid: str) -> None:
+    if valid not in CHOICES['valid']:
+        raise UsageError(f'--valid {valid}: choose {" or ".join(CHOICES["valid"])}.')
+
+
+def _split_and_limit(items: pd.DataFrame, valid: str, seed: int, limit: int | None, valid_pct: float) -> pd.DataFrame:
     if valid == 'patients':
-        items = split_patients(items, seed)
+        items = split_patients(items, seed, valid_pct)
     if limit is not None:
         items = items.groupby(['split', 'label'], sort=False).head(limit).reset_index(drop=True)
     return items
@@ -121,6 +155,16 @@ def _read_place(folders: tuple[str, ...], classes_only: bool) -> _Place | None:
 
 def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     table = read_listing(path)
+    items = _read_rows(table, path)
+    rows_by_path = table.assign(path=table.path.map(posixpath.normpath)).drop_duplicates('path').set_index('path')
+    for name in columns:
+        if name in rows_by_path and name not in items:
+            items[name] = items.path.map(rows_by_path[name])
+    return items
+
+
+def _read_rows(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+    """Return the items table of the rows of the CSV file `path`, or of a table of images below the folder `path`."""
     split = table['split'] if 'split' in table else pd.Series('train', table.index)
     unknown = ~split.isin(list(SPLIT_NAMES))
     if unknown.any():
@@ -129,10 +173,6 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     table = table.assign(split=split.map(SPLIT_NAMES), path=table.path.map(posixpath.normpath))
     items = _make_items(table, Counter(), path)
     check_files(table, path)
-    rows_by_path = table.drop_duplicates('path').set_index('path')
-    for name in columns:
-        if name in rows_by_path and name not in items:
-            items[name] = items.path.map(rows_by_path[name])
     return items
 
 

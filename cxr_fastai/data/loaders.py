@@ -1,4 +1,4 @@
-"""Make fastai `DataLoaders` from the items table."""
+"""fastai `DataLoaders` of chest X-ray images: `CXRDataLoaders`, and the `DataBlock` that it is made from."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Self
 
-import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
+import fastai.vision.data  # noqa: F401  (registers `show_batch` and `show_results` for images)
 import pandas as pd
 import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import ColReader, ColSplitter, IntToFloatTensor
+from fastai.data.transforms import ColReader, ColSplitter, IntToFloatTensor, Normalize
+from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, RatioResize, Resize
+from fastcore.basics import listify
 
-from cxr_fastai.core.errors import ImageError
+from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.progress import in_threads
-from cxr_fastai.core.recipe import VOCAB, Recipe
+from cxr_fastai.core.recipe import VOCAB, Recipe, data_recipe
+from cxr_fastai.data.items import image_root, read_items, read_table
+from cxr_fastai.data.splits import check_leakage, check_trainable
 from cxr_fastai.data.transforms import NormalizeImage, OpenImage, augmentations
-from cxr_fastai.images.cache import ImageCache
+from cxr_fastai.images.cache import ImageCache, find_cache
 from cxr_fastai.images.decode import read_image
 from cxr_fastai.images.preprocessing import Preprocessing
 
@@ -28,49 +33,244 @@ MAX_ERRORS_LISTED = 3
 """Largest number of unreadable images that a message names."""
 PR_SET_PDEATHSIG = 1
 """The option of Linux's `prctl` that sends a process a signal when its parent ends."""
+RESIZING = (CropPad, RandomCrop, RandomResizedCrop, RatioResize, Resize)
+"""Item transforms of fastai that resize pictures of Pillow. They would leave the tensors of this pipeline unchanged."""
 
 
-def make_dls(items: pd.DataFrame, root: Path, recipe: Recipe, cache: ImageCache | None = None) -> DataLoaders:
-    """Return `DataLoaders` of the train and valid images of `items` below the folder `root`.
+class CXRDataLoaders(DataLoaders):
+    """fastai `DataLoaders` of chest X-ray images, with validation images of other patients than the training images.
 
-    Batches are images (n, 3, size, size) and categories (n,); the last, smaller batch of train is kept. If the recipe
-    does not set the number of workers, it is the number of cores, or 0 if `cache` contains every image.
+    A batch consists of normalised images (n, 3, size, size) and categories (n,). Training images are augmented as
+    `recipe` says. Test images are in no loader; `test_dl` makes a loader for any images: paths, images of Pillow, or
+    grey uint8 arrays (h, w).
+
+    Attributes
+    ----------
+    item_table : the items table of all splits, as `read_items` returns it.
+    root : the folder that the paths in `item_table` are relative to.
+    source : the folder or CSV file of the images; `root` if they come from a `DataFrame`.
+    recipe : a `Recipe` whose fields about images and augmentation describe the loaders.
     """
-    # ColSplitter puts every row that is not valid into train, so test images have to be removed before.
-    source = locate(items[items.split.isin(['train', 'valid'])], root)
-    workers = recipe.workers
-    if workers is None:
-        all_cached = cache is not None and all(path in cache for path in source.path)
-        workers = 0 if all_cached else os.cpu_count()
-    return cxr_block(recipe, cache).dataloaders(
-        source,
-        bs=recipe.batch_size,
-        num_workers=workers,
-        drop_last=False,
-        pin_memory=torch.cuda.is_available(),
-        wif=follow_parent,
-    )
+
+    item_table: pd.DataFrame
+    root: Path
+    source: Path
+    recipe: Recipe
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | Path,
+        valid: str = 'patients',
+        valid_pct: float = 0.1,
+        seed: int = 42,
+        size: int = 224,
+        bs: int = 32,
+        recipe: str | Recipe = 'reference',
+        item_tfms: Any = None,
+        batch_tfms: Any = None,
+        num_workers: int | None = None,
+        device: Any = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Return loaders of the images in the folders `train|val|test / NORMAL|PNEUMONIA` below `path`.
+
+        Parameters
+        ----------
+        valid : `patients` takes the proportion `valid_pct` of the patients of train and val, drawn with `seed`, for
+            validation. `official` takes the folder `val`.
+        size : side of the images in pixels.
+        bs : number of images in a batch.
+        recipe : name of the recipe whose augmentation is used, or a `Recipe`.
+        item_tfms, batch_tfms : transforms of the `DataBlock`. `batch_tfms` replace the augmentation of the recipe.
+        num_workers : worker processes; by default one per core, or none if every image is cached.
+        device : device of the batches; by default the GPU if there is one.
+        kwargs : fields of `Recipe`, such as `limit`, `low_pass` or `crop`, and arguments of `DataBlock.dataloaders`,
+            such as `val_bs` or `drop_last`.
+
+        Raises `CXRError` if there are no images, if a class has too few, or if a patient is in two splits.
+        """
+        fields = _pop_fields(kwargs) | {'valid': valid, 'valid_pct': valid_pct, 'seed': seed, 'size': size}
+        settings = data_recipe(recipe, batch_size=bs, workers=num_workers, **fields)
+        items = read_items(Path(path), settings.valid, settings.seed, settings.limit, valid_pct=settings.valid_pct)
+        return cls._from_checked(items, Path(path), settings, item_tfms, batch_tfms, device, kwargs)
+
+    @classmethod
+    def from_csv(cls, path: str | Path, csv_fname: str = '', **kwargs: Any) -> Self:
+        """Return loaders of the images in a CSV file: `path`, or `csv_fname` in the folder `path`.
+
+        The columns are `path`, relative to the folder of the file, `label`, and optionally `split` and `patient`.
+        `kwargs` are those of `from_folder`.
+        """
+        return cls.from_folder(Path(path, csv_fname), **kwargs)
+
+    @classmethod
+    def from_df(
+        cls,
+        df: pd.DataFrame,
+        path: str | Path = '.',
+        fn_col: str = 'path',
+        label_col: str = 'label',
+        valid_col: str | None = None,
+        valid: str = 'patients',
+        valid_pct: float = 0.1,
+        seed: int = 42,
+        size: int = 224,
+        bs: int = 32,
+        recipe: str | Recipe = 'reference',
+        item_tfms: Any = None,
+        batch_tfms: Any = None,
+        num_workers: int | None = None,
+        device: Any = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Return loaders of the images in the rows of `df`, with paths in `fn_col` relative to the folder `path`.
+
+        `label_col` has the classes. `valid_col` is true for the validation images; without it the split is the column
+        `split` with `valid='official'`, else it is drawn by patient. The column `patient` is used if there is one. The
+        other parameters are those of `from_folder`.
+        """
+        table = df.rename(columns={fn_col: 'path', label_col: 'label'})
+        if valid_col is not None:
+            table = table.assign(split=['valid' if is_valid else 'train' for is_valid in df[valid_col]])
+            valid = 'official'
+        fields = _pop_fields(kwargs) | {'valid': valid, 'valid_pct': valid_pct, 'seed': seed, 'size': size}
+        settings = data_recipe(recipe, batch_size=bs, workers=num_workers, **fields)
+        items = read_table(table, Path(path), settings.valid, settings.seed, settings.limit, settings.valid_pct)
+        return cls._from_checked(items, Path(path), settings, item_tfms, batch_tfms, device, kwargs)
+
+    @classmethod
+    def _from_checked(
+        cls,
+        items: pd.DataFrame,
+        source: Path,
+        recipe: Recipe,
+        item_tfms: Any,
+        batch_tfms: Any,
+        device: Any,
+        kwargs: dict[str, Any],
+    ) -> Self:
+        check_trainable(items)
+        if not recipe.allow_leakage:
+            check_leakage(items)
+        root = image_root(source)
+        cache = find_cache(root, Preprocessing.of(recipe))
+        dls = cls.from_items(items, root, recipe, cache, item_tfms, batch_tfms, device=device, **kwargs)
+        dls.source = source
+        return dls
+
+    @classmethod
+    def from_items(
+        cls,
+        items: pd.DataFrame,
+        root: Path,
+        recipe: Recipe,
+        cache: ImageCache | None = None,
+        item_tfms: Any = None,
+        batch_tfms: Any = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Return loaders of the train and valid images of the items table `items`, with paths relative to `root`.
+
+        The last, smaller batch of train is kept. If `recipe` does not set the number of workers, it is the number of
+        cores, or 0 if `cache` contains every image. The other parameters are those of `from_folder`.
+        """
+        source = locate(items, root)
+        workers = recipe.workers
+        if workers is None:
+            loaded = source.path[source.split.isin(['train', 'valid'])]
+            all_cached = cache is not None and all(path in cache for path in loaded)
+            workers = 0 if all_cached else os.cpu_count()
+        options = {'drop_last': False, 'pin_memory': torch.cuda.is_available(), 'wif': follow_parent} | kwargs
+        block = cxr_block(recipe, cache, item_tfms, batch_tfms)
+        loaders = block.dataloaders(source, bs=recipe.batch_size, num_workers=workers, **options)
+        dls = cls(*loaders.loaders, path=Path('.'), device=loaders.device)
+        dls.item_table = items
+        dls.root = dls.source = root
+        dls.recipe = recipe
+        return dls
 
 
-def cxr_block(recipe: Recipe, cache: ImageCache | None = None) -> DataBlock:
-    """Return the `DataBlock` of `recipe`, for a table with the columns `path` (complete), `label` and `split`.
+def _pop_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Remove the fields of `Recipe` from `kwargs`, and return them."""
+    names = [name for name in kwargs if name in Recipe.__dataclass_fields__]
+    return {name: kwargs.pop(name) for name in names}
 
-    Images in `cache` are not decoded again; the batches are the same with and without it.
+
+def cxr_block(
+    recipe: str | Recipe = 'reference',
+    cache: ImageCache | None = None,
+    item_tfms: Any = None,
+    batch_tfms: Any = None,
+) -> DataBlock:
+    """Return the `DataBlock` of `recipe`, a recipe or the name of one.
+
+    Its source is a folder, a CSV file, or an items table with the complete path of each image, as `locate` returns it.
+    Images in `cache` are not decoded again; the batches are the same with and without it. `item_tfms` get grey images
+    as uint8 tensors (1, size, size). `batch_tfms` replace the augmentation of the recipe; they get images
+    (n, 1, size, size) in [0, 1]. Raises `UsageError` for transforms that resize or normalise, which the block does.
     """
+    recipe = data_recipe(recipe)
+    _check_transforms(item_tfms, batch_tfms)
     open_image = OpenImage(cache or Preprocessing.of(recipe), skip=recipe.on_bad_image == 'skip')
     images = TransformBlock(type_tfms=open_image, batch_tfms=[IntToFloatTensor, NormalizeImage])
     return DataBlock(
         blocks=(images, CategoryBlock(vocab=list(VOCAB), sort=False)),
+        get_items=ItemReader(recipe),
         get_x=ColReader('path'),
         get_y=ColReader('label'),
         splitter=ColSplitter('split', on='valid'),
-        batch_tfms=augmentations(recipe),
+        item_tfms=item_tfms,
+        batch_tfms=augmentations(recipe) if batch_tfms is None else batch_tfms,
     )
+
+
+def _check_transforms(item_tfms: Any, batch_tfms: Any) -> None:
+    for transform in listify(item_tfms):
+        if isinstance(transform, RESIZING):
+            raise UsageError(
+                f'item_tfms {type(transform).__name__}: images are resized when they are opened. Pass size=224 and '
+                'resize="squish", "pad" or "crop" instead; the field crop of the recipe crops at random.'
+            )
+    for transform in listify(batch_tfms):
+        if isinstance(transform, Normalize):
+            raise UsageError('batch_tfms Normalize: images are normalised already, with the statistics of ImageNet.')
+
+
+class ItemReader:
+    """The `get_items` of `cxr_block`: reads the train and valid images of a folder, a CSV file or an items table."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def __call__(self, source: str | Path | pd.DataFrame) -> pd.DataFrame:
+        recipe = self.recipe
+        if not isinstance(source, pd.DataFrame):
+            path = Path(source)
+            items = read_items(path, recipe.valid, recipe.seed, recipe.limit, valid_pct=recipe.valid_pct)
+            source = locate(items, image_root(path))
+        # ColSplitter puts every row that is not valid into train, so test images have to be removed before.
+        return source[source.split.isin(['train', 'valid'])].reset_index(drop=True)
 
 
 def locate(items: pd.DataFrame, root: Path) -> pd.DataFrame:
     """Return `items` with complete paths, as `dls.test_dl` and `cxr_block` expect them."""
     return items.assign(path=[str(root / path) for path in items.path]).reset_index(drop=True)
+
+
+def find_preprocessing(dls: DataLoaders) -> Preprocessing:
+    """Return the preprocessing of the images of `dls`.
+
+    Raises `UsageError` if they are not opened with `OpenImage`, because then it is not known.
+    """
+    for transform in dls.train_ds.tls[0].tfms.fs:
+        if isinstance(transform, OpenImage):
+            source = transform.source
+            return source.preprocessing if isinstance(source, ImageCache) else source
+    raise UsageError(
+        f'the images of this {type(dls).__name__} are not prepared by this package, so they cannot be prepared in the '
+        'same way for prediction. Make the DataLoaders with CXRDataLoaders or cxr_block.'
+    )
 
 
 def follow_parent() -> None:

@@ -11,11 +11,11 @@ MIN_VALID_IMAGES = 50
 """Validation images of each class below which the choice of an epoch is mostly chance."""
 
 
-def split_patients(items: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Return `items` with a tenth of the patients of train and valid in valid, and the others in train.
+def split_patients(items: pd.DataFrame, seed: int, valid_pct: float = 0.1) -> pd.DataFrame:
+    """Return `items` with the proportion `valid_pct` of the patients of train and valid in valid, others in train.
 
-    Both splits get about the same proportion of each class. Test images stay test images. Raises `UsageError` if a
-    class has fewer than two patients.
+    The proportion is rounded to one of 1/2, 1/3, 1/4 and so on. Both splits get about the same proportion of each
+    class. Test images stay test images. Raises `UsageError` if a class has fewer than two patients.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -25,9 +25,9 @@ def split_patients(items: pd.DataFrame, seed: int) -> pd.DataFrame:
         raise UsageError(
             f'--valid patients needs at least two patients of each class; found {describe_counts(patients)}.'
         )
-    splitter = StratifiedGroupKFold(min(10, patients.min()), shuffle=True, random_state=seed)
-    folds = list(splitter.split(pool, pool.label, pool.patient))
-    _, valid_rows = folds[0]
+    folds = max(2, round(1 / valid_pct))
+    splitter = StratifiedGroupKFold(min(folds, patients.min()), shuffle=True, random_state=seed)
+    _, valid_rows = list(splitter.split(pool, pool.label, pool.patient))[0]
     split = items.split.where(~items.index.isin(pool.index), 'train')
     split.loc[pool.index[valid_rows]] = 'valid'
     return items.assign(split=split)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.data.load import SkipItemException
+from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorImage, TensorImageBW
 from fastai.vision.augment import RandomErasing
 from fasttransform import DisplayedTransform, Transform
@@ -26,7 +27,7 @@ from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.images.cache import ImageCache
 from cxr_fastai.images.corruptions import reencode
 from cxr_fastai.images.preprocessing import Preprocessing
-from cxr_fastai.models.inputs import denormalize, normalize
+from cxr_fastai.models.inputs import MEAN, STD, denormalize, normalize
 
 STRIDE = 32
 """Smaller training images have sides that are multiples of 32 pixels, because the networks halve a side five times."""
@@ -58,10 +59,17 @@ class OpenImage(Transform):
         return TensorImageBW(torch.from_numpy(pixels.copy())[None])
 
 
-class NormalizeImage(DisplayedTransform):
-    """Convert grey images (n, 1, h, w) in [0, 1] to the ImageNet-normalised input (n, 3, h, w) of the networks."""
+class NormalizeImage(Normalize):
+    """Convert grey images (n, 1, h, w) in [0, 1] to the ImageNet-normalised input (n, 3, h, w) of the networks.
 
-    order = 99
+    It is a `Normalize`, so that `vision_learner` does not add another one.
+    """
+
+    mean, std = MEAN, STD
+    parameters = ()  # nothing to move to a device: `normalize` does it
+
+    def __init__(self) -> None:
+        pass  # the statistics belong to the class, so that model files do not contain them
 
     def encodes(self, x: TensorImageBW) -> TensorImage:
         return TensorImage(normalize(x.as_subclass(Tensor)))

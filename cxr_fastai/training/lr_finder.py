@@ -15,7 +15,7 @@ from fastai.torch_core import set_seed
 from cxr_fastai.core.errors import CXRError
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.data.items import image_root, read_items
-from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.data.splits import check_trainable
 from cxr_fastai.images.cache import find_cache
 from cxr_fastai.images.preprocessing import Preprocessing
@@ -42,7 +42,7 @@ def find_rates(recipe: Recipe, data: Path, steps: int = 100) -> Rates:
     reuse_memory()
     set_seed(recipe.seed, reproducible=True)
     root = image_root(data)
-    dls = make_dls(items, root, recipe, find_cache(root, Preprocessing.of(recipe)))
+    dls = CXRDataLoaders.from_items(items, root, recipe, find_cache(root, Preprocessing.of(recipe)))
     learn = make_learner(dls, recipe)
     start_phase(learn, recipe.phases[0])
     suggestion = _run_lr_find(learn, recipe, steps)

@@ -28,7 +28,7 @@ from cxr_fastai.core.files import check_new, write_json
 from cxr_fastai.core.recipe import Phase, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import describe_items, image_root, read_items
-from cxr_fastai.data.loaders import describe_unreadable, find_unreadable, make_dls
+from cxr_fastai.data.loaders import CXRDataLoaders, describe_unreadable, find_unreadable
 from cxr_fastai.data.splits import check_leakage, check_trainable, validation_warning
 from cxr_fastai.images.cache import ImageCache, find_cache
 from cxr_fastai.images.preprocessing import Preprocessing
@@ -153,7 +153,7 @@ def _make_learner(
     """Return the seeded learner of `recipe`. Pretrained weights are not loaded if the weights come from a `state`."""
     check_trainable(items)
     set_seed(recipe.seed, reproducible=True)
-    dls = make_dls(items, root, recipe, cache)
+    dls = CXRDataLoaders.from_items(items, root, recipe, cache)
     return make_learner(dls, replace(recipe, weights='none') if state else recipe)
 
 

@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter
 
 from cxr_fastai.core.errors import ImageError
 from cxr_fastai.data.items import read_items
-from cxr_fastai.data.loaders import describe_unreadable, find_unreadable, locate, make_dls
+from cxr_fastai.data.loaders import CXRDataLoaders, describe_unreadable, find_unreadable, locate
 from cxr_fastai.images.cache import find_cache, prepare
 from cxr_fastai.images.decode import read_image
 from cxr_fastai.images.preprocessing import Preprocessing
@@ -29,7 +29,7 @@ def items(images):
 
 @pytest.fixture(scope='module')
 def dls(items, images, recipe):
-    return make_dls(items, images, recipe)
+    return CXRDataLoaders.from_items(items, images, recipe)
 
 
 def all_inputs(dl) -> torch.Tensor:
@@ -96,7 +96,7 @@ def test_show_batch_draws_images_with_their_labels(dls):
 
 
 def test_worker_processes_read_the_same_images(items, images, recipe, dls):
-    with_workers = make_dls(items, images, dataclasses.replace(recipe, workers=2))
+    with_workers = CXRDataLoaders.from_items(items, images, dataclasses.replace(recipe, workers=2))
     assert torch.equal(all_inputs(with_workers.valid), all_inputs(dls.valid))
 
 
@@ -109,7 +109,7 @@ def test_a_low_pass_is_the_same_in_training_and_in_prediction(items, images, cac
         prepare(list(items.path), images, preprocessing)
         cache = find_cache(images, preprocessing)
         assert cache is not None
-    dls = make_dls(items, images, recipe, cache)
+    dls = CXRDataLoaders.from_items(items, images, recipe, cache)
     paths = [images / path for path in items[items.split == 'valid'].path]
     pixels = np.stack([preprocessing.load(path) for path in paths])
     assert torch.equal(all_inputs(dls.valid), network_inputs(pixels))

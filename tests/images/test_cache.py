@@ -18,7 +18,7 @@ from PIL import Image
 from cxr_fastai.cli import main
 from cxr_fastai.core.errors import CXRError, OutputError, UsageError
 from cxr_fastai.data.items import read_items
-from cxr_fastai.data.loaders import cxr_block, locate, make_dls
+from cxr_fastai.data.loaders import CXRDataLoaders, cxr_block, locate
 from cxr_fastai.images import cache
 from cxr_fastai.images.cache import ImageCache, cache_folder, find_cache, prepare
 from cxr_fastai.images.decode import decode_image
@@ -242,7 +242,7 @@ def test_a_cache_is_found_by_relative_and_absolute_path(root, paths, monkeypatch
 def batches(recipe, root: Path, cached: ImageCache | None, epochs: int) -> list[torch.Tensor]:
     """Return all images and targets of the training and validation batches of some epochs."""
     torch.manual_seed(0)
-    dls = make_dls(read_items(root), root, recipe, cached)
+    dls = CXRDataLoaders.from_items(read_items(root), root, recipe, cached)
     dls.train.rng.seed(0)
     return [
         part.as_subclass(torch.Tensor) for dl in dls.loaders for _ in range(epochs) for batch in dl for part in batch
@@ -271,7 +271,7 @@ def test_by_default_there_is_a_worker_per_core_unless_every_image_is_cached(root
     recipe = make_recipe('baseline', size=64, workers=None)
 
     def processes() -> int:
-        dls = make_dls(read_items(root), root, recipe, find_cache(root, SMALL))
+        dls = CXRDataLoaders.from_items(read_items(root), root, recipe, find_cache(root, SMALL))
         return dls.train.fake_l.num_workers
 
     assert processes() == os.cpu_count()

@@ -16,7 +16,7 @@ from bundlefiles import make_learner_pickle, old_learner_pickle
 from cxr_fastai.cli import main
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.data.items import read_items
-from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.inference.config import ModelConfig, sha256
 from cxr_fastai.inference.pickles import UntrustedError, distrust, load_learner, save_learner, trust, trusted
 from cxr_fastai.inference.predictor import Predictor
@@ -40,7 +40,7 @@ print(json.dumps({'probabilities': probabilities, 'name': name, 'first': float(s
 @pytest.fixture(scope='module')
 def learn(images):
     torch.manual_seed(3)
-    return make_learner(make_dls(read_items(images), images, RECIPE), RECIPE)
+    return make_learner(CXRDataLoaders.from_items(read_items(images), images, RECIPE), RECIPE)
 
 
 @pytest.fixture(scope='module')

@@ -15,7 +15,7 @@ from cxr_fastai.cli import main
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_items
-from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.inference.bundle import SELFTEST, Bundle
 from cxr_fastai.inference.config import ModelConfig
@@ -167,7 +167,7 @@ def test_verification_reads_every_file(copy):
 def test_verification_finds_the_learner_of_another_network(copy, images):
     torch.manual_seed(3)
     recipe = make_recipe('baseline', size=64, batch_size=8)
-    learn = make_learner(make_dls(read_items(images), images, recipe), recipe)
+    learn = make_learner(CXRDataLoaders.from_items(read_items(images), images, recipe), recipe)
     save_learner(learn, copy / 'learner.pkl', ModelConfig('baseline', 64, 0.5))
     seal(copy)
     with pytest.raises(ParityError):

@@ -21,7 +21,7 @@ from bundlefiles import change_pickle, flipped, make_learner_pickle, named_globa
 
 from cxr_fastai.cli import main
 from cxr_fastai.data.items import read_items
-from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.inference import pickles
 from cxr_fastai.inference._unpickler import allowed_attribute, rebuild_tensor
 from cxr_fastai.inference.config import LEARNER, ModelConfig
@@ -384,6 +384,6 @@ def test_an_unchanged_learner_is_accepted(learn, tmp_path, marker, image):
 @pytest.mark.slow  # tests/contracts asks for the names alone
 def test_a_learner_with_layers_of_torchvision_is_accepted(images, tmp_path, marker):
     recipe = make_recipe('resnet50', size=48, batch_size=8, weights='none')
-    learn = make_learner(make_dls(read_items(images), images, recipe), recipe)
+    learn = make_learner(CXRDataLoaders.from_items(read_items(images), images, recipe), recipe)
     save_learner(learn, tmp_path / 'model.pkl', ModelConfig.from_recipe(recipe))
     assert len(load_learner(tmp_path / 'model.pkl').model) == 2

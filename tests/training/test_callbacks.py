@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_items
-from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.data.transforms import AugmentImages
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training.callbacks import moving_average, recipe_callbacks
@@ -24,7 +24,7 @@ SETTINGS = {'epochs': 2, 'size': 48, 'batch_size': 4, 'limit': 6, 'seed': 5, 'wo
 def new_learner(images, recipe) -> Learner:
     """A learner with the same random weights in every call."""
     torch.manual_seed(recipe.seed)
-    return make_learner(make_dls(read_items(images, limit=recipe.limit), images, recipe), recipe)
+    return make_learner(CXRDataLoaders.from_items(read_items(images, limit=recipe.limit), images, recipe), recipe)
 
 
 def fit_recipe(images, folder, *cbs: Callback, **fields) -> tuple[Learner, Run]:
@@ -93,7 +93,7 @@ def test_images_start_small_and_reach_their_full_size(images, tmp_path):
 
 def test_images_have_their_full_size_without_the_callback(images):
     recipe = make_recipe('baseline', 'tuned', size=128, batch_size=4, limit=4, workers=0)
-    dls = make_dls(read_items(images, limit=4), images, recipe)
+    dls = CXRDataLoaders.from_items(read_items(images, limit=4), images, recipe)
     assert [step.share for step in dls.train.after_batch.fs if isinstance(step, AugmentImages)] == [1]
 
 

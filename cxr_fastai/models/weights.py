@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from cxr_fastai.core.errors import CXRError, UsageError, first_line
 
 CLASSIFIER_PREFIXES = ('fc.', 'classifier.', 'head.', 'head_dist.', 'last_linear.')
 """Prefixes of the last layer in pretrained state dicts. It is left out, because it predicts other classes."""
+DENSENET_LAYER = re.compile(r'(denselayer\d+\.(?:norm|conv))\.([12])(?=\.)')
+"""A layer in torchvision's files of DenseNet, as in its own `_load_state_dict`."""
 MAX_LISTED = 3
 """Number of mismatches that an error message lists."""
 State = dict[str, Tensor]
@@ -106,6 +109,17 @@ def _from_file(path: str, name: str) -> State:
     raise CXRError(f'--weights {name}: it contains {type(state).__name__}, not a state dict of tensors.')
 
 
+def fill(model: nn.Sequential, source: str, name: str) -> None:
+    """Load the weights `source` into a `Sequential(body, head)`.
+
+    A state dict of the whole network fills both. Others fill the body. Error messages call the weights `name`. Raises
+    `CXRError` if they are not available or do not fit.
+    """
+    state = read_weights(source, name)
+    target = model if state.keys() == model.state_dict().keys() else model[0]
+    load_weights(target, state, name, by_order=source.startswith('lite:'))
+
+
 def load_weights(target: nn.Module, state: State, name: str, by_order: bool = False) -> None:
     """Load `state` into `target`, without the last layer for other classes.
 
@@ -113,6 +127,7 @@ def load_weights(target: nn.Module, state: State, name: str, by_order: bool = Fa
     `name`. Raises `CXRError` if a tensor is missing, unexpected or of another shape.
     """
     expected = target.state_dict()
+    state = _rename_layers(_rename_densenet(state), expected)
     state = {
         key: tensor
         for key, tensor in state.items()
@@ -122,6 +137,32 @@ def load_weights(target: nn.Module, state: State, name: str, by_order: bool = Fa
         state = dict(zip(expected, state.values(), strict=True))
     _check_shapes(name, state, expected)
     target.load_state_dict(state)
+
+
+def _rename_densenet(state: State) -> State:
+    """Return `state` with the names of today's DenseNet; those in torchvision's files are older."""
+    return {DENSENET_LAYER.sub(r'\1\2', key): tensor for key, tensor in state.items()}
+
+
+def _rename_layers(state: State, expected: State) -> State:
+    """Return `state`, of an uncut network, with the names of its body in `expected`.
+
+    The layers of a cut body are those of the network in the same order, but numbered. The other layers are left out.
+    """
+    if state.keys() & expected.keys():
+        return state
+    layers = dict.fromkeys(key.split('.')[0] for key in expected)
+    if len(layers) == 1:
+        inside = {f'{name}.{key}': tensor for name in layers for key, tensor in state.items()}
+        if inside.keys() & expected.keys():  # the body contains the network
+            return inside
+    names = dict(zip(dict.fromkeys(key.split('.')[0] for key in state), layers, strict=False))
+    renamed = {}
+    for key, tensor in state.items():
+        layer, _, rest = key.partition('.')
+        if layer in names:
+            renamed[f'{names[layer]}.{rest}'] = tensor
+    return renamed
 
 
 def _check_shapes(name: str, state: State, expected: State) -> None:

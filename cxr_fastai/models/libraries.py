@@ -1,0 +1,144 @@
+"""Networks of torchvision and timm by name, as `Sequential(body, head)`, and the facts about them.
+
+`torchvision.NAME` and the names of timm have our head, average pooling and one linear layer. `vision_learner.NAME` (of
+torchvision) and `vision_learner.timm.NAME` are the networks that fastai's `vision_learner` builds, with the same names
+in the state dict, so that the network of a stock fastai `Learner` can be loaded.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.models.bodies import (
+    FASTAI_CUTS,
+    TORCHVISION_CUTS,
+    TimmFeatures,
+    count_features,
+    cut_body,
+    evaluating,
+    linear_head,
+    torchvision_family,
+    vision_learner_head,
+)
+from cxr_fastai.models.registry import FROM_SCRATCH, PRETRAINED, Arch
+from cxr_fastai.models.weights import timm_body
+
+TORCHVISION = 'torchvision.'
+VISION_LEARNER = 'vision_learner.'
+TIMM = 'timm.'
+NOT_CUTTABLE = ('googlenet', 'inception_', 'maxvit_', 'vit_')
+"""First letters of the networks in torchvision whose `forward` does more than to call their children in order."""
+
+
+def find_library_arch(arch: str) -> Arch | None:
+    """Return the facts about `torchvision.NAME` or `vision_learner.NAME`; None for other names.
+
+    Raises `UsageError` if the library does not know the name, or if its network cannot be cut.
+    """
+    if arch.startswith(TORCHVISION):
+        name = arch.removeprefix(TORCHVISION)
+        return Arch(partial(torchvision_model, name), PRETRAINED, _torchvision_weights(name))
+    if arch.startswith(VISION_LEARNER + TIMM):
+        name = arch.removeprefix(VISION_LEARNER + TIMM)
+        facts = find_timm_arch(name)
+        return Arch(partial(timm_vision_learner, name), facts.phases, facts.weights, facts.size)
+    if arch.startswith(VISION_LEARNER):
+        name = arch.removeprefix(VISION_LEARNER)
+        return Arch(partial(vision_learner_model, name), PRETRAINED, _torchvision_weights(name))
+    return None
+
+
+def torchvision_names() -> list[str]:
+    """Return the names of the classifiers in torchvision that can be cut, sorted."""
+    from torchvision import models
+
+    return [name for name in models.list_models(module=models) if not name.startswith(NOT_CUTTABLE)]
+
+
+def _torchvision_weights(name: str) -> dict[str, str]:
+    """Return torchvision's weights of `name`, name to source: `imagenet`, which is its default, and all by their names.
+
+    Raises `UsageError` if torchvision has no such classifier, or if it cannot be cut.
+    """
+    from torchvision import models
+
+    if name not in torchvision_names():
+        if name in models.list_models(module=models):
+            raise UsageError(
+                f'--arch torchvision.{name}: cannot be cut into body and head, because its forward does more than to '
+                'call its layers in order. Choose a network of timm instead.'
+            )
+        similar = get_close_matches(name, torchvision_names())
+        examples = f', such as {", ".join(similar)}' if similar else ''
+        raise UsageError(f'--arch torchvision.{name} is unknown: choose a classifier in torchvision.models{examples}.')
+    enum = models.get_model_weights(name)
+    sources = {member.name.lower(): f'torchvision:{enum.__name__}.{member.name}' for member in enum}
+    return {'imagenet': sources[enum['DEFAULT'].name.lower()], **sources}
+
+
+def torchvision_model(name: str) -> nn.Sequential:
+    """Return torchvision's network `name`, cut into body and a new head; the layers of the body are numbered."""
+    from torchvision import models
+
+    body = cut_body(models.get_model(name, weights=None))
+    return nn.Sequential(body, linear_head(count_features(body)))
+
+
+def vision_learner_model(name: str) -> nn.Sequential:
+    """Return the network that fastai's `vision_learner` builds for torchvision's `name`.
+
+    Raises `UsageError` for networks that fastai cannot cut.
+    """
+    from torchvision import models
+
+    model = models.get_model(name, weights=None)
+    family = torchvision_family(model)
+    if family in TORCHVISION_CUTS and family not in FASTAI_CUTS:
+        raise UsageError(
+            f"--arch vision_learner.{name}: fastai's vision_learner cannot cut this network. Choose torchvision.{name}."
+        )
+    body = cut_body(model)
+    return nn.Sequential(body, vision_learner_head(count_features(body)))
+
+
+def timm_vision_learner(name: str) -> nn.Sequential:
+    """Return the network that fastai's `vision_learner` builds for timm's `name`."""
+    model: Any = timm_body(name, pooled=True)
+    pooled = model.default_cfg.get('pool_size') is None
+    return nn.Sequential(TimmFeatures(model, pooled), vision_learner_head(model.num_features, pooled))
+
+
+def timm_model(name: str) -> nn.Sequential:
+    """Return timm's network `name` with a new head; the layers of the body keep timm's names.
+
+    If the body returns feature maps (n, c, h, w), the head is average pooling and Linear, otherwise Linear alone.
+    """
+    body = timm_body(name)
+    shape = _output_shape(body)
+    if len(shape) == 4 and shape[2] == shape[3]:
+        return nn.Sequential(body, linear_head(shape[1]))
+    body = timm_body(name, pooled=True)
+    return nn.Sequential(body, nn.Sequential(linear_head(_output_shape(body)[-1])[-1]))
+
+
+def _output_shape(body: Any) -> torch.Size:
+    """Return the shape of the output of a network of timm for one image of its default size."""
+    with evaluating(body):
+        return body(torch.zeros(1, *body.default_cfg['input_size'])).shape
+
+
+def find_timm_arch(arch: str) -> Arch:
+    """Return the facts about timm's network `arch`. Raises `UsageError` if timm is missing or does not know it."""
+    import timm
+
+    config = timm.get_pretrained_cfg(arch)
+    size = config.input_size[-1] if config and config.fixed_input_size else None
+    if config and timm.is_model_pretrained(arch):
+        return Arch(partial(timm_model, arch), PRETRAINED, {'imagenet': f'timm:{arch}'}, size)
+    return Arch(partial(timm_model, arch), FROM_SCRATCH, {}, size)

@@ -43,9 +43,11 @@ docs: .venv/.docs
 	$(BIN)/python -m pip install --quiet --target .venv/space 'gradio>=6.0.0'
 	touch $@
 
-# Executes the notebooks and stores their outputs.
+# Executes the notebooks and stores their outputs without metadata, then runs them again as the tests do.
 notebooks: .venv/.docs
 	$(BIN)/python nbs/execute.py
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-test --timing
 
 .venv/.docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

@@ -1,14 +1,16 @@
-"""The style that all figures share, and two ways to save a figure: as a PNG file, or as an SVG inside an HTML page.
+"""The style that all figures share, and the uses of a figure: PNG files, SVG in HTML pages, outputs of notebooks.
 
-matplotlib is imported with this module and not before.
+matplotlib is imported with this module and not before; pyplot and IPython are not imported.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from html import escape
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -31,9 +33,62 @@ POINTS_PER_INCH = 72
 DOTS_PER_INCH = 130
 
 
-def axes(width: float, height: float) -> tuple[Figure, Axes]:
+class NotebookFigure(Figure):
+    """A figure that is displayed in notebooks by `show`, and not again as the result of the same cell."""
+
+    _is_shown = False
+
+    def _ipython_display_(self) -> None:
+        """Tell IPython to display nothing, or, by an exception, to display the figure as it displays any other."""
+        if not self._is_shown:
+            raise NotImplementedError
+
+    def _repr_png_(self) -> bytes:
+        """Return the figure as a PNG, unless the notebook has a format of its own for figures, as pyplot sets it."""
+        shell = _notebook_shell()
+        formatters = shell.display_formatter.formatters.values() if shell else ()
+        if any(Figure in formatter.type_printers for formatter in formatters):
+            raise NotImplementedError
+        buffer = BytesIO()
+        self.savefig(buffer, format='png', bbox_inches='tight')
+        return buffer.getvalue()
+
+
+def show(figure: NotebookFigure) -> NotebookFigure:
+    """Return `figure`, and display it if the program runs in a notebook.
+
+    So a notebook displays it exactly once, whether the call is the last expression of a cell or not. In a terminal
+    nothing is displayed.
+    """
+    shell = _notebook_shell()
+    if shell is None:
+        return figure
+    from IPython.display import display
+
+    def forget(*_: Any) -> None:
+        figure._is_shown = False
+        shell.events.unregister('pre_run_cell', forget)
+
+    if not figure._is_shown:
+        display(figure)
+        figure._is_shown = True
+        shell.events.register('pre_run_cell', forget)  # a later cell can display it again
+    return figure
+
+
+def _notebook_shell() -> Any:
+    """Return the IPython shell of the running notebook; None in plain Python and in a terminal."""
+    ipython = sys.modules.get('IPython')
+    if ipython is None:
+        return None
+    shell = ipython.get_ipython()
+    is_terminal = any(parent.__name__ == 'TerminalInteractiveShell' for parent in type(shell).__mro__)
+    return None if is_terminal else shell
+
+
+def axes(width: float, height: float) -> tuple[NotebookFigure, Axes]:
     """Return a new figure of `width` x `height` inches and its single axes."""
-    figure = Figure(figsize=(width, height), layout='constrained')
+    figure = NotebookFigure(figsize=(width, height), layout='constrained')
     return figure, tidy(figure.subplots())
 
 

@@ -101,9 +101,7 @@ def find_arch(arch: str) -> Arch:
     """
     if arch == 'efficientnet_lite0':
         require_package('timm', f'--arch {arch}', 'lite')
-    if arch in ARCHS:
-        return ARCHS[arch]
-    facts = find_library_arch(arch) or find_registered(arch, reserved=ARCHS)
+    facts = find_registered(arch, reserved=ARCHS) or ARCHS.get(arch) or find_library_arch(arch)
     if facts:
         return facts
     if not is_timm_name(arch):

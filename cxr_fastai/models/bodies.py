@@ -92,25 +92,31 @@ def vision_learner_head(features: int, pooled: bool = False) -> nn.Sequential:
     return head
 
 
-def split_network(model: nn.Module, name: str, cut: int | None = None) -> nn.Sequential:
+def split_network(model: nn.Module, name: str, size: int | None = None) -> nn.Sequential:
     """Return `model` as `Sequential(body, head)`; the layers are shared, not copied.
 
     A `Sequential` of two children with output (1, 2) for one image is returned as it is. Otherwise the body is that of
-    `cut_body`, and the head is a new `linear_head`. Raises `UsageError`, which calls the network `name`, if the network
-    cannot be cut, or if its body would compute something else than the network does.
+    `cut_body`. The head is a new `linear_head`, unless the other children of `model`, called one after the other with
+    or without flattening, return the two logits that `model` does. The network is tested on an image of 224 pixels, and
+    if it fails there, of `size` pixels. Raises `UsageError`, which calls the network `name`, if the network cannot be
+    cut, or if its body would compute something else than the network does.
     """
-    image = _test_image(model)
+    image = _test_image(model, size)
     if isinstance(model, nn.Sequential) and _is_body_and_head(model, image):
         return model
-    if cut is None and torchvision_family(model) in TORCHVISION_CUTS:
-        body = cut_body(model)
-    else:
-        body = _checked_body(model, image, name, cut)
+    body = cut_body(model) if torchvision_family(model) in TORCHVISION_CUTS else _checked_body(model, image, name)
     features = _run(body, image, f'the body of {name}')
     if not isinstance(features, Tensor) or features.ndim != 4:
-        shape = f'{tuple(features.shape)}' if isinstance(features, Tensor) else type(features).__name__
-        raise UsageError(f'{name}: its body returns {shape}, not feature maps (n, c, h, w). {FIX}')
-    return nn.Sequential(body, linear_head(features.shape[1]).to(image))
+        raise UsageError(f'{name}: its body returns {_shape(features)}, not feature maps (n, c, h, w). {FIX}')
+    head = _own_head(model, body, image) or linear_head(features.shape[1]).to(image)
+    return nn.Sequential(body, head)
+
+
+def loses_head(model: nn.Module, network: nn.Module, size: int | None = None) -> bool:
+    """Return True if `model` returns two logits already, and the `network` that `split_network` made of it others."""
+    image = _test_image(model, size)
+    logits = _run(model, image, type(model).__name__)
+    return _shape(logits) == _shape(torch.zeros(1, len(VOCAB))) and not _equal(_run(network, image, 'network'), logits)
 
 
 def _is_body_and_head(model: nn.Sequential, image: Tensor) -> bool:
@@ -118,11 +124,23 @@ def _is_body_and_head(model: nn.Sequential, image: Tensor) -> bool:
     if len(model) != 2:
         return False
     try:
-        with evaluating(model):
-            logits = model(image)
-    except Exception:  # a network of any origin may raise anything; `split_network` explains it
+        logits = _run(model, image, '')
+    except UsageError:
         return False
     return isinstance(logits, Tensor) and logits.shape == (1, len(VOCAB))
+
+
+def _own_head(model: nn.Module, body: nn.Module, image: Tensor) -> nn.Sequential | None:
+    """Return the children of `model` after its `body` as a head, if they make up a head for two classes."""
+    layers = list(model.children())
+    if not isinstance(body, nn.Sequential):
+        return None
+    rest = layers[len(body) :]
+    for head in (nn.Sequential(*rest), nn.Sequential(*rest[:1], nn.Flatten(), *rest[1:])):
+        network = nn.Sequential(body, head)
+        if _is_body_and_head(network, image) and _equal(_run(network, image, ''), _run(model, image, '')):
+            return head
+    return None
 
 
 def cut_body(model: nn.Module, cut: int | Callable[[nn.Module], nn.Module] | None = None) -> nn.Module:
@@ -160,19 +178,20 @@ def _is_pooling(layer: nn.Module) -> bool:
     return type(layer).__name__.endswith(('Pool1d', 'Pool2d', 'Pool3d'))
 
 
-def _checked_body(model: nn.Module, image: Tensor, name: str, cut: int | None) -> nn.Module:
-    """Return `cut_body(model, cut)` after comparing it with what `model` computes for `image`.
+def _checked_body(model: nn.Module, image: Tensor, name: str) -> nn.Module:
+    """Return `cut_body(model)` after comparing it with what `model` computes for `image`.
 
     At the first child that is left out, `model` must have the same feature maps as the body, and it must pool them in
     this child. Otherwise it pools later, in `forward`, and layers between would be lost.
     """
     children = list(model.named_children())
-    if cut is None:
-        cut = last_pooling(model)
+    cut = last_pooling(model)
     if cut is None:
         listed = ', '.join(child for child, _ in children) or 'none'
         raise UsageError(f'{name}: none of its layers ({listed}) contains pooling, so there is no place to cut. {FIX}')
     child, dropped = children[cut]
+    if cut == 0:
+        raise UsageError(f'{name}: its first layer {child} contains its last pooling, so nothing would be left. {FIX}')
     inputs, outputs = _record(model, dropped, image, name)
     body = nn.Sequential(*[layer for _, layer in children[:cut]])
     features = _run(body, image, f'the layers of {name} before {child}, called one after the other')
@@ -215,16 +234,38 @@ def _run(model: nn.Module, image: Tensor, name: str) -> Any:
         with evaluating(model):
             return model(image)
     except Exception as error:  # a network of any origin may raise anything
-        shape = tuple(image.shape)
-        raise UsageError(f'{name}: fails on a test image of shape {shape} ({first_line(error, 200)}). {FIX}') from error
+        reason = first_line(error, 200)
+        raise UsageError(f'{name}: fails on a test image of shape {_shape(image)} ({reason}). {FIX}') from error
 
 
-def _test_image(model: nn.Module) -> Tensor:
-    """Return an image (1, 3, 224, 224) with the device and the type of the parameters of `model`."""
-    image = torch.linspace(-2, 2, 3 * TEST_SIZE * TEST_SIZE).reshape(1, 3, TEST_SIZE, TEST_SIZE)
+def _test_image(model: nn.Module, size: int | None) -> Tensor:
+    """Return an image (1, 3, h, w) of 224 pixels, or of `size` pixels if `model` accepts only those.
+
+    It has the device and the type of the parameters of `model`.
+    """
+    side = TEST_SIZE
+    if size and not _accepts(model, _image(model, TEST_SIZE)):
+        side = size
+    return _image(model, side)
+
+
+def _accepts(model: nn.Module, image: Tensor) -> bool:
+    try:
+        _run(model, image, '')
+    except UsageError:
+        return False
+    return True
+
+
+def _image(model: nn.Module, side: int) -> Tensor:
+    image = torch.linspace(-2, 2, 3 * side * side).reshape(1, 3, side, side)
     for parameter in model.parameters():
         return image.to(parameter)
     return image
+
+
+def _shape(output: Any) -> str:
+    return str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
 
 
 def _equal(features: Any, recorded: Tensor) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.models.architectures import ARCHS, build_model, check_weights, find_arch
-from cxr_fastai.models.bodies import split_network
+from cxr_fastai.models.bodies import loses_head, split_network
 from cxr_fastai.models.libraries import TORCHVISION
 from cxr_fastai.models.registry import (
     OWN_WEIGHTS,
@@ -38,7 +39,7 @@ class Network(NamedTuple):
     weights: str
 
 
-def create_network(arch: str | Builder | nn.Module, pretrained: Any = True) -> Network:
+def create_network(arch: str | Builder | nn.Module, pretrained: Any = True, size: int | None = None) -> Network:
     """Return the network `arch` as `Sequential(body, head)`: input (n, 3, h, w), output logits (n, 2).
 
     `arch` is a name that `find_arch` knows, a function of torchvision or timm such as `torchvision.models.resnet34`,
@@ -46,25 +47,33 @@ def create_network(arch: str | Builder | nn.Module, pretrained: Any = True) -> N
     by `split_network` where it is no `Sequential(body, head)`.
 
     `pretrained` is True for the default weights of the architecture, False for random ones, a name of its weights, a
-    member of torchvision's enumerations of weights, or the file of a state dict. Raises `CXRError` for unknown names,
-    for networks that cannot be cut, and for weights that are not available or do not fit.
+    member of torchvision's enumerations of weights, or the file of a state dict. `size` is the side in pixels of the
+    images, for a module that accepts no other. Raises `CXRError` for unknown names, for networks that cannot be cut,
+    and for weights that are not available or do not fit.
     """
     if isinstance(arch, nn.Module):
-        return _adopt(arch, type(arch), pretrained)
+        return _adopt(arch, type(arch), pretrained, size)
     name = arch if isinstance(arch, str) else _find_name(arch)
     if name is None:
-        return _adopt(_call(arch), arch, pretrained)
+        return _adopt(_call(arch), arch, pretrained, size)
     weights = _choose_weights(name, find_arch(name), pretrained)
     return Network(build_model(name, weights), name, weights)
 
 
-def _adopt(model: nn.Module, source: Any, pretrained: Any) -> Network:
+def _adopt(model: nn.Module, source: Any, pretrained: Any, size: int | None) -> Network:
     """Return a module of the user as a network. `source` is its class, or the function that built it."""
     name = _own_name(source)
-    network = split_network(model, name)
+    network = split_network(model, name, size)
     known = _find_name(source)
     if known and _same_shapes(network, build_model(known)):
         name = known
+    if loses_head(model, network, size):
+        warnings.warn(
+            f'{name}: its layers after the last pooling cannot be used as a head, and were replaced by a new one. To '
+            'keep them, pass nn.Sequential(body, head).',
+            CXRWarning,
+            stacklevel=3,
+        )
     weights = OWN_WEIGHTS
     if not isinstance(pretrained, bool):
         weights = check_weights(name, {}, str(pretrained))

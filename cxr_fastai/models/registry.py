@@ -99,14 +99,16 @@ def register(
 
     Raises `UsageError` for names that are `reserved`, of a library, or registered for another network.
     """
-    _check_name(name, reserved)
+    where = f'{name}={describe_builder(build)}'
+    _check_name(name, reserved, where)
+    _check_timm(name, where)
     known = _registered.get(name)
     if known and not _same_definition(known.builder, build):
-        raise UsageError(f'{name}: already registered, as {describe_builder(known.builder)}. Choose another name.')
+        raise UsageError(f'{where}: registered already, as {describe_builder(known.builder)}. Choose another name.')
     if phases is None:
         phases = PRETRAINED if weights else FROM_SCRATCH
     sources = {**(weights or {}), OWN_WEIGHTS: f'{OWN_WEIGHTS}:{describe_builder(build)}'}
-    _registered[name] = Registered(build, Arch(partial(_build_split, name, build), phases, sources, size))
+    _registered[name] = Registered(build, Arch(partial(_build_split, name, build, size), phases, sources, size))
 
 
 def find_registered(name: str, reserved: Collection[str]) -> Arch | None:
@@ -114,18 +116,17 @@ def find_registered(name: str, reserved: Collection[str]) -> Arch | None:
 
     Raises `UsageError` if a declaration in `CXR_ARCHS` or in an entry point is wrong, or cannot be imported.
     """
-    if name not in _registered:
-        references = _references()
-        for reference in references:
-            _check_name(reference, reserved, check_timm=reference == name)
-        if name not in references:
-            return None
+    references = _references()
+    for declared, reference in references.items():
+        _check_name(declared, reserved, f'{declared}={reference}')
+    if name in references and name not in _registered:
         target = _load(name, references[name])
         if isinstance(target, Arch):
             register(name, target.build, reserved, target.weights, target.size, target.phases)
         else:
             register(name, target, reserved)
-    return _registered[name].arch
+    registered = _registered.get(name)
+    return registered.arch if registered else None
 
 
 def registered_names() -> list[str]:
@@ -162,17 +163,21 @@ def call_builder(builder: Callable[..., Any]) -> nn.Module:
     return model
 
 
-def _build_split(name: str, builder: Callable[..., nn.Module]) -> nn.Sequential:
-    return split_network(call_builder(builder), name)
+def _build_split(name: str, builder: Callable[..., nn.Module], size: int | None) -> nn.Sequential:
+    return split_network(call_builder(builder), name, size)
 
 
-def _check_name(name: str, reserved: Collection[str], check_timm: bool = True) -> None:
+def _check_name(name: str, reserved: Collection[str], where: str) -> None:
+    """Raise `UsageError`, which starts with `where` the name is declared, if no architecture can have this `name`."""
     if not NAME.fullmatch(name):
-        raise UsageError(f'{name!r} is no name of an architecture: use letters, digits, dots, - and _.')
-    if name in reserved or name == OWN_WEIGHTS or name.split('.')[0] in LIBRARIES:
-        raise UsageError(f'{name}: the name of an architecture of this package or torchvision. Choose another name.')
-    if check_timm and is_timm_name(name):
-        raise UsageError(f'{name}: the name of an architecture of timm. Choose another name.')
+        raise UsageError(f'{where}: {name!r} is no name of an architecture. Use letters, digits, dots, - and _.')
+    if name in reserved or name.split('.')[0] in LIBRARIES:
+        raise UsageError(f'{where}: {name} is an architecture of this package already. Choose another name.')
+
+
+def _check_timm(name: str, where: str) -> None:
+    if is_timm_name(name):
+        raise UsageError(f'{where}: {name} is an architecture of timm already. Choose another name.')
 
 
 def is_timm_name(name: str) -> bool:
@@ -210,9 +215,9 @@ def _load(name: str, reference: str) -> Any:
         target = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f'architecture {name}, declared as {reference}: cannot be imported ({first_line(error)}). Install its '
-            f'package, or name its folder in PYTHONPATH.'
+            f'{name}={reference}: cannot be imported ({first_line(error)}). Install the package, or name its folder in '
+            'PYTHONPATH.'
         ) from error
     if isinstance(target, Arch) or callable(target):
         return target
-    raise UsageError(f'architecture {name}: {reference} is {type(target).__name__}, not a function or class.')
+    raise UsageError(f'{name}={reference}: this is {type(target).__name__}, not a function or class.')

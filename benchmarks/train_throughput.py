@@ -40,8 +40,8 @@ from cxr_fastai.data.items import image_root, read_items
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.models.architectures import make_recipe
-from cxr_fastai.training.hardware import CompileSteps
-from cxr_fastai.training.learner import make_learner, reuse_memory, start_phase
+from cxr_fastai.training.hardware import CompileSteps, reuse_memory
+from cxr_fastai.training.learner import recipe_learner, start_phase
 
 
 def plain_baseline() -> nn.Module:
@@ -142,7 +142,7 @@ class FirstBatches(Callback):
 def our_learner(arch: str, items: pd.DataFrame, root: Path, size: int, bs: int, compiled: bool = False) -> Learner:
     """Return the Learner at the start of its last phase, as `train` makes it."""
     recipe = make_recipe(arch, weights='none', size=size, batch_size=bs)
-    learn = make_learner(CXRDataLoaders.from_items(items, root, recipe), recipe)
+    learn = recipe_learner(CXRDataLoaders.from_items(items, root, recipe), recipe)
     start_phase(learn, recipe.phases[-1])
     if compiled:
         learn.add_cb(CompileSteps(size))

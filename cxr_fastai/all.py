@@ -45,8 +45,9 @@ from cxr_fastai.interpretation.overlays import plot_explanation, plot_gallery, p
 from cxr_fastai.models.architectures import ARCHS, BaselineCNN, build_model, make_recipe
 from cxr_fastai.publishing.exporting import export
 from cxr_fastai.publishing.reporting import report
-from cxr_fastai.training.learner import make_learner
-from cxr_fastai.training.training import fit, train
+from cxr_fastai.training.learner import CXRLearner, cxr_learner, recipe_learner
+from cxr_fastai.training.saving import save_run
+from cxr_fastai.training.training import train
 
 __all__ = [
     'ARCHS',
@@ -57,6 +58,7 @@ __all__ = [
     'CXRDataLoaders',
     'CXRError',
     'CXRInterpretation',
+    'CXRLearner',
     'Decision',
     'Explainer',
     'POSITIVE',
@@ -75,6 +77,7 @@ __all__ = [
     'corrupt',
     'count_images',
     'cxr_block',
+    'cxr_learner',
     'data_root',
     'decide',
     'download',
@@ -84,7 +87,6 @@ __all__ = [
     'export',
     'find_cache',
     'find_preprocessing',
-    'fit',
     'format_estimate',
     'hold_out',
     'image_root',
@@ -93,7 +95,6 @@ __all__ = [
     'load_learner',
     'locate',
     'make_demo',
-    'make_learner',
     'make_recipe',
     'measure',
     'measure_robustness',
@@ -115,10 +116,12 @@ __all__ = [
     'read_image',
     'read_items',
     'read_table',
+    'recipe_learner',
     'report',
     'same_images',
     'save_audit',
     'save_learner',
+    'save_run',
     'split_patients',
     'summarise',
     'train',

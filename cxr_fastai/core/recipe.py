@@ -192,6 +192,38 @@ SETTABLE = (
 """Fields that have no option of their own and are set by `--set FIELD=VALUE`."""
 
 
+AUGMENTATION_FIELDS = (
+    'low_pass',
+    'flip',
+    'degrees',
+    'translate',
+    'brightness',
+    'contrast',
+    'interpolation',
+    'crop',
+    'crop_aspect',
+    'blur',
+    'resolution',
+    'jpeg',
+    'erase',
+)
+"""Fields in which the named recipes prepare images differently."""
+DATA_FIELDS = (
+    'valid',
+    'valid_pct',
+    'size',
+    'resize',
+    'batch_size',
+    'workers',
+    'limit',
+    'seed',
+    'allow_leakage',
+    'on_bad_image',
+    *AUGMENTATION_FIELDS,
+)
+"""Fields that `DataLoaders` follow; the others belong to the optimisation."""
+
+
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Return the fields in which two recipes differ, as texts `field: old value, now new value`.
 

@@ -102,6 +102,11 @@ class Run:
         return Path(folder) if folder else None
 
     @property
+    def is_from_table(self) -> bool:
+        """Whether the images come from a table in memory, so that only the run knows which of them are test images."""
+        return bool(self.last_event('start', 'resume').get('from_table'))
+
+    @property
     def history(self) -> pd.DataFrame:
         """One row per epoch."""
         return _read_csv(self / 'history.csv')

@@ -61,9 +61,9 @@ def read_items(
     """Return the items table of the folder or CSV file `root`, sorted by path.
 
     `valid` is `official` (the folder `val`) or `patients` (the proportion `valid_pct` of the patients of train and val
-    together, drawn with the random `seed`). `limit` keeps the first images of each class and split. `columns` names further columns of
-    a CSV file to include. `.attrs['ignored']` counts ignored files by reason. Raises `CXRError` if there are no images,
-    `UsageError` for an unknown class, split, column or `valid`.
+    together, drawn with the random `seed`). `limit` keeps the first images of each class and split. `columns` names
+    further columns of a CSV file to include. `.attrs['ignored']` counts ignored files by reason. Raises `CXRError` if
+    there are no images, `UsageError` for an unknown class, split, column or `valid`.
     """
     _check_valid(valid)
     items = _read_csv(root, columns) if root.is_file() else _read_folders(root)

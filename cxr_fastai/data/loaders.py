@@ -44,12 +44,11 @@ class CXRDataLoaders(DataLoaders):
     `recipe` says. Test images are in no loader; `test_dl` makes a loader for any images: paths, images of Pillow, or
     grey uint8 arrays (h, w).
 
-    Attributes
-    ----------
-    item_table : the items table of all splits, as `read_items` returns it.
-    root : the folder that the paths in `item_table` are relative to.
-    source : the folder or CSV file of the images; `root` if they come from a `DataFrame`.
-    recipe : a `Recipe` whose fields about images and augmentation describe the loaders.
+    Attributes:
+        item_table: the items table of all splits, as `read_items` returns it.
+        root: the folder that the paths in `item_table` are relative to.
+        source: the folder or CSV file of the images; `root` if they come from a `DataFrame`.
+        recipe: a `Recipe` whose fields about images and augmentation describe the loaders.
     """
 
     item_table: pd.DataFrame
@@ -66,7 +65,7 @@ class CXRDataLoaders(DataLoaders):
         seed: int = 42,
         size: int = 224,
         bs: int = 32,
-        recipe: str | Recipe = 'reference',
+        recipe: str = 'reference',
         item_tfms: Any = None,
         batch_tfms: Any = None,
         num_workers: int | None = None,
@@ -75,18 +74,17 @@ class CXRDataLoaders(DataLoaders):
     ) -> Self:
         """Return loaders of the images in the folders `train|val|test / NORMAL|PNEUMONIA` below `path`.
 
-        Parameters
-        ----------
-        valid : `patients` takes the proportion `valid_pct` of the patients of train and val, drawn with `seed`, for
-            validation. `official` takes the folder `val`.
-        size : side of the images in pixels.
-        bs : number of images in a batch.
-        recipe : name of the recipe whose augmentation is used, or a `Recipe`.
-        item_tfms, batch_tfms : transforms of the `DataBlock`. `batch_tfms` replace the augmentation of the recipe.
-        num_workers : worker processes; by default one per core, or none if every image is cached.
-        device : device of the batches; by default the GPU if there is one.
-        kwargs : fields of `Recipe`, such as `limit`, `low_pass` or `crop`, and arguments of `DataBlock.dataloaders`,
-            such as `val_bs` or `drop_last`.
+        Args:
+            valid: `patients` takes the proportion `valid_pct` of the patients of train and val, drawn with `seed`, for
+                validation. `official` takes the folder `val`.
+            size: side of the images in pixels.
+            bs: number of images in a batch.
+            recipe: name of the recipe whose augmentation is used. (`from_items` takes a `Recipe`.)
+            item_tfms, batch_tfms: transforms of the `DataBlock`. `batch_tfms` replace the augmentation of the recipe.
+            num_workers: worker processes; by default one per core, or none if every image is cached.
+            device: device of the batches; by default the GPU if there is one.
+            kwargs: fields of `Recipe`, such as `limit`, `low_pass` or `crop`, and arguments of `DataBlock.dataloaders`,
+                such as `val_bs` or `drop_last`.
 
         Raises `CXRError` if there are no images, if a class has too few, or if a patient is in two splits.
         """
@@ -117,7 +115,7 @@ class CXRDataLoaders(DataLoaders):
         seed: int = 42,
         size: int = 224,
         bs: int = 32,
-        recipe: str | Recipe = 'reference',
+        recipe: str = 'reference',
         item_tfms: Any = None,
         batch_tfms: Any = None,
         num_workers: int | None = None,

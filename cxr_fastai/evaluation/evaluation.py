@@ -95,7 +95,8 @@ def find_split(
     """
     trained_on = run.images if run.images and run.images.exists() else None
     root = data_root(data or trained_on)
-    own = _own_images(run, split) if split != 'test' else run.items[:0]
+    is_own_split = split != 'test' or run.is_from_table
+    own = _own_images(run, split) if is_own_split else run.items[:0]
     if _folder_with(own, root):
         items = _add_columns(own, root, by)
     else:

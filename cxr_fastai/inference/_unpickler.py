@@ -52,15 +52,16 @@ CALLABLE = {
 """Module -> the classes and functions that a pickle may name and call. None of them has a side effect."""
 
 CLASSES = {
-    '__builtin__': {'float', 'long', 'print', 'tuple', 'unicode'},
-    'builtins': {'float', 'int', 'print', 'str', 'tuple'},
+    '__builtin__': {'float', 'long', 'object', 'print', 'tuple', 'unicode'},
+    'builtins': {'float', 'int', 'object', 'print', 'str', 'tuple'},
     'inspect': {'_empty'},
     'numpy': {'ndarray'},
     'pandas': {'Series'},
     'cxr_fastai.models.architectures': {'BaselineCNN'},
     'cxr_fastai.data.transforms': {'AugmentImages', 'DegradeImages', 'NormalizeImage', 'OpenImage'},
-    'cxr_fastai.data.loaders': {'follow_parent'},
-    'cxr_fastai.training.learner': {'body_and_head', 'roc_auc', 'sensitivity', 'specificity'},
+    'cxr_fastai.data.loaders': {'CXRDataLoaders', 'follow_parent'},
+    'cxr_fastai.training.learner': {'CXRLearner', 'body_and_head', 'roc_auc', 'sensitivity', 'specificity'},
+    'cxr_fastai.training.optimizer': {'TorchOptimizer'},
     'fastai.callback.core': {'TrainEvalCallback'},
     'fastai.callback.progress': {'ProgressCallback'},
     'fastai.callback.training': {'BnFreeze'},
@@ -241,7 +242,7 @@ def _is_state_tuple(obj: Any, state: Any) -> bool:
         return False
     if isinstance(obj, partial):
         func = state[0]
-        return isinstance(func, type) and func.__name__ == 'OptimWrapper'
+        return isinstance(func, type) and func.__name__ in ('OptimWrapper', 'TorchOptimizer')
     return isinstance(obj, Random | np.dtype)
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError, first_line
 from cxr_fastai.core.files import atomic, write_json, writing
-from cxr_fastai.inference._unpickler import LearnerUnpickler, check_network
+from cxr_fastai.inference._unpickler import LearnerUnpickler, check_network, is_allowed
 from cxr_fastai.inference.config import SCHEMA, ModelConfig, check_schema
 from cxr_fastai.inference.engines import TorchEngine
 from cxr_fastai.inference.selftest import SelfTest
@@ -80,12 +80,14 @@ def save_learner(learn: Learner, path: Path, config: ModelConfig) -> str:
 
 @contextmanager
 def _without_data(learn: Learner) -> Iterator[None]:
-    """Remove data, results, optimizer and paths from `learn` within the block, and restore them at its end."""
+    """Remove data, results, optimizer, paths and added callbacks from `learn` within the block; restore them after."""
     from fastcore.foundation import L
 
     data_path = learn.dls.path
     saved = {name: vars(learn)[name] for name in ('dls', 'opt', 'path', *LAST_BATCH) if name in vars(learn)}
+    added_callbacks = [callback for callback in learn.cbs if not _is_standard(callback)]
     skipping = _transforms_that_skip(learn)
+    learn.remove_cbs(added_callbacks)
     try:
         learn.dls.path = learn.path = Path('.')
         learn.dls = learn.dls.new_empty()
@@ -101,11 +103,17 @@ def _without_data(learn: Learner) -> Iterator[None]:
             transform.skip = False  # training may skip unreadable images, but prediction reports each of them
         yield
     finally:
+        learn.add_cbs(added_callbacks)
         for name, value in saved.items():
             setattr(learn, name, value)
         learn.dls.path = data_path
         for transform in skipping:
             transform.skip = True
+
+
+def _is_standard(callback: Any) -> bool:
+    """Return whether `load_learner` accepts `callback`. Others, such as `CSVLogger`, are about the training."""
+    return is_allowed(type(callback).__module__, type(callback).__qualname__)
 
 
 def _transforms_that_skip(learn: Learner) -> list[Any]:

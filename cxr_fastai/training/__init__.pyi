@@ -1,11 +1,14 @@
-from .learner import make_learner
+from .learner import CXRLearner, cxr_learner, recipe_learner
 from .lr_finder import Rates, find_rates
-from .training import fit, train
+from .saving import save_run
+from .training import train
 
 __all__ = [
+    'CXRLearner',
     'Rates',
+    'cxr_learner',
     'find_rates',
-    'fit',
-    'make_learner',
+    'recipe_learner',
+    'save_run',
     'train',
 ]

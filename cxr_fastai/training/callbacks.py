@@ -1,6 +1,6 @@
 """fastai callbacks of a training: history, best epoch, learning rate schedule, averaged weights, image size, log lines.
 
-`fit` adds `History`, `KeepBest` and `ShowEpochs` to every training, and `recipe_callbacks` those that a recipe needs.
+Every `CXRLearner` has a `History`. `fit_recipe` adds `KeepBest`, `DivergenceGuard` and the `recipe_callbacks`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientClip
+from fastai.learner import Learner
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cxr_fastai.core.files import write_csv
 from cxr_fastai.core.progress import progress_bar
-from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.core.recipe import Phase, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.transforms import AugmentImages
 from cxr_fastai.training.hardware import Precision
-from cxr_fastai.training.learner import network
 
 COLUMNS = [
     'phase',
@@ -63,25 +63,28 @@ def recipe_callbacks(recipe: Recipe) -> list[Callback]:
 
 
 class History(Callback):
-    """Collect one row per epoch over all phases, in `rows` and in the run's `history.csv`.
+    """Collect one row per epoch over all fits in `rows`, and write them to `history.csv` of `run_folder` if it is set.
 
-    A training or validation loss that is NaN or infinite ends the fit; `failure` then describes where it occurred.
-    `phase` is the name of the current phase, which `fit_phase` sets.
+    `phase` is the name of the current phase of a recipe. In other fits it is `frozen` or `unfrozen`, which says whether
+    the body was frozen. `fits` describes each fit as a phase. A metric that the learner does not have is NaN.
     """
 
     order = 55  # after the Recorder
 
-    def __init__(self, run: Run) -> None:
-        self.run_folder = run  # `Callback.run` is fastai's
+    def __init__(self) -> None:
+        self.run_folder: Run | None = None  # `Callback.run` is fastai's
         self.phase = ''
         self.rows: list[dict[str, Any]] = []
-        self.failure: dict[str, Any] = {}
+        self.fits: list[Phase] = []
 
     def state_dict(self) -> dict[str, Any]:
         return {'rows': self.rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rows = state['rows']
+
+    def before_fit(self) -> None:
+        self.epochs_of_fit = 0
 
     def before_epoch(self) -> None:
         self.start_time = time.perf_counter()
@@ -93,8 +96,6 @@ class History(Callback):
         if not self.training:
             return
         self.max_lr = max(self.max_lr, self.opt.hypers[-1]['lr'])
-        if not torch.isfinite(self.loss):
-            self._fail('training', self.loss.item(), batch=self.iter + 1)
         batch_images = self._count_images()
         self.loss_sum = self.loss_sum + self.loss.detach() * batch_images
         self.image_count += batch_images
@@ -106,28 +107,65 @@ class History(Callback):
         return len(self.xb[0])  # not of `yb`, in which MixUp changes the labels
 
     def after_epoch(self) -> None:
-        metrics = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1], strict=False))
+        if not self.image_count or hasattr(self.learn, 'lr_finder'):
+            return  # `validate`, `get_preds` and `lr_find` train no epoch
+        metrics = validation_metrics(self.learn)
         metrics |= {
             'lr': self.max_lr,
             'train_loss': float(self.loss_sum) / self.image_count,  # fastai's own includes earlier epochs
             'seconds': round(time.perf_counter() - self.start_time, 2),
         }
-        if not math.isfinite(metrics['valid_loss']):
-            self._fail('validation', metrics['valid_loss'])
-        row: dict[str, Any] = {'phase': self.phase, 'epoch': len(self.rows) + 1}
+        row: dict[str, Any] = {'phase': self.phase or self._describe_body(), 'epoch': len(self.rows) + 1}
         for name in COLUMNS[2:]:
-            row[name] = float(metrics[name])
+            row[name] = float(metrics.get(name, math.nan))
         self.rows.append(row)
-        write_csv(self.run_folder / 'history.csv', pd.DataFrame(self.rows))
+        self._describe_fit(row['phase'])
+        if self.run_folder is not None:
+            write_csv(self.run_folder / 'history.csv', pd.DataFrame(self.rows))
+
+    def _describe_body(self) -> str:
+        trained = [parameter.requires_grad for parameter in self.opt.param_lists[0]]
+        return 'unfrozen' if any(trained) else 'frozen'
+
+    def _describe_fit(self, phase: str) -> None:
+        self.epochs_of_fit += 1
+        lr = self.max_lr
+        if self.epochs_of_fit > 1:
+            lr = max(lr, self.fits.pop().lr)
+        self.fits.append(Phase(phase, self.epochs_of_fit, float(lr), self._describe_body() == 'frozen'))
+
+
+def validation_metrics(learn: Learner) -> dict[str, float]:
+    """Return the validation loss and the metrics of the last epoch of `learn` by name."""
+    return dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1], strict=False))
+
+
+class DivergenceGuard(Callback):
+    """End the fit if the training or validation loss is NaN or infinite; `failure` then describes where it occurred."""
+
+    order = 54  # before `History`, which then does not record the epoch
+
+    def __init__(self) -> None:
+        self.failure: dict[str, Any] = {}
+
+    def after_batch(self) -> None:
+        if self.training and not torch.isfinite(self.loss):
+            self._fail('training', self.loss.item(), batch=self.iter + 1)
+
+    def after_epoch(self) -> None:
+        loss = float(validation_metrics(self.learn)['valid_loss'])
+        if not math.isfinite(loss):
+            self._fail('validation', loss)
 
     def _fail(self, where: str, loss: float, batch: int | None = None) -> None:
+        history = self.history
         self.failure = {
-            'phase': self.phase,
-            'epoch': len(self.rows) + 1,
+            'phase': history.phase,
+            'epoch': len(history.rows) + 1,
             'where': where,
             'batch': batch,
             'loss': str(loss),
-            'lr': self.max_lr,
+            'lr': max(history.max_lr, self.opt.hypers[-1]['lr']),
         }
         raise CancelFitException
 
@@ -166,13 +204,15 @@ class KeepBest(Callback):
         """Return the weights that validation used."""
         if hasattr(self.learn, 'average_weights'):
             return self.learn.average_weights.average.module.state_dict()
-        return network(self.learn).state_dict()
+        return self.learn.network.state_dict()
 
 
 class ReduceOnPlateau(Callback):
     """Reduce the learning rate when the validation loss stops decreasing, with torch's `ReduceLROnPlateau`.
 
-    fastai's callback of that name has no effect with an `OptimWrapper`, because it writes into copies of its settings.
+    The recipes use it because it is what the specification names, and because its state can be saved and restored.
+    fastai's callback of that name works too. It counts every small decrease as one, waits one epoch less, and does not
+    remember its best value when a training is resumed.
     """
 
     order = 57
@@ -217,19 +257,19 @@ class AverageWeights(Callback):
 
     def before_fit(self) -> None:
         if self.average is None:
-            self.average = AveragedModel(network(self.learn), multi_avg_fn=moving_average(self.decay), use_buffers=True)
+            self.average = AveragedModel(self.learn.network, multi_avg_fn=moving_average(self.decay), use_buffers=True)
             self.average.n_averaged += 1  # the initial weights are the first average
 
     def after_batch(self) -> None:
         if self.training:
-            self.average.update_parameters(network(self.learn))
+            self.average.update_parameters(self.learn.network)
 
     def before_validate(self) -> None:
-        self.own_weights = deepcopy(network(self.learn).state_dict())
-        network(self.learn).load_state_dict(self.average.module.state_dict())
+        self.own_weights = deepcopy(self.learn.network.state_dict())
+        self.learn.network.load_state_dict(self.average.module.state_dict())
 
     def after_validate(self) -> None:
-        network(self.learn).load_state_dict(self.own_weights)
+        self.learn.network.load_state_dict(self.own_weights)
 
 
 def moving_average(decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
@@ -310,7 +350,7 @@ class ShowEpochs(Callback):
         log.info(line)
 
     def close(self) -> None:
-        """Remove the bar. `fit` calls this also when an exception ended the epoch."""
+        """Remove the bar. `train` calls this also when an exception ended the epoch."""
         if self.bar is not None:
             self.bar.close()
         self.bar = None

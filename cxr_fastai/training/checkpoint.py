@@ -10,8 +10,7 @@ import hashlib
 import os
 import random
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from io import BytesIO
 from types import FrameType
@@ -20,16 +19,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
 
 from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, Stopped, UsageError
 from cxr_fastai.core.files import atomic, csv_text, sync
 from cxr_fastai.core.recipe import VOCAB, Recipe, differences
 from cxr_fastai.core.run import Run
-from cxr_fastai.training.learner import network
+from cxr_fastai.training.learner import Position
 
 STATE = 'state.pt'
 PREVIOUS_STATE = 'state.previous.pt'
@@ -43,7 +41,7 @@ class Checkpoint(Callback):
     """Write `state.pt` before the first epoch and after every epoch; continue from `state` if it is given.
 
     The state consists of weights, optimiser, callbacks and random number generators. `identity`, from `identify`, is
-    stored with it. `phase` is the index of the current phase, which `fit` sets.
+    stored with it. `start` is the position in the training that the state belongs to.
     """
 
     order = 60  # after the callbacks whose state it saves
@@ -52,9 +50,11 @@ class Checkpoint(Callback):
         self.run_folder = run  # `Callback.run` is fastai's
         self.identity = identity
         self.state = state
-        self.phase = 0
+        self.start = Position(state['phase'], state['epochs']) if state else Position()
+        self.phase = self.start.phase - 1  # number of the current phase; `before_fit` counts it
 
     def before_fit(self) -> None:
+        self.phase += 1
         if self.state:
             self._restore(self.state)
             self.state = None
@@ -72,7 +72,7 @@ class Checkpoint(Callback):
             'identity': self.identity,
             'phase': self.phase,
             'epochs': epochs,
-            'model': network(self.learn).state_dict(),
+            'model': self.learn.network.state_dict(),
             'optimizer': _builtin_numbers(self.opt.opt.state_dict()),
             'random': random_state(self.dls),
         }
@@ -81,7 +81,7 @@ class Checkpoint(Callback):
         save_state(self.run_folder, state)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        network(self.learn).load_state_dict(state['model'])
+        self.learn.network.load_state_dict(state['model'])
         self.opt.opt.load_state_dict(state['optimizer'])
         for name, callback in self._stateful_callbacks().items():
             callback.load_state_dict(state[name])
@@ -211,26 +211,6 @@ def _compare_items(before: pd.DataFrame, now: pd.DataFrame) -> str:
     for column in ('label', 'split', 'patient'):
         changed |= common[column] != common[f'{column}_now']
     return f'{len(removed)} removed, {len(added)} added, {changed.sum()} with another label, split or patient'
-
-
-@contextmanager
-def start_epoch(learn: Learner, epoch: int) -> Iterator[None]:
-    """Make fits in the block start at `epoch`, counted from 0.
-
-    The loop of `Learner._do_fit` is replaced, because with fastai's own `start_epoch` the skipped epochs still call all
-    callbacks.
-    """
-
-    def fit_remaining_epochs() -> None:
-        for number in range(epoch, learn.n_epoch):
-            learn.epoch = number
-            learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
-
-    learn._do_fit = fit_remaining_epochs
-    try:
-        yield
-    finally:
-        del learn._do_fit
 
 
 def random_state(dls: DataLoaders) -> dict[str, Any]:

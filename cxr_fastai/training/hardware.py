@@ -1,4 +1,4 @@
-"""Mixed precision, `torch.compile` and a description of the processor.
+"""Mixed precision, `torch.compile`, the memory of the process, and a description of the processor.
 
 Precision and compilation affect training steps only, so validation and the exported learner compute exactly what a
 `Predictor` computes.
@@ -6,10 +6,12 @@ Precision and compilation affect training steps only, so validation and the expo
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
 import shutil
+import sys
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,15 +21,17 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastcore.foundation import L
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from cxr_fastai.core.errors import CXRWarning, UsageError, first_line
 from cxr_fastai.core.recipe import CHOICES
-from cxr_fastai.training.learner import network
 
 COMPILE = ('on', 'off')
 """Values of `--compile`."""
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+"""Parameters of glibc's `mallopt`, from malloc.h."""
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
@@ -120,41 +124,44 @@ class CompileSteps(Callback):
     """Run training steps through `torch.compile`, if the batch is full and its images have `size` pixels per side.
 
     Other batches and validation are not compiled, because every other shape would be compiled separately. The compiled
-    function replaces `forward` only during the step, so that state dicts, hooks and pickles do not change. If the
-    compilation fails, a warning is issued and training continues without it.
+    network takes the place of `Learner.model` only during the step, so that state dicts, hooks and pickles do not
+    change. If the compilation fails, a warning is issued and training continues without it.
     """
 
     order = 12
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.plain: nn.Module | None = None
         self.compiled: Any = None
         self.failed = False
 
     def before_fit(self) -> None:
-        self.network = network(self.learn)
         if self.compiled is None:
             # With `fallback_random` dropout draws the same numbers as without compilation, and after a resume.
-            self.compiled = torch.compile(self.network.forward, dynamic=False, options={'fallback_random': True})
+            self.compiled = torch.compile(self.learn.model, dynamic=False, options={'fallback_random': True})
 
     def before_batch(self) -> None:
         images = self.xb[0]
         full_batch = len(images) == self.dls.train.bs
         full_size = images.shape[-1] == self.size
         if self.training and full_batch and full_size and not self.failed:
-            self.network.__dict__['forward'] = self._compiled_forward
+            self.plain = self.learn.model
+            self.learn.model = self._compiled_step
 
     def after_pred(self) -> None:
-        self._restore_forward()
+        self._restore_model()
 
     def after_cancel_batch(self) -> None:
-        self._restore_forward()
+        self._restore_model()
 
-    def _restore_forward(self) -> None:
-        self.network.__dict__.pop('forward', None)
+    def _restore_model(self) -> None:
+        if self.plain is not None:
+            self.learn.model = self.plain
+            self.plain = None
 
-    def _compiled_forward(self, images: Tensor) -> Tensor:
-        self._restore_forward()  # the compiled function calls the original one
+    def _compiled_step(self, images: Tensor) -> Tensor:
+        assert self.plain is not None  # it is called only in the place of the plain network
         try:
             return self.compiled(images)
         except TorchDynamoException as error:
@@ -162,4 +169,20 @@ class CompileSteps(Callback):
             warnings.warn(
                 f'compiling failed ({first_line(error)}). Training continues without it.', CXRWarning, stacklevel=2
             )
-            return self.network(images)
+            return self.plain(images)
+
+
+def reuse_memory() -> bool:
+    """Make glibc keep freed memory for the next step. Returns True if it took effect (Linux with glibc).
+
+    By default glibc returns every freed block of more than 32 MB to the system, and the next step has to map its pages
+    again. On two cores this takes half of a training step of the baseline at 224 px, as
+    `benchmarks/train_throughput.py` measures. The process then keeps its peak memory until it ends.
+    """
+    if not sys.platform.startswith('linux'):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))

@@ -1,58 +1,238 @@
-"""`make_learner` turns `DataLoaders` and a recipe into a fastai `Learner`: network, loss, optimiser and metrics."""
+"""`cxr_learner` turns `DataLoaders` and an architecture into a `CXRLearner`, a fastai `Learner` that knows recipes."""
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.progress import ProgressCallback  # noqa: F401  (adds fastai's progress bars)
+from fastai.callback.schedule import ParamScheduler  # noqa: F401  (adds `fine_tune`, `fit_one_cycle` and `lr_find`)
 from fastai.callback.training import BnFreeze
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import AccumMetric, ActivationType, accuracy
-from fastai.optimizer import OptimWrapper
+from fastcore.basics import listify
+from fastcore.meta import delegates
 from torch import nn
 
-from cxr_fastai.core.recipe import POSITIVE, VOCAB, Phase, Recipe
-from cxr_fastai.models.architectures import build_model
+from cxr_fastai.core.errors import CXRWarning, OutputError, UsageError
+from cxr_fastai.core.recipe import AUGMENTATION_FIELDS, DATA_FIELDS, POSITIVE, VOCAB, Phase, Recipe, data_recipe
+from cxr_fastai.data.loaders import find_preprocessing
+from cxr_fastai.inference.config import ModelConfig
+from cxr_fastai.inference.pickles import save_learner
+from cxr_fastai.models.architectures import ARCHS, find_arch, make_recipe
+from cxr_fastai.models.networks import create_network
+from cxr_fastai.models.registry import OWN_WEIGHTS
+from cxr_fastai.training.callbacks import DivergenceGuard, History, KeepBest, ReduceOnPlateau, recipe_callbacks
+from cxr_fastai.training.hardware import Precision, reuse_memory
+from cxr_fastai.training.optimizer import TorchOptimizer
 
 OPTIMIZERS = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}
 """Optimisers by name. `adam` applies weight decay as an L2 penalty, `adamw` decouples it from the gradient."""
-M_TRIM_THRESHOLD = -1
-M_MMAP_MAX = -4
-"""Parameters of glibc's `mallopt`, from malloc.h."""
 
 
-def make_learner(dls: DataLoaders, recipe: Recipe) -> Learner:
-    """Return the `Learner` of `recipe` for `dls`.
+class Position(NamedTuple):
+    """A point of a training by a recipe: the number of the phase, and the completed epochs of that phase."""
 
-    It uses torch's own optimiser with weight decay on all parameters, cross-entropy, and the metrics of `history.csv`.
-    Raises `CXRError` if the pretrained weights are not available.
+    phase: int = 0
+    epochs: int = 0
+
+
+class Diverged(OutputError):
+    """The loss became NaN or infinite.
+
+    `failure` says where, and `best` is the `history.csv` row of the best epoch before, or None.
     """
-    model = build_model(recipe.arch, recipe.weights).to(memory_format=torch.channels_last)
-    class_weights = _class_weights(dls) if recipe.class_weights else None
-    return Learner(
+
+    def __init__(self, failure: dict[str, Any], best: dict[str, Any] | None) -> None:
+        where = f'epoch {failure["epoch"]}'
+        if failure['batch']:
+            where += f', batch {failure["batch"]}'
+        kept = 'No epoch was completed before.'
+        if best:
+            kept = f'The best network so far, of epoch {best["epoch"]}, was kept.'
+        super().__init__(
+            f'training stopped: the {failure["where"]} loss is {failure["loss"]} in {where}. {kept} '
+            'Train again with a lower --lr, or check --weights and the images.'
+        )
+        self.failure = failure
+        self.best = best
+
+
+START = Position()
+
+
+class CXRLearner(Learner):
+    """A fastai `Learner` of a network `Sequential(body, head)`; `cxr_learner` makes one.
+
+    All methods of fastai work on it. Exported files open with fastai's `load_learner` and contain no path.
+
+    Attributes:
+        arch, pretrained: names of the architecture and of the weights that training started from.
+        history: the callback with one row per epoch of all fits, `history.rows`.
+        recipe: the recipe of the last `fit_recipe`; None without one, or if its loss or optimiser was not used.
+    """
+
+    arch: str
+    pretrained: str
+    recipe: Recipe | None = None
+    first_epoch = 0
+
+    @property
+    def network(self) -> nn.Sequential:
+        """The network, without the wrapper that it has in distributed training."""
+        return getattr(self.model, 'module', self.model)
+
+    def fit_recipe(
+        self,
+        recipe: str | Recipe = 'tuned',
+        epochs: int | None = None,
+        lr: float | None = None,
+        cbs: Callback | Sequence[Callback] | None = None,
+        start: Position = START,
+    ) -> dict[str, Any]:
+        """Train through the phases of a recipe, keep the weights of the best epoch, and return its row of the history.
+
+        A recipe sets the loss, the optimiser, the schedule and the phases. A loss or an optimiser that was passed to
+        `cxr_learner` stays. The images and their augmentation are those of the loaders: pass the name of the recipe to
+        `CXRDataLoaders`, too. The best epoch is the one with the highest validation AUC.
+
+        Args:
+            recipe: `reference`, `tuned`, or a `Recipe`.
+            epochs: total number of epochs (default: that of the recipe).
+            lr: learning rate of the first phase; those of later phases keep their ratio to it.
+            cbs: further callbacks.
+            start: where to continue an interrupted training.
+
+        Raises `Diverged` if the loss becomes NaN or infinite; the learner then has the best weights so far.
+        """
+        if isinstance(recipe, str):
+            recipe = _named_recipe(self, recipe, epochs, lr)
+        elif epochs is not None or lr is not None:
+            raise UsageError('epochs and lr are those of the recipe. Pass the name of a recipe to choose them.')
+        reuse_memory()
+        is_complete = _apply_recipe(self, recipe)
+        self.recipe = recipe if is_complete else None
+        best, guard = KeepBest(), DivergenceGuard()
+        with self.added_cbs([best, guard, *recipe_callbacks(recipe), *listify(cbs)]):
+            self._fit_phases(recipe, start)
+        if best.weights:
+            self.model.load_state_dict(best.weights)
+        if guard.failure:
+            raise Diverged(guard.failure, best.row)
+        assert best.row is not None  # a fit without a failure has at least one epoch
+        return best.row
+
+    def _fit_phases(self, recipe: Recipe, start: Position) -> None:
+        for number, phase in enumerate(recipe.phases[start.phase :], start.phase):
+            self.first_epoch = start.epochs if number == start.phase else 0
+            try:
+                fit_phase(self, phase, recipe)
+            finally:
+                self.first_epoch = 0
+                self.history.phase = ''
+            if self.divergence_guard.failure:
+                return
+
+    def _do_fit(self) -> None:
+        """Run the epochs from `first_epoch`. With fastai's `start_epoch`, skipped epochs still call all callbacks."""
+        for epoch in range(self.first_epoch, self.n_epoch):
+            self.epoch = epoch
+            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+    def to_fp16(self) -> CXRLearner:
+        """Train with 16-bit floats, on a GPU or a CPU. Validation and prediction keep 32 bits."""
+        return self.add_cb(Precision('fp16'))
+
+    def to_bf16(self) -> CXRLearner:
+        """Train with bfloat16, on a GPU or a CPU. Validation and prediction keep 32 bits."""
+        return self.add_cb(Precision('bf16'))
+
+    def export(self, fname: str | Path = 'export.pkl') -> Path:
+        """Write the learner without its data to `path / fname`, and return that path.
+
+        The file opens with fastai's `load_learner`. It contains the preprocessing, the classes and a self-test, but no
+        path and no image name. Callbacks of the user are left out. Raises `CXRError` if it cannot be written.
+        """
+        path = Path(self.path, fname)
+        save_learner(self, path, model_config(self))
+        return path
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name != 'recipe'}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.add_cb(History())
+
+
+@delegates(Learner.__init__)
+def cxr_learner(
+    dls: DataLoaders,
+    arch: str | Callable[..., nn.Module] | nn.Module,
+    pretrained: bool | str = True,
+    metrics: Any = None,
+    cbs: Any = None,
+    loss_func: Any = None,
+    opt_func: Any = None,
+    wd: float = 1e-4,
+    **kwargs: Any,
+) -> CXRLearner:
+    """Return a learner of the network `arch` for `dls`, by default with the settings of the specification.
+
+    As with fastai's `vision_learner`, the body of a pretrained network is frozen: `fine_tune` trains the head, then
+    everything. A frozen body keeps its BatchNorm statistics.
+
+    Args:
+        arch: `baseline`, `resnet50`, another name that `cxr-fastai archs` lists, a function of torchvision such as
+            `resnet34`, or any `nn.Module`. A network that is not `Sequential(body, head)` is cut, and gets a new head.
+        pretrained: True for the default weights of `arch`, False for random ones; or a name or file of weights.
+        metrics: metrics of fastai; by default accuracy, AUC, sensitivity and specificity.
+        cbs: further callbacks.
+        loss_func: by default cross-entropy.
+        opt_func: by default torch's Adam, with the weight decay `wd` as an L2 penalty on all parameters.
+
+    Raises `CXRError` if the weights are not available or `arch` cannot be used.
+    """
+    _check_classes(dls)
+    network = create_network(arch, pretrained)
+    _check_size(dls, network.arch)
+    options = {'splitter': body_and_head, 'train_bn': False} | kwargs
+    learn = CXRLearner(
         dls,
-        model,
-        loss_func=CrossEntropyLossFlat(weight=class_weights, label_smoothing=recipe.label_smoothing),
-        opt_func=partial(OptimWrapper, opt=OPTIMIZERS[recipe.optimizer]),
-        splitter=body_and_head,
-        wd=recipe.weight_decay,
-        train_bn=False,
-        cbs=BnFreeze(),
-        metrics=[accuracy, _score_metric(roc_auc), _class_metric(sensitivity), _class_metric(specificity)],
+        network.model.to(memory_format=torch.channels_last),
+        loss_func=loss_func or CrossEntropyLossFlat(),
+        opt_func=opt_func or partial(TorchOptimizer, opt=OPTIMIZERS['adam']),
+        wd=wd,
+        cbs=[BnFreeze(), History(), *listify(cbs)],
+        metrics=default_metrics() if metrics is None else metrics,
+        **options,
     )
+    learn.arch, learn.pretrained = network.arch, network.weights
+    if network.weights not in ('none', OWN_WEIGHTS):
+        learn.freeze()
+    return learn
 
 
-def _class_weights(dls: DataLoaders) -> torch.Tensor:
-    """Return the loss weight of each class, (2,): inverse to its frequency, with a mean of 1 over the images."""
-    labels = torch.tensor([int(label) for label in dls.train_ds.tls[1]])
-    counts = torch.bincount(labels, minlength=len(VOCAB))
-    return (len(labels) / len(VOCAB) / counts).to(dls.device)
+def recipe_learner(dls: DataLoaders, recipe: Recipe, **kwargs: Any) -> CXRLearner:
+    """Return the learner of `recipe`, with its network, loss and optimiser. `kwargs` are those of `cxr_learner`."""
+    learn = cxr_learner(dls, recipe.arch, recipe.weights, **kwargs)
+    _apply_recipe(learn, recipe)
+    return learn
+
+
+def default_metrics() -> list[Any]:
+    """Return the metrics of `history.csv`."""
+    return [accuracy, _score_metric(roc_auc), _class_metric(sensitivity), _class_metric(specificity)]
 
 
 def _score_metric(func: Callable[[np.ndarray, np.ndarray], float]) -> AccumMetric:
@@ -67,9 +247,97 @@ def _class_metric(func: Callable[[np.ndarray, np.ndarray], float]) -> AccumMetri
     return AccumMetric(func, dim_argmax=-1, to_np=True, invert_arg=True, flatten=False)
 
 
-def network(learn: Learner) -> nn.Sequential:
-    """Return the network of `learn`, without the wrapper that it has in distributed training."""
-    return getattr(learn.model, 'module', learn.model)
+def _check_classes(dls: DataLoaders) -> None:
+    vocab = getattr(dls, 'vocab', VOCAB)  # loaders of tensors have none
+    if tuple(vocab) != VOCAB:
+        raise UsageError(
+            f'the classes of the DataLoaders are {", ".join(map(str, vocab))}, but {", ".join(VOCAB)} are expected, in '
+            'this order. Make the DataLoaders with CXRDataLoaders.'
+        )
+
+
+def _check_size(dls: DataLoaders, arch: str) -> None:
+    """Raise `UsageError` if `arch` accepts only images of another size than those of `dls`."""
+    recipe = getattr(dls, 'recipe', None)
+    size = find_arch(arch).size if recipe and is_known(arch) else None
+    if size and recipe.size != size:
+        raise UsageError(
+            f'size {recipe.size}: {arch} accepts only {size} pixels. Make the DataLoaders with size={size}.'
+        )
+
+
+def is_known(arch: str) -> bool:
+    """Return whether `arch` is the name of an architecture that can be built, and not only that of a class."""
+    if arch in ARCHS:
+        return True
+    try:
+        find_arch(arch)
+    except UsageError:
+        return False
+    return True
+
+
+def _apply_recipe(learn: CXRLearner, recipe: Recipe) -> bool:
+    """Give `learn` the loss, the optimiser and the weight decay of `recipe`; keep a loss or an optimiser of the user.
+
+    Return True if nothing was kept.
+    """
+    has_standard_loss = isinstance(learn.loss_func, CrossEntropyLossFlat)
+    if has_standard_loss:
+        class_weights = _class_weights(learn.dls) if recipe.class_weights else None
+        learn.loss_func = CrossEntropyLossFlat(weight=class_weights, label_smoothing=recipe.label_smoothing)
+    has_standard_optimizer = getattr(learn.opt_func, 'func', None) is TorchOptimizer
+    if has_standard_optimizer:
+        learn.opt_func = partial(TorchOptimizer, opt=OPTIMIZERS[recipe.optimizer])
+        learn.wd = recipe.weight_decay
+    return has_standard_loss and has_standard_optimizer
+
+
+def _class_weights(dls: DataLoaders) -> torch.Tensor:
+    """Return the loss weight of each class, (2,): inverse to its frequency, with a mean of 1 over the images."""
+    labels = torch.tensor([int(label) for label in dls.train_ds.tls[1]])
+    counts = torch.bincount(labels, minlength=len(VOCAB))
+    return (len(labels) / len(VOCAB) / counts).to(dls.device)
+
+
+def _named_recipe(learn: CXRLearner, name: str, epochs: int | None, lr: float | None) -> Recipe:
+    """Return the recipe `name` for the network and the images of `learn`."""
+    arch = learn.arch if is_known(learn.arch) else 'baseline'  # an own network trains like one from scratch
+    recipe = make_recipe(arch, name, epochs, lr)
+    images = getattr(learn.dls, 'recipe', None)
+    if images is None:
+        return replace(recipe, arch=learn.arch, weights=learn.pretrained)
+    standard = data_recipe(name)
+    changed = [
+        f'{field} {getattr(images, field)}, not {getattr(standard, field)}'
+        for field in AUGMENTATION_FIELDS
+        if getattr(images, field) != getattr(standard, field)
+    ]
+    if changed:
+        warnings.warn(
+            f'the images are not prepared as the recipe {name} says ({"; ".join(changed)}). Make the DataLoaders with '
+            f'recipe={name!r} to change this.',
+            CXRWarning,
+            stacklevel=3,
+        )
+    data_fields = {field: getattr(images, field) for field in DATA_FIELDS}
+    return replace(recipe, arch=learn.arch, weights=learn.pretrained, **data_fields)
+
+
+def fit_phase(learn: CXRLearner, phase: Phase, recipe: Recipe) -> None:
+    """Fit one phase with the learning rate schedule of `recipe`.
+
+    `plateau` keeps the rate constant until the validation loss stops decreasing. `one-cycle` increases it to the rate
+    of the phase and decreases it again (Smith and Topin 2019). The body trains at `recipe.body_lr` times the rate of
+    the head.
+    """
+    start_phase(learn, phase)
+    learn.history.phase = phase.name
+    rates = slice(phase.lr * recipe.body_lr, phase.lr)  # from the body to the head
+    if recipe.schedule == 'one-cycle':
+        learn.fit_one_cycle(phase.epochs, rates)
+    else:
+        learn.fit(phase.epochs, rates, cbs=ReduceOnPlateau(recipe.plateau_factor, recipe.plateau_patience))
 
 
 def start_phase(learn: Learner, phase: Phase) -> None:
@@ -79,6 +347,24 @@ def start_phase(learn: Learner, phase: Phase) -> None:
         learn.freeze()
     else:
         learn.unfreeze()
+
+
+def model_config(learn: Learner) -> ModelConfig:
+    """Return the settings for prediction with the network of `learn`: its preprocessing, and the threshold 0.5.
+
+    A learner from a file, which was not trained since, keeps its settings.
+    """
+    stored = getattr(learn, 'config', None)
+    if stored and not learn.history.rows:
+        return ModelConfig.from_dict(stored, Path(learn.path))
+    preprocessing = find_preprocessing(learn.dls)
+    return ModelConfig(
+        arch=learn.arch,
+        size=preprocessing.size,
+        threshold=0.5,
+        resize=preprocessing.resize,
+        low_pass=preprocessing.low_pass,
+    )
 
 
 def body_and_head(model: nn.Sequential) -> list[list[nn.Parameter]]:
@@ -121,19 +407,3 @@ def _recall(targs: np.ndarray, preds: np.ndarray, label: int) -> float:
     if not of_label.any():
         return float('nan')
     return float((preds[of_label] == label).mean())
-
-
-def reuse_memory() -> bool:
-    """Make glibc keep freed memory for the next step. Returns True if it took effect (Linux with glibc).
-
-    By default glibc returns every freed block of more than 32 MB to the system, and the next step has to map its pages
-    again. On two cores this takes half of a training step of the baseline at 224 px, as
-    `benchmarks/train_throughput.py` measures. The process then keeps its peak memory until it ends.
-    """
-    if not sys.platform.startswith('linux'):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))

@@ -20,7 +20,8 @@ from cxr_fastai.data.splits import check_trainable
 from cxr_fastai.images.cache import find_cache
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.training.callbacks import recipe_callbacks
-from cxr_fastai.training.learner import make_learner, reuse_memory, start_phase
+from cxr_fastai.training.hardware import reuse_memory
+from cxr_fastai.training.learner import recipe_learner, start_phase
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def find_rates(recipe: Recipe, data: Path, steps: int = 100) -> Rates:
     set_seed(recipe.seed, reproducible=True)
     root = image_root(data)
     dls = CXRDataLoaders.from_items(items, root, recipe, find_cache(root, Preprocessing.of(recipe)))
-    learn = make_learner(dls, recipe)
+    learn = recipe_learner(dls, recipe)
     start_phase(learn, recipe.phases[0])
     suggestion = _run_lr_find(learn, recipe, steps)
     lrs = [float(lr) for lr in learn.recorder.lrs]

@@ -1,4 +1,4 @@
-"""`train` turns a recipe and images into a run folder; `fit` trains a `Learner` through the phases of a recipe."""
+"""`train` turns a recipe and images into a run folder: it makes a learner, fits it by the recipe, and saves it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ import pandas as pd
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback  # noqa: F401  (adds `Learner.no_bar`)
-from fastai.callback.schedule import ParamScheduler  # noqa: F401  (adds `Learner.fit_one_cycle`)
-from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
 from cxr_fastai.core.environment import is_main_process, process_count
-from cxr_fastai.core.errors import CXRWarning, ImageError, OutputError, Stopped
+from cxr_fastai.core.errors import CXRWarning, ImageError, Stopped
 from cxr_fastai.core.files import check_new, write_json
-from cxr_fastai.core.recipe import Phase, Recipe
+from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import describe_items, image_root, read_items
 from cxr_fastai.data.loaders import CXRDataLoaders, describe_unreadable, find_unreadable
@@ -35,18 +33,17 @@ from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, save_weights
 from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.models.architectures import describe_network
-from cxr_fastai.training.callbacks import History, KeepBest, ReduceOnPlateau, ShowEpochs, recipe_callbacks
+from cxr_fastai.training.callbacks import ShowEpochs
 from cxr_fastai.training.checkpoint import (
     PREVIOUS_STATE,
     Checkpoint,
     StopOnSignal,
     identify,
     load_matching_state,
-    start_epoch,
 )
 from cxr_fastai.training.distributed import call_once, check_batch_size, share_batches, training_processes
 from cxr_fastai.training.hardware import CompileSteps, can_compile, check_compile, describe_hardware
-from cxr_fastai.training.learner import make_learner, reuse_memory, start_phase
+from cxr_fastai.training.learner import CXRLearner, Diverged, recipe_learner
 from cxr_fastai.training.tracking import check_tracker, tracking
 
 FAILURE = 'failure.json'
@@ -54,14 +51,6 @@ PACKAGES = ('cxr_fastai', 'fastai', 'torch', 'torchvision')
 """Packages that are recorded with their version at the start of a training."""
 
 log = logging.getLogger(__name__)
-
-
-class Diverged(OutputError):
-    """The loss became NaN or infinite. `best` is the `history.csv` row of the best epoch before, or None."""
-
-    def __init__(self, message: str, best: dict[str, Any] | None) -> None:
-        super().__init__(message)
-        self.best = best
 
 
 @training_processes()
@@ -149,16 +138,16 @@ def _make_learner(
     recipe: Recipe,
     cache: ImageCache | None,
     state: dict[str, Any] | None,
-) -> Learner:
+) -> CXRLearner:
     """Return the seeded learner of `recipe`. Pretrained weights are not loaded if the weights come from a `state`."""
     check_trainable(items)
     set_seed(recipe.seed, reproducible=True)
     dls = CXRDataLoaders.from_items(items, root, recipe, cache)
-    return make_learner(dls, replace(recipe, weights='none') if state else recipe)
+    return recipe_learner(dls, replace(recipe, weights='none') if state else recipe)
 
 
 def _record_start(
-    run: Run, learn: Learner, recipe: Recipe, items: pd.DataFrame, resume: bool, facts: dict[str, Any]
+    run: Run, learn: CXRLearner, recipe: Recipe, items: pd.DataFrame, resume: bool, facts: dict[str, Any]
 ) -> None:
     """Log the start in the journal of `run`; if the run is new, also write its recipe and items."""
     run.remove_partial_files()
@@ -198,7 +187,7 @@ def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def _fit_and_save(
-    learn: Learner,
+    learn: CXRLearner,
     recipe: Recipe,
     run: Run,
     state: dict[str, Any] | None,
@@ -209,7 +198,7 @@ def _fit_and_save(
     callbacks: list[Callback] = [CompileSteps(recipe.size)] if compiled else []
     try:
         with StopOnSignal() as stop, share_batches(learn), tracking(track, run, recipe) as trackers:
-            best = fit(learn, recipe, run, state, [stop, *trackers, *callbacks])
+            best = fit_run(learn, recipe, run, state, [stop, *trackers, *callbacks])
     except Diverged as error:
         if error.best:
             save_model(learn, run, recipe)
@@ -240,76 +229,35 @@ def _nan_to_none(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def save_model(learn: Learner, run: Run, recipe: Recipe) -> None:
+def save_model(learn: CXRLearner, run: Run, recipe: Recipe) -> None:
     """Write the network of `learn` into `run`: `model.safetensors`, and `learner.pkl` for fastai's `load_learner`."""
     save_weights(learn.model, run / WEIGHTS)
     if is_main_process():
         save_learner(learn, run / LEARNER, ModelConfig.from_recipe(recipe))
 
 
-def fit(
-    learn: Learner,
+def fit_run(
+    learn: CXRLearner,
     recipe: Recipe,
     run: Run,
     state: dict[str, Any] | None = None,
     cbs: Sequence[Callback] = (),
 ) -> dict[str, Any]:
-    """Fit `learn` through the phases of `recipe` and return the `history.csv` row of the best epoch.
+    """Fit `learn` by `recipe`, with its history and checkpoints in `run`; return the row of the best epoch.
 
-    `learn` then has the weights of that epoch. The fit continues from `state` if it is given. `cbs` are added to the
-    callbacks of the recipe. Raises `Diverged` at the first loss that is NaN or infinite; `learn` then has the best
-    weights so far.
+    The fit continues from `state` if it is given. Raises as `CXRLearner.fit_recipe` does, and then writes
+    `failure.json`.
     """
-    reuse_memory()
-    history = History(run)
-    best = KeepBest()
     show = ShowEpochs()
     items = run.items if (run / 'items.csv').is_file() else pd.DataFrame()
     checkpoint = Checkpoint(run, identify(recipe, items), state)
-    callbacks = [history, best, show, checkpoint, *recipe_callbacks(recipe), *cbs]
-    first_phase, first_epoch = (state['phase'], state['epochs']) if state else (0, 0)
-    # fastai's own progress bar writes control characters into log files.
-    with learn.no_bar(), learn.no_logging(), learn.added_cbs(callbacks), closing(show):
-        for number, phase in enumerate(recipe.phases[first_phase:], first_phase):
-            checkpoint.phase = number
-            with start_epoch(learn, first_epoch if number == first_phase else 0):
-                fit_phase(learn, phase, recipe)
-            if history.failure:
-                break
-    if best.weights:
-        learn.model.load_state_dict(best.weights)
-    if history.failure:
-        raise _diverged(run, history.failure, best.row)
-    assert best.row is not None  # a fit without a failure has at least one epoch
-    return best.row
-
-
-def fit_phase(learn: Learner, phase: Phase, recipe: Recipe) -> None:
-    """Fit one phase with the learning rate schedule of `recipe`.
-
-    `plateau` keeps the rate constant until the validation loss stops decreasing. `one-cycle` increases it to the rate
-    of the phase and decreases it again (Smith and Topin 2019). The body trains at `recipe.body_lr` times the rate of
-    the head.
-    """
-    start_phase(learn, phase)
-    learn.history.phase = phase.name
-    rates = slice(phase.lr * recipe.body_lr, phase.lr)  # from the body to the head
-    if recipe.schedule == 'one-cycle':
-        learn.fit_one_cycle(phase.epochs, rates)
-    else:
-        learn.fit(phase.epochs, rates, cbs=ReduceOnPlateau(recipe.plateau_factor, recipe.plateau_patience))
-
-
-def _diverged(run: Run, failure: dict[str, Any], best: dict[str, Any] | None) -> Diverged:
-    """Write the `failure` to `failure.json` and return the exception to raise."""
-    best_epoch = best['epoch'] if best else None
-    write_json(run / FAILURE, failure | {'best_epoch': best_epoch})
-    where = f'epoch {failure["epoch"]}'
-    if failure['batch']:
-        where += f', batch {failure["batch"]}'
-    kept = f'The best network so far, of epoch {best_epoch}, was kept.' if best else 'No epoch was completed before.'
-    return Diverged(
-        f'training stopped: the {failure["where"]} loss is {failure["loss"]} in {where}. {kept} '
-        'Train again with a lower --lr, or check --weights and the images.',
-        best,
-    )
+    learn.history.run_folder = run
+    try:
+        # fastai's own progress bar writes control characters into log files.
+        with learn.no_bar(), learn.no_logging(), closing(show):
+            return learn.fit_recipe(recipe, cbs=[show, checkpoint, *cbs], start=checkpoint.start)
+    except Diverged as error:
+        write_json(run / FAILURE, error.failure | {'best_epoch': error.best['epoch'] if error.best else None})
+        raise
+    finally:
+        learn.history.run_folder = None

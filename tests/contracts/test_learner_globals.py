@@ -13,7 +13,7 @@ from cxr_fastai.inference._unpickler import CALLABLE, CLASSES, REPLACED, is_allo
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.pickles import load_learner, save_learner
 from cxr_fastai.models.architectures import make_recipe
-from cxr_fastai.training.learner import make_learner
+from cxr_fastai.training.learner import recipe_learner
 
 GLOBALS = [
     '__builtin__ float',
@@ -147,7 +147,7 @@ def test_no_global_is_in_two_tables_of_the_unpickler():
 )
 def test_learners_of_other_recipes_name_only_allowed_globals(images, tmp_path, arch, options):
     recipe = make_recipe(arch, size=48, batch_size=8, weights='none', **options)
-    learn = make_learner(CXRDataLoaders.from_items(read_items(images), images, recipe), recipe)
+    learn = recipe_learner(CXRDataLoaders.from_items(read_items(images), images, recipe), recipe)
     save_learner(learn, tmp_path / 'learner.pkl', ModelConfig.from_recipe(recipe))
     names = named_globals((tmp_path / 'learner.pkl').read_bytes())
     assert [line for line in names if not is_allowed(*split(line))] == []

@@ -21,7 +21,7 @@ from cxr_fastai.inference.config import ModelConfig, sha256
 from cxr_fastai.inference.pickles import UntrustedError, distrust, load_learner, save_learner, trust, trusted
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.models.architectures import make_recipe
-from cxr_fastai.training.learner import make_learner
+from cxr_fastai.training.learner import recipe_learner
 
 RECIPE = make_recipe('baseline', size=48, batch_size=8)
 CONFIG = ModelConfig.from_recipe(RECIPE)
@@ -40,7 +40,7 @@ print(json.dumps({'probabilities': probabilities, 'name': name, 'first': float(s
 @pytest.fixture(scope='module')
 def learn(images):
     torch.manual_seed(3)
-    return make_learner(CXRDataLoaders.from_items(read_items(images), images, RECIPE), RECIPE)
+    return recipe_learner(CXRDataLoaders.from_items(read_items(images), images, RECIPE), RECIPE)
 
 
 @pytest.fixture(scope='module')

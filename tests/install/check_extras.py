@@ -35,7 +35,7 @@ from pathlib import Path
 from cxr_fastai.all import *
 root = Path('images')
 recipe = make_recipe('baseline', epochs=1, size=48, batch_size=8)
-learn = make_learner(CXRDataLoaders.from_items(read_items(root), root, recipe), recipe)
+learn = recipe_learner(CXRDataLoaders.from_items(read_items(root), root, recipe), recipe)
 learn.fine_tune(1)
 """
 DICOM = """

@@ -24,7 +24,7 @@ from cxr_fastai.inference.selftest import ParityError
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.publishing import exporting
 from cxr_fastai.publishing.exporting import check_destination, export, verify, verify_in_new_process
-from cxr_fastai.training.learner import make_learner
+from cxr_fastai.training.learner import recipe_learner
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_verification_reads_every_file(copy):
 def test_verification_finds_the_learner_of_another_network(copy, images):
     torch.manual_seed(3)
     recipe = make_recipe('baseline', size=64, batch_size=8)
-    learn = make_learner(CXRDataLoaders.from_items(read_items(images), images, recipe), recipe)
+    learn = recipe_learner(CXRDataLoaders.from_items(read_items(images), images, recipe), recipe)
     save_learner(learn, copy / 'learner.pkl', ModelConfig('baseline', 64, 0.5))
     seal(copy)
     with pytest.raises(ParityError):

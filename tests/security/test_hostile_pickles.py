@@ -28,7 +28,7 @@ from cxr_fastai.inference.config import LEARNER, ModelConfig
 from cxr_fastai.inference.pickles import load_learner, save_learner, trust
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training import learner
-from cxr_fastai.training.learner import make_learner
+from cxr_fastai.training.learner import recipe_learner
 
 
 class Bomb:
@@ -384,6 +384,6 @@ def test_an_unchanged_learner_is_accepted(learn, tmp_path, marker, image):
 @pytest.mark.slow  # tests/contracts asks for the names alone
 def test_a_learner_with_layers_of_torchvision_is_accepted(images, tmp_path, marker):
     recipe = make_recipe('resnet50', size=48, batch_size=8, weights='none')
-    learn = make_learner(CXRDataLoaders.from_items(read_items(images), images, recipe), recipe)
+    learn = recipe_learner(CXRDataLoaders.from_items(read_items(images), images, recipe), recipe)
     save_learner(learn, tmp_path / 'model.pkl', ModelConfig.from_recipe(recipe))
     assert len(load_learner(tmp_path / 'model.pkl').model) == 2

@@ -15,8 +15,8 @@ from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.data.transforms import AugmentImages
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training.callbacks import moving_average, recipe_callbacks
-from cxr_fastai.training.learner import make_learner
-from cxr_fastai.training.training import fit
+from cxr_fastai.training.learner import recipe_learner
+from cxr_fastai.training.training import fit_run
 
 SETTINGS = {'epochs': 2, 'size': 48, 'batch_size': 4, 'limit': 6, 'seed': 5, 'workers': 0}
 
@@ -24,14 +24,14 @@ SETTINGS = {'epochs': 2, 'size': 48, 'batch_size': 4, 'limit': 6, 'seed': 5, 'wo
 def new_learner(images, recipe) -> Learner:
     """A learner with the same random weights in every call."""
     torch.manual_seed(recipe.seed)
-    return make_learner(CXRDataLoaders.from_items(read_items(images, limit=recipe.limit), images, recipe), recipe)
+    return recipe_learner(CXRDataLoaders.from_items(read_items(images, limit=recipe.limit), images, recipe), recipe)
 
 
 def fit_recipe(images, folder, *cbs: Callback, **fields) -> tuple[Learner, Run]:
     recipe = make_recipe('baseline', **SETTINGS | fields)
     learn = new_learner(images, recipe)
     run = Run.create(folder / 'run')
-    fit(learn, recipe, run, cbs=cbs)
+    fit_run(learn, recipe, run, cbs=cbs)
     return learn, run
 
 

@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 from train_throughput import plain_baseline, plain_resnet50
 
 from cxr_fastai.models.architectures import make_recipe
-from cxr_fastai.training.learner import make_learner, reuse_memory, roc_auc, sensitivity, specificity, start_phase
+from cxr_fastai.training.hardware import reuse_memory
+from cxr_fastai.training.learner import recipe_learner, roc_auc, sensitivity, specificity, start_phase
 
 STEPS, FEW = 20, 2
 PLAIN = {'baseline': plain_baseline, 'resnet50': plain_resnet50}
@@ -32,7 +33,7 @@ def learner(arch: str, n: int = STEPS, size: int = 32, **fields):
     """A Learner on `n` fixed batches of 4, without augmentation."""
     recipe = dataclasses.replace(make_recipe(arch, weights='none'), **fields)
     dls = DataLoaders(*[DataLoader(batches(n, size), bs=4) for _ in range(2)], device=torch.device('cpu'))
-    return make_learner(dls, recipe), recipe
+    return recipe_learner(dls, recipe), recipe
 
 
 class EachStep(Callback):
@@ -97,7 +98,7 @@ def both_losses(
         dl.after_batch = lambda batch: (batch[0].to(precision), batch[1])
     if precision is torch.float64:  # fastai's loss and Recorder compute in 32 bits
         learn.loss_func = nn.CrossEntropyLoss()
-        learn.remove_cbs(learn.recorder)
+        learn.remove_cbs([learn.recorder, learn.history])
     start_phase(learn, chosen)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, chosen.lr, cbs=steps)

@@ -20,8 +20,8 @@ from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.models.architectures import build_model, make_recipe
 from cxr_fastai.training import training
 from cxr_fastai.training.callbacks import COLUMNS, History
-from cxr_fastai.training.learner import make_learner
-from cxr_fastai.training.training import Diverged, fit, train
+from cxr_fastai.training.learner import Diverged, recipe_learner
+from cxr_fastai.training.training import fit_run, train
 
 SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=8, limit=4, seed=5, workers=0)
 """One batch per epoch: 4 images of each class."""
@@ -29,7 +29,7 @@ SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=8, limit=4, seed=5
 
 @pytest.fixture
 def learn(images) -> Learner:
-    return make_learner(CXRDataLoaders.from_items(read_items(images, limit=SMALL.limit), images, SMALL), SMALL)
+    return recipe_learner(CXRDataLoaders.from_items(read_items(images, limit=SMALL.limit), images, SMALL), SMALL)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_two_trainings_with_one_seed_give_the_same_history(images, tmp_path):
 
 
 def test_the_history_has_one_row_per_epoch_over_all_phases(learn, new_run):
-    fit(learn, with_phases(('frozen', 1, 1e-3, True), ('fine-tune', 2, 1e-5)), new_run)
+    fit_run(learn, with_phases(('frozen', 1, 1e-3, True), ('fine-tune', 2, 1e-5)), new_run)
     assert list(new_run.history) == COLUMNS
     assert new_run.history[['phase', 'epoch', 'lr']].values.tolist() == [
         ['frozen', 1, 1e-3],
@@ -70,7 +70,7 @@ def test_the_training_loss_is_the_mean_over_the_images_of_the_epoch(learn, new_r
         return loss
 
     learn.loss_func = recording_loss
-    fit(learn, with_phases(('train', 1, 1e-3)), new_run)
+    fit_run(learn, with_phases(('train', 1, 1e-3)), new_run)
     assert new_run.history.train_loss[0] == pytest.approx(losses[0])  # there is one batch
 
 
@@ -98,14 +98,14 @@ class Script(Callback):
     ],
 )
 def test_the_best_epoch_of_all_phases_is_kept(learn, new_run, scores, best):
-    row = fit(learn, with_phases(('one', 1, 1e-3), ('two', 2, 1e-3)), new_run, cbs=[Script(scores)])
+    row = fit_run(learn, with_phases(('one', 1, 1e-3), ('two', 2, 1e-3)), new_run, cbs=[Script(scores)])
     assert (row['epoch'], learn.model[1][-1].bias[0].item()) == (best, best)
 
 
 def test_a_plateau_of_the_validation_loss_reduces_the_learning_rate(learn, new_run):
     recipe = dataclasses.replace(with_phases(('train', 6, 1e-3)), plateau_factor=0.1, plateau_patience=1)
     script = Script([(0.5, loss) for loss in (0.5, 0.6, 0.6, 0.6, 0.6, 0.6)])
-    fit(learn, recipe, new_run, cbs=[script])
+    fit_run(learn, recipe, new_run, cbs=[script])
     assert new_run.history.lr.tolist() == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5])
 
 
@@ -132,7 +132,7 @@ def test_a_nan_training_loss_ends_the_fit_with_the_weights_of_the_best_epoch(lea
     recipe = with_phases(('one', 1, 1e-3), ('two', 2, 1e-4))
     message = 'the training loss is nan in epoch 2, batch 1. The best network so far, of epoch 1, was kept'
     with pytest.raises(Diverged, match=message) as raised:
-        fit(learn, recipe, new_run, cbs=[NaNWeight('before_batch')])
+        fit_run(learn, recipe, new_run, cbs=[NaNWeight('before_batch')])
     assert raised.value.exit_code == 6 and raised.value.best['epoch'] == 1 and len(new_run.history) == 1
     assert all(torch.isfinite(parameter).all() for parameter in learn.model.parameters())
     assert json.loads((new_run / 'failure.json').read_text()) == {
@@ -148,7 +148,7 @@ def test_a_nan_training_loss_ends_the_fit_with_the_weights_of_the_best_epoch(lea
 
 def test_a_nan_validation_loss_ends_the_fit_too(learn, new_run):
     with pytest.raises(Diverged, match='the validation loss is nan in epoch 2. The best network so far, of epoch 1'):
-        fit(learn, SMALL, new_run, cbs=[NaNWeight('before_validate')])
+        fit_run(learn, SMALL, new_run, cbs=[NaNWeight('before_validate')])
     assert len(new_run.history) == 1
 
 
@@ -193,7 +193,7 @@ def train_without_fit(images, tmp_path, monkeypatch):
         fits.append((recipe, learn))
         return {}
 
-    monkeypatch.setattr(training, 'fit', record)
+    monkeypatch.setattr(training, 'fit_run', record)
 
     def run_train(*options: str):
         assert main(['train', '--data', str(images), '--out', str(tmp_path / 'run'), *options]) == 0
@@ -245,7 +245,7 @@ def test_weights_from_a_file_are_those_of_the_network(train_without_fit, tmp_pat
 def test_epochs_are_a_bar_on_a_terminal_and_plain_lines_of_100_columns_in_the_log(learn, new_run, terminal, caplog):
     caplog.set_level('INFO', 'cxr_fastai')
     with terminal.used():
-        fit(learn, SMALL, new_run)
+        fit_run(learn, SMALL, new_run)
     assert 'validation' in terminal.getvalue()
     lines = [line for line in caplog.messages if 'AUC' in line]
     assert len(lines) == 2 and max(map(len, lines)) <= 100

@@ -16,7 +16,7 @@ from cxr_fastai.core.environment import is_installed, require_package
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import RECIPES, VOCAB, Phase, Recipe
 from cxr_fastai.images.preprocessing import Preprocessing
-from cxr_fastai.models.libraries import find_library_arch, find_timm_arch, timm_model
+from cxr_fastai.models.libraries import find_library_arch, find_timm_arch, similar_in_timm, timm_model
 from cxr_fastai.models.registry import (
     FROM_SCRATCH,
     OWN_WEIGHTS,
@@ -117,12 +117,9 @@ def _unknown_arch(arch: str) -> UsageError:
             f'--arch {arch}, which is not one of {choices}, needs the package timm, which is not installed. '
             f'Install it: pip install "cxr_fastai[timm]". {own}'
         )
-    import timm
-
-    similar = timm.list_models(f'*{arch}*')[:3]
-    examples = f', such as {", ".join(similar)}' if similar else ''
     return UsageError(
-        f'--arch {arch} is unknown: choose {choices}, torchvision.NAME, or a name that timm knows{examples}. {own}'
+        f'--arch {arch} is unknown: choose {choices}, torchvision.NAME, or a name that timm knows'
+        f'{similar_in_timm(arch)}. {own}'
     )
 
 

@@ -17,10 +17,19 @@ from torch import Tensor, nn
 from cxr_fastai.core.errors import UsageError, first_line
 from cxr_fastai.core.recipe import VOCAB
 
-FASTAI_CUTS = {'alexnet': -2, 'densenet': -1, 'resnet': -2, 'squeezenet': -1, 'vgg': -2}
-"""Module in `torchvision.models` to the index where fastai's `model_meta` cuts the children of its networks."""
-TORCHVISION_CUTS = FASTAI_CUTS | {'mnasnet': -1, 'mobilenetv2': -1, 'shufflenetv2': -1}
-"""The same with networks that pool in `forward`, where fastai finds no layer to cut at, or a wrong one."""
+TORCHVISION_CUTS = {
+    # as fastai's `model_meta`
+    'alexnet': -2,
+    'densenet': -1,
+    'resnet': -2,
+    'squeezenet': -1,
+    'vgg': -2,
+    # They pool in `forward`, where fastai finds no layer to cut at, or a wrong one.
+    'mnasnet': -1,
+    'mobilenetv2': -1,
+    'shufflenetv2': -1,
+}
+"""Module in `torchvision.models` to the index of the first child of its networks that is not part of the body."""
 TEST_SIZE = 224
 """Side in pixels of the image on which a network is tested."""
 SMALL_SIZE = 64

@@ -14,16 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.models.bodies import (
-    FASTAI_CUTS,
-    TORCHVISION_CUTS,
     TimmFeatures,
     count_features,
     cut_body,
     evaluating,
     linear_head,
-    torchvision_family,
     vision_learner_head,
 )
 from cxr_fastai.models.registry import FROM_SCRATCH, PRETRAINED, Arch
@@ -34,6 +32,8 @@ VISION_LEARNER = 'vision_learner.'
 TIMM = 'timm.'
 NOT_CUTTABLE = ('googlenet', 'inception_', 'maxvit_', 'vit_')
 """First letters of the networks in torchvision whose `forward` does more than to call their children in order."""
+NOT_CUT_BY_FASTAI = ('mnasnet', 'mobilenet_v2', 'shufflenet_')
+"""First letters of those that pool in `forward`, so that fastai finds no layer to cut at, or a wrong one."""
 
 
 def find_library_arch(arch: str) -> Arch | None:
@@ -43,6 +43,7 @@ def find_library_arch(arch: str) -> Arch | None:
     """
     if arch.startswith(TORCHVISION):
         name = arch.removeprefix(TORCHVISION)
+        _check_torchvision(arch, name)
         return Arch(partial(torchvision_model, name), PRETRAINED, _torchvision_weights(name))
     if arch.startswith(VISION_LEARNER + TIMM):
         name = arch.removeprefix(VISION_LEARNER + TIMM)
@@ -50,8 +51,27 @@ def find_library_arch(arch: str) -> Arch | None:
         return Arch(partial(timm_vision_learner, name), facts.phases, facts.weights, facts.size)
     if arch.startswith(VISION_LEARNER):
         name = arch.removeprefix(VISION_LEARNER)
+        _check_torchvision(arch, name)
+        if name.startswith(NOT_CUT_BY_FASTAI):
+            raise UsageError(f"--arch {arch}: fastai's vision_learner cannot cut this network. Use torchvision.{name}.")
         return Arch(partial(vision_learner_model, name), PRETRAINED, _torchvision_weights(name))
     return None
+
+
+def _check_torchvision(arch: str, name: str) -> None:
+    """Raise `UsageError` if torchvision has no classifier `name`, or if it cannot be cut."""
+    from torchvision import models
+
+    if name in torchvision_names():
+        return
+    if name in models.list_models(module=models):
+        raise UsageError(
+            f'--arch {arch}: cannot be cut into body and head, because its forward does more than to call its layers '
+            'in order. Choose a network of timm instead.'
+        )
+    similar = get_close_matches(name, torchvision_names())
+    examples = f', such as {", ".join(similar)}' if similar else ''
+    raise UsageError(f'--arch {arch} is unknown: choose a classifier in torchvision.models{examples}.')
 
 
 def torchvision_names() -> list[str]:
@@ -62,21 +82,9 @@ def torchvision_names() -> list[str]:
 
 
 def _torchvision_weights(name: str) -> dict[str, str]:
-    """Return torchvision's weights of `name`, name to source: `imagenet`, which is its default, and all by their names.
-
-    Raises `UsageError` if torchvision has no such classifier, or if it cannot be cut.
-    """
+    """Return torchvision's weights of `name`, name to source: `imagenet` for its default, and all by their names."""
     from torchvision import models
 
-    if name not in torchvision_names():
-        if name in models.list_models(module=models):
-            raise UsageError(
-                f'--arch torchvision.{name}: cannot be cut into body and head, because its forward does more than to '
-                'call its layers in order. Choose a network of timm instead.'
-            )
-        similar = get_close_matches(name, torchvision_names())
-        examples = f', such as {", ".join(similar)}' if similar else ''
-        raise UsageError(f'--arch torchvision.{name} is unknown: choose a classifier in torchvision.models{examples}.')
     enum = models.get_model_weights(name)
     sources = {member.name.lower(): f'torchvision:{enum.__name__}.{member.name}' for member in enum}
     return {'imagenet': sources[enum['DEFAULT'].name.lower()], **sources}
@@ -91,19 +99,10 @@ def torchvision_model(name: str) -> nn.Sequential:
 
 
 def vision_learner_model(name: str) -> nn.Sequential:
-    """Return the network that fastai's `vision_learner` builds for torchvision's `name`.
-
-    Raises `UsageError` for networks that fastai cannot cut.
-    """
+    """Return the network that fastai's `vision_learner` builds for torchvision's `name`."""
     from torchvision import models
 
-    model = models.get_model(name, weights=None)
-    family = torchvision_family(model)
-    if family in TORCHVISION_CUTS and family not in FASTAI_CUTS:
-        raise UsageError(
-            f"--arch vision_learner.{name}: fastai's vision_learner cannot cut this network. Choose torchvision.{name}."
-        )
-    body = cut_body(model)
+    body = cut_body(models.get_model(name, weights=None))
     return nn.Sequential(body, vision_learner_head(count_features(body)))
 
 
@@ -133,10 +132,21 @@ def _output_shape(body: Any) -> torch.Size:
         return body(torch.zeros(1, *body.default_cfg['input_size'])).shape
 
 
-def find_timm_arch(arch: str) -> Arch:
-    """Return the facts about timm's network `arch`. Raises `UsageError` if timm is missing or does not know it."""
+def similar_in_timm(arch: str) -> str:
+    """Return the words `, such as NAME, NAME` with names of timm that contain `arch`; empty without any."""
     import timm
 
+    similar = timm.list_models(f'*{arch}*')[:3]
+    return f', such as {", ".join(similar)}' if similar else ''
+
+
+def find_timm_arch(arch: str) -> Arch:
+    """Return the facts about timm's network `arch`. Raises `UsageError` if timm is missing or does not know it."""
+    require_package('timm', f'--arch {arch}', 'timm')
+    import timm
+
+    if not timm.is_model(arch):
+        raise UsageError(f'--arch {arch} is unknown: choose a name that timm knows{similar_in_timm(arch)}.')
     config = timm.get_pretrained_cfg(arch)
     size = config.input_size[-1] if config and config.fixed_input_size else None
     if config and timm.is_model_pretrained(arch):

@@ -52,16 +52,21 @@ def create_network(arch: str | Builder | nn.Module, pretrained: Any = True, size
     and for weights that are not available or do not fit.
     """
     if isinstance(arch, nn.Module):
-        return _adopt(arch, type(arch), pretrained, size)
+        kept = OWN_WEIGHTS if isinstance(pretrained, bool) else pretrained
+        return _adopt(arch, type(arch), kept, size)
     name = arch if isinstance(arch, str) else _find_name(arch)
     if name is None:
-        return _adopt(_call(arch), arch, pretrained, size)
+        built = {True: OWN_WEIGHTS, False: 'none'}.get(pretrained, pretrained)
+        return _adopt(_call(arch), arch, built, size)
     weights = _choose_weights(name, find_arch(name), pretrained)
     return Network(build_model(name, weights), name, weights)
 
 
-def _adopt(model: nn.Module, source: Any, pretrained: Any, size: int | None) -> Network:
-    """Return a module of the user as a network. `source` is its class, or the function that built it."""
+def _adopt(model: nn.Module, source: Any, weights: Any, size: int | None) -> Network:
+    """Return a module of the user as a network. `source` is its class, or the function that built it.
+
+    `weights` is the name of the weights that it has, or a file to load.
+    """
     name = _own_name(source)
     network = split_network(model, name, size)
     known = _find_name(source)
@@ -74,12 +79,9 @@ def _adopt(model: nn.Module, source: Any, pretrained: Any, size: int | None) -> 
             CXRWarning,
             stacklevel=3,
         )
-    weights = OWN_WEIGHTS
-    if not isinstance(pretrained, bool):
-        weights = check_weights(name, {}, str(pretrained))
+    if weights not in (OWN_WEIGHTS, 'none'):
+        weights = check_weights(name, {}, str(weights))
         fill(network, f'file:{weights}', weights)
-    elif not pretrained and source is not type(model):
-        weights = 'none'
     return Network(network, name, weights)
 
 

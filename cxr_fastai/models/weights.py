@@ -153,7 +153,8 @@ def _rename_layers(state: State, expected: State) -> State:
         return state
     layers = dict.fromkeys(key.split('.')[0] for key in expected)
     if len(layers) == 1:
-        inside = {f'{name}.{key}': tensor for name in layers for key, tensor in state.items()}
+        (name,) = layers
+        inside = {f'{name}.{key}': tensor for key, tensor in state.items() if not key.startswith(CLASSIFIER_PREFIXES)}
         if inside.keys() & expected.keys():  # the body contains the network
             return inside
     names = dict(zip(dict.fromkeys(key.split('.')[0] for key in state), layers, strict=False))

@@ -1,6 +1,6 @@
 from .cache import ImageCache, find_cache, prepare
 from .corruptions import CORRUPTIONS, corrupt, summarise
-from .decode import decode_image, open_image, read_image
+from .decode import ImageLike, decode_image, grey_array, open_image, read_image
 from .limits import DecodedImage
 from .preprocessing import Preprocessing
 from .synthetic import make_demo
@@ -9,10 +9,12 @@ __all__ = [
     'CORRUPTIONS',
     'DecodedImage',
     'ImageCache',
+    'ImageLike',
     'Preprocessing',
     'corrupt',
     'decode_image',
     'find_cache',
+    'grey_array',
     'make_demo',
     'open_image',
     'prepare',

@@ -1,26 +1,33 @@
-"""Decoding of image files in any supported format to one grey uint8 array."""
+"""Decoding of images, in files of any supported format or in memory, to one grey uint8 array."""
 
 from __future__ import annotations
 
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
-from cxr_fastai.core.errors import ImageError
+from cxr_fastai.core.errors import ImageError, first_line
 from cxr_fastai.images import dicom
+from cxr_fastai.images.arrays import describe_array, grey_pixels
 from cxr_fastai.images.limits import MAX_BYTES, MAX_PIXELS, DecodedImage, check_pixels, check_scans, check_shape
 from cxr_fastai.images.windowing import percentile_grey
 
 if TYPE_CHECKING:
     from cxr_fastai.images.preprocessing import Preprocessing
+
+ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
+"""An image: the path of its file, the contents of its file, an image of Pillow, or an array of grey uint8 pixels."""
 
 FORMATS = {'JPEG': ('.jpeg', '.jpg'), 'PNG': ('.png',), 'TIFF': ('.tiff', '.tif'), 'DICOM': dicom.SUFFIXES}
 """Supported format to its usual suffixes. The content of a file decides, not its name."""
@@ -69,33 +76,48 @@ UPRIGHT = {
     8: Transpose.ROTATE_90,
 }
 """EXIF orientation to the operation that turns the image upright."""
-PNG_BIT_DEPTH = 24
-"""Offset of the bit depth in a PNG file."""
+PNG_16_BITS = ';16B'
+"""End of the name by which Pillow describes the pixels of a PNG file with 16 bits per sample."""
 WHITE_IS_ZERO = 0
 """Value of the TIFF tag PhotometricInterpretation."""
 BLACK = (0, 0, 0, 255)
 MIN_DEVIATION = 2
 """Minimum standard deviation of the grey levels; an image below it shows nothing."""
+LOADING = Lock()
+"""Pillow reads the file of an image when its pixels are needed, and two threads may have the same image to convert."""
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | os.PathLike) -> np.ndarray:
     """Read the image `path` at full resolution: grey uint8 (h, w). Raises `ImageError`."""
     return open_image(path).pixels
 
 
-def open_image(path: str | Path, preprocessing: Preprocessing | None = None) -> DecodedImage:
-    """Decode the image `path`; a large JPEG at no more pixels than `preprocessing` needs, if given.
+def grey_array(image: bytes | Image.Image | np.ndarray) -> np.ndarray:
+    """Convert an image in memory to the grey pixels that its file would give: uint8 (h, w). See `decode_image`."""
+    return decode_image(image).pixels
 
-    Raises `ImageError` with the path in its message and a stable code.
+
+def file_path(image: Any) -> str | None:
+    """Return the path of the file `image`, or None if `image` is an image in memory."""
+    return os.fsdecode(image) if isinstance(image, str | os.PathLike) else None
+
+
+def open_image(image: ImageLike, preprocessing: Preprocessing | None = None, name: str | None = None) -> DecodedImage:
+    """Decode an image: the path of a file, or an image in memory as in `decode_image`.
+
+    A large JPEG is decoded at no more pixels than `preprocessing` needs, if given. Raises `ImageError` with a stable
+    code, and with the `name` of the image in its message: by default its path, or `image`.
     """
-    suffix = Path(path).suffix.lower()
+    path = file_path(image)
+    suffix = Path(path or '').suffix.lower()
     try:
-        image = decode_image(read_bytes(path), preprocessing, suffix)
+        data: Any = image if path is None else read_bytes(path)
+        decoded = decode_image(data, preprocessing, suffix)
     except ImageError as error:
-        raise error.with_path(path) from error.__cause__
-    if suffix in SUFFIXES and suffix not in FORMATS[image.format]:
-        return replace(image, notes=(*image.notes, f'the file is {image.format} despite its suffix {suffix}'))
-    return image
+        raise error.with_path(name or path or 'image') from error.__cause__
+    if suffix in SUFFIXES and suffix not in FORMATS[decoded.format]:
+        return replace(decoded, notes=(*decoded.notes, f'the file is {decoded.format} despite its suffix {suffix}'))
+    return decoded
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -125,18 +147,55 @@ def sniff(data: bytes) -> str:
     return '?'
 
 
-def decode_image(data: bytes, preprocessing: Preprocessing | None = None, suffix: str = '') -> DecodedImage:
-    """Decode the bytes of an image file. Raises `ImageError`, without a path in its message.
+def decode_image(
+    image: bytes | Image.Image | np.ndarray, preprocessing: Preprocessing | None = None, suffix: str = ''
+) -> DecodedImage:
+    """Decode an image in memory. Raises `ImageError` with a stable code, without a path in its message.
 
-    `suffix` is that of the file name; it only improves the error message of damaged files.
+    The bytes of a file are decoded as the file is; `suffix` is that of its name, which only improves the error message
+    of damaged files. An image of Pillow gives the pixels of its file: its EXIF orientation is applied, transparency
+    becomes black, and deep images are windowed. It is always decoded at full size, even if `preprocessing` would reduce
+    the file. An array must contain the grey levels themselves: uint8 (h, w), (h, w, 1), or (h, w, 3) with equal
+    channels. Everything else has the code `E_ARRAY` (arrays and tensors) or `E_TYPE`.
+
+    If you rotate an image of Pillow, apply its EXIF orientation before with `PIL.ImageOps.exif_transpose`, which also
+    removes it. fastai's `PILImage.create` converts to RGB, which makes an image of 16 bits white: pass its path.
     """
+    decoded = _decode(image, preprocessing, suffix)
+    check_shape(decoded.width, decoded.height)
+    if _deviation(decoded.pixels) < MIN_DEVIATION:
+        raise ImageError('the image is blank: all pixels are nearly alike', 'E_BLANK')
+    return decoded
+
+
+def _decode(image: Any, preprocessing: Preprocessing | None, suffix: str) -> DecodedImage:
+    """Decode any image in memory, without the checks that all of them need."""
+    if isinstance(image, bytes | bytearray | memoryview):
+        return _decode_file(bytes(image), preprocessing, suffix)
+    if isinstance(image, Image.Image):
+        return _convert_pillow_image(image)
+    if isinstance(image, np.ndarray):
+        pixels = grey_pixels(image)
+        height, width = pixels.shape
+        check_pixels(width, height)
+        return DecodedImage(pixels, 'array', str(image.dtype), 8, width, height)
+    if hasattr(image, 'dtype') and hasattr(image, 'shape'):
+        raise ImageError(
+            f'{describe_array(image)}: only NumPy arrays are read. Convert it to one of uint8 (h, w).', 'E_ARRAY'
+        )
+    raise ImageError(
+        f'{type(image).__name__}: not an image. Pass a path, an image of Pillow, a uint8 array (h, w), or the bytes of '
+        'a file.',
+        'E_TYPE',
+    )
+
+
+def _decode_file(data: bytes, preprocessing: Preprocessing | None, suffix: str) -> DecodedImage:
     if not data:
         raise ImageError('the file is empty', 'E_EMPTY')
-    image = dicom.read_dicom(data) if dicom.is_dicom(data, suffix) else _decode_picture(data, preprocessing)
-    check_shape(image.width, image.height)
-    if _deviation(image.pixels) < MIN_DEVIATION:
-        raise ImageError('the image is blank: all pixels are nearly alike', 'E_BLANK')
-    return image
+    if dicom.is_dicom(data, suffix):
+        return dicom.read_dicom(data)
+    return _decode_picture(data, preprocessing)
 
 
 def _deviation(pixels: np.ndarray) -> float:
@@ -149,15 +208,48 @@ def _deviation(pixels: np.ndarray) -> float:
 
 def _decode_picture(data: bytes, preprocessing: Preprocessing | None) -> DecodedImage:
     """Decode any format but DICOM."""
-    try:
-        with Image.open(BytesIO(data), formats=PILLOW_FORMATS) as image:
-            _check_header(image, data)
-            width, height = image.size
-            mode = image.mode
-            if image.format == 'JPEG' and preprocessing:
+    with _pillow_errors(), Image.open(BytesIO(data), formats=PILLOW_FORMATS) as image:
+        _check_header(image)
+        if image.format not in FORMATS:
+            raise ImageError(f'the format {image.format} is not one of {", ".join(FORMATS)}', 'E_FORMAT')
+        width, height = image.size
+        check_shape(width, height)
+        if image.format == 'JPEG':
+            check_scans(data, width, height)
+            if preprocessing:
                 image.draft('L', preprocessing.decode_size(width, height))
-            grey, notes = _to_grey(image)
-            return DecodedImage(grey, str(image.format), mode, BITS[mode], width, height, tuple(notes))
+        return _convert(image, str(image.format), width, height)
+
+
+def _convert_pillow_image(image: Image.Image) -> DecodedImage:
+    """Convert an image that the user opened or created. Its format may be any, because it is not ours to open."""
+    with _pillow_errors():
+        _check_header(image)
+        width, height = image.size
+        check_shape(width, height)
+        with LOADING:
+            _check_open(image)
+            return _convert(image, image.format or 'PIL', width, height)
+
+
+def _check_open(image: Image.Image) -> None:
+    """Raise `ImageError` if the file of `image` was closed before its pixels were read."""
+    needs_file = bool(getattr(image, 'tile', ()))
+    if needs_file and getattr(image, 'fp', None) is None:
+        raise ImageError('the image was closed before its pixels were read. Call image.load() before', 'E_IO')
+
+
+def _convert(image: Image.Image, form: str, width: int, height: int) -> DecodedImage:
+    mode = image.mode
+    grey, notes = _to_grey(image)
+    return DecodedImage(grey, form, mode, BITS[mode], width, height, tuple(notes))
+
+
+@contextmanager
+def _pillow_errors() -> Iterator[None]:
+    """Raise `ImageError` instead of everything that Pillow may raise within the block."""
+    try:
+        yield
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -168,35 +260,33 @@ def _decode_picture(data: bytes, preprocessing: Preprocessing | None) -> Decoded
     except Exception as error:
         if 'too large' in str(error).lower():
             raise ImageError(f'{error}', 'E_TOO_LARGE') from error
-        raise ImageError(f'truncated or damaged: {error}', 'E_TRUNCATED') from error
+        raise ImageError(f'truncated or damaged: {first_line(error)}', 'E_TRUNCATED') from error
 
 
-def _check_header(image: Image.Image, data: bytes) -> None:
+def _check_header(image: Image.Image) -> None:
     """Raise `ImageError` for everything that can be refused before the pixels are decoded."""
     check_pixels(*image.size)
     if getattr(image, 'is_animated', False):
         raise ImageError('several frames or pages', 'E_MULTIFRAME')
-    if image.format not in FORMATS:
-        raise ImageError(f'the format {image.format} is not one of {", ".join(FORMATS)}', 'E_FORMAT')
     if image.mode not in BITS:
         raise ImageError(f'unsupported pixel mode {image.mode}', 'E_BITDEPTH')
-    bits = _stored_bits(image, data)
+    bits = _stored_bits(image)
     if bits > 8 and BITS[image.mode] == 8:
         raise ImageError(
             f'{bits} bits per sample with colour or transparency. Store the image as 16-bit grey', 'E_BITDEPTH'
         )
-    check_shape(*image.size)
-    if image.format == 'JPEG':
-        check_scans(data, *image.size)
 
 
-def _stored_bits(image: Image.Image, data: bytes) -> int:
-    """Return the bits per sample in the file, of which Pillow may silently keep only the upper 8."""
-    if image.format == 'PNG':
-        return data[PNG_BIT_DEPTH]
+def _stored_bits(image: Image.Image) -> int:
+    """Return the bits per sample in the file, of which Pillow may silently keep only the upper 8.
+
+    The pixels that are still to be decoded have the name of their layout, such as `RGB;16B`. Once Pillow has decoded
+    them, only a TIFF file tells its bits.
+    """
     if image.format == 'TIFF':
         return max(_tiff_tags(image).get(ExifTags.Base.BitsPerSample, (1,)))
-    return 8
+    layouts = [str(tile.args) for tile in getattr(image, 'tile', ())]
+    return 16 if any(layout.endswith(PNG_16_BITS) for layout in layouts) else 8
 
 
 def _tiff_tags(image: Image.Image) -> dict:

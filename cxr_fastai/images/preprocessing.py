@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from cxr_fastai.core.errors import UsageError
-from cxr_fastai.images.decode import open_image
+from cxr_fastai.images.arrays import check_grey
+from cxr_fastai.images.decode import ImageLike, open_image
 
 BILINEAR = Image.Resampling.BILINEAR
 """Pillow's bilinear filter, which includes antialiasing when it reduces an image."""
@@ -62,22 +62,27 @@ class Preprocessing:
         """Return the preprocessing of a `Recipe` or a `ModelConfig`."""
         return cls(**{field.name: getattr(source, field.name) for field in fields(cls)})
 
-    def load(self, path: str | Path) -> np.ndarray:
-        """Read the image `path` and return the network's view of it: grey uint8 (size, size). Raises `ImageError`.
+    def load(self, image: ImageLike) -> np.ndarray:
+        """Read an image (see `open_image`) and return the network's view of it: grey uint8 (size, size).
 
-        A large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides if both remain at least twice as long as needed, so that
-        resampling still smooths the image. On 96 original images the result differs from a full decode by 0.20 grey
-        levels on average (0.91 in the worst image), and vertical sharpness changes by -1% to +4%. With sides as long as
-        needed, and not twice that, it would differ by 0.64 (2.46), and sharpness by -4% to +6%.
+        Raises `ImageError`. The file of a large JPEG is decoded at 1/2, 1/4 or 1/8 of its sides if both remain at least
+        twice as long as needed, so that resampling still smooths the image. On 96 original images the result differs
+        from a full decode, and thus from the same image in memory, by 0.20 grey levels on average (0.91 in the worst
+        image), and vertical sharpness changes by -1% to +4%. With sides as long as needed, and not twice that, it would
+        differ by 0.64 (2.46), and sharpness by -4% to +6%.
         """
-        return self.fit(open_image(path, self).pixels)
+        return self.fit(open_image(image, self).pixels)
 
     def fit(self, image: np.ndarray) -> np.ndarray:
         """Return the network's view of a decoded image, grey uint8 (h, w): grey uint8 (size, size)."""
         return self.smooth(self.square(image))
 
     def square(self, image: np.ndarray) -> np.ndarray:
-        """Resize `image`, grey uint8 (h, w), to (size, size), without the low-pass filter."""
+        """Resize `image`, grey uint8 (h, w), to (size, size), without the low-pass filter.
+
+        Raises `ImageError` E_ARRAY for an array of another type or shape.
+        """
+        check_grey(image)
         if image.shape == (self.size, self.size):
             return image
         resize = RESIZES[self.resize]

@@ -1,15 +1,18 @@
-"""Decoding of image files to grey uint8 arrays."""
+"""Decoding of image files and of images in memory to grey uint8 arrays."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
-from imagefiles import DEEP, GREY, RAMP, compressed, dicom, encoded, within
+from imagefiles import DEEP, GREY, RAMP, colour_png, compressed, dicom, encoded, smooth, within
 from PIL import Image, ImageOps
 from pydicom.uid import JPEG2000Lossless, RLELossless
 
 from cxr_fastai.core.errors import ImageError
-from cxr_fastai.images.decode import decode_image, open_image, read_image
+from cxr_fastai.images.decode import decode_image, grey_array, open_image, read_image
 from cxr_fastai.images.preprocessing import Preprocessing
 
 
@@ -99,6 +102,147 @@ def test_the_content_determines_the_format_and_a_wrong_suffix_is_noted(tmp_path)
     assert open_image(tmp_path / 'b.dcm').notes == ('the file is TIFF despite its suffix .dcm',)
     (tmp_path / 'c.png').write_bytes(dicom())
     assert 'the file is DICOM despite its suffix .png' in open_image(tmp_path / 'c.png').notes
+
+
+PICTURE = Image.fromarray(GREY)
+DIFFERENT = Image.merge('RGB', [PICTURE, PICTURE.transpose(Image.Transpose.ROTATE_180), PICTURE])
+TRANSPARENT = PICTURE.convert('RGBA')
+TRANSPARENT.putalpha(Image.fromarray(np.uint8(255 * (GREY > 100))))
+ROTATED = Image.Exif()
+ROTATED[0x112] = 6
+FILES = {
+    'grey JPEG': encoded(GREY, 'JPEG'),
+    'colour JPEG': encoded(DIFFERENT, 'JPEG'),
+    'CMYK JPEG': encoded(DIFFERENT.convert('CMYK'), 'JPEG'),
+    'progressive JPEG': encoded(GREY, 'JPEG', progressive=True),
+    'rotated JPEG': encoded(GREY, 'JPEG', exif=ROTATED),
+    'rotated PNG': encoded(GREY, exif=ROTATED),
+    'rotated TIFF': encoded(GREY, 'TIFF', exif=ROTATED),
+    'rotated deep TIFF': encoded(DEEP, 'TIFF', exif=ROTATED),
+    'palette': encoded(DIFFERENT.convert('P')),
+    'palette and transparency': encoded(PICTURE.convert('P'), transparency=9),
+    'transparency': encoded(TRANSPARENT),
+    'grey and transparency': encoded(TRANSPARENT.convert('LA')),
+    '1 bit': encoded(PICTURE.convert('1')),
+    '16 bits': encoded(DEEP),
+    '16-bit TIFF': encoded(DEEP, 'TIFF', compression='tiff_lzw'),
+    '16-bit TIFF with white as zero': encoded(DEEP, 'TIFF', tiffinfo={262: 0}),
+    '32 bits': encoded(np.int32(DEEP) * 1000, 'TIFF'),
+    'floats': encoded(np.float32(DEEP) / 5000, 'TIFF'),
+}
+
+
+@pytest.mark.parametrize('is_loaded', [False, True])
+@pytest.mark.parametrize('kind', FILES)
+def test_a_pil_image_gives_the_pixels_of_its_file(kind, is_loaded):
+    expected = decode_image(FILES[kind])
+    image = Image.open(BytesIO(FILES[kind]))
+    if is_loaded:
+        image.load()
+    decoded = decode_image(image)
+    assert decoded.pixels.dtype == np.uint8 and np.array_equal(decoded.pixels, expected.pixels)
+    assert (decoded.format, decoded.mode, decoded.bits) == (expected.format, expected.mode, expected.bits)
+    # Pillow forgets the orientation of a TIFF when it has turned the pixels.
+    if not (is_loaded and 'rotated' in kind and 'TIFF' in kind):
+        assert decoded.notes == expected.notes
+    assert np.array_equal(grey_array(image), expected.pixels), 'the image is not changed, so it can be used again'
+
+
+@pytest.mark.parametrize('kind', FILES)
+def test_the_bytes_of_a_file_are_decoded_like_the_file(tmp_path, kind):
+    (tmp_path / 'image').write_bytes(FILES[kind])
+    expected = read_image(tmp_path / 'image')
+    for data in (FILES[kind], bytearray(FILES[kind]), memoryview(FILES[kind])):
+        assert np.array_equal(grey_array(data), expected)
+
+
+def test_the_bytes_of_a_dicom_file_are_decoded_like_the_file(tmp_path):
+    (tmp_path / 'a.dcm').write_bytes(dicom(PhotometricInterpretation='MONOCHROME1'))
+    assert np.array_equal(grey_array((tmp_path / 'a.dcm').read_bytes()), read_image(tmp_path / 'a.dcm'))
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA', 'LA', 'P', 'CMYK', 'YCbCr'])
+def test_grey_pixels_are_read_from_pil_images_of_every_mode(mode):
+    assert within(1, grey_array(PICTURE.convert(mode)), GREY)
+
+
+@pytest.mark.parametrize('pixels', [DEEP, np.int32(DEEP), np.float32(DEEP) / 4000], ids=['I;16', 'I', 'F'])
+def test_deep_pil_images_are_windowed_like_files(pixels):
+    image = decode_image(Image.fromarray(pixels))
+    assert within(1, image.pixels, RAMP) and '0.5% to 99.5% of the pixels' in image.notes[0]
+
+
+def test_a_converted_pil_image_keeps_its_orientation_and_an_upright_one_is_not_turned():
+    upright = decode_image(FILES['rotated JPEG']).pixels
+    opened = Image.open(BytesIO(FILES['rotated JPEG']))
+    assert within(1, grey_array(opened.convert('RGB')), upright)
+    assert np.array_equal(grey_array(ImageOps.exif_transpose(opened)), upright)
+
+
+def test_threads_can_convert_the_same_opened_image():
+    data = encoded(smooth(400, 300), 'JPEG')
+    image = Image.open(BytesIO(data))
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(grey_array, [image] * 16))
+    assert all(np.array_equal(result, grey_array(data)) for result in results)
+
+
+def closed() -> Image.Image:
+    image = Image.open(BytesIO(FILES['grey JPEG']))
+    image.close()
+    return image
+
+
+@pytest.mark.parametrize(
+    'image, code',
+    [
+        (lambda: Image.open(BytesIO(FILES['grey JPEG'][:-200])), 'E_TRUNCATED'),
+        (closed, 'E_IO'),
+        (lambda: Image.open(BytesIO(colour_png(16))), 'E_BITDEPTH'),
+        (lambda: PICTURE.convert('RGB').convert('LAB'), 'E_BITDEPTH'),
+        (
+            lambda: Image.open(BytesIO(encoded(PICTURE, 'GIF', save_all=True, append_images=[DIFFERENT]))),
+            'E_MULTIFRAME',
+        ),
+        (lambda: PICTURE.resize((63, 80)), 'E_TOO_SMALL'),
+        (lambda: Image.new('1', (20_000, 2100)), 'E_TOO_LARGE'),
+        (lambda: Image.new('RGB', (80, 96), 'grey'), 'E_BLANK'),
+        (lambda: b'', 'E_EMPTY'),
+        (lambda: b'<html>', 'E_FORMAT'),
+        (lambda: bytearray(FILES['16 bits'][:500]), 'E_TRUNCATED'),
+    ],
+)
+def test_images_in_memory_have_the_errors_of_files(image, code):
+    with pytest.raises(ImageError) as caught:
+        open_image(image())
+    assert caught.value.code == code and str(caught.value).startswith(f'image: {code}: ')
+    assert '\n' not in str(caught.value)
+
+
+def test_an_image_in_memory_can_be_given_a_name_for_its_error():
+    with pytest.raises(ImageError, match='^left lung: E_ARRAY: float64 array'):
+        open_image(GREY / 255, name='left lung')
+
+
+class PathObject:
+    """A path of another library."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def test_every_kind_of_path_is_opened(tmp_path):
+    (tmp_path / 'a.png').write_bytes(encoded(GREY))
+    with os.scandir(tmp_path) as entries, os.scandir(os.fsencode(tmp_path)) as byte_entries:
+        paths = [tmp_path / 'a.png', str(tmp_path / 'a.png'), PathObject(tmp_path / 'a.png'), *entries, *byte_entries]
+    assert len(paths) == 5
+    for path in paths:
+        assert np.array_equal(read_image(path), GREY)
+    with pytest.raises(ImageError, match=f'^{tmp_path}/missing.png: E_IO'):
+        read_image(PathObject(tmp_path / 'missing.png'))
 
 
 COLOUR = Image.fromarray(GREY).convert('RGB')

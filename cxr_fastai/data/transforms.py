@@ -9,7 +9,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
 import numpy as np
@@ -26,6 +26,7 @@ from cxr_fastai.core.errors import CXRWarning, ImageError
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.images.cache import ImageCache
 from cxr_fastai.images.corruptions import reencode
+from cxr_fastai.images.decode import file_path
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.models.inputs import MEAN, STD, denormalize, normalize
 
@@ -36,26 +37,56 @@ MAX_JPEG_QUALITY = 95
 
 
 class OpenImage(Transform):
-    """Convert a path, or a grey uint8 array (h, w), to a grey uint8 tensor (1, size, size).
+    """Convert an image to a grey uint8 tensor (1, size, size): a path, the bytes of a file, a PIL image or an array.
 
-    `source` reads and resizes the image. An image that cannot be read raises `ImageError`, or with `skip` is left out
-    of the batch with a warning.
+    `source` reads and resizes the image. Images in memory are those that `images.decode_image` accepts. A path and its
+    image in memory give the same pixels, except for a large JPEG (see `Preprocessing.load`). An item of a dataset that
+    this transform opened already is not changed.
+
+    An image that cannot be used raises `ImageError`; with `skip` a file that cannot be used is left out of the batch,
+    with a warning.
+    """
+
+    input_types = object
+    """What `test_dl` and `predict` pass on to this transform: anything, so that it can say why it refuses an input.
+
+    An attribute of the class, because a pickled learner contains the attributes of the transform.
     """
 
     def __init__(self, source: Preprocessing | ImageCache, skip: bool = False) -> None:
         super().__init__()
         self.source = source
         self.skip = skip
-        self.input_types = (str, Path, np.ndarray)  # what `dls.test_dl` accepts
 
-    def encodes(self, image: str | Path | np.ndarray) -> TensorImageBW:
+    def encodes(self, image: Any) -> TensorImageBW:
+        if self.is_opened(image):
+            return image
+        path = file_path(image)
+        if path is None:
+            return self.to_tensor(self.preprocessing.load(image))
         try:
-            pixels = self.source.fit(image) if isinstance(image, np.ndarray) else self.source.load(image)
+            return self.to_tensor(self.source.load(path))
         except ImageError as error:
             if not self.skip:
                 raise
             warnings.warn(f'{error}: skipped', CXRWarning, stacklevel=2)
             raise SkipItemException from error
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The preprocessing of every image, also of those in a cache."""
+        if isinstance(self.source, ImageCache):
+            return self.source.preprocessing
+        return self.source
+
+    def is_opened(self, image: Any) -> bool:
+        """Return True if `image` is a result of this transform, such as an item of `dls.valid_ds`."""
+        size = self.preprocessing.size
+        return isinstance(image, TensorImageBW) and image.dtype == torch.uint8 and image.shape == (1, size, size)
+
+    @staticmethod
+    def to_tensor(pixels: np.ndarray) -> TensorImageBW:
+        """Return grey uint8 pixels (size, size) as a tensor (1, size, size) of its own."""
         return TensorImageBW(torch.from_numpy(pixels.copy())[None])
 
 

@@ -1,22 +1,35 @@
-"""Augmentation gives the same images as torchvision, SciPy and Pillow, and changes training images only."""
+"""The transforms of the data pipeline.
+
+Every kind of image is opened, in every call of fastai that takes images. Augmentation gives the same images as
+torchvision, SciPy and Pillow, and changes training images only.
+"""
 
 import io
+import os
+import warnings
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fastai.data.load import SkipItemException
+from fastai.learner import Learner, load_learner
 from fastai.torch_core import TensorImageBW
+from fastai.vision.core import PILImage, PILImageBW
+from imagefiles import DEEP, GREY, dicom, encoded, smooth
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF1
 from torchvision.transforms.v2 import functional as TF2
 
+from cxr_fastai.core.errors import CXRWarning, ImageError
 from cxr_fastai.data.transforms import (
     AugmentImages,
     DegradeImages,
+    OpenImage,
     augmentations,
     blur,
     coarsen,
@@ -24,6 +37,8 @@ from cxr_fastai.data.transforms import (
     recompress,
     warp,
 )
+from cxr_fastai.images.decode import grey_array, read_image
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.models.architectures import make_recipe
 
 HEIGHT, WIDTH = 60, 48  # not square, so that mixing up the axes fails
@@ -46,6 +61,155 @@ def square() -> torch.Tensor:
     """A smooth image with an edge, (1, 1, 64, 64) in [0, 1]."""
     noise = np.random.default_rng(0).random((64, 64))
     return torch.from_numpy(gaussian_filter(noise, 2)).float()[None, None].mul(4).sub(1.5).clamp(0, 1)
+
+
+@pytest.fixture(scope='module')
+def learn(run) -> Learner:
+    """The learner of `run`, loaded by fastai."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # fastai warns of every pickle
+        learn = load_learner(run / 'learner.pkl')
+    learn.remove_cbs([callback for callback in learn.cbs if callback.name == 'progress'])
+    return learn
+
+
+class PathObject:
+    """A path of another library."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+KINDS = {
+    'str': str,
+    'Path': Path,
+    'path object': PathObject,
+    'bytes': Path.read_bytes,
+    'PIL image': Image.open,
+    'PIL image in RGB': lambda path: Image.open(path).convert('RGB'),
+    'PILImage': PILImage.create,
+    'PILImageBW': PILImageBW.create,
+    'array': read_image,
+    'array (h, w, 1)': lambda path: read_image(path)[..., None],
+    'array (h, w, 3)': lambda path: np.stack([read_image(path)] * 3, axis=2),
+}
+
+
+def probability(learn: Learner, image: object) -> float:
+    return float(learn.predict(image)[2][1])
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_of_image_has_the_same_probability_in_every_call(learn, images, kind):
+    paths = sorted(images.glob('test/*/*.jpeg'))[::4]
+    assert len(paths) >= 3
+    inputs = [KINDS[kind](path) for path in paths]
+    expected = [probability(learn, path) for path in paths]
+    assert [probability(learn, image) for image in inputs] == expected
+    test_dl = learn.dls.test_dl(inputs, bs=1)
+    assert learn.get_preds(dl=test_dl)[0][:, 1].tolist() == expected
+    mixed = learn.dls.test_dl([inputs[0], paths[1], grey_array(paths[2].read_bytes())], bs=1)
+    assert learn.get_preds(dl=mixed)[0][:, 1].tolist() == expected[:3]
+
+
+@pytest.mark.parametrize(
+    'data',
+    [dicom(), encoded(DEEP), encoded(np.float32(DEEP), 'TIFF'), encoded(Image.fromarray(GREY).convert('P'))],
+    ids=['DICOM', '16-bit PNG', 'float TIFF', 'palette'],
+)
+def test_unusual_files_have_the_same_probability_as_their_bytes_and_their_pixels(learn, tmp_path, data):
+    (tmp_path / 'image').write_bytes(data)
+    expected = probability(learn, tmp_path / 'image')
+    assert probability(learn, data) == probability(learn, read_image(tmp_path / 'image')) == expected
+    if not data.startswith(bytes(128)):
+        assert probability(learn, Image.open(tmp_path / 'image')) == expected
+
+
+def test_the_orientation_of_a_pil_image_is_applied(learn, tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    (tmp_path / 'a.jpeg').write_bytes(encoded(GREY, 'JPEG', exif=exif, quality=95))
+    assert probability(learn, Image.open(tmp_path / 'a.jpeg')) == probability(learn, tmp_path / 'a.jpeg')
+    assert probability(learn, PILImageBW.create(tmp_path / 'a.jpeg')) == probability(learn, tmp_path / 'a.jpeg')
+
+
+def test_a_large_jpeg_differs_little_from_its_pil_image(learn, tmp_path):
+    (tmp_path / 'a.jpeg').write_bytes(encoded(smooth(900, 1200), 'JPEG', quality=95))
+    of_file, of_image = (
+        OpenImage(Preprocessing(64))(source).float()
+        for source in (tmp_path / 'a.jpeg', Image.open(tmp_path / 'a.jpeg'))
+    )
+    assert 0 < (of_file - of_image).abs().mean() < 0.5, 'only the file is decoded at a smaller scale'
+    difference = probability(learn, tmp_path / 'a.jpeg') - probability(learn, Image.open(tmp_path / 'a.jpeg'))
+    assert abs(difference) < 0.005
+
+
+def test_an_item_of_a_dataset_can_be_predicted(learn, images):
+    paths = sorted(images.glob('test/*/*.jpeg'))[:2]
+    test_dl = learn.dls.test_dl(paths, bs=1)
+    for path, (item,) in zip(paths, test_dl.dataset, strict=True):
+        assert probability(learn, item) == probability(learn, path)
+
+
+REFUSED = {
+    'float32 in 0 to 1': (np.float32(GREY / 255), 'E_ARRAY', r'convert it by \(255 \* image\).round\(\)'),
+    'float64 in 0 to 255': (GREY.astype(float), 'E_ARRAY', r'convert it by image.round\(\)'),
+    'uint16': (DEEP, 'E_ARRAY', 'scale a window of it'),
+    'int16': (np.int16(DEEP), 'E_ARRAY', 'scale a window of it'),
+    'bool': (GREY > 100, 'E_ARRAY', 'only uint8 is read'),
+    '3 h w': (np.stack([GREY] * 3), 'E_ARRAY', r'Pass image.transpose\(1, 2, 0\)'),
+    'n h w': (np.stack([GREY] * 5), 'E_ARRAY', 'one at a time'),
+    'colour': (np.dstack([GREY, GREY[::-1], GREY]), 'E_ARRAY', 'in colour'),
+    'RGBA': (np.dstack([GREY] * 4), 'E_ARRAY', 'PIL.Image.fromarray'),
+    'empty': (np.zeros((0, 0), np.uint8), 'E_TOO_SMALL', 'a side is under'),
+    'a number': (np.array(3, np.uint8), 'E_ARRAY', 'not an image'),
+    'objects': (GREY.astype(object), 'E_ARRAY', 'only uint8 is read'),
+    'blank': (np.zeros((96, 80), np.uint8), 'E_BLANK', 'blank'),
+    'small': (GREY[:40, :40], 'E_TOO_SMALL', 'a side is under'),
+    'a tensor': (torch.from_numpy(GREY.copy()), 'E_ARRAY', 'only NumPy arrays are read'),
+    'a tensor of the network': (TensorImageBW(torch.rand(1, 64, 64)), 'E_ARRAY', 'only NumPy arrays are read'),
+    'a blank PIL image': (Image.new('L', (96, 80)), 'E_BLANK', 'blank'),
+    'a damaged file': (encoded(GREY)[:900], 'E_TRUNCATED', 'truncated'),
+    'a list': (['a.jpeg'], 'E_TYPE', 'list: not an image'),
+    'None': (None, 'E_TYPE', 'NoneType: not an image'),
+    'a number of Python': (3.5, 'E_TYPE', 'float: not an image'),
+}
+
+
+@pytest.mark.parametrize('kind', REFUSED)
+def test_wrong_inputs_are_refused_in_one_line_in_every_call(learn, kind):
+    image, code, reason = REFUSED[kind]
+    for call in (learn.predict, lambda image: learn.get_preds(dl=learn.dls.test_dl([image, GREY]))):
+        with pytest.raises(ImageError, match=reason) as caught:
+            call(image)
+        assert caught.value.code == code and '\n' not in str(caught.value)
+    with pytest.raises(ImageError, match=reason):
+        learn.get_preds(dl=learn.dls.test_dl([GREY, image], num_workers=0))
+
+
+def test_only_files_are_skipped(tmp_path):
+    open_image = OpenImage(Preprocessing(64), skip=True)
+    with pytest.raises(ImageError, match='E_ARRAY'):
+        open_image(GREY / 255)
+    with pytest.warns(CXRWarning, match='missing.png: E_IO: .*: skipped'), pytest.raises(SkipItemException):
+        open_image(tmp_path / 'missing.png')
+
+
+def test_an_opened_image_shares_no_memory_with_its_array():
+    array = GREY[:64, :64].copy()
+    opened = OpenImage(Preprocessing(64))(array)
+    assert opened.shape == (1, 64, 64) and np.array_equal(opened[0].numpy(), array)
+    array[:] = 0
+    assert opened.any()
+
+
+def test_entries_of_a_folder_are_opened(images):
+    with os.scandir(images / 'test' / 'NORMAL') as entries:
+        entry = min((entry for entry in entries if entry.name.endswith('.jpeg')), key=lambda entry: entry.name)
+    assert torch.equal(OpenImage(Preprocessing(64))(entry), OpenImage(Preprocessing(64))(entry.path))
 
 
 def scaled(image: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, ImageError, UsageError
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.core.run import Run
-from cxr_fastai.images.decode import open_image
+from cxr_fastai.images.arrays import check_squares
+from cxr_fastai.images.decode import ImageLike, file_path, open_image
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle
@@ -51,13 +54,16 @@ class Predictor:
     tta: bool = False
 
     @classmethod
-    def load(cls, model: Path, calibrated: bool = False, engine: str = 'auto', gate: bool = True) -> Predictor:
+    def load(
+        cls, model: str | os.PathLike[str], calibrated: bool = False, engine: str = 'auto', gate: bool = True
+    ) -> Predictor:
         """Load a bundle with the `engine` (see `Bundle.engine`), a run folder, or an exported `.pkl` that is trusted.
 
         A run folder is loaded with the threshold and temperature that `evaluate` chose. With `gate=False` every image
         gets a probability. Raises `CXRError` if the model cannot be loaded, and `UsageError` if it has no temperature
         for `calibrated`.
         """
+        model = Path(model)
         if is_bundle(model):
             predictor = _load_bundle(model, engine)
         elif model.is_dir():
@@ -105,22 +111,32 @@ class Predictor:
             return 1.0
         return self.config.temperature
 
-    def predict(self, images: Sequence[Path], batch_size: int = 32, workers: int | None = None) -> Iterator[Row]:
+    def predict(self, images: Sequence[ImageLike], batch_size: int = 32, workers: int | None = None) -> Iterator[Row]:
         """Yield a row for each image, in order, with the keys `COLUMNS`, and show the progress.
+
+        An image is the path of a file, or an image in memory that `images.decode_image` accepts: an image of Pillow, a
+        uint8 array (h, w) or the bytes of a file. The path of a row is that of the file, or `image-N` for number N.
 
         An image that cannot be used gets the status `error` or `rejected` with a code and a message. The message of
         other images contains notes of their reading, such as the window of a 16-bit image. `workers` threads read
-        images ahead (default: the number of cores).
+        images ahead (default: the number of cores). Raises `UsageError` if `images` is a single image.
         """
+        return self.predict_named(name_images(images), batch_size, workers)
+
+    def predict_named(
+        self, images: Sequence[tuple[str, ImageLike]], batch_size: int = 32, workers: int | None = None
+    ) -> Iterator[Row]:
+        """Yield a row for each pair of a name and an image, as `predict` does. The name is the path of the row."""
         opened = in_threads(self._open, images, workers)
         while batch := list(islice(opened, batch_size)):
             yield from self._predict_batch(batch)
 
-    def _open(self, path: Path) -> tuple[Row, np.ndarray | None]:
-        row, image = self.start_row(str(path), lambda preprocessing: open_image(path, preprocessing))
-        if image is None:
+    def _open(self, named_image: tuple[str, ImageLike]) -> tuple[Row, np.ndarray | None]:
+        name, image = named_image
+        row, decoded = self.start_row(name, lambda preprocessing: open_image(image, preprocessing, name))
+        if decoded is None:
             return row, None
-        return row, self.preprocessing.fit(image.pixels)
+        return row, self.preprocessing.fit(decoded.pixels)
 
     def _predict_batch(self, batch: list[tuple[Row, np.ndarray | None]]) -> Iterator[Row]:
         squares = [square for _, square in batch if square is not None]
@@ -152,9 +168,10 @@ class Predictor:
     def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return probabilities (n,) and gate distances (n,) of grey uint8 images (n, size, size).
 
-        A distance above 1 means that the gate rejects the image; without a gate all are 0. Raises `CXRError` if a
-        probability is NaN or not between 0 and 1.
+        A distance above 1 means that the gate rejects the image; without a gate all are 0. Raises `ImageError` E_ARRAY
+        for arrays of another type or shape, and `CXRError` if a probability is NaN or not between 0 and 1.
         """
+        check_squares(images, self.config.size)
         p, features = self.engine(images)
         if self.tta:
             mirrored, _ = self.engine(np.ascontiguousarray(images[:, :, ::-1]))
@@ -180,6 +197,17 @@ class Predictor:
         """Return the probabilities of pneumonia (n,) of grey uint8 images (n, size, size), not calibrated."""
         p, _ = self.infer(images)
         return p
+
+
+def name_images(images: Iterable[ImageLike]) -> list[tuple[str, ImageLike]]:
+    """Return each image with its name in tables: the path of a file, or `image-N` for image number N in memory.
+
+    Raises `UsageError` if `images` is a single image.
+    """
+    is_single = isinstance(images, str | bytes | os.PathLike | Image.Image)
+    if is_single or (isinstance(images, np.ndarray) and images.ndim < 3):
+        raise UsageError(f'{type(images).__name__}: a single image, where a list of images is needed. Pass [image].')
+    return [(file_path(image) or f'image-{n}', image) for n, image in enumerate(images, 1)]
 
 
 def prediction_table(rows: Iterable[Row]) -> pd.DataFrame:

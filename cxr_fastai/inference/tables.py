@@ -19,8 +19,9 @@ from cxr_fastai.core.environment import is_main_process, require_package
 from cxr_fastai.core.errors import CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import atomic, writing
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
+from cxr_fastai.images.decode import ImageLike
 from cxr_fastai.inference.distributed import broadcast, map_in_processes, process_group
-from cxr_fastai.inference.predictor import COLUMNS, Predictor, Row
+from cxr_fastai.inference.predictor import COLUMNS, Predictor, Row, name_images
 
 FORMULA_STARTS = ('=', '+', '-', '@', '\t', '\r', '\0')
 """First characters that make a spreadsheet evaluate a text as a formula."""
@@ -48,7 +49,7 @@ class Predictions:
 
 def predict_to_table(
     model: Path,
-    images: Sequence[Path],
+    images: Sequence[ImageLike],
     table: Path | None = None,
     *,
     resume: bool = False,
@@ -62,10 +63,11 @@ def predict_to_table(
 ) -> Predictions:
     """Predict `images` with `model` and write a row for each image to `table`, batch by batch.
 
-    `model` and the options are those of `Predictor.load`; `threshold` replaces that of the model. `table` is a new
-    `.csv`, `.json` or `.parquet` file with the columns `COLUMNS`; None writes nothing. If the process is interrupted,
-    the rows of all finished batches are in the file, and `resume=True` continues it with the same model, options and
-    images. An image that cannot be used gets a row with a code and a message.
+    `model` and the options are those of `Predictor.load`, `images` those of `Predictor.predict`; `threshold` replaces
+    that of the model. `table` is a new `.csv`, `.json` or `.parquet` file with the columns `COLUMNS`; None writes
+    nothing. If the process is interrupted, the rows of all finished batches are in the file, and `resume=True`
+    continues it with the same model, options and images. An image that cannot be used gets a row with a code and a
+    message.
 
     In a distributed run each process predicts a part of the images, and only the main process writes and returns rows.
 
@@ -77,8 +79,8 @@ def predict_to_table(
         finished: list[Row] = []
         if is_main_process():
             writer, finished = _open_table(table, resume)
-        finished, paths = broadcast((finished, list(images)))
-        _check_same_images(finished, paths, table)
+        finished, named = broadcast((finished, name_images(images)))
+        _check_same_images(finished, [name for name, _ in named], table)
         predictor = replace(Predictor.load(model, calibrated, engine, use_gate), tta=tta)
         if threshold is not None:
             predictor = predictor.with_threshold(threshold)
@@ -87,8 +89,8 @@ def predict_to_table(
             _warn_of_missing_gate(model)
         if writer and not finished:
             writer.create()
-        predict = partial(predictor.predict, batch_size=batch_size, workers=workers)
-        rows = map_in_processes(predict, paths[len(finished) :])
+        predict = partial(predictor.predict_named, batch_size=batch_size, workers=workers)
+        rows = map_in_processes(predict, named[len(finished) :])
         written = _write_rows(rows, writer, batch_size)
     return Predictions(finished + written, predictor)
 
@@ -112,8 +114,8 @@ def _open_table(table: Path | None, resume: bool) -> tuple[CsvTable | None, list
         raise UsageError(f'--resume: {table} is not a table of predictions ({error}). Choose another --out.') from None
 
 
-def _check_same_images(finished: list[Row], paths: list[Path], table: Path | None) -> None:
-    expected = [_path_text(path) for path in paths[: len(finished)]]
+def _check_same_images(finished: list[Row], names: list[str], table: Path | None) -> None:
+    expected = [_path_text(name) for name in names[: len(finished)]]
     if [row['path'] for row in finished] != expected:
         raise UsageError(f'--resume: {table} contains other images. Name the same images as before, in the same order.')
 
@@ -152,9 +154,9 @@ def _write_rows(rows: Iterator[Row], writer: CsvTable | None, batch_size: int) -
     return written
 
 
-def _path_text(path: Path | str) -> str:
+def _path_text(path: str) -> str:
     """Return a path as valid UTF-8; bytes of a file name that are not valid become escape sequences."""
-    return str(path).encode('utf-8', 'backslashreplace').decode()
+    return path.encode('utf-8', 'backslashreplace').decode()
 
 
 class CsvTable:

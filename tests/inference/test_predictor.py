@@ -6,9 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from imagefiles import DEEP, GREY, dicom
 from PIL import Image
 
-from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
+from cxr_fastai.core.errors import CXRError, CXRWarning, ImageError, UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.find import list_images
 from cxr_fastai.images.decode import read_image
@@ -47,6 +48,80 @@ def test_an_unreadable_image_gets_a_row_and_does_not_change_the_others(predictor
     assert table.message[1] == 'E_EMPTY: the file is empty' and np.isnan(table.p_pneumonia[1])
     alone = prediction_table(predictor.predict(paths[:2]))
     assert np.allclose(table.p_pneumonia[[0, 2]], alone.p_pneumonia, rtol=0, atol=1e-6)
+
+
+def test_every_kind_of_image_gets_the_row_of_its_file(predictor, paths):
+    (expected,) = predictor.predict(paths[:1])
+    array = read_image(paths[0])
+    images = [str(paths[0]), paths[0].read_bytes(), Image.open(paths[0]), array, np.stack([array] * 3, axis=2)]
+    table = prediction_table(predictor.predict(images))
+    assert table.path.to_list() == [str(paths[0]), 'image-2', 'image-3', 'image-4', 'image-5']
+    assert table.status.to_list() == ['ok'] * 5
+    assert np.allclose(table.p_pneumonia, expected['p_pneumonia'], rtol=0, atol=1e-6)
+    batch = prediction_table(predictor.predict(np.stack([array, array[::-1]])))
+    assert batch.path.to_list() == ['image-1', 'image-2']
+    assert np.isclose(batch.p_pneumonia[0], expected['p_pneumonia'], rtol=0, atol=1e-6)
+
+
+def test_the_same_opened_image_can_be_predicted_many_times(predictor, paths):
+    table = prediction_table(predictor.predict([Image.open(paths[0])] * 20, workers=8))
+    assert table.status.to_list() == ['ok'] * 20 and np.ptp(table.p_pneumonia) < 1e-6
+
+
+def test_the_notes_of_images_in_memory_are_in_their_rows(predictor):
+    rows = list(predictor.predict([dicom(), Image.fromarray(DEEP)]))
+    assert all('window 1014 to 3985' in row['message'] for row in rows)
+
+
+def test_a_wrong_array_gets_a_row_and_does_not_change_the_others(predictor, paths):
+    array = read_image(paths[0])
+    refused = {
+        'float32': (np.float32(array / 255), 'E_ARRAY'),
+        'float64': (array.astype(float), 'E_ARRAY'),
+        'uint16': (DEEP, 'E_ARRAY'),
+        'int16': (np.int16(DEEP), 'E_ARRAY'),
+        'bool': (array > 100, 'E_ARRAY'),
+        '3 h w': (np.stack([array] * 3), 'E_ARRAY'),
+        'n h w': (np.stack([array] * 5), 'E_ARRAY'),
+        'colour': (np.dstack([array, array[::-1], array]), 'E_ARRAY'),
+        'RGBA': (np.dstack([array] * 4), 'E_ARRAY'),
+        'a number': (np.array(3, np.uint8), 'E_ARRAY'),
+        'objects': (array.astype(object), 'E_ARRAY'),
+        'a tensor': (torch.rand(3, 96, 96), 'E_ARRAY'),
+        'None': (None, 'E_TYPE'),
+        'no file': (b'<html>', 'E_FORMAT'),
+    }
+    images = [image for image, _ in refused.values()]
+    table = prediction_table(predictor.predict([paths[0], *images, array]))
+    errors = table[1:-1]
+    assert errors.status.to_list() == ['error'] * len(refused) and errors.p_pneumonia.isna().all()
+    assert errors.code.to_list() == [code for _, code in refused.values()]
+    assert all(row.message.startswith(f'{row.code}: ') and len(row.message) < 200 for row in errors.itertuples())
+    (expected,) = predictor.predict(paths[:1])
+    assert np.allclose(table.p_pneumonia.iloc[[0, -1]], expected['p_pneumonia'], rtol=0, atol=1e-6)
+
+
+def test_images_that_show_nothing_are_rejected_in_memory_too(predictor):
+    blank = np.zeros((96, 80), np.uint8)
+    table = prediction_table(predictor.predict([blank, Image.fromarray(blank), GREY[:40], np.zeros((0, 0), np.uint8)]))
+    assert table.status.to_list() == ['rejected'] * 4
+    assert table.code.to_list() == ['E_BLANK', 'E_BLANK', 'E_TOO_SMALL', 'E_TOO_SMALL']
+
+
+@pytest.mark.parametrize('image', ['a.jpeg', b'', GREY, Image.fromarray(GREY)], ids=['path', 'bytes', 'array', 'PIL'])
+def test_a_single_image_instead_of_a_list_is_refused(predictor, image):
+    with pytest.raises(UsageError, match=r'a list of images is needed. Pass \[image\]'):
+        predictor.predict(image)
+
+
+def test_scores_are_only_of_the_view_of_the_network(predictor):
+    squares = np.stack([Preprocessing(48).fit(GREY)] * 2)
+    assert predictor.scores(squares).shape == (2,)
+    for images in (squares / 255, squares.astype(np.uint16), squares[0], squares[:, None], squares[:, :40, :40]):
+        for score in (predictor.scores, predictor.infer):
+            with pytest.raises(ImageError, match=r'the network needs a uint8 array \(n, 48, 48\)') as caught:
+                score(images)
+            assert caught.value.code == 'E_ARRAY'
 
 
 def test_images_are_decoded_for_prediction_as_for_training(tmp_path):
@@ -109,7 +184,7 @@ def test_a_run_can_be_loaded_without_its_pickle(evaluated, paths, tmp_path, monk
     run = Run(shutil.copytree(evaluated.path, tmp_path / 'run'))
     (run / 'learner.pkl').unlink()
     (row,) = Predictor.load(run.path).predict(paths[:1])
-    (expected,) = Predictor.load(evaluated.path).predict(paths[:1])
+    (expected,) = Predictor.load(str(evaluated.path)).predict(paths[:1])
     assert row == expected
     assert run.metrics['test']['model'] == sha256(run / 'model.safetensors')
 

@@ -19,7 +19,7 @@ from PIL import Image
 from cxr_fastai.core import environment
 from cxr_fastai.core.errors import CXRWarning, OutputError, UsageError
 from cxr_fastai.data.find import find_images
-from cxr_fastai.images.decode import read_image
+from cxr_fastai.images.decode import ImageLike, read_image
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference import tables
 from cxr_fastai.inference.bundle import Bundle
@@ -165,7 +165,7 @@ class Call:
     """`predict_to_table` with the same model, images and batch size."""
 
     model: Path
-    paths: list[Path]
+    paths: list[ImageLike]
 
     def __call__(self, table: Path, **options: object) -> tables.Predictions:
         return predict_to_table(self.model, self.paths, table, batch_size=BATCH, use_gate=False, **options)
@@ -414,3 +414,26 @@ def test_unusable_paths_get_a_row(bundle, image):
     rows = predict_to_table(bundle, [Path('x' * 300 + '.png'), Path('nul\0.png'), image], use_gate=False).rows
     assert [row['status'] for row in rows] == ['error', 'error', 'ok']
     assert [row['message'] for row in rows[:2]] == ['E_IO: File name too long', 'E_IO: not a valid file name']
+
+
+def test_images_in_memory_are_named_by_their_number_also_after_an_interruption(bundle, image, tmp_path, monkeypatch):
+    array = read_image(image)
+    images = [array, image, image.read_bytes(), Image.open(image), array / 255, *[array] * 4]
+    names = ['image-1', str(image), *[f'image-{n}' for n in range(3, 10)]]
+    call = Call(bundle, images)
+    with monkeypatch.context() as patch:
+        interrupt_batch(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            call(tmp_path / 'p.csv')
+    rows = call(tmp_path / 'p.csv', resume=True).rows
+    assert [row['path'] for row in rows] == [row['path'] for row in parsed(tmp_path / 'p.csv')] == names
+    assert [row['status'] for row in rows] == [*['ok'] * 4, 'error', *['ok'] * 4]
+    assert rows[4]['code'] == 'E_ARRAY'
+    probabilities = [float(row['p_pneumonia']) for row in rows if row['status'] == 'ok']
+    assert np.ptp(probabilities) < 1e-6, 'they are the same image'
+
+
+def test_a_single_image_is_not_a_list(bundle, image, tmp_path):
+    with pytest.raises(UsageError, match=r'Pass \[image\]'):
+        predict_to_table(bundle, image, tmp_path / 'p.csv')
+    assert not (tmp_path / 'p.csv').exists()

@@ -57,7 +57,7 @@ def explain(
         from cxr_fastai.interpretation.interpretation import CXRInterpretation
 
         interpretation = CXRInterpretation.from_run(Run(run), split, data, target, method, layer)
-        n_errors = _explain_split(interpretation, top_losses, folder, batch_size, burned_in)
+        n_errors = _explain_split(interpretation, run, top_losses, folder, batch_size, burned_in)
     else:
         from cxr_fastai.interpretation.explainer import Explainer, explain_images
 
@@ -67,12 +67,14 @@ def explain(
         raise typer.Exit(3)
 
 
-def _explain_split(interpretation: CXRInterpretation, k: int, folder: Path, batch_size: int, burned_in: bool) -> int:
-    from cxr_fastai.interpretation.interpretation import explain_split, save_galleries
+def _explain_split(
+    interpretation: CXRInterpretation, run: Path, k: int, folder: Path, batch_size: int, burned_in: bool
+) -> int:
+    from cxr_fastai.interpretation.galleries import explain_split, save_galleries
 
     n_errors = print_explanations(explain_split(interpretation, k, folder, batch_size, burned_in))
     galleries = save_galleries(interpretation, k)
-    print_line(f'in {interpretation.run.path}: {", ".join(galleries)}, and maps for its report')
+    print_line(f'in {run}: {", ".join(galleries)}, and maps for its report')
     return n_errors
 
 

@@ -1,5 +1,5 @@
 from .checks import check_maps, check_run
-from .explainer import Explainer, save_explanations
+from .explainer import Explainer, Subject, save_explanations
 from .interpretation import CXRInterpretation
 from .overlays import Explanation, plot_explanation, plot_gallery, plot_mean_maps
 
@@ -7,6 +7,7 @@ __all__ = [
     'CXRInterpretation',
     'Explainer',
     'Explanation',
+    'Subject',
     'check_maps',
     'check_run',
     'plot_explanation',

@@ -1,4 +1,4 @@
-"""Class activation maps of a network `Sequential(body, head)`, and occlusion maps.
+"""Class activation maps of a network, and occlusion maps.
 
     cam         exact, for a head of average pooling and one linear layer (Zhou et al. 2016)
     gradcam     any head: each channel is weighted by its mean gradient (Selvaraju et al. 2017)
@@ -76,18 +76,20 @@ def record_activations(layer: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def find_layer(model: nn.Sequential, name: str | None = None, method: str = 'gradcam') -> nn.Module:
+def has_body_and_head(model: nn.Module) -> bool:
+    """Return True for a `Sequential(body, head)`."""
+    return isinstance(model, nn.Sequential) and len(model) == 2
+
+
+def find_layer(model: nn.Module, name: str | None = None, method: str = 'gradcam') -> nn.Module:
     """Return the layer `name` of `model`, named as in its state dict, for example `0.2`.
 
     Without a name this is the body. If the body ends in a pooling layer, which would reduce the resolution, it is the
-    layer before that, except for the method `cam`. Raises `UsageError` for an unknown name.
+    layer before that, except for the method `cam`. Raises `UsageError` for an unknown name, and without a name for a
+    network that has no body.
     """
     if name is None:
-        leaves = [layer for layer in model[0].modules() if not list(layer.children())]
-        ends_in_pooling = len(leaves) > 1 and isinstance(leaves[-1], POOLINGS)
-        if ends_in_pooling and method != 'cam':
-            return leaves[-2]
-        return model[0]
+        return _last_layer(model, method)
     layers = dict(model.named_modules())
     if name in layers and name:
         return layers[name]
@@ -96,32 +98,59 @@ def find_layer(model: nn.Sequential, name: str | None = None, method: str = 'gra
     raise UsageError(f'--layer {name}: no such layer. Choose one, for example {", ".join(similar)}.')
 
 
-def name_layer(model: nn.Sequential, layer: nn.Module) -> str:
+def _last_layer(model: nn.Module, method: str) -> nn.Module:
+    if not has_body_and_head(model):
+        with_convolutions = [
+            name
+            for name, part in model.named_children()
+            if any(isinstance(layer, nn.Conv2d) for layer in part.modules())
+        ]
+        example = f', for example {with_convolutions[-1]},' if with_convolutions else ''
+        raise UsageError(
+            f'--layer: the network {type(model).__name__} is not a Sequential(body, head), so its last feature maps '
+            f'are not known. Name their layer{example} or choose --method occlusion.'
+        )
+    body = next(model.children())
+    leaves = [layer for layer in body.modules() if not list(layer.children())]
+    ends_in_pooling = len(leaves) > 1 and isinstance(leaves[-1], POOLINGS)
+    if ends_in_pooling and method != 'cam':
+        return leaves[-2]
+    return body
+
+
+def name_layer(model: nn.Module, layer: nn.Module) -> str:
     """Return the name of `layer` in the state dict of `model`."""
     names = {module: name for name, module in model.named_modules()}
     return names[layer]
 
 
-def check_method(model: nn.Sequential, method: str, layer: str | None = None) -> None:
+def check_method(model: nn.Module, method: str, layer: str | None = None) -> None:
     """Raise `UsageError` if `method` or `layer` is unknown, or if they do not fit each other or the head of `model`."""
     if method not in METHODS:
         raise UsageError(f'--method {method}: choose {", ".join(METHODS)}.')
-    if method == 'occlusion' and layer:
-        raise UsageError('--layer: --method occlusion does not use a layer. Omit --layer.')
-    chosen = find_layer(model, layer, method)
-    if method != 'cam':
+    if method == 'occlusion':
+        if layer:
+            raise UsageError('--layer: --method occlusion does not use a layer. Omit --layer.')
         return
-    head = [type(part) for part in model[1].modules()]
-    is_pooling_and_linear = head.count(nn.Linear) == 1 and nn.AdaptiveAvgPool2d in head
-    if chosen is not model[0] or not is_pooling_and_linear:
+    chosen = find_layer(model, layer, method)
+    if method == 'cam' and not _is_pooled_linearly(model, chosen):
         raise UsageError(
             '--method cam needs a head of average pooling and one Linear, and the body as its layer. '
             'Use --method gradcam, which supports every network.'
         )
 
 
+def _is_pooled_linearly(model: nn.Module, layer: nn.Module) -> bool:
+    """Return True if `layer` is the body of `model`, and its head average pooling and one linear layer."""
+    if not has_body_and_head(model):
+        return False
+    body, head = model.children()
+    parts = [type(part) for part in head.modules()]
+    return layer is body and parts.count(nn.Linear) == 1 and nn.AdaptiveAvgPool2d in parts
+
+
 def activation_maps(
-    model: nn.Sequential, images: Tensor, target: int = POSITIVE, method: str = 'gradcam', layer: str | None = None
+    model: nn.Module, images: Tensor, target: int = POSITIVE, method: str = 'gradcam', layer: str | None = None
 ) -> Tensor:
     """Return maps (n, h, w) of normalised `images` (n, 3, s, s) for the class `target`, at the resolution of `layer`.
 
@@ -129,7 +158,7 @@ def activation_maps(
     method, the layer or the head does not allow a map.
     """
     check_method(model, method, layer)
-    chosen = find_layer(model, layer, method)
+    chosen = model if method == 'occlusion' else find_layer(model, layer, method)
     with explanation_mode(model):
         return METHODS[method](model, images, target, chosen).detach()
 
@@ -145,24 +174,25 @@ def scale(maps: Tensor) -> Tensor:
     return maps / torch.where(maximum > 0, maximum, 1)
 
 
-def _cam(model: nn.Sequential, images: Tensor, target: int, layer: nn.Module) -> Tensor:
-    linear = [part for part in model[1].modules() if isinstance(part, nn.Linear)][0]
+def _cam(model: nn.Module, images: Tensor, target: int, layer: nn.Module) -> Tensor:
+    _, head = model.children()
+    linear = [part for part in head.modules() if isinstance(part, nn.Linear)][0]
     return _weighted_sum(layer(images), linear.weight[target][None, :])
 
 
-def _gradcam(model: nn.Sequential, images: Tensor, target: int, layer: nn.Module) -> Tensor:
+def _gradcam(model: nn.Module, images: Tensor, target: int, layer: nn.Module) -> Tensor:
     activations, gradients = _gradients(model, images, target, layer)
     return _weighted_sum(activations, gradients.mean(dim=(2, 3)))
 
 
-def _gradcam_plus_plus(model: nn.Sequential, images: Tensor, target: int, layer: nn.Module) -> Tensor:
+def _gradcam_plus_plus(model: nn.Module, images: Tensor, target: int, layer: nn.Module) -> Tensor:
     activations, gradients = _gradients(model, images, target, layer)
     denominator = 2 * gradients**2 + activations.sum(dim=(2, 3), keepdim=True) * gradients**3 + EPSILON
     alpha = torch.where(gradients != 0, gradients**2 / denominator, 0)
     return _weighted_sum(activations, (alpha * gradients.relu()).sum(dim=(2, 3)))
 
 
-def _occlusion(model: nn.Sequential, images: Tensor, target: int, layer: nn.Module) -> Tensor:
+def _occlusion(model: nn.Module, images: Tensor, target: int, layer: nn.Module) -> Tensor:
     """For each pixel, the mean drop in probability over the patches that cover it; a patch has the image's mean."""
     side = images.shape[-1]
     patch = max(side // PATCHES, 1)
@@ -183,7 +213,7 @@ def _occlusion(model: nn.Sequential, images: Tensor, target: int, layer: nn.Modu
     return torch.where(mean_drop > MIN_DROP, mean_drop, 0).float()
 
 
-METHODS: dict[str, Callable[[nn.Sequential, Tensor, int, nn.Module], Tensor]] = {
+METHODS: dict[str, Callable[[nn.Module, Tensor, int, nn.Module], Tensor]] = {
     'gradcam': _gradcam,
     'gradcam++': _gradcam_plus_plus,
     'cam': _cam,
@@ -192,7 +222,7 @@ METHODS: dict[str, Callable[[nn.Sequential, Tensor, int, nn.Module], Tensor]] = 
 """Name of each method -> function of a model, images, a target and a layer that returns maps (n, h, w)."""
 
 
-def _gradients(model: nn.Sequential, images: Tensor, target: int, layer: nn.Module) -> tuple[Tensor, Tensor]:
+def _gradients(model: nn.Module, images: Tensor, target: int, layer: nn.Module) -> tuple[Tensor, Tensor]:
     """The activations of `layer` and the gradient of the logit of `target` with respect to them, both (n, c, h, w)."""
     with record_activations(layer) as activations:
         logits = model(images)
@@ -207,5 +237,5 @@ def _weighted_sum(activations: Tensor, weights: Tensor) -> Tensor:
     return (activations * weights[:, :, None, None]).sum(dim=1).relu()
 
 
-def _probability(model: nn.Sequential, images: Tensor, target: int) -> Tensor:
+def _probability(model: nn.Module, images: Tensor, target: int) -> Tensor:
     return model(images).double().softmax(dim=1)[:, target]  # in 32 bits, 1 - 1e-8 would be rounded to 1

@@ -110,18 +110,19 @@ def check_maps(
     return results
 
 
-def cam_error(model: nn.Sequential, images: Tensor, seed: int = 0) -> float:
+def cam_error(model: nn.Module, images: Tensor, seed: int = 0) -> float:
     """Return the largest difference between Grad-CAM and the exact CAM, relative to the largest value of the CAM.
 
     Both are computed on the body of `model` with a random head of average pooling and one linear layer, for which they
     are equal up to a constant factor (Selvaraju et al. 2017). `images` are normalised, (n, 3, s, s).
     """
-    linear = nn.Linear(model[0](images[:1]).shape[1], len(VOCAB))
+    body, _ = model.children()
+    linear = nn.Linear(body(images[:1]).shape[1], len(VOCAB))
     weights = torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         linear.weight.copy_(weights)
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
-    simple_model = nn.Sequential(model[0], head)
+    simple_model = nn.Sequential(body, head)
     exact = activation_maps(simple_model, images, POSITIVE, 'cam', BODY)
     gradcam = activation_maps(simple_model, images, POSITIVE, 'gradcam', BODY)
     area = exact.shape[-1] * exact.shape[-2]  # average pooling divides every gradient by the area

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count, islice
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import nn
 
@@ -17,18 +19,36 @@ from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import writing
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.data.find import list_images, short_path
-from cxr_fastai.images.decode import open_image
+from cxr_fastai.images.decode import ImageLike, file_path, open_image
 from cxr_fastai.images.preprocessing import Preprocessing
+from cxr_fastai.inference.config import ModelConfig
+from cxr_fastai.inference.engines import TorchEngine
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.tables import Predictions
-from cxr_fastai.interpretation.cam import activation_maps, check_method, enlarge, find_layer, name_layer, scale
+from cxr_fastai.interpretation.cam import (
+    METHODS,
+    activation_maps,
+    check_method,
+    enlarge,
+    find_layer,
+    has_body_and_head,
+    name_layer,
+    scale,
+)
 from cxr_fastai.interpretation.overlays import Explanation, plot_explanation
 from cxr_fastai.models.inputs import to_input
+
+if TYPE_CHECKING:
+    from fastai.learner import Learner
 
 DISPLAY_SIZE = 512
 """Maximum side, in pixels, of an image that is shown with its map."""
 BATCH_SIZE = 32
 """Number of images that pass through the network at once."""
+PROBE_SHAPE = (80, 96)
+"""Height and width of the image that shows how a learner prepares images."""
+TOLERANCE = 1e-3
+"""Largest difference between normalised pixels that count as equal."""
 BURNED_IN_CODE = 'E_BURNED_IN'
 """The error code of an image that may show the patient's name."""
 
@@ -37,14 +57,19 @@ BURNED_IN_CODE = 'E_BURNED_IN'
 class Subject:
     """An image to explain.
 
-    `name` is shown instead of the path. If known, `label` is its true class and `p` the predicted probability of
-    pneumonia.
+    `image` is the path of its file, an image of Pillow, or a grey uint8 array (h, w). `name` is shown instead of the
+    path. If known, `label` is its true class and `p` the predicted probability of pneumonia.
     """
 
-    path: Path
+    image: ImageLike
     name: str = ''
     label: str | None = None
     p: float | None = None
+
+    @property
+    def shown_name(self) -> str:
+        """The name, else the path, else `image`."""
+        return self.name or file_path(self.image) or 'image'
 
 
 @dataclass(frozen=True)
@@ -61,8 +86,7 @@ class Explainer:
     layer: str | None = None
 
     def __post_init__(self) -> None:
-        if self.target not in VOCAB:
-            raise UsageError(f'--target {self.target}: choose {" or ".join(VOCAB)}.')
+        check_choices(self.target, self.method)
         check_method(self.model, self.method, self.layer)
 
     @classmethod
@@ -72,10 +96,27 @@ class Explainer:
         """Return the explainer of the run, bundle or trusted learner `model`."""
         return cls(Predictor.load(model, engine='torch'), target, method, layer)
 
+    @classmethod
+    def from_learner(
+        cls,
+        learn: Learner,
+        target: str = VOCAB[POSITIVE],
+        method: str = 'gradcam',
+        layer: str | None = None,
+        threshold: float = 0.5,
+    ) -> Explainer:
+        """Return the explainer of a copy of the network of `learn`, on the CPU.
+
+        Raises `UsageError` if the images of `learn` are not prepared by `OpenImage` alone, and if its network is not a
+        `Sequential(body, head)` and no `layer` is named.
+        """
+        predictor = learner_predictor(copy_network(learn), learner_preprocessing(learn), threshold)
+        return cls(predictor, target, method, layer)
+
     @property
-    def model(self) -> nn.Sequential:
-        """The torch network `Sequential(body, head)`."""
-        return cast(nn.Sequential, self.predictor.model)
+    def model(self) -> nn.Module:
+        """The torch network."""
+        return self.predictor.model
 
     @property
     def layer_name(self) -> str:
@@ -115,7 +156,7 @@ class Explainer:
 
     def _explain(self, subjects: Sequence[Subject], allow_burned_in: bool) -> list[Explanation | ImageError]:
         preprocessing = self.predictor.preprocessing
-        images = [_open(subject.path, preprocessing, allow_burned_in) for subject in subjects]
+        images = [_open(subject, preprocessing, allow_burned_in) for subject in subjects]
         usable = {i: image for i, image in enumerate(images) if isinstance(image, np.ndarray)}
         results: dict[int, Explanation | ImageError] = {
             i: image for i, image in enumerate(images) if isinstance(image, ImageError)
@@ -134,14 +175,13 @@ class Explainer:
         return [float(p) for p in self.predictor.scores(squares)]
 
     def _explanation(self, subject: Subject, image: np.ndarray, heat: np.ndarray, p: float) -> Explanation:
-        displayed = Image.fromarray(image)
-        displayed.thumbnail((DISPLAY_SIZE, DISPLAY_SIZE))
-        preprocessing = self.predictor.preprocessing
-        heat = preprocessing.map_to_image(heat, displayed.height, displayed.width)
+        displayed = reduce(image)
+        height, width = displayed.shape
+        heat = self.predictor.preprocessing.map_to_image(heat, height, width)
         return Explanation(
-            image=np.asarray(displayed),
+            image=displayed,
             heat=np.clip(heat, 0, 1),
-            name=subject.name or str(subject.path),
+            name=subject.shown_name,
             p=self.predictor.displayed(p),
             threshold=self.predictor.threshold,
             target=self.target,
@@ -150,19 +190,101 @@ class Explainer:
         )
 
 
+class WholeNetworkEngine(TorchEngine):
+    """Runs any network for normalised images, in evaluation mode on the CPU. It gives no features."""
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the probabilities of pneumonia (n,) of grey uint8 images (n, s, s), and features (n, 0)."""
+        with torch.inference_mode():
+            p = self.model(to_input(images)).double().softmax(dim=1)[:, POSITIVE]
+        return p.numpy(), np.zeros((len(images), 0))
+
+
+def check_choices(target: str, method: str) -> None:
+    """Raise `UsageError` for an unknown target or method."""
+    if target not in VOCAB:
+        raise UsageError(f'--target {target}: choose {" or ".join(VOCAB)}.')
+    if method not in METHODS:
+        raise UsageError(f'--method {method}: choose {", ".join(METHODS)}.')
+
+
+def copy_network(learn: Learner) -> nn.Module:
+    """Return a copy of the network of `learn` on the CPU, without the wrapper that it has in distributed training."""
+    model = learn.model
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    return copy.deepcopy(model).cpu().float()
+
+
+def learner_preprocessing(learn: Learner) -> Preprocessing:
+    """Return how the images of `learn` are prepared.
+
+    Raises `UsageError` if `OpenImage` does not open them, or if other transforms change images of validation too.
+    """
+    from cxr_fastai.data.loaders import find_preprocessing
+
+    problem = (
+        f'maps need images that OpenImage alone prepares, but these {type(learn.dls).__name__} prepare them in another '
+        'way. Use heatmap=False, or CXRDataLoaders without transforms of validation images.'
+    )
+    try:
+        preprocessing = find_preprocessing(learn.dls)
+    except UsageError:
+        raise UsageError(problem) from None
+    image = np.random.default_rng(0).integers(0, 256, PROBE_SHAPE, dtype=np.uint8)
+    (actual,) = learn.dls.test_dl([image], num_workers=0).one_batch()
+    expected = to_input(preprocessing.fit(image)[None])
+    actual = actual.as_subclass(torch.Tensor).cpu().float()
+    if actual.shape != expected.shape or not torch.allclose(actual, expected, atol=TOLERANCE):
+        raise UsageError(problem)
+    return preprocessing
+
+
+def learner_predictor(model: nn.Module, preprocessing: Preprocessing, threshold: float) -> Predictor:
+    """Return the predictor of `model`, a network on the CPU that was trained on images prepared by `preprocessing`."""
+    engine = TorchEngine(model) if has_body_and_head(model) else WholeNetworkEngine(model)
+    settings = {field.name: getattr(preprocessing, field.name) for field in fields(preprocessing)}
+    return Predictor(engine, ModelConfig(arch=type(model).__name__, threshold=threshold, **settings))
+
+
+def read_subjects(
+    subjects: Iterable[Subject], threshold: float, preprocessing: Preprocessing | None = None
+) -> Iterator[Explanation | ImageError]:
+    """Yield each image with its known probability and no map, or the error if it cannot be used.
+
+    A large JPEG is decoded at no more pixels than `preprocessing` needs, if given.
+    """
+    for subject in subjects:
+        image = _open(subject, preprocessing, allow_burned_in=False)
+        if isinstance(image, ImageError):
+            yield image
+        else:
+            displayed = reduce(image)
+            p = float('nan') if subject.p is None else subject.p
+            no_map = np.zeros(displayed.shape, np.float32)
+            yield Explanation(displayed, no_map, subject.shown_name, p, threshold, label=subject.label)
+
+
+def reduce(image: np.ndarray) -> np.ndarray:
+    """Return `image`, grey uint8 (h, w), with sides of at most `DISPLAY_SIZE`."""
+    displayed = Image.fromarray(image)
+    displayed.thumbnail((DISPLAY_SIZE, DISPLAY_SIZE))
+    return np.asarray(displayed)
+
+
 def _batches(images: np.ndarray) -> list[np.ndarray]:
     return [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
 
 
-def _open(path: Path, preprocessing: Preprocessing, allow_burned_in: bool) -> np.ndarray | ImageError:
+def _open(subject: Subject, preprocessing: Preprocessing | None, allow_burned_in: bool) -> np.ndarray | ImageError:
     """Decode an image as for prediction; return its error if it cannot be used."""
     try:
-        image = open_image(path, preprocessing)
+        image = open_image(subject.image, preprocessing, file_path(subject.image) or subject.shown_name)
     except ImageError as error:
         return error
     if image.burned_in and not allow_burned_in:
         message = 'the file says that the image contains text, which may name the patient. --allow-burned-in shows it.'
-        return ImageError(message, BURNED_IN_CODE).with_path(path)
+        return ImageError(message, BURNED_IN_CODE).with_path(file_path(subject.image) or subject.shown_name)
     return image.pixels
 
 

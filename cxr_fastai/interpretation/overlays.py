@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 
+from cxr_fastai.core.errors import UsageError, visible
+from cxr_fastai.core.figures import NotebookFigure
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.images.preprocessing import Preprocessing
 
@@ -20,6 +23,14 @@ COLOUR_MAP = 'cividis'
 """Readable with a colour vision deficiency; more evidence is lighter."""
 OPACITY = 0.55
 """Opacity of the map where the evidence is strongest."""
+MAX_NAME = 36
+"""Largest number of characters of a file name above an image."""
+PANEL_WIDTH = 2.8
+"""Width of an image of a gallery in inches."""
+CAPTION_HEIGHT = 0.5
+"""Height of the caption of an image, of the title and of the line below a gallery, in inches."""
+NARROW = 6
+"""Width in inches below which the title of a gallery is broken into lines."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +64,26 @@ class Explanation:
             text += f'; true: {self.label}'
         return text
 
+    @property
+    def caption(self) -> str:
+        """The probability, the true class if it is known, and the file name, in two lines."""
+        text = f'p(pneumonia) {self.p:.3f}'
+        if self.label:
+            text += f' · labelled {self.label}'
+        return f'{text}\n{_shorten(visible(PurePosixPath(self.name).name))}'
 
-def plot_explanation(explanation: Explanation) -> Figure:
+
+def _shorten(name: str) -> str:
+    if len(name) <= MAX_NAME:
+        return name
+    half = MAX_NAME // 2
+    return f'{name[: half - 1]}…{name[-half:]}'
+
+
+def plot_explanation(explanation: Explanation) -> NotebookFigure:
     """Plot the image next to the image with its map, with a colour bar and what the map does not mean."""
     height, width = explanation.image.shape
-    figure = Figure(figsize=(8.6, 3.6 * height / width + 1.0), layout='constrained')
+    figure = NotebookFigure(figsize=(8.6, 3.6 * height / width + 1.0), layout='constrained')
     left, right = figure.subplots(1, 2)
     show_image(left, explanation.image)
     show_overlay(right, explanation)
@@ -87,30 +113,49 @@ def blend_map(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def plot_gallery(
-    explanations: Sequence[Explanation], title: str = '', columns: int = 4, heatmap: bool = True
-) -> Figure:
-    """Plot many images, each with its probability and true class above; with their maps unless `heatmap` is False."""
-    rows = max(-(-len(explanations) // columns), 1)
-    figure = Figure(figsize=(2.5 * columns, 2.9 * rows + 0.5), layout='constrained')
+    explanations: Sequence[Explanation],
+    title: str = '',
+    columns: int = 4,
+    heatmap: bool = True,
+    figsize: tuple[float, float] | None = None,
+) -> NotebookFigure:
+    """Plot many images in `columns`, each with its probability, true class and file name above.
+
+    The maps are drawn unless `heatmap` is False. `figsize` is the width and height in inches; by default it fits the
+    number and the shape of the images.
+    """
+    rows = max(math.ceil(len(explanations) / columns), 1)
+    figsize = figsize or _gallery_size(explanations, rows, columns, heatmap)
+    figure = NotebookFigure(figsize=figsize, layout='constrained')
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in panels:
         ax.axis('off')
     for ax, explanation in zip(panels, explanations, strict=False):
-        text = f'{explanation.p:.3f}, {explanation.label or "unknown"}'
+        text = explanation.caption
         if heatmap:
             show_overlay(ax, explanation)
             if explanation.is_empty:
                 text += f'\n{NO_EVIDENCE}'
         else:
             show_image(ax, explanation.image)
-        ax.set_title(text, fontsize=9)
+        ax.set_title(text, fontsize=8.5, parse_math=False)
+    if figsize[0] < NARROW:
+        title = title.replace(' · ', '\n')
     figure.suptitle(title, fontsize=11, parse_math=False)
     if heatmap:
         figure.supxlabel(CAVEAT, fontsize=9)
     return figure
 
 
-def plot_mean_maps(explanations: Sequence[Explanation], size: int = 112) -> Figure:
+def _gallery_size(explanations: Sequence[Explanation], rows: int, columns: int, heatmap: bool) -> tuple[float, float]:
+    """Return the width and height of a gallery in inches that leave little space around the images."""
+    shapes = [explanation.image.shape for explanation in explanations]
+    highest = max((height / width for height, width in shapes), default=1)
+    captions = rows + 1 + heatmap
+    return PANEL_WIDTH * columns, PANEL_WIDTH * highest * rows + CAPTION_HEIGHT * captions
+
+
+def plot_mean_maps(explanations: Sequence[Explanation], size: int = 112) -> NotebookFigure:
     """Plot the mean map of each true class; every map is first stretched to a square of `size` pixels."""
     stretch = Preprocessing().map_to_image
     means: dict[str, np.ndarray] = {}
@@ -120,8 +165,10 @@ def plot_mean_maps(explanations: Sequence[Explanation], size: int = 112) -> Figu
         if maps:
             means[label] = np.mean(maps, axis=0)
             titles[label] = f'{label}, mean of {len(maps)}'
+    if not means:
+        raise UsageError('mean maps need images of a known class, and there are none.')
     maximum = max(mean.max() for mean in means.values()) or 1
-    figure = Figure(figsize=(3.4 * len(means) + 1, 3.6), layout='constrained')
+    figure = NotebookFigure(figsize=(3.4 * len(means) + 1, 3.6), layout='constrained')
     axes = figure.subplots(1, len(means), squeeze=False)[0]
     for ax, label in zip(axes, means, strict=True):
         ax.imshow(means[label], cmap=COLOUR_MAP, vmin=0, vmax=maximum)

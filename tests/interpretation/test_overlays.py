@@ -1,9 +1,12 @@
 """Figures of explanations show the image, the score and the caveat, and no map without evidence."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.interpretation.overlays import (
     CAVEAT,
@@ -53,6 +56,27 @@ def test_an_empty_map_is_not_drawn():
     assert NO_EVIDENCE in words(plot_gallery([empty]))
 
 
+def test_a_caption_has_the_probability_the_label_and_the_file_name():
+    assert explanation(label='NORMAL').caption == 'p(pneumonia) 0.700 · labelled NORMAL\n' + r'$\bad$.jpeg'
+    long_name = replace(explanation(), name=f'train/NORMAL/{"a" * 40}\u202e{"b" * 40}.jpeg').caption.splitlines()[1]
+    assert long_name == f'{"a" * 17}…{"b" * 13}.jpeg'
+    shown = words(plot_gallery([explanation(), explanation(label='NORMAL')], 'mine · threshold 0.4', columns=1))
+    assert r'$\bad$.jpeg' in shown and 'mine\nthreshold 0.4' in shown and CAVEAT in shown
+
+
+@pytest.mark.parametrize('shape', [(60, 90), (90, 60)])
+@pytest.mark.parametrize('heatmap', [True, False])
+def test_a_gallery_fits_its_images_and_captions_do_not_overlap(shape, heatmap):
+    image = np.zeros(shape, np.uint8)
+    shown = replace(explanation(np.ones(shape), label='PNEUMONIA'), image=image, name='person1000_bacteria_2931.jpeg')
+    figure = plot_gallery([shown] * 8, 'title', heatmap=heatmap)
+    figure.draw_without_rendering()
+    titles = [ax.title.get_window_extent() for ax in figure.axes]
+    assert all(left.x1 < right.x0 for left, right in zip(titles[:3], titles[1:4], strict=True))
+    area = sum(ax.get_window_extent().width * ax.get_window_extent().height for ax in figure.axes)
+    assert area / figure.bbox.width / figure.bbox.height > 0.6
+
+
 def test_images_keep_their_aspect_ratio():
     figure = plot_explanation(explanation())
     figure.draw_without_rendering()
@@ -70,3 +94,5 @@ def test_mean_maps_are_the_means_of_each_class():
     )
     means = [ax.images[0].get_array().mean() for ax in figure.axes[:2]]
     assert means == pytest.approx([0.3, 1.0]) and 'NORMAL, mean of 2' in words(figure)
+    with pytest.raises(UsageError, match='mean maps need images of a known class'):
+        plot_mean_maps([explanation()])

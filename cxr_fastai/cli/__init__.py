@@ -21,6 +21,7 @@ from typer import Option
 from cxr_fastai.cli import data as data_commands
 from cxr_fastai.cli import evaluate as evaluate_commands
 from cxr_fastai.cli import explain as explain_commands
+from cxr_fastai.cli import lists as list_commands
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli import predict as predict_commands
 from cxr_fastai.cli import serve as serve_commands
@@ -58,6 +59,8 @@ def show_version(show: Annotated[bool, Option('--version', help='Print the versi
 
 app.command()(train_commands.train)
 app.command('lr-find')(train_commands.lr_find)
+app.command()(list_commands.archs)
+app.command()(list_commands.recipes)
 app.command()(evaluate_commands.evaluate)
 app.command()(evaluate_commands.report)
 app.command()(explain_commands.explain)

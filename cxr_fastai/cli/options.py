@@ -79,10 +79,14 @@ AuditFolder = Annotated[Path, Option('--out', metavar='DIR', help='Write audit.j
 
 Arch = Annotated[
     str,
-    Option('--arch', help='Train this network: baseline, resnet50, efficientnet_lite0, or the name of a timm model.'),
+    Option('--arch', help='Train this network: baseline, resnet50, efficientnet_lite0, or another that `archs` lists.'),
 ]
 RecipeName = Annotated[
-    str, Option('--recipe', help='Train by this recipe: reference (the specification) or tuned (the most robust).')
+    str,
+    Option(
+        '--recipe',
+        help='Train by this recipe: reference (the specification), tuned (the most robust), or a RUN/recipe.json.',
+    ),
 ]
 Fields = Annotated[
     list[str] | None,
@@ -158,6 +162,17 @@ NewFolder = Annotated[
 Steps = Annotated[int, Option('--steps', metavar='N', min=20, help='Train for at most this number of batches.')]
 NewCurve = Annotated[
     Path, Option('--out', metavar='FILE', help='Write the plot to this PNG file, and the numbers to a CSV next to it.')
+]
+
+# archs
+
+Pattern = Annotated[
+    str | None,
+    Argument(
+        metavar='PATTERN',
+        show_default='networks of this package and registered ones',
+        help='List networks with matching names, for example "resnet*" or "torchvision.*".',
+    ),
 ]
 
 # evaluate and report

@@ -36,6 +36,21 @@ def print_line(text: str) -> None:
     out.print(visible(text), soft_wrap=True, markup=False)
 
 
+def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print `rows` in aligned columns. A terminal wraps the last column; elsewhere each row is one line."""
+    if out.is_terminal:
+        table = Table(*header, box=None, pad_edge=False, header_style='bold')
+        for column in table.columns[:-1]:
+            column.no_wrap = True
+        for row in rows:
+            table.add_row(*map(escape, row))
+        out.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        print_line('  '.join(f'{text:{width}}' for text, width in zip(row, widths, strict=True)).rstrip())
+
+
 class LogLines(logging.Handler):
     """Prints the log records of the library to stdout, one line each."""
 

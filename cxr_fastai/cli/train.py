@@ -11,7 +11,8 @@ from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.output import choose_source, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import write_csv
-from cxr_fastai.core.run import Run
+from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.core.run import Run, read_recipe
 
 RECIPE_OPTIONS = (
     'arch',
@@ -58,6 +59,8 @@ def train(
 ) -> None:
     """Train a network and write its run folder: recipe, items, history, journal, state and model.
 
+    With --recipe FILE, other options replace fields of the file.
+
     Example: cxr-fastai train --arch efficientnet_lite0 --recipe tuned --valid patients --out runs/lite
     """
     source = choose_source(data, csv)
@@ -67,12 +70,10 @@ def train(
     from cxr_fastai.data.items import data_root
 
     root = data_root(source)
-    from cxr_fastai.models.architectures import make_recipe
-
-    new_recipe = make_recipe(**_recipe_arguments(given.params))
+    new_recipe = _choose_recipe(given, recipe)
     from cxr_fastai.training.training import train
 
-    trained = train(new_recipe, root, run or unused_path(Path('runs', arch)), compile=compile, track=track)
+    trained = train(new_recipe, root, run or unused_path(Path('runs', new_recipe.arch)), compile=compile, track=track)
     _print_next_step(trained)
 
 
@@ -80,6 +81,11 @@ def _resume(given: typer.Context, folder: Path, source: Path | None, out: Path |
     """Continue the run in `folder` with its own settings. Options on the command line replace them."""
     if out:
         raise UsageError(f'--out {out} and --resume {folder}: a resumed run keeps its folder. Omit --out.')
+    recipe_name = given.params['recipe']
+    if _is_file(recipe_name):
+        raise UsageError(
+            f'--recipe {recipe_name} and --resume {folder}: a resumed run keeps its recipe. Omit --recipe.'
+        )
     run = Run.open(folder)
     from cxr_fastai.data.items import data_root
 
@@ -95,6 +101,24 @@ def _resume(given: typer.Context, folder: Path, source: Path | None, out: Path |
 
     train(recipe, root, folder, resume=True, compile=compile, track=track)
     _print_next_step(run)
+
+
+def _choose_recipe(given: typer.Context, recipe: str) -> Recipe:
+    """Return the recipe that `--recipe` names, or that in the file, with the other options of the command line."""
+    from cxr_fastai.models.architectures import check_recipe, make_recipe, revise_recipe
+
+    if not _is_file(recipe):
+        return make_recipe(**_recipe_arguments(given.params))
+    typed = _typed_options(given)
+    typed.pop('recipe')
+    revised = revise_recipe(read_recipe(Path(recipe)), **_recipe_arguments(typed))
+    check_recipe(revised)
+    return revised
+
+
+def _is_file(recipe: str) -> bool:
+    """Return True if the value of `--recipe` is a file and not a name."""
+    return recipe.endswith('.json')
 
 
 def _typed_options(given: typer.Context) -> dict[str, Any]:
@@ -137,15 +161,14 @@ def lr_find(
     from cxr_fastai.data.items import data_root
 
     root = data_root(choose_source(data, csv))
-    from cxr_fastai.models.architectures import make_recipe
-
-    new_recipe = make_recipe(**_recipe_arguments(given.params))
+    new_recipe = _choose_recipe(given, recipe)
     from cxr_fastai.core.figures import save_figure
     from cxr_fastai.evaluation.plots import plot_rates
     from cxr_fastai.training.lr_finder import find_rates
 
     rates = find_rates(new_recipe, root, steps)
-    save_figure(plot_rates(rates, f'{arch}, recipe {recipe}, {size} px'), curve)
+    title = f'{new_recipe.arch}, recipe {new_recipe.name}, {new_recipe.size} px'
+    save_figure(plot_rates(rates, title), curve)
     write_csv(curve.with_suffix('.csv'), rates.curve)
     print_line(f'Suggested: --lr {rates.suggestion:.1e}. The recipe has {new_recipe.phases[0].lr:.1e}. Curve: {curve}')
 

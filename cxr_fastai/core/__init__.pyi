@@ -1,7 +1,8 @@
 from .errors import CXRError, CXRWarning, ImageError, OutputError, Stopped, UsageError
 from .progress import in_threads, progress_bar
 from .recipe import POSITIVE, VOCAB, Phase, Recipe
-from .run import Run
+from .recipe_fields import list_fields
+from .run import Run, read_recipe
 
 __all__ = [
     'CXRError',
@@ -16,5 +17,7 @@ __all__ = [
     'UsageError',
     'VOCAB',
     'in_threads',
+    'list_fields',
     'progress_bar',
+    'read_recipe',
 ]

@@ -15,6 +15,7 @@ from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_new, write_csv, write_json, writing
 from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.core.recipe_fields import parse_recipe
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,12 +73,7 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The recipe of the training."""
-        try:
-            return Recipe.from_dict(read_json(self / 'recipe.json'))
-        except (TypeError, KeyError) as error:
-            raise UsageError(
-                f'{self / "recipe.json"}: not a recipe of this version ({error}). Train again into a new folder.'
-            ) from None
+        return read_recipe(self / 'recipe.json')
 
     @property
     def items(self) -> pd.DataFrame:
@@ -198,6 +194,23 @@ class Run:
                 yield
         except Timeout:
             raise UsageError(f'{self.path}: another process trains there. Wait until it ends, or stop it.') from None
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe in the JSON file `path`, such as the `recipe.json` of a run.
+
+    Raises `UsageError`, which names the field, if the file is missing, damaged, or not a recipe of this version.
+    """
+    if not path.is_file():
+        raise UsageError(f'{path}: no such file. Name the recipe.json of a run.')
+    values = read_json(path)
+    try:
+        return parse_recipe(values)
+    except UsageError as error:
+        raise UsageError(
+            f'{path}: not a recipe of this version: {str(error).rstrip(".")}. Use the recipe.json of a run of this '
+            'version, or train again with the options of `cxr-fastai train`.'
+        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

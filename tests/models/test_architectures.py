@@ -21,6 +21,7 @@ def count(model: nn.Module) -> int:
 def test_parameter_counts_are_those_of_the_specified_layers(arch, parameters, head):
     model = build_model(arch)
     assert (count(model), count(model[1])) == (parameters, head)
+    assert ARCHS[arch].parameters == parameters
 
 
 @pytest.mark.parametrize('arch', ARCHS)

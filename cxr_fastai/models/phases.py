@@ -1,0 +1,61 @@
+"""The phases of the named recipes: which part of a network is trained, for how long and at which learning rate.
+
+They depend on whether training starts from pretrained weights. This module loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+from cxr_fastai.core.recipe import Phase
+
+
+class PhaseShare(NamedTuple):
+    """A phase of a recipe whose number of epochs is not fixed yet: `share` is its fraction of all epochs."""
+
+    name: str
+    share: float
+    lr: float
+    frozen: bool
+
+
+FROM_SCRATCH: dict[str, tuple[PhaseShare, ...]] = {
+    'reference': (PhaseShare('train', 1, 1e-3, frozen=False),),
+    'tuned': (PhaseShare('train', 1, 3e-3, frozen=False),),
+}
+"""Name of a recipe to its phases, for networks with random weights."""
+PRETRAINED: dict[str, tuple[PhaseShare, ...]] = {
+    'reference': (
+        PhaseShare('frozen', 1 / 3, 1e-3, frozen=True),
+        PhaseShare('fine-tune', 2 / 3, 1e-5, frozen=False),
+    ),
+    'tuned': (PhaseShare('train', 1, 1e-3, frozen=False),),
+}
+"""Name of a recipe to its phases, for networks with pretrained weights."""
+EPOCHS = {'reference': 15, 'tuned': 6}
+"""Default number of epochs of each recipe."""
+
+
+def distribute(epochs: int, shares: Sequence[PhaseShare], lr_factor: float = 1) -> tuple[Phase, ...]:
+    """Distribute the `epochs` over the phases, and multiply their learning rates by `lr_factor`.
+
+    Every phase but the last gets at least one epoch, the last one the rest. A phase without epochs is omitted.
+    """
+    counts = [max(1, round(phase.share * epochs)) for phase in shares[:-1]]
+    counts.append(epochs - sum(counts))
+    return tuple(
+        Phase(phase.name, count, phase.lr * lr_factor, phase.frozen)
+        for phase, count in zip(shares, counts, strict=True)
+        if count > 0
+    )
+
+
+def describe_shares(shares: Sequence[PhaseShare]) -> str:
+    """Return the phases of a recipe as text, such as `frozen at 0.001 for 1/3 of the epochs, then train at 1e-05`."""
+    texts = [
+        f'{phase.name} at {phase.lr:g} for {Fraction(phase.share).limit_denominator(100)} of the epochs'
+        for phase in shares[:-1]
+    ]
+    return ', then '.join([*texts, f'{shares[-1].name} at {shares[-1].lr:g}'])

@@ -27,7 +27,7 @@ MAX_NAME = 36
 """Largest number of characters of a file name above an image."""
 PANEL_WIDTH = 2.8
 """Width of an image of a gallery in inches."""
-CAPTION_HEIGHT = 0.5
+CAPTION_HEIGHT = 0.4
 """Height of the caption of an image, of the title and of the line below a gallery, in inches."""
 NARROW = 6
 """Width in inches below which the title of a gallery is broken into lines."""

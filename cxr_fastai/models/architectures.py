@@ -152,10 +152,7 @@ def make_recipe(
     later phases keep their ratio to it. `weights` is a name in `Arch.weights`, `none` or a file. `fields` are other
     fields of `Recipe`. Raises `UsageError` for unknown names and values out of range.
     """
-    if name not in RECIPES:
-        raise UsageError(
-            f'--recipe {name} is unknown: choose {" or ".join(RECIPES)}, or a file such as RUN/recipe.json.'
-        )
+    _check_name(name)
     if lr is not None and not 0 < lr < math.inf:
         raise UsageError(f'--lr {lr}: a positive number is needed.')
     epochs = EPOCHS[name] if epochs is None else epochs
@@ -185,6 +182,7 @@ def check_recipe(recipe: Recipe) -> None:
 
     That is if its architecture is unknown or has no such weights or image size, or if a phase has no epochs.
     """
+    _check_name(recipe.name)
     if not recipe.phases:
         raise UsageError(f'the recipe {recipe.name} has no phases, so it trains nothing.')
     for phase in recipe.phases:
@@ -200,6 +198,17 @@ def check_recipe(recipe: Recipe) -> None:
             f'--size {recipe.size}, start_size {recipe.start_size:g}: {recipe.arch} accepts only {facts.size} pixels.'
         )
     Preprocessing.of(recipe)  # raises an error for invalid values
+
+
+def _check_name(name: str) -> None:
+    choices = ' or '.join(RECIPES)
+    if name == CUSTOM:
+        raise UsageError(
+            f'the recipe {name} describes a network that was trained by hand, and cannot be trained by. Choose '
+            f'{choices}.'
+        )
+    if name not in RECIPES:
+        raise UsageError(f'--recipe {name} is unknown: choose {choices}, or a file such as RUN/recipe.json.')
 
 
 def check_weights(arch: str, known: Collection[str], weights: str) -> str:
@@ -224,11 +233,7 @@ def revise_recipe(recipe: Recipe, /, **changes: Any) -> Recipe:
     Raises `UsageError` for unknown names and values out of range, and for a recipe that does not describe a training
     completely, such as that of a run that `save_run` wrote.
     """
-    if recipe.name == CUSTOM:
-        raise UsageError(
-            f'the recipe {recipe.name} describes a network that was trained by hand, and cannot be trained by. Choose '
-            f'{" or ".join(RECIPES)}.'
-        )
+    _check_name(recipe.name)
     if not changes:
         return recipe
     arguments: dict[str, Any] = {

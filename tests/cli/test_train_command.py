@@ -1,5 +1,6 @@
 """The commands `train` and `lr-find`: where images come from, what is refused, and what is written."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -40,7 +41,7 @@ def test_a_missing_class_or_an_empty_split_is_a_usage_error(fails, images, tmp_p
 @pytest.mark.parametrize(
     ('options', 'pattern'),
     [
-        (['--arch', 'vgg'], 'vgg is unknown: choose baseline, resnet50, efficientnet_lite0, or'),
+        (['--arch', 'vgg'], 'vgg is unknown: choose baseline, resnet50, efficientnet_lite0, .*torchvision.NAME, or'),
         (['--recipe', 'magic'], 'magic is unknown: choose reference or tuned'),
         (['--valid', 'random'], 'choose official or patients'),
         (['--epochs', '0'], 'at least 1'),
@@ -152,6 +153,50 @@ def test_an_infinite_loss_exits_with_six_and_advises_a_lower_rate(fails, train_a
 def test_lr_find_overwrites_nothing(fails, images, tmp_path, name, pattern):
     (tmp_path / 'existing.csv').write_text('path,label')
     fails(['lr-find', '--data', images, '--out', tmp_path / name], 2, pattern)
+
+
+def test_a_recipe_file_repeats_a_training_exactly(images, run, tmp_path):
+    again = tmp_path / 'again'
+    assert main(['train', '--data', str(images), '--recipe', str(run / 'recipe.json'), '--out', str(again)]) == 0
+    assert (again / 'recipe.json').read_bytes() == (run / 'recipe.json').read_bytes()
+    assert (again / 'model.safetensors').read_bytes() == (run / 'model.safetensors').read_bytes()
+    measured = [table.drop(columns='seconds') for table in (Run(again).history, run.history)]
+    pd.testing.assert_frame_equal(*measured)
+
+
+def test_options_replace_fields_of_a_recipe_file(images, run, tmp_path):
+    options = ['--seed', '7', '--epochs', '1', '--set', 'flip=0', '--limit', '3']
+    argv = ['train', '--data', images, '--recipe', run / 'recipe.json', '--out', tmp_path / 'run', *options]
+    assert main([str(word) for word in argv]) == 0
+    recipe = Run(tmp_path / 'run').recipe
+    assert (recipe.seed, recipe.epochs, recipe.flip, recipe.limit) == (7, 1, 0, 3)
+    assert (recipe.size, recipe.batch_size) == (run.recipe.size, run.recipe.batch_size)
+
+
+@pytest.mark.parametrize(
+    ('change', 'pattern'),
+    [
+        ({'size': 'large'}, "recipe.json: not a recipe of this version: the field size is 'large': a whole number"),
+        ({'arch': 'vgg'}, '--arch vgg is unknown'),
+        ({'weights': 'gone.pth'}, '--weights gone.pth: neither a file nor known for baseline'),
+        ({'phases': []}, 'the recipe reference has no phases'),
+        ({'name': 'custom'}, 'the recipe custom describes a network that was trained by hand'),
+        ({'name': 'best'}, '--recipe best is unknown: choose reference or tuned, or a file such as RUN/recipe.json'),
+    ],
+)
+def test_a_recipe_file_that_cannot_be_trained_by_is_refused(fails, images, run, tmp_path, change, pattern):
+    file = tmp_path / 'recipe.json'
+    file.write_text(json.dumps(json.loads((run / 'recipe.json').read_text()) | change))
+    argv = ['train', '--data', images, '--recipe', file, '--out', tmp_path / 'new']
+    fails(argv, 2, pattern)
+    fails(['lr-find', '--data', images, '--recipe', file, '--out', tmp_path / 'lr.png'], 2, pattern)
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_recipe_file_that_is_missing_or_of_a_resumed_run_is_refused(fails, images, run):
+    fails(['train', '--data', images, '--recipe', 'no.json'], 2, 'no.json: no such file. Name the recipe.json of a run')
+    argv = ['train', '--resume', run.path, '--recipe', run / 'recipe.json']
+    fails(argv, 2, 'a resumed run keeps its recipe. Omit --recipe')
 
 
 def test_lr_find_suggests_a_rate_and_draws_the_curve(capsys, images, tmp_path):

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from cxr_fastai.core.figures import BLUE, GREEN, GREY, INK, LINES, ORANGE, axes, set_title, tidy
+from cxr_fastai.core.figures import BLUE, GREEN, GREY, INK, LINES, ORANGE, NotebookFigure, axes, set_title, tidy
 from cxr_fastai.evaluation.calibration import reliability
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.evaluation.metrics import SPECIFICATION_THRESHOLD, TARGETS, name_metric, targets_and_probabilities
@@ -132,7 +132,7 @@ def plot_calibration(predictions: pd.DataFrame, metrics: dict[str, Any], title: 
     series = [(p, BLUE, 'uncalibrated')]
     if temperature != 1:
         series.append((temper(p, temperature), ORANGE, f'temperature {temperature:.2f}'))
-    figure = Figure(figsize=(4.8, 4.8), layout='constrained')
+    figure = NotebookFigure(figsize=(4.8, 4.8), layout='constrained')
     ax, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=':', label='perfect calibration')
     for probabilities, colour, name in series:
@@ -221,7 +221,7 @@ def plot_comparison(
         metrics: objects of `metrics.json` by run.
         title: title of the figure.
     """
-    figure = Figure(figsize=(10.5, 4.8), layout='constrained')
+    figure = NotebookFigure(figsize=(10.5, 4.8), layout='constrained')
     ax, forest = figure.subplots(1, 2, width_ratios=[1, 1.15])
     for (name, table), colour in zip(tables.items(), cycle(LINES), strict=False):
         fpr, tpr = roc_curve(table)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from cxr_fastai.core.figures import BLUE, GREEN, GREY, INK, ORANGE, axes, set_title, tidy
+from cxr_fastai.core.figures import BLUE, GREEN, GREY, INK, ORANGE, NotebookFigure, axes, set_title, tidy
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.images.corruptions import CLEAN, SHORTCUT
 
@@ -61,7 +61,7 @@ def plot_robustness(robustness: pd.DataFrame, title: str = '', columns: int = 4)
     )
     kinds = list(corrupted.groupby('corruption', sort=False))
     n_rows = math.ceil(len(kinds) / columns)
-    figure = Figure(figsize=(2.5 * columns, 2.6 * n_rows), layout='constrained')
+    figure = NotebookFigure(figsize=(2.5 * columns, 2.6 * n_rows), layout='constrained')
     panels = figure.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for ax, (kind, rows) in zip(panels, kinds, strict=False):
         for auc, colour, style, name in references:
@@ -80,7 +80,7 @@ def plot_robustness(robustness: pd.DataFrame, title: str = '', columns: int = 4)
 
 def plot_history(history: pd.DataFrame) -> Figure:
     """Plot the losses and the validation metrics by epoch, with the training phases shaded."""
-    figure = Figure(figsize=(9, 3.6), layout='constrained')
+    figure = NotebookFigure(figsize=(9, 3.6), layout='constrained')
     for ax, draw in zip(figure.subplots(1, len(HISTORY_PANELS)), HISTORY_PANELS.values(), strict=True):
         draw(ax, history)
     return figure
@@ -152,7 +152,7 @@ def plot_rates(rates: Rates, title: str = '') -> Figure:
 
 def plot_cam_check(check: dict[str, Any], title: str = '') -> Figure:
     """Plot the contents of `cam_check.json`: all of `CAM_CHECK_PANELS` next to each other."""
-    figure = Figure(figsize=(12, 3.8), layout='constrained')
+    figure = NotebookFigure(figsize=(12, 3.8), layout='constrained')
     panels = figure.subplots(1, len(CAM_CHECK_PANELS))
     for ax, draw in zip(panels, CAM_CHECK_PANELS.values(), strict=True):
         draw(ax, check)

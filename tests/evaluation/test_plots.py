@@ -56,6 +56,14 @@ def test_the_history_names_its_phases():
     assert all(name in shown for name in ('frozen', 'fine-tune', 'valid loss', 'AUC'))
 
 
+def test_a_figure_of_several_panels_is_a_picture_in_a_notebook_without_pyplot():
+    """IPython shows other figures as text until the notebook draws one with pyplot."""
+    history = pd.DataFrame({'phase': 'train', 'epoch': [1], 'train_loss': [0.7], 'valid_loss': [0.7]})
+    history = history.assign(roc_auc=0.5, sensitivity=0.5, specificity=0.5)
+    for figure in (plot_history(history), plot_calibration(PREDICTIONS, METRICS)):
+        assert figure._repr_png_().startswith(b'\x89PNG')
+
+
 @pytest.mark.parametrize(
     ('plot', 'labels'),
     [

@@ -109,7 +109,9 @@ def find_arch(arch: str) -> Arch:
 
 def _unknown_arch(arch: str) -> UsageError:
     choices = ', '.join((*ARCHS, *registered_names()))
-    own = f'Register a network of your own: {VARIABLE}={arch}=package.module:function.'
+    own = (
+        f"A network of your own is registered by add_arch('{arch}', ...) or {VARIABLE}={arch}=package.module:function."
+    )
     if not is_installed('timm'):
         return UsageError(
             f'--arch {arch}, which is not one of {choices}, needs the package timm, which is not installed. '

@@ -8,12 +8,15 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+from torch import nn
 
 from cxr_fastai.core.environment import is_installed
 from cxr_fastai.core.errors import UsageError, first_line
+from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.models.architectures import ARCHS, find_arch
 from cxr_fastai.models.libraries import NOT_CUT_BY_FASTAI, TORCHVISION, VISION_LEARNER, torchvision_names
-from cxr_fastai.models.registry import registered_names
+from cxr_fastai.models.registry import is_timm_name, registered_names
+from cxr_fastai.models.weights import timm_body
 
 DEFAULT_SIZE = 224
 MAX_PARAMETERS = 200_000_000
@@ -94,16 +97,28 @@ def count_parameters(name: str) -> int | None:
     if facts.parameters is not None:
         return facts.parameters
     if name in registered_names():
-        model = facts.build()
-    else:
-        try:
-            with torch.device('meta'):
-                model = facts.build()
-        except (RuntimeError, NotImplementedError):  # it computes with numbers, which this device does not have
-            if torchvision_facts(name).get('num_params', MAX_PARAMETERS) >= MAX_PARAMETERS:
-                return None
-            model = facts.build()
+        return _count(facts.build())
+    if is_timm_name(name):
+        return _count_timm(name)
+    try:
+        with torch.device('meta'):
+            return _count(facts.build())
+    except (RuntimeError, NotImplementedError):  # it computes with numbers, which this device does not have
+        if torchvision_facts(name).get('num_params', MAX_PARAMETERS) >= MAX_PARAMETERS:
+            return None
+        return _count(facts.build())
+
+
+def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _count_timm(name: str) -> int:
+    """Return the parameters of timm's `name` without running it, which takes seconds also on the device `meta`."""
+    with torch.device('meta'):
+        body: Any = timm_body(name, pooled=True)
+    features = getattr(body, 'head_hidden_size', None) or body.num_features
+    return _count(body) + _count(nn.Linear(features, len(VOCAB)))
 
 
 def torchvision_facts(name: str) -> dict[str, Any]:

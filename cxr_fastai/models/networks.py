@@ -70,6 +70,8 @@ def _adopt(model: nn.Module, source: Any, weights: Any, size: int | None) -> Net
     name = _own_name(source)
     network = split_network(model, name, size)
     known = _find_name(source)
+    if known is None and _plain_name(source) in registered_names():
+        known = _plain_name(source)
     if known and _same_shapes(network, build_model(known)):
         name = known
     if loses_head(model, network, size):
@@ -105,10 +107,15 @@ def _is_torchvision(name: str, builder: Any) -> bool:
     return getattr(models, name, None) is builder and name in models.list_models(module=models)
 
 
+def _plain_name(source: Any) -> str:
+    """Return the name of the function or class `source`."""
+    function = source.func if isinstance(source, partial) else source
+    return getattr(function, '__name__', type(function).__name__).strip('<>')
+
+
 def _own_name(source: Any) -> str:
     """Return a name for the function or class `source` that no known architecture has."""
-    function = source.func if isinstance(source, partial) else source
-    name = getattr(function, '__name__', type(function).__name__).strip('<>')
+    name = _plain_name(source)
     if name in ARCHS or name in registered_names() or is_timm_name(name):
         return f'own.{name}'
     return name

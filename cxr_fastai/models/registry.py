@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
@@ -179,13 +179,19 @@ def _same_definition(builder: Any, other: Any) -> bool:
 
 def _references() -> dict[str, str]:
     """Return the declared architectures: name to `module:attribute`. `CXR_ARCHS` replaces entry points."""
-    references = {entry.name: entry.value for entry in entry_points(group=GROUP)}
+    references = dict(_installed_references(tuple(sys.path)))
     for text in filter(None, map(str.strip, os.environ.get(VARIABLE, '').split(','))):
         name, _, reference = text.partition('=')
         if not re.fullmatch(r'[\w.]+:\w+', reference.strip()):
             raise UsageError(f'{VARIABLE}: {text}: NAME=package.module:function is needed.')
         references[name.strip()] = reference.strip()
     return references
+
+
+@cache
+def _installed_references(path: tuple[str, ...]) -> dict[str, str]:
+    """Return the entry points of the packages on the `path`, which takes tens of milliseconds to search."""
+    return {entry.name: entry.value for entry in entry_points(group=GROUP)}
 
 
 def _load(name: str, reference: str) -> Any:

@@ -62,6 +62,8 @@ def test_without_timm_its_networks_are_missing(monkeypatch):
         ('resnet50', 224, False, ('imagenet', 'imagenet-v2')),
         ('resnet10t', 176, False, ('imagenet',)),
         ('test_vit', 160, True, ('imagenet',)),
+        ('test_convnext', 160, False, ('imagenet',)),
+        ('mobilenetv3_small_050', 224, False, ('imagenet',)),
         ('torchvision.efficientnet_b1', 240, False, ('imagenet', 'imagenet1k_v1', 'imagenet1k_v2')),
         ('torchvision.regnet_y_400mf', 224, False, ('imagenet', 'imagenet1k_v1', 'imagenet1k_v2')),
         ('vision_learner.resnet18', 224, False, ('imagenet', 'imagenet1k_v1')),

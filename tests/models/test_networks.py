@@ -9,7 +9,15 @@ import torchvision
 from torch import nn
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
-from cxr_fastai.models import BaselineCNN, build_model, create_network, describe_network, find_arch, make_recipe
+from cxr_fastai.models import (
+    BaselineCNN,
+    add_arch,
+    build_model,
+    create_network,
+    describe_network,
+    find_arch,
+    make_recipe,
+)
 
 IMAGES = torch.randn(2, 3, 64, 64)
 
@@ -76,6 +84,16 @@ def test_a_module_keeps_its_weights():
 def test_a_module_is_recognised_if_its_name_gives_the_same_network(model, name):
     network = create_network(model)
     assert network.arch == name and network.model is model
+
+
+def test_a_module_is_recognised_under_the_name_of_its_class_once_this_is_registered():
+    class Registered(Own):
+        pass
+
+    assert create_network(Registered(9)).arch == 'Registered'
+    add_arch('Registered', partial(Registered, 9))
+    assert create_network(Registered(9)).arch == create_network(partial(Registered, 9)).arch == 'Registered'
+    assert create_network(Registered(8)).arch == 'own.Registered'
 
 
 def test_a_network_of_a_user_never_gets_the_name_of_another():

@@ -279,7 +279,12 @@ PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def command_line(recipe: Recipe) -> str:
-    """Return the `cxr-fastai train` command that reproduces `recipe`. A file of weights is given without its folder."""
+    """Return the `cxr-fastai train` command that reproduces `recipe`. A file of weights is given without its folder.
+
+    For a custom recipe it is a comment, because the command cannot repeat a training by hand.
+    """
+    if recipe.name == CUSTOM:
+        return '# trained in Python, not by a recipe: no command repeats the training'
     defaults = {field.name: field.default for field in fields(Recipe)} | RECIPES[recipe.name]
     changes = {
         name: value

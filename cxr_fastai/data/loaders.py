@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import fastai.vision.data  # noqa: F401  (registers `show_batch` and `show_results` for images)
+import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
 import pandas as pd
 import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
@@ -263,8 +263,7 @@ def find_preprocessing(dls: DataLoaders) -> Preprocessing:
     """
     for transform in dls.train_ds.tls[0].tfms.fs:
         if isinstance(transform, OpenImage):
-            source = transform.source
-            return source.preprocessing if isinstance(source, ImageCache) else source
+            return transform.preprocessing
     raise UsageError(
         f'the images of this {type(dls).__name__} are not prepared by this package, so they cannot be prepared in the '
         'same way for prediction. Make the DataLoaders with CXRDataLoaders or cxr_block.'

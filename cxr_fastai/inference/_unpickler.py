@@ -58,6 +58,7 @@ CLASSES = {
     'numpy': {'ndarray'},
     'pandas': {'Series'},
     'cxr_fastai.models.architectures': {'BaselineCNN'},
+    'cxr_fastai.models.bodies': {'ConcatPool2d', 'TimmFeatures'},
     'cxr_fastai.data.transforms': {'AugmentImages', 'DegradeImages', 'NormalizeImage', 'OpenImage'},
     'cxr_fastai.data.loaders': {'CXRDataLoaders', 'follow_parent'},
     'cxr_fastai.training.learner': {'CXRLearner', 'body_and_head', 'roc_auc', 'sensitivity', 'specificity'},

@@ -84,7 +84,8 @@ def _without_data(learn: Learner) -> Iterator[None]:
     from fastcore.foundation import L
 
     data_path = learn.dls.path
-    saved = {name: vars(learn)[name] for name in ('dls', 'opt', 'path', *LAST_BATCH) if name in vars(learn)}
+    names = ('dls', 'opt', 'path', 'logger', *LAST_BATCH)
+    saved = {name: vars(learn)[name] for name in names if name in vars(learn)}
     added_callbacks = [callback for callback in learn.cbs if not _is_standard(callback)]
     skipping = _transforms_that_skip(learn)
     learn.remove_cbs(added_callbacks)
@@ -92,6 +93,9 @@ def _without_data(learn: Learner) -> Iterator[None]:
         learn.dls.path = learn.path = Path('.')
         learn.dls = learn.dls.new_empty()
         learn.opt = None
+        learn.logger = print  # after a fit with `CSVLogger` it is a method of a callback
+        for callback in learn.cbs:
+            vars(callback).pop('old_logger', None)
         for name in LAST_BATCH:
             vars(learn).pop(name, None)
         for metric in learn.metrics:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cxr_fastai.core.recipe import VOCAB, Recipe, command_line
+from cxr_fastai.core.recipe import CUSTOM, VOCAB, Recipe, command_line
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.templates import render_template
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.evaluation.metrics import name_metric
 from cxr_fastai.inference.config import sha256
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SPLITS = ('test', 'valid', 'train')
 """The splits in the order in which a report or a model card prefers them."""
@@ -25,6 +28,8 @@ HUB_NAMES = {'auc': 'roc_auc', 'sensitivity': 'recall', 'ppv': 'precision'}
 """Metrics that have another name on the Hub."""
 SHOWN_PACKAGES = ('cxr_fastai', 'fastai', 'torch', 'torchvision', 'python')
 UNKNOWN = 'not recorded'
+STANDARD_CALLBACKS = ('TrainEvalCallback', 'Recorder', 'CastToTensor', 'ProgressCallback', 'BnFreeze', 'History')
+"""Callbacks of every learner, which a model card does not name."""
 
 
 def main_split(run: Run) -> str:
@@ -45,6 +50,18 @@ def describe_run(run: Run) -> dict[str, str]:
         'Classes': f'{VOCAB[0]} and {VOCAB[1]}; {VOCAB[1]} is the positive class',
         'Initial weights': start.get('origin', recipe.weights if recipe.weights == 'none' else UNKNOWN),
         'Input': _input(recipe),
+        **(_custom_training(recipe, start) if recipe.name == CUSTOM else _recipe_training(recipe, best)),
+        'Trained on': f'{len(train_items):,} images of {train_items.patient.nunique():,} patients',
+        'SHA-256 of items.csv': sha256(run / 'items.csv'),
+        'Hardware': f'{start.get("hardware", UNKNOWN)}, device {start.get("device", UNKNOWN)}',
+        'Training time': _training_time(history.seconds),
+        'Versions': ', '.join(versions) or UNKNOWN,
+        'Date': str(start.get('time', UNKNOWN))[:10],
+    }
+
+
+def _recipe_training(recipe: Recipe, best: dict[str, Any]) -> dict[str, str]:
+    return {
         'Recipe': (
             f'{recipe.name}: {_phases(recipe)}; optimizer {recipe.optimizer}, batch size {recipe.batch_size}, '
             f'schedule {recipe.schedule}'
@@ -56,13 +73,31 @@ def describe_run(run: Run) -> dict[str, str]:
         'Final model': _final_model(recipe, best.get('epoch', UNKNOWN)),
         'Seed': str(recipe.seed),
         'Precision': recipe.precision,
-        'Trained on': f'{len(train_items):,} images of {train_items.patient.nunique():,} patients',
-        'SHA-256 of items.csv': sha256(run / 'items.csv'),
-        'Hardware': f'{start.get("hardware", UNKNOWN)}, device {start.get("device", UNKNOWN)}',
-        'Training time': f'{history.seconds.sum() / 60:,.1f} minutes for {len(history)} epochs',
-        'Versions': ', '.join(versions) or UNKNOWN,
-        'Date': str(start.get('time', UNKNOWN))[:10],
     }
+
+
+def _custom_training(recipe: Recipe, start: dict[str, Any]) -> dict[str, str]:
+    """Return the facts about a training by hand, as far as `save_run` recorded them."""
+    optimizer, loss = start.get('optimizer', UNKNOWN), start.get('loss', UNKNOWN)
+    callbacks = [name for name in start.get('callbacks', []) if name not in STANDARD_CALLBACKS]
+    transforms = start.get('batch_tfms', [])
+    is_known = 'AugmentImages' in transforms
+    return {
+        'Recipe': (
+            f'trained by hand: {_phases(recipe) or "phases not recorded"}; optimizer {optimizer}, batch size '
+            f'{recipe.batch_size}, loss {loss}, schedule not recorded'
+        ),
+        'Callbacks': ', '.join(callbacks) or 'none',
+        'Augmentation': _augmentation(recipe) if is_known else f'by {", ".join(transforms) or UNKNOWN}',
+        'Final model': 'the network as it was saved',
+        'Seed': UNKNOWN,
+    }
+
+
+def _training_time(seconds: pd.Series) -> str:
+    if seconds.isna().any():
+        return f'{UNKNOWN}; {len(seconds)} epochs'
+    return f'{seconds.sum() / 60:,.1f} minutes for {len(seconds)} epochs'
 
 
 def _architecture(recipe: Recipe, parameters: int | None) -> str:

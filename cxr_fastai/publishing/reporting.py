@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
+from cxr_fastai.core import recipe as recipes
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.figures import to_svg
 from cxr_fastai.core.files import atomic, write_text
@@ -76,9 +77,10 @@ SECTIONS = {
 """The sections of the report with their titles; those without content are left out."""
 VALIDATION_SPLITS = {
     'official': 'the images of the folder val',
-    'patients': 'about 10% of the patients of train and val, drawn at random with the same class balance',
+    'patients': 'about {valid_pct:.0%} of the patients of train and val, drawn at random with the same class balance',
+    recipes.UNKNOWN: 'chosen before the run was saved; how is not recorded',
 }
-"""How validation images are chosen, by the field `valid` of the recipe."""
+"""How validation images are chosen, by the field `valid` of the recipe. `valid_pct` is filled in."""
 CONSTANTS = {
     'topics': TOPICS,
     'ranking_metrics': RANKING_METRICS,
@@ -204,7 +206,7 @@ def describe_flow(run: Run) -> dict[str, Any]:
         'patients': run.items.patient.nunique(),
         'limit': run.recipe.limit,
         'unreadable': len(run.items) - len(used_items),
-        'valid': VALIDATION_SPLITS[run.recipe.valid],
+        'valid': VALIDATION_SPLITS[run.recipe.valid].format(valid_pct=run.recipe.valid_pct),
         'splits': {
             split: rows.label.value_counts().sort_index().to_dict() for split, rows in used_items.groupby('split')
         },

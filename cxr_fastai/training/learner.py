@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import fastai.vision.learner  # noqa: F401  (registers `show_results` for images)
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelEpochException
@@ -89,7 +90,7 @@ class CXRLearner(Learner):
     @property
     def network(self) -> nn.Sequential:
         """The network, without the wrapper that it has in distributed training."""
-        return getattr(self.model, 'module', self.model)
+        return cast(nn.Sequential, getattr(self.model, 'module', self.model))
 
     def fit_recipe(
         self,
@@ -204,7 +205,7 @@ def cxr_learner(
     Raises `CXRError` if the weights are not available or `arch` cannot be used.
     """
     _check_classes(dls)
-    network = create_network(arch, pretrained)
+    network = create_network(arch, pretrained, _image_size(dls))
     _check_size(dls, network.arch)
     options = {'splitter': body_and_head, 'train_bn': False} | kwargs
     learn = CXRLearner(
@@ -256,14 +257,18 @@ def _check_classes(dls: DataLoaders) -> None:
         )
 
 
+def _image_size(dls: DataLoaders) -> int | None:
+    """Return the side of the images of `dls`, or None if it is not known."""
+    recipe = getattr(dls, 'recipe', None)
+    return recipe.size if recipe else None
+
+
 def _check_size(dls: DataLoaders, arch: str) -> None:
     """Raise `UsageError` if `arch` accepts only images of another size than those of `dls`."""
-    recipe = getattr(dls, 'recipe', None)
-    size = find_arch(arch).size if recipe and is_known(arch) else None
-    if size and recipe.size != size:
-        raise UsageError(
-            f'size {recipe.size}: {arch} accepts only {size} pixels. Make the DataLoaders with size={size}.'
-        )
+    size = _image_size(dls)
+    needed = find_arch(arch).size if size and is_known(arch) else None
+    if needed and size != needed:
+        raise UsageError(f'size {size}: {arch} accepts only {needed} pixels. Make the DataLoaders with size={needed}.')
 
 
 def is_known(arch: str) -> bool:

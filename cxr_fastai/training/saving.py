@@ -136,7 +136,7 @@ def _find_arch(learn: Learner) -> str:
     if callable(arch):
         return f'vision_learner.{arch.__name__}'
     if isinstance(arch, str):
-        return arch
+        return arch if isinstance(learn, CXRLearner) else f'vision_learner.timm.{arch}'
     raise UsageError(
         f'the name of the network, a {type(_network(learn)).__name__}, is not known. Pass arch="NAME", a name that '
         '`cxr-fastai archs` lists or that add_arch registered, or make the learner with cxr_learner.'

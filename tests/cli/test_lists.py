@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 from cxr_fastai.cli import lists, main
+from cxr_fastai.core import environment
 
 
 def test_archs_lists_the_networks_of_this_package_and_names_the_others(capsys):
@@ -26,6 +27,14 @@ def test_archs_lists_registered_networks_and_why_one_cannot_be_built(capsys, mon
     assert lines['listed'].split() == ['listed', '422,530', '224', 'own,', 'none']
     assert '?' in lines['broken'] and 'contains pooling' in lines['broken']
     assert '?' in lines['missing'] and 'cannot be imported' in lines['missing']
+
+
+def test_archs_says_how_to_install_timm_where_it_is_missing(capsys, monkeypatch):
+    monkeypatch.setattr(environment, 'find_spec', lambda package: None)
+    assert main(['archs']) == 0
+    text = capsys.readouterr().out
+    assert 'efficientnet_lite0            ?' in text and 'needs the package timm' in text
+    assert text.rstrip().endswith('timm is not installed: pip install "cxr_fastai[timm]".')
 
 
 def test_archs_lists_matching_networks_up_to_a_limit(capsys, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from cxr_fastai.cli import main
+from cxr_fastai.cli import main, output
 from cxr_fastai.cli.output import (
     choose_source,
     comparison_tables,
@@ -16,6 +16,7 @@ from cxr_fastai.cli.output import (
     format_p,
     metrics_tables,
     predictions_table,
+    print_columns,
     unused_path,
 )
 from cxr_fastai.core.errors import UsageError
@@ -27,6 +28,26 @@ def render(table: RenderableType, width: int = 80) -> str:
     console = Console(width=width, file=io.StringIO(), record=True)
     console.print(table)
     return console.export_text()
+
+
+HEADER = ('field', 'meaning')
+ROWS = [('--size', 'side of the [images] in pixels: ' + 'word ' * 20), ('--seed', 'seed')]
+
+
+def test_columns_are_one_line_for_each_row_where_they_are_piped(capsys):
+    print_columns(HEADER, ROWS)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ['field', '--size', '--seed']
+    assert len({line.index(text) for line, text in zip(lines, ('meaning', 'side', 'seed'), strict=True)} - {2}) == 1
+
+
+def test_columns_are_wrapped_in_a_terminal(monkeypatch):
+    console = Console(width=60, file=io.StringIO(), force_terminal=True, color_system=None)
+    monkeypatch.setattr(output, 'out', console)
+    print_columns(HEADER, ROWS)
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) > 4 and max(map(len, lines)) <= 60
+    assert 'side of the [images]' in lines[1] and lines[2].startswith('        ')
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,8 @@
 """`create_network` accepts what a user may call an architecture."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -183,3 +185,12 @@ def test_the_origin_of_the_weights_is_described(arch, weights, origin):
 def test_weights_that_were_set_in_python_cannot_be_trained_from_again():
     with pytest.raises(UsageError, match='--weights own: these are the weights that the network had in Python.*none'):
         make_recipe('baseline', weights='own')
+
+
+def test_the_examples_of_the_page_about_own_networks_run():
+    page = (Path(__file__).parents[2] / 'docs/models.md').read_text()
+    names: dict = {}
+    for block in re.findall(r'```python\n(.*?)```', page, re.DOTALL):
+        exec(block, names)
+    assert (names['network'].arch, find_arch('mynet').default_weights) == ('MyNet', 'own')
+    assert [type(layer).__name__ for layer in names['network'].model[1]] == ['AdaptiveAvgPool2d', 'Flatten', 'Linear']

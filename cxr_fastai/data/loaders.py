@@ -47,13 +47,13 @@ class CXRDataLoaders(DataLoaders):
     Attributes:
         item_table: the items table of all splits, as `read_items` returns it.
         root: the folder that the paths in `item_table` are relative to.
-        source: the folder or CSV file of the images; `root` if they come from a `DataFrame`.
+        source: the folder or CSV file of the images, or None if they come from a table.
         recipe: a `Recipe` whose fields about images and augmentation describe the loaders.
     """
 
     item_table: pd.DataFrame
     root: Path
-    source: Path
+    source: Path | None
     recipe: Recipe
 
     @classmethod
@@ -91,7 +91,9 @@ class CXRDataLoaders(DataLoaders):
         fields = _pop_fields(kwargs) | {'valid': valid, 'valid_pct': valid_pct, 'seed': seed, 'size': size}
         settings = data_recipe(recipe, batch_size=bs, workers=num_workers, **fields)
         items = read_items(Path(path), settings.valid, settings.seed, settings.limit, valid_pct=settings.valid_pct)
-        return cls._from_checked(items, Path(path), settings, item_tfms, batch_tfms, device, kwargs)
+        dls = cls._from_checked(items, image_root(Path(path)), settings, item_tfms, batch_tfms, device, kwargs)
+        dls.source = Path(path)
+        return dls
 
     @classmethod
     def from_csv(cls, path: str | Path, csv_fname: str = '', **kwargs: Any) -> Self:
@@ -141,7 +143,7 @@ class CXRDataLoaders(DataLoaders):
     def _from_checked(
         cls,
         items: pd.DataFrame,
-        source: Path,
+        root: Path,
         recipe: Recipe,
         item_tfms: Any,
         batch_tfms: Any,
@@ -151,11 +153,8 @@ class CXRDataLoaders(DataLoaders):
         check_trainable(items)
         if not recipe.allow_leakage:
             check_leakage(items)
-        root = image_root(source)
         cache = find_cache(root, Preprocessing.of(recipe))
-        dls = cls.from_items(items, root, recipe, cache, item_tfms, batch_tfms, device=device, **kwargs)
-        dls.source = source
-        return dls
+        return cls.from_items(items, root, recipe, cache, item_tfms, batch_tfms, device=device, **kwargs)
 
     @classmethod
     def from_items(
@@ -184,7 +183,8 @@ class CXRDataLoaders(DataLoaders):
         loaders = block.dataloaders(source, bs=recipe.batch_size, num_workers=workers, **options)
         dls = cls(*loaders.loaders, path=Path('.'), device=loaders.device)
         dls.item_table = items
-        dls.root = dls.source = root
+        dls.root = root
+        dls.source = None
         dls.recipe = recipe
         return dls
 

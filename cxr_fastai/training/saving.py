@@ -27,7 +27,7 @@ from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError, first_line
 from cxr_fastai.core.files import write_csv
 from cxr_fastai.core.recipe import CUSTOM, POSITIVE, UNKNOWN, VOCAB, Phase, Recipe, data_recipe
 from cxr_fastai.core.run import Run
-from cxr_fastai.data.items import image_root, read_table
+from cxr_fastai.data.items import read_table
 from cxr_fastai.data.loaders import CXRDataLoaders, find_preprocessing
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, save_weights
@@ -97,7 +97,7 @@ def save_run(learn: Learner, path: str | Path, arch: str | None = None) -> Run:
 def find_images(dls: DataLoaders) -> ImageSource:
     """Return the images of `dls`. Raises `UsageError` if there are none, or if they are not files."""
     if isinstance(dls, CXRDataLoaders) and hasattr(dls, 'item_table'):
-        return ImageSource(dls.item_table, dls.root, dls.source, from_table=image_root(dls.source) != dls.source)
+        return ImageSource(dls.item_table, dls.root, dls.source or dls.root, from_table=dls.source is None)
     rows = []
     for split, dl in (('train', dls.train), ('valid', dls.valid)):
         rows += [(path, label, split) for path, label in zip(_paths(dl), _labels(dl), strict=True)]

@@ -91,7 +91,7 @@ def test_a_csv_file_and_a_data_frame_give_the_batches_of_the_folder(images, tmp_
     for other in (from_csv, from_df):
         batch, other_labels = other.valid.one_batch()
         assert torch.equal(batch, expected) and torch.equal(other_labels, labels)
-        assert other.source != images
+    assert from_csv.source == tmp_path / 'labels.csv' and from_df.source is None
 
 
 def test_a_data_frame_without_labels_or_files_is_refused(images):

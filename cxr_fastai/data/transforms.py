@@ -58,6 +58,12 @@ class OpenImage(Transform):
         self.source = source
         self.skip = skip
 
+    def __call__(self, image: Any, **options: Any) -> TensorImageBW:
+        """Open `image`. A tuple is refused too; fastai would open each of its parts."""
+        if isinstance(image, tuple):
+            return self.encodes(image)
+        return super().__call__(image, **options)
+
     def encodes(self, image: Any) -> TensorImageBW:
         if self.is_opened(image):
             return image

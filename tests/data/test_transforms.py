@@ -174,6 +174,8 @@ REFUSED = {
     'a blank PIL image': (Image.new('L', (96, 80)), 'E_BLANK', 'blank'),
     'a damaged file': (encoded(GREY)[:900], 'E_TRUNCATED', 'truncated'),
     'a list': (['a.jpeg'], 'E_TYPE', 'list: not an image'),
+    'two images': ((GREY, GREY), 'E_TYPE', 'tuple: not an image'),
+    'an image and a label': (('a.jpeg', 'NORMAL'), 'E_TYPE', 'tuple: not an image'),
     'None': (None, 'E_TYPE', 'NoneType: not an image'),
     'a number of Python': (3.5, 'E_TYPE', 'float: not an image'),
 }

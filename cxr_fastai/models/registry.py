@@ -129,6 +129,15 @@ def registered_name(builder: Any) -> str | None:
     return None
 
 
+def check_declared(name: str) -> None:
+    """Raise `UsageError` if `name` is registered in this process only, so that a new process could not build it."""
+    if name in _registered and name not in _references():
+        raise UsageError(
+            f'{name}: registered by add_arch in this process only, but a new process has to build it. Declare it: '
+            f'{VARIABLE}={name}=package.module:function.'
+        )
+
+
 def describe_builder(builder: Any) -> str:
     """Return the module and the name of a function or class."""
     name = getattr(builder, '__qualname__', type(builder).__qualname__)

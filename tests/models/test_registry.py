@@ -10,6 +10,7 @@ from torch import nn
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.models import Arch, add_arch, build_model, create_network, find_arch, make_recipe
+from cxr_fastai.models.registry import check_declared
 
 SOURCE = """
 from torch import nn
@@ -62,6 +63,16 @@ def test_an_added_network_can_be_named_like_any_other():
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 2) and model[0][0].out_channels == 4
     assert make_recipe(name).weights == 'own' and len(make_recipe(name).phases) == 1
     assert create_network(name).arch == name
+
+
+def test_whether_a_new_process_knows_a_network_can_be_checked(module, monkeypatch):
+    name, declared = new_name(), new_name()
+    monkeypatch.setenv('CXR_ARCHS', f'{declared}={module}:Tiny')
+    add_arch(name, Uncut)
+    for known in ('baseline', 'torchvision.resnet18', declared):
+        check_declared(known)
+    with pytest.raises(UsageError, match=f'{name}: registered by add_arch in this process only.*CXR_ARCHS={name}='):
+        check_declared(name)
 
 
 def test_an_added_network_with_weights_is_pretrained_and_loads_them(tmp_path):

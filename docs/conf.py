@@ -7,8 +7,8 @@ mode). MyST-NB shows the stored outputs of notebooks without running them. The t
 
 import os
 import re
-import shutil
 from dataclasses import is_dataclass
+from inspect import cleandoc
 from pathlib import Path
 from textwrap import indent
 
@@ -16,6 +16,7 @@ import fastapi  # noqa: F401  (must precede autodoc, which sets TYPE_CHECKING du
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from fastcore.docments import docments
+from fastcore.nbio import NbCell, mk_cell, nb2str, nb_frontmatter, read_nb
 from typer.cli import get_docs_for_click
 from typer.main import get_command
 
@@ -78,6 +79,7 @@ html_theme_options = {
 pygments_style = 'friendly'
 pygments_dark_style = 'github-dark'
 
+PARAMETERS = re.compile(r'^(Args|Parameters|Attributes)(?::|\n-+)\n(.+?)(?=\n\n|\Z)', re.M | re.S)
 LINK = re.compile(r'(?<=\]\()(?![a-z]+:|[#/])([^)\s#]+)(?=[)#\s])')
 PAGES = {
     'README.md': 'index.md',
@@ -87,17 +89,19 @@ PAGES = {
     'docs': '.',
 }
 """Repository files and folders, and their places on the site. Links to other files become downloads."""
+TAGS = {'echo': 'remove-input', 'output': 'remove-output'}
+"""Directives of nbdev that are false, and the tags of MyST-NB with the same meaning."""
 
 
 def gather(app, config) -> None:
-    """Copy the notebooks to `docs/` and write the page of all commands."""
+    """Write the pages of the notebooks and the page of all commands."""
     (HERE / 'notebooks').mkdir(exist_ok=True)
     names = {path.name for path in (ROOT / 'nbs').glob('*.ipynb')}
     for old in (HERE / 'notebooks').iterdir():
         if old.name not in names:
             old.unlink()
     for name in names:
-        shutil.copy2(ROOT / 'nbs' / name, HERE / 'notebooks' / name)
+        write_if_new(HERE / 'notebooks' / name, notebook_page(ROOT / 'nbs' / name))
     write_if_new(HERE / 'commands.md', commands())
 
 
@@ -105,6 +109,29 @@ def write_if_new(path: Path, text: str) -> None:
     """Write `text` unless the file has the same content, so that an unchanged page is not built again."""
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
+
+
+def notebook_page(path: Path) -> str:
+    """Return the notebook `path` in the form that MyST-NB reads: without front matter and directives of nbdev.
+
+    The first cell becomes title and description, `#| hide` removes a cell, and `show_doc` cells become text.
+    """
+    notebook = read_nb(path)
+    front = nb_frontmatter(notebook)
+    notebook.metadata['myst'] = {'html_meta': {'description': front['description']}}
+    title = mk_cell(f'# {front["title"]}\n\n{front["description"]}', 'markdown', id=notebook.cells[0].id)
+    notebook.cells = [title, *(page_cell(cell) for cell in notebook.cells[1:] if not cell.has_directive('hide'))]
+    return nb2str(notebook)
+
+
+def page_cell(cell: NbCell) -> NbCell:
+    """Return `cell` with the tags of MyST-NB in the place of nbdev's directives."""
+    if cell.cell_type == 'code' and cell.source.startswith('show_doc('):
+        text = ''.join(cell.outputs[0].data['text/markdown'])
+        return mk_cell(text.removeprefix('---\n\n'), 'markdown', id=cell.id)
+    cell.metadata['tags'] = [tag for directive, tag in TAGS.items() if cell.directive(directive) == 'false']
+    cell.remove_directives()
+    return cell
 
 
 def commands() -> str:
@@ -148,16 +175,23 @@ def read_include(app, path: Path, docname: str, source: list[str]) -> None:
 
 
 def read_docstring(app, what: str, name: str, thing, options, lines: list[str]) -> None:
-    """Keep diagrams of a docstring as literal text, and add the comments next to the fields of a dataclass.
+    """List parameters, keep diagrams as literal text, and add the comments next to the fields of a dataclass.
 
     A comment that ends with a full stop is the heading of a group of fields and is left out.
     """
-    blocks = '\n'.join(lines).split('\n\n')
+    blocks = PARAMETERS.sub(list_parameters, '\n'.join(lines)).split('\n\n')
     lines[:] = '\n\n'.join(keep_drawing(block) for block in blocks).split('\n')
     if what != 'class' or not is_dataclass(thing):
         return
     comments = {field: ' '.join(text.split()) for field, text in docments(thing).items() if text}
     lines += ['', *(f':param {field}: {text}' for field, text in comments.items() if not text.endswith('.')), '']
+
+
+def list_parameters(section: re.Match) -> str:
+    """Return a section of `name: text` or `name : text` as a list. Further lines of a text are indented."""
+    entries = re.split(r'\n(?=\S)', cleandoc(section[2]))
+    items = [re.sub(r'^([\w*, ]+?) ?: ', r'``\1``: ', ' '.join(entry.split())) for entry in entries]
+    return f'**{section[1]}**\n\n' + '\n'.join(f'* {item}' for item in items)
 
 
 def keep_drawing(block: str) -> str:

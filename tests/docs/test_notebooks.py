@@ -14,7 +14,10 @@ import shutil
 import signal
 import sys
 from contextlib import chdir
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -170,6 +173,26 @@ def test_a_lesson_documents_functions_of_its_room(name):
         assert re.search(rf'^### {re.escape(documented)}\n\n```python\n(def|class) ', text, re.M), 'run nbs/execute.py'
         source = re.search(r'\[Source\]\((.+)\)$', text)[1]
         assert (FOLDER / source).is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [name for name in NAMES if name not in WITHOUT_REFERENCE])
+def test_the_stored_documentation_is_that_of_the_package(name, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    from showdoc import Reference
+
+    for cell in code_cells(name):
+        if cell.source.startswith('show_doc('):
+            documented = cell.source[len('show_doc(') : -1]
+            current = Reference(find_public(documented))._repr_markdown_()
+            assert ''.join(cell.outputs[0].data['text/markdown']) == current, f'run nbs/execute.py {name}'
+
+
+def find_public(name: str) -> Any:
+    """Return the public function, class or method `name`."""
+    first = name.partition('.')[0]
+    modules = [import_module(f'cxr_fastai.{room}') for room in ('all', 'data', 'models')]
+    return attrgetter(name)(next(module for module in modules if hasattr(module, first)))
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -39,10 +39,11 @@ from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.pickles import load_learner, save_learner
 from cxr_fastai.inference.predictor import Predictor, prediction_table
 from cxr_fastai.interpretation.checks import check_maps, check_run
-from cxr_fastai.interpretation.explainer import Explainer
+from cxr_fastai.interpretation.explainer import Explainer, Subject
 from cxr_fastai.interpretation.interpretation import CXRInterpretation
 from cxr_fastai.interpretation.overlays import plot_explanation, plot_gallery, plot_mean_maps
-from cxr_fastai.models.architectures import ARCHS, BaselineCNN, build_model, make_recipe
+from cxr_fastai.models.architectures import ARCHS, BaselineCNN, add_arch, build_model, make_recipe
+from cxr_fastai.models.networks import create_network
 from cxr_fastai.publishing.exporting import export
 from cxr_fastai.publishing.reporting import report
 from cxr_fastai.training.learner import CXRLearner, cxr_learner, recipe_learner
@@ -68,7 +69,9 @@ __all__ = [
     'Preprocessing',
     'Recipe',
     'Run',
+    'Subject',
     'VOCAB',
+    'add_arch',
     'audit',
     'build_model',
     'check_maps',
@@ -76,6 +79,7 @@ __all__ = [
     'compare',
     'corrupt',
     'count_images',
+    'create_network',
     'cxr_block',
     'cxr_learner',
     'data_root',

@@ -84,7 +84,7 @@ CLASSES = {
 }
 """Module -> the classes and functions that a pickle may name, but not call."""
 
-LAYER_MODULES = ('torch.nn.modules.', 'timm.layers.', 'timm.models.', 'torchvision.models.')
+LAYER_MODULES = ('torch.nn.modules.', 'timm.layers.', 'timm.models.', 'torchvision.models.', 'torchvision.ops.')
 """Prefixes of the modules from which a pickle may also name every class that is a `torch.nn.Module`."""
 
 PLAIN_PACKAGES = {'builtins', 'collections', 'inspect', 'numpy', 'torch'}

@@ -29,6 +29,9 @@ from cxr_fastai.models.registry import (
 )
 from cxr_fastai.models.weights import fill
 
+MAX_NAME = 80
+"""Number of characters of an unknown name that an error repeats."""
+
 
 class BaselineCNN(nn.Sequential):
     """The baseline of the specification: four blocks of convolution, BatchNorm, ReLU and pooling, and a two-layer head.
@@ -108,6 +111,7 @@ def find_arch(arch: str) -> Arch:
 
 
 def _unknown_arch(arch: str) -> UsageError:
+    arch = arch[:MAX_NAME]  # a model file can contain any text
     choices = ', '.join((*ARCHS, *registered_names()))
     own = (
         f"A network of your own is registered by add_arch('{arch}', ...) or {VARIABLE}={arch}=package.module:function."

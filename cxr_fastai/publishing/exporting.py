@@ -42,6 +42,7 @@ from cxr_fastai.inference.pickles import load_learner, save_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.selftest import ParityError, SelfTest
 from cxr_fastai.models.inputs import MEAN, STD
+from cxr_fastai.models.registry import check_declared
 from cxr_fastai.publishing.model_card import main_split, render_card
 
 VERSIONED_PACKAGES = ('cxr_fastai', 'torch', 'safetensors', 'onnxruntime')
@@ -79,6 +80,7 @@ def export(run: Run, out: Path | None = None, as_zip: bool = False) -> Path:
             f'{run.path}: not evaluated, so it has no threshold and no metrics for its model card. '
             f'Run `cxr-fastai evaluate {run.path}` first.'
         )
+    check_declared(run.recipe.arch)  # the bundle is verified in a new process
     out = out or run / ('bundle.zip' if as_zip else 'bundle')
     check_destination(out, as_zip)
     new = out.with_name(f'.{out.name}.{os.getpid()}.new')  # `atomic` uses the suffix .tmp for the zip file

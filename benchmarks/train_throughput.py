@@ -41,7 +41,8 @@ from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training.hardware import CompileSteps, reuse_memory
-from cxr_fastai.training.learner import recipe_learner, start_phase
+from cxr_fastai.training.learner import recipe_learner
+from cxr_fastai.training.recipes import start_phase
 
 
 def plain_baseline() -> nn.Module:

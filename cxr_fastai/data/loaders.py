@@ -200,15 +200,16 @@ def cxr_block(
     cache: ImageCache | None = None,
     item_tfms: Any = None,
     batch_tfms: Any = None,
+    **fields: Any,
 ) -> DataBlock:
-    """Return the `DataBlock` of `recipe`, a recipe or the name of one.
+    """Return the `DataBlock` of `recipe`, a recipe or the name of one, with other `fields` such as `size` and `valid`.
 
     Its source is a folder, a CSV file, or an items table with the complete path of each image, as `locate` returns it.
     Images in `cache` are not decoded again; the batches are the same with and without it. `item_tfms` get grey images
     as uint8 tensors (1, size, size). `batch_tfms` replace the augmentation of the recipe; they get images
     (n, 1, size, size) in [0, 1]. Raises `UsageError` for transforms that resize or normalise, which the block does.
     """
-    recipe = data_recipe(recipe)
+    recipe = data_recipe(recipe, **fields)
     _check_transforms(item_tfms, batch_tfms)
     open_image = OpenImage(cache or Preprocessing.of(recipe), skip=recipe.on_bad_image == 'skip')
     images = TransformBlock(type_tfms=open_image, batch_tfms=[IntToFloatTensor, NormalizeImage])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,29 +22,23 @@ from fastcore.basics import listify
 from fastcore.meta import delegates
 from torch import nn
 
-from cxr_fastai.core.errors import CXRWarning, OutputError, UsageError
+from cxr_fastai.core.errors import OutputError, UsageError
 from cxr_fastai.core.recipe import (
-    AUGMENTATION_FIELDS,
-    DATA_FIELDS,
     POSITIVE,
     UNKNOWN,
     VOCAB,
-    Phase,
     Recipe,
-    data_recipe,
 )
 from cxr_fastai.data.loaders import find_preprocessing
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.pickles import save_learner
-from cxr_fastai.models.architectures import ARCHS, find_arch, make_recipe
+from cxr_fastai.models.architectures import find_arch
 from cxr_fastai.models.networks import create_network
 from cxr_fastai.models.registry import OWN_WEIGHTS
-from cxr_fastai.training.callbacks import DivergenceGuard, History, KeepBest, ReduceOnPlateau, recipe_callbacks
+from cxr_fastai.training.callbacks import DivergenceGuard, History, KeepBest, recipe_callbacks
 from cxr_fastai.training.hardware import Precision, reuse_memory
 from cxr_fastai.training.optimizer import TorchOptimizer
-
-OPTIMIZERS = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}
-"""Optimisers by name. `adam` applies weight decay as an L2 penalty, `adamw` decouples it from the gradient."""
+from cxr_fastai.training.recipes import OPTIMIZERS, apply_recipe, fit_phase, is_known, named_recipe
 
 
 class Position(NamedTuple):
@@ -125,11 +117,11 @@ class CXRLearner(Learner):
         Raises `Diverged` if the loss becomes NaN or infinite; the learner then has the best weights so far.
         """
         if isinstance(recipe, str):
-            recipe = _named_recipe(self, recipe, epochs, lr)
+            recipe = named_recipe(self, recipe, epochs, lr)
         elif epochs is not None or lr is not None:
             raise UsageError('epochs and lr are those of the recipe. Pass the name of a recipe to choose them.')
         reuse_memory()
-        is_complete = _apply_recipe(self, recipe)
+        is_complete = apply_recipe(self, recipe)
         self.recipe = recipe if is_complete else None
         best, guard = KeepBest(), DivergenceGuard()
         with self.added_cbs([best, guard, *recipe_callbacks(recipe), *listify(cbs)]):
@@ -247,7 +239,7 @@ def cxr_learner(
 def recipe_learner(dls: DataLoaders, recipe: Recipe, **kwargs: Any) -> CXRLearner:
     """Return the learner of `recipe`, with its network, loss and optimiser. `kwargs` are those of `cxr_learner`."""
     learn = cxr_learner(dls, recipe.arch, recipe.weights, **kwargs)
-    _apply_recipe(learn, recipe)
+    apply_recipe(learn, recipe)
     return learn
 
 
@@ -289,89 +281,6 @@ def _check_size(dls: DataLoaders, arch: str) -> None:
     needed = find_arch(arch).size if size and is_known(arch) else None
     if needed and size != needed:
         raise UsageError(f'size {size}: {arch} accepts only {needed} pixels. Make the DataLoaders with size={needed}.')
-
-
-def is_known(arch: str) -> bool:
-    """Return whether `arch` is the name of an architecture that can be built, and not only that of a class."""
-    if arch in ARCHS:
-        return True
-    try:
-        find_arch(arch)
-    except UsageError:
-        return False
-    return True
-
-
-def _apply_recipe(learn: CXRLearner, recipe: Recipe) -> bool:
-    """Give `learn` the loss, the optimiser and the weight decay of `recipe`; keep a loss or an optimiser of the user.
-
-    Return True if nothing was kept.
-    """
-    has_standard_loss = isinstance(learn.loss_func, CrossEntropyLossFlat)
-    if has_standard_loss:
-        class_weights = _class_weights(learn.dls) if recipe.class_weights else None
-        learn.loss_func = CrossEntropyLossFlat(weight=class_weights, label_smoothing=recipe.label_smoothing)
-    has_standard_optimizer = getattr(learn.opt_func, 'func', None) is TorchOptimizer
-    if has_standard_optimizer:
-        learn.opt_func = partial(TorchOptimizer, opt=OPTIMIZERS[recipe.optimizer])
-        learn.wd = recipe.weight_decay
-    return has_standard_loss and has_standard_optimizer
-
-
-def _class_weights(dls: DataLoaders) -> torch.Tensor:
-    """Return the loss weight of each class, (2,): inverse to its frequency, with a mean of 1 over the images."""
-    labels = torch.tensor([int(label) for label in dls.train_ds.tls[1]])
-    counts = torch.bincount(labels, minlength=len(VOCAB))
-    return (len(labels) / len(VOCAB) / counts).to(dls.device)
-
-
-def _named_recipe(learn: CXRLearner, name: str, epochs: int | None, lr: float | None) -> Recipe:
-    """Return the recipe `name` for the network and the images of `learn`."""
-    arch = learn.arch if is_known(learn.arch) else 'baseline'  # an own network trains like one from scratch
-    recipe = make_recipe(arch, name, epochs, lr)
-    images = getattr(learn.dls, 'recipe', None)
-    if images is None:
-        return replace(recipe, arch=learn.arch, weights=learn.pretrained)
-    standard = data_recipe(name)
-    changed = [
-        f'{field} {getattr(images, field)}, not {getattr(standard, field)}'
-        for field in AUGMENTATION_FIELDS
-        if getattr(images, field) != getattr(standard, field)
-    ]
-    if changed:
-        warnings.warn(
-            f'the images are not prepared as the recipe {name} says ({"; ".join(changed)}). Make the DataLoaders with '
-            f'recipe={name!r} to change this.',
-            CXRWarning,
-            stacklevel=3,
-        )
-    data_fields = {field: getattr(images, field) for field in DATA_FIELDS}
-    return replace(recipe, arch=learn.arch, weights=learn.pretrained, **data_fields)
-
-
-def fit_phase(learn: CXRLearner, phase: Phase, recipe: Recipe) -> None:
-    """Fit one phase with the learning rate schedule of `recipe`.
-
-    `plateau` keeps the rate constant until the validation loss stops decreasing. `one-cycle` increases it to the rate
-    of the phase and decreases it again (Smith and Topin 2019). The body trains at `recipe.body_lr` times the rate of
-    the head.
-    """
-    start_phase(learn, phase)
-    learn.history.phase = phase.name
-    rates = slice(phase.lr * recipe.body_lr, phase.lr)  # from the body to the head
-    if recipe.schedule == 'one-cycle':
-        learn.fit_one_cycle(phase.epochs, rates)
-    else:
-        learn.fit(phase.epochs, rates, cbs=ReduceOnPlateau(recipe.plateau_factor, recipe.plateau_patience))
-
-
-def start_phase(learn: Learner, phase: Phase) -> None:
-    """Create a new optimiser, and freeze or unfreeze the body. A frozen body keeps its BatchNorm statistics."""
-    learn.create_opt()
-    if phase.frozen:
-        learn.freeze()
-    else:
-        learn.unfreeze()
 
 
 def model_config(learn: Learner) -> ModelConfig:

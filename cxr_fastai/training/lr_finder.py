@@ -21,7 +21,8 @@ from cxr_fastai.images.cache import find_cache
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.training.callbacks import recipe_callbacks
 from cxr_fastai.training.hardware import reuse_memory
-from cxr_fastai.training.learner import recipe_learner, start_phase
+from cxr_fastai.training.learner import recipe_learner
+from cxr_fastai.training.recipes import start_phase
 
 
 @dataclass(frozen=True)

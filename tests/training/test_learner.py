@@ -16,7 +16,8 @@ from train_throughput import plain_baseline, plain_resnet50
 
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training.hardware import reuse_memory
-from cxr_fastai.training.learner import recipe_learner, roc_auc, sensitivity, specificity, start_phase
+from cxr_fastai.training.learner import recipe_learner, roc_auc, sensitivity, specificity
+from cxr_fastai.training.recipes import start_phase
 
 STEPS, FEW = 20, 2
 PLAIN = {'baseline': plain_baseline, 'resnet50': plain_resnet50}

@@ -1,0 +1,105 @@
+"""What a recipe does with a learner: choose its loss and optimiser, and fit it phase by phase."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+
+from cxr_fastai.core.errors import CXRWarning, UsageError
+from cxr_fastai.core.recipe import AUGMENTATION_FIELDS, DATA_FIELDS, VOCAB, Phase, Recipe, data_recipe
+from cxr_fastai.models.architectures import ARCHS, find_arch, make_recipe
+from cxr_fastai.training.callbacks import ReduceOnPlateau
+from cxr_fastai.training.optimizer import TorchOptimizer
+
+OPTIMIZERS = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}
+"""Optimisers by name. `adam` applies weight decay as an L2 penalty, `adamw` decouples it from the gradient."""
+
+
+def named_recipe(learn: Any, name: str, epochs: int | None, lr: float | None) -> Recipe:
+    """Return the recipe `name` for the network and the images of `learn`."""
+    arch = learn.arch if is_known(learn.arch) else 'baseline'  # an own network trains like one from scratch
+    recipe = make_recipe(arch, name, epochs, lr)
+    images = getattr(learn.dls, 'recipe', None)
+    if images is None:
+        return replace(recipe, arch=learn.arch, weights=learn.pretrained)
+    standard = data_recipe(name)
+    changed = [
+        f'{field} {getattr(images, field)}, not {getattr(standard, field)}'
+        for field in AUGMENTATION_FIELDS
+        if getattr(images, field) != getattr(standard, field)
+    ]
+    if changed:
+        warnings.warn(
+            f'the images are not prepared as the recipe {name} says ({"; ".join(changed)}). Make the DataLoaders with '
+            f'recipe={name!r} to change this.',
+            CXRWarning,
+            stacklevel=3,
+        )
+    data_fields = {field: getattr(images, field) for field in DATA_FIELDS}
+    return replace(recipe, arch=learn.arch, weights=learn.pretrained, **data_fields)
+
+
+def is_known(arch: str) -> bool:
+    """Return whether `arch` is the name of an architecture that can be built, and not only that of a class."""
+    if arch in ARCHS:
+        return True
+    try:
+        find_arch(arch)
+    except UsageError:
+        return False
+    return True
+
+
+def apply_recipe(learn: Any, recipe: Recipe) -> bool:
+    """Give `learn` the loss, the optimiser and the weight decay of `recipe`; keep a loss or an optimiser of the user.
+
+    Return True if nothing was kept.
+    """
+    has_standard_loss = isinstance(learn.loss_func, CrossEntropyLossFlat)
+    if has_standard_loss:
+        class_weights = _class_weights(learn.dls) if recipe.class_weights else None
+        learn.loss_func = CrossEntropyLossFlat(weight=class_weights, label_smoothing=recipe.label_smoothing)
+    has_standard_optimizer = getattr(learn.opt_func, 'func', None) is TorchOptimizer
+    if has_standard_optimizer:
+        learn.opt_func = partial(TorchOptimizer, opt=OPTIMIZERS[recipe.optimizer])
+        learn.wd = recipe.weight_decay
+    return has_standard_loss and has_standard_optimizer
+
+
+def _class_weights(dls: DataLoaders) -> torch.Tensor:
+    """Return the loss weight of each class, (2,): inverse to its frequency, with a mean of 1 over the images."""
+    labels = torch.tensor([int(label) for label in dls.train_ds.tls[1]])
+    counts = torch.bincount(labels, minlength=len(VOCAB))
+    return (len(labels) / len(VOCAB) / counts).to(dls.device)
+
+
+def fit_phase(learn: Any, phase: Phase, recipe: Recipe) -> None:
+    """Fit one phase with the learning rate schedule of `recipe`.
+
+    `plateau` keeps the rate constant until the validation loss stops decreasing. `one-cycle` increases it to the rate
+    of the phase and decreases it again (Smith and Topin 2019). The body trains at `recipe.body_lr` times the rate of
+    the head.
+    """
+    start_phase(learn, phase)
+    learn.history.phase = phase.name
+    rates = slice(phase.lr * recipe.body_lr, phase.lr)  # from the body to the head
+    if recipe.schedule == 'one-cycle':
+        learn.fit_one_cycle(phase.epochs, rates)
+    else:
+        learn.fit(phase.epochs, rates, cbs=ReduceOnPlateau(recipe.plateau_factor, recipe.plateau_patience))
+
+
+def start_phase(learn: Learner, phase: Phase) -> None:
+    """Create a new optimiser, and freeze or unfreeze the body. A frozen body keeps its BatchNorm statistics."""
+    learn.create_opt()
+    if phase.frozen:
+        learn.freeze()
+    else:
+        learn.unfreeze()

@@ -80,7 +80,8 @@ class CXRLearner(Learner):
     Attributes:
         arch, pretrained: names of the architecture and of the weights that training started from.
         history: the callback with one row per epoch of all fits, `history.rows`.
-        recipe: the recipe of the last `fit_recipe`; None without one, or if its loss or optimiser was not used.
+        recipe: the recipe of the last `fit_recipe`; None without one, and if something else than it was used: another
+            loss or optimiser, or further callbacks.
     """
 
     arch: str
@@ -122,7 +123,7 @@ class CXRLearner(Learner):
             raise UsageError('epochs and lr are those of the recipe. Pass the name of a recipe to choose them.')
         reuse_memory()
         is_complete = apply_recipe(self, recipe)
-        self.recipe = recipe if is_complete else None
+        self.recipe = recipe if is_complete and cbs is None else None
         best, guard = KeepBest(), DivergenceGuard()
         with self.added_cbs([best, guard, *recipe_callbacks(recipe), *listify(cbs)]):
             self._fit_phases(recipe, start)

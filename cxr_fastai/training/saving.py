@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.data.core import DataLoaders
+from fastai.data.transforms import IntToFloatTensor
 from fastai.learner import Learner
 from fastai.vision.augment import Resize
 from torch import nn
@@ -29,6 +30,7 @@ from cxr_fastai.core.recipe import CUSTOM, POSITIVE, UNKNOWN, VOCAB, Phase, Reci
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_table
 from cxr_fastai.data.loaders import CXRDataLoaders, find_preprocessing
+from cxr_fastai.data.transforms import NormalizeImage, augmentations
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, save_weights
 from cxr_fastai.inference.pickles import save_learner
@@ -41,6 +43,8 @@ from cxr_fastai.training.training import PACKAGES
 
 MAX_DIFFERENCE = 0.01
 """Largest difference of a probability between the learner and the run that `save_run` accepts."""
+STANDARD_CALLBACKS = {'TrainEvalCallback', 'Recorder', 'CastToTensor', 'ProgressCallback', 'BnFreeze', 'History'}
+"""Callbacks of a learner that `cxr_learner` made."""
 COMPARED_IMAGES = 32
 """Number of validation images that `save_run` predicts twice."""
 
@@ -150,9 +154,8 @@ def _network(learn: Learner) -> nn.Module:
 def _find_recipe(learn: Learner, arch: str, preprocessing: Preprocessing) -> Recipe:
     """Return the recipe that trained `learn`, or a custom one with what is known. Raises for an unknown `arch`."""
     find_arch(arch)
-    trained_by = getattr(learn, 'recipe', None) if isinstance(learn, CXRLearner) else None
-    if trained_by and _expected_phases(trained_by) == [row['phase'] for row in learn.history.rows]:
-        return trained_by
+    if isinstance(learn, CXRLearner) and learn.recipe and _followed(learn, learn.recipe):
+        return learn.recipe
     images = getattr(learn.dls, 'recipe', None)
     return replace(
         images or data_recipe('reference'),
@@ -170,8 +173,15 @@ def _find_recipe(learn: Learner, arch: str, preprocessing: Preprocessing) -> Rec
     )
 
 
-def _expected_phases(recipe: Recipe) -> list[str]:
-    return [phase.name for phase in recipe.phases for _ in range(phase.epochs)]
+def _followed(learn: CXRLearner, recipe: Recipe) -> bool:
+    """Return whether `recipe` alone trained `learn`: no other fit, no other callback, and no other transforms."""
+    phases = [phase.name for phase in recipe.phases for _ in range(phase.epochs)]
+    transforms = [IntToFloatTensor, *map(type, augmentations(recipe)), NormalizeImage]
+    return (
+        [row['phase'] for row in learn.history.rows] == phases
+        and {_name(callback) for callback in learn.cbs} <= STANDARD_CALLBACKS
+        and {_name(transform) for transform in learn.dls.train.after_batch.fs} == {kind.__name__ for kind in transforms}
+    )
 
 
 def _find_phases(learn: Learner) -> tuple[Phase, ...]:

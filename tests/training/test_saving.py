@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fastai.callback.mixup import MixUp
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
-from fastai.vision.augment import Resize
+from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageDataLoaders
 from fastai.vision.learner import vision_learner
@@ -89,6 +90,16 @@ def test_a_learner_that_a_recipe_trained_keeps_the_recipe(learn, tmp_path):
     assert 'reference: 2 epochs of train' in describe_run(run)['Recipe']
     learn.fit(1, 1e-4)
     assert save_run(learn, tmp_path / 'longer').recipe.name == 'custom'
+
+
+@pytest.mark.parametrize('change', ['callback', 'callback of the learner', 'transform'])
+def test_a_recipe_that_was_not_followed_alone_is_not_claimed(images, tmp_path, change):
+    transforms = aug_transforms() if change == 'transform' else None
+    dls = CXRDataLoaders.from_folder(images, limit=4, batch_tfms=transforms, **SMALL)
+    learn = cxr_learner(dls, 'baseline', cbs=MixUp() if change == 'callback of the learner' else None)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_recipe('reference', epochs=1, cbs=MixUp() if change == 'callback' else None)
+        assert save_run(learn, tmp_path / 'run').recipe.name == 'custom'
 
 
 def test_a_run_knows_the_test_images_of_a_data_frame(images, tmp_path):

@@ -36,9 +36,9 @@ print(interp.most_confused())
 interp.print_classification_report()
 
 learn.export('export.pkl')
-image = get_image_files(path / 'test')[0]
+image = get_image_files(path)[0]
 print(load_learner(out / 'export.pkl').predict(image))
 
 run = save_run(learn, out / 'run')
-evaluate(run)
+evaluate(run, split='valid')
 print(report(run), export(run))

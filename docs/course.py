@@ -8,11 +8,12 @@ from cxr_fastai.all import *
 
 path, out = Path(sys.argv[1]), Path(sys.argv[2])
 size, epochs = (int(arg) for arg in sys.argv[3:5]) if len(sys.argv) > 3 else (224, 4)
+out.mkdir(parents=True)
 
 dls = CXRDataLoaders.from_folder(path, valid_pct=0.2, seed=42, size=size, bs=16)
 dls.show_batch(max_n=4)
 
-learn = cxr_learner(dls, 'baseline', cbs=[CSVLogger(out / 'log.csv'), GradientAccumulation(32)], path=out)
+learn = cxr_learner(dls, 'baseline', cbs=[CSVLogger(), GradientAccumulation(32)], path=out)
 suggested = learn.lr_find()
 learn.fine_tune(epochs, suggested.valley, cbs=MixUp())
 learn.add_cb(SaveModelCallback(monitor='roc_auc', fname='best'))

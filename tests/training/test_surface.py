@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import REAL
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
@@ -358,10 +358,13 @@ def test_stock_load_learner_predicts_as_the_learner_that_was_exported(learn, dls
 # The course.
 
 
-def run_course(images: Path, out: Path, size: int, epochs: int) -> str:
-    command = [sys.executable, '-W', 'ignore', COURSE, images, out, size, epochs]
+def run_course(images: Path, folder: Path, size: int, epochs: int) -> str:
+    """Run the script on `images`, with the new folder `out/course` below `folder`, and return its output."""
+    command = [sys.executable, '-W', 'ignore', COURSE, images, 'out/course', size, epochs]
     environment = os.environ | {'MPLBACKEND': 'agg'}
-    process = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
+    process = subprocess.run(
+        [str(word) for word in command], cwd=folder, capture_output=True, text=True, env=environment
+    )
     assert process.returncode == 0, process.stderr[-2000:]
     return process.stdout
 
@@ -371,13 +374,19 @@ def test_the_script_of_the_documentation_has_forty_lines_and_runs(images, tmp_pa
     assert len([line for line in code.splitlines() if line.strip()]) <= 40
     output = run_course(images, tmp_path, size=32, epochs=1)
     assert 'precision' in output and 'PNEUMONIA' in output
-    written = {file.name for file in (tmp_path / 'run').iterdir()}
+    assert (tmp_path / 'out/course/history.csv').exists()
+    written = {file.name for file in (tmp_path / 'out/course/run').iterdir()}
     assert {'predictions.csv', 'metrics.json', 'report.html', 'bundle', 'history.csv'} <= written
 
 
 @pytest.mark.slow
 @pytest.mark.real
-@pytest.mark.skipif(not REAL, reason='CXR_DATA does not name the real images')
-def test_the_script_runs_on_real_images(tmp_path):
-    run_course(Path(REAL), tmp_path, size=64, epochs=1)
-    assert (tmp_path / 'run/report.html').exists()
+def test_the_script_runs_on_real_images(real_images, tmp_path):
+    for split, images in (('train', slice(0, 120)), ('test', slice(120, 150))):
+        for label in VOCAB:
+            folder = tmp_path / 'images' / split / label
+            folder.mkdir(parents=True)
+            for path in sorted((real_images / 'train' / label).iterdir())[images]:
+                shutil.copy(path, folder)
+    run_course(tmp_path / 'images', tmp_path, size=64, epochs=1)
+    assert (tmp_path / 'out/course/run/report.html').exists()

@@ -17,7 +17,9 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.inference.pickles import trust
 
-REAL = os.environ.pop('CXR_DATA', None)
+REAL = os.environ.pop('CXR_DATA', None) or os.environ.get('CXR_REAL_IMAGES')
+if REAL:
+    os.environ['CXR_REAL_IMAGES'] = REAL  # for the workers of pytest-xdist, which start later
 
 
 @pytest.fixture(scope='session', autouse=True)

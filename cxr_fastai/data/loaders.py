@@ -6,7 +6,9 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +16,8 @@ import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
 import pandas as pd
 import torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.data.load import DataLoader
 from fastai.data.transforms import ColReader, ColSplitter, IntToFloatTensor, Normalize
 from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, RatioResize, Resize
 from fastcore.basics import listify
@@ -172,6 +175,7 @@ class CXRDataLoaders(DataLoaders):
         The last, smaller batch of train is kept. If `recipe` does not set the number of workers, it is the number of
         cores, or 0 if `cache` contains every image. The other parameters are those of `from_folder`.
         """
+        _check_arguments(kwargs)
         source = locate(items, root)
         workers = recipe.workers
         if workers is None:
@@ -187,6 +191,17 @@ class CXRDataLoaders(DataLoaders):
         dls.source = None
         dls.recipe = recipe
         return dls
+
+
+def _check_arguments(names: Iterable[str]) -> None:
+    """Raise `UsageError` for a name that is no argument of fastai's loaders, which would ignore it."""
+    functions = (Datasets.dataloaders, TfmdDL.__init__, DataLoader.__init__)
+    known = {name for function in functions for name in signature(function).parameters}
+    for name in names:
+        if name not in known:
+            similar = get_close_matches(name, [*known, *Recipe.__dataclass_fields__, 'valid', 'size', 'bs'])
+            advice = f'Did you mean {" or ".join(similar)}?' if similar else 'CXRDataLoaders.from_folder lists them.'
+            raise UsageError(f'{name}: not an argument of CXRDataLoaders or a field of Recipe. {advice}')
 
 
 def _pop_fields(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def find_split(
     root = data_root(data or trained_on)
     is_own_split = split != 'test' or run.is_from_table
     own = _own_images(run, split) if is_own_split else run.items[:0]
-    if _folder_with(own, root):
+    if _folder_with(own, root) or (run.is_from_table and own.empty):
         items = _add_columns(own, root, by)
     else:
         items = read_items(root, columns=by)

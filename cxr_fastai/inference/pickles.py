@@ -125,13 +125,14 @@ def _transforms_that_skip(learn: Learner) -> list[Any]:
     return [transform for transform in transforms if getattr(transform, 'skip', False)]
 
 
-def load_learner(path: Path) -> Learner:
+def load_learner(path: str | Path) -> Learner:
     """Return the `Learner` in the file `path`, on the CPU.
 
     Raises `UntrustedError` if the SHA-256 of the file is not trusted; nothing of it is read then. Raises `CXRError` if
     it is not a learner of this package or names a global that no learner needs, and `ParityError` if it fails its
     self-test.
     """
+    path = Path(path)
     data = path.read_bytes()
     check_trusted(hashlib.sha256(data).hexdigest(), path)
     archive = _check_archive(data, path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -41,6 +41,8 @@ COLUMNS = [
     'seconds',
 ]
 """Columns of `history.csv`."""
+FASTAI_NAMES = {'roc_auc_score': 'roc_auc', 'recall_score': 'sensitivity'}
+"""Metrics of fastai, such as `RocAucBinary` and `Recall`, to their names in `history.csv`."""
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 log = logging.getLogger(__name__)
@@ -137,7 +139,13 @@ class History(Callback):
 
 def validation_metrics(learn: Learner) -> dict[str, float]:
     """Return the validation loss and the metrics of the last epoch of `learn` by name."""
-    return dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1], strict=False))
+    return name_metrics(learn.recorder.metric_names[1:], learn.recorder.values[-1])
+
+
+def name_metrics(names: Iterable[str], values: Iterable[float]) -> dict[str, float]:
+    """Return the values by the names of `history.csv`, for those of fastai's metrics that have another name."""
+    metrics = dict(zip(names, values, strict=False))
+    return {FASTAI_NAMES.get(name, name): value for name, value in metrics.items()}
 
 
 class DivergenceGuard(Callback):

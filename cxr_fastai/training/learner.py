@@ -87,6 +87,7 @@ class CXRLearner(Learner):
     arch: str
     pretrained: str = UNKNOWN
     recipe: Recipe | None = None
+    has_own_loss = False
     first_epoch = 0
 
     @property
@@ -232,6 +233,7 @@ def cxr_learner(
         **options,
     )
     learn.arch, learn.pretrained = network.arch, network.weights
+    learn.has_own_loss = loss_func is not None
     if network.weights not in ('none', OWN_WEIGHTS):
         learn.freeze()
     return learn

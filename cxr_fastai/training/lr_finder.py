@@ -39,7 +39,7 @@ def find_rates(recipe: Recipe, data: Path, steps: int = 100) -> Rates:
     Trains the first phase of `recipe` on the images of `data` for up to `steps` batches, or until the loss diverges.
     The trained network is discarded. Raises `CXRError`, also if the loss never decreases.
     """
-    items = read_items(data, recipe.valid, recipe.seed, recipe.limit)
+    items = read_items(data, recipe.valid, recipe.seed, recipe.limit, valid_pct=recipe.valid_pct)
     check_trainable(items)
     reuse_memory()
     set_seed(recipe.seed, reproducible=True)

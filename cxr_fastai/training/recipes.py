@@ -62,7 +62,7 @@ def apply_recipe(learn: Any, recipe: Recipe) -> bool:
 
     Return True if nothing was kept.
     """
-    has_standard_loss = isinstance(learn.loss_func, CrossEntropyLossFlat)
+    has_standard_loss = not learn.has_own_loss and isinstance(learn.loss_func, CrossEntropyLossFlat)
     if has_standard_loss:
         class_weights = _class_weights(learn.dls) if recipe.class_weights else None
         learn.loss_func = CrossEntropyLossFlat(weight=class_weights, label_smoothing=recipe.label_smoothing)

@@ -36,7 +36,7 @@ from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, save_weig
 from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.models.architectures import describe_network, find_arch
-from cxr_fastai.training.callbacks import COLUMNS
+from cxr_fastai.training.callbacks import COLUMNS, name_metrics
 from cxr_fastai.training.hardware import describe_hardware
 from cxr_fastai.training.learner import CXRLearner
 from cxr_fastai.training.training import PACKAGES
@@ -222,7 +222,9 @@ def _describe_training(learn: Learner, recipe: Recipe, source: ImageSource) -> d
 def _name_optimizer(learn: Learner) -> str:
     if learn.opt is None:
         return UNKNOWN
-    return _name(getattr(learn.opt, 'opt', learn.opt))
+    if hasattr(learn.opt, 'opt'):
+        return _name(learn.opt.opt)
+    return getattr(learn.opt_func, '__name__', UNKNOWN)  # fastai's optimisers are functions
 
 
 def _name(thing: Any) -> str:
@@ -237,7 +239,7 @@ def _history(learn: Learner) -> Sequence[dict[str, Any]]:
     names = list(getattr(recorder, 'metric_names', ()))[1:-1]  # without the epoch and the time
     rows = []
     for number, values in enumerate(getattr(recorder, 'values', ()), 1):
-        metrics = dict(zip(names, values, strict=False))
+        metrics = name_metrics(names, values)
         known = {name: float(metrics.get(name, math.nan)) for name in COLUMNS[2:]}
         rows.append({'phase': UNKNOWN, 'epoch': number, **known})
     return rows

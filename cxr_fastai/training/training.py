@@ -56,8 +56,8 @@ log = logging.getLogger(__name__)
 @training_processes()
 def train(
     recipe: Recipe,
-    data: Path,
-    out: Path,
+    data: str | Path,
+    out: str | Path,
     resume: bool = False,
     compile: str = 'off',
     track: str | None = None,
@@ -71,6 +71,7 @@ def train(
 
     Raises `CXRError`. Everything that can be checked is checked before the folder is made.
     """
+    data, out = Path(data), Path(out)
     if not resume:
         check_new(out)
     check_compile(compile)
@@ -80,7 +81,7 @@ def train(
     with ExitStack() as stack:
         if resume:
             stack.enter_context(run.locked())
-        items = read_items(data, recipe.valid, recipe.seed, recipe.limit)
+        items = read_items(data, recipe.valid, recipe.seed, recipe.limit, valid_pct=recipe.valid_pct)
         state = load_matching_state(run, recipe, items) if resume else None
         _check_items(items, recipe)
         cache, unreadable = _check_images(items, image_root(data), recipe)

@@ -1,4 +1,4 @@
-"""From a folder of images to a served model, with the calls of the fastai course: `python course.py IMAGES OUT`."""
+"""From a folder of images to a bundle, in the calls of the fastai course: python course.py IMAGES OUT [SIZE EPOCHS]"""
 
 import sys
 

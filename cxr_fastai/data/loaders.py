@@ -24,7 +24,7 @@ from fastcore.basics import listify
 
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.progress import in_threads
-from cxr_fastai.core.recipe import VOCAB, Recipe, data_recipe
+from cxr_fastai.core.recipe import DATA_FIELDS, VOCAB, Recipe, data_recipe
 from cxr_fastai.data.items import image_root, read_items, read_table
 from cxr_fastai.data.splits import check_leakage, check_trainable
 from cxr_fastai.data.transforms import NormalizeImage, OpenImage, augmentations
@@ -58,6 +58,7 @@ class CXRDataLoaders(DataLoaders):
     root: Path
     source: Path | None
     recipe: Recipe
+    has_own_tfms: bool = False
 
     @classmethod
     def from_folder(
@@ -103,9 +104,12 @@ class CXRDataLoaders(DataLoaders):
         """Return loaders of the images in a CSV file: `path`, or `csv_fname` in the folder `path`.
 
         The columns are `path`, relative to the folder of the file, `label`, and optionally `split` and `patient`.
-        `kwargs` are those of `from_folder`.
+        `kwargs` are those of `from_folder`; with `fn_col`, `label_col` or `valid_col`, those of `from_df`.
         """
-        return cls.from_folder(Path(path, csv_fname), **kwargs)
+        csv = Path(path, csv_fname)
+        if kwargs.keys() & {'fn_col', 'label_col', 'valid_col'}:
+            return cls.from_df(pd.read_csv(csv), csv.parent, **kwargs)
+        return cls.from_folder(csv, **kwargs)
 
     @classmethod
     def from_df(
@@ -190,6 +194,7 @@ class CXRDataLoaders(DataLoaders):
         dls.root = root
         dls.source = None
         dls.recipe = recipe
+        dls.has_own_tfms = item_tfms is not None or batch_tfms is not None
         return dls
 
 
@@ -198,6 +203,11 @@ def _check_arguments(names: Iterable[str]) -> None:
     functions = (Datasets.dataloaders, TfmdDL.__init__, DataLoader.__init__)
     known = {name for function in functions for name in signature(function).parameters}
     for name in names:
+        if name in Recipe.__dataclass_fields__:
+            raise UsageError(
+                f'{name}: not about the images. bs is the size of a batch, num_workers the number of processes; the '
+                'optimisation is set by fit_recipe, and by callbacks of fastai.'
+            )
         if name not in known:
             similar = get_close_matches(name, [*known, *Recipe.__dataclass_fields__, 'valid', 'size', 'bs'])
             advice = f'Did you mean {" or ".join(similar)}?' if similar else 'CXRDataLoaders.from_folder lists them.'
@@ -205,8 +215,8 @@ def _check_arguments(names: Iterable[str]) -> None:
 
 
 def _pop_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Remove the fields of `Recipe` from `kwargs`, and return them."""
-    names = [name for name in kwargs if name in Recipe.__dataclass_fields__]
+    """Remove the fields of `Recipe` about images from `kwargs`, and return them."""
+    names = [name for name in kwargs if name in DATA_FIELDS and name not in ('batch_size', 'workers')]
     return {name: kwargs.pop(name) for name in names}
 
 

@@ -84,13 +84,14 @@ def _without_data(learn: Learner) -> Iterator[None]:
     from fastcore.foundation import L
 
     data_path = learn.dls.path
-    names = ('dls', 'opt', 'path', 'logger', *LAST_BATCH)
+    names = ('dls', 'opt', 'path', 'model_dir', 'logger', *LAST_BATCH)
     saved = {name: vars(learn)[name] for name in names if name in vars(learn)}
     added_callbacks = [callback for callback in learn.cbs if not _is_standard(callback)]
     skipping = _transforms_that_skip(learn)
     learn.remove_cbs(added_callbacks)
     try:
         learn.dls.path = learn.path = Path('.')
+        learn.model_dir = 'models'
         learn.dls = learn.dls.new_empty()
         learn.opt = None
         learn.logger = print  # after a fit with `CSVLogger` it is a method of a callback

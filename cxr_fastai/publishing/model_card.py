@@ -51,6 +51,7 @@ def describe_run(run: Run) -> dict[str, str]:
         'Initial weights': start.get('origin', recipe.weights if recipe.weights == 'none' else UNKNOWN),
         'Input': _input(recipe),
         **(_custom_training(recipe, start) if recipe.name == CUSTOM else _recipe_training(recipe, best)),
+        **({'Seed': UNKNOWN} if start.get('saved_by_hand') else {}),
         'Trained on': f'{len(train_items):,} images of {train_items.patient.nunique():,} patients',
         'SHA-256 of items.csv': sha256(run / 'items.csv'),
         'Hardware': f'{start.get("hardware", UNKNOWN)}, device {start.get("device", UNKNOWN)}',

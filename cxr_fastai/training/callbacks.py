@@ -109,7 +109,7 @@ class History(Callback):
         return len(self.xb[0])  # not of `yb`, in which MixUp changes the labels
 
     def after_epoch(self) -> None:
-        if not self.image_count or hasattr(self.learn, 'lr_finder'):
+        if not self.image_count or hasattr(self.learn, 'lr_finder') or 'recorder' not in vars(self.learn):
             return  # `validate`, `get_preds` and `lr_find` train no epoch
         metrics = validation_metrics(self.learn)
         metrics |= {
@@ -230,8 +230,12 @@ class ReduceOnPlateau(Callback):
         self.patience = patience
 
     def before_fit(self) -> None:
+        rates = [group['lr'] for group in self.opt.hypers]
+        # An optimiser of fastai has no optimiser of torch, so this one only holds its learning rates.
+        holder = torch.optim.SGD([{'params': [torch.zeros(1)], 'lr': lr} for lr in rates])
+        self.optimizer = getattr(self.opt, 'opt', holder)
         self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.opt.opt, factor=self.factor, patience=self.patience
+            self.optimizer, factor=self.factor, patience=self.patience
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -243,6 +247,8 @@ class ReduceOnPlateau(Callback):
 
     def after_epoch(self) -> None:
         self.scheduler.step(self.history.rows[-1]['valid_loss'])
+        if not hasattr(self.opt, 'opt'):
+            self.opt.set_hyper('lr', [group['lr'] for group in self.optimizer.param_groups])
 
 
 class AverageWeights(Callback):

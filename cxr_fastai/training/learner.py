@@ -11,6 +11,7 @@ import fastai.vision.learner  # noqa: F401  (registers `show_results` for images
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback  # noqa: F401  (adds fastai's progress bars)
 from fastai.callback.schedule import ParamScheduler  # noqa: F401  (adds `fine_tune`, `fit_one_cycle` and `lr_find`)
 from fastai.callback.training import BnFreeze
@@ -38,7 +39,7 @@ from cxr_fastai.models.registry import OWN_WEIGHTS
 from cxr_fastai.training.callbacks import DivergenceGuard, History, KeepBest, recipe_callbacks
 from cxr_fastai.training.hardware import Precision, reuse_memory
 from cxr_fastai.training.optimizer import TorchOptimizer
-from cxr_fastai.training.recipes import OPTIMIZERS, apply_recipe, fit_phase, is_known, named_recipe
+from cxr_fastai.training.recipes import OPTIMIZERS, apply_recipe, check_recipe_of, fit_phase, is_known, named_recipe
 
 
 class Position(NamedTuple):
@@ -70,6 +71,8 @@ class Diverged(OutputError):
 
 
 START = Position()
+TRAINING_STATE = ('recipe', 'recipe_dls', 'best_row', 'pretrained', 'has_own_loss', 'has_own_optimizer', 'has_own_wd')
+"""Attributes that an exported learner does not contain."""
 
 
 class CXRLearner(Learner):
@@ -87,7 +90,11 @@ class CXRLearner(Learner):
     arch: str
     pretrained: str = UNKNOWN
     recipe: Recipe | None = None
+    recipe_dls: DataLoaders | None = None
+    best_row: dict[str, Any] | None = None
     has_own_loss = False
+    has_own_optimizer = False
+    has_own_wd = False
     first_epoch = 0
 
     @property
@@ -122,9 +129,12 @@ class CXRLearner(Learner):
             recipe = named_recipe(self, recipe, epochs, lr)
         elif epochs is not None or lr is not None:
             raise UsageError('epochs and lr are those of the recipe. Pass the name of a recipe to choose them.')
+        check_recipe_of(self, recipe)
         reuse_memory()
+        self._add_history()
         is_complete = apply_recipe(self, recipe)
         self.recipe = recipe if is_complete and cbs is None else None
+        self.recipe_dls = self.dls
         best, guard = KeepBest(), DivergenceGuard()
         with self.added_cbs([best, guard, *recipe_callbacks(recipe), *listify(cbs)]):
             self._fit_phases(recipe, start)
@@ -132,7 +142,9 @@ class CXRLearner(Learner):
             self.model.load_state_dict(best.weights)
         if guard.failure:
             raise Diverged(guard.failure, best.row)
-        assert best.row is not None  # a fit without a failure has at least one epoch
+        if best.row is None:
+            raise UsageError('no epoch was completed, because a callback ended the fit before. Remove the callback.')
+        self.best_row = best.row
         return best.row
 
     def _fit_phases(self, recipe: Recipe, start: Position) -> None:
@@ -154,11 +166,11 @@ class CXRLearner(Learner):
 
     def to_fp16(self) -> CXRLearner:
         """Train with 16-bit floats, on a GPU or a CPU. Validation and prediction keep 32 bits."""
-        return self.add_cb(Precision('fp16'))
+        return self.remove_cb(MixedPrecision).add_cb(Precision('fp16'))
 
     def to_bf16(self) -> CXRLearner:
         """Train with bfloat16, on a GPU or a CPU. Validation and prediction keep 32 bits."""
-        return self.add_cb(Precision('bf16'))
+        return self.remove_cb(MixedPrecision).add_cb(Precision('bf16'))
 
     def export(self, fname: str | Path = 'export.pkl') -> Path:
         """Write the learner without its data to `path / fname`, and return that path.
@@ -180,14 +192,22 @@ class CXRLearner(Learner):
         start_epoch: int = 0,
     ) -> None:
         """Fit for `n_epoch` epochs, as fastai does; a learner from a file gets a history first."""
+        self._add_history()
+        super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+
+    def _add_history(self) -> None:
         if 'history' not in vars(self):
             self.add_cb(History())
-        super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+
+    def load(self, file: Any, device: Any = None, **kwargs: Any) -> CXRLearner:
+        """Load weights as fastai does. What trained them is then not known."""
+        self.pretrained, self.recipe = UNKNOWN, None
+        return super().load(file, device, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        # The recipe and the name of the weights can contain a path.
-        return {name: value for name, value in state.items() if name not in ('recipe', 'pretrained')}
+        # Only the training needs these, and the recipe and the name of the weights can contain a path.
+        return {name: value for name, value in state.items() if name not in TRAINING_STATE}
 
 
 @delegates(Learner.__init__)
@@ -199,7 +219,7 @@ def cxr_learner(
     cbs: Any = None,
     loss_func: Any = None,
     opt_func: Any = None,
-    wd: float = 1e-4,
+    wd: float | None = None,
     **kwargs: Any,
 ) -> CXRLearner:
     """Return a learner of the network `arch` for `dls`, by default with the settings of the specification.
@@ -214,7 +234,7 @@ def cxr_learner(
         metrics: metrics of fastai; by default accuracy, AUC, sensitivity and specificity.
         cbs: further callbacks.
         loss_func: by default cross-entropy.
-        opt_func: by default torch's Adam, with the weight decay `wd` as an L2 penalty on all parameters.
+        opt_func: by default torch's Adam, with the weight decay `wd` (1e-4) as an L2 penalty on all parameters.
 
     Raises `CXRError` if the weights are not available or `arch` cannot be used.
     """
@@ -227,13 +247,15 @@ def cxr_learner(
         network.model.to(memory_format=torch.channels_last),
         loss_func=loss_func or CrossEntropyLossFlat(),
         opt_func=opt_func or partial(TorchOptimizer, opt=OPTIMIZERS['adam']),
-        wd=wd,
+        wd=1e-4 if wd is None else wd,
         cbs=[BnFreeze(), History(), *listify(cbs)],
         metrics=default_metrics() if metrics is None else metrics,
         **options,
     )
     learn.arch, learn.pretrained = network.arch, network.weights
     learn.has_own_loss = loss_func is not None
+    learn.has_own_optimizer = opt_func is not None
+    learn.has_own_wd = wd is not None
     if network.weights not in ('none', OWN_WEIGHTS):
         learn.freeze()
     return learn

@@ -66,11 +66,25 @@ def apply_recipe(learn: Any, recipe: Recipe) -> bool:
     if has_standard_loss:
         class_weights = _class_weights(learn.dls) if recipe.class_weights else None
         learn.loss_func = CrossEntropyLossFlat(weight=class_weights, label_smoothing=recipe.label_smoothing)
-    has_standard_optimizer = getattr(learn.opt_func, 'func', None) is TorchOptimizer
-    if has_standard_optimizer:
+    if not learn.has_own_optimizer:
         learn.opt_func = partial(TorchOptimizer, opt=OPTIMIZERS[recipe.optimizer])
+    if not learn.has_own_wd:
         learn.wd = recipe.weight_decay
-    return has_standard_loss and has_standard_optimizer
+    return has_standard_loss and not learn.has_own_optimizer and not learn.has_own_wd
+
+
+def check_recipe_of(learn: Any, recipe: Recipe) -> None:
+    """Raise `UsageError` if `recipe` is that of another network than the one of `learn`, or of other images."""
+    images = getattr(learn.dls, 'recipe', None)
+    differing = [] if recipe.arch == learn.arch else [f'arch {recipe.arch}, not {learn.arch}']
+    for field in DATA_FIELDS if images else ():
+        if field != 'workers' and getattr(recipe, field) != getattr(images, field):
+            differing.append(f'{field} {getattr(recipe, field)}, not {getattr(images, field)}')
+    if differing:
+        raise UsageError(
+            f'the recipe is not that of this learner ({"; ".join(differing)}). Make the learner with '
+            'recipe_learner and its loaders with CXRDataLoaders.from_items, or pass the name of a recipe.'
+        )
 
 
 def _class_weights(dls: DataLoaders) -> torch.Tensor:

@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from torch import nn
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError, first_line
 from cxr_fastai.core.files import write_csv
-from cxr_fastai.core.recipe import CUSTOM, POSITIVE, UNKNOWN, VOCAB, Phase, Recipe, data_recipe
+from cxr_fastai.core.recipe import CUSTOM, DATA_FIELDS, POSITIVE, UNKNOWN, VOCAB, Phase, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_table
 from cxr_fastai.data.loaders import CXRDataLoaders, find_preprocessing
@@ -91,7 +92,7 @@ def save_run(learn: Learner, path: str | Path, arch: str | None = None) -> Run:
                 f'{difference:.3f} (validation images). The learner prepares its images in another way: make its '
                 'DataLoaders with CXRDataLoaders, and train again.'
             )
-        run.log_event('end', best=_last_epoch(run), difference=difference)
+        run.log_event('end', best=_best_epoch(learn, recipe), difference=difference)
     except BaseException:  # also an interrupt
         shutil.rmtree(run.path, ignore_errors=True)
         raise
@@ -157,28 +158,29 @@ def _find_recipe(learn: Learner, arch: str, preprocessing: Preprocessing) -> Rec
     if isinstance(learn, CXRLearner) and learn.recipe and _followed(learn, learn.recipe):
         return learn.recipe
     images = getattr(learn.dls, 'recipe', None)
+    known = {field: getattr(images, field) for field in DATA_FIELDS} if images else {}
+    known |= {'size': preprocessing.size, 'resize': preprocessing.resize, 'low_pass': preprocessing.low_pass}
     return replace(
-        images or data_recipe('reference'),
+        Recipe(UNKNOWN, (), name=CUSTOM, **known),
         arch=arch,
         phases=_find_phases(learn),
-        name=CUSTOM,
         weights=_first_weights(learn),
         valid=images.valid if images else UNKNOWN,
-        size=preprocessing.size,
-        resize=preprocessing.resize,
-        low_pass=preprocessing.low_pass,
         batch_size=learn.dls.train.bs,
+        weight_decay=learn.wd if learn.wd is not None else 0.0,
         optimizer=UNKNOWN,
         schedule=UNKNOWN,
     )
 
 
-def _followed(learn: CXRLearner, recipe: Recipe) -> bool:
+def _followed(learn: Any, recipe: Recipe) -> bool:
     """Return whether `recipe` alone trained `learn`: no other fit, no other callback, and no other transforms."""
     phases = [phase.name for phase in recipe.phases for _ in range(phase.epochs)]
     transforms = [IntToFloatTensor, *map(type, augmentations(recipe)), NormalizeImage]
     return (
-        [row['phase'] for row in learn.history.rows] == phases
+        learn.recipe_dls is learn.dls
+        and not getattr(learn.dls, 'has_own_tfms', False)
+        and [row['phase'] for row in learn.history.rows] == phases
         and {_name(callback) for callback in learn.cbs} <= STANDARD_CALLBACKS
         and {_name(transform) for transform in learn.dls.train.after_batch.fs} == {kind.__name__ for kind in transforms}
     )
@@ -245,12 +247,14 @@ def _history(learn: Learner) -> Sequence[dict[str, Any]]:
     return rows
 
 
-def _last_epoch(run: Run) -> dict[str, Any]:
-    rows = run.history.to_dict('records')
-    if not rows:
+def _best_epoch(learn: Learner, recipe: Recipe) -> dict[str, Any]:
+    """Return the row of the epoch that the network is from; empty if that is not known."""
+    if recipe.name == CUSTOM or not isinstance(learn, CXRLearner) or learn.best_row is None:
         return {}
-    last = {str(name): value for name, value in rows[-1].items()}
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in last.items()}
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in learn.best_row.items()
+    }
 
 
 def _save_pickle(learn: Learner, recipe: Recipe, path: Path) -> None:
@@ -267,7 +271,9 @@ def _largest_difference(learn: Learner, run: Run, source: ImageSource) -> float:
     """Return the largest difference of a probability between `learn` and `run` on validation images."""
     valid = source.items[source.items.split == 'valid'].head(COMPARED_IMAGES)
     paths = [source.root / path for path in valid.path]
-    expected, _ = learn.get_preds(dl=learn.dls.test_dl(paths, num_workers=0))
+    dl = learn.dls.test_dl(paths, num_workers=0)
+    act = None if hasattr(learn.loss_func, 'activation') else partial(torch.softmax, dim=1)
+    expected, _ = learn.get_preds(dl=dl, act=act)
     rows = Predictor.load(run.path).predict(paths)
     actual = np.array([row['p_pneumonia'] for row in rows], dtype=float)
     return float(np.abs(expected[:, POSITIVE].numpy() - actual).max())

@@ -102,6 +102,19 @@ def test_a_recipe_that_was_not_followed_alone_is_not_claimed(images, tmp_path, c
         assert save_run(learn, tmp_path / 'run').recipe.name == 'custom'
 
 
+def test_what_happened_to_the_network_after_the_recipe_is_not_hidden(learn, images, tmp_path):
+    learn.fit_recipe('reference', epochs=2)
+    run = save_run(learn, tmp_path / 'run')
+    assert run.last_event('end')['best']['epoch'] == learn.best_row['epoch']
+    assert describe_run(run)['Seed'] == 'not recorded'  # fit_recipe sets none
+    learn.save(tmp_path / 'weights')
+    learn.load(tmp_path / 'weights')
+    assert save_run(learn, tmp_path / 'loaded').recipe.name == 'custom'
+    learn.fit_recipe('reference', epochs=1)
+    learn.dls = CXRDataLoaders.from_folder(images, limit=6, **SMALL)
+    assert save_run(learn, tmp_path / 'other_images').recipe.name == 'custom'
+
+
 def test_a_run_knows_the_test_images_of_a_data_frame(images, tmp_path):
     items = read_items(images, limit=3)
     dls = CXRDataLoaders.from_df(items, images, valid='official', **SMALL)

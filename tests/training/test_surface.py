@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -13,6 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
@@ -21,6 +24,7 @@ from fastai.data.transforms import Normalize
 from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from fastai.metrics import RocAucBinary, error_rate
+from fastai.optimizer import Adam
 from fastai.vision.augment import Resize, aug_transforms
 from PIL import Image
 from torch import nn
@@ -31,6 +35,9 @@ from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import CXRDataLoaders, cxr_block, find_preprocessing
 from cxr_fastai.images.preprocessing import Preprocessing
+from cxr_fastai.inference.pickles import load_learner as own_load_learner
+from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.training.callbacks import ReduceOnPlateau
 from cxr_fastai.training.learner import cxr_learner
 
 matplotlib.use('Agg')
@@ -45,7 +52,7 @@ def dls(images) -> CXRDataLoaders:
 
 @pytest.fixture
 def learn(dls, tmp_path):
-    learn = cxr_learner(dls, 'baseline', path=tmp_path)
+    learn = cxr_learner(dls, 'baseline', path=tmp_path, model_dir=tmp_path / 'models')
     with learn.no_bar(), learn.no_logging():
         yield learn
 
@@ -128,9 +135,9 @@ def test_fields_of_a_recipe_and_arguments_of_the_loaders_are_passed_on(images):
         CXRDataLoaders.from_folder(images, recipe='best')
 
 
-@pytest.mark.parametrize('name', ['valid_pc', 'vocab', 'train'])
+@pytest.mark.parametrize('name', ['valid_pc', 'vocab', 'train', 'mixup', 'batch_size'])
 def test_an_argument_that_nothing_would_use_is_refused(images, name):
-    with pytest.raises(UsageError, match=f'{name}: not an argument of CXRDataLoaders'):
+    with pytest.raises(UsageError, match=f'{name}: not a'):
         CXRDataLoaders.from_folder(images, **{name: 'x'})
 
 
@@ -335,6 +342,51 @@ def test_loaders_of_other_classes_and_sizes_are_refused(dls, images):
         cxr_learner(other, 'baseline')
     with pytest.raises(UsageError, match=r'size 32: vit_tiny_patch16_224 accepts only 224 pixels'):
         cxr_learner(dls, 'vit_tiny_patch16_224', pretrained=False)
+
+
+@pytest.mark.parametrize('field', ['arch', 'size'])
+def test_a_recipe_of_another_network_or_of_other_images_is_refused(learn, field):
+    recipe = make_recipe('baseline', epochs=1)
+    recipe = replace(recipe, arch='resnet50') if field == 'arch' else recipe
+    with pytest.raises(UsageError, match=f'the recipe is not that of this learner .*{field}'):
+        learn.fit_recipe(recipe)
+
+
+def test_a_recipe_keeps_the_optimiser_and_the_weight_decay_of_the_user(dls):
+    learn = cxr_learner(dls, 'baseline', opt_func=Adam, wd=0.3)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_recipe('reference', epochs=2)
+    assert learn.opt.hypers[0]['wd'] == 0.3 and not hasattr(learn.opt, 'opt')
+    assert learn.recipe is None
+
+
+class Rising(Callback):
+    """Make the validation loss of the history rise."""
+
+    order = 56
+
+    def after_epoch(self):
+        self.history.rows[-1]['valid_loss'] = float(self.epoch)
+
+
+def test_the_plateau_of_a_recipe_reduces_the_rate_of_an_optimiser_of_fastai(dls):
+    learn = cxr_learner(dls, 'baseline', opt_func=Adam)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(3, 1e-3, cbs=[Rising(), ReduceOnPlateau(0.1, 0)])
+    assert learn.history.rows[2]['lr'] == pytest.approx(1e-4)
+
+
+def test_a_learner_from_a_file_trains_by_a_recipe(learn, dls):
+    loaded = own_load_learner(learn.export('model.pkl'))
+    loaded.dls = dls
+    with loaded.no_bar(), loaded.no_logging():
+        loaded.fit_recipe('reference', epochs=1)
+    assert len(loaded.history.rows) == 1
+
+
+def test_precision_is_set_once(learn):
+    learn.to_fp16().to_bf16().to_bf16()
+    assert len(learn.cbs.filter(lambda callback: isinstance(callback, MixedPrecision))) == 1
 
 
 # Exported learners.

@@ -260,3 +260,10 @@ def test_real_images_can_be_trained_and_evaluated(real_images, tmp_path):
     assert main(['train', '--data', str(real_images), '--out', str(run), *options]) == 0
     assert main(['evaluate', str(run), '--split', 'valid']) == 0
     assert Run.open(run).metrics['valid']['n'] == 120
+
+
+def test_train_and_the_loaders_choose_the_same_validation_images(train_without_fit, images):
+    recipe, learn = train_without_fit('--valid', 'patients', '--set', 'valid_pct=0.25')
+    dls = CXRDataLoaders.from_folder(images, valid_pct=0.25)
+    assert recipe.valid_pct == 0.25
+    assert learn.dls.valid.items.path.tolist() == dls.valid.items.path.tolist()

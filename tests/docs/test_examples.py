@@ -17,7 +17,8 @@ import cxr_fastai.all
 
 matplotlib.use('Agg')
 ROOT = Path(__file__).parents[2]
-GIVEN = {'path', 'dls', 'learn', 'run', 'root', 'items', 'recipe'}
+PAGES = ['README.md', *(f'docs/{name}.md' for name in ('quickstart', 'from_fastai', 'data', 'training', 'explanation'))]
+GIVEN = {'path', 'df', 'dls', 'learn', 'run', 'root', 'items', 'recipe'}
 """Names that an example may use without defining them."""
 
 
@@ -26,7 +27,7 @@ def examples(page: str) -> list[str]:
     return re.findall(r'^```python\n(.*?)^```', (ROOT / page).read_text(encoding='utf-8'), re.M | re.S)
 
 
-@pytest.mark.parametrize('page', ['README.md', 'docs/quickstart.md', 'docs/from_fastai.md', 'docs/explanation.md'])
+@pytest.mark.parametrize('page', PAGES)
 def test_examples_use_only_names_that_exist(page):
     exported = {*vars(fastai.vision.all), *cxr_fastai.all.__all__, *vars(builtins)}
     assert examples(page)

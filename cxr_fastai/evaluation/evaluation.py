@@ -97,7 +97,9 @@ def find_split(
     root = data_root(data or trained_on)
     is_own_split = split != 'test' or run.is_from_table
     own = _own_images(run, split) if is_own_split else run.items[:0]
-    if _folder_with(own, root) or (run.is_from_table and own.empty):
+    if data is None and run.is_from_table and own.empty:
+        items = run.used_items  # the table lists no image of the split, and its folder need not be a data set
+    elif _folder_with(own, root):
         items = _add_columns(own, root, by)
     else:
         items = read_items(root, columns=by)

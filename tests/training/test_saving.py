@@ -159,7 +159,10 @@ def test_a_learner_of_fastai_alone_becomes_a_run(images, tmp_path):
     with learn.no_bar():
         expected = scores(learn)
     assert sorted(scores_of_run(run)) == pytest.approx(sorted(expected), abs=0.005)
-    assert set(run.items.split) == {'train', 'valid'}
+    train, valid = ((run.items.split == split).sum() for split in ('train', 'valid'))
+    with pytest.raises(UsageError, match=rf'split test has no images \(found train {train}, valid {valid}, test 0\)'):
+        evaluate(run)
+    assert evaluate(run, data=images)['n'] == len(list((images / 'test').rglob('*.jpeg')))
     assert 'not recorded' in report(run).read_text(encoding='utf-8')
     assert Predictor.load(export(run)).config.arch == 'vision_learner.resnet18'
 

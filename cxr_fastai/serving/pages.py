@@ -30,7 +30,9 @@ MESSAGES = {
     'working': 'Computing the prediction.',
     'E_OUT_OF_DISTRIBUTION': 'This image does not look like the chest X-ray images that the model was trained on, so a '
     'probability would be meaningless.',
+    'E_ARRAY': 'The image is not an array of grey levels.',
     'E_BLANK': 'The image is blank.',
+    'E_TYPE': 'This is not an image.',
     'E_TOO_SMALL': 'The image is too small or too narrow for a chest X-ray.',
     'E_TOO_LARGE': 'The image has more pixels than the service accepts.',
     'E_MULTIFRAME': 'The file contains several images. Send one image per file.',

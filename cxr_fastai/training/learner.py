@@ -193,7 +193,9 @@ class CXRLearner(Learner):
     ) -> None:
         """Fit for `n_epoch` epochs, as fastai does; a learner from a file gets a history first."""
         self._add_history()
+        trained_from = self.pretrained, self.recipe
         super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
+        self.pretrained, self.recipe = trained_from  # `lr_find` and `SaveModelCallback` load weights of this learner
 
     def _add_history(self) -> None:
         if 'history' not in vars(self):

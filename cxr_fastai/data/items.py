@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from cxr_fastai.core.errors import CXRError, UsageError
-from cxr_fastai.core.recipe import CHOICES, VOCAB
+from cxr_fastai.core.recipe import CHOICES, VOCAB, Recipe
 from cxr_fastai.data.find import check_files, describe_rows, drop_repeated_rows, find_images, read_listing
 from cxr_fastai.data.splits import count_images, describe_counts, split_patients
 from cxr_fastai.images.decode import SUFFIXES
@@ -74,6 +74,11 @@ def read_items(
             'file of images.'
         )
     return _split_and_limit(items, valid, seed, limit, valid_pct)
+
+
+def read_recipe_items(root: Path, recipe: Recipe) -> pd.DataFrame:
+    """Return the items table of `root` as `recipe` splits and limits it; see `read_items`."""
+    return read_items(root, recipe.valid, recipe.seed, recipe.limit, valid_pct=recipe.valid_pct)
 
 
 def read_table(

@@ -25,7 +25,7 @@ from fastcore.basics import listify
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import DATA_FIELDS, VOCAB, Recipe, data_recipe
-from cxr_fastai.data.items import image_root, read_items, read_table
+from cxr_fastai.data.items import image_root, read_recipe_items, read_table
 from cxr_fastai.data.splits import check_leakage, check_trainable
 from cxr_fastai.data.transforms import NormalizeImage, OpenImage, augmentations
 from cxr_fastai.images.cache import ImageCache, find_cache
@@ -92,9 +92,9 @@ class CXRDataLoaders(DataLoaders):
 
         Raises `CXRError` if there are no images, if a class has too few, or if a patient is in two splits.
         """
-        fields = _pop_fields(kwargs) | {'valid': valid, 'valid_pct': valid_pct, 'seed': seed, 'size': size}
-        settings = data_recipe(recipe, batch_size=bs, workers=num_workers, **fields)
-        items = read_items(Path(path), settings.valid, settings.seed, settings.limit, valid_pct=settings.valid_pct)
+        chosen = {'valid': valid, 'valid_pct': valid_pct, 'seed': seed, 'size': size}
+        settings = _pop_settings(kwargs, recipe, **chosen, batch_size=bs, workers=num_workers)
+        items = read_recipe_items(Path(path), settings)
         dls = cls._from_checked(items, image_root(Path(path)), settings, item_tfms, batch_tfms, device, kwargs)
         dls.source = Path(path)
         return dls
@@ -141,8 +141,8 @@ class CXRDataLoaders(DataLoaders):
         if valid_col is not None:
             table = table.assign(split=['valid' if is_valid else 'train' for is_valid in df[valid_col]])
             valid = 'official'
-        fields = _pop_fields(kwargs) | {'valid': valid, 'valid_pct': valid_pct, 'seed': seed, 'size': size}
-        settings = data_recipe(recipe, batch_size=bs, workers=num_workers, **fields)
+        chosen = {'valid': valid, 'valid_pct': valid_pct, 'seed': seed, 'size': size}
+        settings = _pop_settings(kwargs, recipe, **chosen, batch_size=bs, workers=num_workers)
         items = read_table(table, Path(path), settings.valid, settings.seed, settings.limit, settings.valid_pct)
         return cls._from_checked(items, Path(path), settings, item_tfms, batch_tfms, device, kwargs)
 
@@ -214,10 +214,10 @@ def _check_arguments(names: Iterable[str]) -> None:
             raise UsageError(f'{name}: not an argument of CXRDataLoaders or a field of Recipe. {advice}')
 
 
-def _pop_fields(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Remove the fields of `Recipe` about images from `kwargs`, and return them."""
+def _pop_settings(kwargs: dict[str, Any], recipe: str, **chosen: Any) -> Recipe:
+    """Return `recipe` with the `chosen` fields, and with those about images that are taken out of `kwargs`."""
     names = [name for name in kwargs if name in DATA_FIELDS and name not in ('batch_size', 'workers')]
-    return {name: kwargs.pop(name) for name in names}
+    return data_recipe(recipe, **{name: kwargs.pop(name) for name in names}, **chosen)
 
 
 def cxr_block(
@@ -271,8 +271,7 @@ class ItemReader:
         recipe = self.recipe
         if not isinstance(source, pd.DataFrame):
             path = Path(source)
-            items = read_items(path, recipe.valid, recipe.seed, recipe.limit, valid_pct=recipe.valid_pct)
-            source = locate(items, image_root(path))
+            source = locate(read_recipe_items(path, recipe), image_root(path))
         # ColSplitter puts every row that is not valid into train, so test images have to be removed before.
         return source[source.split.isin(['train', 'valid'])].reset_index(drop=True)
 

@@ -14,7 +14,7 @@ from fastai.torch_core import set_seed
 
 from cxr_fastai.core.errors import CXRError
 from cxr_fastai.core.recipe import Recipe
-from cxr_fastai.data.items import image_root, read_items
+from cxr_fastai.data.items import image_root, read_recipe_items
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.data.splits import check_trainable
 from cxr_fastai.images.cache import find_cache
@@ -39,7 +39,7 @@ def find_rates(recipe: Recipe, data: Path, steps: int = 100) -> Rates:
     Trains the first phase of `recipe` on the images of `data` for up to `steps` batches, or until the loss diverges.
     The trained network is discarded. Raises `CXRError`, also if the loss never decreases.
     """
-    items = read_items(data, recipe.valid, recipe.seed, recipe.limit, valid_pct=recipe.valid_pct)
+    items = read_recipe_items(data, recipe)
     check_trainable(items)
     reuse_memory()
     set_seed(recipe.seed, reproducible=True)

@@ -37,6 +37,7 @@ from cxr_fastai.interpretation.cam import (
 )
 from cxr_fastai.interpretation.overlays import Explanation, plot_explanation
 from cxr_fastai.models.inputs import to_input
+from cxr_fastai.models.networks import unwrap_network
 
 if TYPE_CHECKING:
     from fastai.learner import Learner
@@ -210,10 +211,7 @@ def check_choices(target: str, method: str) -> None:
 
 def copy_network(learn: Learner) -> nn.Module:
     """Return a copy of the network of `learn` on the CPU, without the wrapper that it has in distributed training."""
-    model = learn.model
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    return copy.deepcopy(model).cpu().float()
+    return copy.deepcopy(unwrap_network(learn.model)).cpu().float()
 
 
 def learner_preprocessing(learn: Learner) -> Preprocessing:

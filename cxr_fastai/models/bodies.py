@@ -130,12 +130,7 @@ def loses_head(model: nn.Module, network: nn.Module, size: int | None = None) ->
 
 def _is_body_and_head(model: nn.Sequential, image: Tensor) -> bool:
     """Return True if `model` has two children, and returns two logits for `image` (1, 3, h, w)."""
-    if len(model) != 2:
-        return False
-    try:
-        logits = _run(model, image, '')
-    except UsageError:
-        return False
+    logits = _try_run(model, image) if len(model) == 2 else None
     return isinstance(logits, Tensor) and logits.shape == (1, len(VOCAB))
 
 
@@ -253,17 +248,17 @@ def _test_image(model: nn.Module, size: int | None) -> Tensor:
     It has the device and the type of the parameters of `model`.
     """
     side = TEST_SIZE
-    if size and not _accepts(model, _image(model, TEST_SIZE)):
+    if size and _try_run(model, _image(model, TEST_SIZE)) is None:
         side = size
     return _image(model, side)
 
 
-def _accepts(model: nn.Module, image: Tensor) -> bool:
+def _try_run(model: nn.Module, image: Tensor) -> Any:
+    """Return what `model` returns for `image`; None if it fails."""
     try:
-        _run(model, image, '')
+        return _run(model, image, '')
     except UsageError:
-        return False
-    return True
+        return None
 
 
 def _image(model: nn.Module, side: int) -> Tensor:

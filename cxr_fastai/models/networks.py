@@ -39,6 +39,13 @@ class Network(NamedTuple):
     weights: str
 
 
+def unwrap_network(model: nn.Module) -> nn.Module:
+    """Return the network in `model`, without the wrapper that it has in distributed training."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return model.module
+    return model
+
+
 def create_network(arch: str | Builder | nn.Module, pretrained: Any = True, size: int | None = None) -> Network:
     """Return the network `arch` as `Sequential(body, head)`: input (n, 3, h, w), output logits (n, 2).
 

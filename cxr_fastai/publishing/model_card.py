@@ -28,8 +28,6 @@ HUB_NAMES = {'auc': 'roc_auc', 'sensitivity': 'recall', 'ppv': 'precision'}
 """Metrics that have another name on the Hub."""
 SHOWN_PACKAGES = ('cxr_fastai', 'fastai', 'torch', 'torchvision', 'python')
 UNKNOWN = 'not recorded'
-STANDARD_CALLBACKS = ('TrainEvalCallback', 'Recorder', 'CastToTensor', 'ProgressCallback', 'BnFreeze', 'History')
-"""Callbacks of every learner, which a model card does not name."""
 
 
 def main_split(run: Run) -> str:
@@ -50,8 +48,7 @@ def describe_run(run: Run) -> dict[str, str]:
         'Classes': f'{VOCAB[0]} and {VOCAB[1]}; {VOCAB[1]} is the positive class',
         'Initial weights': start.get('origin', recipe.weights if recipe.weights == 'none' else UNKNOWN),
         'Input': _input(recipe),
-        **(_custom_training(recipe, start) if recipe.name == CUSTOM else _recipe_training(recipe, best)),
-        **({'Seed': UNKNOWN} if start.get('saved_by_hand') else {}),
+        **(_custom_training(recipe, start) if recipe.name == CUSTOM else _recipe_training(recipe, start, best)),
         'Trained on': f'{len(train_items):,} images of {train_items.patient.nunique():,} patients',
         'SHA-256 of items.csv': sha256(run / 'items.csv'),
         'Hardware': f'{start.get("hardware", UNKNOWN)}, device {start.get("device", UNKNOWN)}',
@@ -61,7 +58,7 @@ def describe_run(run: Run) -> dict[str, str]:
     }
 
 
-def _recipe_training(recipe: Recipe, best: dict[str, Any]) -> dict[str, str]:
+def _recipe_training(recipe: Recipe, start: dict[str, Any], best: dict[str, Any]) -> dict[str, str]:
     return {
         'Recipe': (
             f'{recipe.name}: {_phases(recipe)}; optimizer {recipe.optimizer}, batch size {recipe.batch_size}, '
@@ -72,7 +69,7 @@ def _recipe_training(recipe: Recipe, best: dict[str, Any]) -> dict[str, str]:
         if recipe.class_weights
         else 'no resampling and no class weights',
         'Final model': _final_model(recipe, best.get('epoch', UNKNOWN)),
-        'Seed': str(recipe.seed),
+        'Seed': UNKNOWN if start.get('saved_by_hand') else str(recipe.seed),
         'Precision': recipe.precision,
     }
 
@@ -80,7 +77,6 @@ def _recipe_training(recipe: Recipe, best: dict[str, Any]) -> dict[str, str]:
 def _custom_training(recipe: Recipe, start: dict[str, Any]) -> dict[str, str]:
     """Return the facts about a training by hand, as far as `save_run` recorded them."""
     optimizer, loss = start.get('optimizer', UNKNOWN), start.get('loss', UNKNOWN)
-    callbacks = [name for name in start.get('callbacks', []) if name not in STANDARD_CALLBACKS]
     transforms = start.get('batch_tfms', [])
     is_known = 'AugmentImages' in transforms
     return {
@@ -88,7 +84,7 @@ def _custom_training(recipe: Recipe, start: dict[str, Any]) -> dict[str, str]:
             f'trained by hand: {_phases(recipe) or "phases not recorded"}; optimizer {optimizer}, batch size '
             f'{recipe.batch_size}, loss {loss}, schedule not recorded'
         ),
-        'Callbacks': ', '.join(callbacks) or 'none',
+        'Callbacks': ', '.join(start.get('callbacks', [])) or 'none',
         'Augmentation': _augmentation(recipe) if is_known else f'by {", ".join(transforms) or UNKNOWN}',
         'Final model': 'the network as it was saved',
         'Seed': UNKNOWN,

@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from cxr_fastai.core import recipe as recipes
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.figures import to_svg
 from cxr_fastai.core.files import atomic, write_text
+from cxr_fastai.core.recipe import UNKNOWN
 from cxr_fastai.core.run import Run, read_json
 from cxr_fastai.core.templates import data_uri, render_template
 from cxr_fastai.data.auditing import NOT_TRAINABLE, SMALL_VALIDATION
@@ -78,7 +78,7 @@ SECTIONS = {
 VALIDATION_SPLITS = {
     'official': 'the images of the folder val',
     'patients': 'about {valid_pct:.0%} of the patients of train and val, drawn at random with the same class balance',
-    recipes.UNKNOWN: 'chosen before the run was saved; how is not recorded',
+    UNKNOWN: 'chosen before the run was saved; how is not recorded',
 }
 """How validation images are chosen, by the field `valid` of the recipe. `valid_pct` is filled in."""
 CONSTANTS = {

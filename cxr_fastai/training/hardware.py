@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import warnings
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ COMPILE = ('on', 'off')
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 """Parameters of glibc's `mallopt`, from malloc.h."""
+PACKAGES = ('cxr_fastai', 'fastai', 'torch', 'torchvision')
+"""Packages that are recorded with their version at the start of a training."""
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
@@ -48,6 +51,17 @@ def choose_precision(precision: str) -> str:
     if not torch.cuda.is_available():
         return 'fp32'
     return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Return the facts about the computer and the packages that can change the last digits of a training."""
+    facts = {
+        'device': str(device),
+        'hardware': describe_hardware(device),
+        'threads': torch.get_num_threads(),
+        'python': platform.python_version(),
+    }
+    return facts | {name: version(name) for name in PACKAGES}
 
 
 def describe_hardware(device: torch.device) -> str:

@@ -24,22 +24,16 @@ from fastcore.meta import delegates
 from torch import nn
 
 from cxr_fastai.core.errors import OutputError, UsageError
-from cxr_fastai.core.recipe import (
-    POSITIVE,
-    UNKNOWN,
-    VOCAB,
-    Recipe,
-)
+from cxr_fastai.core.recipe import POSITIVE, UNKNOWN, VOCAB, Recipe
 from cxr_fastai.data.loaders import find_preprocessing
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.pickles import save_learner
-from cxr_fastai.models.architectures import find_arch
-from cxr_fastai.models.networks import create_network
+from cxr_fastai.models.networks import create_network, unwrap_network
 from cxr_fastai.models.registry import OWN_WEIGHTS
 from cxr_fastai.training.callbacks import DivergenceGuard, History, KeepBest, recipe_callbacks
 from cxr_fastai.training.hardware import Precision, reuse_memory
 from cxr_fastai.training.optimizer import TorchOptimizer
-from cxr_fastai.training.recipes import OPTIMIZERS, apply_recipe, check_recipe_of, fit_phase, is_known, named_recipe
+from cxr_fastai.training.recipes import OPTIMIZERS, apply_recipe, check_recipe_of, fit_phase, known_arch, named_recipe
 
 
 class Position(NamedTuple):
@@ -100,7 +94,7 @@ class CXRLearner(Learner):
     @property
     def network(self) -> nn.Sequential:
         """The network, without the wrapper that it has in distributed training."""
-        return cast(nn.Sequential, getattr(self.model, 'module', self.model))
+        return cast(nn.Sequential, unwrap_network(self.model))
 
     def fit_recipe(
         self,
@@ -305,9 +299,11 @@ def _image_size(dls: DataLoaders) -> int | None:
 def _check_size(dls: DataLoaders, arch: str) -> None:
     """Raise `UsageError` if `arch` accepts only images of another size than those of `dls`."""
     size = _image_size(dls)
-    needed = find_arch(arch).size if size and is_known(arch) else None
-    if needed and size != needed:
-        raise UsageError(f'size {size}: {arch} accepts only {needed} pixels. Make the DataLoaders with size={needed}.')
+    facts = known_arch(arch)
+    if size and facts and facts.size not in (None, size):
+        raise UsageError(
+            f'size {size}: {arch} accepts only {facts.size} pixels. Make the DataLoaders with size={facts.size}.'
+        )
 
 
 def model_config(learn: Learner) -> ModelConfig:

@@ -15,6 +15,7 @@ from fastai.losses import CrossEntropyLossFlat
 from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.recipe import AUGMENTATION_FIELDS, DATA_FIELDS, VOCAB, Phase, Recipe, data_recipe
 from cxr_fastai.models.architectures import ARCHS, find_arch, make_recipe
+from cxr_fastai.models.registry import Arch
 from cxr_fastai.training.callbacks import ReduceOnPlateau
 from cxr_fastai.training.optimizer import TorchOptimizer
 
@@ -24,7 +25,7 @@ OPTIMIZERS = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}
 
 def named_recipe(learn: Any, name: str, epochs: int | None, lr: float | None) -> Recipe:
     """Return the recipe `name` for the network and the images of `learn`."""
-    arch = learn.arch if is_known(learn.arch) else 'baseline'  # an own network trains like one from scratch
+    arch = learn.arch if known_arch(learn.arch) else 'baseline'  # an own network trains like one from scratch
     recipe = make_recipe(arch, name, epochs, lr)
     images = getattr(learn.dls, 'recipe', None)
     if images is None:
@@ -46,15 +47,14 @@ def named_recipe(learn: Any, name: str, epochs: int | None, lr: float | None) ->
     return replace(recipe, arch=learn.arch, weights=learn.pretrained, **data_fields)
 
 
-def is_known(arch: str) -> bool:
-    """Return whether `arch` is the name of an architecture that can be built, and not only that of a class."""
+def known_arch(arch: str) -> Arch | None:
+    """Return the facts about `arch`; None if it is only the name of a class, and no architecture that can be built."""
     if arch in ARCHS:
-        return True
+        return ARCHS[arch]
     try:
-        find_arch(arch)
+        return find_arch(arch)
     except UsageError:
-        return False
-    return True
+        return None
 
 
 def apply_recipe(learn: Any, recipe: Recipe) -> bool:

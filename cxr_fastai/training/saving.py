@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import pickle
-import platform
 import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +20,6 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import IntToFloatTensor
 from fastai.learner import Learner
 from fastai.vision.augment import Resize
-from torch import nn
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError, first_line
 from cxr_fastai.core.files import write_csv
@@ -37,10 +33,11 @@ from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, save_weig
 from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.models.architectures import describe_network, find_arch
+from cxr_fastai.models.networks import unwrap_network
 from cxr_fastai.training.callbacks import COLUMNS, name_metrics
-from cxr_fastai.training.hardware import describe_hardware
+from cxr_fastai.training.hardware import describe_environment
 from cxr_fastai.training.learner import CXRLearner
-from cxr_fastai.training.training import PACKAGES
+from cxr_fastai.training.training import without_nan
 
 MAX_DIFFERENCE = 0.01
 """Largest difference of a probability between the learner and the run that `save_run` accepts."""
@@ -48,8 +45,6 @@ STANDARD_CALLBACKS = {'TrainEvalCallback', 'Recorder', 'CastToTensor', 'Progress
 """Callbacks of a learner that `cxr_learner` made."""
 COMPARED_IMAGES = 32
 """Number of validation images that `save_run` predicts twice."""
-
-log = logging.getLogger(__name__)
 
 
 class ImageSource(NamedTuple):
@@ -83,7 +78,7 @@ def save_run(learn: Learner, path: str | Path, arch: str | None = None) -> Run:
         run.log_event('start', **_describe_training(learn, recipe, source))
         run.start(recipe, source.items)
         write_csv(run / 'history.csv', pd.DataFrame(_history(learn), columns=COLUMNS))
-        save_weights(_network(learn), run / WEIGHTS)
+        save_weights(unwrap_network(learn.model), run / WEIGHTS)
         _save_pickle(learn, recipe, run / LEARNER)
         difference = _largest_difference(learn, run, source)
         if math.isnan(difference) or difference > MAX_DIFFERENCE:
@@ -143,13 +138,9 @@ def _find_arch(learn: Learner) -> str:
     if isinstance(arch, str):
         return arch if isinstance(learn, CXRLearner) else f'vision_learner.timm.{arch}'
     raise UsageError(
-        f'the name of the network, a {type(_network(learn)).__name__}, is not known. Pass arch="NAME", a name that '
+        f'the name of the network, a {_name(unwrap_network(learn.model))}, is not known. Pass arch="NAME", a name that '
         '`cxr-fastai archs` lists or that add_arch registered, or make the learner with cxr_learner.'
     )
-
-
-def _network(learn: Learner) -> nn.Module:
-    return getattr(learn.model, 'module', learn.model)
 
 
 def _find_recipe(learn: Learner, arch: str, preprocessing: Preprocessing) -> Recipe:
@@ -181,7 +172,7 @@ def _followed(learn: Any, recipe: Recipe) -> bool:
         learn.recipe_dls is learn.dls
         and not getattr(learn.dls, 'has_own_tfms', False)
         and [row['phase'] for row in learn.history.rows] == phases
-        and {_name(callback) for callback in learn.cbs} <= STANDARD_CALLBACKS
+        and not _own_callbacks(learn)
         and {_name(transform) for transform in learn.dls.train.after_batch.fs} == {kind.__name__ for kind in transforms}
     )
 
@@ -205,20 +196,21 @@ def _describe_training(learn: Learner, recipe: Recipe, source: ImageSource) -> d
         'data': str(source.source.resolve()),
         'from_table': source.from_table,
         'unreadable': [],
-        'callbacks': [type(callback).__name__ for callback in learn.cbs],
+        'callbacks': _own_callbacks(learn),
         'optimizer': _name_optimizer(learn),
         'loss': _name(learn.loss_func),
         'batch_tfms': [_name(transform) for transform in learn.dls.train.after_batch.fs],
-        'device': str(device),
-        'hardware': describe_hardware(device),
-        'threads': torch.get_num_threads(),
-        'python': platform.python_version(),
     }
-    facts |= {name: version(name) for name in PACKAGES}
-    facts |= describe_network(_network(learn), recipe)
+    facts |= describe_environment(device)
+    facts |= describe_network(unwrap_network(learn.model), recipe)
     if recipe.weights == UNKNOWN:
         facts['origin'] = UNKNOWN
     return facts
+
+
+def _own_callbacks(learn: Learner) -> list[str]:
+    """Return the names of the callbacks that the user added to `learn`."""
+    return [_name(callback) for callback in learn.cbs if _name(callback) not in STANDARD_CALLBACKS]
 
 
 def _name_optimizer(learn: Learner) -> str:
@@ -251,10 +243,7 @@ def _best_epoch(learn: Learner, recipe: Recipe) -> dict[str, Any]:
     """Return the row of the epoch that the network is from; empty if that is not known."""
     if recipe.name == CUSTOM or not isinstance(learn, CXRLearner) or learn.best_row is None:
         return {}
-    return {
-        name: None if isinstance(value, float) and math.isnan(value) else value
-        for name, value in learn.best_row.items()
-    }
+    return without_nan(learn.best_row)
 
 
 def _save_pickle(learn: Learner, recipe: Recipe, path: Path) -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import platform
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from signal import Signals
 from typing import Any
 
 import pandas as pd
-import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback  # noqa: F401  (adds `Learner.no_bar`)
 from fastai.torch_core import set_seed
@@ -25,7 +22,7 @@ from cxr_fastai.core.errors import CXRWarning, ImageError, Stopped
 from cxr_fastai.core.files import check_new, write_json
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.run import Run
-from cxr_fastai.data.items import describe_items, image_root, read_items
+from cxr_fastai.data.items import describe_items, image_root, read_recipe_items
 from cxr_fastai.data.loaders import CXRDataLoaders, describe_unreadable, find_unreadable
 from cxr_fastai.data.splits import check_leakage, check_trainable, validation_warning
 from cxr_fastai.images.cache import ImageCache, find_cache
@@ -42,13 +39,11 @@ from cxr_fastai.training.checkpoint import (
     load_matching_state,
 )
 from cxr_fastai.training.distributed import call_once, check_batch_size, share_batches, training_processes
-from cxr_fastai.training.hardware import CompileSteps, can_compile, check_compile, describe_hardware
+from cxr_fastai.training.hardware import CompileSteps, can_compile, check_compile, describe_environment
 from cxr_fastai.training.learner import CXRLearner, Diverged, recipe_learner
 from cxr_fastai.training.tracking import check_tracker, tracking
 
 FAILURE = 'failure.json'
-PACKAGES = ('cxr_fastai', 'fastai', 'torch', 'torchvision')
-"""Packages that are recorded with their version at the start of a training."""
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +76,7 @@ def train(
     with ExitStack() as stack:
         if resume:
             stack.enter_context(run.locked())
-        items = read_items(data, recipe.valid, recipe.seed, recipe.limit, valid_pct=recipe.valid_pct)
+        items = read_recipe_items(data, recipe)
         state = load_matching_state(run, recipe, items) if resume else None
         _check_items(items, recipe)
         cache, unreadable = _check_images(items, image_root(data), recipe)
@@ -153,15 +148,8 @@ def _record_start(
     """Log the start in the journal of `run`; if the run is new, also write its recipe and items."""
     run.remove_partial_files()
     device = learn.dls.device
-    circumstances = {
-        'device': str(device),
-        'compiled': facts['compiled'],
-        'hardware': describe_hardware(device),
-        'threads': torch.get_num_threads(),
-        'processes': process_count(),
-        'python': platform.python_version(),
-    }
-    circumstances |= {name: version(name) for name in PACKAGES}
+    circumstances = describe_environment(device)
+    circumstances |= {'compiled': facts['compiled'], 'processes': process_count()}
     if resume:
         _warn_of_changes(run.last_event('start', 'resume'), circumstances)
     facts = facts | describe_network(learn.model, recipe) | circumstances
@@ -209,7 +197,7 @@ def _fit_and_save(
             raise
         raise _stopped(run, stop.received) from None
     save_model(learn, run, recipe)
-    run.log_event('end', best={name: _nan_to_none(value) for name, value in best.items()})
+    run.log_event('end', best=without_nan(best))
     if is_main_process():
         for name in (PREVIOUS_STATE, FAILURE):
             (run / name).unlink(missing_ok=True)
@@ -225,9 +213,9 @@ def _stopped(run: Run, number: int) -> Stopped:
     )
 
 
-def _nan_to_none(value: Any) -> Any:
-    """Return `value`, or None for NaN, which JSON does not have."""
-    return None if isinstance(value, float) and math.isnan(value) else value
+def without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """Return `row` with None instead of NaN, which JSON does not have."""
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in row.items()}
 
 
 def save_model(learn: CXRLearner, run: Run, recipe: Recipe) -> None:

@@ -122,10 +122,12 @@ def _finish_history_panel(ax: Axes, history: pd.DataFrame) -> None:
 
 
 def _shade_phases(ax: Axes, history: pd.DataFrame) -> None:
-    """Shade and name the phases of the training if there are several."""
+    """Shade and name the phases of the training if there are several; a phase can come again, as in fits by hand."""
     if history.phase.nunique() == 1:
         return
-    for i, (name, rows) in enumerate(history.groupby('phase', sort=False)):
+    is_start = history.phase != history.phase.shift()
+    for i, (_, rows) in enumerate(history.groupby(is_start.cumsum())):
+        name = rows.phase.iloc[0]
         left = rows.epoch.min() - 0.5
         right = rows.epoch.max() + 0.5
         alpha = 0.12 if i % 2 == 0 else 0.03

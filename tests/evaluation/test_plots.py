@@ -57,6 +57,14 @@ def test_the_history_names_its_phases():
     assert all(name in shown for name in ('frozen', 'fine-tune', 'valid loss', 'AUC'))
 
 
+def test_a_phase_that_comes_again_is_shaded_again():
+    history = pd.DataFrame({'phase': ['frozen', 'unfrozen', 'frozen', 'unfrozen'], 'epoch': [1, 2, 3, 4]})
+    history = history.assign(train_loss=0.7, valid_loss=0.7, roc_auc=0.5, sensitivity=0.5, specificity=0.5)
+    ax = plot_history(history).axes[0]
+    assert [(span.get_x(), span.get_width()) for span in ax.patches] == [(0.5, 1), (1.5, 1), (2.5, 1), (3.5, 1)]
+    assert [text.get_text() for text in ax.texts] == history.phase.tolist()
+
+
 def test_a_figure_of_several_panels_is_a_picture_in_a_notebook_without_pyplot():
     """IPython shows other figures as text until the notebook draws one with pyplot."""
     history = pd.DataFrame({'phase': 'train', 'epoch': [1], 'train_loss': [0.7], 'valid_loss': [0.7]})

@@ -1,0 +1,162 @@
+"""Readers of files that somebody else may have written: only regular files, of limited size, and strict JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections import Counter
+from typing import Any, BinaryIO, NoReturn
+
+from cxr_fastai.core.errors import CXRError, UsageError
+
+MAX_JSON = 2**24
+"""Largest JSON file that is read, in bytes."""
+MAX_DEPTH = 32
+"""Largest depth of nested lists and objects in a JSON file."""
+MAX_DIGITS = 400
+"""Largest number of digits of a number in a JSON file. Python needs quadratic time to read a whole number."""
+TEXT_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
+"""A text, which may lack its end, or a bracket. It matches in linear time."""
+FIX = 'Get the file again from its source.'
+"""The default advice about a damaged file."""
+KINDS = (
+    (stat.S_ISDIR, 'a folder'),
+    (stat.S_ISFIFO, 'a pipe'),
+    (stat.S_ISSOCK, 'a socket'),
+    (stat.S_ISCHR, 'a device'),
+    (stat.S_ISBLK, 'a device'),
+)
+"""Test of the mode of a file -> what the file is, for everything that is not a regular file."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open the regular file `path` for reading. Never waits, as opening a pipe would.
+
+    Raises `UsageError` if it is missing, not readable, or not a regular file, such as a pipe or a device.
+    """
+    try:
+        # O_BINARY exists on Windows, the other two on POSIX.
+        flags = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_NOCTTY', 0)
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        raise UsageError(f'{path}: no such file. Check the name.') from None
+    except (OSError, ValueError) as error:  # a ValueError for a name with a null character
+        reason = getattr(error, 'strerror', None) or error
+        raise UsageError(f'{path}: cannot be read ({reason}). Name a file that you may read.') from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise UsageError(f'{path}: {_describe_kind(mode)}, not a file. Name a regular file.')
+    return os.fdopen(descriptor, 'rb')
+
+
+def _describe_kind(mode: int) -> str:
+    for is_kind, kind in KINDS:
+        if is_kind(mode):
+            return kind
+    return 'a special file'
+
+
+def read_bytes(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """Return the contents of the regular file `path`.
+
+    Raises `UsageError` as `open_regular` does, and `CXRError` if the file has more than `max_bytes` bytes, of which no
+    more are read then.
+    """
+    with open_regular(path) as file:
+        try:
+            data = file.read(max_bytes + 1)
+        except OSError as error:
+            raise UsageError(f'{path}: cannot be read ({error.strerror}). Name a file that you may read.') from None
+    if len(data) > max_bytes:
+        raise CXRError(f'{path}: larger than {max_bytes:,} bytes, so it was not read. Name a smaller file.')
+    return data
+
+
+def read_text(path: str | os.PathLike[str], max_bytes: int, fix: str = FIX) -> str:
+    """Return the contents of the UTF-8 file `path`, without a byte order mark.
+
+    Raises what `read_bytes` raises, and `CXRError`, which advises `fix`, if it is not UTF-8.
+    """
+    data = read_bytes(path, max_bytes)
+    try:
+        return data.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise CXRError(f'{path}: not UTF-8 (byte {error.start}). {fix}') from None
+
+
+def read_json(
+    path: str | os.PathLike[str], max_bytes: int = MAX_JSON, fix: str = FIX, error: type[CXRError] = CXRError
+) -> Any:
+    """Return the value in the JSON file `path`. Raises what `read_bytes` and `parse_json` raise."""
+    return parse_json(read_bytes(path, max_bytes), path, fix, error)
+
+
+def parse_json(
+    text: str | bytes, source: str | os.PathLike[str], fix: str = FIX, error: type[CXRError] = CXRError
+) -> Any:
+    """Return the value of the JSON `text`, which the file `source` contains.
+
+    Stricter than the `json` module: NaN, infinity, repeated keys, numbers of more than `MAX_DIGITS` digits and a depth
+    of more than `MAX_DEPTH` are refused, so every program reads the same. Raises `error`, which advises `fix`.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode('utf-8-sig')
+        _check_depth(text)
+        return json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_parse_float,
+            parse_int=_parse_int,
+        )
+    except UnicodeDecodeError as problem:
+        raise error(f'{source}: damaged (not UTF-8 at byte {problem.start}). {fix}') from None
+    except (ValueError, RecursionError) as problem:
+        raise error(f'{source}: damaged ({problem}). {fix}') from None
+
+
+def _check_depth(text: str) -> None:
+    """Raise `ValueError` if lists and objects are nested deeper than `MAX_DEPTH`. Brackets in texts do not count."""
+    depth = 0
+    for token in TEXT_OR_BRACKET.finditer(text):
+        first = token.group()[0]
+        if first in '[{':
+            depth += 1
+        elif first in ']}':
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f'nested deeper than {MAX_DEPTH} levels')
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        [(repeated, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f'the key {repeated!r:.80} occurs twice')
+    return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f'{name} is not a value of JSON')
+
+
+def _parse_float(digits: str) -> float:
+    _check_digits(digits)
+    value = float(digits)
+    if value in (float('inf'), float('-inf')):
+        raise ValueError(f'the number {digits:.20} is too large')
+    return value
+
+
+def _parse_int(digits: str) -> int:
+    _check_digits(digits)
+    return int(digits)
+
+
+def _check_digits(digits: str) -> None:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f'a number has {len(digits)} digits')

@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+FUZZ_MINUTES ?= 10
 PYTEST := $(BIN)/python -m pytest -n logical --dist worksteal --durations 10
 
-.PHONY: demo test test-all test-plain lint docs notebooks clean
+.PHONY: demo test test-all test-plain test-floors fuzz lint docs notebooks clean
 
 demo: $(INSTALLED)
 	$(BIN)/cxr-fastai demo
@@ -20,6 +21,14 @@ test-all: lint .venv/.docs .venv/.space
 # The base requirements alone, then each extra alone, in environments of their own.
 test-plain:
 	$(PYTHON) tests/install/check_extras.py
+
+# The security tests with the oldest permitted versions of the packages that read foreign files.
+test-floors: $(INSTALLED)
+	$(BIN)/python tests/install/check_floors.py
+
+# Feeds damaged files to the readers of foreign formats, FUZZ_MINUTES for each format.
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz/fuzz.py --minutes $(FUZZ_MINUTES)
 
 # The same checks as .pre-commit-config.yaml.
 lint: $(INSTALLED)
@@ -40,7 +49,7 @@ docs: .venv/.docs
 
 # Gradio needs an older Pillow than the tested one, so it is installed apart, for the test of a Space only.
 .venv/.space: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --target .venv/space 'gradio>=6.0.0'
+	$(BIN)/python -m pip install --quiet --target .venv/space 'gradio>=6.7.0'
 	touch $@
 
 # Executes the notebooks and stores their outputs without metadata, then runs them again as the tests do.

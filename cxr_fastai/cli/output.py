@@ -173,7 +173,14 @@ def metrics_tables(metrics: dict[str, Any]) -> Group:
 
 def _rates_table(metrics: dict[str, Any]) -> Table:
     from cxr_fastai.evaluation.intervals import format_estimate
-    from cxr_fastai.evaluation.metrics import RANKING_METRICS, TARGETS, THRESHOLD_METRICS, name_metric
+    from cxr_fastai.evaluation.metrics import (
+        RANKING_METRICS,
+        TARGETS,
+        THRESHOLD_METRICS,
+        describe_sample,
+        interval_warnings,
+        name_metric,
+    )
 
     half = metrics['at_half']
     confusion = metrics['confusion']
@@ -187,8 +194,10 @@ def _rates_table(metrics: dict[str, Any]) -> Table:
         f'{confusion["tn"]} true negatives, {confusion["fp"]} false positives\n'
         f'{intervals}'
     )
+    for warning in interval_warnings(metrics):
+        caption += f'\n[yellow]{warning}[/]'
     columns = ('', f'threshold {metrics["threshold"]:g}', f'threshold {half["threshold"]:g}')
-    table = _table(f'{metrics["n"]} images of {metrics["patients"]} patients', columns, caption)
+    table = _table(describe_sample(metrics), columns, caption)
     for name in RANKING_METRICS:
         table.add_row(name_metric(name), format_estimate(metrics[name]))
     table.add_section()

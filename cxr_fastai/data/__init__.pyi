@@ -3,7 +3,15 @@ from .find import find_images, list_images, shown_path
 from .items import data_root, describe_items, image_root, parse_name, read_items, read_table
 from .loaders import CXRDataLoaders, cxr_block, find_preprocessing, locate
 from .sources import SOURCES, Source, download
-from .splits import check_leakage, check_trainable, count_images, split_patients, validation_warning
+from .splits import (
+    check_leakage,
+    check_trainable,
+    count_images,
+    split_patients,
+    unknown_patients,
+    unknown_patients_warning,
+    validation_warning,
+)
 from .transforms import AugmentImages
 
 __all__ = [
@@ -32,5 +40,7 @@ __all__ = [
     'save_audit',
     'shown_path',
     'split_patients',
+    'unknown_patients',
+    'unknown_patients_warning',
     'validation_warning',
 ]

@@ -19,7 +19,15 @@ from cxr_fastai.core.templates import data_uri, render_template
 from cxr_fastai.data.find import short_path, shown_path
 from cxr_fastai.data.image_stats import MAX_PAIRS, MIN_CORRELATION, TRAITS, find_duplicates, measure_images
 from cxr_fastai.data.items import identify_images, image_root, read_items
-from cxr_fastai.data.splits import check_trainable, leaking_patients, validation_warning
+from cxr_fastai.data.splits import (
+    check_trainable,
+    count_patients,
+    describe_patients,
+    leaking_patients,
+    unknown_patients,
+    unknown_patients_warning,
+    validation_warning,
+)
 from cxr_fastai.images.decode import open_image
 
 NOT_TRAINABLE = 'not trainable with these splits'
@@ -103,6 +111,7 @@ def audit(data: Path, workers: int | None = None, hide_names: bool = False) -> A
         *_find_unreadable(images),
         *_find_burned_in_text(images),
         *_find_leakage(items, hide_names),
+        *_find_unknown_patients(items),
         *_find_duplicates(pairs),
         *_find_unfinished_search(duplicates),
         *_find_repeated_rows(images),
@@ -151,6 +160,7 @@ def render(audit: Audit) -> str:
     return render_template(
         'audit.html',
         audit=audit,
+        patients=describe_patients(audit.facts['patients'], audit.facts['unknown_patients']),
         pictures=pictures,
         shortcut_auc=SHORTCUT_AUC,
         min_correlation=MIN_CORRELATION,
@@ -194,6 +204,14 @@ def _find_leakage(items: pd.DataFrame, hide_names: bool) -> list[Finding]:
         'for train and valid.'
     )
     return [Finding('error', 'patients in two splits', len(splits_by_patient), advice, tuple(groups))]
+
+
+def _find_unknown_patients(items: pd.DataFrame) -> list[Finding]:
+    warning = unknown_patients_warning(items)
+    if warning is None:
+        return []
+    n = int(unknown_patients(items).sum())
+    return [Finding('warning', 'images of unknown patients', n, warning[0].upper() + warning[1:])]
 
 
 def _describe_pairs(images: pd.DataFrame, duplicates: list[tuple[int, int, float]]) -> pd.DataFrame:
@@ -279,7 +297,8 @@ def _summarise_files(images: pd.DataFrame, usable: pd.DataFrame) -> dict[str, An
     usable = usable.astype({'bits': int})
     return {
         'ignored': images.attrs['ignored'],
-        'patients': int(images.patient.nunique()),
+        'patients': count_patients(images),
+        'unknown_patients': int(unknown_patients(images).sum()),
         'formats': _count_values(usable['format']),
         'modes': _count_values(usable['mode']),
         'bits': _count_values(usable['bits']),

@@ -17,7 +17,13 @@ import pandas as pd
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.recipe import CHOICES, VOCAB, Recipe
 from cxr_fastai.data.find import check_files, describe_rows, drop_repeated_rows, find_images, read_listing
-from cxr_fastai.data.splits import count_images, describe_counts, split_patients
+from cxr_fastai.data.splits import (
+    UNKNOWN_PATIENT,
+    count_images,
+    describe_counts,
+    split_patients,
+    unknown_patients,
+)
 from cxr_fastai.images.decode import SUFFIXES
 
 ITEM_COLUMNS = ['path', 'label', 'split', 'patient', 'kind']
@@ -26,6 +32,8 @@ SPLIT_NAMES = {'train': 'train', 'val': 'valid', 'valid': 'valid', 'test': 'test
 """The split that each folder name, or each value in the CSV column `split`, stands for."""
 PNEUMONIA_NAME = re.compile(r'person(?P<id>\d+)_(?P<kind>bacteria|virus)_\d+')
 NORMAL_NAME = re.compile(r'(?P<id>(NORMAL2-)?IM-\d+)-\d+')
+NO_PATIENT = ('', '?', '-', 'n/a', 'unknown')
+"""Cells of the column `patient`, in lower case, that stand for no value: their images are not all of one patient."""
 OTHER_FOLDERS = {'chest_xray': 'nested chest_xray', 'masks': 'masks'}
 """Folders next to the splits that are ignored on purpose: the second copy in Kaggle's zip file, the demo's masks."""
 LAYOUT = 'train|val|test / NORMAL|PNEUMONIA, or NORMAL and PNEUMONIA alone'
@@ -194,11 +202,18 @@ def _make_items(images: pd.DataFrame, ignored: Counter[str], source: Path) -> pd
         ignored['listed twice'] = repeated
     names = [parse_name(path, label) for path, label in zip(images.path, images.label, strict=True)]
     parsed = pd.DataFrame(names, columns=['kind', 'patient'], index=images.index)
-    patient = images['patient'].fillna(parsed.patient) if 'patient' in images else parsed.patient
-    images = images.assign(kind=parsed.kind, patient=patient)
+    images = images.assign(kind=parsed.kind, patient=_fill_patients(images, parsed.patient))
     items = images[ITEM_COLUMNS].sort_values(['path', 'split'], ignore_index=True)
     items.attrs['ignored'] = dict(ignored)
     return items
+
+
+def _fill_patients(images: pd.DataFrame, parsed: pd.Series) -> pd.Series:
+    """Return the column `patient` of `images`, or where it has no value, the `parsed` patient of the file name."""
+    if 'patient' not in images:
+        return parsed
+    has_no_value = images.patient.isna() | images.patient.astype(str).str.strip().str.lower().isin(NO_PATIENT)
+    return images.patient.mask(has_no_value, parsed)
 
 
 def _map_classes(images: pd.DataFrame, source: Path) -> pd.Series:
@@ -241,17 +256,18 @@ class NameParts(NamedTuple):
 def parse_name(path: str, label: str) -> NameParts:
     """Return the kind (`normal|bacteria|virus|unknown`) and the patient from the file name of the image `path`.
 
-    The data set numbers its patients separately for each kind, so a patient is identified by kind and number. An image
-    with another form of name counts as a patient of its own, identified by its path.
+    The data set numbers its patients separately for each kind, so a patient is identified by kind and number. The
+    patient of an image with another form of name is unknown: `UNKNOWN_PATIENT` and its path.
     """
     image = PurePosixPath(path)
+    unknown = f'{UNKNOWN_PATIENT}{image.with_suffix("")}'
     if label == 'NORMAL':
         match = NORMAL_NAME.match(image.name)
-        return NameParts('normal', match['id'] if match else str(image.with_suffix('')))
+        return NameParts('normal', match['id'] if match else unknown)
     match = PNEUMONIA_NAME.match(image.name)
     if match:
         return NameParts(match['kind'], f'{match["kind"]}-{match["id"]}')
-    return NameParts('unknown', str(image.with_suffix('')))
+    return NameParts('unknown', unknown)
 
 
 def identify_images(items: pd.DataFrame) -> str:
@@ -262,9 +278,12 @@ def identify_images(items: pd.DataFrame) -> str:
 
 
 def describe_items(items: pd.DataFrame) -> str:
-    """Return one line with the number of images by split and class, and the number of ignored files by reason."""
+    """Return one line: images by split and class, unknown patients if there are any, and ignored files by reason."""
     counts = count_images(items)
     text = '; '.join(f'{split}: {describe_counts(row)}' for split, row in counts.iterrows() if row.sum())
+    n_unknown = int(unknown_patients(items).sum())
+    if n_unknown:
+        text += f'; patient unknown: {n_unknown:,} of {len(items):,} images'
     ignored = ', '.join(f'{n} {reason}' for reason, n in items.attrs.get('ignored', {}).items())
     if ignored:
         text += f'; ignored: {ignored}'

@@ -2,24 +2,90 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pandas as pd
 
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.recipe import VOCAB
 
 MIN_VALID_IMAGES = 50
 """Validation images of each class below which the choice of an epoch is mostly chance."""
+UNKNOWN_PATIENT = 'unknown:'
+"""Beginning of the patient of an image whose patient neither a column `patient` nor the file name tells. The rest is
+its path: such an image is split and counted on its own."""
+
+
+def unknown_patients(items: pd.DataFrame) -> pd.Series[bool]:
+    """Return which rows of a table with a column `patient` have an unknown patient, with the index of `items`.
+
+    Without this column the patients of all rows are unknown.
+    """
+    if 'patient' not in items:
+        return pd.Series(True, items.index)
+    return items.patient.astype(str).str.startswith(UNKNOWN_PATIENT)
+
+
+def count_patients(items: pd.DataFrame) -> int | str:
+    """Return the number of known patients of the images in `items`, or `unknown` if no patient is known."""
+    known = items[~unknown_patients(items)]
+    return int(known.patient.nunique()) if len(known) else 'unknown'
+
+
+def describe_patients(patients: int | str, n_unknown: int) -> str:
+    """Return the number of `patients` in words, and the number of images whose patient is unknown.
+
+    >>> describe_patients(12, 0), describe_patients(12, 3), describe_patients('unknown', 40)
+    ('12 patients', '12 patients and 3 images of unknown patients', 'unknown patients')
+    """
+    if isinstance(patients, str):
+        return f'{patients} patients'
+    text = f'{patients:,} {"patient" if patients == 1 else "patients"}'
+    if n_unknown:
+        text += f' and {n_unknown:,} {"image" if n_unknown == 1 else "images"} of unknown patients'
+    return text
+
+
+def unknown_patients_warning(items: pd.DataFrame) -> str | None:
+    """Return what cannot be said about `items` because patients are unknown, else None."""
+    images = _describe_unknown(items)
+    if images is None:
+        return None
+    return (
+        f'the patient of {images} is unknown, so a patient may have images in two splits, and the intervals of metrics '
+        f'assume that each of these images is of another patient. {_NAME_PATIENTS}'
+    )
+
+
+_NAME_PATIENTS = 'List the images in a CSV file with the column patient.'
+
+
+def _describe_unknown(items: pd.DataFrame) -> str | None:
+    """Return the number of images whose patient is unknown in words, None if there are none."""
+    n = int(unknown_patients(items).sum())
+    if n == 0:
+        return None
+    return 'all images' if n == len(items) else f'{n:,} of {len(items):,} images'
 
 
 def split_patients(items: pd.DataFrame, seed: int, valid_pct: float = 0.1) -> pd.DataFrame:
     """Return `items` with the proportion `valid_pct` of the patients of train and valid in valid, others in train.
 
     The proportion is rounded to one of 1/2, 1/3, 1/4 and so on. Both splits get about the same proportion of each
-    class. Test images stay test images. Raises `UsageError` if a class has fewer than two patients.
+    class. Test images stay test images. Images of unknown patients are drawn one by one, with a `CXRWarning`. Raises
+    `UsageError` if a class has fewer than two patients.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
     pool = items[items.split.isin(['train', 'valid'])]
+    images = _describe_unknown(pool)
+    if images:
+        warnings.warn(
+            f'--valid patients: the patient of {images} is unknown. They are drawn one by one, so a patient may be in '
+            f'train and in valid. {_NAME_PATIENTS}',
+            CXRWarning,
+            stacklevel=2,
+        )
     patients = pool.groupby('label').patient.nunique().reindex(VOCAB, fill_value=0)
     if patients.min() < 2:
         raise UsageError(

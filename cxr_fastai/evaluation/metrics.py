@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
+from cxr_fastai.data.splits import UNKNOWN_PATIENT, count_patients, describe_patients, unknown_patients
 from cxr_fastai.evaluation.calibration import measure_calibration
 from cxr_fastai.evaluation.intervals import (
     BOOTSTRAP_DRAWS,
@@ -38,6 +39,8 @@ PREVALENCES = (0.02, 0.10, 0.30)
 """Default prevalences of pneumonia for which predictive values are computed."""
 SPECIFICATION_THRESHOLD = 0.5
 """Threshold of the specification; its metrics are reported next to those of the chosen threshold."""
+FEW_PATIENTS = 10
+"""Patients of a class below which the intervals come with a warning."""
 MIN_GROUP_SIZE = 10
 """Metrics of fewer images are not reported: they are imprecise, and could reveal a single patient."""
 Cells = Sequence[str]
@@ -75,10 +78,13 @@ class Sample:
 
     @classmethod
     def from_predictions(cls, predictions: pd.DataFrame) -> Sample:
-        """The images of a predictions table; without a column `patient` each image is its own patient."""
-        patients = predictions['patient'] if 'patient' in predictions else pd.Series(range(len(predictions)))
+        """The images of a predictions table; an image of an unknown patient is its own patient."""
         targs, p = targets_and_probabilities(predictions)
-        return cls(targs, p, patients.astype(str).to_numpy())
+        if 'patient' in predictions:
+            patients = predictions.patient.astype(str).to_numpy()
+        else:
+            patients = np.array([f'{UNKNOWN_PATIENT}{i}' for i in range(len(predictions))])
+        return cls(targs, p, patients)
 
     @cached_property
     def weights(self) -> np.ndarray:
@@ -239,7 +245,12 @@ def measure(
     return {
         'n': len(sample.p),
         'positives': int(sample.targs.sum()),
-        'patients': sample.count_patients(),
+        'patients': count_patients(predictions),
+        'unknown_patients': int(unknown_patients(predictions).sum()),
+        'patients_by_class': {
+            VOCAB[POSITIVE - 1]: sample.count_patients(~sample.targs),
+            VOCAB[POSITIVE]: sample.count_patients(sample.targs),
+        },
         'threshold': threshold,
         'threshold_rule': rule,
         **confusion.metrics(),
@@ -257,7 +268,33 @@ def measure(
 
 def is_complete(metrics: dict[str, Any]) -> bool:
     """Return whether the metrics of a split contain all that `measure` computes; older versions computed fewer."""
-    return {*RANKING_METRICS, *THRESHOLD_METRICS, 'calibration'} <= metrics.keys()
+    return {*RANKING_METRICS, *THRESHOLD_METRICS, 'calibration', 'patients_by_class'} <= metrics.keys()
+
+
+def describe_sample(metrics: dict[str, Any]) -> str:
+    """Return the images and patients of a split in words, such as `624 images of 426 patients`."""
+    return f'{metrics["n"]:,} images of {describe_patients(metrics["patients"], metrics["unknown_patients"])}'
+
+
+def interval_warnings(metrics: dict[str, Any]) -> list[str]:
+    """Return sentences about what limits the intervals of a split: unknown patients, and few patients of a class."""
+    warnings = []
+    n_unknown = metrics['unknown_patients']
+    if n_unknown:
+        images = 'all images' if n_unknown == metrics['n'] else f'{n_unknown:,} of {metrics["n"]:,} images'
+        warnings.append(
+            f'The patient of {images} is unknown. The intervals assume that each of these images is of another '
+            'patient; if patients have several images, the intervals are too narrow.'
+        )
+    counts = metrics['patients_by_class']
+    least = min(counts.values())
+    if 0 < least < FEW_PATIENTS:
+        text = ' and '.join(f'{n} of {label}' for label, n in counts.items())
+        warnings.append(
+            f'There are few patients: {text}. The intervals are wide, and less reliable than with at least '
+            f'{FEW_PATIENTS} patients of each class.'
+        )
+    return warnings
 
 
 def measure_auc(sample: Sample) -> Estimate:

@@ -64,7 +64,7 @@ TOPICS = (
         'who labelled the images, by which criteria, agreement of the readers',
     ),
     Topic('Predictors', '', '9a, 9c', 'card'),
-    Topic('Partitions, and the level at which they are disjoint', '19, 20', '12a', 'data'),
+    Topic('Partitions, and the level at which they are disjoint', '19, 20', '12a', 'data', '', 'patients'),
     Topic('Sample size', '21', '10', 'data', 'justification of the number of images'),
     Topic('Network', '22', '12c, 22', 'card'),
     Topic('Software', '23', '18f', 'card'),

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from cxr_fastai.core.recipe import CUSTOM, VOCAB, Recipe, command_line
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.templates import render_template
+from cxr_fastai.data.splits import count_patients, describe_patients, unknown_patients, unknown_patients_warning
 from cxr_fastai.evaluation.intervals import format_estimate
-from cxr_fastai.evaluation.metrics import name_metric
+from cxr_fastai.evaluation.metrics import describe_sample, interval_warnings, name_metric
 from cxr_fastai.inference.config import sha256
 
 if TYPE_CHECKING:
@@ -49,13 +50,17 @@ def describe_run(run: Run) -> dict[str, str]:
         'Initial weights': start.get('origin', recipe.weights if recipe.weights == 'none' else UNKNOWN),
         'Input': _input(recipe),
         **(_custom_training(recipe, start) if recipe.name == CUSTOM else _recipe_training(recipe, start, best)),
-        'Trained on': f'{len(train_items):,} images of {train_items.patient.nunique():,} patients',
+        'Trained on': f'{len(train_items):,} images of {_describe_patients(train_items)}',
         'SHA-256 of items.csv': sha256(run / 'items.csv'),
         'Hardware': f'{start.get("hardware", UNKNOWN)}, device {start.get("device", UNKNOWN)}',
         'Training time': _training_time(history.seconds),
         'Versions': ', '.join(versions) or UNKNOWN,
         'Date': str(start.get('time', UNKNOWN))[:10],
     }
+
+
+def _describe_patients(items: pd.DataFrame) -> str:
+    return describe_patients(count_patients(items), int(unknown_patients(items).sum()))
 
 
 def _recipe_training(recipe: Recipe, start: dict[str, Any], best: dict[str, Any]) -> dict[str, str]:
@@ -159,6 +164,9 @@ def render_card(run: Run, split: str) -> str:
         format_estimate=format_estimate,
         facts=describe_run(run),
         counts=count_kinds(run),
+        sample=describe_sample(metrics),
+        interval_warnings=interval_warnings(metrics),
+        patients_warning=unknown_patients_warning(run.items),
         command=reproduce(run, split),
         not_a_device=NOT_A_DEVICE,
         external_validity=EXTERNAL_VALIDITY,
@@ -183,9 +191,22 @@ def reproduce(run: Run, split: str) -> str:
 
 
 def count_kinds(run: Run) -> list[dict[str, Any]]:
-    """Return the number of images and patients that the run used, one dict per split, label and kind."""
-    groups = run.used_items.groupby(['split', 'label', 'kind'], sort=False)
-    table = groups.agg(images=('path', 'size'), patients=('patient', 'nunique')).reset_index()
-    order = table.split.map({'train': 0, 'valid': 1, 'test': 2})
-    table = table.assign(order=order).sort_values(['order', 'label', 'kind']).drop(columns='order')
-    return [dict(row) for row in table.to_dict('records')]
+    """Return the number of images and patients that the run used, one dict per split, label and kind.
+
+    `patients` is a text, which also gives the number of images of unknown patients.
+    """
+    order = {'train': 0, 'valid': 1, 'test': 2}
+    groups = run.used_items.groupby(['split', 'label', 'kind'])
+    rows = [
+        {'split': split, 'label': label, 'kind': kind, 'images': len(items), 'patients': _count_in_words(items)}
+        for (split, label, kind), items in groups
+    ]
+    return sorted(rows, key=lambda row: order[row['split']])
+
+
+def _count_in_words(items: pd.DataFrame) -> str:
+    patients = count_patients(items)
+    n_unknown = int(unknown_patients(items).sum())
+    if isinstance(patients, str):
+        return patients
+    return f'{patients:,} and {n_unknown:,} unknown' if n_unknown else f'{patients:,}'

@@ -25,7 +25,14 @@ from cxr_fastai.core.templates import data_uri, render_template
 from cxr_fastai.data.auditing import NOT_TRAINABLE, SMALL_VALIDATION
 from cxr_fastai.data.find import shown_path
 from cxr_fastai.data.items import identify_images
-from cxr_fastai.data.splits import leaking_patients, validation_warning
+from cxr_fastai.data.splits import (
+    count_patients,
+    describe_patients,
+    leaking_patients,
+    unknown_patients,
+    unknown_patients_warning,
+    validation_warning,
+)
 from cxr_fastai.evaluation.figures import CURVES, image_picture, typical_correct, worst_errors
 from cxr_fastai.evaluation.intervals import Estimate, format_estimate
 from cxr_fastai.evaluation.metrics import (
@@ -33,6 +40,8 @@ from cxr_fastai.evaluation.metrics import (
     RANKING_METRICS,
     TARGETS,
     THRESHOLD_METRICS,
+    describe_sample,
+    interval_warnings,
     is_complete,
     name_metric,
 )
@@ -151,7 +160,10 @@ def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names
         'valid_metrics': run.metrics.get('valid') if split != 'valid' else None,
         'flow': describe_flow(run),
         'counts': count_kinds(run),
+        'sample': describe_sample(metrics),
+        'interval_warnings': interval_warnings(metrics),
         'leaking_patients': len(leaking_patients(run.items)),
+        'patients_warning': unknown_patients_warning(run.items),
         'validation_warning': validation_warning(run.items),
         'has_other_images': not set(predictions.path) <= set(split_items.path),
         'audit': audit,
@@ -172,6 +184,8 @@ def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names
 def _extra_contents(run: Run, split: str, values: dict[str, Any]) -> list[str]:
     """The facts that topics of the checklist require, in addition to sections."""
     contents = []
+    if values['patients_warning'] is None:
+        contents.append('patients')
     if split == 'test' and not values['has_other_images']:
         contents.append('internal')
     if 'origin' in run.last_event('start', 'resume'):
@@ -203,7 +217,7 @@ def describe_flow(run: Run) -> dict[str, Any]:
     used_items = run.used_items
     return {
         'found': len(run.items),
-        'patients': run.items.patient.nunique(),
+        'patients': describe_patients(count_patients(run.items), int(unknown_patients(run.items).sum())),
         'limit': run.recipe.limit,
         'unreadable': len(run.items) - len(used_items),
         'valid': VALIDATION_SPLITS[run.recipe.valid].format(valid_pct=run.recipe.valid_pct),

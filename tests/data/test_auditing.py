@@ -264,7 +264,8 @@ def test_a_set_of_unreadable_images_is_audited(tmp_path):
     (tmp_path / 'train/NORMAL').mkdir(parents=True)
     for name in 'ab':
         (tmp_path / f'train/NORMAL/{name}.jpeg').write_bytes(b'x')
-    assert finding_names(audit(tmp_path)) == {'unusable images', 'not trainable with these splits'}
+    expected = {'unusable images', 'not trainable with these splits', 'images of unknown patients'}
+    assert finding_names(audit(tmp_path)) == expected
 
 
 def test_probes_need_enough_images_and_patients():

@@ -17,7 +17,7 @@ ROWS = 'path,label,split,patient\na.png,NORMAL,train,p1\nb é.png,PNEUMONIA,val,
 EXPECTED = [
     ['a.png', 'NORMAL', 'train', 'p1'],
     ['b é.png', 'PNEUMONIA', 'valid', 'p2'],
-    ['c.png', 'NORMAL', 'test', 'c'],
+    ['c.png', 'NORMAL', 'test', 'unknown:c'],
 ]
 CSV_FORMS = {
     'UTF-8': ROWS.encode(),

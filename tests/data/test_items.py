@@ -46,7 +46,7 @@ def test_the_kaggle_layout_is_read(tmp_path):
         ('person12_virus_34.jpeg', 'PNEUMONIA', 'virus', 'virus-12'),
         ('IM-0115-0001.jpeg', 'NORMAL', 'normal', 'IM-0115'),
         ('NORMAL2-IM-0499-0001-0002.jpeg', 'NORMAL', 'normal', 'NORMAL2-IM-0499'),
-        ('a/scan.v2.jpeg', 'PNEUMONIA', 'unknown', 'a/scan.v2'),
+        ('a/scan.v2.jpeg', 'PNEUMONIA', 'unknown', 'unknown:a/scan.v2'),
     ],
 )
 def test_a_file_name_gives_kind_and_patient(name, label, kind, patient):

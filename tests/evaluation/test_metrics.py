@@ -68,7 +68,9 @@ def test_metrics_without_a_threshold_are_those_of_scikit_learn(metrics):
 
 
 def test_metrics_contain_the_size_of_the_split_and_the_rule(metrics):
-    assert (metrics['n'], metrics['positives'], metrics['patients']) == (300, TARGS.sum(), 300)
+    assert (metrics['n'], metrics['positives']) == (300, TARGS.sum())
+    assert (metrics['patients'], metrics['unknown_patients']) == ('unknown', 300)
+    assert metrics['patients_by_class'] == {'NORMAL': (~TARGS).sum(), 'PNEUMONIA': TARGS.sum()}
     assert metrics['threshold_rule'] == 'fixed:0.4'
 
 

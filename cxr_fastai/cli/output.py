@@ -232,7 +232,8 @@ def _calibration_table(metrics: dict[str, Any]) -> Table:
     uncalibrated = metrics['calibration']
     calibrated = metrics['calibrated']
     columns = ('', 'uncalibrated', f'at temperature {calibrated["temperature"]:.2f}')
-    table = _table('calibration', columns)
+    notes = dict.fromkeys([*uncalibrated['notes'], *calibrated['notes']])
+    table = _table('calibration', columns, '\n'.join(notes) or None)
     for name in ('brier', 'log_loss', 'slope', 'intercept'):
         table.add_row(name_metric(name), format_estimate(uncalibrated[name]), format_estimate(calibrated[name]))
     errors = [uncalibrated['ece'], calibrated['ece']]
@@ -287,11 +288,11 @@ def _pairs_table(pairs: list[dict[str, Any]]) -> Table:
     from cxr_fastai.evaluation.intervals import format_estimate
 
     caption = 'p values by DeLong and by McNemar (exact), in brackets adjusted for the number of runs (Holm)'
-    if pairs[0]['p_patients'] is not None:
-        caption += ';\n"patients": adjusted p of the AUC with images clustered by patient'
+    if pairs[0]['grouped_by_patient']:
+        caption += ';\nthose of the AUC with images clustered by patient, those of McNemar with independent images'
     table = _table(
         f'compared with {pairs[0]["against"]}, on the same {pairs[0]["n"]} images',
-        ('run', 'AUC difference', 'p', 'patients', 'only this run correct : only the other', 'p'),
+        ('run', 'AUC difference', 'p', 'only this run correct : only the other', 'p'),
         caption,
     )
     for row in pairs:
@@ -301,7 +302,6 @@ def _pairs_table(pairs: list[dict[str, Any]]) -> Table:
             escape(visible(row['run'])),
             format_estimate(auc, sign='+'),
             f'{format_p(auc["p"])} ({format_p(auc["p_holm"])})',
-            format_p(row['p_patients_holm']),
             f'{mcnemar["only_second"]} : {mcnemar["only_first"]}',
             f'{format_p(mcnemar["p"])} ({format_p(mcnemar["p_holm"])})',
         )

@@ -7,16 +7,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import minimize_scalar
-from scipy.special import xlog1py, xlogy
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import expit, xlog1py, xlogy
+from scipy.stats import t
 
-from cxr_fastai.evaluation.intervals import (
-    Estimate,
-    make_estimate,
-    mean_draws,
-    percentile_interval,
-    wilson_interval,
-)
+from cxr_fastai.evaluation.clusters import MIN_PATIENTS, effective_size, mean_spread
+from cxr_fastai.evaluation.intervals import Estimate, make_estimate, wilson_interval
 from cxr_fastai.inference.config import EDGE, logits
 
 ECE_BINS = 15
@@ -24,6 +20,10 @@ NULL_DRAWS = 2000
 DRAWS_PER_BLOCK = 100
 """Number of null draws held in memory at once."""
 TEMPERATURE_RANGE = (0.05, 20.0)
+MIN_LOGIT_RANGE = 0.01
+"""Range of the logits below which they determine no slope."""
+MAX_INTERCEPT = 10.0
+"""Distance beyond the largest logit within which intercepts are searched for."""
 
 
 def fit_temperature(targs: np.ndarray, p: np.ndarray) -> float:
@@ -44,28 +44,34 @@ def fit_temperature(targs: np.ndarray, p: np.ndarray) -> float:
     return float(np.exp(minimum.x))
 
 
-def measure_calibration(targs: np.ndarray, p: np.ndarray, patients: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+def measure_calibration(targs: np.ndarray, p: np.ndarray, patients: np.ndarray) -> dict[str, Any]:
     """Measure the calibration of probabilities `p` (n,) for the boolean targets `targs` (n,).
 
     Args:
-        patients: patient of each image, (n,); standard errors of slope and intercept are grouped by it.
-        weights: bootstrap weights of `draw_patients`, (draws, n).
+        patients: patient of each image, (n,); standard errors are grouped by it.
 
     Returns:
-        `brier` and `log_loss` (nats) with percentile intervals, `ece` with its value expected by chance, and
-        `slope` and `intercept` of the recalibration.
+        `brier` and `log_loss` (nats), `ece` with its value expected by chance, the results of `recalibrate`, and
+        `notes` about them.
     """
+    recalibration = recalibrate(targs, p, patients)
     return {
-        'brier': _mean_with_interval((p - targs) ** 2, weights),
-        'log_loss': _mean_with_interval(log_losses(targs, p), weights),
+        'brier': _mean_with_interval((p - targs) ** 2, patients),
+        'log_loss': _mean_with_interval(log_losses(targs, p), patients),
         'ece': {'value': calibration_error(targs, p), **chance_error(p)},
-        **recalibrate(targs, p, patients),
+        **recalibration,
+        'notes': explain_recalibration(targs, p, recalibration['slope']),
     }
 
 
-def _mean_with_interval(values: np.ndarray, weights: np.ndarray) -> Estimate:
-    low, high = percentile_interval(mean_draws(weights, values))
-    return make_estimate(values.mean(), low, high)
+def _mean_with_interval(values: np.ndarray, patients: np.ndarray) -> Estimate:
+    """Return the mean of `values` (n,) >= 0; its interval is symmetric on the log scale, grouped by patient."""
+    mean = float(values.mean())
+    spread = mean_spread(values, patients)
+    if spread is None or mean == 0:
+        return make_estimate(mean)
+    factor = np.exp(spread.quantile() * np.sqrt(spread.variance) / mean)
+    return make_estimate(mean, mean / factor, mean * factor)
 
 
 def log_losses(targs: np.ndarray, p: np.ndarray) -> np.ndarray:
@@ -110,41 +116,86 @@ def recalibrate(targs: np.ndarray, p: np.ndarray, patients: np.ndarray) -> dict[
 
     `slope` is 1 for calibrated probabilities and below 1 for probabilities that are too extreme. `intercept` is that of
     a regression with a slope of 1 (calibration in the large): 0 for calibrated probabilities and above 0 for
-    probabilities that are too low. Standard errors are grouped by patient. Undefined for images of a single class and
-    for complete separation.
+    probabilities that are too low. Standard errors are grouped by patient. Both are undefined for images of a single
+    class, the slope also for complete separation and for nearly equal probabilities; `explain_recalibration` says so.
     """
     if targs.all() or not targs.any():
         return {'slope': make_estimate(None), 'intercept': make_estimate(None)}
     z = logits(p)
-    constant = np.ones((len(p), 1))
-    slope = make_estimate(None)
-    if np.ptp(z) > 1e-9:  # equal logits determine no slope
-        slope = _first_coefficient(targs, np.column_stack([z, constant]), None, patients)
-    return {'slope': slope, 'intercept': _first_coefficient(targs, constant, z, patients)}
+    slope = make_estimate(None) if np.ptp(z) < MIN_LOGIT_RANGE else _fit_slope(targs, z, patients)
+    return {'slope': slope, 'intercept': _fit_intercept(targs, z, patients)}
 
 
-def _first_coefficient(targs: np.ndarray, x: np.ndarray, offset: np.ndarray | None, patients: np.ndarray) -> Estimate:
-    """Fit a logistic regression on `x` (n, k) with a fixed `offset` (n,); return its first coefficient."""
+def _fit_slope(targs: np.ndarray, z: np.ndarray, patients: np.ndarray) -> Estimate:
+    """Fit a logistic regression on the logits `z` (n,) and a constant; return the coefficient of `z`."""
     import statsmodels.api as sm
 
     _, groups = np.unique(patients, return_inverse=True)
+    n_patients = groups.max() + 1
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         try:
-            model = sm.GLM(targs.astype(float), x, sm.families.Binomial(), offset=offset)
+            model = sm.GLM(targs.astype(float), np.column_stack([z, np.ones(len(z))]), sm.families.Binomial())
             fit = model.fit(cov_type='cluster', cov_kwds={'groups': groups})
-            low, high = fit.conf_int()[0]
         except Exception:  # statsmodels reports separation by warnings and errors of many types
             return make_estimate(None)
-    return make_estimate(fit.params[0], low, high)
+    slope, error = fit.params[0], fit.bse[0]
+    if not np.isfinite(slope):
+        return make_estimate(None)
+    if n_patients < MIN_PATIENTS or not np.isfinite(error):
+        return make_estimate(slope)
+    half_width = t.ppf(0.975, n_patients - 1) * error
+    return make_estimate(slope, slope - half_width, slope + half_width)
 
 
-def reliability(targs: np.ndarray, p: np.ndarray, bins: int = 10) -> pd.DataFrame:
+def _fit_intercept(targs: np.ndarray, z: np.ndarray, patients: np.ndarray) -> Estimate:
+    """Find the constant that, added to the logits `z` (n,), predicts as many positives as there are.
+
+    It exists for both classes, however extreme the logits. The limits are the constants at which the number of
+    positives differs from the predicted one by its standard error times the quantile of t (a score interval).
+    """
+    largest = float(np.abs(z).max()) + MAX_INTERCEPT
+
+    def excess(constant: float) -> float:
+        return float((targs - expit(z + constant)).sum())
+
+    def score(constant: float, sign: int) -> float:
+        residuals = targs - expit(z + constant)
+        spread = mean_spread(residuals, patients)
+        error = spread.quantile() * np.sqrt(spread.variance) * len(z) if spread else np.inf
+        return float(residuals.sum() - sign * error)
+
+    value = brentq(excess, -largest, largest)
+    if score(-largest, 1) <= 0 or score(largest, -1) >= 0:  # too few patients: every constant is possible
+        return make_estimate(value)
+    return make_estimate(value, brentq(score, -largest, value, args=(1,)), brentq(score, value, largest, args=(-1,)))
+
+
+def explain_recalibration(targs: np.ndarray, p: np.ndarray, slope: Estimate) -> list[str]:
+    """Return sentences about why `slope` and the intercept of `recalibrate` are undefined or depend on a limit."""
+    if targs.all() or not targs.any():
+        return ['Slope and intercept are undefined for images of a single class.']
+    notes = []
+    if slope['value'] is None:
+        equal = np.ptp(logits(p)) < MIN_LOGIT_RANGE
+        reason = 'all probabilities are nearly equal' if equal else 'the probabilities separate the classes completely'
+        notes.append(f'The slope is undefined, because {reason}.')
+    n_limited = int(((p <= EDGE) | (p >= 1 - EDGE)).sum())
+    if n_limited:
+        notes.append(
+            f'{n_limited:,} probabilities are 0 or 1 to the last digit. Their logits are limited to '
+            f'±{-np.log(EDGE):.1f}, on which slope and intercept depend.'
+        )
+    return notes
+
+
+def reliability(targs: np.ndarray, p: np.ndarray, patients: np.ndarray, bins: int = 10) -> pd.DataFrame:
     """Group the images into up to `bins` bins of equal size by probability, for a reliability diagram.
 
     Returns:
         One row per bin: `n` images, mean probability `p`, and `share` of pneumonia with Wilson's interval `low` to
-        `high`. Images with equal probabilities stay in one bin.
+        `high` for the effective size by `patients` (n,), NaN if there is none. Images with equal probabilities stay in
+        one bin.
     """
     edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)))
     last_bin = max(len(edges) - 2, 0)
@@ -153,6 +204,8 @@ def reliability(targs: np.ndarray, p: np.ndarray, bins: int = 10) -> pd.DataFram
     for index in np.unique(bin_of_image):
         inside = bin_of_image == index
         total = int(inside.sum())
-        share = wilson_interval(int(targs[inside].sum()), total)
-        rows.append((total, p[inside].mean(), share['value'], share['low'], share['high']))
+        size = effective_size(targs[inside], patients[inside])
+        share = wilson_interval(int(targs[inside].sum()), total, size)
+        limits = (np.nan, np.nan) if size is None else (share['low'], share['high'])
+        rows.append((total, p[inside].mean(), share['value'], *limits))
     return pd.DataFrame(rows, columns=['n', 'p', 'share', 'low', 'high'])

@@ -16,8 +16,9 @@ from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import check_new, write_json, writing
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import identify_images
+from cxr_fastai.evaluation.clusters import compare_clustered_auc
 from cxr_fastai.evaluation.curves import plot_comparison
-from cxr_fastai.evaluation.intervals import auc_draws, compare_auc, difference_interval, standard_error
+from cxr_fastai.evaluation.intervals import compare_auc
 from cxr_fastai.evaluation.metrics import Sample
 
 SEED_METRICS = (
@@ -117,10 +118,10 @@ def compare(tables: Mapping[str, pd.DataFrame], thresholds: Mapping[str, float])
         thresholds: threshold by run.
 
     Returns:
-        One object per run after the first: `auc`, the difference of the AUCs with interval and p-value by DeLong, which
-        assumes independent images; `p_patients`, its p-value by the bootstrap of patients, None where each patient has
-        one image; `mcnemar`, McNemar's exact test on the correct predictions. Each p-value also has a value adjusted
-        for the number of runs (Holm 1979).
+        One object per run after the first: `auc`, the difference of the AUCs with interval and p-value by DeLong, or by
+        `compare_clustered_auc` where patients have several images (`grouped_by_patient`); `mcnemar`, McNemar's exact
+        test on the correct predictions, which assumes independent images. Each p-value also has a value adjusted for
+        the number of runs (Holm 1979).
     """
     (base_name, base_table), *others = tables.items()
     base = Sample.from_predictions(base_table)
@@ -129,15 +130,18 @@ def compare(tables: Mapping[str, pd.DataFrame], thresholds: Mapping[str, float])
     for name, table in others:
         p = table.p_pneumonia.to_numpy(float)
         correct = (p >= thresholds[name]) == base.targs
-        auc = compare_auc(base.targs, p, base.p)
+        if base.grouped:
+            auc = compare_clustered_auc(base.targs, p, base.p, base.patients)
+        else:
+            auc = compare_auc(base.targs, p, base.p)
         rows.append(
             {
                 'run': name,
                 'against': base_name,
                 'n': len(p),
+                'grouped_by_patient': base.grouped,
                 'auc': auc,
                 'mcnemar': mcnemar(base_correct, correct),
-                'p_patients': _p_by_patients(base, p, auc['value']),
             }
         )
     return _add_adjusted(rows)
@@ -157,20 +161,10 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> dict[str, Any]:
     return {'only_first': only_first, 'only_second': only_second, 'p': float(test.pvalue)}
 
 
-def _p_by_patients(base: Sample, p: np.ndarray, difference: float | None) -> float | None:
-    """Return the p-value of an AUC `difference` with its standard error by the bootstrap of patients."""
-    if difference is None or not base.grouped:
-        return None
-    base_draws = auc_draws(base.weights, base.targs, base.p)
-    other_draws = auc_draws(base.weights, base.targs, p)
-    return difference_interval(difference, standard_error(other_draws - base_draws))['p']
-
-
 def _add_adjusted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add the p-values adjusted by Holm to the objects of `compare`."""
     auc = _holm([row['auc']['p'] for row in rows])
     mcnemar = _holm([row['mcnemar']['p'] for row in rows])
-    patients = _holm([row['p_patients'] for row in rows])
     adjusted = []
     for i, row in enumerate(rows):
         adjusted.append(
@@ -178,7 +172,6 @@ def _add_adjusted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 **row,
                 'auc': {**row['auc'], 'p_holm': auc[i]},
                 'mcnemar': {**row['mcnemar'], 'p_holm': mcnemar[i]},
-                'p_patients_holm': patients[i],
             }
         )
     return adjusted

@@ -14,8 +14,15 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrM
 
 from cxr_fastai.core.figures import BLUE, GREEN, GREY, INK, LINES, ORANGE, NotebookFigure, axes, set_title, tidy
 from cxr_fastai.evaluation.calibration import reliability
-from cxr_fastai.evaluation.intervals import format_estimate
-from cxr_fastai.evaluation.metrics import SPECIFICATION_THRESHOLD, TARGETS, name_metric, targets_and_probabilities
+from cxr_fastai.evaluation.intervals import Estimate, format_estimate
+from cxr_fastai.evaluation.metrics import (
+    FEW_PATIENTS,
+    SPECIFICATION_THRESHOLD,
+    TARGETS,
+    Sample,
+    name_metric,
+    targets_and_probabilities,
+)
 from cxr_fastai.evaluation.thresholds import (
     net_benefit,
     precision_recall_band,
@@ -49,7 +56,7 @@ def plot_roc(predictions: pd.DataFrame, metrics: dict[str, Any], title: str = ''
     fpr, tpr = roc_curve(predictions)
     figure, ax = axes(4.8, 4.8)
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=':')
-    _plot_band(ax, roc_band(predictions))
+    _plot_band(ax, roc_band(predictions), metrics)
     ax.plot(fpr, tpr, color=BLUE, lw=2, label=f'AUC {format_estimate(metrics["auc"])}')
     for point, colour, marker in _operating_points(metrics):
         _plot_operating_point(ax, point, colour, marker)
@@ -61,7 +68,10 @@ def plot_roc(predictions: pd.DataFrame, metrics: dict[str, Any], title: str = ''
     return figure
 
 
-def _plot_band(ax: Axes, band: pd.DataFrame) -> None:
+def _plot_band(ax: Axes, band: pd.DataFrame, metrics: dict[str, Any]) -> None:
+    """Plot a band, unless a class has too few patients: the bootstrap then underestimates its width."""
+    if min(metrics['patients_by_class'].values()) < FEW_PATIENTS:
+        return
     ax.fill_between(band.x, band.low, band.high, color=BLUE, alpha=0.18, lw=0, label='95% bootstrap band')
 
 
@@ -80,8 +90,8 @@ def _plot_operating_point(ax: Axes, point: dict[str, Any], colour: str, marker: 
     ax.errorbar(
         1 - specificity['value'],
         sensitivity['value'],
-        xerr=[[specificity['high'] - specificity['value']], [specificity['value'] - specificity['low']]],
-        yerr=[[sensitivity['value'] - sensitivity['low']], [sensitivity['high'] - sensitivity['value']]],
+        xerr=_error_bar(specificity)[::-1],  # the axis is 1 - specificity
+        yerr=_error_bar(sensitivity),
         color=colour,
         marker=marker,
         ms=7,
@@ -94,6 +104,14 @@ def _plot_operating_point(ax: Axes, point: dict[str, Any], colour: str, marker: 
     )
 
 
+def _error_bar(estimate: Estimate) -> list[list[float]]:
+    """Return the distances from the value to both limits, (2, 1); 0 without an interval."""
+    value, low, high = estimate['value'], estimate['low'], estimate['high']
+    if value is None or low is None or high is None:
+        return [[0], [0]]
+    return [[value - low], [high - value]]
+
+
 def plot_precision_recall(predictions: pd.DataFrame, metrics: dict[str, Any], title: str = '') -> Figure:
     """Plot PPV against sensitivity with its 95% band, the operating points, and the prevalence as the chance level."""
     recall, precision = precision_recall_curve(predictions)
@@ -101,7 +119,7 @@ def plot_precision_recall(predictions: pd.DataFrame, metrics: dict[str, Any], ti
     label = f'average precision {format_estimate(metrics["average_precision"])}'
     figure, ax = axes(4.8, 4.8)
     ax.axhline(prevalence, color=GREY, lw=1, ls=':', label=f'chance level (prevalence {prevalence:.3f})')
-    _plot_band(ax, precision_recall_band(predictions))
+    _plot_band(ax, precision_recall_band(predictions), metrics)
     ax.plot(recall, precision, color=BLUE, lw=2, drawstyle='steps-post', label=label)
     for point, colour, marker in _operating_points(metrics):
         if point['ppv']['value'] is None:
@@ -127,16 +145,12 @@ def plot_calibration(predictions: pd.DataFrame, metrics: dict[str, Any], title: 
 
     The bins have equal numbers of images; the intervals are Wilson's.
     """
-    targs, p = targets_and_probabilities(predictions)
-    temperature = metrics['calibrated']['temperature']
-    series = [(p, BLUE, 'uncalibrated')]
-    if temperature != 1:
-        series.append((temper(p, temperature), ORANGE, f'temperature {temperature:.2f}'))
+    sample = Sample.from_predictions(predictions)
     figure = NotebookFigure(figsize=(4.8, 4.8), layout='constrained')
     ax, histogram = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=':', label='perfect calibration')
-    for probabilities, colour, name in series:
-        bins = reliability(targs, probabilities)
+    for probabilities, colour, name in _series(sample.p, metrics):
+        bins = reliability(sample.targs, probabilities, sample.patients)
         error = [bins.share - bins.low, bins.high - bins.share]
         ax.errorbar(bins.p, bins.share, yerr=error, color=colour, marker='o', ms=4, capsize=2, lw=1.2, label=name)
         histogram.hist(probabilities, bins=np.linspace(0, 1, 31), color=colour, alpha=0.5)
@@ -147,6 +161,15 @@ def plot_calibration(predictions: pd.DataFrame, metrics: dict[str, Any], title: 
     histogram.yaxis.set_minor_formatter(NullFormatter())
     set_title(ax, f'{title}, n = {metrics["n"]}')
     return figure
+
+
+def _series(p: np.ndarray, metrics: dict[str, Any]) -> list[tuple[np.ndarray, str, str]]:
+    """Return the probabilities before and after temperature scaling, if it changes them; with colours and names."""
+    temperature = metrics['calibrated']['temperature']
+    series = [(p, BLUE, 'uncalibrated')]
+    if temperature != 1:
+        series.append((temper(p, temperature), ORANGE, f'temperature {temperature:.2f}'))
+    return series
 
 
 def plot_scores(predictions: pd.DataFrame, metrics: dict[str, Any], title: str = '') -> Figure:
@@ -171,16 +194,23 @@ def plot_scores(predictions: pd.DataFrame, metrics: dict[str, Any], title: str =
 
 
 def plot_net_benefit(predictions: pd.DataFrame, metrics: dict[str, Any], title: str = '') -> Figure:
-    """Plot the decision curve: the net benefit of the model, of treating all patients and of treating none."""
-    curve = net_benefit(predictions, np.linspace(0.01, 0.99, 99))
-    highest = max(curve.model.max(), 0.05)
+    """Plot the decision curve: the net benefit of the model, of treating all patients and of treating none.
+
+    The model has one curve for its probabilities as they are, and one after temperature scaling: a decision curve takes
+    probabilities at their word, so calibration changes it.
+    """
+    thresholds = np.linspace(0.01, 0.99, 99)
     figure, ax = axes(4.8, 3.6)
     ax.axhline(0, color=GREY, lw=1, ls=':', label='treat none')
-    ax.plot(curve.threshold, curve['all'], color=ORANGE, lw=1.5, ls='--', label='treat all')
-    ax.plot(curve.threshold, curve.model, color=BLUE, lw=2, label='model')
+    highest = 0.05
+    for p, colour, name in _series(predictions.p_pneumonia.to_numpy(float), metrics):
+        curve = net_benefit(predictions.assign(p_pneumonia=p), thresholds)
+        ax.plot(curve.threshold, curve.model, color=colour, lw=2, label=f'model, {name}')
+        highest = max(highest, curve.model.max())
+    ax.plot(curve.threshold, curve['all'], color=INK, lw=1.2, ls='--', label='treat all')
     ax.set(xlabel='threshold probability', ylabel='net benefit (true positives per image)')
     ax.set(xlim=UNIT_LIMITS, ylim=(-0.15 * highest, 1.1 * highest))
-    ax.legend(loc='center left', fontsize=8, frameon=False)
+    ax.legend(loc='lower left', fontsize=8, frameon=False)
     set_title(ax, f'{title}, prevalence {metrics["positives"] / metrics["n"]:.3f}')
     return figure
 
@@ -244,7 +274,7 @@ def _plot_forest(ax: Axes, metrics: Mapping[str, dict[str, Any]]) -> None:
             estimate = of_run[name]
             if estimate['value'] is None:
                 continue
-            error = [[estimate['value'] - estimate['low']], [estimate['high'] - estimate['value']]]
+            error = _error_bar(estimate)
             ax.errorbar(estimate['value'], row + offset, xerr=error, color=colour, marker='o', ms=5, ls='', capsize=2)
     label: str | None = 'target'
     for name, target in TARGETS.items():

@@ -7,7 +7,7 @@ from typing import SupportsFloat
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit, logit
-from scipy.stats import norm, rankdata
+from scipy.stats import norm, rankdata, t
 
 Z95 = float(norm.ppf(0.975))
 BOOTSTRAP_DRAWS = 2000
@@ -77,9 +77,7 @@ def auc_interval(targs: np.ndarray, scores: np.ndarray) -> Estimate:
         return make_estimate(None)
     above, below = placements(targs, scores)
     auc = float(above.mean())
-    variance = 0.0
-    if min(positives, negatives) > 1:
-        variance = above.var(ddof=1) / positives + below.var(ddof=1) / negatives
+    variance = delong_variance(above, below) if min(positives, negatives) > 1 else 0.0
     if auc in (0.0, 1.0) or variance == 0:
         return newcombe_interval(auc, positives, negatives)
     return logit_interval(auc, float(np.sqrt(variance)))
@@ -100,6 +98,15 @@ def placements(targs: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.nd
     return above, below
 
 
+def delong_variance(above: np.ndarray, below: np.ndarray) -> float:
+    """DeLong's variance (1988) of the mean of placement values, or of their differences, of at least two images each.
+
+    Args:
+        above, below: the values of the positives (m,) and of the negatives (n,).
+    """
+    return float(above.var(ddof=1) / len(above) + below.var(ddof=1) / len(below))
+
+
 def compare_auc(targs: np.ndarray, first: np.ndarray, second: np.ndarray) -> Estimate:
     """AUC of the scores `first` minus AUC of the scores `second` on the same images, all (n,).
 
@@ -114,29 +121,34 @@ def compare_auc(targs: np.ndarray, first: np.ndarray, second: np.ndarray) -> Est
     second_above, second_below = placements(targs, second)
     above = first_above - second_above
     below = first_below - second_below
-    variance = above.var(ddof=1) / positives + below.var(ddof=1) / negatives
-    return difference_interval(float(above.mean()), float(np.sqrt(variance)))
+    return difference_interval(float(above.mean()), float(np.sqrt(delong_variance(above, below))))
 
 
-def difference_interval(difference: float, error: float) -> Estimate:
-    """A difference with its standard `error`: its normal interval, and `p`, the two-sided p-value of no difference.
+def difference_interval(difference: float, error: float, df: float = np.inf) -> Estimate:
+    """A difference with its standard `error`: its interval, and `p`, the two-sided p-value of no difference.
 
-    With an `error` of 0 there is no interval; `p` is 1 for a difference of 0 and undefined otherwise.
+    Both use Student's t distribution with `df` degrees of freedom; by default it is the normal distribution. With an
+    `error` of 0 there is no interval; `p` is 1 for a difference of 0 and undefined otherwise.
     """
     if error == 0:
         return make_estimate(difference) | {'p': 1.0 if difference == 0 else None}
-    half_width = Z95 * error
-    p = float(2 * norm.sf(abs(difference) / error))
+    half_width = float(t.ppf(0.975, df)) * error
+    p = float(2 * t.sf(abs(difference) / error, df))
     return make_estimate(difference, difference - half_width, difference + half_width) | {'p': p}
 
 
 def predictive_values(
-    sensitivity: Estimate, specificity: Estimate, positives: float, negatives: float, prevalence: float
+    sensitivity: Estimate,
+    specificity: Estimate,
+    positives: float | None,
+    negatives: float | None,
+    prevalence: float,
 ) -> tuple[Estimate, Estimate]:
     """PPV and NPV at a `prevalence` in (0, 1) by Bayes' rule.
 
     Args:
-        positives, negatives: the (effective) numbers of images from which the two rates were estimated.
+        positives, negatives: the (effective) numbers of images from which the two rates were estimated; None if they
+            are unknown, so that there is no interval.
 
     The intervals are computed on the logit scale (Mercaldo, Lau and Zhou 2007). Where a rate is 0 or 1, z²/2 images are
     added to each cell of the confusion matrix, as the authors recommend.
@@ -150,7 +162,9 @@ def predictive_values(
     return ppv, npv
 
 
-def _predictive_value(recall: float, n: float, other_recall: float, other_n: float, prior: float) -> Estimate:
+def _predictive_value(
+    recall: float, n: float | None, other_recall: float, other_n: float | None, prior: float
+) -> Estimate:
     """The probability of a class, given that it is predicted.
 
     `recall` is the share of the `n` images of the class that are predicted so, `other_recall` that of the other class.
@@ -159,6 +173,8 @@ def _predictive_value(recall: float, n: float, other_recall: float, other_n: flo
     if predicted == 0:
         return make_estimate(None)
     value = recall * prior / predicted
+    if n is None or other_n is None:
+        return make_estimate(value)
     added = Z95**2 / 2 if {recall, other_recall} & {0, 1} else 0.0
     n_adjusted = n + 2 * added
     other_n_adjusted = other_n + 2 * added
@@ -170,26 +186,30 @@ def _predictive_value(recall: float, n: float, other_recall: float, other_n: flo
     return make_estimate(value, min(low, value), max(high, value))
 
 
-def logit_interval(value: float, error: float) -> Estimate:
-    """A `value` in (0, 1) with its standard `error`; the interval is symmetric on the logit scale (delta method)."""
-    half_width = Z95 * error / (value * (1 - value))
+def logit_interval(value: float, error: float, df: float = np.inf) -> Estimate:
+    """A `value` in (0, 1) with its standard `error`; the interval is symmetric on the logit scale (delta method).
+
+    It uses Student's t distribution with `df` degrees of freedom; by default it is the normal distribution.
+    """
+    half_width = float(t.ppf(0.975, df)) * error / (value * (1 - value))
     low, high = expit(logit(value) + np.array([-half_width, half_width]))
     return make_estimate(value, low, high)
 
 
-def newcombe_interval(auc: float, positives: int, negatives: int) -> Estimate:
+def newcombe_interval(auc: float, positives: float, negatives: float) -> Estimate:
     """An AUC with its interval by Newcombe's method 5 (2006): the values that lie z standard errors away.
 
-    The interval is one-sided for an AUC of 0 or 1, so it is never [1, 1].
+    The (effective) numbers of images are at least 1. The interval is one-sided for an AUC of 0 or 1, so it is never
+    [1, 1].
     """
     z = norm.ppf(0.95 if auc in (0.0, 1.0) else 0.975)
     mean_size = (positives + negatives) / 2
     edge = 1e-12
 
-    def excess(t: float) -> float:
-        factor = 2 * mean_size - 1 - (3 * mean_size - 3) / ((2 - t) * (1 + t))
-        variance = t * (1 - t) / (positives * negatives) * factor
-        return float((auc - t) ** 2 - z**2 * variance)
+    def excess(value: float) -> float:
+        factor = 2 * mean_size - 1 - (3 * mean_size - 3) / ((2 - value) * (1 + value))
+        variance = value * (1 - value) / (positives * negatives) * factor
+        return float((auc - value) ** 2 - z**2 * variance)
 
     low = brentq(excess, edge, min(auc, 1 - edge)) if auc > 0 else 0.0
     high = brentq(excess, max(auc, edge), 1 - edge) if auc < 1 else 1.0
@@ -243,11 +263,6 @@ def average_precision_draws(weights: np.ndarray, targs: np.ndarray, scores: np.n
         return (np.diff(tp) * tp[:, 1:] / predicted[:, 1:]).sum(axis=1) / tp[:, -1]
 
 
-def mean_draws(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Weighted mean of the images' `values` (n,) in each draw, (draws,)."""
-    return weights @ values / weights.sum(axis=1)
-
-
 def standard_error(draws: np.ndarray) -> float:
     """Standard deviation of a metric over `draws`, without NaN; 0 where fewer than two draws are left.
 
@@ -256,15 +271,6 @@ def standard_error(draws: np.ndarray) -> float:
     valid = draws[~np.isnan(draws)]
     error = float(valid.std(ddof=1)) if len(valid) > 1 else 0.0
     return error if error > 1e-9 else 0.0
-
-
-def percentile_interval(draws: np.ndarray) -> tuple[float | None, float | None]:
-    """The 2.5th and 97.5th percentile of a metric over `draws`, without NaN; None where no draw is left."""
-    valid = draws[~np.isnan(draws)]
-    if len(valid) == 0:
-        return None, None
-    low, high = np.percentile(valid, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def _weights_by_score(weights: np.ndarray, targs: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

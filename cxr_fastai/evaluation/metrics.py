@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t
 
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.data.splits import UNKNOWN_PATIENT, count_patients, describe_patients, unknown_patients
 from cxr_fastai.evaluation.calibration import measure_calibration
+from cxr_fastai.evaluation.clusters import MIN_PATIENTS, clustered_auc, effective_size
 from cxr_fastai.evaluation.intervals import (
     BOOTSTRAP_DRAWS,
     BOOTSTRAP_SEED,
-    Z95,
     Estimate,
-    auc_draws,
     auc_interval,
     average_precision_draws,
     count_draws,
@@ -26,7 +26,6 @@ from cxr_fastai.evaluation.intervals import (
     f1_interval,
     logit_interval,
     make_estimate,
-    newcombe_interval,
     predictive_values,
     standard_error,
     wilson_interval,
@@ -96,6 +95,17 @@ class Sample:
         """True where a patient has several images, so that the images are not independent."""
         return self.count_patients() < len(self.patients)
 
+    @cached_property
+    def df(self) -> float:
+        """Degrees of freedom of the bootstrap: the patients of the rarer class but one; infinite without groups."""
+        if not self.grouped:
+            return np.inf
+        return min(self.count_patients(self.targs), self.count_patients(~self.targs)) - 1
+
+    def logit_interval(self, value: float, error: float) -> Estimate:
+        """A `value` in (0, 1) with its standard `error` over the draws; without an interval for too few patients."""
+        return logit_interval(value, error, self.df) if self.df >= 1 else make_estimate(value)
+
     def count_patients(self, chosen: np.ndarray | None = None) -> int:
         """Number of patients, of all images or of the `chosen` ones (boolean, (n,))."""
         patients = self.patients if chosen is None else self.patients[chosen]
@@ -131,31 +141,24 @@ class ConfusionMatrix:
         return metrics
 
     def rate(self, name: str) -> Estimate:
-        """One of `RATES` with Wilson's interval."""
+        """One of `RATES` with Wilson's interval for its effective size; without an interval if that is unknown."""
         correct, incorrect = RATES[name]
         count = self._count(correct)
-        return wilson_interval(count, count + self._count(incorrect), self.effective_size(correct, incorrect))
+        total = count + self._count(incorrect)
+        size = self.effective_size(correct, incorrect)
+        if size is None:
+            return make_estimate(count / total)
+        return wilson_interval(count, total, size)
 
     def rate_draws(self, name: str) -> np.ndarray:
         """One of `RATES` in each bootstrap draw, (draws,); NaN in draws without an image in its cells."""
         return self._proportion_draws(*RATES[name])
 
-    def effective_size(self, correct: Cells, incorrect: Cells) -> float:
-        """Effective sample size (Kish 1965) of the proportion correct / (correct + incorrect).
-
-        It is the number of independent images that would vary as much as the bootstrap of patients, at most the number
-        of images. Where the proportion is 0 or 1 and does not vary, it is the number of patients.
-        """
-        count = self._count(correct)
-        total = count + self._count(incorrect)
-        if not self.sample.grouped:
-            return total
-        if 0 < count < total:
-            error = standard_error(self._proportion_draws(correct, incorrect))
-            if error > 0:
-                return min(total, count / total * (1 - count / total) / error**2)
-        inside = np.any([self.images[cell] for cell in (*correct, *incorrect)], axis=0)
-        return self.sample.count_patients(inside)
+    def effective_size(self, correct: Cells, incorrect: Cells) -> float | None:
+        """Effective sample size of the proportion correct / (correct + incorrect); see `clusters.effective_size`."""
+        is_correct = np.any([self.images[cell] for cell in correct], axis=0)
+        inside = is_correct | np.any([self.images[cell] for cell in incorrect], axis=0)
+        return effective_size(is_correct[inside], self.sample.patients[inside])
 
     def _proportion_draws(self, correct: Cells, incorrect: Cells) -> np.ndarray:
         numerator = np.sum([self.draws[cell] for cell in correct], axis=0)
@@ -170,7 +173,8 @@ class ConfusionMatrix:
     def f1(self) -> Estimate:
         """F1, the harmonic mean of sensitivity and PPV."""
         size = self.effective_size(['tp'], ['fp', 'fn'])
-        return f1_interval(self.counts['tp'], self.counts['fp'], self.counts['fn'], size)
+        f1 = f1_interval(self.counts['tp'], self.counts['fp'], self.counts['fn'], size)
+        return make_estimate(f1['value']) if size is None else f1
 
     def balanced_accuracy(self) -> Estimate:
         """Mean of sensitivity and specificity; its interval on the logit scale, from the bootstrap of patients.
@@ -185,7 +189,7 @@ class ConfusionMatrix:
         error = standard_error((self.rate_draws('sensitivity') + self.rate_draws('specificity')) / 2)
         value = mean['value']
         if value is not None and 0 < value < 1 and error > 0:
-            return logit_interval(value, error)
+            return self.sample.logit_interval(value, error)
         return mean
 
     def matthews_correlation(self) -> Estimate:
@@ -197,9 +201,9 @@ class ConfusionMatrix:
         if np.isnan(value):
             return make_estimate(None)
         error = standard_error(np.asarray(_matthews(**self.draws)))
-        if abs(value) == 1 or error == 0:
+        if abs(value) == 1 or error == 0 or self.sample.df < 1:
             return make_estimate(value)
-        half_width = Z95 * error / (1 - value**2)
+        half_width = t.ppf(0.975, self.sample.df) * error / (1 - value**2)
         low, high = np.tanh(np.arctanh(value) + np.array([-half_width, half_width]))
         return make_estimate(value, low, high)
 
@@ -226,7 +230,7 @@ def measure(
     """Compute the metrics of one split in the form of `metrics.json`.
 
     Proportions have Wilson's interval and the AUC has DeLong's on the logit scale. Where patients have several images,
-    the bootstrap of patients determines the width of the intervals.
+    the variation between patients determines the width of the intervals.
 
     Args:
         predictions: table with the columns `label`, `p_pneumonia`, and optionally `patient`.
@@ -239,9 +243,9 @@ def measure(
     sample = Sample.from_predictions(predictions)
     confusion = ConfusionMatrix(sample, threshold)
     at_specification = ConfusionMatrix(sample, SPECIFICATION_THRESHOLD)
-    calibration = measure_calibration(sample.targs, sample.p, sample.patients, sample.weights)
+    calibration = measure_calibration(sample.targs, sample.p, sample.patients)
     tempered = temper(sample.p, temperature)
-    calibrated = measure_calibration(sample.targs, tempered, sample.patients, sample.weights)
+    calibrated = measure_calibration(sample.targs, tempered, sample.patients)
     return {
         'n': len(sample.p),
         'positives': int(sample.targs.sum()),
@@ -291,25 +295,19 @@ def interval_warnings(metrics: dict[str, Any]) -> list[str]:
     if 0 < least < FEW_PATIENTS:
         text = ' and '.join(f'{n} of {label}' for label, n in counts.items())
         warnings.append(
-            f'There are few patients: {text}. The intervals are wide, and less reliable than with at least '
-            f'{FEW_PATIENTS} patients of each class.'
+            f'There are few patients: {text}. The intervals are less reliable than with at least {FEW_PATIENTS} '
+            'patients of each class.'
         )
+    if 0 < least < MIN_PATIENTS and metrics['intervals']['grouped_by_patient']:
+        warnings.append(f'Where all images are of fewer than {MIN_PATIENTS} patients, there is no interval.')
     return warnings
 
 
 def measure_auc(sample: Sample) -> Estimate:
-    """Area under the ROC curve.
-
-    The interval is DeLong's, or the bootstrap's on the logit scale where patients have several images. Where the
-    bootstrap does not vary, it is Newcombe's for the number of patients.
-    """
-    auc = auc_interval(sample.targs, sample.p)
-    if auc['value'] is None or not sample.grouped:
-        return auc
-    error = standard_error(auc_draws(sample.weights, sample.targs, sample.p))
-    if 0 < auc['value'] < 1 and error > 0:
-        return logit_interval(auc['value'], error)
-    return newcombe_interval(auc['value'], sample.count_patients(sample.targs), sample.count_patients(~sample.targs))
+    """Area under the ROC curve: `auc_interval`, or `clustered_auc` where patients have several images."""
+    if sample.grouped:
+        return clustered_auc(sample.targs, sample.p, sample.patients)
+    return auc_interval(sample.targs, sample.p)
 
 
 def measure_average_precision(sample: Sample) -> Estimate:
@@ -323,7 +321,7 @@ def measure_average_precision(sample: Sample) -> Estimate:
         return make_estimate(None)
     value = float(average_precision_score(sample.targs, sample.p))
     error = standard_error(average_precision_draws(sample.weights, sample.targs, sample.p))
-    return logit_interval(value, error) if error > 0 and value < 1 else make_estimate(value)
+    return sample.logit_interval(value, error) if error > 0 and value < 1 else make_estimate(value)
 
 
 def at_prevalence(confusion: ConfusionMatrix, prevalence: float) -> dict[str, Any]:

@@ -18,11 +18,10 @@ import numpy as np
 import pandas as pd
 
 from cxr_fastai.core.progress import in_threads
-from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.figures import save_robustness_figure
-from cxr_fastai.evaluation.intervals import auc_interval
+from cxr_fastai.evaluation.metrics import ConfusionMatrix, Sample, measure_auc
 from cxr_fastai.images.corruptions import CLEAN, CORRUPTIONS, SHORTCUT, STRENGTHS, Equaliser, corrupt
 from cxr_fastai.images.decode import open_image
 from cxr_fastai.images.preprocessing import Preprocessing
@@ -68,20 +67,19 @@ def measure_robustness(
 
     Args:
         predictor: the model.
-        items: table of the images with the columns `path` and `label`.
+        items: table of the images with the columns `path` and `label`, and optionally `patient`.
         root: folder of the images.
         batch_size: number of images predicted at once.
         seed: seed of the corruptions.
         workers: number of threads that read and corrupt images (default: the number of cores).
 
     Returns:
-        Table with `ROBUSTNESS_COLUMNS`: the AUC with DeLong's 95% interval, sensitivity and specificity at the model's
-        threshold; NaN where a class is missing. Strength 0 marks uncorrupted images.
+        Table with `ROBUSTNESS_COLUMNS`: the AUC with the 95% interval of `measure_auc`, sensitivity and specificity at
+        the model's threshold; NaN where a class is missing. Strength 0 marks uncorrupted images.
 
     Raises `ImageError` for an unreadable image.
     """
     preprocessing = Preprocessing.of(predictor.config)
-    targs = (items.label == VOCAB[POSITIVE]).to_numpy()
     square_size = max(SQUARE_SIZE, preprocessing.size)
     squares, sides = read_squares(items, root, Preprocessing(square_size, preprocessing.resize), workers)
     variants = _make_variants(Equaliser.of(squares, sides), seed)
@@ -95,8 +93,9 @@ def measure_robustness(
     scores = np.concatenate([predictor.scores(batch) for batch in _batches(images, batch_size)])
     rows = []
     for (corruption, strength), p in zip(variants, scores.reshape(len(variants), -1), strict=True):
-        metrics = _measure_variant(targs, p, predictor.config.threshold)
-        rows.append({'corruption': corruption, 'strength': strength, 'n': len(targs), **metrics})
+        sample = Sample.from_predictions(items.assign(p_pneumonia=p))
+        metrics = _measure_variant(sample, predictor.config.threshold)
+        rows.append({'corruption': corruption, 'strength': strength, 'n': len(items), **metrics})
     return pd.DataFrame(rows, columns=ROBUSTNESS_COLUMNS)
 
 
@@ -161,14 +160,14 @@ def _batches(images: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
         yield np.stack(batch)
 
 
-def _measure_variant(targs: np.ndarray, p: np.ndarray, threshold: float) -> dict[str, Any]:
-    auc = auc_interval(targs, p)
-    is_positive = p >= threshold
+def _measure_variant(sample: Sample, threshold: float) -> dict[str, Any]:
+    auc = measure_auc(sample)
+    rates = ConfusionMatrix(sample, threshold)
     metrics = {
         'auc': auc['value'],
         'auc_low': auc['low'],
         'auc_high': auc['high'],
-        'sensitivity': is_positive[targs].mean() if targs.any() else None,
-        'specificity': (~is_positive)[~targs].mean() if not targs.all() else None,
+        'sensitivity': rates.rate('sensitivity')['value'],
+        'specificity': rates.rate('specificity')['value'],
     }
     return {name: np.nan if value is None else float(value) for name, value in metrics.items()}

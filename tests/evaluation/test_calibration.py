@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import statsmodels.api as sm
 from scipy.optimize import brentq
 from scipy.special import expit
+from scipy.stats import t
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, log_loss
 
@@ -15,7 +17,6 @@ from cxr_fastai.evaluation.calibration import (
     recalibrate,
     reliability,
 )
-from cxr_fastai.evaluation.intervals import draw_patients
 from cxr_fastai.inference.config import logits, temper
 
 RNG = np.random.default_rng(0)
@@ -109,18 +110,78 @@ def test_temperature_scaling_keeps_the_order_and_one_half():
 
 
 def test_brier_score_and_log_loss_are_those_of_scikit_learn_and_have_intervals():
-    metrics = measure_calibration(TARGS, P, ONE_IMAGE_EACH, draw_patients(ONE_IMAGE_EACH))
+    metrics = measure_calibration(TARGS, P, ONE_IMAGE_EACH)
     for name, value in (('brier', brier_score_loss(TARGS, P)), ('log_loss', log_loss(TARGS, P))):
         assert metrics[name]['value'] == pytest.approx(value)
         assert metrics[name]['low'] < value < metrics[name]['high']
 
 
 def test_each_image_is_in_one_bin_of_the_reliability_diagram():
-    bins = reliability(TARGS, P)
+    bins = reliability(TARGS, P, ONE_IMAGE_EACH)
     assert bins.n.sum() == 624 and len(bins) == 10 and bins.p.is_monotonic_increasing
     assert (bins.n * bins.share).sum() == pytest.approx(TARGS.sum()) and (bins.low <= bins.share).all()
 
 
 def test_equal_probabilities_are_in_the_same_bin_of_the_reliability_diagram():
-    bins = reliability(np.array([True, False, True]), np.array([0.5, 0.5, 0.5]))
+    bins = reliability(np.array([True, False, True]), np.array([0.5, 0.5, 0.5]), np.arange(3))
     assert bins.n.to_list() == [3]
+
+
+def test_intervals_of_slope_and_intercept_are_those_of_statsmodels_with_quantiles_of_t():
+    patients = np.arange(624) // 8
+    z = logits(P)
+    fits = [
+        sm.GLM(TARGS * 1.0, x, sm.families.Binomial(), offset=offset).fit(
+            cov_type='cluster', cov_kwds={'groups': patients}
+        )
+        for x, offset in ((np.column_stack([z, np.ones(624)]), None), (np.ones((624, 1)), z))
+    ]
+    quantile = t.ppf(0.975, 77)
+    for estimate, fit, tolerance in zip(recalibrate(TARGS, P, patients).values(), fits, (1e-6, 0.03), strict=True):
+        limits = fit.params[0] + quantile * fit.bse[0] * np.array([-1, 1])
+        assert [estimate['low'], estimate['high']] == pytest.approx(limits, abs=tolerance)
+
+
+def test_the_intercept_is_defined_where_probabilities_are_exactly_0_and_1():
+    extreme = (P > 0.5).astype(float)
+    for p in (extreme, np.where(P > 0.9, 1.0, P), np.where(P < 0.1, 1e-20, P)):
+        intercept = recalibrate(TARGS, p, ONE_IMAGE_EACH)['intercept']
+        assert intercept['low'] < intercept['value'] < intercept['high']
+        assert expit(logits(p) + intercept['value']).sum() == pytest.approx(TARGS.sum())
+        (note,) = measure_calibration(TARGS, p, ONE_IMAGE_EACH)['notes']
+        assert 'Their logits are limited to ±34.5' in note
+
+
+@pytest.mark.parametrize(
+    ('targs', 'p', 'reason'),
+    [
+        (TARGS, np.full(624, 0.3), 'all probabilities are nearly equal'),
+        (TARGS, 0.3 + 1e-6 * P, 'all probabilities are nearly equal'),
+        (TARGS, np.where(TARGS, 0.8, 0.4), 'separate the classes completely'),
+        (np.ones(624, bool), P, 'a single class'),
+    ],
+)
+def test_a_note_says_why_the_slope_is_undefined(targs, p, reason):
+    metrics = measure_calibration(targs, p, ONE_IMAGE_EACH)
+    assert metrics['slope']['value'] is None and reason in ' '.join(metrics['notes'])
+
+
+def test_a_network_with_ordinary_probabilities_has_no_notes():
+    assert measure_calibration(TARGS, P, ONE_IMAGE_EACH)['notes'] == []
+
+
+def test_the_interval_of_a_brier_score_covers_the_true_value_with_few_patients():
+    covered = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        patients = np.arange(80) // 10
+        p = expit(rng.normal(0, 1.5, 8)[patients] + rng.normal(0, 0.5, 80))
+        brier = measure_calibration(rng.random(80) < p, p, patients)['brier']
+        covered += brier['low'] <= 0.172 <= brier['high']  # the mean of p (1 - p)
+    assert covered / 200 > 0.9
+
+
+def test_intervals_of_the_reliability_diagram_account_for_patients():
+    own, grouped = (reliability(TARGS, P, patients) for patients in (ONE_IMAGE_EACH, np.arange(624) // 60))
+    assert (own.share == grouped.share).all() and (grouped.high - grouped.low).mean() > (own.high - own.low).mean()
+    assert reliability(TARGS, P, np.zeros(624)).low.isna().all()

@@ -57,7 +57,7 @@ def test_mcnemar_counts_the_images_on_which_only_one_run_is_correct():
 def test_runs_are_compared_with_the_first_and_p_values_are_adjusted_by_holm():
     tables = {'fair': make_table(FAIR), 'good': make_table(GOOD), 'twin': make_table(FAIR + 0.0)}
     good, twin = compare(tables, dict.fromkeys(tables, 0.5))
-    assert (good['run'], good['against'], good['n'], good['p_patients']) == ('good', 'fair', 120, None)
+    assert (good['run'], good['against'], good['n'], good['grouped_by_patient']) == ('good', 'fair', 120, False)
     auc = compare_auc(TARGS, GOOD, FAIR)
     assert good['auc'] == auc | {'p_holm': pytest.approx(min(1, 2 * auc['p']))} and auc['value'] > 0
     assert twin['auc']['value'] == 0 and twin['auc']['p_holm'] == twin['mcnemar']['p_holm'] == 1
@@ -72,16 +72,19 @@ def test_each_run_is_classified_at_its_own_threshold():
     assert other['mcnemar']['p'] < 0.05
 
 
-def test_images_of_the_same_patients_increase_the_p_value_of_the_auc():
-    patients = np.arange(120) // 10
-    tables = {'a': make_table(np.round(FAIR, 1), patients), 'b': make_table(GOOD, patients)}
+def test_images_of_the_same_patients_widen_the_interval_of_the_difference_and_increase_its_p_value():
+    tables = {'a': make_table(FAIR), 'b': make_table(GOOD * 0.7 + FAIR * 0.3)}
+    copies = {
+        name: pd.concat([table.assign(path=table.path.astype(str) + suffix) for suffix in 'xyz'])
+        for name, table in tables.items()
+    }
     (pair,) = compare(tables, dict.fromkeys(tables, 0.5))
-    assert 0 < pair['p_patients'] < 0.2
-    copies = {}
-    for name, table in {'a': make_table(FAIR), 'b': make_table(GOOD * 0.7 + FAIR * 0.3)}.items():
-        copies[name] = pd.concat([table.assign(path=table.path.astype(str) + suffix) for suffix in 'xyz'])
-    (pair,) = compare(copies, dict.fromkeys(copies, 0.5))
-    assert pair['auc']['p'] < pair['p_patients'] == pair['p_patients_holm']
+    (grouped,) = compare(copies, dict.fromkeys(copies, 0.5))
+    independent = compare_auc(*(np.tile(values, 3) for values in (TARGS, GOOD * 0.7 + FAIR * 0.3, FAIR)))
+    assert grouped['grouped_by_patient'] and grouped['auc']['value'] == pytest.approx(pair['auc']['value'])
+    assert independent['p'] < pair['auc']['p'] < grouped['auc']['p']
+    width = independent['high'] - independent['low']
+    assert grouped['auc']['high'] - grouped['auc']['low'] == pytest.approx(np.sqrt(3) * width, rel=0.05)
 
 
 def test_only_images_of_all_runs_are_compared():

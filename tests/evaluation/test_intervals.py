@@ -16,8 +16,6 @@ from cxr_fastai.evaluation.intervals import (
     draw_patients,
     f1_interval,
     format_estimate,
-    mean_draws,
-    percentile_interval,
     predictive_values,
     roc_draws,
     standard_error,
@@ -239,15 +237,13 @@ def test_the_auc_and_average_precision_of_draws_are_those_of_scikit_learn():
     assert average_precision_draws(WEIGHTS, TARGS, SCORES) == pytest.approx(precision)
 
 
-def test_counts_and_means_of_draws_are_those_of_repeated_images():
+def test_counts_of_draws_are_those_of_repeated_images():
     positive = SCORES >= 0.5
     cells = np.stack(count_draws(WEIGHTS, TARGS, positive), axis=1)
-    means = mean_draws(WEIGHTS, SCORES)
-    for weights, (tp, fp, fn, tn), mean in zip(WEIGHTS, cells, means, strict=True):
+    for weights, (tp, fp, fn, tn) in zip(WEIGHTS, cells, strict=True):
         repeated = np.repeat(np.arange(80), weights.astype(int))
         confusion = sk.confusion_matrix(TARGS[repeated], positive[repeated], labels=[False, True])
         assert confusion.ravel().tolist() == [tn, fp, fn, tp]
-        assert mean == pytest.approx(SCORES[repeated].mean())
 
 
 def test_true_and_false_positives_rise_from_none_to_all_as_the_threshold_falls():
@@ -258,13 +254,11 @@ def test_true_and_false_positives_rise_from_none_to_all_as_the_threshold_falls()
 
 def test_patients_with_one_image_vary_like_the_binomial_distribution():
     positive = np.arange(400) < 300
-    draws = mean_draws(draw_patients(np.arange(400)), positive)
+    draws = draw_patients(np.arange(400))[:, positive].sum(axis=1) / 400
     assert standard_error(draws) == pytest.approx(np.sqrt(0.75 * 0.25 / 400), rel=0.08)
 
 
 def test_draws_without_one_of_the_classes_are_left_out():
     weights = np.array([[1.0, 1], [2, 0], [0, 2]])
     auc = auc_draws(weights, np.array([True, False]), np.array([0.9, 0.1]))
-    assert auc[0] == 1 and np.isnan(auc[1:]).all()
-    assert percentile_interval(auc) == (1, 1) and standard_error(auc) == 0
-    assert percentile_interval(np.full(3, np.nan)) == (None, None)
+    assert auc[0] == 1 and np.isnan(auc[1:]).all() and standard_error(auc) == 0

@@ -13,6 +13,7 @@ from cxr_fastai.evaluation.metrics import (
     THRESHOLD_METRICS,
     ConfusionMatrix,
     Sample,
+    interval_warnings,
     is_complete,
     measure,
     measure_groups,
@@ -127,10 +128,15 @@ def test_intervals_of_a_perfect_network_have_a_lower_limit_below_1(patients):
         assert metrics[name] == {'value': 1, 'low': None, 'high': None}
 
 
-def test_intervals_are_wide_where_all_images_belong_to_one_patient():
-    metrics = measure(table(TARGS, P, patient='one'), 0.4, 'x')
-    for name in ('auc', 'sensitivity', 'accuracy'):
-        assert metrics[name]['high'] - metrics[name]['low'] > 0.5, name
+def test_there_is_no_interval_where_all_images_belong_to_one_patient():
+    metrics = measure(table(TARGS, P, patient='one'), 0.4, 'x', by=['patient'])
+    values = measure(table(TARGS, P), 0.4, 'x')
+    for name in (*RATES, 'auc', 'average_precision'):
+        assert metrics[name] == {'value': pytest.approx(values[name]['value']), 'low': None, 'high': None}, name
+    for name in ('brier', 'log_loss', 'slope', 'intercept'):
+        assert metrics['calibration'][name]['low'] is metrics['calibration'][name]['high'] is None
+    assert metrics['prevalences'][0]['ppv']['low'] is None and metrics['subgroups'][0]['auc']['low'] is None
+    assert any('fewer than 2 patients, there is no interval' in text for text in interval_warnings(metrics))
 
 
 def test_fewer_patients_lower_the_lower_limit_of_a_perfect_network():

@@ -63,7 +63,7 @@ def few(run) -> tuple:
 
 def test_the_table_has_a_row_for_clean_images_each_corruption_and_strength_and_the_shortcut(few):
     root, items = few
-    table = measure_robustness(model(mean), items, root)
+    table = measure_robustness(model(mean), items.assign(patient=items.path), root)
     assert list(table) == ROBUSTNESS_COLUMNS and set(table.n) == {6}
     expected = [('clean', 0), *((kind, s) for kind in CORRUPTIONS for s in STRENGTHS), ('shortcut', 0)]
     assert list(zip(table.corruption, table.strength, strict=True)) == expected

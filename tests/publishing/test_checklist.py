@@ -31,6 +31,23 @@ def test_a_topic_is_filled_only_by_its_section_and_fact():
     assert topics['Internal evaluation'].status({*SECTIONS, 'internal'}) == 'filled'
 
 
+def test_facts_that_no_report_contains_are_left_to_a_human():
+    everything = {*SECTIONS, 'cams', 'internal', 'origin', 'patients'}
+    for item in ('12d', '16', '18e', '18f', '23b'):
+        statuses = {topic.status(everything) for topic in TOPICS if item in _items(topic.tripod)}
+        assert statuses == {'needs a human'}, item
+
+
+def test_subgroups_are_item_23a_of_tripod_ai():
+    (topic,) = [topic for topic in TOPICS if topic.section == 'groups']
+    assert topic.tripod == '14, 23a'
+
+
+def test_partitions_are_filled_only_if_all_patients_are_known():
+    (topic,) = [topic for topic in TOPICS if topic.name.startswith('Partitions')]
+    assert topic.status(SECTIONS) == 'needs a human' and topic.status({*SECTIONS, 'patients'}) == 'filled'
+
+
 def test_a_topic_without_section_is_left_to_a_human():
     assert all(topic.human for topic in TOPICS if not topic.section)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.data.splits import UNKNOWN_PATIENT, count_patients, unknown_patients
 from cxr_fastai.evaluation.calibration import fit_temperature
 from cxr_fastai.evaluation.intervals import draw_patients, roc_draws
 from cxr_fastai.evaluation.metrics import (
@@ -25,13 +26,15 @@ DEFAULT_RULE = 'sensitivity:0.95'
 MIN_DECIMALS = 2
 MAX_DECIMALS = 17
 """Decimals of a threshold: as few as separate it from the scores on both sides."""
+TOLERANCE = 1e-9
+"""Rounding error of sums that are compared."""
 
 
 def decide(valid: pd.DataFrame, rule: str, model: str = '') -> Decision:
     """Choose the threshold by `rule`, and fit the temperature, on the predictions of the validation images.
 
     The rules are `fixed:0.5` (the number itself), `sensitivity:0.95` (the highest threshold that keeps this
-    sensitivity, with a margin for the number of images), `youden` (the greatest sensitivity + specificity) and
+    sensitivity, with a margin for the number of patients), `youden` (the greatest sensitivity + specificity) and
     `cost:10/1` (the least cost, where a missed pneumonia costs 10 and a false alarm 1).
 
     Args:
@@ -49,65 +52,84 @@ def decide(valid: pd.DataFrame, rule: str, model: str = '') -> Decision:
             f'--threshold {rule}: no threshold can be chosen, because the validation images are all '
             f'{valid.label.iloc[0]}. Use validation images of both classes, or fixed:T.'
         )
-    threshold, margin = choose(targs, p, *numbers)
+    threshold, margin = choose(sample, *numbers)
     confusion = ConfusionMatrix(sample, threshold)
     performance = {
         'n': len(p),
         'positives': int(targs.sum()),
+        'patients': count_patients(valid),
+        'unknown_patients': int(unknown_patients(valid).sum()),
         'sensitivity': confusion.rate('sensitivity'),
         'specificity': confusion.rate('specificity'),
     }
     return Decision(threshold, rule, fit_temperature(targs, p), model, margin, performance)
 
 
-def fixed(targs: np.ndarray, p: np.ndarray, threshold: float) -> tuple[float, str]:
+def fixed(sample: Sample, threshold: float) -> tuple[float, str]:
     """Return the `threshold` itself."""
     return threshold, ''
 
 
-def keep_sensitivity(targs: np.ndarray, p: np.ndarray, target: float) -> tuple[float, str]:
-    """Choose the highest threshold with an expected sensitivity of at least `target` on new images.
+def keep_sensitivity(sample: Sample, target: float) -> tuple[float, str]:
+    """Choose the highest threshold with an expected sensitivity of at least `target` on the images of a new patient.
 
-    Of n positive scores, a new score that is exchangeable with them falls below the j-th lowest with probability
-    j/(n + 1) (order statistics, as in conformal prediction; Vovk, Gammerman and Shafer 2005). So j is the largest
-    number with j/(n + 1) <= 1 - target. The margin is as small as n images allow.
+    This is conformal risk control (Angelopoulos et al. 2022), where the loss of a patient is the share of their images
+    of pneumonia that are missed. If the losses of n patients sum to L, that of a new patient who is exchangeable with
+    them is expected to be at most (L + 1)/(n + 1). So the threshold is the highest with (L + 1)/(n + 1) <= 1 - target.
+    With one image per patient it is the order statistic of the scores as in conformal prediction.
 
     Returns:
-        The threshold, and the margin in words.
+        The threshold, and the margin in words. With too few patients for the `target`, no image is missed.
     """
-    n = int(targs.sum())
-    rank = math.floor((1 - target) * (n + 1) + 1e-9)
-    positive_scores = np.sort(p[targs])
-    if rank == 0:
-        return _below(positive_scores[0], p), (
-            f'{n} validation images of pneumonia are too few for a sensitivity of {target:g}: all of them are '
-            f'classified as pneumonia, and the expected sensitivity on new images is {n / (n + 1):.2f}.'
+    scores = sample.p[sample.targs]
+    patients, patient_of_image, images_of_patient = np.unique(
+        sample.patients[sample.targs], return_inverse=True, return_counts=True
+    )
+    n = len(patients)
+    order = np.argsort(scores, kind='stable')
+    ascending = scores[order]
+    losses = np.concatenate([[0], np.cumsum(1 / images_of_patient[patient_of_image[order]])])
+    missed = losses[np.searchsorted(ascending, ascending)]  # the sum of losses with each score as the threshold
+    allowed = (1 - target) * (n + 1) - 1
+    below = np.flatnonzero(missed <= allowed + TOLERANCE)
+    chosen = below[-1] if len(below) else 0
+    threshold = _below(ascending[chosen], sample.p)
+    expected = 1 - (missed[chosen] + 1) / (n + 1)
+    n_unknown = sum(patient.startswith(UNKNOWN_PATIENT) for patient in patients)
+    unknown = f' The patients of {n_unknown} images are unknown and count as different ones.' if n_unknown else ''
+    if not len(below):
+        needed = math.ceil(1 / (1 - target) - 1 - TOLERANCE)
+        return threshold, (
+            f'Warning: {n} patients with pneumonia in the validation images are too few for a sensitivity of '
+            f'{target:g}, which requires {needed}. All their images are classified as pneumonia, and the expected '
+            f'sensitivity for a new patient is at least {expected:.2f}.{unknown}'
         )
-    threshold = _below(positive_scores[rank - 1], p)
-    detected = int((positive_scores >= threshold).sum())
+    detected = int((scores >= threshold).sum())
     return threshold, (
-        f'{detected} of {n} validation images of pneumonia are classified as pneumonia ({detected / n:.4f}), so that '
-        f'the expected sensitivity on new images is at least {1 - rank / (n + 1):.4f}.'
+        f'{detected} of {len(scores)} validation images of pneumonia are classified as pneumonia '
+        f'({detected / len(scores):.4f}), so that the expected sensitivity for a new patient, estimated from {n} '
+        f'patients, is at least {expected:.4f}.{unknown}'
     )
 
 
-def youden(targs: np.ndarray, p: np.ndarray) -> tuple[float, str]:
+def youden(sample: Sample) -> tuple[float, str]:
     """Choose the threshold with the greatest sensitivity + specificity (Youden 1950); the lowest of equal ones."""
-    positives = targs.sum()
-    negatives = (~targs).sum()
-    cuts, missed, alarms = _errors_by_cut(targs, p)
-    return _below(cuts[np.argmin(missed / positives + alarms / negatives)], p), ''
+    positives = sample.targs.sum()
+    negatives = (~sample.targs).sum()
+    cuts, missed, alarms = _errors_by_cut(sample)
+    return _below(cuts[np.argmin(missed / positives + alarms / negatives)], sample.p), ''
 
 
-def least_cost(targs: np.ndarray, p: np.ndarray, missed_cost: float, alarm_cost: float) -> tuple[float, str]:
+def least_cost(sample: Sample, missed_cost: float, alarm_cost: float) -> tuple[float, str]:
     """Choose the threshold with the least cost at the prevalence of these images; the lowest of equal ones."""
-    cuts, missed, alarms = _errors_by_cut(targs, p)
-    threshold = _below(cuts[np.argmin(missed_cost * missed + alarm_cost * alarms)], p)
-    return threshold, f'The cost is least at the prevalence of the validation images, {targs.mean():.2f}.'
+    cuts, missed, alarms = _errors_by_cut(sample)
+    threshold = _below(cuts[np.argmin(missed_cost * missed + alarm_cost * alarms)], sample.p)
+    return threshold, f'The cost is least at the prevalence of the validation images, {sample.targs.mean():.2f}.'
 
 
-def _errors_by_cut(targs: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _errors_by_cut(sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return all thresholds that differ, and the numbers of missed pneumonias and of false alarms at each."""
+    targs, p = sample.targs, sample.p
     cuts = np.append(np.unique(p), np.inf)
     missed = np.searchsorted(np.sort(p[targs]), cuts)
     alarms = (~targs).sum() - np.searchsorted(np.sort(p[~targs]), cuts)
@@ -131,7 +153,7 @@ def _below(score: float, p: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that chooses a threshold from targets and probabilities, and the numbers that it takes."""
+    """A rule that chooses a threshold from a sample of images, and the numbers that it takes."""
 
     choose: Callable[..., tuple[float, str]]
     form: str

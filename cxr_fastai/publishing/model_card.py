@@ -11,6 +11,7 @@ from cxr_fastai.data.splits import count_patients, describe_patients, unknown_pa
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.evaluation.metrics import describe_sample, interval_warnings, name_metric
 from cxr_fastai.inference.config import sha256
+from cxr_fastai.inference.decision import Decision
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +23,10 @@ EXTERNAL_VALIDITY = (
     'Performance on images of the hospital that a network was trained on does not predict its performance elsewhere. '
     'A similar network reached an AUC of 0.95 on the test images of the public pediatric data set, but 0.54 on '
     'children of another hospital (Xin, Li and Yi 2021).'
+)
+SAME_IMAGES = (
+    'The same validation images selected the epoch, so the metrics on them, and the sensitivity that is expected from '
+    'them, are somewhat optimistic.'
 )
 CARD_METRICS = ('auc', 'average_precision', 'accuracy', 'sensitivity', 'specificity', 'f1')
 """The metrics in the metadata of the card."""
@@ -152,6 +157,7 @@ def _final_model(recipe: Recipe, epoch: int | str) -> str:
 def render_card(run: Run, split: str) -> str:
     """Return the text of `model_card.md`: the facts of `describe_run` and the metrics of `split`."""
     metrics = run.metrics[split]
+    decision = Decision.from_metrics(run, metrics)
     results = {name: metrics[name] for name in CARD_METRICS if metrics[name]['value'] is not None}
     return render_template(
         'model_card.md',
@@ -167,6 +173,8 @@ def render_card(run: Run, split: str) -> str:
         sample=describe_sample(metrics),
         interval_warnings=interval_warnings(metrics),
         patients_warning=unknown_patients_warning(run.items),
+        margin=decision.margin if decision else '',
+        same_images=SAME_IMAGES if run.recipe.name != CUSTOM else '',
         command=reproduce(run, split),
         not_a_device=NOT_A_DEVICE,
         external_validity=EXTERNAL_VALIDITY,

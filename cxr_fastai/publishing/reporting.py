@@ -61,6 +61,7 @@ from cxr_fastai.publishing.checklist import TOPICS
 from cxr_fastai.publishing.model_card import (
     EXTERNAL_VALIDITY,
     NOT_A_DEVICE,
+    SAME_IMAGES,
     count_kinds,
     describe_run,
     main_split,
@@ -97,6 +98,7 @@ CONSTANTS = {
     'min_group_size': MIN_GROUP_SIZE,
     'not_a_device': NOT_A_DEVICE,
     'external_validity': EXTERNAL_VALIDITY,
+    'same_images': SAME_IMAGES,
     'format_estimate': format_estimate,
     'name_metric': name_metric,
 }

@@ -6,6 +6,7 @@ import pytest
 from sklearn import metrics as sk
 
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.evaluation.metrics import Sample
 from cxr_fastai.evaluation.thresholds import (
     RULES,
     TABLE_THRESHOLDS,
@@ -54,10 +55,61 @@ def test_the_sensitivity_rule_chooses_the_highest_threshold_that_keeps_the_expec
 def test_new_images_keep_the_sensitivity_on_average_with_a_small_margin():
     sensitivities = []
     for seed in range(300):
-        threshold, _ = keep_sensitivity(*make_predictions(120, seed), 0.95)
+        targs, p = make_predictions(120, seed)
+        threshold, _ = keep_sensitivity(Sample(targs, p, np.arange(120).astype(str)), 0.95)
         targs, p = make_predictions(4000, seed + 1000)
         sensitivities.append((p[targs] >= threshold).mean())
     assert 0.948 < np.mean(sensitivities) < 0.965
+
+
+def new_patients(rng, images_per_patient) -> Sample:
+    """Pneumonia images of as many patients as there are numbers of images; half of their variance is shared."""
+    patients = np.repeat(np.arange(len(images_per_patient)), images_per_patient)
+    z = rng.normal(1, 1, len(images_per_patient))[patients] + rng.normal(1, 1, len(patients))
+    return Sample(np.ones(len(patients), bool), 1 / (1 + np.exp(-z)), patients.astype(str))
+
+
+@pytest.mark.parametrize(
+    'images_per_patient',
+    [np.full(40, 20), np.r_[400, np.full(39, 10)], np.full(19, 3)],
+    ids=['many images', 'one patient has half of the images', 'as few patients as possible'],
+)
+def test_images_of_new_patients_keep_the_sensitivity_on_average(images_per_patient):
+    rng = np.random.default_rng(0)
+    sensitivities = []
+    for _ in range(200):
+        threshold, margin = keep_sensitivity(new_patients(rng, images_per_patient), 0.95)
+        sensitivities.append((new_patients(rng, np.full(400, 2)).p >= threshold).mean())
+        assert 'Warning' not in margin
+    assert np.mean(sensitivities) > 0.945
+
+
+def test_a_patient_with_many_images_does_not_decide_the_threshold():
+    few = np.r_[np.linspace(0.1, 0.2, 39), np.full(39, 0.9)]
+    patients = np.r_[np.zeros(39), np.arange(1, 40)].astype(str)  # the low scores are all of one patient
+    sample = Sample(np.ones(78, bool), few, patients)
+    by_image = Sample(sample.targs, sample.p, np.arange(78).astype(str))
+    threshold, _ = keep_sensitivity(sample, 0.95)
+    assert (few < threshold).sum() == 39 and (few < keep_sensitivity(by_image, 0.95)[0]).sum() == 2
+
+
+def test_many_images_of_few_patients_are_too_few_and_the_margin_says_so():
+    rng = np.random.default_rng(1)
+    sample = new_patients(rng, np.full(10, 20))
+    threshold, margin = keep_sensitivity(sample, 0.95)
+    assert (sample.p >= threshold).all()
+    assert margin.startswith('Warning: 10 patients') and 'requires 19' in margin and 'at least 0.91' in margin
+    assert 'Warning' not in keep_sensitivity(new_patients(rng, np.full(19, 20)), 0.95)[1]
+    assert keep_sensitivity(new_patients(rng, np.full(18, 20)), 0.95)[1].startswith('Warning')
+
+
+def test_the_margin_says_that_unknown_patients_count_as_different_ones():
+    targs, p = make_predictions()
+    assert 'are unknown and count as different ones' in decide(make_table(targs, p), 'sensitivity:0.95').margin
+    known = make_table(targs, p).assign(patient=range(400))
+    decision = decide(known, 'sensitivity:0.95')
+    assert 'unknown' not in decision.margin
+    assert decision.valid['patients'] == 400 and decision.valid['unknown_patients'] == 0
 
 
 def test_with_too_few_images_all_pneumonias_are_detected_and_the_margin_says_so():

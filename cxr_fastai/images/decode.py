@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 """An image: the path of its file, the contents of its file, an image of Pillow, or an array of grey uint8 pixels."""
+
+Decode = Callable[[Any, 'Preprocessing | None', str], DecodedImage]
+"""A function like `decode_image`."""
 
 FORMATS = {'JPEG': ('.jpeg', '.jpg'), 'PNG': ('.png',), 'TIFF': ('.tiff', '.tif'), 'DICOM': dicom.SUFFIXES}
 """Supported format to its usual suffixes. The content of a file decides, not its name."""
@@ -102,17 +105,23 @@ def file_path(image: Any) -> str | None:
     return os.fsdecode(image) if isinstance(image, str | os.PathLike) else None
 
 
-def open_image(image: ImageLike, preprocessing: Preprocessing | None = None, name: str | None = None) -> DecodedImage:
+def open_image(
+    image: ImageLike,
+    preprocessing: Preprocessing | None = None,
+    name: str | None = None,
+    decode: Decode | None = None,
+) -> DecodedImage:
     """Decode an image: the path of a file, or an image in memory as in `decode_image`.
 
     A large JPEG is decoded at no more pixels than `preprocessing` needs, if given. Raises `ImageError` with a stable
-    code, and with the `name` of the image in its message: by default its path, or `image`.
+    code, and with the `name` of the image in its message: by default its path, or `image`. `decode` is the function
+    that decodes it, by default `decode_image` in this process; see `DecoderPool.decode`.
     """
     path = file_path(image)
     suffix = Path(path or '').suffix.lower()
     try:
         data: Any = image if path is None else read_bytes(path)
-        decoded = decode_image(data, preprocessing, suffix)
+        decoded = (decode or decode_image)(data, preprocessing, suffix)
     except ImageError as error:
         raise error.with_path(name or path or 'image') from error.__cause__
     if suffix in SUFFIXES and suffix not in FORMATS[decoded.format]:

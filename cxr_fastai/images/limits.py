@@ -6,13 +6,11 @@ memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from cxr_fastai.core.errors import ImageError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 MAX_BYTES = 400_000_000
 """Maximum size of a file."""
@@ -33,7 +31,8 @@ class DecodedImage:
     `pixels` are grey uint8 (h, w). `format` is the file format, `mode` the pixel mode as stored (Pillow's name, or the
     photometric interpretation of DICOM), `bits` the bits per sample; `width` and `height` are those of the file, which
     may be larger than `pixels`. `notes` describe every change beyond decoding, such as the window of a 12-bit image.
-    `burned_in` is True if the file says that its picture contains text, which may identify the patient.
+    `burned_in` is True if the file says that its picture contains text, which may identify the patient. `square` is the
+    network's view of the image, grey uint8 (size, size), if it was made along with the pixels, otherwise empty.
     """
 
     pixels: np.ndarray
@@ -44,6 +43,7 @@ class DecodedImage:
     height: int
     notes: tuple[str, ...] = ()
     burned_in: bool = False
+    square: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.uint8))
 
 
 def check_pixels(width: int, height: int) -> None:

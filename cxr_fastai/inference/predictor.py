@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.images.arrays import check_squares
 from cxr_fastai.images.decode import ImageLike, file_path, open_image
+from cxr_fastai.images.decoder_pool import default_pool
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle
@@ -119,7 +121,8 @@ class Predictor:
 
         An image that cannot be used gets the status `error` or `rejected` with a code and a message. The message of
         other images contains notes of their reading, such as the window of a 16-bit image. `workers` threads read
-        images ahead (default: the number of cores). Raises `UsageError` if `images` is a single image.
+        images ahead (default: the number of cores). Files are decoded in processes (see `DecoderPool`), so that one
+        that takes more than 10 s gets the code `E_TIMEOUT`. Raises `UsageError` if `images` is a single image.
         """
         return self.predict_named(name_images(images), batch_size, workers)
 
@@ -133,10 +136,11 @@ class Predictor:
 
     def _open(self, named_image: tuple[str, ImageLike]) -> tuple[Row, np.ndarray | None]:
         name, image = named_image
-        row, decoded = self.start_row(name, lambda preprocessing: open_image(image, preprocessing, name))
-        if decoded is None:
-            return row, None
-        return row, self.preprocessing.fit(decoded.pixels)
+        try:
+            decoded = open_image(image, self.preprocessing, name, partial(default_pool().decode, side=0))
+        except ImageError as error:
+            return self.start_row(name, error), None
+        return self.start_row(name, decoded), decoded.square
 
     def _predict_batch(self, batch: list[tuple[Row, np.ndarray | None]]) -> Iterator[Row]:
         squares = [square for _, square in batch if square is not None]
@@ -151,19 +155,14 @@ class Predictor:
                 position += 1
             yield row
 
-    def start_row(self, name: str, read: Callable[[Preprocessing], DecodedImage]) -> tuple[Row, DecodedImage | None]:
-        """Return the row of the image `name` before its prediction, and the image; None if it cannot be used.
-
-        `read` decodes the image for the preprocessing that it is given.
-        """
+    def start_row(self, name: str, image: DecodedImage | ImageError) -> Row:
+        """Return the row of the image `name` before its prediction; `image` is the error if it cannot be used."""
         row: Row = {**dict.fromkeys(COLUMNS), 'path': name, 'threshold': self.threshold}
-        try:
-            image = read(self.preprocessing)
-        except ImageError as error:
-            message = str(error).removeprefix(f'{name}: '.replace('\n', ' '))[:MAX_MESSAGE]
-            return row | {'status': error.status, 'code': error.code, 'message': message}, None
+        if isinstance(image, ImageError):
+            message = str(image).removeprefix(f'{name}: '.replace('\n', ' '))[:MAX_MESSAGE]
+            return row | {'status': image.status, 'code': image.code, 'message': message}
         notes = '; '.join(image.notes)[:MAX_MESSAGE]
-        return row | {'status': 'ok', 'message': notes or None}, image
+        return row | {'status': 'ok', 'message': notes or None}
 
     def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return probabilities (n,) and gate distances (n,) of grey uint8 images (n, size, size).

@@ -20,6 +20,7 @@ from cxr_fastai.core.errors import CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import atomic, writing
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.images.decode import ImageLike
+from cxr_fastai.images.decoder_pool import default_pool
 from cxr_fastai.inference.distributed import broadcast, map_in_processes, process_group
 from cxr_fastai.inference.predictor import COLUMNS, Predictor, Row, name_images
 
@@ -81,6 +82,7 @@ def predict_to_table(
             writer, finished = _open_table(table, resume)
         finished, named = broadcast((finished, name_images(images)))
         _check_same_images(finished, [name for name, _ in named], table)
+        default_pool().start(len(named) - len(finished))  # the processes start while the model is loaded
         predictor = replace(Predictor.load(model, calibrated, engine, use_gate), tta=tta)
         if threshold is not None:
             predictor = predictor.with_threshold(threshold)

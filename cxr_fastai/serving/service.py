@@ -8,11 +8,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from cxr_fastai.core.errors import CXRError, UsageError
-from cxr_fastai.images.decode import decode_image
+from cxr_fastai.core.errors import CXRError, ImageError, UsageError
+from cxr_fastai.images.decoder_pool import QUICK_SECONDS, DecoderPool
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.inference.bundle import MANIFEST, ONNX, Bundle
 from cxr_fastai.inference.predictor import Predictor
@@ -126,7 +125,7 @@ class Batcher:
 class Service:
     """A bundle that answers many requests at a time. `Service.open` opens one; `running` starts its batches.
 
-    Images are decoded in as many threads as this process has cores, computed in one thread, and explained in another.
+    Images are decoded in processes (see `DecoderPool`), computed in one thread, and explained in another.
     At most `max_requests` requests are answered at a time.
     """
 
@@ -143,7 +142,7 @@ class Service:
         self.predictor = predictor
         self.max_requests = max_requests
         self.active_requests = 0
-        self.decoding = ThreadPoolExecutor(_available_cores())
+        self.decoding = DecoderPool(quick_seconds=QUICK_SECONDS)
         self.computing = ThreadPoolExecutor(1)
         self.explaining = ThreadPoolExecutor(1)
         self.batcher = Batcher(predictor.infer, self.computing, max_batch, max_delay, observe)
@@ -176,11 +175,13 @@ class Service:
     async def running(self) -> AsyncIterator[Service]:
         """Answer requests within this context."""
         batches = asyncio.create_task(self.batcher.run())
+        self.decoding.start(self.max_requests)
         try:
             yield self
         finally:
             batches.cancel()
-            for executor in (self.decoding, self.computing, self.explaining):
+            self.decoding.close()
+            for executor in (self.computing, self.explaining):
                 executor.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
@@ -200,51 +201,49 @@ class Service:
         The path of a row is `image-1`, `image-2`, ... With `explain` each row also has the key `explanation`: the
         result of the method `explanation`, or None if the image cannot be read.
         """
-        rows = [self._predict_image(f'image-{i}', image, explain) for i, image in enumerate(images, start=1)]
+        rows = [self._predict_image(number, image, explain) for number, image in enumerate(images, start=1)]
         return list(await asyncio.gather(*rows))
 
-    async def _predict_image(self, name: str, data: bytes, explain: bool) -> dict[str, Any]:
-        row, image, square = await _run(self.decoding, self._decode, name, data, explain)
+    async def _predict_image(self, number: int, data: bytes, explain: bool) -> dict[str, Any]:
+        try:
+            image: DecodedImage | ImageError = await asyncio.wrap_future(self._decode(data, explain, number))
+        except ImageError as error:
+            image = error
+        row = self.predictor.start_row(f'image-{number}', image)
         if explain:
             row['explanation'] = None
-        if image is None:
+        if isinstance(image, ImageError):
             return row
         try:
-            score, distance = await self.batcher.submit(square)
+            score, distance = await self.batcher.submit(image.square)
             row |= self.predictor.decide(score, distance)
         except Exception as error:  # the other images of the request are still answered
             log.error('inference failed for one image: %s', type(error).__name__)
             return row | INTERNAL_ERROR
         if explain:
-            row['explanation'] = await _run(self.explaining, self.explanation, image, square, row['status'] == 'ok')
+            row['explanation'] = await _run(self.explaining, self.explanation, image, row['status'] == 'ok')
         return row
 
     def explain(self, data: bytes) -> dict[str, Any]:
         """Return the row of one image with its explanation, computed in this thread, without a running service."""
-        row, image, square = self._decode('image', data, True)
-        if image is None:
-            return row | {'explanation': None}
-        scores, distances = self.predictor.infer(square[None])
+        try:
+            image = self._decode(data, True).result()
+        except ImageError as error:
+            return self.predictor.start_row('image', error) | {'explanation': None}
+        row = self.predictor.start_row('image', image)
+        scores, distances = self.predictor.infer(image.square[None])
         row |= self.predictor.decide(scores[0], distances[0])
-        return row | {'explanation': self.explanation(image, square, row['status'] == 'ok')}
+        return row | {'explanation': self.explanation(image, row['status'] == 'ok')}
 
-    def _decode(self, name: str, data: bytes, explain: bool) -> tuple[dict[str, Any], DecodedImage | None, Any]:
-        """Return the first fields of a row, the image, and the network's view of it, grey uint8 (size, size).
+    def _decode(self, data: bytes, explain: bool, position: int = 0) -> Future[DecodedImage]:
+        """Decode an image in a process to the network's view, and to the pixels that an explanation shows."""
+        side = DISPLAY_SIDE if explain else 0
+        return self.decoding.submit(data, self.predictor.preprocessing, side=side, position=position)
 
-        The image may have 40 million pixels, so it is reduced to its display size before it waits for its batch, or to
-        the network's view if it will not be displayed.
-        """
-        row, image = self.predictor.start_row(name, lambda preprocessing: decode_image(data, preprocessing))
-        if image is None:
-            return row, None, None
-        square = self.predictor.preprocessing.fit(image.pixels)
-        pixels = _reduce(image.pixels) if explain else square
-        return row, replace(image, pixels=pixels), square
-
-    def explanation(self, image: DecodedImage, square: np.ndarray, has_score: bool) -> dict[str, Any]:
+    def explanation(self, image: DecodedImage, has_score: bool) -> dict[str, Any]:
         """Return facts about the file of `image`, and the image as PNG in base64 without and with its Grad-CAM map.
 
-        `square` is the network's view of it. `image` or `overlay` is None where `note` says why.
+        `image` or `overlay` is None where `note` says why.
         """
         facts: dict[str, Any] = {
             'format': image.format,
@@ -261,7 +260,7 @@ class Service:
         if not has_score:
             return facts
         try:
-            overlay = self.overlay(image.pixels, square)
+            overlay = self.overlay(image.pixels, image.square)
         except UsageError as error:
             return facts | {'note': str(error)}
         if overlay is None:
@@ -309,22 +308,8 @@ def find_bundle(path: Path) -> Path:
     return path
 
 
-def _available_cores() -> int:
-    """Return the number of cores that this process may use, which is less than `cpu_count` in many containers."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 async def _run(executor: Executor, function: Callable[..., Any], *args: Any) -> Any:
     return await asyncio.get_running_loop().run_in_executor(executor, function, *args)
-
-
-def _reduce(image: np.ndarray) -> np.ndarray:
-    """Reduce `image`, grey uint8 (h, w), to a longer side of `DISPLAY_SIDE` pixels."""
-    picture = Image.fromarray(image)
-    picture.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
-    return np.asarray(picture)
 
 
 def _encode_png(pixels: np.ndarray) -> str:

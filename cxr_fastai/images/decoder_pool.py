@@ -1,0 +1,455 @@
+"""Decoding of images of strangers in processes that can be ended: a deadline and a memory limit for each image.
+
+A decoder written in C cannot be interrupted in a thread. Here an image that takes too long, or needs too much memory,
+costs its own process, which is replaced; all other images are decoded as if it did not exist.
+"""
+
+from __future__ import annotations
+
+import atexit
+import heapq
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import CancelledError, Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from itertools import count
+from pathlib import Path
+from threading import Condition, Event, Thread, current_thread
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import cxr_fastai
+from cxr_fastai.core.errors import CXRError, ImageError
+from cxr_fastai.core.schemas import Flag, Integer, ListOf, Text, check_object
+from cxr_fastai.images import decoder_process
+from cxr_fastai.images.decode import decode_image
+from cxr_fastai.images.decoder_process import (
+    MAX_NOTES,
+    MAX_TEXT,
+    MEMORY_EXIT_CODE,
+    OUT_OF_MEMORY,
+    read_exactly,
+    read_facts,
+    write_message,
+)
+from cxr_fastai.images.limits import MAX_PIXELS, DecodedImage
+from cxr_fastai.images.preprocessing import Preprocessing
+
+DECODE_SECONDS = 10.0
+"""Default deadline of one image, from the moment when a process begins to decode it."""
+DECODE_MEMORY = 3 * 2**29
+"""Default limit of the memory of a process, 1.5 GiB (not on macOS and Windows)."""
+QUICK_SECONDS = 0.25
+"""Time in which an image of usual size is decoded, with a wide margin."""
+CANCELLED_SECONDS = 1.0
+"""An image that nobody waits for any more is decoded for at most this long."""
+IDLE_SECONDS = 60.0
+"""A process that had nothing to do for so long ends."""
+START_SECONDS = 60.0
+"""Longest time until a new process is ready."""
+SPACING_SECONDS = 0.05
+"""Image number n of a request is treated as if it had arrived n times this later than the first."""
+TICK_SECONDS = 0.05
+"""Interval at which the deadlines of running images are checked."""
+SLOW_PRIORITY = 10
+"""Priority (`nice`) of processes for slow images."""
+ANSWER = {
+    'format': Text(16),
+    'mode': Text(64),
+    'bits': Integer(1, 64),
+    'width': Integer(1, MAX_PIXELS),
+    'height': Integer(1, MAX_PIXELS),
+    'burned_in': Flag(),
+    'notes': ListOf(Text(MAX_TEXT), MAX_NOTES),
+    'shapes': ListOf(ListOf(Integer(0, MAX_PIXELS), 2), 2),
+}
+"""The facts in an answer of a process that has decoded an image."""
+REFUSAL = {'error': Text(40, 'E_[A-Z_]+'), 'message': Text(MAX_TEXT)}
+"""The facts in an answer of a process that cannot decode an image."""
+MAX_ANSWER = 2 * MAX_PIXELS
+"""Maximum number of bytes of all pixels in an answer."""
+ANSWER_NAME = 'the answer of a decoder process'
+NOT_STARTED = (
+    f'the process that decodes images did not start. Check that {sys.executable} can import cxr_fastai, and that there '
+    'is enough memory.'
+)
+DICOM_MODULES = ('pydicom.pixels', 'jpeg_ls')
+"""Modules that a process imports before its first DICOM image, if many clients wait."""
+SINGLE_THREADED = {'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
+"""Environment of the processes: threads of BLAS would only reserve memory."""
+
+
+@dataclass(order=True)
+class _Task:
+    """One image that waits for a process, or is in one. Tasks are sorted by their `turn`, then by their number."""
+
+    turn: float
+    number: int
+    data: bytes = field(compare=False, repr=False)
+    request: dict[str, Any] = field(compare=False)
+    result: Future[DecodedImage] = field(compare=False, default_factory=Future)
+
+    def drop_data(self) -> None:
+        """Release the contents of the file, also while the task still waits."""
+        self.data = b''
+
+    def fail(self, error: Exception) -> None:
+        with suppress(InvalidStateError):  # cancelled
+            self.result.set_exception(error)
+
+    def finish(self, image: DecodedImage) -> None:
+        with suppress(InvalidStateError):
+            self.result.set_result(image)
+
+
+class DecoderPool:
+    """Decodes images in at most `workers` processes (default: the number of cores), which are started when needed.
+
+    An image that takes longer than `seconds` has the error E_TIMEOUT, and one that needs more than `memory` bytes
+    E_TOO_LARGE. Images come in the order of their arrival, but those of one request are spread by `SPACING_SECONDS`, so
+    that a large request does not keep the others waiting.
+
+    With `quick_seconds`, an image that takes longer while others wait is begun again in one more process of lower
+    priority, where such images follow one after the other. Slow images of some clients then cannot delay the others.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        seconds: float = DECODE_SECONDS,
+        memory: int = DECODE_MEMORY,
+        quick_seconds: float = math.inf,
+    ) -> None:
+        self.seconds = seconds
+        self.numbers = count()
+        atexit.register(self.close)
+        slow = None
+        if quick_seconds < math.inf:
+            slow = _Lane(1, seconds, memory, SLOW_PRIORITY)
+        self.lane = _Lane(workers or available_cores(), seconds, memory, slow=slow, quick_seconds=quick_seconds)
+
+    def start(self, images: int) -> None:
+        """Start the processes for so many images now, so that the first images do not wait for them."""
+        for _ in range(min(images, self.lane.workers)):
+            self.submit(b'')
+
+    def submit(
+        self,
+        data: bytes,
+        preprocessing: Preprocessing | None = None,
+        suffix: str = '',
+        side: int | None = None,
+        position: int = 0,
+    ) -> Future[DecodedImage]:
+        """Decode the contents of a file as `decode_image` does; the result of the future raises `ImageError`.
+
+        The image has a `square` if there is a `preprocessing`. Its pixels are reduced to a longer side of `side`; 0
+        leaves them out. `position` is that of the image in its request. A future that is cancelled frees its process
+        after at most `CANCELLED_SECONDS`.
+        """
+        request = {
+            'preprocessing': preprocessing and asdict(preprocessing),
+            'suffix': suffix,
+            'side': side,
+            'seconds': self.seconds,
+        }
+        task = _Task(time.monotonic() + position * SPACING_SECONDS, next(self.numbers), data, request)
+        task.result.add_done_callback(lambda _: task.drop_data())
+        self.lane.put(task)
+        return task.result
+
+    def decode(
+        self,
+        image: bytes | Image.Image | np.ndarray,
+        preprocessing: Preprocessing | None = None,
+        suffix: str = '',
+        side: int | None = None,
+    ) -> DecodedImage:
+        """Decode an image in memory as the function `decode_image` does, and wait for it. Raises `ImageError`.
+
+        Only the contents of files need a process: an image of Pillow or an array is converted here. `side` is that of
+        `submit`, for files only.
+        """
+        if isinstance(image, bytes):
+            return self.submit(image, preprocessing, suffix, side).result()
+        decoded = decode_image(image, preprocessing, suffix)
+        return replace(decoded, square=preprocessing.fit(decoded.pixels)) if preprocessing else decoded
+
+    def close(self) -> None:
+        """End all processes. Images that are not decoded yet are cancelled."""
+        atexit.unregister(self.close)
+        self.lane.close()
+
+    def __enter__(self) -> DecoderPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@cache
+def default_pool() -> DecoderPool:
+    """Return the pool that all predictions of this process share. Its processes end when they have nothing to do."""
+    pool = DecoderPool()
+    if hasattr(os, 'register_at_fork'):
+        os.register_at_fork(after_in_child=default_pool.cache_clear)  # a forked process has none of the threads
+    return pool
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use, which is less than `cpu_count` in many containers."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Lane:
+    """A queue, and the processes that decode its images, each with its own thread here.
+
+    A task that takes longer than `quick_seconds` while others wait moves to the lane `slow`. A thread that ticks ends
+    the processes whose time is over.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        seconds: float,
+        memory: int,
+        priority: int = 0,
+        slow: _Lane | None = None,
+        quick_seconds: float = math.inf,
+    ) -> None:
+        self.workers = workers
+        self.seconds = seconds
+        self.memory = memory
+        self.priority = priority
+        self.slow = slow
+        self.quick_seconds = quick_seconds
+        self.changed = Condition()
+        self.tasks: list[_Task] = []
+        self.running: dict[_Process, _Task] = {}
+        self.is_busy = Event()
+        self.threads: set[Thread] = set()
+        self.watcher = Thread(target=self._watch, daemon=True, name='decoder-watch')
+        self.idle = 0
+        self.closed = False
+
+    def put(self, task: _Task) -> None:
+        """Queue a task. It is cancelled if the lane is closed."""
+        with self.changed:
+            if self.closed:
+                task.result.cancel()
+                return
+            heapq.heappush(self.tasks, task)
+            self.changed.notify()
+            if len(self.tasks) > self.idle and len(self.threads) < self.workers:
+                self._start_thread()
+
+    def _start_thread(self) -> None:
+        if not self.watcher.is_alive():
+            self.watcher.start()
+        thread = Thread(target=self._work, daemon=True, name='decoder')
+        self.threads.add(thread)
+        thread.start()
+
+    def close(self) -> None:
+        """End all processes and threads, and cancel all tasks. The lane `slow` is closed too."""
+        with self.changed:
+            self.closed = True
+            waiting = [*self.tasks, *self.running.values()]
+            for process in self.running:
+                process.stop(CancelledError())
+            self.changed.notify_all()
+            threads = tuple(self.threads)
+        self.is_busy.set()  # wakes the watcher
+        for task in waiting:
+            task.result.cancel()
+        for thread in threads:
+            thread.join()
+        if self.slow:
+            self.slow.close()
+
+    def _work(self) -> None:
+        """Decode images until there are none for `IDLE_SECONDS`; runs in a thread."""
+        process = None
+        try:
+            while task := self._next_task():
+                if process is None or not process.is_usable:
+                    process = _Process(self.memory, self.priority, self.slow is not None)
+                self._decode(process, task)
+                if not process.is_usable:
+                    process.end()
+        finally:
+            if process:
+                process.end()
+
+    def _next_task(self) -> _Task | None:
+        """Wait for the next task. Returns None if this thread is to end."""
+        with self.changed:
+            self.idle += 1
+            try:
+                while self.changed.wait_for(self._has_news, IDLE_SECONDS) and not self.closed:
+                    task = heapq.heappop(self.tasks)
+                    if not task.result.done():
+                        return task
+                self.threads.discard(current_thread())
+                return None
+            finally:
+                self.idle -= 1
+
+    def _has_news(self) -> bool:
+        return bool(self.tasks) or self.closed
+
+    def _decode(self, process: _Process, task: _Task) -> None:
+        with self.changed:
+            self.running[process] = task
+        self.is_busy.set()
+        try:
+            image = process.decode(task.request, task.data)
+        except _MoveToSlowLane:
+            assert self.slow
+            self.slow.put(task)
+        except Exception as error:
+            task.fail(error)
+        else:
+            task.finish(image)
+        finally:
+            with self.changed:
+                del self.running[process]
+
+    def _watch(self) -> None:
+        """Stop processes whose time is over; runs in a thread until the lane is closed."""
+        while not self.closed:
+            self.is_busy.wait()
+            time.sleep(TICK_SECONDS)
+            with self.changed:
+                if not self.running:
+                    self.is_busy.clear()
+                for process, task in self.running.items():
+                    reason = self._reason_to_stop(process, task)
+                    if reason:
+                        process.stop(reason)
+
+    def _reason_to_stop(self, process: _Process, task: _Task) -> Exception | None:
+        seconds = process.decoding_seconds
+        if process.starting_seconds > START_SECONDS:
+            return CXRError(NOT_STARTED)
+        if seconds > self.seconds or (seconds > CANCELLED_SECONDS and task.result.cancelled()):
+            return ImageError(f'not decoded after {self.seconds:g} s', 'E_TIMEOUT')
+        if seconds > self.quick_seconds and self.tasks:
+            return _MoveToSlowLane()
+        return None
+
+
+class _MoveToSlowLane(Exception):  # noqa: N818, it is no failure
+    """An image takes long, and others wait."""
+
+
+class _Process:
+    """A running `decoder_process`. It is usable until it was stopped or ended by itself."""
+
+    def __init__(self, memory: int, priority: int, with_dicom: bool) -> None:
+        modules = DICOM_MODULES if with_dicom else ()
+        command = [sys.executable, '-P', '-m', decoder_process.__name__, str(memory), str(priority), *modules]
+        self.process = subprocess.Popen(
+            command,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # decoders may quote the file
+            env=os.environ | {'PYTHONPATH': _import_path()} | SINGLE_THREADED,
+        )
+        self.requests: Any = self.process.stdin
+        self.answers: Any = self.process.stdout
+        self.started = time.monotonic()
+        self.is_ready = False
+        self.began: float | None = None
+        self.reason: Exception | None = None
+
+    @property
+    def is_usable(self) -> bool:
+        """True if the process can decode another image."""
+        return self.reason is None and self.process.poll() is None
+
+    @property
+    def starting_seconds(self) -> float:
+        """The seconds since the process was started; 0 if it is ready."""
+        return 0 if self.is_ready else time.monotonic() - self.started
+
+    @property
+    def decoding_seconds(self) -> float:
+        """The seconds since it began to decode an image; 0 if it does nothing."""
+        began = self.began
+        return 0 if began is None else time.monotonic() - began
+
+    def decode(self, request: dict[str, Any], data: bytes) -> DecodedImage:
+        """Return the image in `data`. Raises `ImageError`, or the reason for which the process was stopped."""
+        try:
+            if not self.is_ready:
+                read_facts(self.answers)
+                self.is_ready = True
+            self.began = time.monotonic()
+            write_message(self.requests, request, data)
+            return self._read_image()
+        except (EOFError, OSError) as error:
+            self.process.kill()
+            self.process.wait()
+            raise (self.reason or self._crash()) from error
+        finally:
+            self.began = None
+
+    def _read_image(self) -> DecodedImage:
+        facts, size = read_facts(self.answers)
+        if 'bug' in facts:
+            raise RuntimeError(f'a bug in the process that decodes images:\n{facts["bug"]}')
+        if 'error' in facts:
+            refusal = check_object(facts, REFUSAL, ANSWER_NAME)
+            raise ImageError(refusal['message'], refusal['error'])
+        described = check_object(facts, ANSWER, ANSWER_NAME)
+        shapes = described.pop('shapes')
+        if size != sum(map(math.prod, shapes)) or size > MAX_ANSWER:
+            raise EOFError
+        data = read_exactly(self.answers, size)
+        first = math.prod(shapes[0])
+        pixels = np.frombuffer(data, np.uint8, first).reshape(shapes[0])
+        described['notes'] = tuple(described['notes'])
+        image = DecodedImage(pixels, **described)
+        if len(shapes) == 1:
+            return image
+        return replace(image, square=np.frombuffer(data, np.uint8, offset=first).reshape(shapes[1]))
+
+    def _crash(self) -> Exception:
+        """Return the error of an image whose process has ended by itself."""
+        if not self.is_ready:
+            return CXRError(NOT_STARTED)
+        if -self.process.returncode == signal.SIGALRM:
+            return ImageError('its decoding took too long', 'E_TIMEOUT')
+        if self.process.returncode in (MEMORY_EXIT_CODE, -signal.SIGKILL):
+            return ImageError(OUT_OF_MEMORY['message'], OUT_OF_MEMORY['error'])
+        return ImageError('truncated or damaged: its decoder crashed', 'E_TRUNCATED')
+
+    def stop(self, reason: Exception) -> None:
+        """Kill the process; `decode` in another thread then raises the `reason`."""
+        self.reason = self.reason or reason
+        self.process.kill()
+
+    def end(self) -> None:
+        """Kill the process and release what belongs to it."""
+        self.process.kill()
+        self.process.wait()
+        self.requests.close()
+        self.answers.close()
+
+
+def _import_path() -> str:
+    """Return the folders from which this process imports, without the current folder, as a value for PYTHONPATH."""
+    package_folder = str(Path(cxr_fastai.__file__).parents[1])
+    return os.pathsep.join([package_folder, *(path for path in sys.path if os.path.isabs(path))])

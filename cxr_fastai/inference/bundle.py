@@ -160,7 +160,7 @@ class Bundle:
         local_processes = int(os.environ.get('LOCAL_WORLD_SIZE', process_count()))
         if local_processes > 1:
             threads = max((os.cpu_count() or 1) // local_processes, 1)
-        return OnnxEngine(self.read(ONNX), self.path / ONNX, threads)
+        return OnnxEngine(self.read(ONNX), self.path / ONNX, threads, self.config.size)
 
     def _torch_engine(self) -> TorchEngine:
         return TorchEngine(load_network(self.config.arch, self.read(WEIGHTS), self.path / WEIGHTS))

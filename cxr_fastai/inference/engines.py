@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cxr_fastai.core.errors import CXRError, first_line
+from cxr_fastai.core.errors import CXRError
 from cxr_fastai.core.recipe import POSITIVE
+from cxr_fastai.core.workers import Worker, WorkerCrash, WorkerError, WorkerTimeout
+from cxr_fastai.inference.onnx_format import check_onnx
+from cxr_fastai.inference.onnx_process import BATCH
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,9 +20,16 @@ if TYPE_CHECKING:
 Engine = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """Maps grey uint8 images (n, s, s) to probabilities of pneumonia (n,) and the mean features of the body (n, c)."""
 
-EXTERNAL_DATA = re.compile(rb'(\x0a|\x8a\x80*\x00)(\x08|\x88\x80*\x00)location')
-"""The bytes by which an ONNX file refers to a tensor in another file: the key `location`, a protobuf field of 8 bytes.
-Protobuf may pad the tag and the length of a field with 0x80 bytes."""
+SECONDS = 30.0
+"""Time in which ONNX Runtime must load a model, and time of a prediction in addition to that for its pixels."""
+PIXELS_PER_SECOND = 50_000
+"""Pixels of a batch for which a prediction gets a second: about one image of 224 px."""
+BASE_MEMORY = 2**30
+MEMORY_PER_MODEL_BYTE = 8
+MEMORY_PER_PIXEL = 4096
+"""Bytes of memory that ONNX Runtime may use: a base, and for each byte of the model and each pixel of a batch."""
+MAX_ANSWER = 2**28
+"""Largest answer of the process, in bytes."""
 
 
 class TorchEngine:
@@ -50,39 +58,43 @@ class TorchEngine:
 class OnnxEngine:
     """Runs an ONNX file that `export` wrote with ONNX Runtime; it loads neither torch nor fastai.
 
-    `threads` is the number of threads of a prediction (default: the physical cores). Raises `CXRError` if `data`, the
-    bytes of the file `source`, are another kind of file.
+    The file is checked by `check_onnx`. ONNX Runtime then works in a process of its own, which is ended if loading, or
+    a prediction beyond its share of time for each image, takes longer than `seconds`. `threads` is the number of
+    threads of a prediction (default: the physical cores). With `size`, the model must take images of that side. Raises
+    `CXRError` if `data`, the bytes of the file `source`, are another kind of file, or cannot be loaded in time.
     """
 
-    def __init__(self, data: bytes, source: Path, threads: int | None = None) -> None:
-        os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
-        import onnxruntime
-
-        if EXTERNAL_DATA.search(data):
-            raise CXRError(f'{source}: refused, because it refers to tensors in other files. Export the run again.')
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        # Threads that wait actively would take the cores from other processes.
-        options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-        if threads:
-            options.intra_op_num_threads = threads
+    def __init__(
+        self, data: bytes, source: Path, threads: int | None = None, size: int | None = None, seconds: float = SECONDS
+    ) -> None:
+        check_onnx(data, source, size)
         self.source = source
-        try:
-            self.session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
-        except Exception as error:  # the exceptions of ONNX Runtime have no common base class
-            raise CXRError(f'{source}: not an ONNX model ({first_line(error, 120)}).') from None
-        outputs = {output.name for output in self.session.get_outputs()}
-        if not {'p_pneumonia', 'features'} <= outputs:
-            raise CXRError(
-                f'{source}: an ONNX model of another program. `cxr-fastai export` makes one for this program.'
-            )
+        self.seconds = seconds
+        self.model_bytes = len(data)
+        self.worker = Worker('cxr_fastai.inference.onnx_process', 'main', str(threads or 0))
+        self._ask([data], 0, 'not a model that ONNX Runtime can load')
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the probabilities of pneumonia (n,) and the mean features (n, c) of grey uint8 images (n, s, s)."""
+        """Return the probabilities of pneumonia (n,) and the mean features (n, c) of grey uint8 images (n, s, s).
+
+        Raises `CXRError` if the prediction fails or takes too long.
+        """
+        n, side = images.shape[:2]
+        head = BATCH.pack(n, side)
+        parts = self._ask([head, np.ascontiguousarray(images).tobytes()], n * side**2, 'the prediction failed')
+        p = np.frombuffer(parts[0], np.float64)
+        if len(p) != n or n == 0 or len(parts[1]) % (4 * n) != 0:
+            raise CXRError(f'{self.source}: returned {len(p)} probabilities for {n} images.')
+        return p, np.frombuffer(parts[1], np.float32).reshape(n, -1)
+
+    def _ask(self, parts: list[bytes], pixels: int, failure: str) -> list[bytes]:
+        """Return the answer of the process about `parts`, which contain images with that many `pixels`."""
+        seconds = self.seconds + pixels / PIXELS_PER_SECOND
+        memory = BASE_MEMORY + MEMORY_PER_MODEL_BYTE * self.model_bytes + MEMORY_PER_PIXEL * pixels
         try:
-            p, features = self.session.run(['p_pneumonia', 'features'], {'images': images[:, None]})
-        except Exception as error:
-            raise CXRError(f'{self.source}: the prediction failed ({first_line(error, 120)}).') from None
-        if len(p) != len(images) or len(features) != len(images):
-            raise CXRError(f'{self.source}: returned {len(p)} probabilities for {len(images)} images.')
-        return p, features
+            return self.worker.ask(parts, seconds, memory, MAX_ANSWER)
+        except WorkerTimeout:
+            reason = f'it took longer than {seconds:.0f} s'
+        except (WorkerError, WorkerCrash) as error:
+            reason = str(error)
+        raise CXRError(f'{self.source}: {failure} ({reason}).') from None

@@ -66,5 +66,5 @@ def test_an_onnx_file_takes_grey_images_of_8_bits(arch):
 
 
 def test_a_file_that_is_not_onnx_is_an_error():
-    with pytest.raises(CXRError, match='m.onnx: not an ONNX model'):
+    with pytest.raises(CXRError, match='m.onnx: refused, because it is not an ONNX file'):
         OnnxEngine(b'x', Path('m.onnx'))

@@ -1,5 +1,6 @@
 """Fixtures of the tests of hostile model files."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from cxr_fastai.cli import main
 @pytest.fixture(scope='session')
 def image(images) -> Path:
     return next((images / 'test').rglob('*.jpeg'))
+
+
+@pytest.fixture
+def changed(bundle, tmp_path) -> Path:
+    """A copy of the bundle, to be changed."""
+    return Path(shutil.copytree(bundle, tmp_path / 'bundle'))
 
 
 @pytest.fixture

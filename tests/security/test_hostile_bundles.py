@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 from bundlefiles import change_tensors, flipped, make_learner_pickle, seal
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 from safetensors.numpy import load
 
 from cxr_fastai.cli import main
@@ -23,12 +23,6 @@ from cxr_fastai.inference import pickles
 from cxr_fastai.inference.bundle import CONFIG, GATE, MANIFEST, ONNX, SELFTEST
 from cxr_fastai.inference.config import LEARNER, WEIGHTS
 from cxr_fastai.inference.pickles import trust
-
-
-@pytest.fixture
-def changed(bundle, tmp_path) -> Path:
-    """A copy of the bundle, to be changed."""
-    return Path(shutil.copytree(bundle, tmp_path / 'bundle'))
 
 
 def rewrite(folder: Path, name: str, change) -> None:
@@ -283,7 +277,8 @@ def test_a_network_smaller_than_its_images_is_refused(changed, refused):
     (changed / CONFIG).write_text(json.dumps(config | {'size': 1}))
     change_tensors(changed, SELFTEST, images=np.zeros((8, 1, 1), np.uint8))
     seal(changed)
-    assert refused(changed, '--engine', 'torch') == refused(changed, '--engine', 'onnx') == 5
+    assert refused(changed, '--engine', 'torch') == 5
+    assert refused(changed, '--engine', 'onnx') == 1
 
 
 @pytest.mark.parametrize('shape', [(), (0,), (3,), (3, 3), (2, 2, 2)], ids=str)
@@ -325,120 +320,6 @@ def test_nan_weights_are_detected_by_the_self_test(field, changed, refused):
     change_tensors(changed, WEIGHTS, **nan_arrays)
     seal(changed)
     assert refused(changed, '--engine', 'torch') == 5
-
-
-# Its ONNX file.
-
-
-def member(number: int, content: bytes) -> bytes:
-    return number_of(number << 3 | 2) + number_of(len(content)) + content
-
-
-def number_of(value: int) -> bytes:
-    """A number as protobuf writes it."""
-    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + number_of(value >> 7)
-
-
-def outside(data: bytes, place: str, key: bytes) -> bytes:
-    """The ONNX file with its first tensor in the file `place`, which the field `key` names."""
-    model = onnx.load_from_string(data)
-    first = model.graph.initializer.pop(0)
-    size = str(len(numpy_helper.to_array(first).tobytes())).encode()
-    facts = (
-        key + member(2, place.encode()),
-        member(1, b'offset') + member(2, b'0'),
-        member(1, b'length') + member(2, size),
-    )
-    tensor = b''.join(b'\x08' + number_of(side) for side in first.dims) + b'\x10\x01' + member(8, first.name.encode())
-    tensor += b''.join(member(13, fact) for fact in facts) + b'\x70\x01'
-    graph = model.graph.SerializeToString() + member(5, tensor)
-    model.ClearField('graph')
-    return model.SerializeToString() + member(7, graph)
-
-
-@pytest.mark.parametrize(
-    'key',
-    [b'\x0a\x08location', b'\x0a\x88\x80\x00location', b'\x8a\x00\x88\x00location'],
-    ids=['plain', 'a padded length', 'a padded tag'],
-)
-@pytest.mark.parametrize('place', ['weights.bin', '../weights.bin', '/etc/passwd'])
-def test_an_onnx_file_with_tensors_in_other_files_is_refused(place, key, changed, refused, monkeypatch):
-    first = onnx.load_from_string((changed / ONNX).read_bytes()).graph.initializer[0]
-    (changed.parent / 'here').mkdir()
-    monkeypatch.chdir(changed.parent / 'here')
-    for folder in ('.', '..'):
-        Path(folder, 'weights.bin').write_bytes(numpy_helper.to_array(first).tobytes())
-    rewrite(changed, ONNX, lambda data: outside(data, place, key))
-    seal(changed)
-    assert refused(changed) == 1
-
-
-def constant(name: str, value: object) -> onnx.NodeProto:
-    return helper.make_node('Constant', [], [name], value=numpy_helper.from_array(np.asarray(value)))
-
-
-def program(*nodes: onnx.NodeProto, side: int = 64) -> bytes:
-    """An ONNX file of ours by its names alone."""
-    images = helper.make_tensor_value_info('images', TensorProto.UINT8, ['n', 1, side, side])
-    outputs = [helper.make_empty_tensor_value_info(name) for name in ('p_pneumonia', 'features')]
-    graph = helper.make_graph(nodes, 'g', [images], outputs)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8).SerializeToString()
-
-
-FEATURES = constant('features', np.ones((2, 256), np.float32))
-STRINGS = helper.make_node('Constant', [], ['p_pneumonia'], value_strings=['a', 'b'])
-FOREIGN = helper.make_node('Evil', ['images'], ['p_pneumonia'], domain='evil')
-HUGE = (
-    helper.make_node('Constant', [], ['side'], value_ints=[2**40, 2**20]),
-    helper.make_node('ConstantOfShape', ['side'], ['all']),
-    helper.make_node('ReduceSum', ['all'], ['p_pneumonia']),
-)
-
-
-@pytest.mark.parametrize(
-    'data, expected',
-    [
-        (program(constant('p_pneumonia', [np.nan, np.nan]), FEATURES), 5),
-        (program(STRINGS, FEATURES), 5),
-        (program(constant('p_pneumonia', 0.5), FEATURES), 5),
-        (program(constant('p_pneumonia', [0.1] * 9), FEATURES), 5),
-        (program(constant('p_pneumonia', [0.1, 0.1]), FEATURES, side=3), 5),
-        (program(*HUGE, FEATURES), None),
-        (program(FOREIGN, FEATURES), 1),
-        (program(FEATURES), 1),
-        (b'ORTM' * 100, 1),
-        (b'\0' * 100, 1),
-        (b'x', 1),
-        (b'', 1),
-    ],
-    ids=[
-        'not a number',
-        'strings',
-        'one number',
-        'too many',
-        'other images',
-        'endless memory',
-        'foreign code',
-        'half',
-        'another format',
-        'zeros',
-        'text',
-        'nothing',
-    ],
-)
-def test_an_onnx_file_of_another_program_is_refused(data, expected, changed, refused):
-    (changed / ONNX).write_bytes(data)
-    seal(changed)
-    code = refused(changed)
-    assert code == expected or expected is None
-
-
-def test_an_onnx_file_that_knows_only_the_reference_images_is_refused(changed, refused):
-    stored = load((changed / SELFTEST).read_bytes())['p'][:2]
-    (changed / ONNX).write_bytes(program(constant('p_pneumonia', stored), FEATURES))
-    (changed / GATE).unlink()
-    seal(changed)
-    assert refused(changed) == 1
 
 
 # Its zip.

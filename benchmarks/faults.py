@@ -39,9 +39,9 @@ from cxr_fastai.core import files, run
 from cxr_fastai.core.errors import CXRError
 from cxr_fastai.core.run import Run
 from cxr_fastai.images.synthetic import make_demo
-from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.models.architectures import ARCHS, PRETRAINED, Arch, BaselineCNN
 from cxr_fastai.training.checkpoint import StopOnSignal, load_state
+from cxr_fastai.training.restoring import load_learner
 
 EPOCHS = 4
 IMAGES_PER_CLASS = 6

@@ -18,8 +18,8 @@ import numpy as np
 from fastai.learner import Learner
 
 from cxr_fastai.data.find import list_images
-from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.training.restoring import load_learner
 
 BASELINES = ('learn.predict', 'learn.get_preds')
 

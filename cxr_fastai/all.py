@@ -36,7 +36,7 @@ from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.inference.bundle import Bundle
 from cxr_fastai.inference.decision import Decision
-from cxr_fastai.inference.pickles import load_learner, save_learner
+from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.inference.predictor import Predictor, prediction_table
 from cxr_fastai.interpretation.checks import check_maps, check_run
 from cxr_fastai.interpretation.explainer import Explainer, Subject
@@ -47,6 +47,7 @@ from cxr_fastai.models.networks import create_network
 from cxr_fastai.publishing.exporting import export
 from cxr_fastai.publishing.reporting import report
 from cxr_fastai.training.learner import CXRLearner, cxr_learner, recipe_learner
+from cxr_fastai.training.restoring import load_learner
 from cxr_fastai.training.saving import save_run
 from cxr_fastai.training.training import train
 

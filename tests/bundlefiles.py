@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import load
 
 from cxr_fastai.inference.bundle import MANIFEST
-from cxr_fastai.inference.config import tensor_bytes
+from cxr_fastai.inference.tensors import tensor_bytes
 
 
 def seal(folder: Path) -> None:

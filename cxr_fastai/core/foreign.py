@@ -7,7 +7,8 @@ import os
 import re
 import stat
 from collections import Counter
-from typing import Any, BinaryIO, NoReturn
+from io import BufferedReader
+from typing import Any, NoReturn
 
 from cxr_fastai.core.errors import CXRError, UsageError
 
@@ -31,7 +32,7 @@ KINDS = (
 """Test of the mode of a file -> what the file is, for everything that is not a regular file."""
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Open the regular file `path` for reading. Never waits, as opening a pipe would.
 
     Raises `UsageError` if it is missing, not readable, or not a regular file, such as a pipe or a device.

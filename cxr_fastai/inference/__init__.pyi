@@ -2,7 +2,7 @@ from .bundle import Bundle
 from .config import ModelConfig
 from .decision import Decision
 from .gate import Gate
-from .pickles import load_learner, save_learner, trust, trust_file
+from .pickles import save_learner, trust, trust_file
 from .predictor import Predictor, prediction_table
 from .selftest import SelfTest
 from .tables import Predictions, predict_to_table
@@ -15,7 +15,6 @@ __all__ = [
     'Predictions',
     'Predictor',
     'SelfTest',
-    'load_learner',
     'predict_to_table',
     'prediction_table',
     'save_learner',

@@ -1,309 +1,220 @@
-"""An unpickler for exported learners that accepts what a learner consists of, and refuses everything else.
+"""`read_pickle` reads a pickle as a description of objects. It creates none of them, and imports and calls nothing.
 
-The rule:
+A pickle is a program: it names classes and functions, calls them, and sets attributes. No list of permitted names makes
+running it safe. For example, `functools.partial` and a class of `torch.fx` together run any code, and a pickle can put
+them into a layer, which is called later. So its instructions are not executed here. A class or function becomes a
+`Name`, and what the pickle would make with it a `Description`, from which `learner_files` takes tensors and settings.
 
-1. A pickle may name only the globals in `REPLACED`, `CALLABLE` and `CLASSES`, and layers from `LAYER_MODULES`.
-2. It may call only the globals in `REPLACED` and `CALLABLE`, and only with arguments of plain types.
-3. It may create objects of the allowed classes, but empty: `__init__` does not run.
-4. It may set the attributes of such objects, but it may not replace a method, and may not change a class or function.
-5. It may add items only to lists and dictionaries.
-6. All other instructions are refused, except those that only put a constant on the stack.
-
-`torch.load(weights_only=True)` with `torch.serialization.safe_globals` can rebuild a learner, but it is not safe for
-one. It allows a pickle to *call* every allowed class with any arguments, and to replace any method of an object by
-setting an attribute of the same name. A learner needs classes such as `TfmdLists`, `ColReader` and `functools.partial`:
-`TfmdLists` calls the functions it is given, and `ColReader` reads attributes. Together they run any Python code.
-`tests/security/test_hostile_pickles.py` contains such a file. Rules 2, 3 and 4 prevent this.
+The time is proportional to the size of the pickle: no value is hashed, compared or copied. A set of nested tuples, for
+example, would take for ever to hash.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from enum import EnumType
-from functools import partial
-from importlib import import_module
-from random import Random
-from types import FunctionType
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-import numpy as np
-
-from cxr_fastai.core.errors import CXRError
-
-# `__builtin__` is the name that pickles of protocol 2 use for `builtins`.
-CALLABLE = {
-    '__builtin__': {'set'},
-    'builtins': {'set'},
-    '_codecs': {'encode'},
-    'collections': {'OrderedDict'},
-    'cxr_fastai.images.preprocessing': {'Preprocessing'},
-    'functools': {'partial'},
-    'inspect': {'Parameter', 'Signature', '_ParameterKind'},
-    'numpy': {'dtype'},
-    'numpy._core.multiarray': {'scalar'},
-    'pathlib': {'Path', 'PosixPath', 'PurePosixPath'},
-    'random': {'Random'},
-    'timm.layers.format': {'Format'},
-    'torch': {'Size', 'device'},
-    'torch._utils': {'_rebuild_parameter', '_rebuild_tensor_v2'},
-}
-"""Module -> the classes and functions that a pickle may name and call. None of them has a side effect."""
-
-CLASSES = {
-    '__builtin__': {'float', 'long', 'object', 'print', 'tuple', 'unicode'},
-    'builtins': {'float', 'int', 'object', 'print', 'str', 'tuple'},
-    'inspect': {'_empty'},
-    'numpy': {'ndarray'},
-    'pandas': {'Series'},
-    'cxr_fastai.models.architectures': {'BaselineCNN'},
-    'cxr_fastai.models.bodies': {'ConcatPool2d', 'TimmFeatures'},
-    'cxr_fastai.data.transforms': {'AugmentImages', 'DegradeImages', 'NormalizeImage', 'OpenImage'},
-    'cxr_fastai.data.loaders': {'CXRDataLoaders', 'follow_parent'},
-    'cxr_fastai.training.learner': {'CXRLearner', 'body_and_head', 'roc_auc', 'sensitivity', 'specificity'},
-    'cxr_fastai.training.optimizer': {'TorchOptimizer'},
-    'fastai.callback.core': {'TrainEvalCallback'},
-    'fastai.callback.progress': {'ProgressCallback'},
-    'fastai.callback.training': {'BnFreeze'},
-    'fastai.data.core': {'DataLoaders', 'Datasets', 'TfmdDL', 'TfmdLists'},
-    'fastai.data.load': {'_FakeLoader', '_wif'},
-    'fastai.data.transforms': {'Categorize', 'CategoryMap', 'ColReader', 'IntToFloatTensor', 'ToTensor'},
-    'fastai.imports': {'noop'},
-    'fastai.learner': {'AvgLoss', 'AvgMetric', 'AvgSmoothLoss', 'CastToTensor', 'Learner', 'Recorder'},
-    'fastai.losses': {'CrossEntropyLossFlat'},
-    'fastai.metrics': {'AccumMetric', 'accuracy'},
-    'fastai.optimizer': {'OptimWrapper'},
-    'fastai.torch_core': {'TensorBase', 'TensorCategory', 'TensorImage', 'TensorImageBW'},
-    'fastai.vision.augment': {'RandomErasing'},
-    'fastcore.foundation': {'L'},
-    'fasttransform.transform': {'Pipeline'},
-    'torch': {'BoolStorage', 'ByteStorage', 'DoubleStorage', 'FloatStorage', 'IntStorage', 'LongStorage'},
-    'torch.optim.adam': {'Adam'},
-    'torch.optim.adamw': {'AdamW'},
-}
-"""Module -> the classes and functions that a pickle may name, but not call."""
-
-LAYER_MODULES = ('torch.nn.modules.', 'timm.layers.', 'timm.models.', 'torchvision.models.', 'torchvision.ops.')
-"""Prefixes of the modules from which a pickle may also name every class that is a `torch.nn.Module`."""
-
-PLAIN_PACKAGES = {'builtins', 'collections', 'inspect', 'numpy', 'torch'}
-"""Packages of the types that a call may have as arguments. To iterate over an object of another type could run code."""
-
-REPLACEABLE_METHODS = {'after_batch', 'after_item', 'before_batch', 'dataloaders', 'wif'}
-"""Methods of fastai classes that an object may have as its own attribute."""
-
-CONSTANT_INSTRUCTIONS = (
-    (pickle.PROTO, pickle.STOP, pickle.MARK)
-    + (pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE)
-    + (pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE)
-    + (pickle.EMPTY_TUPLE, pickle.EMPTY_LIST, pickle.EMPTY_DICT)
-    + (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
-    + (pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT)
-    + (pickle.BINPERSID,)  # torch reads the contents of a tensor by it
-)
-"""Instructions that put a constant, a tuple of what is on the stack, or an earlier object on the stack."""
+MAX_INSTRUCTIONS = 1_000_000
+"""Largest number of instructions of a pickle. That of a ResNet50 has about 40,000."""
+ARGUMENTS = ('BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT', 'BINUNICODE')
+"""Instructions that put their argument on the stack."""
+CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
+"""Instruction -> the constant that it puts on the stack."""
+TUPLES = {'EMPTY_TUPLE': 0, 'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
+"""Instruction -> the number of values on the stack that it turns into a tuple."""
 
 
-def allowed_attribute(obj: Any, name: str) -> Any:
-    """Return an attribute that learners need: `dataloaders`, or a member of an enumeration. Replaces `getattr`."""
-    is_member = isinstance(obj, EnumType) and name in obj.__members__
-    if name != 'dataloaders' and not is_member:
-        _refuse(f'it reads the attribute {name}')
-    return getattr(obj, name)
+@dataclass(frozen=True, eq=False)
+class Name:
+    """A class or function that a pickle names. It is not imported."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f'{self.module}.{self.name}'
 
 
-def rebuild_tensor(func: Any, kind: type, args: tuple[Any, ...], state: Any) -> Any:
-    """Return a tensor of a subclass. Replaces `torch._tensor._rebuild_from_type_v2`, which calls any `func`."""
-    from torch._tensor import _rebuild_from_type_v2
-    from torch._utils import _rebuild_parameter, _rebuild_tensor_v2
-
-    if func is not _rebuild_parameter and func is not _rebuild_tensor_v2:
-        _refuse(f'it rebuilds a tensor with {_name(func)}')
-    return _rebuild_from_type_v2(func, kind, args, state)
+class Pairs(list[tuple[Any, Any]]):
+    """The keys and values of a dictionary. The keys are not hashed."""
 
 
-REPLACED: dict[str, dict[str, Callable[..., Any]]] = {
-    '__builtin__': {'getattr': allowed_attribute},
-    'builtins': {'getattr': allowed_attribute},
-    'torch._tensor': {'_rebuild_from_type_v2': rebuild_tensor},
-}
-"""Module -> functions that are too powerful, and the safe functions that are called instead."""
+@dataclass(eq=False)
+class Description:
+    """An object that a pickle describes: what it would call, with which arguments, and what it would add to it.
 
-
-def is_allowed(module: str, name: str) -> bool:
-    """Return True if a pickle may name the global `module.name`. This is rule 1."""
-    for table in (REPLACED, CALLABLE, CLASSES):
-        if name in table.get(module, ()):
-            return True
-    return _find_layer(module, name) is not None
-
-
-def _find_layer(module: str, name: str) -> Any:
-    """Return the class `name` of one of the `LAYER_MODULES` if it is a layer that is defined there, else None."""
-    if not module.startswith(LAYER_MODULES) or not name.isidentifier():
-        return None
-    from torch import nn
-
-    layer = getattr(import_module(module), name, None)
-    is_layer = isinstance(layer, type) and issubclass(layer, nn.Module) and layer.__module__.startswith(LAYER_MODULES)
-    return layer if is_layer else None
-
-
-class LearnerUnpickler(pickle._Unpickler):
-    """Reads a pickle by the rule in this module's docstring. Raises `CXRError` at the first instruction that breaks it.
-
-    The base class is the unpickler in Python, because the one in C cannot check single instructions.
+    `state` are the attributes of the object. `items` are the values of a list, or the pairs of a dictionary.
     """
 
-    stack: list[Any]
-    metastack: list[list[Any]]
+    called: Any
+    arguments: Any
+    state: Any = None
+    items: list[Any] = field(default_factory=list)
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.callables: list[Any] = [allowed_attribute, rebuild_tensor]
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Return the global `module.name` (rule 1)."""
+@dataclass(eq=False)
+class Stored:
+    """A reference to the contents of a tensor, which are next to the pickle."""
+
+    reference: Any
+
+
+def read_pickle(content: bytes) -> Any:
+    """Return the value that the pickle `content` describes.
+
+    It consists of None, booleans, numbers, texts, lists, tuples, `Pairs`, `Name`, `Description` and `Stored`. Raises
+    `ValueError` if the pickle is damaged, too long, or has an instruction that `torch.save` does not write.
+    """
+    reader = _Reader()
+    try:
+        for number, (instruction, argument, position) in enumerate(pickletools.genops(content)):
+            if number >= MAX_INSTRUCTIONS:
+                raise ValueError(f'its pickle has more than {MAX_INSTRUCTIONS:,} instructions')
+            reader.run(instruction.name, argument)
+            reader.end = position
+    except (IndexError, KeyError):  # an empty stack, or an object that is not in the memo
+        raise ValueError('its pickle is damaged') from None
+    if reader.end != len(content) - 1:
+        raise ValueError('it has bytes after its pickle')
+    return reader.result
+
+
+class _Reader:
+    """The stack and the memo of a pickle, and its instructions."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.outer_stacks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+        self.result: Any = None
+        self.end: int | None = None
+
+    def run(self, name: str, argument: Any) -> None:
+        """Execute the instruction `name`."""
+        if name in ARGUMENTS:
+            self.stack.append(argument)
+        elif name in CONSTANTS:
+            self.stack.append(CONSTANTS[name])
+        elif name in TUPLES:
+            self._push_tuple(TUPLES[name])
+        elif name in INSTRUCTIONS:
+            INSTRUCTIONS[name](self, argument)
+        else:
+            raise ValueError(f'its pickle has the instruction {name}, which no learner needs')
+
+    def _push_tuple(self, length: int) -> None:
+        start = len(self.stack) - length
+        if start < 0:
+            raise IndexError
+        self.stack[start:] = [tuple(self.stack[start:])]
+
+    def protocol(self, number: int) -> None:
+        if number != 2:
+            raise ValueError(f'its pickle has the protocol {number} instead of 2')
+
+    def stop(self, _: None) -> None:
+        self.result = self.stack.pop()
+
+    def mark(self, _: None) -> None:
+        self.outer_stacks.append(self.stack)
+        self.stack = []
+
+    def put(self, key: int) -> None:
+        self.memo[key] = self.stack[-1]
+
+    def get(self, key: int) -> None:
+        self.stack.append(self.memo[key])
+
+    def empty_list(self, _: None) -> None:
+        self.stack.append([])
+
+    def empty_dict(self, _: None) -> None:
+        self.stack.append(Pairs())
+
+    def long_tuple(self, _: None) -> None:
+        values = self._pop_marked()
+        self.stack.append(tuple(values))
+
+    def global_name(self, names: str) -> None:
+        module, _, name = names.partition(' ')
         if module.count('.') == 1 and module.startswith('cxr_fastai.'):
-            raise CXRError('made before version 0.1.0; export it again')  # all modules were directly in the package
-        if not is_allowed(module, name):
-            _refuse(f'it names {module}.{name}')
-        if name in REPLACED.get(module, ()):
-            return REPLACED[module][name]
-        global_object = super().find_class(module, name)
-        if name in CALLABLE.get(module, ()):
-            self.callables.append(global_object)
-        return global_object
+            raise ValueError('made before version 0.1.0; export it again')  # all modules were directly in the package
+        self.stack.append(Name(module, name))
 
-    def check_call(self) -> None:
-        """Rule 2: the function is callable, and its arguments have plain types."""
-        func, args = self.stack[-2:]
-        if not any(func is allowed for allowed in self.callables):
-            _refuse(f'it calls {_name(func)}')
-        # `allowed_attribute` does nothing with its argument but read the one attribute.
-        if func is not allowed_attribute and not all(_has_plain_type(arg) for arg in args):
-            _refuse(f'it calls {_name(func)} with an object of another package')
+    def persistent(self, _: None) -> None:
+        self.stack.append(Stored(self.stack.pop()))
 
-    def check_new_object(self) -> None:
-        """Rule 3: the object is created from a class without arguments."""
-        kind, args = self.stack[-2:]
-        if not isinstance(kind, type) or args:
-            _refuse(f'it creates an object with {_name(kind)}')
+    def call(self, _: None) -> None:
+        arguments = self.stack.pop()
+        self.stack.append(Description(self.stack.pop(), arguments))
 
-    def check_state(self) -> None:
-        """Rule 4: the state is a dictionary of attributes, or one of the few known tuples."""
-        obj, state = self.stack[-2:]
-        if not _is_state_tuple(obj, state) and not _are_attributes(obj, state):
-            _refuse(f'it changes how {_name(obj)} works')
+    def build(self, _: None) -> None:
+        state = self.stack.pop()
+        described = self.stack[-1]
+        if not isinstance(described, Description) or described.state is not None:
+            _refuse_change(described)
+        described.state = state
 
-    def check_append(self) -> None:
-        """Rule 5, one item for a list."""
-        self._check_container(self.stack[-2], (list,))
+    def append(self, _: None) -> None:
+        value = self.stack.pop()
+        self._items(list).append(value)
 
-    def check_extend(self) -> None:
-        """Rule 5, several items for a list."""
-        self._check_container(self.metastack[-1][-1], (list,))
+    def extend(self, _: None) -> None:
+        values = self._pop_marked()
+        self._items(list).extend(values)
 
-    def check_set_item(self) -> None:
-        """Rule 5, one item for a dictionary."""
-        self._check_container(self.stack[-3], (dict, OrderedDict))
+    def set_item(self, _: None) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._items(Pairs).append((key, value))
 
-    def check_set_items(self) -> None:
-        """Rule 5, several items for a dictionary."""
-        self._check_container(self.metastack[-1][-1], (dict, OrderedDict))
+    def set_items(self, _: None) -> None:
+        values = self._pop_marked()
+        if len(values) % 2:
+            raise IndexError
+        self._items(Pairs).extend(zip(values[::2], values[1::2], strict=True))
 
-    def _check_container(self, container: Any, kinds: Iterable[type]) -> None:
-        if type(container) not in kinds:
-            _refuse(f'it adds items to {_name(container)}')
+    def _items(self, container: type[list[Any]]) -> list[Any]:
+        """Return the list to which the value on top of the stack takes items: a `container`, or a described object."""
+        target = self.stack[-1]
+        if isinstance(target, Description):
+            return target.items
+        if type(target) is not container:
+            _refuse_change(target)
+        items: list[Any] = target
+        return items
 
-
-def _has_plain_type(arg: Any) -> bool:
-    return type(arg).__module__.split('.')[0] in PLAIN_PACKAGES
+    def _pop_marked(self) -> list[Any]:
+        values = self.stack
+        self.stack = self.outer_stacks.pop()
+        return values
 
 
-def _are_attributes(obj: Any, state: Any) -> bool:
-    """Return True if `state` is a dictionary of attributes of an instance, and replaces none of its methods."""
-    if type(state) is not dict or isinstance(obj, type | FunctionType | partial):
-        return False
-    return all(_is_attribute(obj, name) for name in state)
+def _refuse_change(target: Any) -> NoReturn:
+    what = str(target) if isinstance(target, Name) else type(target).__name__
+    raise ValueError(f'its pickle changes {what!r:.80}, which no learner needs')
 
 
-def _is_attribute(obj: Any, name: Any) -> bool:
-    if type(name) is not str or name in ('__setstate__', '__dict__'):
-        return False
-    if name in REPLACEABLE_METHODS:
-        return True
-    return not callable(getattr(type(obj), name, None))
-
-
-def _is_state_tuple(obj: Any, state: Any) -> bool:
-    """Return True if `state` is that of a random generator, a NumPy type, or the optimiser function of a learner."""
-    if type(state) is not tuple:
-        return False
-    if isinstance(obj, partial):
-        func = state[0]
-        return isinstance(func, type) and func.__name__ in ('OptimWrapper', 'TorchOptimizer')
-    return isinstance(obj, Random | np.dtype)
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise CXRError(f'{reason}, which no learner needs')
-
-
-def _name(obj: Any) -> str:
-    return str(getattr(obj, '__qualname__', type(obj).__qualname__))
-
-
-def _checked(instruction: bytes, check: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Return a function that executes `instruction` after `check`."""
-    execute: Callable[[Any], None] = pickle._Unpickler.dispatch[instruction[0]]
-
-    def check_and_execute(unpickler: LearnerUnpickler) -> None:
-        check(unpickler)
-        execute(unpickler)
-
-    return check_and_execute
-
-
-def _refuse_instruction(unpickler: Any) -> None:
-    raise CXRError('it has a pickle instruction that no learner needs')
-
-
-CHECKED_INSTRUCTIONS: dict[bytes, Callable[[Any], None]] = {
-    pickle.REDUCE: LearnerUnpickler.check_call,
-    pickle.NEWOBJ: LearnerUnpickler.check_new_object,
-    pickle.BUILD: LearnerUnpickler.check_state,
-    pickle.APPEND: LearnerUnpickler.check_append,
-    pickle.APPENDS: LearnerUnpickler.check_extend,
-    pickle.SETITEM: LearnerUnpickler.check_set_item,
-    pickle.SETITEMS: LearnerUnpickler.check_set_items,
+INSTRUCTIONS: dict[str, Callable[[_Reader, Any], None]] = {
+    'PROTO': _Reader.protocol,
+    'STOP': _Reader.stop,
+    'MARK': _Reader.mark,
+    'BINPUT': _Reader.put,
+    'LONG_BINPUT': _Reader.put,
+    'BINGET': _Reader.get,
+    'LONG_BINGET': _Reader.get,
+    'EMPTY_LIST': _Reader.empty_list,
+    'EMPTY_DICT': _Reader.empty_dict,
+    'TUPLE': _Reader.long_tuple,
+    'GLOBAL': _Reader.global_name,
+    'BINPERSID': _Reader.persistent,
+    'REDUCE': _Reader.call,
+    'NEWOBJ': _Reader.call,
+    'BUILD': _Reader.build,
+    'APPEND': _Reader.append,
+    'APPENDS': _Reader.extend,
+    'SETITEM': _Reader.set_item,
+    'SETITEMS': _Reader.set_items,
 }
-"""Instruction -> the check before it. `find_class` checks the instruction GLOBAL."""
-
-LearnerUnpickler.dispatch = {
-    **dict.fromkeys(pickle._Unpickler.dispatch, _refuse_instruction),
-    **{instruction[0]: pickle._Unpickler.dispatch[instruction[0]] for instruction in CONSTANT_INSTRUCTIONS},
-    pickle.GLOBAL[0]: pickle._Unpickler.dispatch[pickle.GLOBAL[0]],
-    **{instruction[0]: _checked(instruction, check) for instruction, check in CHECKED_INSTRUCTIONS.items()},
-}
-
-
-def check_network(model: Any) -> None:
-    """Raise `CXRError` unless `model` is a `Sequential(body, head)` that consists of layers and tensors, without hooks.
-
-    Calling a network with hooks, or with parts of other types, could run code.
-    """
-    from torch import Tensor, nn
-
-    if not isinstance(model, nn.Sequential) or len(model) != 2:
-        raise CXRError('its model is not a body and a head')
-    for layer in model.modules():
-        attributes = vars(layer)
-        hooks = [name for name, value in attributes.items() if name.endswith('_hooks') and value]
-        if hooks:
-            raise CXRError(f'its model has {", ".join(hooks)}')
-        for name, kind in (('_modules', nn.Module), ('_parameters', Tensor), ('_buffers', Tensor)):
-            for part in attributes[name].values():
-                if part is not None and not isinstance(part, kind):
-                    raise CXRError('its model has parts that are neither layers nor tensors')
+"""The other instructions of the pickles of `torch.save`, which have protocol 2."""

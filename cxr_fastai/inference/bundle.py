@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,10 +26,14 @@ from typing import Any
 import numpy as np
 
 from cxr_fastai.core.environment import process_count, require_package
-from cxr_fastai.core.errors import CXRError, UsageError
-from cxr_fastai.inference.config import LEARNER, SCHEMA, WEIGHTS, ModelConfig, check_header, check_schema, load_network
+from cxr_fastai.core.errors import CXRError, UsageError, first_line
+from cxr_fastai.core.foreign import FIX, parse_json, read_bytes
+from cxr_fastai.core.schemas import Fields, Integer, Table, Text
+from cxr_fastai.inference.config import LEARNER, SCHEMA, WEIGHTS, ModelConfig, check_schema
 from cxr_fastai.inference.engines import OnnxEngine, TorchEngine
+from cxr_fastai.inference.networks import load_network
 from cxr_fastai.inference.selftest import SelfTest
+from cxr_fastai.inference.tensors import MAX_BYTES, load_tensors
 
 CONFIG = 'config.json'
 MANIFEST = 'manifest.json'
@@ -39,10 +44,14 @@ CARD = 'MODEL_CARD.md'
 FILES = (CONFIG, WEIGHTS, ONNX, SELFTEST, GATE, CARD, LEARNER)
 """The file names that a manifest may contain."""
 
-MAX_BYTES = 2**31
-"""Largest file that is read, in bytes."""
 MAX_JSON_BYTES = 2**20
 """Largest JSON file that is read, in bytes."""
+MAX_RATIO = 100
+"""Largest factor by which a file in a zip may grow when it is unpacked. That of weights is below 2."""
+MANIFEST_FILES = Table(
+    Fields({'sha256': Text(64, '[0-9a-f]{64}'), 'size': Integer(0, MAX_BYTES)}), '|'.join(map(re.escape, FILES))
+)
+"""What a manifest may contain as its `files`."""
 ENGINES = ('auto', 'onnx', 'torch')
 IMAGES_AT_OPEN = 2
 """Number of reference images, one of each class, that are predicted whenever a bundle is opened."""
@@ -72,16 +81,14 @@ class Bundle:
     @cached_property
     def manifest(self) -> dict[str, dict[str, Any]]:
         """The files of the bundle: name -> `sha256` and `size`."""
-        files = self._manifest_json.get('files')
-        if not isinstance(files, dict):
+        files: Any = self._manifest_json.get('files')
+        if not MANIFEST_FILES.accepts(files):
             raise CXRError(
-                f'{self.path / MANIFEST}: not the manifest of a bundle. Get the bundle again from its source.'
+                f'{self.path / MANIFEST}: not the manifest of a bundle, because files is not {MANIFEST_FILES.words}. '
+                f'{FIX}'
             )
-        for name, entry in files.items():
-            is_entry = isinstance(entry, dict) and {'sha256', 'size'} <= set(entry)
-            if name not in FILES or not is_entry:
-                raise CXRError(f'{self.path / MANIFEST}: the entry {name!r:.80} is not valid. Get the bundle again.')
-        return files
+        entries: dict[str, dict[str, Any]] = files
+        return entries
 
     @cached_property
     def identity(self) -> str:
@@ -91,7 +98,10 @@ class Bundle:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """The contents of `config.json`."""
-        return self._parse_json(self.read(CONFIG), CONFIG)
+        data = self.read(CONFIG)
+        if len(data) > MAX_JSON_BYTES:
+            raise CXRError(f'{self.path / CONFIG}: {len(data):,} bytes, but at most {MAX_JSON_BYTES:,} are read. {FIX}')
+        return self._parse_json(data, CONFIG)
 
     @property
     def config(self) -> ModelConfig:
@@ -121,7 +131,7 @@ class Bundle:
         """Return the bytes of the file `name`. Raises `CXRError` if they do not match the hash in the manifest."""
         if name not in self:
             raise CXRError(f'{self.path}: the bundle has no {name}. Export the run again.')
-        data = self._read_bytes(name, MAX_BYTES)
+        data = self._read_bytes(name, self.manifest[name]['size'])
         if hashlib.sha256(data).hexdigest() != self.manifest[name]['sha256']:
             raise CXRError(
                 f'{self.path / name}: does not match its hash in the manifest, so it was damaged or changed. '
@@ -131,15 +141,7 @@ class Bundle:
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
         """Return the arrays of the safetensors file `name`. Raises `CXRError` if it is damaged."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
-        data = self.read(name)
-        check_header(data, self.path / name)
-        try:
-            return load(data)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CXRError(f'{self.path / name}: damaged ({error}). Get the bundle again from its source.') from None
+        return load_tensors(self.read(name), self.path / name)
 
     def engine(self, kind: str = 'auto') -> TorchEngine | OnnxEngine:
         """Return the engine `onnx` or `torch`; `auto` is ONNX Runtime if it is installed and the bundle has its file.
@@ -163,7 +165,7 @@ class Bundle:
         return OnnxEngine(self.read(ONNX), self.path / ONNX, threads, self.config.size)
 
     def _torch_engine(self) -> TorchEngine:
-        return TorchEngine(load_network(self.config.arch, self.read(WEIGHTS), self.path / WEIGHTS))
+        return TorchEngine(load_network(self.config, self.read(WEIGHTS), self.path / WEIGHTS))
 
     @cached_property
     def _manifest_bytes(self) -> bytes:
@@ -174,38 +176,33 @@ class Bundle:
         return self._parse_json(self._manifest_bytes, MANIFEST)
 
     def _read_bytes(self, name: str, max_bytes: int) -> bytes:
+        if self.path.is_dir():
+            return read_bytes(self.path / name, max_bytes)
         try:
-            if self.path.is_dir():
-                return self._read_from_folder(name, max_bytes)
             return self._read_from_zip(name, max_bytes)
         except CXRError:
             raise
         except Exception as error:  # a damaged zip file can raise any exception
-            raise CXRError(f'{self.path}: {name} cannot be read from the bundle ({error}).') from None
-
-    def _read_from_folder(self, name: str, max_bytes: int) -> bytes:
-        file = self.path / name
-        if not file.is_file():
-            raise OSError('not a regular file')  # reading a pipe would never end
-        self._check_size(file.stat().st_size, name, max_bytes)
-        return file.read_bytes()
+            raise CXRError(f'{self.path}: {name} cannot be read from the bundle ({first_line(error)}). {FIX}') from None
 
     def _read_from_zip(self, name: str, max_bytes: int) -> bytes:
         with zipfile.ZipFile(self.path) as archive:
-            self._check_size(archive.getinfo(name).file_size, name, max_bytes)
+            entry = archive.getinfo(name)
+            if entry.file_size > max_bytes:
+                raise CXRError(
+                    f'{self.path / name}: {entry.file_size:,} bytes, but at most {max_bytes:,} are read. {FIX}'
+                )
+            if entry.file_size > MAX_RATIO * max(entry.compress_size, MAX_JSON_BYTES // MAX_RATIO):
+                raise CXRError(
+                    f'{self.path / name}: {entry.compress_size:,} bytes would become {entry.file_size:,}, more than '
+                    f'{MAX_RATIO} times as many. {FIX}'
+                )
             return archive.read(name)
 
-    def _check_size(self, size: int, name: str, max_bytes: int) -> None:
-        if size > max_bytes:
-            raise CXRError(f'{self.path / name}: {size:,} bytes, but at most {max_bytes:,} are read.')
-
     def _parse_json(self, data: bytes, name: str) -> dict[str, Any]:
-        try:
-            facts = json.loads(data) if len(data) <= MAX_JSON_BYTES else None
-        except (ValueError, RecursionError):
-            facts = None
+        facts = parse_json(data, self.path / name)
         if not isinstance(facts, dict):
-            raise CXRError(f'{self.path / name}: not a JSON object, so the bundle is damaged. Get it again.')
+            raise CXRError(f'{self.path / name}: not a JSON object, so the bundle is damaged. {FIX}')
         return facts
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from cxr_fastai.core.errors import CXRError, UsageError, first_line
+from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import atomic
 from cxr_fastai.core.recipe import VOCAB, Recipe
+from cxr_fastai.core.schemas import Choice, Integer, Number, Rule, Text, check_object
+from cxr_fastai.images.preprocessing import MAX_LOW_PASS, RESIZES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,8 +31,16 @@ MIN_TEMPERATURE = 1e-3
 MAX_TEMPERATURE = 1e3
 MAX_SIZE = 2**12
 """Largest side of an image, in px, that a model file may ask for."""
-MAX_HEADER = 2**22
-"""Largest header of a safetensors file, in bytes. The header of a ResNet50 has about 2**15."""
+FIELDS: dict[str, Rule] = {
+    'arch': Text(200, r'\w[\w.-]*'),
+    'size': Integer(1, MAX_SIZE),
+    'threshold': Number(0, MAX_THRESHOLD),
+    'threshold_rule': Text(200, '[ -~]*', required=False),
+    'resize': Choice(tuple(RESIZES), required=False),
+    'low_pass': Number(0, MAX_LOW_PASS, required=False),
+    'temperature': Number(MIN_TEMPERATURE, MAX_TEMPERATURE, optional=True, required=False),
+}
+"""The fields of `ModelConfig` in a file, and their permitted values. ASCII, because they are printed."""
 EDGE = 1e-15
 """Probabilities are clipped to [EDGE, 1 - EDGE] before the logit, which is infinite at 0 and 1."""
 
@@ -69,28 +79,7 @@ class ModelConfig:
         Raises `CXRError` if a setting is missing, has another type, is out of range, or if the classes differ.
         """
         check_vocab(facts.get('vocab', VOCAB), source)
-        settings = {field.name: facts[field.name] for field in fields(cls) if field.name in facts}
-        try:
-            config = cls(**settings)
-            invalid = config._invalid_settings()
-        except (TypeError, AttributeError) as error:
-            raise CXRError(f'{source}: not the settings of a model ({error}). Export the model again.') from None
-        if invalid:
-            name = invalid[0]
-            raise CXRError(f'{source}: {name} {settings[name]!r:.80} is not valid. Export the model again.')
-        return config
-
-    def _invalid_settings(self) -> list[str]:
-        """Return the names of the settings with an impossible value."""
-        valid = {
-            'arch': self.arch.isprintable(),
-            'size': type(self.size) is int and 0 < self.size <= MAX_SIZE,
-            'resize': isinstance(self.resize, str),
-            'threshold': 0 <= self.threshold <= MAX_THRESHOLD,
-            'low_pass': self.low_pass >= 0,
-            'temperature': self.temperature is None or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
-        }
-        return [name for name, is_valid in valid.items() if not is_valid]
+        return cls(**check_object(facts, FIELDS, source, 'Export the model again.'))
 
 
 def check_vocab(vocab: Any, source: Path) -> None:
@@ -126,40 +115,6 @@ def save_weights(model: nn.Module, path: Path) -> None:
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     with atomic(path) as temporary:
         temporary.write_bytes(save(state))
-
-
-def load_network(arch: str, data: bytes, path: Path) -> nn.Module:
-    """Return the network `arch` with the weights `data`, which `save_weights` wrote to `path`.
-
-    Raises `CXRError` if the bytes are damaged or belong to another network.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    from cxr_fastai.models.architectures import build_model
-
-    check_header(data, path)
-    model = build_model(arch)
-    try:
-        model.load_state_dict(load(data))
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise CXRError(f'{path}: not the weights of the network {arch} ({first_line(error)}).') from None
-    return model
-
-
-def tensor_bytes(tensors: dict[str, np.ndarray]) -> bytes:
-    """Return arrays as the bytes of a safetensors file."""
-    from safetensors.numpy import save
-
-    # For a view, `save` would write the memory behind it.
-    return save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
-
-
-def check_header(data: bytes, path: Path) -> None:
-    """Raise `CXRError` if the safetensors header in `data` is longer than the file or than `MAX_HEADER`."""
-    header = int.from_bytes(data[:8], 'little')
-    if len(data) < 8 or header > min(MAX_HEADER, len(data) - 8):
-        raise CXRError(f'{path}: not a safetensors file (a header of {header:,} bytes in a file of {len(data):,}).')
 
 
 def find_network(run: Path) -> Path:

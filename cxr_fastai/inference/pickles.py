@@ -1,33 +1,30 @@
-"""Exported learners: saving, loading, and the store of the hashes that the user trusts.
+"""Exported learners: saving them, and the store of the hashes of those that the user trusts.
 
-A pickle can run code while it is read. So a learner is read only if its SHA-256 is trusted, and then with an unpickler
-that accepts only what a learner consists of.
+A pickle can run code while fastai or torch reads it. This package reads it without executing it (see `learner_files`),
+and only if its SHA-256 is trusted, so that a file whose origin is unknown is noticed before it is used anywhere.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import pickle
-import pickletools
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import date
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError, first_line
+from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.files import atomic, write_json, writing
-from cxr_fastai.inference._unpickler import LearnerUnpickler, check_network, is_allowed
-from cxr_fastai.inference.config import SCHEMA, ModelConfig, check_schema
+from cxr_fastai.core.foreign import open_regular, read_json
+from cxr_fastai.core.schemas import Fields, Table, Text
+from cxr_fastai.inference.config import SCHEMA, ModelConfig
 from cxr_fastai.inference.engines import TorchEngine
 from cxr_fastai.inference.selftest import SelfTest
 
@@ -36,7 +33,17 @@ if TYPE_CHECKING:
 
 LAST_BATCH = ('dl', 'xb', 'yb', 'pred', 'loss', 'loss_grad')
 """Attributes of a learner that refer to its last batch of images."""
+STANDARD_CALLBACKS = ('TrainEvalCallback', 'Recorder', 'CastToTensor', 'ProgressCallback', 'BnFreeze')
+"""Callbacks of fastai that an exported learner keeps."""
 SHA256 = re.compile(r'[0-9a-f]{64}')
+MAX_STORE = 2**22
+"""Largest store of trusted hashes that is read, in bytes."""
+MAX_REASON = 300
+"""Largest number of characters of the reason why a hash is trusted."""
+PRINTABLE = r'[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*'
+"""A text without control characters, which could change what a terminal shows."""
+STORE = Table(Fields({'since': Text(40, PRINTABLE), 'why': Text(MAX_REASON, PRINTABLE)}), SHA256.pattern)
+"""What a store of trusted hashes contains."""
 
 
 class UntrustedError(CXRError):
@@ -45,7 +52,7 @@ class UntrustedError(CXRError):
     exit_code = 4
 
 
-# Saving and loading.
+# Saving.
 
 
 def save_learner(learn: Learner, path: Path, config: ModelConfig) -> str:
@@ -117,106 +124,14 @@ def _without_data(learn: Learner) -> Iterator[None]:
 
 
 def _is_standard(callback: Any) -> bool:
-    """Return whether `load_learner` accepts `callback`. Others, such as `CSVLogger`, are about the training."""
-    return is_allowed(type(callback).__module__, type(callback).__qualname__)
+    """Return whether a learner without data needs `callback`. Others, such as `CSVLogger`, are about the training."""
+    kind = type(callback)
+    return kind.__module__.startswith('fastai.') and kind.__name__ in STANDARD_CALLBACKS
 
 
 def _transforms_that_skip(learn: Learner) -> list[Any]:
     transforms = [transform for pipeline in learn.dls.train_ds.tls for transform in pipeline.tfms]
     return [transform for transform in transforms if getattr(transform, 'skip', False)]
-
-
-def load_learner(path: str | Path) -> Learner:
-    """Return the `Learner` in the file `path`, on the CPU.
-
-    Raises `UntrustedError` if the SHA-256 of the file is not trusted; nothing of it is read then. Raises `CXRError` if
-    it is not a learner of this package or names a global that no learner needs, and `ParityError` if it fails its
-    self-test.
-    """
-    path = Path(path)
-    data = path.read_bytes()
-    check_trusted(hashlib.sha256(data).hexdigest(), path)
-    archive = _check_archive(data, path)
-    learn = _unpickle(archive, path)
-    facts = learn.config
-    check_schema(facts.get('schema', 1), path)
-    if 'selftest' not in facts:
-        raise CXRError(f'{path}: has no self-test. Export it again.')
-    SelfTest.from_dict(facts['selftest'], path).check(TorchEngine(learn.model), path)
-    return learn
-
-
-def _check_archive(data: bytes, path: Path) -> BytesIO:
-    """Return a new zip file with the contents of `data`, which every program reads in the same way.
-
-    Raises `CXRError` unless `data` is a file of `torch.save`: a zip of one pickle and uncompressed tensors.
-    """
-    rewritten = BytesIO()
-    try:
-        if not data.startswith(b'PK\x03\x04'):
-            raise zipfile.BadZipFile('not a zip file of torch')
-        with zipfile.ZipFile(BytesIO(data)) as archive, zipfile.ZipFile(rewritten, 'w') as plain:
-            _check_entries(archive)
-            for name in archive.namelist():
-                content = archive.read(name)
-                if name.endswith('.pkl'):
-                    _check_end(content)
-                plain.writestr(zipfile.ZipInfo(name), content)
-    except Exception as error:  # a damaged zip file can raise any exception
-        raise CXRError(f'{path}: not an exported learner ({_cause(error)}).') from None
-    rewritten.seek(0)
-    return rewritten
-
-
-def _check_entries(archive: zipfile.ZipFile) -> None:
-    names = archive.namelist()
-    pickles = [name for name in names if name.endswith('.pkl')]
-    if len(pickles) != 1:
-        raise CXRError(f'it has {len(pickles)} pickles instead of one')
-    if not pickles[0].endswith('/data.pkl'):
-        raise CXRError(f'its pickle is named {pickles[0]!r:.80}')
-    if len(set(names)) != len(names):
-        raise CXRError('it has two files of the same name')
-    if any('/code/' in name for name in names):
-        raise CXRError('it has code')
-    if any(entry.compress_type for entry in archive.infolist()):
-        raise CXRError('it is compressed')
-
-
-def _check_end(content: bytes) -> None:
-    instructions = list(pickletools.genops(content))
-    _, _, position = instructions[-1]
-    if position != len(content) - 1:
-        raise CXRError('it has bytes after its pickle')
-
-
-def _unpickle(archive: BytesIO, path: Path) -> Learner:
-    """Return the learner in `archive`, read by `LearnerUnpickler`. Raises `CXRError` if it is not of this package."""
-    from fastai.learner import load_learner as load
-
-    pickle_module = SimpleNamespace(Unpickler=LearnerUnpickler, __name__='pickle')
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        try:
-            learn = load(archive, pickle_module=pickle_module)
-            has_config = isinstance(getattr(learn, 'config', None), dict)
-            if has_config:
-                check_network(learn.model)
-        except Exception as error:  # a damaged pickle can raise any exception
-            raise CXRError(f'{path}: not an exported learner ({_cause(error)}).') from error
-    if not has_config:
-        raise CXRError(
-            f'{path}: an exported {type(learn).__name__} without image size and threshold, so cxr-fastai did not make '
-            'it. `cxr-fastai export` makes one.'
-        )
-    return learn
-
-
-def _cause(error: BaseException) -> str:
-    """Return the first line of an error. fastai raises another error where a package is missing."""
-    if isinstance(error.__context__, ModuleNotFoundError):
-        return f'it needs the package {error.__context__.name}'
-    return first_line(error)
 
 
 # The trusted hashes.
@@ -237,18 +152,17 @@ def trusted() -> dict[str, dict[str, str]]:
     path = trust_store()
     if not path.exists():
         return {}
-    try:
-        hashes = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, OSError):
-        hashes = None
-    if not isinstance(hashes, dict) or not all(SHA256.fullmatch(digest) for digest in hashes):
-        raise CXRError(f'{path}: not a store of trusted hashes. Fix or delete it; without it nothing is trusted.')
+    fix = 'Fix or delete it; without it nothing is trusted.'
+    hashes: dict[str, dict[str, str]] = read_json(path, MAX_STORE, fix)
+    if not STORE.accepts(hashes):
+        raise CXRError(f'{path}: not a store of trusted hashes, which is {STORE.words}. {fix}')
     return hashes
 
 
 def trust(sha256: str, why: str) -> None:
     """Add the hash `sha256` to the trusted hashes. Raises `UsageError` if it is not a SHA-256."""
-    entry = {'why': why, 'since': date.today().isoformat()}
+    printable = ''.join(character if character.isprintable() else '?' for character in why)
+    entry = {'why': printable[:MAX_REASON], 'since': date.today().isoformat()}
     _write_store(trusted() | {check_hash(sha256): entry})
 
 
@@ -257,10 +171,8 @@ def trust_file(path: Path, sha256: str) -> str:
 
     Raises `UsageError` if the file has another hash.
     """
-    try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UsageError(f'{path}: cannot be read ({error.strerror}).') from None
+    with open_regular(path) as file:
+        digest = hashlib.file_digest(file, 'sha256').hexdigest()
     if digest != check_hash(sha256):
         raise UsageError(f'{path}: not trusted, because its SHA-256 is {digest}. It is not the file that you expect.')
     trust(digest, f'hash confirmed: {path.name}')

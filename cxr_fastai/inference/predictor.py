@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, ImageError, UsageError
+from cxr_fastai.core.foreign import read_bytes
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.core.run import Run
@@ -24,10 +25,12 @@ from cxr_fastai.images.decoder_pool import default_pool
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle
-from cxr_fastai.inference.config import LEARNER, ModelConfig, find_network, load_network, sha256, temper
+from cxr_fastai.inference.config import LEARNER, ModelConfig, find_network, sha256, temper
 from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.engines import Engine, TorchEngine
 from cxr_fastai.inference.gate import REJECTION, Gate
+from cxr_fastai.inference.networks import load_network
+from cxr_fastai.inference.tensors import MAX_BYTES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -242,7 +245,7 @@ def _load_run(path: Path) -> Predictor:
     else:
         settings = asdict(ModelConfig.from_recipe(run.recipe))
         config = ModelConfig.from_dict(settings, run / 'recipe.json')
-        predictor = Predictor(TorchEngine(load_network(config.arch, file.read_bytes(), file)), config)
+        predictor = Predictor(TorchEngine(load_network(config, read_bytes(file, MAX_BYTES), file)), config)
     return replace(predictor, config=_apply_decision(run, file, predictor.config))
 
 
@@ -263,9 +266,9 @@ def _apply_decision(run: Run, file: Path, config: ModelConfig) -> ModelConfig:
 
 
 def _load_pickle(path: Path) -> Predictor:
-    from cxr_fastai.inference.pickles import load_learner
+    from cxr_fastai.inference.learner_files import read_learner
 
     if not path.is_file():
         find_network(path)  # raises the error that explains what a model is
-    learn = load_learner(path)
-    return Predictor(TorchEngine(learn.model), ModelConfig.from_dict(learn.config, path))
+    saved = read_learner(path)
+    return Predictor(TorchEngine(saved.network), saved.config)

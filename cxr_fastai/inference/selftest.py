@@ -69,7 +69,7 @@ class SelfTest:
         """Return the self-test that `as_dict` described. Raises `CXRError` if `facts`, from `source`, are not one."""
         try:
             size = facts['size']
-            images = np.frombuffer(bytearray(facts['images']), np.uint8).reshape(-1, size, size)
+            images = np.frombuffer(b''.join([facts['images']]), np.uint8).reshape(-1, size, size)
             p = np.array(facts['p'], np.float64)
         except (KeyError, TypeError, ValueError, OverflowError):
             raise CXRError(f'{source}: the reference images of its self-test are damaged.') from None

@@ -28,7 +28,6 @@ from cxr_fastai.evaluation.metrics import measure
 from cxr_fastai.images.decode import file_path
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import LEARNER, MAX_THRESHOLD
-from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.interpretation.explainer import (
     Explainer,
     Subject,
@@ -36,6 +35,7 @@ from cxr_fastai.interpretation.explainer import (
     learner_predictor,
     learner_preprocessing,
 )
+from cxr_fastai.training.restoring import load_learner
 
 SPLITS = ('train', 'valid')
 """The split of each index of `DataLoaders`."""

@@ -35,15 +35,18 @@ from cxr_fastai.inference.bundle import (
     is_bundle,
     manifest_text,
 )
-from cxr_fastai.inference.config import LEARNER, WEIGHTS, config_text, save_weights, sha256, tensor_bytes
+from cxr_fastai.inference.config import LEARNER, WEIGHTS, config_text, save_weights, sha256
 from cxr_fastai.inference.engines import TorchEngine
 from cxr_fastai.inference.gate import MAX_IMAGES, Gate
-from cxr_fastai.inference.pickles import load_learner, save_learner
+from cxr_fastai.inference.learner_files import read_learner
+from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.selftest import ParityError, SelfTest
+from cxr_fastai.inference.tensors import tensor_bytes
 from cxr_fastai.models.inputs import MEAN, STD
 from cxr_fastai.models.registry import check_declared
 from cxr_fastai.publishing.model_card import main_split, render_card
+from cxr_fastai.training.restoring import load_learner
 
 VERSIONED_PACKAGES = ('cxr_fastai', 'torch', 'safetensors', 'onnxruntime')
 """Packages with their versions in `config.json`."""
@@ -250,7 +253,7 @@ def verify(path: Path) -> None:
         bundle.selftest.check(bundle.engine('onnx'), path)
     Predictor.load(path, engine='torch')  # raises if the gate does not fit the network
     if LEARNER in bundle and path.is_dir():
-        engine = TorchEngine(load_learner(path / LEARNER).model)
+        engine = TorchEngine(read_learner(path / LEARNER).network)
         bundle.selftest.check(engine, path)
 
 

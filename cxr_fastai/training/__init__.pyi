@@ -1,5 +1,6 @@
 from .learner import CXRLearner, cxr_learner, recipe_learner
 from .lr_finder import Rates, find_rates
+from .restoring import load_learner
 from .saving import save_run
 from .training import train
 
@@ -8,6 +9,7 @@ __all__ = [
     'Rates',
     'cxr_learner',
     'find_rates',
+    'load_learner',
     'recipe_learner',
     'save_run',
     'train',

@@ -16,9 +16,9 @@ from cxr_fastai.cli import main
 from cxr_fastai.core.errors import ImageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.images.preprocessing import Preprocessing
-from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.training import training
+from cxr_fastai.training.restoring import load_learner
 
 
 def test_images_are_found_by_the_variable_cxr_data(images, monkeypatch, tmp_path):

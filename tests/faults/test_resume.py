@@ -16,10 +16,10 @@ from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.recipe import Phase, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_items
-from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.models.architectures import ARCHS, make_recipe
 from cxr_fastai.training import checkpoint, training
 from cxr_fastai.training.checkpoint import PREVIOUS_STATE, StopOnSignal, load_state, save_state
+from cxr_fastai.training.restoring import load_learner
 from cxr_fastai.training.training import train
 
 SETTINGS = {'size': 48, 'limit': 6, 'batch_size': 4, 'seed': 4}

@@ -24,8 +24,8 @@ from cxr_fastai.images.cache import ImageCache, cache_folder, find_cache, prepar
 from cxr_fastai.images.decode import decode_image
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
-from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.training.restoring import load_learner
 from cxr_fastai.training.training import train
 
 SMALL = Preprocessing(64)

@@ -14,8 +14,9 @@ from safetensors.numpy import load
 
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.inference.bundle import CONFIG, FILES, MANIFEST, SELFTEST, Bundle
-from cxr_fastai.inference.config import find_network, sha256, tensor_bytes
+from cxr_fastai.inference.config import find_network, sha256
 from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.inference.tensors import tensor_bytes
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from cxr_fastai.core.errors import CXRError
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import Bundle
 from cxr_fastai.inference.engines import OnnxEngine, TorchEngine
-from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.models.architectures import build_model
 from cxr_fastai.publishing.onnx import to_onnx
+from cxr_fastai.training.restoring import load_learner
 
 
 @pytest.fixture(scope='module')

@@ -8,6 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import fastai.learner
 import numpy as np
 import pytest
 import torch
@@ -18,10 +19,11 @@ from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.inference.config import ModelConfig, sha256
-from cxr_fastai.inference.pickles import UntrustedError, distrust, load_learner, save_learner, trust, trusted
+from cxr_fastai.inference.pickles import UntrustedError, distrust, save_learner, trust, trusted
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training.learner import recipe_learner
+from cxr_fastai.training.restoring import load_learner
 
 RECIPE = make_recipe('baseline', size=48, batch_size=8)
 CONFIG = ModelConfig.from_recipe(RECIPE)
@@ -89,11 +91,12 @@ def test_the_file_contains_no_folder_no_image_name_and_no_bytecode(run, images):
     assert b'cloudpickle' not in content
 
 
+@pytest.mark.filterwarnings('ignore:load_learner')  # fastai warns that pickles can run code
 def test_the_file_contains_no_results_of_validation_images(learn, tmp_path):
     learn.validate()
     assert len(learn.metrics[1].preds)
     save_learner(learn, tmp_path / 'learner.pkl', CONFIG)
-    reloaded = load_learner(tmp_path / 'learner.pkl')
+    reloaded = fastai.learner.load_learner(tmp_path / 'learner.pkl')
     assert not reloaded.metrics[1].preds
     assert not any(map(len, reloaded.dls.valid_ds.splits))
     assert not hasattr(reloaded, 'xb') and not hasattr(reloaded, 'dl')

@@ -25,11 +25,11 @@ from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.data.loaders import CXRDataLoaders, locate
 from cxr_fastai.images.decode import read_image
-from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.interpretation.cam import activation_maps
 from cxr_fastai.interpretation.explainer import Explainer, Subject
 from cxr_fastai.interpretation.interpretation import CXRInterpretation
 from cxr_fastai.models.architectures import build_model
+from cxr_fastai.training.restoring import load_learner
 
 SIZE = 64
 

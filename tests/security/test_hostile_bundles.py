@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from safetensors.numpy import load
 
 from cxr_fastai.cli import main
-from cxr_fastai.inference import pickles
+from cxr_fastai.inference import learner_files
 from cxr_fastai.inference.bundle import CONFIG, GATE, MANIFEST, ONNX, SELFTEST
 from cxr_fastai.inference.config import LEARNER, WEIGHTS
 from cxr_fastai.inference.pickles import trust
@@ -431,7 +431,7 @@ def test_the_pickle_in_a_bundle_is_not_opened(changed, marker, image, monkeypatc
     def fail(*_: object, **__: object) -> None:
         raise AssertionError('it was opened')
 
-    for module, name in ((pickle, 'Unpickler'), (torch, 'load'), (pickles, 'LearnerUnpickler')):
+    for module, name in ((pickle, 'Unpickler'), (torch, 'load'), (learner_files, 'read_pickle')):
         monkeypatch.setattr(module, name, fail)
     assert main(['predict', str(changed), str(image), '--no-gate']) == 0
     assert main(['predict', str(zipped(changed, changed.parent / 'b.zip')), str(image), '--no-gate']) == 0

@@ -22,7 +22,6 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import CXRDataLoaders, cxr_block
 from cxr_fastai.evaluation.evaluation import evaluate
-from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.models.architectures import build_model
 from cxr_fastai.publishing.exporting import export
@@ -30,6 +29,7 @@ from cxr_fastai.publishing.model_card import describe_run, reproduce
 from cxr_fastai.publishing.reporting import report
 from cxr_fastai.training.callbacks import COLUMNS
 from cxr_fastai.training.learner import cxr_learner
+from cxr_fastai.training.restoring import load_learner
 from cxr_fastai.training.saving import save_run
 
 SMALL = {'size': 32, 'bs': 8, 'num_workers': 0}

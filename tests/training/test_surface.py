@@ -35,10 +35,10 @@ from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import CXRDataLoaders, cxr_block, find_preprocessing
 from cxr_fastai.images.preprocessing import Preprocessing
-from cxr_fastai.inference.pickles import load_learner as own_load_learner
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training.callbacks import ReduceOnPlateau
 from cxr_fastai.training.learner import cxr_learner
+from cxr_fastai.training.restoring import load_learner as own_load_learner
 
 matplotlib.use('Agg')
 COURSE = Path(__file__).parents[2] / 'docs/course.py'

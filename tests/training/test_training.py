@@ -16,11 +16,11 @@ from cxr_fastai.core.recipe import Phase
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import CXRDataLoaders
-from cxr_fastai.inference.pickles import load_learner
 from cxr_fastai.models.architectures import build_model, make_recipe
 from cxr_fastai.training import training
 from cxr_fastai.training.callbacks import COLUMNS, History
 from cxr_fastai.training.learner import Diverged, recipe_learner
+from cxr_fastai.training.restoring import load_learner
 from cxr_fastai.training.training import fit_run, train
 
 SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=8, limit=4, seed=5, workers=0)

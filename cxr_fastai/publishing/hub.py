@@ -91,7 +91,7 @@ def write_space(bundle: Bundle, out: Path) -> Path:
         copy_bundle(out / 'bundle', bundle)
         ignore = shutil.ignore_patterns('__pycache__')
         shutil.copytree(PACKAGE_FOLDER, out / PACKAGE_FOLDER.name, ignore=ignore, dirs_exist_ok=True)
-    card = FRONT_MATTER.sub('', bundle.read(CARD).decode())
+    card = FRONT_MATTER.sub('', bundle.read(CARD).decode('utf-8-sig', 'replace'))
     write_text(out / 'app.py', render_template('space_app.py'))
     write_text(out / 'requirements.txt', '\n'.join([TORCH_INDEX, *space_requirements(), '']))
     readme = render_template('space.md', card=card, gradio=_oldest_version('gradio'))

@@ -20,6 +20,7 @@ from cxr_fastai.serving.middleware import (
     ConcurrencyLimit,
     ErrorResponses,
     Metrics,
+    RequestFraming,
     SameOrigin,
     TrustedHosts,
 )
@@ -122,6 +123,7 @@ def _add_middleware(app: ASGIApp, settings: Settings, metrics: Metrics) -> ASGIA
     app = ConcurrencyLimit(app, 2 * settings.max_requests)
     app = SameOrigin(app)
     app = TrustedHosts(app, settings.trusted_hosts)
+    app = RequestFraming(app)
     app = ErrorResponses(app)
     app = BodyDeadline(app, settings.send_seconds)
     return AccessLog(app, metrics.count_response)

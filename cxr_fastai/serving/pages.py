@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
@@ -24,6 +25,8 @@ THUMBNAIL_SIDE = 96
 """Longer side of the pictures of the examples, in pixels."""
 FRONT_MATTER = re.compile(r'\A---\n.*?^---\n', re.DOTALL | re.MULTILINE)
 """The YAML at the top of a model card, which is meant for programs."""
+MAX_CARD = 50_000
+"""Longest model card that is converted from Markdown, in characters. The conversion can take 20 µs for each."""
 MESSAGES = {
     'queued': 'Waiting.',
     'uploading': 'Uploading.',
@@ -95,9 +98,16 @@ def card(request: Request) -> HTMLResponse:
     service = request.app.state.service
     if service is None:
         return HTMLResponse(render_template('card.html', **_page_values(request), card=None), 503, {'retry-after': '1'})
-    text = service.bundle.read(CARD).decode().replace('\r\n', '\n')
-    content = _make_scrollable(markdown(FRONT_MATTER.sub('', text)))
-    return HTMLResponse(render_template('card.html', **_page_values(request), card=content))
+    text = service.bundle.read(CARD).decode('utf-8-sig', 'replace').replace('\r\n', '\n')
+    return HTMLResponse(render_template('card.html', **_page_values(request), card=_render_card(text)))
+
+
+@lru_cache(maxsize=1)
+def _render_card(text: str) -> Markup:
+    """Return the Markdown `text` as HTML; one that is too long to be converted in a short time stays as it is."""
+    if len(text) > MAX_CARD:
+        return Markup('<pre tabindex="0">{}</pre>').format(text)
+    return _make_scrollable(markdown(FRONT_MATTER.sub('', text)))
 
 
 @pages.get('/docs')
@@ -153,7 +163,8 @@ def _make_scrollable(page: Markup) -> Markup:
 
     Table cells are aligned by a class, because the content security policy forbids inline styles.
     """
-    html = re.sub(r' style="text-align:(\w+)"', r' class="\1"', page)
+    # As a plain text, because `Markup` would escape what is inserted.
+    html = re.sub(r' style="text-align:(\w+)"', r' class="\1"', str(page))
     html = html.replace('<table>', '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>')
     html = html.replace('</table>', '</table></div>')
     return Markup(html.replace('<pre>', '<pre tabindex="0">'))

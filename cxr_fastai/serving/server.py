@@ -101,6 +101,8 @@ class Server:
         config.read_timeout = None  # `BodyDeadline` limits the time for the whole body
         config.graceful_timeout = self.settings.drain_seconds
         config.h11_max_incomplete_size = MAX_HEADER_BYTES
+        config.h2_max_header_list_size = MAX_HEADER_BYTES
+        config.h2_max_concurrent_streams = 1  # `RequestFraming` rejects HTTP/2, which Hypercorn cannot turn off
         config.include_server_header = False
         config.errorlog = logging.getLogger('hypercorn.error')
         return config

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from cxr_fastai import __version__
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.images.decoder_pool import DECODE_MEMORY, DECODE_SECONDS
 from cxr_fastai.serving.api import ERROR_HANDLERS, NOTICE, check_token, protected_routes, public_routes
 from cxr_fastai.serving.middleware import (
     AccessLog,
@@ -51,6 +52,8 @@ class Settings:
         Time limit for a client to send the headers of a request, and then its body.
     drain_seconds
         Time that open requests have to finish when the service is shut down.
+    decode_seconds, decode_memory
+        Deadline and memory in bytes of the process that decodes an image.
     max_batch, batch_delay
         Largest number of images per batch, and how long the first image of a batch waits for others.
     token
@@ -67,6 +70,8 @@ class Settings:
     answer_seconds: float = 30
     send_seconds: float = 10
     drain_seconds: float = 8
+    decode_seconds: float = DECODE_SECONDS
+    decode_memory: int = DECODE_MEMORY
     max_batch: int = 16
     batch_delay: float = 0.004
     token: str | None = field(default=None, repr=False)
@@ -141,6 +146,8 @@ async def _load_service(
             max_requests=settings.max_requests,
             max_batch=settings.max_batch,
             max_delay=settings.batch_delay,
+            decode_seconds=settings.decode_seconds,
+            decode_memory=settings.decode_memory,
             observe=metrics.batch.observe,
         )
     except Exception as error:  # of any kind: the service would otherwise load for ever

@@ -292,8 +292,8 @@ class SameOrigin:
 class RequestFraming:
     """Rejects requests whose end a proxy and this service might see in different places, and closes their connection.
 
-    These have the headers Content-Length and Transfer-Encoding at once, or Transfer-Encoding in HTTP/1.0 (RFC 9112,
-    section 6.1). HTTP/2, which needs TLS in all browsers, is rejected too. Raises `APIError` 400 or 505.
+    These have the headers Content-Length and Transfer-Encoding at once (RFC 9112, section 6.3). HTTP/2, for which
+    browsers need TLS, is rejected too. Raises `APIError` 400 or 505.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -306,9 +306,8 @@ class RequestFraming:
         if scope['http_version'].startswith('2'):
             raise APIError(505, 'E_HTTP_VERSION', 'the service speaks HTTP/1.1 only: let a proxy translate HTTP/2.')
         headers = Headers(scope=scope)
-        has_length = 'content-length' in headers
-        if 'transfer-encoding' in headers and (has_length or scope['http_version'] == '1.0'):
-            problem = 'the headers give two lengths of the body: send Content-Length, or chunks in HTTP/1.1.'
+        if 'transfer-encoding' in headers and 'content-length' in headers:
+            problem = 'the headers give two lengths of the body: send Content-Length or Transfer-Encoding.'
             raise APIError(400, 'E_FRAMING', problem, {'connection': 'close'})
         await self.app(scope, receive, send)
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from cxr_fastai.core.errors import CXRError, ImageError, UsageError
-from cxr_fastai.images.decoder_pool import QUICK_SECONDS, DecoderPool
+from cxr_fastai.images.decoder_pool import DECODE_MEMORY, DECODE_SECONDS, QUICK_SECONDS, DecoderPool
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.inference.bundle import MANIFEST, ONNX, Bundle
 from cxr_fastai.inference.predictor import Predictor
@@ -137,12 +137,14 @@ class Service:
         max_batch: int = 16,
         max_delay: float = 0.004,
         observe: Callable[[int], None] | None = None,
+        decode_seconds: float = DECODE_SECONDS,
+        decode_memory: int = DECODE_MEMORY,
     ) -> None:
         self.bundle = bundle
         self.predictor = predictor
         self.max_requests = max_requests
         self.active_requests = 0
-        self.decoding = DecoderPool(quick_seconds=QUICK_SECONDS)
+        self.decoding = DecoderPool(None, decode_seconds, decode_memory, QUICK_SECONDS)
         self.computing = ThreadPoolExecutor(1)
         self.explaining = ThreadPoolExecutor(1)
         self.batcher = Batcher(predictor.infer, self.computing, max_batch, max_delay, observe)

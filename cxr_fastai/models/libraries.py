@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cxr_fastai.core.environment import require_package
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import UsageError, first_line
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.models.bodies import (
     TimmFeatures,
@@ -153,7 +153,10 @@ def find_timm_arch(arch: str) -> Arch:
 
     if not timm.is_model(arch):
         raise UsageError(f'--arch {arch} is unknown: choose a name that timm knows{similar_in_timm(arch)}.')
-    config = timm.get_pretrained_cfg(arch)
+    try:
+        config = timm.get_pretrained_cfg(arch)
+    except RuntimeError as error:  # `NAME.TAG` with an unknown tag
+        raise UsageError(f'--arch {arch} is unknown: {first_line(error)} Choose a name that timm knows.') from None
     size = config.input_size[-1] if config and config.fixed_input_size else None
     if config and timm.is_model_pretrained(arch):
         return Arch(partial(timm_model, arch), PRETRAINED, {'imagenet': f'timm:{arch}'}, size)

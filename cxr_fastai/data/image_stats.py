@@ -15,6 +15,7 @@ from cxr_fastai.core.errors import ImageError
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.images.corruptions import sharpness
 from cxr_fastai.images.decode import open_image
+from cxr_fastai.images.decoder_pool import default_pool
 from cxr_fastai.images.preprocessing import BILINEAR, Preprocessing
 
 TRAITS = (
@@ -62,7 +63,7 @@ def measure_images(paths: Sequence[str], root: Path, workers: int | None = None)
 
 def _measure(path: Path) -> tuple[dict[str, Any], np.ndarray]:
     try:
-        image = open_image(path)
+        image = open_image(path, decode=default_pool().decode)
     except ImageError as error:
         return {'code': error.code}, np.zeros((THUMBNAIL_SIZE, THUMBNAIL_SIZE), np.uint8)
     n_bytes = path.stat().st_size

@@ -84,6 +84,7 @@ def main() -> None:
     for name in modules:
         with suppress(ImportError):
             import_module(name)
+    Image.preinit()  # loads the decoders of Pillow
     restrict(int(memory), int(priority))
     requests = os.fdopen(0, 'rb')
     try:

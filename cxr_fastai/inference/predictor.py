@@ -21,7 +21,7 @@ from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.images.arrays import check_squares
 from cxr_fastai.images.decode import ImageLike, file_path, open_image
-from cxr_fastai.images.decoder_pool import default_pool
+from cxr_fastai.images.decoder_pool import available_cores, default_pool
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle
@@ -124,7 +124,7 @@ class Predictor:
 
         An image that cannot be used gets the status `error` or `rejected` with a code and a message. The message of
         other images contains notes of their reading, such as the window of a 16-bit image. `workers` threads read
-        images ahead (default: the number of cores). Files are decoded in processes (see `DecoderPool`), so that one
+        images ahead (default: two per core). Files are decoded in processes (see `DecoderPool`), so that one
         that takes more than 10 s gets the code `E_TIMEOUT`. Raises `UsageError` if `images` is a single image.
         """
         return self.predict_named(name_images(images), batch_size, workers)
@@ -133,7 +133,8 @@ class Predictor:
         self, images: Sequence[tuple[str, ImageLike]], batch_size: int = 32, workers: int | None = None
     ) -> Iterator[Row]:
         """Yield a row for each pair of a name and an image, as `predict` does. The name is the path of the row."""
-        opened = in_threads(self._open, images, workers)
+        # The threads wait for the processes that decode; with two for each, no process waits for its next image.
+        opened = in_threads(self._open, images, workers or 2 * available_cores())
         while batch := list(islice(opened, batch_size)):
             yield from self._predict_batch(batch)
 

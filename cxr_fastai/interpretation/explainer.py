@@ -20,6 +20,7 @@ from cxr_fastai.core.files import writing
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.data.find import list_images, short_path
 from cxr_fastai.images.decode import ImageLike, file_path, open_image
+from cxr_fastai.images.decoder_pool import default_pool
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.engines import TorchEngine
@@ -277,7 +278,8 @@ def _batches(images: np.ndarray) -> list[np.ndarray]:
 def _open(subject: Subject, preprocessing: Preprocessing | None, allow_burned_in: bool) -> np.ndarray | ImageError:
     """Decode an image as for prediction; return its error if it cannot be used."""
     try:
-        image = open_image(subject.image, preprocessing, file_path(subject.image) or subject.shown_name)
+        name = file_path(subject.image) or subject.shown_name
+        image = open_image(subject.image, preprocessing, name, default_pool().decode)
     except ImageError as error:
         return error
     if image.burned_in and not allow_burned_in:

@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from bundlefiles import seal
-from imagefiles import GREY, encoded, progressive_with
+from imagefiles import GREY, encoded
 from services import (
     HEALTH,
     LOCAL,
@@ -51,7 +51,7 @@ def client(bundle):
 
 @pytest.fixture(scope='module')
 def server(bundle):
-    with running_server(Server(Settings(bundle, port=0))) as server:
+    with running_server(Server(Settings(bundle, port=0, drain_seconds=0.2))) as server:
         yield server
 
 
@@ -240,12 +240,12 @@ def test_a_hostile_form_gets_an_error(client, kind):
 
 # Images
 
-SLOW = progressive_with(200, 1400)
-"""A picture of 98 kB that takes a fraction of a second."""
+SLOW = encoded(np.tile(np.arange(0, 64_000, 10, np.uint16), (6200, 1)))
+"""A picture of 92 kB that takes a second, and 700 MB of memory."""
 
 
 def test_images_of_a_request_that_are_too_slow_time_out_alone(bundle):
-    with running_app(Settings(bundle, decode_seconds=0.05)) as client:
+    with running_app(Settings(bundle, decode_seconds=0.3)) as client:
         slow, quick = predict(client, SLOW, IMAGE)
     assert (slow['status'], slow['code']) == ('error', 'E_TIMEOUT') and quick['code'] in READABLE
 

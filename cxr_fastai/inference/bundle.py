@@ -27,7 +27,7 @@ import numpy as np
 
 from cxr_fastai.core.environment import process_count, require_package
 from cxr_fastai.core.errors import CXRError, UsageError, first_line
-from cxr_fastai.core.foreign import FIX, parse_json, read_bytes
+from cxr_fastai.core.foreign import FIX, open_regular, parse_json
 from cxr_fastai.core.schemas import Fields, Integer, Table, Text
 from cxr_fastai.inference.config import LEARNER, SCHEMA, WEIGHTS, ModelConfig, check_schema
 from cxr_fastai.inference.engines import OnnxEngine, TorchEngine
@@ -98,10 +98,7 @@ class Bundle:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """The contents of `config.json`."""
-        data = self.read(CONFIG)
-        if len(data) > MAX_JSON_BYTES:
-            raise CXRError(f'{self.path / CONFIG}: {len(data):,} bytes, but at most {MAX_JSON_BYTES:,} are read. {FIX}')
-        return self._parse_json(data, CONFIG)
+        return self._parse_json(self.read(CONFIG), CONFIG)
 
     @property
     def config(self) -> ModelConfig:
@@ -176,30 +173,31 @@ class Bundle:
         return self._parse_json(self._manifest_bytes, MANIFEST)
 
     def _read_bytes(self, name: str, max_bytes: int) -> bytes:
+        """Return the first `max_bytes` + 1 bytes of a file, so that the caller notices if it is longer."""
         if self.path.is_dir():
-            return read_bytes(self.path / name, max_bytes)
+            with open_regular(self.path / name) as file:
+                return file.read(max_bytes + 1)
         try:
-            return self._read_from_zip(name, max_bytes)
+            with zipfile.ZipFile(self.path) as archive:
+                self._check_ratio(archive.getinfo(name))
+                with archive.open(name) as member:
+                    return member.read(max_bytes + 1)
         except CXRError:
             raise
         except Exception as error:  # a damaged zip file can raise any exception
             raise CXRError(f'{self.path}: {name} cannot be read from the bundle ({first_line(error)}). {FIX}') from None
 
-    def _read_from_zip(self, name: str, max_bytes: int) -> bytes:
-        with zipfile.ZipFile(self.path) as archive:
-            entry = archive.getinfo(name)
-            if entry.file_size > max_bytes:
-                raise CXRError(
-                    f'{self.path / name}: {entry.file_size:,} bytes, but at most {max_bytes:,} are read. {FIX}'
-                )
-            if entry.file_size > MAX_RATIO * max(entry.compress_size, MAX_JSON_BYTES // MAX_RATIO):
-                raise CXRError(
-                    f'{self.path / name}: {entry.compress_size:,} bytes would become {entry.file_size:,}, more than '
-                    f'{MAX_RATIO} times as many. {FIX}'
-                )
-            return archive.read(name)
+    def _check_ratio(self, entry: zipfile.ZipInfo) -> None:
+        """Raise `CXRError` if a file in the zip claims to grow by more than `MAX_RATIO` when it is unpacked."""
+        if entry.file_size > max(MAX_RATIO * entry.compress_size, MAX_JSON_BYTES):
+            raise CXRError(
+                f'{self.path / entry.filename}: {entry.compress_size:,} bytes would become {entry.file_size:,}, more '
+                f'than {MAX_RATIO} times as many. {FIX}'
+            )
 
     def _parse_json(self, data: bytes, name: str) -> dict[str, Any]:
+        if len(data) > MAX_JSON_BYTES:
+            raise CXRError(f'{self.path / name}: larger than {MAX_JSON_BYTES:,} bytes, so it was not read. {FIX}')
         facts = parse_json(data, self.path / name)
         if not isinstance(facts, dict):
             raise CXRError(f'{self.path / name}: not a JSON object, so the bundle is damaged. {FIX}')

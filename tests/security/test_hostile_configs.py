@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -128,11 +129,22 @@ def test_a_manifest_of_other_files_is_refused(files, changed, refused):
     assert refused(changed) == 1
 
 
-def test_a_file_that_is_longer_than_the_manifest_says_is_not_read(changed):
-    with (changed / CONFIG).open('a') as file:
+@pytest.mark.parametrize('name', [CONFIG, MANIFEST])
+def test_a_file_of_a_terabyte_is_not_read(name, changed):
+    with (changed / name).open('a') as file:
         file.truncate(2**40)  # without using the disk
-    with pytest.raises(CXRError, match='larger than'):
+    with pytest.raises(CXRError, match='larger than|does not match its hash'):
         Bundle.open(changed)
+
+
+def test_a_zip_in_which_a_file_grows_a_thousand_times_is_not_unpacked(changed, tmp_path):
+    (changed / WEIGHTS).write_bytes(bytes(2**26))
+    seal(changed)
+    with zipfile.ZipFile(tmp_path / 'b.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
+        for path in changed.iterdir():
+            archive.write(path, path.name)
+    with pytest.raises(CXRError, match='67,108,864, more than 100 times as many'):
+        Bundle.open(tmp_path / 'b.zip').engine('torch')
 
 
 @pytest.mark.parametrize(

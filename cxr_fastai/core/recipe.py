@@ -14,6 +14,7 @@ from cxr_fastai.core.errors import UsageError
 VOCAB = ('NORMAL', 'PNEUMONIA')
 """The classes in the order of the network's outputs; the last one is the positive class."""
 POSITIVE = VOCAB.index('PNEUMONIA')
+SPLITS = ('train', 'valid', 'test')
 CUSTOM = 'custom'
 """Name of the recipe of a network that was not trained by a named recipe."""
 UNKNOWN = 'unknown'

@@ -12,10 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.environment import is_main_process
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import check_new, write_csv, write_json, writing
+from cxr_fastai.core.foreign import parse_json, read_text
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.recipe_fields import parse_recipe
+from cxr_fastai.core.run_files import (
+    hash_decision,
+    hash_predictions,
+    read_decision,
+    read_json,
+    read_metrics,
+    read_table,
+)
+from cxr_fastai.core.schemas import ListOf, Text, check_object
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,17 +40,15 @@ TRAINING_FILES = (
     'learner.pkl',
 )
 """Files that `train` writes atomically."""
-WRITERS = {
-    'items.csv': 'train',
-    'history.csv': 'train',
-    'predictions.csv': 'evaluate',
-    'robustness.csv': 'evaluate --robustness',
+
+JOURNAL = {
+    'event': Text(100),
+    'data': Text(2**12, optional=True, required=False),
+    'unreadable': ListOf(Text(2**12), required=False),
 }
-"""Table to the command that writes it."""
-TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase')
-"""Columns that are read as text: the patient `007` is not the number 7, and the patient `NA` is not missing."""
-EXACT_COLUMNS = ('p_pneumonia',)
-"""Columns that are read to the last digit, which older pandas round: a probability may lie next to the threshold."""
+"""The fields of a line of `journal.jsonl` that are read."""
+MAX_JOURNAL = 2**28
+"""Largest journal, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Run:
     @property
     def items(self) -> pd.DataFrame:
         """The items table of the training: one row per image."""
-        return _read_csv(self / 'items.csv')
+        return read_table(self / 'items.csv')
 
     @property
     def unreadable(self) -> list[str]:
@@ -105,12 +113,12 @@ class Run:
     @property
     def history(self) -> pd.DataFrame:
         """One row per epoch."""
-        return _read_csv(self / 'history.csv')
+        return read_table(self / 'history.csv')
 
     @property
     def predictions(self) -> pd.DataFrame:
         """One row per image, for every split that was evaluated."""
-        return _read_csv(self / 'predictions.csv')
+        return read_table(self / 'predictions.csv')
 
     def predicted(self, split: str) -> pd.DataFrame:
         """Return the predictions of one `split`: one row per image."""
@@ -120,17 +128,64 @@ class Run:
     @property
     def decision(self) -> dict[str, Any]:
         """The threshold and the rule that chose it, as `evaluate` wrote them; empty before the first `evaluate`."""
-        return _read_optional_json(self / 'decision.json')
+        return read_decision(self / 'decision.json')
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Split to its metrics, for every split that was evaluated."""
-        return _read_optional_json(self / 'metrics.json')
+        """Split to its metrics, for every split that was evaluated.
+
+        Raises `UsageError` if they are not those of `predictions.csv` and `decision.json`.
+        """
+        metrics = read_metrics(self / 'metrics.json')
+        for split, values in metrics.items():
+            self._check_result(split, values)
+        return metrics
+
+    def _check_result(self, split: str, metrics: dict[str, Any]) -> None:
+        """Raise `UsageError` unless the `metrics` of `split` were computed from the files in this folder."""
+        if 'predictions_sha256' not in metrics:
+            problem = 'were made by an older version'
+        elif metrics['predictions_sha256'] != hash_predictions(self.predicted(split)):
+            problem = 'are of other predictions than those in predictions.csv'
+        elif metrics.get('decision_sha256') not in (None, hash_decision(self.decision)):
+            problem = 'were computed with another decision than that in decision.json'
+        else:
+            return
+        raise UsageError(
+            f'{self / "metrics.json"}: the metrics of {split} {problem}. '
+            f'Run `cxr-fastai evaluate {self.path} --split {split}` again.'
+        )
+
+    @property
+    def known_metrics(self) -> dict[str, Any]:
+        """The `metrics` of the splits whose predictions and decision are those in this folder, perhaps none."""
+        known = {}
+        with suppress(UsageError):
+            for split, values in read_metrics(self / 'metrics.json').items():
+                with suppress(UsageError):
+                    self._check_result(split, values)
+                    known[split] = values
+        return known
+
+    def write_results(
+        self, predictions: pd.DataFrame, metrics: dict[str, Any], decision: dict[str, Any] | None = None
+    ) -> None:
+        """Write `predictions.csv`, `decision.json` if there is a decision, and last `metrics.json` with their hashes.
+
+        Whoever reads the metrics after a crash between the writes gets an error, and not metrics of something else.
+        """
+        write_csv(self / 'predictions.csv', predictions)
+        if decision is not None:
+            write_json(self / 'decision.json', decision)
+        for split, values in metrics.items():
+            values['predictions_sha256'] = hash_predictions(predictions[predictions.split == split])
+            values['decision_sha256'] = None if decision is None else hash_decision(decision)
+        write_json(self / 'metrics.json', metrics)
 
     @property
     def robustness(self) -> pd.DataFrame:
         """One row per corruption and strength, for every split that was evaluated with `--robustness`."""
-        return _read_csv(self / 'robustness.csv')
+        return read_table(self / 'robustness.csv')
 
     def start(self, recipe: Recipe, items: pd.DataFrame) -> None:
         """Write the recipe and the items table of a training that is about to start."""
@@ -142,7 +197,7 @@ class Run:
         import pandas as pd
 
         if (self / name).exists():
-            previous = _read_csv(self / name)
+            previous = read_table(self / name)
             table = pd.concat([previous[previous.split != split], table], ignore_index=True)
         write_csv(self / name, table)
 
@@ -174,9 +229,10 @@ class Run:
         if not journal.is_file():
             return {}
         last: dict[str, Any] = {}
-        for line in journal.read_text(encoding='utf-8').splitlines():
-            with suppress(ValueError):  # a crash may have left half a line
-                entry = json.loads(line)
+        for line in read_text(journal, MAX_JOURNAL).splitlines():
+            with suppress(CXRError):  # a crash may have left half a line
+                entry = parse_json(line, journal)
+                check_object(entry, JOURNAL, journal)
                 if entry['event'] in events:
                     last = entry
         return last
@@ -211,36 +267,3 @@ def read_recipe(path: Path) -> Recipe:
             f'{path}: not a recipe of this version: {str(error).rstrip(".")}. Use the recipe.json of a run of this '
             'version, or train again with the options of `cxr-fastai train`.'
         ) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in the JSON file `path`. Raises `UsageError` if the file is damaged."""
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f'{path}: damaged ({error}). Write it again with the command that created it.') from None
-
-
-def _read_optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    import pandas as pd
-
-    try:
-        columns = pd.read_csv(path, nrows=0).columns
-        text = [name for name in columns if name in TEXT_COLUMNS]
-        exact = [name for name in columns if name in EXACT_COLUMNS]
-        numbers = columns.difference([*text, *exact])
-        return pd.read_csv(
-            path,
-            dtype=dict.fromkeys(text, str),
-            keep_default_na=False,
-            na_values={name: [''] for name in numbers},
-            converters=dict.fromkeys(exact, float),
-        )
-    except FileNotFoundError:
-        raise UsageError(f'{path} is missing: `cxr-fastai {WRITERS[path.name]}` writes it.') from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f'{path}: damaged ({error}). Write it again with the command that created it.') from None

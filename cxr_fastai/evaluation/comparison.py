@@ -20,6 +20,7 @@ from cxr_fastai.evaluation.clusters import compare_clustered_auc
 from cxr_fastai.evaluation.curves import plot_comparison
 from cxr_fastai.evaluation.intervals import compare_auc
 from cxr_fastai.evaluation.metrics import Sample
+from cxr_fastai.evaluation.results import check_results
 
 SEED_METRICS = (
     'auc',
@@ -51,7 +52,7 @@ def compare_runs(runs: Sequence[Run], split: str, folder: Path) -> Comparison:
     """
     check_new(folder)
     named_runs = name_runs(runs)
-    metrics = {name: run.metrics[split] for name, run in named_runs.items()}
+    metrics = {name: check_results(run, split) for name, run in named_runs.items()}
     tables = {name: run.predicted(split) for name, run in named_runs.items()}
     thresholds = {name: metrics[name]['threshold'] for name in named_runs}
     shared = same_images(tables)

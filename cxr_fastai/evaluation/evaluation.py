@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from cxr_fastai.core.errors import CXRWarning, ImageError, UsageError
-from cxr_fastai.core.files import write_csv, write_json
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import data_root, image_root, parse_name, read_items
@@ -76,10 +75,8 @@ def evaluate(
         else:
             metrics[name] = _update_metrics(run, name, table, decision, stamp)
         tables[name] = table
-    write_csv(run / 'predictions.csv', pd.concat(tables.values(), ignore_index=True))
-    if decision.valid:
-        decision.save(run)
-    write_json(run / 'metrics.json', metrics)
+    stored_decision = asdict(decision) if decision.valid else None
+    run.write_results(pd.concat(tables.values(), ignore_index=True), metrics, stored_decision)
     return metrics[split]
 
 
@@ -195,8 +192,8 @@ def _predict_missing(
 
 def known_predictions(run: Run, model: str) -> dict[str, pd.DataFrame]:
     """Return the stored predictions by split that were made by the network with the SHA-256 `model`."""
-    splits = [split for split, metrics in run.metrics.items() if metrics.get('model') == model]
-    if not splits or not (run / 'predictions.csv').exists():
+    splits = [split for split, metrics in run.known_metrics.items() if metrics.get('model') == model]
+    if not splits:
         return {}
     return {str(split): rows for split, rows in run.predictions.groupby('split', sort=False) if split in splits}
 
@@ -210,7 +207,7 @@ def _is_current(
     """
     if split not in tables or not _have_same_paths(tables[split], items):
         return False
-    return root is None or run.metrics[split].get('images') == stamp_images(items, root)
+    return root is None or run.known_metrics[split].get('images') == stamp_images(items, root)
 
 
 def _have_same_paths(predictions: pd.DataFrame, items: pd.DataFrame) -> bool:
@@ -267,7 +264,7 @@ def measure_split(
         predictions.assign(**groups), decision.threshold, decision.rule, decision.temperature, prevalences, list(groups)
     )
     metrics['model'] = decision.model
-    metrics['images'] = stamp or run.metrics.get(split, {}).get('images')
+    metrics['images'] = stamp or run.known_metrics.get(split, {}).get('images')
     return metrics
 
 
@@ -306,7 +303,7 @@ def _update_metrics(
 
     They are the stored ones, unless the split was predicted just now, the decision has changed, or metrics are missing.
     """
-    stored = run.metrics.get(split, {})
+    stored = run.known_metrics.get(split, {})
     is_valid = stamp is None and decision.matches(stored) and is_complete(stored)
     if is_valid and stored['calibrated']['temperature'] == decision.temperature:
         return stored

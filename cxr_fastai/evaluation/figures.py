@@ -63,7 +63,7 @@ def evaluate_and_draw(
     Returns:
         The metrics of `split`, and the names of its figures relative to the run folder.
     """
-    previous_metrics = run.metrics
+    previous_metrics = run.known_metrics
     metrics = evaluate(run, data, split, batch_size, limit, rule, prevalences, by, again)
     current_metrics = run.metrics
     for other in previous_metrics.keys() & current_metrics.keys() - {split}:

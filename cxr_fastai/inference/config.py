@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -14,6 +13,7 @@ import numpy as np
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import atomic
 from cxr_fastai.core.recipe import VOCAB, Recipe
+from cxr_fastai.core.run_files import MAX_TEMPERATURE, MAX_THRESHOLD, MIN_TEMPERATURE
 from cxr_fastai.core.schemas import Choice, Integer, Number, Rule, Text, check_object
 from cxr_fastai.images.preprocessing import MAX_LOW_PASS, RESIZES
 
@@ -25,10 +25,6 @@ SCHEMA = 2
 WEIGHTS = 'model.safetensors'
 LEARNER = 'learner.pkl'
 
-MAX_THRESHOLD = math.nextafter(1, 2)
-"""Largest threshold: no image is classified as pneumonia."""
-MIN_TEMPERATURE = 1e-3
-MAX_TEMPERATURE = 1e3
 MAX_SIZE = 2**12
 """Largest side of an image, in px, that a model file may ask for."""
 FIELDS: dict[str, Rule] = {

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from cxr_fastai.core.errors import UsageError
-from cxr_fastai.core.files import write_json
 from cxr_fastai.core.run import Run
 
 
@@ -34,14 +32,8 @@ class Decision:
         facts = run.decision
         if not facts:
             return None
-        try:
-            decision = cls(**facts)
-        except TypeError as error:
-            raise UsageError(_damaged(run, str(error))) from None
-        for name in ('threshold', 'temperature'):
-            value = getattr(decision, name)
-            if not isinstance(value, int | float):
-                raise UsageError(_damaged(run, f'{name} {value!r:.80} is not a number'))
+        names = [field.name for field in fields(cls)]
+        decision = cls(**{name: facts[name] for name in names if name in facts})
         return decision if decision.model == model else None
 
     @classmethod
@@ -59,11 +51,3 @@ class Decision:
             and metrics.get('threshold_rule') == self.rule
             and metrics.get('model') == self.model
         )
-
-    def save(self, run: Run) -> None:
-        """Write `decision.json` into `run`."""
-        write_json(run / 'decision.json', asdict(self))
-
-
-def _damaged(run: Run, reason: str) -> str:
-    return f'{run / "decision.json"}: damaged ({reason}). Delete it and evaluate the run again.'

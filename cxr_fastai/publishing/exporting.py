@@ -22,6 +22,7 @@ from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.files import atomic, sync, writing
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import find_split
+from cxr_fastai.evaluation.results import check_results
 from cxr_fastai.evaluation.robustness import read_squares
 from cxr_fastai.inference.bundle import (
     CARD,
@@ -83,6 +84,7 @@ def export(run: Run, out: Path | None = None, as_zip: bool = False) -> Path:
             f'{run.path}: not evaluated, so it has no threshold and no metrics for its model card. '
             f'Run `cxr-fastai evaluate {run.path}` first.'
         )
+    check_results(run, main_split(run))
     check_declared(run.recipe.arch)  # the bundle is verified in a new process
     out = out or run / ('bundle.zip' if as_zip else 'bundle')
     check_destination(out, as_zip)

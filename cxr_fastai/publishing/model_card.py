@@ -16,7 +16,7 @@ from cxr_fastai.inference.decision import Decision
 if TYPE_CHECKING:
     import pandas as pd
 
-SPLITS = ('test', 'valid', 'train')
+BY_IMPORTANCE = ('test', 'valid', 'train')
 """The splits in the order in which a report or a model card prefers them."""
 NOT_A_DEVICE = 'Research software, not a medical device. It must not be used to diagnose anyone.'
 EXTERNAL_VALIDITY = (
@@ -38,7 +38,7 @@ UNKNOWN = 'not recorded'
 
 def main_split(run: Run) -> str:
     """Return the split that the report and the model card of an evaluated run are about."""
-    return [split for split in SPLITS if split in run.metrics][0]
+    return [split for split in BY_IMPORTANCE if split in run.metrics][0]
 
 
 def describe_run(run: Run) -> dict[str, str]:

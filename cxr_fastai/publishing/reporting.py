@@ -20,7 +20,8 @@ from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.figures import to_svg
 from cxr_fastai.core.files import atomic, write_text
 from cxr_fastai.core.recipe import UNKNOWN
-from cxr_fastai.core.run import Run, read_json
+from cxr_fastai.core.run import Run
+from cxr_fastai.core.run_files import read_json
 from cxr_fastai.core.templates import data_uri, render_template
 from cxr_fastai.data.auditing import NOT_TRAINABLE, SMALL_VALIDATION
 from cxr_fastai.data.find import shown_path
@@ -42,7 +43,6 @@ from cxr_fastai.evaluation.metrics import (
     THRESHOLD_METRICS,
     describe_sample,
     interval_warnings,
-    is_complete,
     name_metric,
 )
 from cxr_fastai.evaluation.plots import (
@@ -52,9 +52,9 @@ from cxr_fastai.evaluation.plots import (
     plot_history_panel,
     plot_robustness,
 )
+from cxr_fastai.evaluation.results import check_results, is_of_network
 from cxr_fastai.evaluation.thresholds import threshold_table
 from cxr_fastai.images.corruptions import summarise
-from cxr_fastai.inference.config import identify_network
 from cxr_fastai.inference.decision import Decision
 from cxr_fastai.interpretation.check_targets import check_rows
 from cxr_fastai.publishing.checklist import TOPICS
@@ -118,7 +118,7 @@ def report(run: Run, audit: Path | None = None, hide_names: bool = False, pdf: b
     if not run.metrics:
         raise UsageError(f'{run.path}: not evaluated yet. Run `cxr-fastai evaluate {run.path}` first.')
     split = main_split(run)
-    check_up_to_date(run, split)
+    check_results(run, split)
     findings = read_audit(audit, run) if audit else find_audit(run)
     page = run / 'report.html'
     write_text(page, render(run, split, findings, hide_names))
@@ -128,23 +128,6 @@ def report(run: Run, audit: Path | None = None, hide_names: bool = False, pdf: b
     else:
         (run / 'report.pdf').unlink(missing_ok=True)
     return page
-
-
-def check_up_to_date(run: Run, split: str) -> None:
-    """Raise `UsageError` if the metrics of `split` are of an older version, of other predictions or another network."""
-    metrics = run.metrics[split]
-    n_predictions = len(run.predicted(split))
-    if not is_complete(metrics):
-        problem = 'were made by an older version'
-    elif metrics['n'] != n_predictions:
-        problem = f'are of {metrics["n"]} images, but predictions.csv contains {n_predictions}'
-    elif not _is_of_network(run, metrics):
-        problem = 'are of another network'
-    else:
-        return
-    raise UsageError(
-        f'{run.path}: the metrics of {split} {problem}. Run `cxr-fastai evaluate {run.path} --split {split}` again.'
-    )
 
 
 def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names: bool = False) -> str:
@@ -239,7 +222,7 @@ def read_audit(folder: Path, run: Run) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f'{path}: no such file. `cxr-fastai data audit --out {folder}` writes it.')
     audit = read_json(path)
-    if not isinstance(audit, dict) or audit.get('identity') != identify_images(run.items):
+    if audit.get('identity') != identify_images(run.items):
         raise UsageError(f'{path}: an audit of other images than those of the run. Audit the images of the run.')
     findings = [finding for finding in audit['findings'] if finding['name'] not in (NOT_TRAINABLE, SMALL_VALIDATION)]
     return audit | {'findings': findings}
@@ -335,15 +318,7 @@ def _read_map_check(run: Run) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     check = read_json(path)
-    return check if _is_of_network(run, check) else None
-
-
-def _is_of_network(run: Run, facts: dict[str, Any]) -> bool:
-    """Return True if `facts` are about the network of `run`, or if the network is not in the folder any more."""
-    try:
-        return bool(identify_network(run.path) == facts['model'])
-    except UsageError:
-        return True
+    return check if is_of_network(run, check) else None
 
 
 BROWSERS = (

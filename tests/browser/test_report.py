@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from runfiles import seal_results
 
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.figures import worst_errors
@@ -25,6 +26,7 @@ def address(evaluated, tmp_path_factory) -> str:
     table = run.predictions
     table = table.assign(path=table.path.replace(worst, f'test/NORMAL/{SCRIPT}'))
     table.to_csv(run / 'predictions.csv', index=False)
+    seal_results(run.path)
     return report(run).as_uri()
 
 

@@ -45,9 +45,8 @@ def test_a_line_torn_by_a_crash_spoils_no_later_event(tmp_path):
 
 def test_patients_stay_text_and_probabilities_keep_every_digit(tmp_path):
     run = Run(tmp_path)
-    table = pd.DataFrame(
-        {'path': ['a', 'b'], 'split': 'test', 'patient': ['007', 'NA'], 'p_pneumonia': [0.1 + 0.2, 1 / 3]}
-    )
+    table = pd.DataFrame({'path': ['a', 'b'], 'label': 'NORMAL', 'split': 'test', 'patient': ['007', 'NA']})
+    table = table.assign(p_pneumonia=[0.1 + 0.2, 1 / 3], prediction='PNEUMONIA')
     write_csv(run / 'predictions.csv', table)
     pd.testing.assert_frame_equal(run.predictions, table, check_exact=True)
 
@@ -55,9 +54,10 @@ def test_patients_stay_text_and_probabilities_keep_every_digit(tmp_path):
 def test_evaluating_a_split_keeps_the_rows_of_the_others(tmp_path):
     run = Run(tmp_path)
     for split, paths in (('valid', ['a']), ('test', ['b']), ('valid', ['c', 'd'])):
-        run.write_split('predictions.csv', pd.DataFrame({'path': paths, 'split': split}), split)
-    assert list(run.predicted('valid').path) == ['c', 'd']
-    assert list(run.predicted('test').path) == ['b']
+        run.write_split('robustness.csv', pd.DataFrame({'corruption': paths, 'split': split}), split)
+    robustness = run.robustness
+    assert list(robustness[robustness.split == 'valid'].corruption) == ['c', 'd']
+    assert list(robustness[robustness.split == 'test'].corruption) == ['b']
 
 
 def test_temporary_files_of_a_killed_training_are_removed_and_others_stay(tmp_path):

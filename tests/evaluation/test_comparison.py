@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from runfiles import seal_results
 from scipy.stats import binomtest
 
 from cxr_fastai.cli import main
@@ -170,6 +171,8 @@ def measured_runs(two_runs) -> dict[str, Run]:
         names = ('auc', 'average_precision', 'sensitivity', 'specificity', 'balanced_accuracy', 'accuracy', 'mcc')
         metrics = {metric: {'value': 0.8, 'low': None, 'high': None} for metric in names}
         (two_runs / name / 'metrics.json').write_text(json.dumps({'test': metrics | {'brier': brier}}))
+        (two_runs / name / 'predictions.csv').write_text('path,label,split,p_pneumonia,prediction\n')
+        seal_results(two_runs / name)
     return {name: Run.open(two_runs / name) for name in 'ab'}
 
 

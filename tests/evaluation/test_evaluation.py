@@ -37,7 +37,8 @@ def test_evaluate_writes_predictions_metrics_and_decision(copy, images):
     test['kind'] = test.path.str.extract('(bacteria|virus)', expand=False).fillna('normal')
     decision = Decision(**copy.decision)
     expected = measure(test, decision.threshold, 'sensitivity:0.95', decision.temperature, by=['kind'])
-    assert metrics == expected | {'model': decision.model, 'images': metrics['images']}
+    stamps = ('images', 'predictions_sha256', 'decision_sha256')
+    assert metrics == expected | {'model': decision.model} | {name: metrics[name] for name in stamps}
 
 
 def test_the_labels_of_the_test_images_do_not_change_the_threshold(copy, images, tmp_path):

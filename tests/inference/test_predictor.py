@@ -1,7 +1,7 @@
 """The predictor gives a row for each image, in order; an image that cannot be used does not stop the others."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from imagefiles import DEEP, GREY, dicom
 from PIL import Image
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, ImageError, UsageError
+from cxr_fastai.core.files import write_json
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.find import list_images
 from cxr_fastai.images.decode import read_image
@@ -192,7 +193,7 @@ def test_a_run_can_be_loaded_without_its_pickle(evaluated, paths, tmp_path, monk
 def test_a_decision_for_another_network_is_not_used(evaluated, tmp_path):
     run = Run(shutil.copytree(evaluated.path, tmp_path / 'run'))
     decision = Decision.from_run(run, run.decision['model'])
-    replace(decision, model='0' * 64, threshold=0.123).save(run)
+    write_json(run / 'decision.json', asdict(replace(decision, model='0' * 64, threshold=0.123)))
     with pytest.warns(CXRWarning, match='made for another network'):
         predictor = Predictor.load(run.path)
     assert predictor.threshold == run.recipe.threshold

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from runfiles import seal_results
 from safetensors.torch import load_file, save_file
 
 from cxr_fastai.cli import main
@@ -101,6 +102,7 @@ def rename(run: Run, names: dict[str, str]) -> None:
     """Change paths in the predictions of `run`."""
     table = run.predictions
     table.assign(path=table.path.replace(names)).to_csv(run / 'predictions.csv', index=False)
+    seal_results(run.path)
 
 
 def worst_path(run: Run) -> str:
@@ -200,10 +202,19 @@ def test_hidden_names_are_replaced_by_numbers(copy):
 def test_the_margin_of_the_threshold_is_shown_only_for_the_decision_of_these_metrics(copy):
     margin = copy.decision['margin']
     assert margin in report(copy).read_text()
-    (copy / 'decision.json').write_text(json.dumps(copy.decision | {'threshold': 0.123}))
-    assert margin not in report(copy).read_text()
     (copy / 'decision.json').unlink()
+    seal_results(copy.path)
     assert margin not in report(copy).read_text()
+
+
+@pytest.mark.parametrize('threshold', [0.123, None])
+def test_metrics_at_another_threshold_than_the_decision_are_refused(copy, threshold):
+    if threshold:
+        (copy / 'decision.json').write_text(json.dumps(copy.decision | {'threshold': threshold}))
+    else:
+        (copy / 'decision.json').unlink()
+    with pytest.raises(UsageError, match='another decision than that in decision.json'):
+        report(copy)
 
 
 def test_the_images_that_evaluate_saved_are_shown(copy):
@@ -270,7 +281,7 @@ def test_an_audit_is_shown_only_if_it_is_of_the_images_of_the_run(copy, images, 
     (nearby / 'audit.json').write_text(json.dumps(audit))
     assert 'planted: 3. Remove it.' in report(copy).read_text()  # found without the option
     assert read_audit(nearby, copy)['images'] == 60
-    for other in (audit | {'identity': 'another'}, {}, [1]):
+    for other in (audit | {'identity': 'another'}, {}):
         (nearby / 'audit.json').write_text(json.dumps(other))
         assert 'were not audited' in report(copy).read_text()
         with pytest.raises(UsageError, match='an audit of other images'):
@@ -299,7 +310,7 @@ def test_metrics_of_an_older_version_other_predictions_or_another_network_are_re
             report(copy)
     (copy / 'metrics.json').write_text(json.dumps(metrics))
     copy.predictions.iloc[1:].to_csv(copy / 'predictions.csv', index=False)
-    with pytest.raises(UsageError, match='are of 12 images, but predictions.csv contains 11'):
+    with pytest.raises(UsageError, match='are of other predictions than those in predictions.csv'):
         report(copy)
     shutil.copy(evaluated / 'predictions.csv', copy / 'predictions.csv')
     save_file(load_file(copy / 'model.safetensors'), copy / 'model.safetensors', {'another': 'network'})

@@ -1,0 +1,185 @@
+"""Reading of the files in a run folder, which may come from somebody else, and the hashes that bind results together.
+
+`evaluate` writes three files that belong together: `predictions.csv`, `decision.json`, and last `metrics.json`, which
+contains the hashes of what is in the other two. A crash between the writes is therefore noticed by every reader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cxr_fastai.core.errors import CXRError, UsageError, first_line
+from cxr_fastai.core.foreign import MAX_JSON, read_bytes, read_text
+from cxr_fastai.core.foreign import parse_json as parse_foreign_json
+from cxr_fastai.core.recipe import SPLITS, VOCAB
+from cxr_fastai.core.schemas import Anything, Integer, Number, Rule, Table, Text, check_object
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAX_TABLE = 2**29
+"""Largest CSV file of a run, in bytes."""
+WRITERS = {
+    'items.csv': 'train',
+    'history.csv': 'train',
+    'predictions.csv': 'evaluate',
+    'robustness.csv': 'evaluate --robustness',
+}
+"""Table to the command that writes it."""
+TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase')
+"""Columns that are read as text: the patient `007` is not the number 7, and the patient `NA` is not missing."""
+EXACT_COLUMNS = ('p_pneumonia',)
+"""Columns that are read to the last digit, which older pandas round: a probability may lie next to the threshold."""
+REQUIRED_COLUMNS = {
+    'items.csv': ('path', 'label', 'split'),
+    'history.csv': ('phase', 'epoch'),
+    'predictions.csv': ('path', 'label', 'split', 'p_pneumonia', 'prediction'),
+    'robustness.csv': ('split',),
+}
+"""Table to the columns without which it cannot be read."""
+CHOICES = {'label': VOCAB, 'prediction': VOCAB, 'split': SPLITS}
+"""Column to the values that it may have."""
+UNIQUE_COLUMNS = {'items.csv': ['path', 'split'], 'predictions.csv': ['path', 'split']}
+"""Table to the columns that identify a row."""
+HASHED_COLUMNS = ('path', 'label', 'prediction')
+"""Columns of the predictions that the hash of the predictions covers, in addition to the probability."""
+
+MAX_THRESHOLD = math.nextafter(1, 2)
+"""Largest threshold: no image is classified as pneumonia."""
+MIN_TEMPERATURE = 1e-3
+MAX_TEMPERATURE = 1e3
+SHA256 = '[0-9a-f]{64}'
+DECISION: dict[str, Rule] = {
+    'threshold': Number(0, MAX_THRESHOLD),
+    'rule': Text(200),
+    'temperature': Number(MIN_TEMPERATURE, MAX_TEMPERATURE, required=False),
+    'model': Text(64, f'({SHA256})?', required=False),
+}
+"""The fields of `decision.json` that change a prediction."""
+METRICS: dict[str, Rule] = {
+    'n': Integer(1, required=False),
+    'threshold': Number(0, MAX_THRESHOLD, required=False),
+    'threshold_rule': Text(200, required=False),
+    'model': Text(64, f'({SHA256})?', required=False),
+    'predictions_sha256': Text(64, SHA256, required=False),
+    'decision_sha256': Text(64, SHA256, optional=True, required=False),
+}
+"""The fields of a split in `metrics.json` that say what the metrics are of. Other fields are the metrics."""
+EVALUATE_AGAIN = 'Evaluate the run again.'
+AGAIN = 'Write it again with the command that created it.'
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in the JSON file `path`. Raises `UsageError` if the file is damaged."""
+    values = parse_foreign_json(_read(path, MAX_JSON), path, AGAIN, UsageError)
+    return check_object(values, {}, path, AGAIN, UsageError) | values
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        return read_bytes(path, max_bytes)
+    except UsageError:
+        raise
+    except CXRError as error:  # too large
+        raise UsageError(str(error)) from None
+
+
+def read_decision(path: Path) -> dict[str, Any]:
+    """Return the fields of the file `decision.json` at `path`; none if there is no such file.
+
+    Raises `UsageError` if the threshold, the temperature or the rule has another type, or is out of range.
+    """
+    if not path.exists():
+        return {}
+    decision = read_json(path)
+    check_object(decision, DECISION, path, f'Delete it. {EVALUATE_AGAIN}', UsageError)
+    return decision
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Return the metrics by split in the file `metrics.json` at `path`; none if there is no such file.
+
+    Raises `UsageError` if it is damaged.
+    """
+    if not path.exists():
+        return {}
+    metrics = read_json(path)
+    rule = Table(Anything(), '|'.join(SPLITS))
+    check_object({'metrics': metrics}, {'metrics': rule}, path, EVALUATE_AGAIN, UsageError)
+    for split, values in metrics.items():
+        check_object(values, METRICS, f'{path}: {split}', EVALUATE_AGAIN, UsageError)
+    return metrics
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Return the table in the CSV file `path` of a run.
+
+    Raises `UsageError` if it is missing or damaged: a column is missing, a probability is not in [0, 1], a label or
+    split is unknown, or a row occurs twice.
+    """
+    if not path.exists():
+        raise UsageError(f'{path} is missing: `cxr-fastai {WRITERS[path.name]}` writes it.')
+    try:
+        table = _parse_table(read_text(path, MAX_TABLE))
+        _check_table(table, path.name)
+    except UsageError:
+        raise
+    except (CXRError, ValueError, RecursionError, OverflowError) as error:
+        problem = first_line(error).removeprefix(f'{path}: ')
+        raise UsageError(f'{path}: damaged ({problem}). {AGAIN}') from None
+    return table
+
+
+def _parse_table(text: str) -> pd.DataFrame:
+    import pandas as pd
+
+    columns = pd.read_csv(StringIO(text), nrows=0).columns
+    text_columns = [name for name in columns if name in TEXT_COLUMNS]
+    exact_columns = [name for name in columns if name in EXACT_COLUMNS]
+    numbers = columns.difference([*text_columns, *exact_columns])
+    return pd.read_csv(
+        StringIO(text),
+        dtype=dict.fromkeys(text_columns, str),
+        keep_default_na=False,
+        na_values={name: [''] for name in numbers},
+        converters=dict.fromkeys(exact_columns, float),
+        index_col=False,
+    )
+
+
+def _check_table(table: pd.DataFrame, name: str) -> None:
+    missing = [column for column in REQUIRED_COLUMNS.get(name, ()) if column not in table]
+    if missing:
+        raise ValueError(f'no column {" or ".join(missing)}')
+    for column, values in CHOICES.items():
+        unknown = ~table[column].isin(values) if column in table and len(table) else []
+        if any(unknown):
+            raise ValueError(f'{column} {table[column][unknown].iloc[0]!r:.80} is not one of {", ".join(values)}')
+    if 'p_pneumonia' in table and not table.p_pneumonia.between(0, 1).all():
+        p = table.p_pneumonia[~table.p_pneumonia.between(0, 1)].iloc[0]
+        raise ValueError(f'the probability {p:g} is not between 0 and 1')
+    repeated = table.duplicated(UNIQUE_COLUMNS[name]) if name in UNIQUE_COLUMNS else []
+    if any(repeated):
+        raise ValueError(f'the image {table.path[repeated].iloc[0]!r:.80} occurs twice')
+
+
+def hash_predictions(predictions: pd.DataFrame) -> str:
+    """Return the SHA-256 of the images, labels, probabilities and classes of a table of predictions, in order."""
+    columns = [predictions[name].astype(str) for name in HASHED_COLUMNS]
+    probabilities = [float(p).hex() for p in predictions.p_pneumonia]
+    return _hash([*map(list, zip(*columns, probabilities, strict=True))])
+
+
+def hash_decision(decision: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the fields of a decision that change a prediction."""
+    return _hash([decision.get(name) for name in DECISION])
+
+
+def _hash(values: Iterable[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()

@@ -1,0 +1,65 @@
+"""`check_results` refuses the results of a run that do not belong together, before anything is published from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.run import Run
+from cxr_fastai.core.schemas import Fields, Integer, Number, check_object
+from cxr_fastai.evaluation.metrics import RANKING_METRICS, THRESHOLD_METRICS, ConfusionMatrix, Sample, is_complete
+from cxr_fastai.inference.config import identify_network
+
+TOLERANCE = 1e-6
+"""Largest difference of a metric that is computed again."""
+ESTIMATE = Fields({name: Number(-1e6, 1e6, optional=True) for name in ('value', 'low', 'high')})
+"""A metric with its interval, as `intervals.make_estimate` returns it."""
+METRICS = {'n': Integer(1), 'threshold': Number(0, 2)} | dict.fromkeys((*RANKING_METRICS, *THRESHOLD_METRICS), ESTIMATE)
+
+
+def check_results(run: Run, split: str) -> dict[str, Any]:
+    """Return the metrics of `split`, which belong to the predictions, the decision and the network in `run`.
+
+    The hashes in `metrics.json` are compared, and sensitivity, specificity and AUC are computed again from the
+    predictions. Raises `UsageError`, which says what does not fit and advises to evaluate again.
+    """
+    metrics = run.metrics[split]
+    predictions = run.predicted(split)
+    if not is_complete(metrics):
+        problem = 'were made by an older version'
+    elif metrics.get('n') != len(predictions):
+        problem = f'are of {metrics.get("n")} images, but predictions.csv contains {len(predictions)}'
+    elif not is_of_network(run, metrics):
+        problem = 'are of another network'
+    else:
+        problem = _compare(metrics, Sample.from_predictions(predictions))
+    if problem:
+        raise UsageError(
+            f'{run.path}: the metrics of {split} {problem}. Run `cxr-fastai evaluate {run.path} --split {split}` again.'
+        )
+    return metrics
+
+
+def is_of_network(run: Run, facts: dict[str, Any]) -> bool:
+    """Return True if `facts` are about the network of `run`, or if the network is not in the folder any more."""
+    try:
+        return bool(facts.get('model') == identify_network(run.path))
+    except UsageError:
+        return True
+
+
+def _compare(metrics: dict[str, Any], sample: Sample) -> str:
+    """Return which of the `metrics` is not that of `sample`; empty if all fit."""
+    try:
+        check_object(metrics, METRICS, 'metrics.json', fix='')
+    except CXRError as error:
+        return f'are damaged ({str(error).removeprefix("metrics.json: ").rstrip(" .")})'
+    confusion = ConfusionMatrix(sample, metrics['threshold'])
+    expected = {name: THRESHOLD_METRICS[name](confusion)['value'] for name in ('sensitivity', 'specificity')}
+    expected['auc'] = RANKING_METRICS['auc'](sample)['value']
+    for name, value in expected.items():
+        stored = metrics[name]['value']
+        is_same = value == stored if value is None or stored is None else abs(value - stored) <= TOLERANCE
+        if not is_same:
+            return f'say {name} {stored}, but that of predictions.csv is {value}'
+    return ''

@@ -1,0 +1,192 @@
+"""Files of a run that somebody changed, damaged or mixed are refused in one line, and never become wrong results."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from runfiles import seal_results
+
+from cxr_fastai.cli import main
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.run import Run
+from cxr_fastai.evaluation.comparison import compare_runs
+from cxr_fastai.evaluation.evaluation import evaluate
+from cxr_fastai.publishing.exporting import export
+from cxr_fastai.publishing.reporting import report
+
+RESULTS = ('predictions.csv', 'decision.json', 'metrics.json')
+
+
+@pytest.fixture
+def copy(evaluated, tmp_path) -> Run:
+    """A copy of the evaluated run, to be changed."""
+    return Run(shutil.copytree(evaluated.path, tmp_path / 'run'))
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command, which must fail with an error of one line; the line."""
+
+    def run(*words: object) -> str:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        err = capsys.readouterr().err
+        assert code in (1, 2), err
+        assert err.startswith('error: ') and err.count('\n') == 1 and 'Traceback' not in err, err
+        return err
+
+    return run
+
+
+def change(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def change_predictions(run: Run, edit) -> None:
+    table = run.predictions
+    edit(table).to_csv(run / 'predictions.csv', index=False)
+
+
+def inverted(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(p_pneumonia=1 - table.p_pneumonia)
+
+
+MIXED = {
+    'inverted probabilities': lambda run: change_predictions(run, inverted),
+    'an image less': lambda run: change_predictions(run, lambda table: table.iloc[1:]),
+    'another order': lambda run: change_predictions(run, lambda table: table.iloc[::-1]),
+    'another label': lambda run: change_predictions(run, lambda table: table.assign(label='NORMAL')),
+    'another class': lambda run: change_predictions(run, lambda table: table.assign(prediction='NORMAL')),
+    'another threshold': lambda run: change(run / 'decision.json', threshold=0.9),
+    'another temperature': lambda run: change(run / 'decision.json', temperature=2.0),
+    'no decision': lambda run: (run / 'decision.json').unlink(),
+    'no predictions': lambda run: (run / 'predictions.csv').unlink(),
+}
+
+
+@pytest.mark.parametrize('mix', MIXED.values(), ids=MIXED)
+def test_results_that_do_not_belong_together_are_refused(mix, copy, evaluated, tmp_path):
+    mix(copy)
+    for use in (report, export, lambda run: compare_runs([evaluated, run], 'test', tmp_path / 'comparison')):
+        with pytest.raises(UsageError):
+            use(copy)
+    assert not (copy / 'report.html').exists() and not (copy / 'bundle').exists()
+
+
+def test_metrics_with_the_right_hashes_are_computed_again(copy):
+    metrics = json.loads((copy / 'metrics.json').read_text())
+    metrics['test']['sensitivity']['value'] = 0.999
+    (copy / 'metrics.json').write_text(json.dumps(metrics))
+    with pytest.raises(UsageError, match='say sensitivity 0.999, but that of predictions.csv is'):
+        report(copy)
+    change_predictions(copy, inverted)
+    seal_results(copy.path)
+    with pytest.raises(UsageError, match=r'the metrics of test say .* Run `cxr-fastai evaluate'):
+        report(copy)
+
+
+@pytest.mark.parametrize('n_written', [0, 1, 2])
+def test_a_crash_between_the_files_of_an_evaluation_leaves_no_mixed_results(n_written, copy, images, monkeypatch):
+    replace = os.replace
+    written = []
+
+    def crash(source, target):
+        if Path(target).name in RESULTS:
+            if len(written) == n_written:
+                raise KeyboardInterrupt
+            written.append(Path(target).name)
+        replace(source, target)
+
+    before = {name: (copy / name).read_bytes() for name in RESULTS}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', crash)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(copy, images, 'test', rule='fixed:0.9')
+    if n_written == 0:
+        assert {name: (copy / name).read_bytes() for name in RESULTS} == before
+    else:
+        with pytest.raises(UsageError, match=r'evaluate .* again'):
+            report(copy)
+    metrics = evaluate(copy, images, 'test', rule='fixed:0.9')
+    assert copy.metrics['test'] == metrics and report(copy).is_file()
+
+
+NUMBERS = ['NaN', '-5', 'true', '"0.5"', '1e999', '[0.5]', '{}', '1.5', '9' * 1000]
+
+
+@pytest.mark.parametrize('value', NUMBERS)
+@pytest.mark.parametrize('field', ['threshold', 'temperature'])
+def test_a_decision_with_an_impossible_number_is_refused(field, value, copy, images, refused):
+    if field == 'temperature' and value == '1.5':
+        value = '0'
+    facts = json.loads((copy / 'decision.json').read_text())
+    facts.pop(field)
+    (copy / 'decision.json').write_text(json.dumps(facts)[:-1] + f', "{field}": {value}}}')
+    image = next(images.rglob('*.jpeg'))
+    line = refused('predict', copy.path, image)
+    assert 'decision.json' in line
+
+
+BAD_JSON = {
+    'a repeated key': '{"threshold": 0.5, "threshold": 0.1, "rule": "fixed:0.5"}',
+    'a list': '[]',
+    'a number': '1',
+    'depth': '{"a": ' * 5000 + '1' + '}' * 5000,
+    'not UTF-8': b'{"a": "\xff"}',
+    'half': '{"threshold": 0.5',
+    'a rule of 1 MB': json.dumps({'threshold': 0.5, 'rule': 'x' * 2**20}),
+}
+
+
+@pytest.mark.parametrize('content', BAD_JSON.values(), ids=BAD_JSON)
+@pytest.mark.parametrize('name', ['recipe.json', 'decision.json', 'metrics.json'])
+def test_a_damaged_json_file_is_refused(name, content, copy, refused):
+    (copy / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert name in refused('report', copy.path)
+
+
+@pytest.mark.parametrize('p', ['nan', '', '-0.1', '1.1', 'inf', 'a', '0x1'])
+def test_a_probability_out_of_range_is_refused(p, copy, refused):
+    change_predictions(copy, lambda table: table.assign(p_pneumonia=[p, *table.p_pneumonia.astype(str)[1:]]))
+    assert 'predictions.csv: damaged' in refused('report', copy.path)
+
+
+BAD_TABLES = {
+    'no header': b'',
+    'null characters': b'\0' * 100,
+    'another table': b'a,b\n1,2\n',
+    'an unknown label': b'path,label,split,p_pneumonia,prediction\nx,CAT,test,0.5,NORMAL\n',
+    'an unknown split': b'path,label,split,p_pneumonia,prediction\nx,NORMAL,TEST,0.5,NORMAL\n',
+    'an image twice': b'path,label,split,p_pneumonia,prediction\n' + b'x,NORMAL,test,0.5,NORMAL\n' * 2,
+    'an open quote': b'path,label,split,p_pneumonia,prediction\n"x,NORMAL,test,0.5,NORMAL\n' * 3,
+    'more cells': b'path,label,split,p_pneumonia,prediction\nx,NORMAL,test,0.5,NORMAL,1,2,3\n',
+    'not UTF-8': b'path,label,split,p_pneumonia,prediction\n\xff,NORMAL,test,0.5,NORMAL\n',
+}
+
+
+@pytest.mark.parametrize('content', BAD_TABLES.values(), ids=BAD_TABLES)
+def test_a_damaged_table_is_refused(content, copy, refused):
+    (copy / 'predictions.csv').write_bytes(content)
+    refused('report', copy.path)
+
+
+@pytest.mark.parametrize('name', ['recipe.json', 'decision.json', 'metrics.json', 'predictions.csv', 'items.csv'])
+def test_a_pipe_or_device_in_place_of_a_file_is_refused_at_once(name, copy, refused):
+    for make in (os.mkfifo, lambda path: os.symlink('/dev/zero', path), os.mkdir):
+        (copy / name).unlink(missing_ok=True)
+        make(copy / name)
+        refused('report', copy.path)
+        if (copy / name).is_dir():
+            (copy / name).rmdir()
+        else:
+            (copy / name).unlink()
+
+
+def test_lines_of_a_journal_that_are_damaged_are_ignored(copy):
+    images = copy.images
+    with open(copy / 'journal.jsonl', 'a') as journal:
+        journal.write('{"event": "start", "data": 5}\n[]\n{"event": "start", "unreadable": [1]}\n{"event": NaN}\n')
+    assert copy.images == images and copy.unreadable == []

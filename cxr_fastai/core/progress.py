@@ -65,8 +65,12 @@ def in_threads(
 
     `workers` defaults to the number of cores. At most `READ_AHEAD` results wait in memory.
     """
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+    try:
         yield from progress(_read_ahead(pool, func, items), len(items), unit)
+    finally:
+        # After an interrupt nobody needs the items that are not computed yet.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read_ahead(pool: ThreadPoolExecutor, func: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:

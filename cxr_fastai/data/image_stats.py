@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cxr_fastai.core.errors import ImageError
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.images.corruptions import sharpness
 from cxr_fastai.images.decode import open_image
-from cxr_fastai.images.decoder_pool import default_pool
+from cxr_fastai.images.decoder_pool import DecodeGroup, default_pool
 from cxr_fastai.images.preprocessing import BILINEAR, Preprocessing
 
 TRAITS = (
@@ -56,14 +57,15 @@ def measure_images(paths: Sequence[str], root: Path, workers: int | None = None)
     `digest` is a hash of the decoded pixels. For an unusable image only `code`, its error code, is set, and its
     thumbnail is black.
     """
-    results = list(in_threads(_measure, [root / path for path in paths], workers))
+    with DecodeGroup(default_pool()) as group:
+        results = list(in_threads(partial(_measure, group), [root / path for path in paths], workers))
     table = pd.DataFrame([measurements for measurements, _ in results], columns=MEASUREMENTS)
     return table, np.stack([thumbnail for _, thumbnail in results])
 
 
-def _measure(path: Path) -> tuple[dict[str, Any], np.ndarray]:
+def _measure(group: DecodeGroup, path: Path) -> tuple[dict[str, Any], np.ndarray]:
     try:
-        image = open_image(path, decode=default_pool().decode)
+        image = open_image(path, decode=group.decode)
     except ImageError as error:
         return {'code': error.code}, np.zeros((THUMBNAIL_SIZE, THUMBNAIL_SIZE), np.uint8)
     n_bytes = path.stat().st_size

@@ -178,10 +178,7 @@ class DecoderPool:
         Only the contents of files need a process: an image of Pillow or an array is converted here. `side` is that of
         `submit`, for files only.
         """
-        if isinstance(image, bytes):
-            return self.submit(image, preprocessing, suffix, side).result()
-        decoded = decode_image(image, preprocessing, suffix)
-        return replace(decoded, square=preprocessing.fit(decoded.pixels)) if preprocessing else decoded
+        return DecodeGroup(self).decode(image, preprocessing, suffix, side)
 
     def close(self) -> None:
         """End all processes. Images that are not decoded yet are cancelled."""
@@ -193,6 +190,46 @@ class DecoderPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class DecodeGroup:
+    """Images that several threads decode in one pool. At the end of its context those that still wait are cancelled.
+
+    A command that is interrupted therefore does not wait for its slow images.
+    """
+
+    def __init__(self, pool: DecoderPool) -> None:
+        self.pool = pool
+        self.is_open = True
+        self.results: set[Future[DecodedImage]] = set()
+
+    def decode(
+        self,
+        image: bytes | Image.Image | np.ndarray,
+        preprocessing: Preprocessing | None = None,
+        suffix: str = '',
+        side: int | None = None,
+    ) -> DecodedImage:
+        """Decode an image as `DecoderPool.decode` does. Raises `CancelledError` after the end of the context."""
+        if not isinstance(image, bytes):
+            decoded = decode_image(image, preprocessing, suffix)
+            return replace(decoded, square=preprocessing.fit(decoded.pixels)) if preprocessing else decoded
+        if not self.is_open:
+            raise CancelledError
+        result = self.pool.submit(image, preprocessing, suffix, side)
+        self.results.add(result)
+        try:
+            return result.result()
+        finally:
+            self.results.discard(result)
+
+    def __enter__(self) -> DecodeGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.is_open = False
+        for result in tuple(self.results):
+            result.cancel()
 
 
 @cache

@@ -21,7 +21,7 @@ from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.images.arrays import check_squares
 from cxr_fastai.images.decode import ImageLike, file_path, open_image
-from cxr_fastai.images.decoder_pool import available_cores, default_pool
+from cxr_fastai.images.decoder_pool import DecodeGroup, available_cores, default_pool
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle
@@ -134,14 +134,16 @@ class Predictor:
     ) -> Iterator[Row]:
         """Yield a row for each pair of a name and an image, as `predict` does. The name is the path of the row."""
         # The threads wait for the processes that decode; with two for each, no process waits for its next image.
-        opened = in_threads(self._open, images, workers or 2 * available_cores())
-        while batch := list(islice(opened, batch_size)):
-            yield from self._predict_batch(batch)
+        threads = workers or 2 * available_cores()
+        with DecodeGroup(default_pool()) as group:
+            opened = in_threads(partial(self._open, group), images, threads)
+            while batch := list(islice(opened, batch_size)):
+                yield from self._predict_batch(batch)
 
-    def _open(self, named_image: tuple[str, ImageLike]) -> tuple[Row, np.ndarray | None]:
+    def _open(self, group: DecodeGroup, named_image: tuple[str, ImageLike]) -> tuple[Row, np.ndarray | None]:
         name, image = named_image
         try:
-            decoded = open_image(image, self.preprocessing, name, partial(default_pool().decode, side=0))
+            decoded = open_image(image, self.preprocessing, name, partial(group.decode, side=0))
         except ImageError as error:
             return self.start_row(name, error), None
         return self.start_row(name, decoded), decoded.square

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from services import wait_until
 
 from cxr_fastai.core.errors import ImageError
 from cxr_fastai.images.decode import decode_image, open_image
-from cxr_fastai.images.decoder_pool import DecoderPool
+from cxr_fastai.images.decoder_pool import DecodeGroup, DecoderPool
 from cxr_fastai.images.preprocessing import Preprocessing
 
 FILES = {
@@ -144,6 +144,16 @@ def test_cancelled_images_free_their_process(slow):
         assert time.monotonic() - begin < PATIENCE and all(future.cancelled() for future in cancelled)
 
 
+def test_an_interrupted_command_does_not_wait_for_its_slow_images(slow):
+    with DecoderPool(1) as pool, ThreadPoolExecutor(4) as threads:
+        with DecodeGroup(pool) as group:
+            waiting = [threads.submit(group.decode, slow) for _ in range(4)]
+            wait_until(lambda: len(group.results) == 4)
+        assert all(isinstance(future.exception(PATIENCE), CancelledError) for future in waiting)
+        with pytest.raises(CancelledError):
+            group.decode(FILES['JPEG'])
+
+
 def test_closing_ends_all_processes_and_cancels_what_waits(slow):
     before = children()
     pool = DecoderPool(2)
@@ -158,7 +168,7 @@ def test_closing_ends_all_processes_and_cancels_what_waits(slow):
 PARENT = """
 import sys
 from pathlib import Path
-from cxr_fastai.images.decoder_pool import DecoderPool
+from cxr_fastai.images.decoder_pool import DecodeGroup, DecoderPool
 pool = DecoderPool(1, seconds=1)
 pool.decode(Path(sys.argv[1]).read_bytes())
 print('ready', flush=True)

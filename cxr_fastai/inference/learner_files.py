@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cxr_fastai.core.errors import CXRError, first_line
 from cxr_fastai.core.foreign import FIX, read_bytes
+from cxr_fastai.core.schemas import ListOf, Rule, Text, check_object
 from cxr_fastai.inference._unpickler import Description, Name, Pairs, Stored, read_pickle
 from cxr_fastai.inference.config import ModelConfig, check_schema
 from cxr_fastai.inference.engines import TorchEngine
@@ -41,6 +42,8 @@ MAX_SETTINGS = 10_000
 """Largest number of values in the settings."""
 MAX_CHARACTERS = 2**28
 """Largest total length of the texts in the settings. The images of the self-test are stored as one."""
+TRANSFORMS: dict[str, Rule] = {'transforms': ListOf(Text(100, r'\w+'), 20, required=False)}
+"""The names of transforms of the user, which cannot be restored."""
 DICTIONARY = 'collections.OrderedDict'
 SHARING = 2
 """How many times as large as the file the tensors may be in total: some networks use one tensor twice."""
@@ -110,6 +113,12 @@ def read_learner(path: Path) -> SavedLearner:
     check_schema(facts.get('schema', 1), path)
     if not isinstance(facts.get('selftest'), dict):
         raise CXRError(f'{path}: has no self-test. Export it again.')
+    transforms = check_object(facts, TRANSFORMS, path).get('transforms', [])
+    if transforms:
+        raise CXRError(
+            f'{path}: its images pass {", ".join(transforms)}, which only the load_learner of fastai restores. Use '
+            'that, or train without own transforms of validation images.'
+        )
     config = ModelConfig.from_dict(facts, path)
     network = build_network(config, {name: tensor.facts for name, tensor in tensors.items()}, path)
     try:

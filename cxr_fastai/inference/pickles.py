@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 
 LAST_BATCH = ('dl', 'xb', 'yb', 'pred', 'loss', 'loss_grad')
 """Attributes of a learner that refer to its last batch of images."""
-STANDARD_CALLBACKS = ('TrainEvalCallback', 'Recorder', 'CastToTensor', 'ProgressCallback', 'BnFreeze')
+KEPT_CALLBACKS = ('TrainEvalCallback', 'Recorder', 'CastToTensor', 'ProgressCallback', 'BnFreeze')
 """Callbacks of fastai that an exported learner keeps."""
+KEPT_TRANSFORMS = ('ToTensor', 'IntToFloatTensor', 'NormalizeImage')
+"""Transforms of validation images that `load_learner` restores, beside the opening of an image."""
 SHA256 = re.compile(r'[0-9a-f]{64}')
 MAX_STORE = 2**22
 """Largest store of trusted hashes that is read, in bytes."""
@@ -67,7 +69,8 @@ def save_learner(learn: Learner, path: Path, config: ModelConfig) -> str:
     # A copy, because the engine changes the mode and the memory layout of its network.
     engine = TorchEngine(copy.deepcopy(learn.model).cpu())
     selftest = SelfTest.create(engine, config.size)
-    learn.config = {'schema': SCHEMA, **asdict(config), 'selftest': selftest.as_dict()}
+    facts = {'selftest': selftest.as_dict(), 'transforms': _own_transforms(learn)}
+    learn.config = {'schema': SCHEMA, **asdict(config), **facts}
     buffer = BytesIO()  # if torch wrote the file, a full disk would be a RuntimeError
     with _without_data(learn):
         torch.save(learn, buffer, pickle_module=pickle)
@@ -83,6 +86,16 @@ def save_learner(learn: Learner, path: Path, config: ModelConfig) -> str:
             stacklevel=2,
         )
     return digest
+
+
+def _own_transforms(learn: Learner) -> list[str]:
+    """Return the names of the transforms, beyond those of this package, that change validation images."""
+    from fastai.vision.augment import RandTransform
+
+    loader = learn.dls.valid
+    transforms = [*loader.after_item.fs, *loader.after_batch.fs]
+    changing = [item for item in transforms if item.split_idx != 0 and not isinstance(item, RandTransform)]
+    return [type(item).__name__ for item in changing if type(item).__name__ not in KEPT_TRANSFORMS]
 
 
 @contextmanager
@@ -126,7 +139,7 @@ def _without_data(learn: Learner) -> Iterator[None]:
 def _is_standard(callback: Any) -> bool:
     """Return whether a learner without data needs `callback`. Others, such as `CSVLogger`, are about the training."""
     kind = type(callback)
-    return kind.__module__.startswith('fastai.') and kind.__name__ in STANDARD_CALLBACKS
+    return kind.__module__.startswith('fastai.') and kind.__name__ in KEPT_CALLBACKS
 
 
 def _transforms_that_skip(learn: Learner) -> list[Any]:

@@ -30,7 +30,7 @@ from cxr_fastai.data.loaders import CXRDataLoaders, find_preprocessing
 from cxr_fastai.data.transforms import NormalizeImage, augmentations
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, save_weights
-from cxr_fastai.inference.pickles import save_learner
+from cxr_fastai.inference.pickles import KEPT_CALLBACKS, save_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.models.architectures import describe_network, find_arch
 from cxr_fastai.models.networks import unwrap_network
@@ -41,7 +41,7 @@ from cxr_fastai.training.training import without_nan
 
 MAX_DIFFERENCE = 0.01
 """Largest difference of a probability between the learner and the run that `save_run` accepts."""
-STANDARD_CALLBACKS = {'TrainEvalCallback', 'Recorder', 'CastToTensor', 'ProgressCallback', 'BnFreeze', 'History'}
+STANDARD_CALLBACKS = {*KEPT_CALLBACKS, 'History'}
 """Callbacks of a learner that `cxr_learner` made."""
 COMPARED_IMAGES = 32
 """Number of validation images that `save_run` predicts twice."""

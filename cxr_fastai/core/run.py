@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import check_new, write_csv, write_json, writing
+from cxr_fastai.core.folders import sweep
 from cxr_fastai.core.foreign import parse_json, read_text
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.recipe_fields import parse_recipe
@@ -40,6 +41,8 @@ TRAINING_FILES = (
     'learner.pkl',
 )
 """Files that `train` writes atomically."""
+RESULT_FILES = ('predictions.csv', 'decision.json', 'metrics.json', 'robustness.csv', 'report.html', 'model_card.md')
+"""Files that `evaluate` and `report` write atomically."""
 
 JOURNAL = {
     'event': Text(100),
@@ -202,12 +205,9 @@ class Run:
         write_csv(self / name, table)
 
     def remove_partial_files(self) -> None:
-        """Delete the temporary files that a killed training left behind."""
-        if not is_main_process():
-            return
-        for name in TRAINING_FILES:
-            for temporary in self.path.glob(f'.{name}.*.tmp'):
-                temporary.unlink(missing_ok=True)
+        """Delete the temporary files that killed commands left behind."""
+        for name in (*TRAINING_FILES, *RESULT_FILES):
+            sweep(self / name)
 
     def log_event(self, event: str, **facts: Any) -> None:
         """Append a line to `journal.jsonl`: the time, the `event` and its `facts`, which must not contain NaN."""

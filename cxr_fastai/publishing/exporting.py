@@ -5,8 +5,6 @@ The bundle is written next to its destination and verified in a new process befo
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 import sys
 import warnings
@@ -19,7 +17,8 @@ import numpy as np
 import torch
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
-from cxr_fastai.core.files import atomic, sync, writing
+from cxr_fastai.core.files import atomic, writing
+from cxr_fastai.core.folders import replaced_folder, sweep, temporary_folder
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.results import check_results
@@ -87,22 +86,23 @@ def export(run: Run, out: Path | None = None, as_zip: bool = False) -> Path:
     check_results(run, main_split(run))
     check_declared(run.recipe.arch)  # the bundle is verified in a new process
     out = out or run / ('bundle.zip' if as_zip else 'bundle')
+    sweep(out)
     check_destination(out, as_zip)
-    new = out.with_name(f'.{out.name}.{os.getpid()}.new')  # `atomic` uses the suffix .tmp for the zip file
-    try:
-        with writing(out):
-            new.mkdir(parents=True)
-            write_files(run, new)
-            for file in new.iterdir():
-                sync(file)
-        verify_in_new_process(new)
-        if as_zip:
-            _zip(new, out)
-        else:
-            _replace(new, out)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    if as_zip:
+        with temporary_folder(out) as folder:
+            _build(run, folder, out)
+            _zip(folder, out)
+    else:
+        with replaced_folder(out) as folder:
+            _build(run, folder, out)
     return out
+
+
+def _build(run: Run, folder: Path, out: Path) -> None:
+    """Write the bundle of `run` that will be `out` into the empty `folder`, and verify it."""
+    with writing(out):
+        write_files(run, folder)
+    verify_in_new_process(folder)
 
 
 def check_destination(out: Path, as_zip: bool) -> None:
@@ -257,21 +257,6 @@ def verify(path: Path) -> None:
     if LEARNER in bundle and path.is_dir():
         engine = TorchEngine(read_learner(path / LEARNER).network)
         bundle.selftest.check(engine, path)
-
-
-def _replace(new: Path, out: Path) -> None:
-    """Rename the folder `new` to `out`; if that fails, an existing `out` stays."""
-    old = out.with_name(f'.{out.name}.{os.getpid()}.old')
-    with writing(out):
-        if out.exists():
-            os.replace(out, old)
-        try:
-            os.replace(new, out)
-        except BaseException:  # also an interrupt
-            if old.exists():
-                os.replace(old, out)
-            raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _zip(folder: Path, out: Path) -> None:

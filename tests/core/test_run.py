@@ -1,5 +1,7 @@
 """The run folder and its journal."""
 
+import os
+
 import pandas as pd
 import pytest
 
@@ -61,10 +63,11 @@ def test_evaluating_a_split_keeps_the_rows_of_the_others(tmp_path):
 
 
 def test_temporary_files_of_a_killed_training_are_removed_and_others_stay(tmp_path):
-    for name in ('.state.pt.123.tmp', '.notes.txt.tmp', 'state.pt'):
+    own = f'.metrics.json.{os.getpid()}.tmp'  # this process runs, so it may be writing the file
+    for name in ('.state.pt.4194305.tmp', '.metrics.json.4194305.tmp', own, '.notes.txt.tmp', 'state.pt'):
         (tmp_path / name).write_text('')
     Run(tmp_path).remove_partial_files()
-    assert {path.name for path in tmp_path.iterdir()} == {'.notes.txt.tmp', 'state.pt'}
+    assert {path.name for path in tmp_path.iterdir()} == {own, '.notes.txt.tmp', 'state.pt'}
 
 
 def test_two_processes_cannot_train_into_one_run(tmp_path):

@@ -12,6 +12,7 @@ from bundlefiles import change_tensors, seal
 from safetensors.numpy import load
 
 from cxr_fastai.cli import main
+from cxr_fastai.core import folders
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_items
@@ -74,6 +75,7 @@ def test_an_interrupt_while_the_bundle_is_replaced_leaves_the_old_one(evaluated,
         replace(source, target)
 
     with monkeypatch.context() as patch:
+        patch.setattr(folders, 'exchange', lambda first, second: False)  # a system that needs two renames
         patch.setattr(os, 'replace', interrupt)
         with pytest.raises((CXRError, KeyboardInterrupt)):
             export(evaluated, copy)

@@ -10,37 +10,22 @@ import atexit
 import heapq
 import math
 import os
-import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import count
-from pathlib import Path
 from threading import Condition, Event, Thread, current_thread
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-import cxr_fastai
 from cxr_fastai.core.errors import CXRError, ImageError
-from cxr_fastai.core.schemas import Flag, Integer, ListOf, Text, check_object
-from cxr_fastai.images import decoder_process
 from cxr_fastai.images.decode import decode_image
-from cxr_fastai.images.decoder_process import (
-    MAX_NOTES,
-    MAX_TEXT,
-    MEMORY_EXIT_CODE,
-    OUT_OF_MEMORY,
-    read_exactly,
-    read_facts,
-    write_message,
-)
-from cxr_fastai.images.limits import MAX_PIXELS, DecodedImage
+from cxr_fastai.images.decoder_worker import NOT_STARTED, DecoderWorker
+from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 
 DECODE_SECONDS = 10.0
@@ -61,30 +46,14 @@ TICK_SECONDS = 0.05
 """Interval at which the deadlines of running images are checked."""
 SLOW_PRIORITY = 10
 """Priority (`nice`) of processes for slow images."""
-ANSWER = {
-    'format': Text(16),
-    'mode': Text(64),
-    'bits': Integer(1, 64),
-    'width': Integer(1, MAX_PIXELS),
-    'height': Integer(1, MAX_PIXELS),
-    'burned_in': Flag(),
-    'notes': ListOf(Text(MAX_TEXT), MAX_NOTES),
-    'shapes': ListOf(ListOf(Integer(0, MAX_PIXELS), 2), 2),
-}
-"""The facts in an answer of a process that has decoded an image."""
-REFUSAL = {'error': Text(40, 'E_[A-Z_]+'), 'message': Text(MAX_TEXT)}
-"""The facts in an answer of a process that cannot decode an image."""
-MAX_ANSWER = 2 * MAX_PIXELS
-"""Maximum number of bytes of all pixels in an answer."""
-ANSWER_NAME = 'the answer of a decoder process'
-NOT_STARTED = (
-    f'the process that decodes images did not start. Check that {sys.executable} can import cxr_fastai, and that there '
-    'is enough memory.'
-)
-DICOM_MODULES = ('pydicom.pixels', 'jpeg_ls')
-"""Modules that a process imports before its first DICOM image, if many clients wait."""
-SINGLE_THREADED = {'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
-"""Environment of the processes: threads of BLAS would only reserve memory."""
+MAX_SLOW_IMAGES = 16
+"""Number of slow images that may wait, half as many as the requests that the service answers at a time."""
+TOO_MANY_SLOW = f'slow to decode, and {MAX_SLOW_IMAGES} such images wait already: send it later'
+Fingerprint = tuple[int, bytes, bytes]
+"""The size of a file, its first and its last bytes."""
+FINGERPRINT_BYTES = 512
+MAX_REMEMBERED = 1000
+"""Number of slow files that are recognised when they come again."""
 
 
 @dataclass(order=True)
@@ -95,6 +64,7 @@ class _Task:
     number: int
     data: bytes = field(compare=False, repr=False)
     request: dict[str, Any] = field(compare=False)
+    fingerprint: Fingerprint = field(compare=False, repr=False)
     result: Future[DecodedImage] = field(compare=False, default_factory=Future)
 
     def drop_data(self) -> None:
@@ -119,6 +89,7 @@ class DecoderPool:
 
     With `quick_seconds`, an image that takes longer while others wait is begun again in one more process of lower
     priority, where such images follow one after the other. Slow images of some clients then cannot delay the others.
+    If the same file comes again, it goes there at once. If `MAX_SLOW_IMAGES` wait there, it has the error E_TIMEOUT.
     """
 
     def __init__(
@@ -133,7 +104,7 @@ class DecoderPool:
         atexit.register(self.close)
         slow = None
         if quick_seconds < math.inf:
-            slow = _Lane(1, seconds, memory, SLOW_PRIORITY)
+            slow = _Lane(1, seconds, memory, SLOW_PRIORITY, max_waiting=MAX_SLOW_IMAGES)
         self.lane = _Lane(workers or available_cores(), seconds, memory, slow=slow, quick_seconds=quick_seconds)
 
     def start(self, images: int) -> None:
@@ -161,7 +132,9 @@ class DecoderPool:
             'side': side,
             'seconds': self.seconds,
         }
-        task = _Task(time.monotonic() + position * SPACING_SECONDS, next(self.numbers), data, request)
+        turn = time.monotonic() + position * SPACING_SECONDS
+        fingerprint = (len(data), data[:FINGERPRINT_BYTES], data[-FINGERPRINT_BYTES:])
+        task = _Task(turn, next(self.numbers), data, request, fingerprint)
         task.result.add_done_callback(lambda _: task.drop_data())
         self.lane.put(task)
         return task.result
@@ -251,8 +224,9 @@ def available_cores() -> int:
 class _Lane:
     """A queue, and the processes that decode its images, each with its own thread here.
 
-    A task that takes longer than `quick_seconds` while others wait moves to the lane `slow`. A thread that ticks ends
-    the processes whose time is over.
+    A task that takes longer than `quick_seconds` while others wait moves to the lane `slow`, and so does the same file
+    from then on. A task for which `max_waiting` others wait fails. A thread that ticks ends the processes whose time is
+    over.
     """
 
     def __init__(
@@ -263,6 +237,7 @@ class _Lane:
         priority: int = 0,
         slow: _Lane | None = None,
         quick_seconds: float = math.inf,
+        max_waiting: float = math.inf,
     ) -> None:
         self.workers = workers
         self.seconds = seconds
@@ -270,9 +245,11 @@ class _Lane:
         self.priority = priority
         self.slow = slow
         self.quick_seconds = quick_seconds
+        self.max_waiting = max_waiting
+        self.slow_files: dict[Fingerprint, None] = {}
         self.changed = Condition()
         self.tasks: list[_Task] = []
-        self.running: dict[_Process, _Task] = {}
+        self.running: dict[DecoderWorker, _Task] = {}
         self.is_busy = Event()
         self.threads: set[Thread] = set()
         self.watcher = Thread(target=self._watch, daemon=True, name='decoder-watch')
@@ -280,10 +257,19 @@ class _Lane:
         self.closed = False
 
     def put(self, task: _Task) -> None:
-        """Queue a task. It is cancelled if the lane is closed."""
+        """Queue a task. It is cancelled if the lane is closed, and fails if too many wait."""
+        if self.slow and task.fingerprint in self.slow_files:
+            self.slow.put(task)
+            return
         with self.changed:
             if self.closed:
                 task.result.cancel()
+                return
+            if len(self.tasks) >= self.max_waiting:
+                self.tasks = [waiting for waiting in self.tasks if not waiting.result.done()]
+                heapq.heapify(self.tasks)
+            if len(self.tasks) >= self.max_waiting:
+                task.fail(ImageError(TOO_MANY_SLOW, 'E_TIMEOUT'))
                 return
             heapq.heappush(self.tasks, task)
             self.changed.notify()
@@ -320,7 +306,7 @@ class _Lane:
         try:
             while task := self._next_task():
                 if process is None or not process.is_usable:
-                    process = _Process(self.memory, self.priority, self.slow is not None)
+                    process = DecoderWorker(self.memory, self.priority, self.slow is not None)
                 self._decode(process, task)
                 if not process.is_usable:
                     process.end()
@@ -345,7 +331,7 @@ class _Lane:
     def _has_news(self) -> bool:
         return bool(self.tasks) or self.closed
 
-    def _decode(self, process: _Process, task: _Task) -> None:
+    def _decode(self, process: DecoderWorker, task: _Task) -> None:
         with self.changed:
             self.running[process] = task
         self.is_busy.set()
@@ -353,6 +339,7 @@ class _Lane:
             image = process.decode(task.request, task.data)
         except _MoveToSlowLane:
             assert self.slow
+            self._remember(task.fingerprint)
             self.slow.put(task)
         except Exception as error:
             task.fail(error)
@@ -361,6 +348,13 @@ class _Lane:
         finally:
             with self.changed:
                 del self.running[process]
+
+    def _remember(self, file: Fingerprint) -> None:
+        """Remember a slow file, and forget the oldest if they are many."""
+        with self.changed:
+            self.slow_files[file] = None
+            if len(self.slow_files) > MAX_REMEMBERED:
+                del self.slow_files[next(iter(self.slow_files))]
 
     def _watch(self) -> None:
         """Stop processes whose time is over; runs in a thread until the lane is closed."""
@@ -375,7 +369,7 @@ class _Lane:
                     if reason:
                         process.stop(reason)
 
-    def _reason_to_stop(self, process: _Process, task: _Task) -> Exception | None:
+    def _reason_to_stop(self, process: DecoderWorker, task: _Task) -> Exception | None:
         seconds = process.decoding_seconds
         if process.starting_seconds > START_SECONDS:
             return CXRError(NOT_STARTED)
@@ -388,105 +382,3 @@ class _Lane:
 
 class _MoveToSlowLane(Exception):  # noqa: N818, it is no failure
     """An image takes long, and others wait."""
-
-
-class _Process:
-    """A running `decoder_process`. It is usable until it was stopped or ended by itself."""
-
-    def __init__(self, memory: int, priority: int, with_dicom: bool) -> None:
-        modules = DICOM_MODULES if with_dicom else ()
-        command = [sys.executable, '-P', '-m', decoder_process.__name__, str(memory), str(priority), *modules]
-        self.process = subprocess.Popen(
-            command,
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # decoders may quote the file
-            env=os.environ | {'PYTHONPATH': _import_path()} | SINGLE_THREADED,
-        )
-        self.requests: Any = self.process.stdin
-        self.answers: Any = self.process.stdout
-        self.started = time.monotonic()
-        self.is_ready = False
-        self.began: float | None = None
-        self.reason: Exception | None = None
-
-    @property
-    def is_usable(self) -> bool:
-        """True if the process can decode another image."""
-        return self.reason is None and self.process.poll() is None
-
-    @property
-    def starting_seconds(self) -> float:
-        """The seconds since the process was started; 0 if it is ready."""
-        return 0 if self.is_ready else time.monotonic() - self.started
-
-    @property
-    def decoding_seconds(self) -> float:
-        """The seconds since it began to decode an image; 0 if it does nothing."""
-        began = self.began
-        return 0 if began is None else time.monotonic() - began
-
-    def decode(self, request: dict[str, Any], data: bytes) -> DecodedImage:
-        """Return the image in `data`. Raises `ImageError`, or the reason for which the process was stopped."""
-        try:
-            if not self.is_ready:
-                read_facts(self.answers)
-                self.is_ready = True
-            self.began = time.monotonic()
-            write_message(self.requests, request, data)
-            return self._read_image()
-        except (EOFError, OSError) as error:
-            self.process.kill()
-            self.process.wait()
-            raise (self.reason or self._crash()) from error
-        finally:
-            self.began = None
-
-    def _read_image(self) -> DecodedImage:
-        facts, size = read_facts(self.answers)
-        if 'bug' in facts:
-            raise RuntimeError(f'a bug in the process that decodes images:\n{facts["bug"]}')
-        if 'error' in facts:
-            refusal = check_object(facts, REFUSAL, ANSWER_NAME)
-            raise ImageError(refusal['message'], refusal['error'])
-        described = check_object(facts, ANSWER, ANSWER_NAME)
-        shapes = described.pop('shapes')
-        if size != sum(map(math.prod, shapes)) or size > MAX_ANSWER:
-            raise EOFError
-        data = read_exactly(self.answers, size)
-        first = math.prod(shapes[0])
-        pixels = np.frombuffer(data, np.uint8, first).reshape(shapes[0])
-        described['notes'] = tuple(described['notes'])
-        image = DecodedImage(pixels, **described)
-        if len(shapes) == 1:
-            return image
-        return replace(image, square=np.frombuffer(data, np.uint8, offset=first).reshape(shapes[1]))
-
-    def _crash(self) -> Exception:
-        """Return the error of an image whose process has ended by itself."""
-        if not self.is_ready:
-            return CXRError(NOT_STARTED)
-        if -self.process.returncode == signal.SIGALRM:
-            return ImageError('its decoding took too long', 'E_TIMEOUT')
-        if self.process.returncode in (MEMORY_EXIT_CODE, -signal.SIGKILL):
-            return ImageError(OUT_OF_MEMORY['message'], OUT_OF_MEMORY['error'])
-        return ImageError('truncated or damaged: its decoder crashed', 'E_TRUNCATED')
-
-    def stop(self, reason: Exception) -> None:
-        """Kill the process; `decode` in another thread then raises the `reason`."""
-        self.reason = self.reason or reason
-        self.process.kill()
-
-    def end(self) -> None:
-        """Kill the process and release what belongs to it."""
-        self.process.kill()
-        self.process.wait()
-        self.requests.close()
-        self.answers.close()
-
-
-def _import_path() -> str:
-    """Return the folders from which this process imports, without the current folder, as a value for PYTHONPATH."""
-    package_folder = str(Path(cxr_fastai.__file__).parents[1])
-    return os.pathsep.join([package_folder, *(path for path in sys.path if os.path.isabs(path))])

@@ -117,6 +117,27 @@ def test_slow_images_do_not_delay_others(slow):
         assert all(future.result().width == 6600 for future in slow_ones)
 
 
+def test_a_slow_file_that_comes_again_does_not_disturb_the_quick_process(slow):
+    with DecoderPool(1, quick_seconds=0.05) as pool:
+        first, other = pool.submit(slow), pool.submit(FILES['JPEG'])
+        assert not wait([first, other], PATIENCE).not_done
+        pool.decode(FILES['JPEG'])
+        processes = children()
+        again, other = pool.submit(slow), pool.submit(FILES['JPEG'])
+        assert not wait([again, other], PATIENCE).not_done
+        assert children() == processes and again.result().width == 6600
+
+
+def test_too_many_slow_images_are_refused(slow):
+    with DecoderPool(1, quick_seconds=0.05) as pool:
+        first, other = pool.submit(slow), pool.submit(FILES['JPEG'])
+        assert not wait([first, other], PATIENCE).not_done
+        many = [pool.submit(slow) for _ in range(20)]
+        refused = [future for future in many if future.done()]
+        assert refused and all(error_of(future).code == 'E_TIMEOUT' for future in refused)
+        assert pool.decode(FILES['JPEG']).format == 'JPEG'
+
+
 def test_a_slow_image_is_not_begun_again_if_nobody_waits(slow):
     with DecoderPool(1, quick_seconds=0.05) as pool:
         before = children()

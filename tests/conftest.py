@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from filelock import FileLock
 
 os.environ['OMP_NUM_THREADS'] = '1'  # small arrays gain nothing by more, and lose much where the cores are busy
 from cxr_fastai.cli import main
+from cxr_fastai.core.environment import Launch, join_launch
 from cxr_fastai.core.run import Run
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.inference.pickles import trust
@@ -102,6 +103,25 @@ class Terminal(io.StringIO):
 
     def used(self) -> redirect_stderr:
         return redirect_stderr(self)
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """Each test starts and ends as a process that works alone."""
+    yield
+    join_launch(Launch())
+
+
+@pytest.fixture
+def first_process() -> None:
+    """In the test, this process is the first of two that work together."""
+    join_launch(Launch(rank=0, processes=2))
+
+
+@pytest.fixture
+def second_process() -> None:
+    """In the test, this process is the second of two that work together."""
+    join_launch(Launch(rank=1, processes=2))
 
 
 @pytest.fixture

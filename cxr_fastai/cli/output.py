@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 
     from cxr_fastai.data.auditing import Audit
 
-out = Console(quiet=not is_main_process())
+
+class MainConsole(Console):
+    """A console that prints only in the main process of a distributed run."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as `Console.print` does, or nothing in another process."""
+        if is_main_process():
+            super().print(*objects, **options)
+
+
+out = MainConsole()
 err = Console(stderr=True)
 
 MAX_PROBES = 4

@@ -10,7 +10,7 @@ import typer
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.explain import print_explanations
 from cxr_fastai.cli.output import out, print_error, print_line
-from cxr_fastai.core.environment import is_main_process
+from cxr_fastai.core.environment import Launch, is_main_process
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_new
 from cxr_fastai.core.run import Run
@@ -79,7 +79,7 @@ def predict(
     from cxr_fastai.inference.tables import predict_to_table
 
     map_folder = _map_folder(table) if maps else None
-    paths = list_images(images) if is_main_process() else []
+    paths = list_images(images) if Launch.from_environment().rank == 0 else []
     predictions = predict_to_table(
         model,
         paths,

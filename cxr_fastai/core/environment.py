@@ -1,25 +1,78 @@
 """Information about the running process: its rank in distributed runs, and the optional packages that are installed.
 
 `accelerate launch` and `torchrun` set the environment variables `WORLD_SIZE` (number of processes) and `RANK` (index of
-this process). They are read here directly, so that this module does not have to import torch.
+this process). They are read here directly, so that this module does not have to import torch. They may also be left
+over from another program, so they count only in a process that works together with others: see `join_launch`.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 from cxr_fastai.core.errors import UsageError
 
+ADDRESS = ('MASTER_ADDR', 'MASTER_PORT')
+"""Environment variables by which the processes find each other."""
+LAUNCH_ADVICE = 'Start the command by `accelerate launch` or `torchrun`, or unset WORLD_SIZE to run one process.'
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The place of this process among those that a launcher started: its `rank`, and the number of `processes`."""
+
+    rank: int = 0
+    processes: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        """Return what the environment variables of the launcher say; a single process if there are none.
+
+        Raises `UsageError` if a variable has an impossible value, or if `WORLD_SIZE` was set without a launcher.
+        """
+        processes = read_integer('WORLD_SIZE', default=1)
+        if processes < 2:
+            return cls()
+        missing = [name for name in ('RANK', *ADDRESS) if not os.environ.get(name, '').strip()]
+        if missing:
+            raise UsageError(f'WORLD_SIZE={processes}: {missing[0]} is not set. {LAUNCH_ADVICE}')
+        rank = read_integer('RANK', default=0)
+        if rank >= processes:
+            raise UsageError(f'RANK={rank}: not below WORLD_SIZE={processes}. {LAUNCH_ADVICE}')
+        return cls(rank, processes)
+
+
+def read_integer(variable: str, default: int) -> int:
+    """Return the environment variable as a number from 0, or `default` if it is empty or not set.
+
+    Raises `UsageError` for any other value.
+    """
+    text = os.environ.get(variable, '').strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise UsageError(f'{variable}={text}: not a number of processes. {LAUNCH_ADVICE}')
+    return int(text)
+
+
+_launches = [Launch()]
+"""The place of this process, the last element. A list, because it changes when the process joins others."""
+
+
+def join_launch(launch: Launch) -> None:
+    """Make this process the one of `launch` until it ends: `is_main_process` and `process_count` follow from it."""
+    _launches[-1] = launch
+
 
 def process_count() -> int:
-    """Return the number of processes of this run; 1 unless it was started by a launcher."""
-    return int(os.environ.get('WORLD_SIZE', 1))
+    """Return the number of processes that this one works together with, itself included; 1 if it is alone."""
+    return _launches[-1].processes
 
 
 def is_main_process() -> bool:
     """Return True in the only process of a run, or in the first of several. Only this process writes and prints."""
-    return process_count() < 2 or int(os.environ.get('RANK', 0)) == 0
+    return _launches[-1].rank == 0
 
 
 def part_of(n: int, rank: int, world: int) -> slice:

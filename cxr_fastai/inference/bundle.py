@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from cxr_fastai.core.environment import process_count, require_package
+from cxr_fastai.core.environment import process_count, read_integer, require_package
 from cxr_fastai.core.errors import CXRError, UsageError, first_line
 from cxr_fastai.core.foreign import FIX, open_regular, parse_json
 from cxr_fastai.core.schemas import Fields, Integer, Table, Text
@@ -162,9 +162,9 @@ class Bundle:
     def _onnx_engine(self) -> OnnxEngine:
         require_package('onnxruntime', '--engine onnx', 'onnx')
         threads = None
-        local_processes = int(os.environ.get('LOCAL_WORLD_SIZE', process_count()))
-        if local_processes > 1:
-            threads = max((os.cpu_count() or 1) // local_processes, 1)
+        if process_count() > 1:
+            local_processes = read_integer('LOCAL_WORLD_SIZE', default=process_count())
+            threads = max((os.cpu_count() or 1) // max(local_processes, 1), 1)
         return OnnxEngine(self.read(ONNX), self.path / ONNX, threads, self.config.size)
 
     def _torch_engine(self) -> TorchEngine:

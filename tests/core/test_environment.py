@@ -5,7 +5,14 @@ import sys
 
 import pytest
 
-from cxr_fastai.core.environment import is_main_process, part_of, process_count, require_package
+from cxr_fastai.core.environment import (
+    Launch,
+    is_main_process,
+    join_launch,
+    part_of,
+    process_count,
+    require_package,
+)
 from cxr_fastai.core.errors import UsageError
 
 
@@ -14,12 +21,50 @@ def test_a_process_without_a_launcher_is_the_main_process():
     assert process_count() == 1
 
 
-@pytest.mark.parametrize(('rank', 'is_main'), [('0', True), ('1', False)])
-def test_the_first_of_several_processes_is_the_main_process(monkeypatch, rank, is_main):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setenv('RANK', rank)
+@pytest.mark.parametrize(('rank', 'is_main'), [(0, True), (1, False)])
+def test_the_first_of_several_processes_is_the_main_process(rank, is_main):
+    join_launch(Launch(rank, processes=2))
     assert process_count() == 2
     assert is_main_process() is is_main
+
+
+@pytest.mark.parametrize('variables', ['RANK=1', 'WORLD_SIZE=', 'WORLD_SIZE=1 RANK=3', 'WORLD_SIZE=0', 'RANK=abc'])
+def test_variables_that_another_program_left_over_mean_a_single_process(monkeypatch, variables):
+    set_variables(monkeypatch, variables)
+    assert Launch.from_environment() == Launch()
+
+
+@pytest.mark.parametrize(
+    ('variables', 'message'),
+    [
+        ('WORLD_SIZE=abc', 'WORLD_SIZE=abc: not a number of processes. Start the command by `accelerate launch`'),
+        ('WORLD_SIZE=-2', 'WORLD_SIZE=-2: not a number'),
+        ('WORLD_SIZE=²', 'WORLD_SIZE=²: not a number'),
+        ('WORLD_SIZE=2', 'WORLD_SIZE=2: RANK is not set'),
+        ('WORLD_SIZE=2 RANK=1', 'WORLD_SIZE=2: MASTER_ADDR is not set'),
+        ('WORLD_SIZE=2 RANK=x MASTER_ADDR=a MASTER_PORT=1', 'RANK=x: not a number'),
+        ('WORLD_SIZE=2 RANK=2 MASTER_ADDR=a MASTER_PORT=1', 'RANK=2: not below WORLD_SIZE=2'),
+    ],
+)
+def test_variables_that_no_launcher_sets_are_an_error(monkeypatch, variables, message):
+    set_variables(monkeypatch, variables)
+    with pytest.raises(UsageError, match=message):
+        Launch.from_environment()
+
+
+def test_ranks_count_only_in_a_process_that_has_joined_others(monkeypatch):
+    set_variables(monkeypatch, 'WORLD_SIZE=2 RANK=1 MASTER_ADDR=localhost MASTER_PORT=1')
+    assert is_main_process()
+    join_launch(Launch.from_environment())
+    assert not is_main_process()
+
+
+def set_variables(monkeypatch, variables: str) -> None:
+    """Set the environment variables of a launcher to those of `variables`, and no others."""
+    for name in ('WORLD_SIZE', 'RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split('='))
 
 
 @pytest.mark.parametrize('n', [0, 1, 5, 6])

@@ -28,9 +28,7 @@ def test_json_files_never_contain_nan(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_only_the_main_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setenv('RANK', '1')
+def test_only_the_main_process_writes(tmp_path, second_process):
     write_text(tmp_path / 'x', 'text')
     assert not list(tmp_path.iterdir())
 

@@ -15,9 +15,7 @@ def test_nothing_is_drawn_without_a_terminal(capfd):
     assert capfd.readouterr() == ('', '')
 
 
-def test_only_the_main_process_shows_progress(terminal, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setenv('RANK', '1')
+def test_only_the_main_process_shows_progress(terminal, second_process):
     with terminal.used():
         assert list(progress('abc')) == list('abc')
     assert terminal.getvalue() == ''

@@ -37,16 +37,16 @@ def test_results_are_yielded_while_the_rest_is_computed():
 
 
 def test_several_processes_need_accelerate(monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
+    for name, value in {'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '1'}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(environment, 'find_spec', lambda _: None)
     with pytest.raises(UsageError, match=r'pip install "cxr_fastai\[scale\]"'), process_group():
         pass
 
 
-def test_several_processes_share_the_items_in_rounds(monkeypatch):
+def test_several_processes_share_the_items_in_rounds(monkeypatch, first_process):
     """With the functions of accelerate replaced by those of process 0 of 2, whose partner returns the same numbers."""
     accelerate = pytest.importorskip('accelerate', reason='needs pip install "cxr_fastai[scale]"')
-    monkeypatch.setenv('WORLD_SIZE', '2')
     rounds = []
 
     class State:

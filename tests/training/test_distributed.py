@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from runpy import run_path
 
 import numpy as np
 import pandas as pd
@@ -22,11 +21,12 @@ from faults import start
 
 from cxr_fastai.cli import main, output
 from cxr_fastai.core import environment
-from cxr_fastai.core.environment import is_main_process, part_of
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.environment import part_of
+from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import write_text
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.transforms import AugmentImages, DegradeImages
+from cxr_fastai.inference.distributed import process_group
 from cxr_fastai.training.distributed import call_once, check_batch_size
 
 EPOCHS = 5
@@ -60,9 +60,7 @@ def test_a_part_of_a_batch_is_augmented_like_the_whole_batch(transform):
         assert torch.allclose(transform.encodes(images[part]), whole[part], atol=2e-3)
 
 
-def test_only_the_main_process_writes_files(tmp_path, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setenv('RANK', '1')
+def test_only_the_main_process_writes_files(tmp_path, second_process):
     run = Run.create(tmp_path / 'run')
     run.log_event('start')
     with run.locked():
@@ -70,24 +68,31 @@ def test_only_the_main_process_writes_files(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('rank', [0, 1])
-def test_only_the_main_process_prints(monkeypatch, rank):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    monkeypatch.setenv('RANK', str(rank))
-    assert run_path(output.__file__)['out'].quiet is (rank > 0)
+def test_only_the_main_process_prints(second_process, capsys):
+    output.print_line('text')
+    assert capsys.readouterr().out == ''
 
 
 def test_without_accelerate_the_error_names_the_extra(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv('WORLD_SIZE', '2')
+    for name, value in launcher_variables(rank=0, port=1).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(environment, 'find_spec', lambda package: None)
     assert main(['train', '--data', str(images), '--out', str(tmp_path / 'run')]) == 2
     assert 'pip install "cxr_fastai[scale]"' in capsys.readouterr().err
 
 
-def test_a_batch_smaller_than_the_number_of_processes_is_rejected(monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '4')
-    with pytest.raises(UsageError, match='--batch-size 3: 4 processes share a batch. Choose 4 or more'):
-        check_batch_size(3)
+def test_a_batch_smaller_than_the_number_of_processes_is_rejected(second_process):
+    with pytest.raises(UsageError, match='--batch-size 1: 2 processes share a batch. Choose 2 or more'):
+        check_batch_size(1)
+
+
+def test_a_process_that_waits_in_vain_for_the_others_ends_with_one_line(monkeypatch):
+    pytest.importorskip('accelerate', reason='needs pip install "cxr_fastai[scale]"')
+    for name, value in launcher_variables(rank=1, port=free_port()).items():
+        monkeypatch.setenv(name, value)
+    message = 'process 1 of 2: the others did not join at 127.0.0.1:.* within 1 s'
+    with pytest.raises(CXRError, match=message), process_group(timeout=1):
+        pass
 
 
 def test_a_single_process_needs_no_group_to_call_a_function_once():
@@ -135,15 +140,24 @@ def start_with_accelerate(argv: list[str], log: Path) -> Team:
 
 def start_forked(argv: list[str], log: Path) -> Team:
     """Start the same two processes from one that has already imported everything."""
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     return Team([start(argv, log, partial(set_rank, rank, port)) for rank in range(2)], log)
 
 
+def free_port() -> int:
+    """A port on which nothing listens."""
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
+
+
 def set_rank(rank: int, port: int) -> None:
-    """Set the environment variables that a launcher sets."""
-    os.environ |= {
+    os.environ |= launcher_variables(rank, port)
+
+
+def launcher_variables(rank: int, port: int) -> dict[str, str]:
+    """The environment variables that a launcher sets."""
+    return {
         'WORLD_SIZE': '2',
         'RANK': str(rank),
         'LOCAL_WORLD_SIZE': '2',
@@ -151,7 +165,6 @@ def set_rank(rank: int, port: int) -> None:
         'MASTER_ADDR': '127.0.0.1',
         'MASTER_PORT': str(port),
     }
-    output.out.quiet = not is_main_process()  # it was set when the module was imported
 
 
 @pytest.fixture(params=[start_forked, pytest.param(start_with_accelerate, marks=pytest.mark.slow)])

@@ -33,7 +33,9 @@ DECODE_SECONDS = 10.0
 DECODE_MEMORY = 3 * 2**29
 """Default limit of the memory of a process, 1.5 GiB (not on macOS and Windows)."""
 QUICK_SECONDS = 0.25
-"""Time in which an image of usual size is decoded, with a wide margin."""
+"""CPU time in which an image of usual size is decoded, with a wide margin."""
+BUSY_FACTOR = 3
+"""How many times longer than its CPU time such an image may take on a busy machine."""
 CANCELLED_SECONDS = 1.0
 """An image that nobody waits for any more is decoded for at most this long."""
 IDLE_SECONDS = 60.0
@@ -87,9 +89,10 @@ class DecoderPool:
     E_TOO_LARGE. Images come in the order of their arrival, but those of one request are spread by `SPACING_SECONDS`, so
     that a large request does not keep the others waiting.
 
-    With `quick_seconds`, an image that takes longer while others wait is begun again in one more process of lower
-    priority, where such images follow one after the other. Slow images of some clients then cannot delay the others.
-    If the same file comes again, it goes there at once. If `MAX_SLOW_IMAGES` wait there, it has the error E_TIMEOUT.
+    With `quick_seconds`, an image that takes more CPU time, or `BUSY_FACTOR` times longer, while others wait is begun
+    again in one more process of lower priority, where such images follow one after the other. Slow images of some
+    clients then cannot delay the others. The same file goes there at once if it comes again. If `MAX_SLOW_IMAGES` wait
+    there, it has the error E_TIMEOUT.
     """
 
     def __init__(
@@ -258,9 +261,6 @@ class _Lane:
 
     def put(self, task: _Task) -> None:
         """Queue a task. It is cancelled if the lane is closed, and fails if too many wait."""
-        if self.slow and task.fingerprint in self.slow_files:
-            self.slow.put(task)
-            return
         with self.changed:
             if self.closed:
                 task.result.cancel()
@@ -288,8 +288,8 @@ class _Lane:
         with self.changed:
             self.closed = True
             waiting = [*self.tasks, *self.running.values()]
-            for process in self.running:
-                process.stop(CancelledError())
+            for worker in self.running:
+                worker.stop(CancelledError())
             self.changed.notify_all()
             threads = tuple(self.threads)
         self.is_busy.set()  # wakes the watcher
@@ -302,17 +302,17 @@ class _Lane:
 
     def _work(self) -> None:
         """Decode images until there are none for `IDLE_SECONDS`; runs in a thread."""
-        process = None
+        worker = None
         try:
             while task := self._next_task():
-                if process is None or not process.is_usable:
-                    process = DecoderWorker(self.memory, self.priority, self.slow is not None)
-                self._decode(process, task)
-                if not process.is_usable:
-                    process.end()
+                if worker is None or not worker.is_usable:
+                    worker = DecoderWorker(self.memory, self.priority, self.slow is not None)
+                self._decode(worker, task)
+                if not worker.is_usable:
+                    worker.end()
         finally:
-            if process:
-                process.end()
+            if worker:
+                worker.end()
 
     def _next_task(self) -> _Task | None:
         """Wait for the next task. Returns None if this thread is to end."""
@@ -321,7 +321,9 @@ class _Lane:
             try:
                 while self.changed.wait_for(self._has_news, IDLE_SECONDS) and not self.closed:
                     task = heapq.heappop(self.tasks)
-                    if not task.result.done():
+                    if self.slow and task.fingerprint in self.slow_files:
+                        self.slow.put(task)
+                    elif not task.result.done():
                         return task
                 self.threads.discard(current_thread())
                 return None
@@ -331,12 +333,12 @@ class _Lane:
     def _has_news(self) -> bool:
         return bool(self.tasks) or self.closed
 
-    def _decode(self, process: DecoderWorker, task: _Task) -> None:
+    def _decode(self, worker: DecoderWorker, task: _Task) -> None:
         with self.changed:
-            self.running[process] = task
+            self.running[worker] = task
         self.is_busy.set()
         try:
-            image = process.decode(task.request, task.data)
+            image = worker.decode(task.request, task.data)
         except _MoveToSlowLane:
             assert self.slow
             self._remember(task.fingerprint)
@@ -347,7 +349,7 @@ class _Lane:
             task.finish(image)
         finally:
             with self.changed:
-                del self.running[process]
+                del self.running[worker]
 
     def _remember(self, file: Fingerprint) -> None:
         """Remember a slow file, and forget the oldest if they are many."""
@@ -364,18 +366,21 @@ class _Lane:
             with self.changed:
                 if not self.running:
                     self.is_busy.clear()
-                for process, task in self.running.items():
-                    reason = self._reason_to_stop(process, task)
+                for worker, task in self.running.items():
+                    reason = self._reason_to_stop(worker, task)
                     if reason:
-                        process.stop(reason)
+                        worker.stop(reason)
 
-    def _reason_to_stop(self, process: DecoderWorker, task: _Task) -> Exception | None:
-        seconds = process.decoding_seconds
-        if process.starting_seconds > START_SECONDS:
+    def _reason_to_stop(self, worker: DecoderWorker, task: _Task) -> Exception | None:
+        seconds = worker.decoding_seconds
+        if worker.starting_seconds > START_SECONDS:
             return CXRError(NOT_STARTED)
         if seconds > self.seconds or (seconds > CANCELLED_SECONDS and task.result.cancelled()):
             return ImageError(f'not decoded after {self.seconds:g} s', 'E_TIMEOUT')
-        if seconds > self.quick_seconds and self.tasks:
+        if not self.tasks or seconds <= self.quick_seconds:
+            return None
+        # On a busy machine an ordinary image waits for a core.
+        if worker.cpu_seconds > self.quick_seconds or seconds > BUSY_FACTOR * self.quick_seconds:
             return _MoveToSlowLane()
         return None
 

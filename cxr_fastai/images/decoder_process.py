@@ -11,6 +11,7 @@ import os
 import signal
 import struct
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -88,10 +89,11 @@ def main() -> None:
     restrict(int(memory), int(priority))
     requests = os.fdopen(0, 'rb')
     try:
-        write_message(answers, {})  # ready
+        write_message(answers, {'cpu': time.process_time()})  # ready
         while True:
             facts, size = read_facts(requests)
-            write_message(answers, *answer(requests.read(size), facts))
+            described, *parts = answer(requests.read(size), facts)
+            write_message(answers, described | {'cpu': time.process_time()}, *parts)
     except (EOFError, BrokenPipeError):
         pass
     except MemoryError:

@@ -16,7 +16,7 @@ import numpy as np
 
 import cxr_fastai
 from cxr_fastai.core.errors import CXRError, ImageError
-from cxr_fastai.core.schemas import Flag, Integer, ListOf, Text, check_object
+from cxr_fastai.core.schemas import Flag, Integer, ListOf, Number, Text, check_object
 from cxr_fastai.images import decoder_process
 from cxr_fastai.images.decoder_process import (
     MAX_NOTES,
@@ -73,6 +73,7 @@ class DecoderWorker:
         self.answers: Any = self.process.stdout
         self.started = time.monotonic()
         self.is_ready = False
+        self.cpu_before = 0.0
         self.began: float | None = None
         self.reason: Exception | None = None
 
@@ -92,24 +93,41 @@ class DecoderWorker:
         began = self.began
         return 0 if began is None else time.monotonic() - began
 
+    @property
+    def cpu_seconds(self) -> float:
+        """The CPU time that it has spent on an image; the elapsed time where that is unknown (not on Linux)."""
+        try:
+            fields = Path(f'/proc/{self.process.pid}/stat').read_text().rpartition(')')[2].split()
+        except OSError:
+            return self.decoding_seconds
+        user, system = fields[11:13]
+        return (int(user) + int(system)) / os.sysconf('SC_CLK_TCK') - self.cpu_before
+
     def decode(self, request: dict[str, Any], data: bytes) -> DecodedImage:
         """Return the image in `data`. Raises `ImageError`, or the reason for which the process was stopped."""
         try:
             if not self.is_ready:
-                read_facts(self.answers)
+                self._read_facts()
                 self.is_ready = True
             self.began = time.monotonic()
             write_message(self.requests, request, data)
             return self._read_image()
-        except (EOFError, OSError) as error:
+        except ImageError:
+            raise
+        except (EOFError, OSError, CXRError) as error:  # stopped, crashed, or no valid answer
             self.process.kill()
             self.process.wait()
             raise (self.reason or self._crash()) from error
         finally:
             self.began = None
 
-    def _read_image(self) -> DecodedImage:
+    def _read_facts(self) -> tuple[dict[str, Any], int]:
         facts, size = read_facts(self.answers)
+        self.cpu_before = check_object(facts, {'cpu': Number(0)}, ANSWER_NAME)['cpu']
+        return facts, size
+
+    def _read_image(self) -> DecodedImage:
+        facts, size = self._read_facts()
         if 'bug' in facts:
             raise RuntimeError(f'a bug in the process that decodes images:\n{facts["bug"]}')
         if 'error' in facts:

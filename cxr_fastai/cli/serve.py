@@ -7,10 +7,13 @@ from pathlib import Path
 
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.output import print_line
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.foreign import read_bytes
 
 REQUIRED_MODULES = ('fastapi', 'hypercorn', 'python_multipart', 'prometheus_client', 'onnxruntime')
 MIN_TOKEN_LENGTH = 16
+MAX_TOKEN = 2**12
+"""Largest token file, in bytes."""
 
 
 def serve(
@@ -57,8 +60,8 @@ def _read_token(file: Path | None) -> str | None:
     if file is None:
         return None
     try:
-        token = file.read_text(encoding='ascii').strip()
-    except (OSError, UnicodeError) as error:
+        token = read_bytes(file, MAX_TOKEN).decode('ascii').strip()
+    except (CXRError, UnicodeError) as error:
         raise UsageError(f'--token-file {file}: cannot be read: {error}.') from None
     if len(token) < MIN_TOKEN_LENGTH or len(token.split()) != 1:
         raise UsageError(

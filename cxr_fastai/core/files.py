@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+FORMULA_STARTS = ('=', '+', '-', '@', '\t', '\r', '\0')
+"""First characters that make a spreadsheet evaluate a text as a formula."""
+
+
 @contextmanager
 def writing(path: Path, option: str = '--out') -> Iterator[None]:
     """Convert an `OSError` raised in the block into an `OutputError` about `path`.
@@ -70,8 +74,31 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    """Return `table` as CSV text, without its index."""
-    return table.to_csv(index=False, lineterminator='\n')
+    """Return `table` as CSV text, without its index. Texts pass `escape_formula`."""
+    return table.map(_escape_cell).to_csv(index=False, lineterminator='\n')
+
+
+def _escape_cell(value: Any) -> Any:
+    return escape_formula(value) if isinstance(value, str) else value
+
+
+def escape_formula(text: str) -> str:
+    """Return `text` with a `'` in front if a spreadsheet would evaluate it as a formula. `unescape_formula` undoes it.
+
+    See CWE-1236. A text that only looks escaped gets another `'`, so that every text can be restored.
+    """
+    return f"'{text}" if _is_formula(text) else text
+
+
+def unescape_formula(text: str) -> str:
+    """Return the text for which `escape_formula` returned `text`."""
+    is_escaped = text.startswith("'") and _is_formula(text)
+    return text[1:] if is_escaped else text
+
+
+def _is_formula(text: str) -> bool:
+    """Return True if `text` is a formula, or a formula after one or more `'`."""
+    return text.lstrip("'").startswith(FORMULA_STARTS)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.errors import CXRError, UsageError, first_line
+from cxr_fastai.core.files import unescape_formula
 from cxr_fastai.core.foreign import MAX_JSON, read_bytes, read_text
 from cxr_fastai.core.foreign import parse_json as parse_foreign_json
 from cxr_fastai.core.recipe import SPLITS, VOCAB
@@ -143,7 +144,7 @@ def _parse_table(text: str) -> pd.DataFrame:
     text_columns = [name for name in columns if name in TEXT_COLUMNS]
     exact_columns = [name for name in columns if name in EXACT_COLUMNS]
     numbers = columns.difference([*text_columns, *exact_columns])
-    return pd.read_csv(
+    table = pd.read_csv(
         StringIO(text),
         dtype=dict.fromkeys(text_columns, str),
         keep_default_na=False,
@@ -151,6 +152,9 @@ def _parse_table(text: str) -> pd.DataFrame:
         converters=dict.fromkeys(exact_columns, float),
         index_col=False,
     )
+    for name in text_columns:
+        table[name] = table[name].map(unescape_formula)
+    return table
 
 
 def _check_table(table: pd.DataFrame, name: str) -> None:

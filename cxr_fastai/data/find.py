@@ -13,12 +13,16 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING
 
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.files import unescape_formula
+from cxr_fastai.core.foreign import read_bytes
 from cxr_fastai.images.decode import SUFFIXES
 
 if TYPE_CHECKING:
     import pandas as pd  # imported by the functions that use it: prediction with a bundle must not load pandas
 
 DELIMITERS = ',;\t'
+MAX_LISTING = 2**29
+"""Largest CSV file of images, in bytes."""
 MAX_ROWS_LISTED = 10
 """Largest number of row numbers in an error message."""
 
@@ -93,8 +97,8 @@ def read_listing(path: Path, required: tuple[str, ...] = ('path', 'label')) -> p
     or if a `required` column is missing or has empty cells.
     """
     try:
-        table = _parse(path, _decode(path.read_bytes()))
-    except (ValueError, csv.Error, OSError) as error:
+        table = _parse(path, _decode(read_bytes(path, MAX_LISTING)))
+    except (ValueError, csv.Error) as error:
         raise UsageError(
             f'{path}: not a CSV file with the columns {",".join(required)}[,split,patient] ({error}).'
         ) from None
@@ -133,8 +137,12 @@ def _parse(path: Path, text: str) -> pd.DataFrame:
     too_long = lengths > len(header)
     if too_long.any():
         raise UsageError(f'{path}: more cells than the header in {describe_rows(too_long)}.')
-    cells = [[cell.strip() or None for cell in row] + [None] * (len(header) - len(row)) for row in rows]
+    cells = [[*map(_parse_cell, row)] + [None] * (len(header) - len(row)) for row in rows]
     return pd.DataFrame(cells, lengths.index, header, dtype=object).dropna(how='all')
+
+
+def _parse_cell(cell: str) -> str | None:
+    return unescape_formula(cell.strip()) or None
 
 
 def check_files(table: pd.DataFrame, path: Path) -> None:

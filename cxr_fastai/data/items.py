@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import posixpath
 import re
@@ -15,7 +14,9 @@ from typing import NamedTuple
 import pandas as pd
 
 from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.foreign import read_json
 from cxr_fastai.core.recipe import CHOICES, VOCAB, Recipe
+from cxr_fastai.core.schemas import Choice, Table
 from cxr_fastai.data.find import check_files, describe_rows, drop_repeated_rows, find_images, read_listing
 from cxr_fastai.data.splits import (
     UNKNOWN_PATIENT,
@@ -34,6 +35,8 @@ PNEUMONIA_NAME = re.compile(r'person(?P<id>\d+)_(?P<kind>bacteria|virus)_\d+')
 NORMAL_NAME = re.compile(r'(?P<id>(NORMAL2-)?IM-\d+)-\d+')
 NO_PATIENT = ('', '?', '-', 'n/a', 'unknown')
 """Cells of the column `patient`, in lower case, that stand for no value: their images are not all of one patient."""
+MAX_CLASSES = 2**20
+"""Largest `classes.json`, in bytes."""
 OTHER_FOLDERS = {'chest_xray': 'nested chest_xray', 'masks': 'masks'}
 """Folders next to the splits that are ignored on purpose: the second copy in Kaggle's zip file, the demo's masks."""
 LAYOUT = 'train|val|test / NORMAL|PNEUMONIA, or NORMAL and PNEUMONIA alone'
@@ -237,11 +240,9 @@ def _read_classes(root: Path) -> dict[str, str | None]:
     path = image_root(root) / 'classes.json'
     if not path.exists():
         return {}
-    try:
-        classes = json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, OSError, RecursionError) as error:
-        raise UsageError(f'{path}: damaged ({type(error).__name__}). Correct or delete it.') from None
-    if not isinstance(classes, dict) or not all(label in (*VOCAB, None) for label in classes.values()):
+    classes = read_json(path, MAX_CLASSES, 'Correct or delete it.', UsageError)
+    rule = Table(Choice(VOCAB, optional=True))
+    if not rule.accepts(classes):
         raise UsageError(f'{path}: expected an object that maps class names to {", ".join(VOCAB)} or null.')
     return classes
 

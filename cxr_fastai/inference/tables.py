@@ -10,22 +10,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from cxr_fastai.core.environment import is_main_process, require_package
-from cxr_fastai.core.errors import CXRWarning, OutputError, UsageError
-from cxr_fastai.core.files import atomic, writing
+from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
+from cxr_fastai.core.files import atomic, escape_formula, unescape_formula, writing
+from cxr_fastai.core.foreign import read_json, read_text
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.images.decode import ImageLike
 from cxr_fastai.images.decoder_pool import default_pool
 from cxr_fastai.inference.distributed import broadcast, map_in_processes, process_group
 from cxr_fastai.inference.predictor import COLUMNS, Predictor, Row, name_images
 
-FORMULA_STARTS = ('=', '+', '-', '@', '\t', '\r', '\0')
-"""First characters that make a spreadsheet evaluate a text as a formula."""
+MAX_BYTES = 2**31
+"""Largest table that is read to be resumed, in bytes."""
 NUMBERS = ('p_pneumonia', 'threshold')
 """Columns that Parquet stores as numbers; the others are text."""
 
@@ -112,7 +114,7 @@ def _open_table(table: Path | None, resume: bool) -> tuple[CsvTable | None, list
         raise UsageError(f'{table} exists already and was not changed. Choose another --out, or give --resume.')
     try:
         return writer, writer.read()
-    except (ValueError, KeyError, OSError, RecursionError) as error:
+    except (CXRError, ValueError, KeyError, OSError) as error:
         raise UsageError(f'--resume: {table} is not a table of predictions ({error}). Choose another --out.') from None
 
 
@@ -188,11 +190,10 @@ class CsvTable:
 
         Raises `ValueError` if it is not a table with these columns.
         """
-        with open(self.path, encoding='utf-8', newline='') as file:
-            try:
-                lines = list(csv.reader(file))
-            except csv.Error as error:
-                raise ValueError(str(error)) from None
+        try:
+            lines = list(csv.reader(StringIO(read_text(self.path, MAX_BYTES), newline='')))
+        except csv.Error as error:
+            raise ValueError(str(error)) from None
         if not lines:
             raise ValueError('it is empty')
         _check_columns(lines[:1], self.columns)
@@ -240,7 +241,7 @@ class JsonTable(CsvTable):
 
     def read(self) -> list[Row]:
         """Return the rows of the file. Raises `ValueError` if it is not a table with these columns."""
-        rows = json.loads(self.path.read_text(encoding='utf-8'))
+        rows = read_json(self.path, MAX_BYTES)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError('not an array of objects')
         _check_columns(rows, self.columns)
@@ -314,21 +315,12 @@ def _csv_bytes(rows: Iterable[Sequence[Any]]) -> bytes:
 def _cell(value: Any) -> Any:
     if value is None:
         return ''
-    if isinstance(value, str) and _is_formula(value):
-        return f"'{value}"
-    return value
+    return escape_formula(value) if isinstance(value, str) else value
 
 
 def _parse_cell(cell: str) -> str | None:
     """Return the text that `_cell` wrote as `cell`."""
-    if cell.startswith("'") and _is_formula(cell):
-        cell = cell[1:]
-    return cell or None
-
-
-def _is_formula(text: str) -> bool:
-    """Return True if `text` is a formula, or a formula after one or more `'`, so that each of them is written back."""
-    return text.lstrip("'").startswith(FORMULA_STARTS)
+    return unescape_formula(cell) or None
 
 
 def _check_columns(rows: Iterable[Iterable[str]], columns: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from cxr_fastai.core import environment
 from cxr_fastai.core.errors import CXRWarning, OutputError, UsageError
+from cxr_fastai.core.files import FORMULA_STARTS
 from cxr_fastai.data.find import find_images
 from cxr_fastai.images.decode import ImageLike, read_image
 from cxr_fastai.images.preprocessing import Preprocessing
@@ -25,7 +26,7 @@ from cxr_fastai.inference import tables
 from cxr_fastai.inference.bundle import Bundle
 from cxr_fastai.inference.config import temper
 from cxr_fastai.inference.predictor import COLUMNS, Predictor
-from cxr_fastai.inference.tables import FORMULA_STARTS, JsonTable, ParquetTable, open_table, predict_to_table
+from cxr_fastai.inference.tables import JsonTable, ParquetTable, open_table, predict_to_table
 
 SUFFIXES = ['.csv', '.json', '.parquet']
 BATCH = 4

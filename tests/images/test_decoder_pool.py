@@ -133,8 +133,8 @@ def test_too_many_slow_images_are_refused(slow):
         first, other = pool.submit(slow), pool.submit(FILES['JPEG'])
         assert not wait([first, other], PATIENCE).not_done
         many = [pool.submit(slow) for _ in range(20)]
-        refused = [future for future in many if future.done()]
-        assert refused and all(error_of(future).code == 'E_TIMEOUT' for future in refused)
+        refused = wait_until(lambda: [future for future in many if future.done() and future.exception()])
+        assert {error_of(future).code for future in refused} == {'E_TIMEOUT'}
         assert pool.decode(FILES['JPEG']).format == 'JPEG'
 
 

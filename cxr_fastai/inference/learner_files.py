@@ -110,15 +110,7 @@ def read_learner(path: Path) -> SavedLearner:
         _check_total(tensors, len(data))
     except ValueError as error:
         raise CXRError(f'{path}: not an exported learner ({first_line(error)}).') from None
-    check_schema(facts.get('schema', 1), path)
-    if not isinstance(facts.get('selftest'), dict):
-        raise CXRError(f'{path}: has no self-test. Export it again.')
-    transforms = check_object(facts, TRANSFORMS, path).get('transforms', [])
-    if transforms:
-        raise CXRError(
-            f'{path}: its images pass {", ".join(transforms)}, which only the load_learner of fastai restores. Use '
-            'that, or train without own transforms of validation images.'
-        )
+    _check_facts(facts, path)
     config = ModelConfig.from_dict(facts, path)
     network = build_network(config, {name: tensor.facts for name, tensor in tensors.items()}, path)
     try:
@@ -129,6 +121,19 @@ def read_learner(path: Path) -> SavedLearner:
     selftest = SelfTest.from_dict(facts['selftest'], path)
     selftest.check(TorchEngine(network), path)
     return SavedLearner(network, config, selftest)
+
+
+def _check_facts(facts: dict[str, Any], path: Path) -> None:
+    """Raise `CXRError` if the settings are those of another version, or of a learner that cannot be restored."""
+    check_schema(facts.get('schema', 1), path)
+    if not isinstance(facts.get('selftest'), dict):
+        raise CXRError(f'{path}: has no self-test. Export it again.')
+    transforms = check_object(facts, TRANSFORMS, path).get('transforms', [])
+    if transforms:
+        raise CXRError(
+            f'{path}: its images pass {", ".join(transforms)}, which only the load_learner of fastai restores. Use '
+            'that, or train without own transforms of validation images.'
+        )
 
 
 def _read_archive(data: bytes) -> dict[str, bytearray]:

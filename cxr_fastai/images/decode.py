@@ -20,6 +20,7 @@ from PIL.Image import Transpose
 from cxr_fastai.core.errors import ImageError, first_line
 from cxr_fastai.images import dicom
 from cxr_fastai.images.arrays import describe_array, grey_pixels
+from cxr_fastai.images.headers import check_exif, check_metadata
 from cxr_fastai.images.limits import MAX_BYTES, MAX_PIXELS, DecodedImage, check_pixels, check_scans, check_shape
 from cxr_fastai.images.windowing import percentile_grey
 
@@ -38,6 +39,8 @@ SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 """Suffixes of the files that are searched for in folders."""
 PILLOW_FORMATS = ('JPEG', 'PNG', 'TIFF', 'GIF')
 """Formats that Pillow may open. GIF only serves to give animations a clear error."""
+GIF_BYTES = 1_000_000
+"""Number of bytes of a GIF file that are read, to tell an animation from an image. Both are refused."""
 MAGIC_NUMBERS = (
     ('JPEG', 0, b'\xff\xd8\xff'),
     ('PNG', 0, b'\x89PNG\r\n'),
@@ -217,6 +220,9 @@ def _deviation(pixels: np.ndarray) -> float:
 
 def _decode_picture(data: bytes, preprocessing: Preprocessing | None) -> DecodedImage:
     """Decode any format but DICOM."""
+    check_metadata(data)
+    if data.startswith(b'GIF8'):
+        data = data[:GIF_BYTES]
     with _pillow_errors(), Image.open(BytesIO(data), formats=PILLOW_FORMATS) as image:
         _check_header(image)
         if image.format not in FORMATS:
@@ -317,6 +323,7 @@ def _turn_upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
     if image.format != 'TIFF':
         image.load()  # first, because a PNG may store its EXIF data behind the pixels
     try:
+        check_exif(_exif_data(image))
         operation = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         operation = None  # unreadable metadata are ignored
@@ -327,6 +334,15 @@ def _turn_upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
         image.load()  # Pillow turns a TIFF when it loads it
         return image, [note]
     return image.transpose(operation), [note]
+
+
+def _exif_data(image: Image.Image) -> bytes:
+    """Return the EXIF data of `image` as its file stores them: in a part of its own, or in hexadecimal in a PNG."""
+    data = image.info.get('exif')
+    profile = image.info.get('Raw profile type exif')
+    if data is None and profile:
+        return bytes.fromhex(''.join(profile.split('\n')[3:]))
+    return data or b''
 
 
 def _grey_from_8_bits(upright: Image.Image, image: Image.Image) -> tuple[np.ndarray, list[str]]:

@@ -1,6 +1,6 @@
 """Decoding of DICOM files to grey pixels, as a radiologist's display shows them (extra `dicom`: pydicom).
 
-Only the technical tags in `TAGS` are parsed. Names, dates and identifiers are never read.
+Only the technical tags of `dicom_elements.TAGS` are parsed. Names, dates and identifiers are never read.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import math
 import re
 from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
-from io import BytesIO
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +16,9 @@ from PIL import Image
 
 from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import ImageError, UsageError
-from cxr_fastai.images.limits import DecodedImage, check_pixels, check_scans
+from cxr_fastai.images.dicom_elements import read_elements
+from cxr_fastai.images.dicom_frames import JPEG_LS, RLE, check_frame, unpack_rle
+from cxr_fastai.images.limits import MAX_WINDOWS, DecodedImage, check_pixels
 from cxr_fastai.images.windowing import count_levels, look_up, percentile_table, scale_to_grey, weighted_percentiles
 
 if TYPE_CHECKING:
@@ -26,30 +26,6 @@ if TYPE_CHECKING:
 
 MODALITIES = ('CR', 'DX')
 """Computed and digital radiography. Other modalities, such as CT, US or digitised radiographs (RG), are rejected."""
-TAGS = [
-    'Modality',
-    'PhotometricInterpretation',
-    'SamplesPerPixel',
-    'PlanarConfiguration',
-    'Rows',
-    'Columns',
-    'NumberOfFrames',
-    'BitsAllocated',
-    'BitsStored',
-    'HighBit',
-    'PixelRepresentation',
-    'PixelPaddingValue',
-    'PixelPaddingRangeLimit',
-    'RescaleSlope',
-    'RescaleIntercept',
-    'ModalityLUTSequence',
-    'VOILUTSequence',
-    'VOILUTFunction',
-    'WindowCenter',
-    'WindowWidth',
-    'BurnedInAnnotation',
-    'PixelData',
-]
 PHOTOMETRIC_INTERPRETATIONS = re.compile('MONOCHROME[12]|RGB|YBR_[A-Z0-9_]+')
 """Photometric interpretations of a radiograph, which may be stored in colour."""
 SUFFIXES = ('.dcm', '.dicom')
@@ -61,7 +37,6 @@ DATASET_MAGIC = (b'\2\0\0\0', b'\x08\0\5\0')
 JPEG_EXTENDED = '1.2.840.10008.1.2.4.51'
 PILLOW_SYNTAXES = ('1.2.840.10008.1.2.4.50', JPEG_EXTENDED, '1.2.840.10008.1.2.4.90', '1.2.840.10008.1.2.4.91')
 """Transfer syntaxes that Pillow decodes: JPEG and JPEG 2000."""
-DEFLATED = '1.2.840.10008.1.2.1.99'
 PACKAGES = {
     '1.2.840.10008.1.2.4.80': 'pyjpegls',
     '1.2.840.10008.1.2.4.81': 'pyjpegls',
@@ -73,14 +48,14 @@ PACKAGES = {
 OTHER_PACKAGE = 'python-gdcm'
 """The package that decodes the remaining syntaxes, such as lossless JPEG."""
 
+AS_STORED: Any = {'as_rgb': False}
+"""Option of pydicom's decoders: YBR stays. Conversion to RGB takes a gigabyte for 40 megapixels."""
 SLACK = 65_536
 """Bytes of compressed pixels beyond twice the raw size that are accepted; more is an attack on the decoder."""
 FAR_VALUE = 1e12
 """A value outside every window."""
 MIN_VISIBLE_LEVELS = 32
 """Minimum distance of the 1st and the 99th percentile, in grey levels, if a declared window is used."""
-PARSING = Lock()
-"""pydicom switches its validation for the whole process, but images are read in threads."""
 
 
 def is_dicom(data: bytes, suffix: str = '') -> bool:
@@ -103,7 +78,7 @@ def read_dicom(data: bytes, modalities: Container[str] = MODALITIES) -> DecodedI
     except UsageError as error:
         raise ImageError(str(error), 'E_DICOM_SYNTAX') from None
     try:
-        image = _parse(data)
+        image = read_elements(data)
         _check(image, modalities)
         return _to_grey(image, _decode(image))
     except ImageError:
@@ -111,29 +86,6 @@ def read_dicom(data: bytes, modalities: Container[str] = MODALITIES) -> DecodedI
     # pydicom raises AttributeError, ValueError, struct.error and others, with messages that may quote the file.
     except Exception as error:
         raise ImageError(f'damaged ({type(error).__name__})', 'E_DICOM_CORRUPT') from error
-
-
-def _parse(data: bytes) -> Dataset:
-    """Return the elements `TAGS` that are not empty."""
-    from pydicom import dcmread
-    from pydicom.config import disable_value_validation
-    from pydicom.filereader import read_dataset
-
-    if data[128:132] != b'DICM':
-        raise ImageError('no DICM preamble', 'E_DICOM_CORRUPT')
-    # Validation is off because its warnings quote the values of a damaged file, which may be a name.
-    with PARSING, disable_value_validation():
-        header = read_dataset(BytesIO(data[132:]), False, True, stop_when=lambda tag, *_: tag.group > 2)
-        syntax = header.get('TransferSyntaxUID')
-        if not syntax:
-            raise ImageError('no transfer syntax', 'E_DICOM_CORRUPT')
-        if syntax == DEFLATED:  # pydicom inflates without a limit, and radiography does not use it
-            raise ImageError(f'transfer syntax {DEFLATED} (deflated) is not supported', 'E_DICOM_SYNTAX')
-        image = dcmread(BytesIO(data), specific_tags=TAGS)
-        for element in image:  # the loop also converts each element
-            if element.value is None or element.value == '':
-                del image[element.tag]
-    return image
 
 
 def _check(image: Dataset, modalities: Container[str]) -> None:
@@ -159,7 +111,7 @@ def _check(image: Dataset, modalities: Container[str]) -> None:
 
 
 def _decode(image: Dataset) -> np.ndarray:
-    """Return the stored pixels (h, w), or (h, w, 3) in RGB."""
+    """Return the stored pixels (h, w), or (h, w, 3) in RGB, or the grey channel (h, w) of YBR."""
     from pydicom.pixels import get_decoder
 
     syntax = image.file_meta.TransferSyntaxUID
@@ -173,27 +125,18 @@ def _decode(image: Dataset) -> np.ndarray:
         package = PACKAGES.get(str(syntax), OTHER_PACKAGE)
         shown = f'{syntax} ({syntax.name})' if re.fullmatch('[0-9.]+', syntax) else '(not a valid identifier)'
         raise ImageError(f'transfer syntax {shown} needs the package {package}', 'E_DICOM_SYNTAX')
-    if syntax in PILLOW_SYNTAXES:
-        _check_frame(image)
-    return image.pixel_array
-
-
-def _check_frame(image: Dataset) -> None:
-    """Raise `ImageError` if the compressed picture has another size than the file declares, or too many scans."""
-    from pydicom.encaps import get_frame
-
-    frame = get_frame(image.PixelData, 0, number_of_frames=1)
-    with Image.open(BytesIO(frame), formats=('JPEG', 'JPEG2000')) as picture:
-        size = picture.size
-        form = picture.format
-    if size != (image.Columns, image.Rows):
-        raise ImageError('the picture is not of the size that the file declares', 'E_DICOM_CORRUPT')
-    if form == 'JPEG':
-        check_scans(frame, *size)
+    if syntax in PILLOW_SYNTAXES or syntax in JPEG_LS:
+        check_frame(image)
+    elif syntax == RLE:
+        unpack_rle(image)
+    pixels, facts = get_decoder(image.file_meta.TransferSyntaxUID).as_array(image, **AS_STORED)
+    if str(facts['photometric_interpretation']).startswith('YBR_FULL'):  # the first channel is grey already
+        return np.ascontiguousarray(pixels[..., 0])
+    return pixels
 
 
 def _to_grey(image: Dataset, stored: np.ndarray) -> DecodedImage:
-    if stored.ndim == 3:
+    if image.SamplesPerPixel > 1:
         grey, notes = _grey_from_colour(stored)
     else:
         grey, notes = _grey_from_levels(image, stored)
@@ -215,7 +158,8 @@ def _to_grey(image: Dataset, stored: np.ndarray) -> DecodedImage:
 def _grey_from_colour(stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
     if stored.dtype != np.uint8:
         raise ImageError(f'colour of {8 * stored.itemsize} bits', 'E_BITDEPTH')
-    return np.asarray(Image.fromarray(stored).convert('L')), ['converted from colour to grey']
+    grey = stored if stored.ndim == 2 else np.asarray(Image.fromarray(stored).convert('L'))
+    return grey, ['converted from colour to grey']
 
 
 def _grey_from_levels(image: Dataset, stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -288,7 +232,7 @@ def _declared_windows(image: Dataset, values: np.ndarray) -> Iterator[tuple[str,
         yield 'VOI LUT of the file', scale_to_grey(apply_voi(values.astype(int), image), 0, (1 << depth) - 1)
     centres = _numbers(image.get('WindowCenter'))
     widths = _numbers(image.get('WindowWidth'))
-    for index, (centre, width) in enumerate(zip(centres, widths, strict=False)):
+    for index, (centre, width) in enumerate(zip(centres[:MAX_WINDOWS], widths, strict=False)):
         with suppress(Exception), np.errstate(all='ignore'):
             # Two values far outside show the range that pydicom maps the window to.
             grey = apply_windowing(np.append(values, [-FAR_VALUE, FAR_VALUE]), image, index)

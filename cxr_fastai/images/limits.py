@@ -18,6 +18,18 @@ MAX_PIXELS = 40_000_000
 """Maximum width times height of an image."""
 MAX_SCANNED_PIXELS = 400_000_000
 """Maximum pixels times scans of a progressive JPEG: each scan visits all pixels, and costs only a few bytes."""
+MAX_METADATA = 4_000_000
+"""Maximum bytes of all metadata of a JPEG, PNG or TIFF file, counted as its reader would copy them."""
+MAX_PARTS = 2000
+"""Maximum number of segments of a JPEG file before its first scan, or of chunks of a PNG file that are no pixels."""
+MAX_CHUNKS = 200_000
+"""Maximum number of all chunks of a PNG file."""
+MAX_TAGS = 1000
+"""Maximum number of tags in a directory of a TIFF file or of EXIF data."""
+MAX_TILES = 4096
+"""Maximum number of tiles of a JPEG 2000 picture."""
+MAX_WINDOWS = 8
+"""Number of windows of a DICOM file that are tried."""
 MIN_SIDE = 64
 """Minimum width and height in pixels."""
 MAX_ASPECT = 4

@@ -1,0 +1,142 @@
+"""Parsing of the technical elements of DICOM files, within limits that are checked before any value is converted."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from cxr_fastai.core.errors import ImageError
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+TAGS = [
+    'Modality',
+    'PhotometricInterpretation',
+    'SamplesPerPixel',
+    'PlanarConfiguration',
+    'Rows',
+    'Columns',
+    'NumberOfFrames',
+    'BitsAllocated',
+    'BitsStored',
+    'HighBit',
+    'PixelRepresentation',
+    'PixelPaddingValue',
+    'PixelPaddingRangeLimit',
+    'RescaleSlope',
+    'RescaleIntercept',
+    'ModalityLUTSequence',
+    'VOILUTSequence',
+    'VOILUTFunction',
+    'WindowCenter',
+    'WindowWidth',
+    'BurnedInAnnotation',
+    'PixelData',
+]
+"""The only elements that are parsed."""
+DEFLATED = '1.2.840.10008.1.2.1.99'
+SPECIFIC_CHARACTER_SET = 0x00080005
+PIXEL_DATA = 0x7FE00010
+PIXEL_VRS = (None, 'OB', 'OW', 'UN')
+"""Value representations of pixel data. Others would make an object of each pixel."""
+SEQUENCES = (0x00283000, 0x00283010)
+"""The tags of the sequences among `TAGS`: ModalityLUTSequence and VOILUTSequence."""
+UNDEFINED_LENGTH = 0xFFFFFFFF
+
+MAX_VALUE_BYTES = 4096
+"""Maximum length of an element that is neither a sequence nor pixel data; usual are one or two numbers."""
+MAX_SEQUENCE_BYTES = 300_000
+"""Maximum length of a sequence; its largest usual element is a table of 65,536 numbers of 16 bits."""
+MAX_ENTRY_BYTES = {'LUTDescriptor': 64, 'LUTData': 2 * 65_536}
+"""Maximum length of the elements of a LUT."""
+MAX_READS = 40_000
+"""Maximum number of reads from a file. Each element and each item of a sequence needs at least one."""
+PARSING = Lock()
+"""pydicom switches its validation for the whole process, but images are read in threads."""
+
+
+class _CountedFile(BytesIO):
+    """A file in memory that can be read `MAX_READS` times."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise ImageError(f'too many elements: they need more than {MAX_READS:,} reads', 'E_DICOM_CORRUPT')
+        return super().read(size)
+
+
+def read_elements(data: bytes) -> Dataset:
+    """Return the elements `TAGS` of a DICOM file that are not empty. Sequences keep their first item.
+
+    Raises `ImageError` E_DICOM_CORRUPT or E_DICOM_SYNTAX, and what pydicom raises for a damaged file.
+    """
+    from pydicom.config import disable_value_validation
+    from pydicom.filereader import read_dataset, read_partial
+    from pydicom.tag import BaseTag, Tag
+
+    if data[128:132] != b'DICM':
+        raise ImageError('no DICM preamble', 'E_DICOM_CORRUPT')
+    file = _CountedFile(data)
+    file.seek(132)
+    # Validation is off because its warnings quote the values of a damaged file, which may be a name.
+    with PARSING, disable_value_validation():
+        header = read_dataset(file, False, True, stop_when=_is_behind_header)
+        _check_syntax(header)
+        file.seek(0)
+        tags: list[BaseTag | int] = [Tag(name) for name in TAGS]
+        image = read_partial(file, stop_when=_check_element, specific_tags=tags)
+        for element in image:  # the loop also converts each element
+            if element.value is None or element.value == '':
+                del image[element.tag]
+            elif element.VR == 'SQ':
+                _check_items(element.value)
+    return image
+
+
+def _is_behind_header(tag: int, vr: str | None, length: int) -> bool:
+    """Return True if an element is behind the file header. Raises `ImageError` if it is long."""
+    if tag >> 16 > 2:
+        return True
+    if length > MAX_VALUE_BYTES:
+        raise ImageError(f'an element of {length:,} bytes in the file header', 'E_DICOM_CORRUPT')
+    return False
+
+
+def _check_syntax(header: Dataset) -> None:
+    syntax = header.get('TransferSyntaxUID')
+    if not syntax:
+        raise ImageError('no transfer syntax', 'E_DICOM_CORRUPT')
+    if syntax == DEFLATED:  # pydicom inflates without a limit, and radiography does not use it
+        raise ImageError(f'transfer syntax {DEFLATED} (deflated) is not supported', 'E_DICOM_SYNTAX')
+
+
+def _check_element(tag: int, vr: str | None, length: int) -> bool:
+    """Raise `ImageError` if an element that will be converted is too long; return False, for reading on."""
+    from pydicom.datadict import keyword_for_tag
+
+    name = keyword_for_tag(tag)
+    if name not in TAGS and tag != SPECIFIC_CHARACTER_SET:
+        return False
+    if tag == PIXEL_DATA:
+        if vr not in PIXEL_VRS:
+            raise ImageError('the pixel data are not bytes or words', 'E_DICOM_CORRUPT')
+        return False
+    limit = MAX_SEQUENCE_BYTES if tag in SEQUENCES else MAX_VALUE_BYTES
+    is_open_sequence = length == UNDEFINED_LENGTH and tag in SEQUENCES
+    if length > limit and not is_open_sequence:
+        raise ImageError(f'{name} is longer than {limit:,} bytes', 'E_DICOM_CORRUPT')
+    return False
+
+
+def _check_items(items: list[Dataset]) -> None:
+    """Remove all `items` of a sequence but the first. Raises `ImageError` if that has a long element."""
+    del items[1:]
+    for item in items:
+        for name, limit in MAX_ENTRY_BYTES.items():
+            length = len(getattr(item.get_item(name), 'value', None) or b'')
+            if length > limit:
+                raise ImageError(f'{name} of {length:,} bytes is longer than {limit:,}', 'E_DICOM_CORRUPT')

@@ -13,8 +13,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from struct import error as StructError
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -30,9 +32,17 @@ MAX_BYTES = 20 * 10**9
 """Largest unpacked size of an archive."""
 MAX_RATIO = 200
 """Largest ratio of unpacked to packed bytes; images hardly compress."""
+MAX_DIRECTORY = 32 * 2**20
+"""Largest directory of an archive in bytes; its entries become objects before they can be checked."""
+MAX_ARRAY_IMAGES = 100_000
+"""Largest number of images in one array of an array file."""
+LOCAL_HEADER_BYTES = 30
+"""Bytes before the name and the data of an entry."""
 CHUNK = 2**20
 """Bytes read at a time."""
 MEDMNIST_SIZE = 224
+SPLITS = ('train', 'val', 'test')
+"""The splits of an array file."""
 COMPRESSION_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 ENCRYPTED_FLAG = 0x1
 UNSAFE_NAME = re.compile(r'/|[A-Za-z]:|.*[\\\0]|(.*/)?\.\.(/|$)', re.DOTALL)
@@ -64,11 +74,29 @@ def unpack_images(archive: Path, folder: Path) -> Counter[str]:
     return ignored
 
 
-def _open_zip(archive: Path) -> zipfile.ZipFile:
+@contextmanager
+def _open_zip(archive: Path) -> Iterator[zipfile.ZipFile]:
+    """Open `archive`, a regular file. Raises `CXRError` if it cannot be read, or its directory is too large."""
     try:
-        return zipfile.ZipFile(archive)
+        file = _BoundedFile(os.open(archive, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)))
     except OSError as error:
         raise CXRError(f'{archive.name}: cannot be read ({error.strerror}).') from error
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise CXRError(f'{archive.name}: not a regular file.')
+        with zipfile.ZipFile(file) as archive_file:
+            yield archive_file
+
+
+class _BoundedFile(FileIO):
+    """A file of which at most `MAX_DIRECTORY` bytes are read at once, because `zipfile` reads a directory at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        size = -1 if size is None else size
+        if size > MAX_DIRECTORY:
+            raise CXRError(f'the directory of the zip file is over {MAX_DIRECTORY:,} bytes.')
+        # `zipfile` reads the last bytes of a file without a size.
+        return super().read(MAX_DIRECTORY if size < 0 else size) or b''
 
 
 def _extract(file: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, bytes_left: int) -> int:
@@ -132,6 +160,18 @@ def check_entries(archive: Path, entries: list[zipfile.ZipInfo], images: Iterabl
         if problem:
             raise CXRError(f'{archive.name}: the entry {entry.orig_filename!r} is refused: {problem}.')
         names.add(name)
+    _check_overlap(archive, entries)
+
+
+def _check_overlap(archive: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """Raise `CXRError` if two entries share data, by which a small file can hold many large ones."""
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        if entry.header_offset < end:
+            raise CXRError(
+                f'{archive.name}: the entry {entry.orig_filename!r} is refused: its data are also those of another.'
+            )
+        end = entry.header_offset + LOCAL_HEADER_BYTES + entry.compress_size
 
 
 def _find_problem(entry: zipfile.ZipInfo) -> str | None:
@@ -177,30 +217,57 @@ def unpack_arrays(archive: Path, folder: Path) -> Counter[str]:
     Raises `CXRError` unless it holds uint8 images (n, 224, 224) and labels (n, 1) for train, val and test.
     """
     try:
-        with open(archive, 'rb') as file, np.load(file, allow_pickle=False) as arrays:
-            for split in ('train', 'val', 'test'):
-                images = arrays[f'{split}_images']
-                labels = arrays[f'{split}_labels']
-                _check_arrays(archive, split, images, labels)
-                for name in VOCAB:
-                    (folder / split / name).mkdir(parents=True)
-                for i in progress(range(len(images))):
-                    path = folder / split / VOCAB[labels[i, 0]] / f'medmnist-{split}-{i + 1:05d}.png'
-                    Image.fromarray(images[i]).save(path, compress_level=1)
+        with _open_zip(archive) as file:
+            names = [f'{split}_{kind}.npy' for split in SPLITS for kind in ('images', 'labels')]
+            check_entries(archive, file.infolist(), names)
+            for split in SPLITS:
+                with file.open(f'{split}_images.npy') as images, file.open(f'{split}_labels.npy') as labels:
+                    _write_split(archive, split, images, labels, folder / split)
     except (KeyError, *DAMAGED) as error:
         raise CXRError(f'{archive.name}: not the arrays of MedMNIST ({error}).') from error
     return Counter()
 
 
-def _check_arrays(archive: Path, split: str, images: np.ndarray, labels: np.ndarray) -> None:
-    n = len(images) if images.ndim else 0
-    if images.shape != (n, MEDMNIST_SIZE, MEDMNIST_SIZE) or labels.shape != (n, 1) or images.dtype != np.uint8:
+def _write_split(archive: Path, split: str, images: IO[bytes], labels: IO[bytes], folder: Path) -> None:
+    """Write the images of one split, which are read one at a time."""
+    shape, dtype = _read_array_header(images)
+    labels_shape, labels_dtype = _read_array_header(labels)
+    n = shape[0] if shape else 0
+    if shape != (n, MEDMNIST_SIZE, MEDMNIST_SIZE) or labels_shape != (n, 1) or dtype != np.uint8:
         raise CXRError(
-            f'{archive.name}: {split} holds {images.dtype} images {images.shape} and labels {labels.shape}; '
+            f'{archive.name}: {split} holds {dtype} images {shape} and labels {labels_shape}; '
             f'expected uint8 (n, {MEDMNIST_SIZE}, {MEDMNIST_SIZE}) and (n, 1).'
         )
-    if labels.dtype.kind not in 'iu' or not np.isin(labels, range(len(VOCAB))).all():
+    if n > MAX_ARRAY_IMAGES:
+        raise CXRError(f'{archive.name}: {split} holds {n:,} images; at most {MAX_ARRAY_IMAGES:,} are allowed.')
+    classes = np.frombuffer(_read_values(labels, n * labels_dtype.itemsize), labels_dtype)
+    if labels_dtype.kind not in 'iu' or not np.isin(classes, range(len(VOCAB))).all():
         raise CXRError(f'{archive.name}: {split} holds labels other than 0 for {VOCAB[0]} and 1 for {VOCAB[1]}.')
+    for name in VOCAB:
+        (folder / name).mkdir(parents=True)
+    for i in progress(range(n)):
+        pixels = np.frombuffer(_read_values(images, MEDMNIST_SIZE**2), np.uint8)
+        path = folder / VOCAB[classes[i]] / f'medmnist-{split}-{i + 1:05d}.png'
+        Image.fromarray(pixels.reshape(MEDMNIST_SIZE, MEDMNIST_SIZE)).save(path, compress_level=1)
+
+
+def _read_array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Return the shape and the type of an array. Raises `ValueError` for objects and columns first."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_by_columns, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError('objects are not read: allow_pickle is off')
+    if is_by_columns and len(shape) > 1 and shape[1] > 1:
+        raise ValueError('the array is stored by columns')
+    return shape, dtype
+
+
+def _read_values(file: IO[bytes], size: int) -> bytes:
+    values = file.read(size)
+    if len(values) < size:
+        raise EOFError('an array ends early')
+    return values
 
 
 @contextmanager

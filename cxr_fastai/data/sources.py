@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urljoin
 
 import pandas as pd
 import requests
@@ -30,6 +32,7 @@ RETRIES = 3
 """Number of further requests after one that failed; the count starts again when the download has made progress."""
 RETRY_STATUS = (408, 429, *range(500, 600))
 """Status codes of temporary failures."""
+MAX_REDIRECTS = 5
 CHUNK = 2**16
 """Bytes written at a time."""
 ERROR_TEXTS = (
@@ -65,6 +68,8 @@ class Source:
     md5 : hash of the file; empty if it is unknown.
     limitation : what the images of this source do not allow.
     backoff : seconds to wait before the second retry; doubled for each further one. The first retry does not wait.
+    max_bytes : largest size of the file that is downloaded.
+    max_seconds : longest time of one download. A later call resumes it.
     """
 
     name: str
@@ -79,6 +84,8 @@ class Source:
     md5: str = ''
     limitation: str = ''
     backoff: float = 1.0
+    max_bytes: int = 5 * 10**9
+    max_seconds: float = 24 * 3600
 
 
 def download(folder: Path, source: str | Source = 'mendeley') -> pd.DataFrame:
@@ -162,8 +169,19 @@ def _make_retry(source: Source) -> Retry:
     )
 
 
+class _SecureSession(requests.Session):
+    """A session that never leaves an encrypted connection for a plain one."""
+
+    def get_redirect_target(self, response: requests.Response) -> str | None:
+        target = super().get_redirect_target(response)
+        if target and response.url.startswith('https:') and urljoin(response.url, target).startswith('http:'):
+            raise requests.exceptions.InvalidURL('the server redirects from https to http, which is not encrypted')
+        return target
+
+
 def _make_session(source: Source) -> requests.Session:
-    session = requests.Session()
+    session = _SecureSession()
+    session.max_redirects = MAX_REDIRECTS
     for scheme in ('https://', 'http://'):
         session.mount(scheme, HTTPAdapter(max_retries=_make_retry(source)))
     return session
@@ -186,7 +204,8 @@ def _receive_all(session: requests.Session, source: Source, part: Path) -> None:
     # urllib3 repeats requests, but it cannot resume a response whose body breaks off.
     retry = _make_retry(source)
     furthest = 0
-    while not _receive(session, source, part):
+    end = time.monotonic() + source.max_seconds
+    while not _receive(session, source, part, end):
         size = _file_size(part)
         if size > furthest:
             furthest = size
@@ -199,8 +218,8 @@ def _receive_all(session: requests.Session, source: Source, part: Path) -> None:
         retry.sleep()
 
 
-def _receive(session: requests.Session, source: Source, part: Path) -> bool:
-    """Request what `part` lacks and append it; return whether `part` is complete then."""
+def _receive(session: requests.Session, source: Source, part: Path, end: float) -> bool:
+    """Request what `part` lacks and append it until the time `end`; return whether `part` is complete then."""
     size = _file_size(part)
     etag = _etag_file(part)
     headers = {'Accept-Encoding': 'identity'}  # the length of a compressed response is not that of the file
@@ -221,7 +240,7 @@ def _receive(session: requests.Session, source: Source, part: Path) -> bool:
             start, total = 0, _content_length(response)
             _keep_etag(response, etag)
         try:
-            _append(response, part, source.file, start, total)
+            _append(response, part, source, start, total, end)
         except (requests.exceptions.ChunkedEncodingError, requests.ConnectionError):
             return False
     return total in (None, _file_size(part))
@@ -257,14 +276,28 @@ def _keep_etag(response: requests.Response, etag: Path) -> None:
         etag.write_text(value, encoding='utf-8')
 
 
-def _append(response: requests.Response, part: Path, name: str, start: int, total: int | None) -> None:
+def _append(response: requests.Response, part: Path, source: Source, start: int, total: int | None, end: float) -> None:
+    """Append the body of a response to `part`. Raises `requests.RequestException` if it is too large or too slow."""
+    size = start
+    _check_size(total or 0, source)
     with (
         open(part, 'ab' if start else 'wb') as file,
-        progress_bar(total, name, initial=start, unit='B', unit_scale=True) as bar,
+        progress_bar(total, source.file, initial=start, unit='B', unit_scale=True) as bar,
     ):
         for chunk in response.iter_content(CHUNK):
+            size += len(chunk)
+            _check_size(size, source)
+            if time.monotonic() > end:
+                raise requests.RequestException(f'the download takes longer than {source.max_seconds:,g} seconds')
             file.write(chunk)
             bar.update(len(chunk))
+
+
+def _check_size(size: int, source: Source) -> None:
+    if size > source.max_bytes:
+        raise requests.RequestException(
+            f'the server sends {size:,} bytes or more; {source.file} may have {source.max_bytes:,}'
+        )
 
 
 def fetch_kaggle(source: Source, archive: Path) -> Path:

@@ -339,9 +339,10 @@ class _Lane:
         self.is_busy.set()
         try:
             image = worker.decode(task.request, task.data)
-        except _MoveToSlowLane:
+        except _MoveToSlowLane as move:
             assert self.slow
-            self._remember(task.fingerprint)
+            if move.is_certain:
+                self._remember(task.fingerprint)
             self.slow.put(task)
         except Exception as error:
             task.fail(error)
@@ -380,10 +381,15 @@ class _Lane:
         if not self.tasks or seconds <= self.quick_seconds:
             return None
         # On a busy machine an ordinary image waits for a core.
-        if worker.cpu_seconds > self.quick_seconds or seconds > BUSY_FACTOR * self.quick_seconds:
-            return _MoveToSlowLane()
+        is_certain = worker.cpu_seconds > self.quick_seconds
+        if is_certain or seconds > BUSY_FACTOR * self.quick_seconds:
+            return _MoveToSlowLane(is_certain)
         return None
 
 
 class _MoveToSlowLane(Exception):  # noqa: N818, it is no failure
-    """An image takes long, and others wait."""
+    """An image takes long, and others wait. It is certain that its file is slow if it took that much CPU time."""
+
+    def __init__(self, is_certain: bool) -> None:
+        super().__init__()
+        self.is_certain = is_certain

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+StrPath = str | os.PathLike[str]
+"""A path as a text, or any object that stands for one."""
 FORMULA_STARTS = ('=', '+', '-', '@', '\t', '\r', '\0')
 """First characters that make a spreadsheet evaluate a text as a formula."""
 

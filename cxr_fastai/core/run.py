@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, UsageError
-from cxr_fastai.core.files import check_new, write_csv, write_json, writing
+from cxr_fastai.core.files import StrPath, check_new, write_csv, write_json, writing
 from cxr_fastai.core.folders import sweep
 from cxr_fastai.core.foreign import parse_json, read_text
 from cxr_fastai.core.recipe import Recipe
@@ -60,9 +60,13 @@ class Run:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'path', Path(self.path))
+
     @classmethod
-    def create(cls, path: Path) -> Run:
+    def create(cls, path: StrPath) -> Run:
         """Create the folder `path`. Raises `UsageError` if it is not empty, `OutputError` if it cannot be written."""
+        path = Path(path)
         check_new(path)
         if is_main_process():
             with writing(path):
@@ -70,8 +74,9 @@ class Run:
         return cls(path)
 
     @classmethod
-    def open(cls, path: Path) -> Run:
+    def open(cls, path: StrPath) -> Run:
         """Return the run in the folder `path`. Raises `UsageError` if it is not a run folder."""
+        path = Path(path)
         if not (path / 'recipe.json').is_file():
             raise UsageError(
                 f'{path} is not a run folder (it contains no recipe.json). Create one: `cxr-fastai train --out {path}`.'
@@ -252,11 +257,12 @@ class Run:
             raise UsageError(f'{self.path}: another process trains there. Wait until it ends, or stop it.') from None
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: StrPath) -> Recipe:
     """Return the recipe in the JSON file `path`, such as the `recipe.json` of a run.
 
     Raises `UsageError`, which names the field, if the file is missing, damaged, or not a recipe of this version.
     """
+    path = Path(path)
     if not path.is_file():
         raise UsageError(f'{path}: no such file. Name the recipe.json of a run.')
     values = read_json(path)

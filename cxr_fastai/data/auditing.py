@@ -13,7 +13,7 @@ import pandas as pd
 from PIL import Image
 
 from cxr_fastai.core.errors import ImageError, UsageError
-from cxr_fastai.core.files import write_json, write_text, writing
+from cxr_fastai.core.files import StrPath, write_json, write_text, writing
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.templates import data_uri, render_template
 from cxr_fastai.data.find import short_path, shown_path
@@ -91,12 +91,13 @@ class Audit:
     pictures: dict[str, bytes]
 
 
-def audit(data: Path, workers: int | None = None, hide_names: bool = False) -> Audit:
+def audit(data: StrPath, workers: int | None = None, hide_names: bool = False) -> Audit:
     """Examine every image of the folder or CSV file `data` with `workers` threads (default: the number of cores).
 
     With `hide_names` the result contains numbers instead of the names of images, patients and the folder, because names
     can identify a patient. Raises `CXRError` if there are no images.
     """
+    data = Path(data)
     items = read_items(data)
     root = image_root(data)
     measurements, thumbnails = measure_images(list(items.path), root, workers)
@@ -135,8 +136,9 @@ def _count_kinds(items: pd.DataFrame) -> pd.DataFrame:
     return counts.reindex(['train', 'valid', 'test'], level='split').reset_index()
 
 
-def save_audit(audit: Audit, folder: Path) -> None:
+def save_audit(audit: Audit, folder: StrPath) -> None:
     """Write `audit.json` and the self-contained page `audit.html` into `folder`. Raises `OutputError`."""
+    folder = Path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_json(

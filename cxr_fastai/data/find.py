@@ -13,7 +13,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING
 
 from cxr_fastai.core.errors import UsageError
-from cxr_fastai.core.files import unescape_formula
+from cxr_fastai.core.files import StrPath, unescape_formula
 from cxr_fastai.core.foreign import read_bytes
 from cxr_fastai.images.decode import SUFFIXES
 
@@ -27,15 +27,15 @@ MAX_ROWS_LISTED = 10
 """Largest number of row numbers in an error message."""
 
 
-def list_images(sources: Iterable[Path]) -> list[Path]:
-    """Return the images that command-line arguments name.
+def list_images(sources: StrPath | Iterable[StrPath]) -> list[Path]:
+    """Return the images that `sources` name, one or several paths, as the arguments of a command do.
 
     Each source is an image file, a folder (all images below it, sorted), a CSV file (the images in its column `path`)
     or `-` (one path per line of standard input). Raises `UsageError` for a source without images.
     """
     images = []
-    for source in sources:
-        images_of_source = _list_source(source)
+    for source in [sources] if isinstance(sources, str | os.PathLike) else sources:
+        images_of_source = _list_source(Path(source))
         if not images_of_source:
             raise UsageError(f'{source}: no images found (symbolic links are not followed).')
         images += images_of_source
@@ -54,12 +54,13 @@ def _list_source(source: Path) -> list[Path]:
     return [source]
 
 
-def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
+def find_images(folder: StrPath) -> tuple[list[Path], Counter[str]]:
     """Return the images below `folder`, sorted, and the number of ignored files by reason.
 
     Symbolic links to folders and to images are ignored: they can form a cycle or lead out of the folder. A CSV file may
     list them.
     """
+    folder = Path(folder)
     images: list[Path] = []
     ignored: Counter[str] = Counter()
     for base, subfolders, names in os.walk(folder):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import read_json
 from cxr_fastai.core.recipe import CHOICES, VOCAB, Recipe
 from cxr_fastai.core.schemas import Choice, Table
@@ -42,7 +43,7 @@ OTHER_FOLDERS = {'chest_xray': 'nested chest_xray', 'masks': 'masks'}
 LAYOUT = 'train|val|test / NORMAL|PNEUMONIA, or NORMAL and PNEUMONIA alone'
 
 
-def data_root(data: Path | None = None) -> Path:
+def data_root(data: StrPath | None = None) -> Path:
     """Return the folder or CSV file of images: `data`, or the environment variable CXR_DATA, or data/chest_xray.
 
     Raises `CXRError` if it does not exist; the message says how to get images.
@@ -56,13 +57,14 @@ def data_root(data: Path | None = None) -> Path:
     )
 
 
-def image_root(root: Path) -> Path:
+def image_root(root: StrPath) -> Path:
     """Return the folder that the paths of the items are relative to: `root`, or the folder of the CSV file `root`."""
+    root = Path(root)
     return root.parent if root.is_file() else root
 
 
 def read_items(
-    root: Path,
+    root: StrPath,
     valid: str = 'official',
     seed: int = 42,
     limit: int | None = None,
@@ -76,6 +78,7 @@ def read_items(
     further columns of a CSV file to include. `.attrs['ignored']` counts ignored files by reason. Raises `CXRError` if
     there are no images, `UsageError` for an unknown class, split, column or `valid`.
     """
+    root = Path(root)
     _check_valid(valid)
     items = _read_csv(root, columns) if root.is_file() else _read_folders(root)
     missing = [name for name in columns if name not in items]
@@ -94,7 +97,7 @@ def read_recipe_items(root: Path, recipe: Recipe) -> pd.DataFrame:
 
 def read_table(
     table: pd.DataFrame,
-    root: Path,
+    root: StrPath,
     valid: str = 'official',
     seed: int = 42,
     limit: int | None = None,
@@ -105,6 +108,7 @@ def read_table(
     The columns are those of a CSV file: `path`, `label`, and optionally `split` and `patient`. The other parameters,
     the result and the errors are those of `read_items`.
     """
+    root = Path(root)
     _check_valid(valid)
     missing = [name for name in ('path', 'label') if name not in table]
     if missing:

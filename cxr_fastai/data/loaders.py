@@ -23,6 +23,7 @@ from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, RatioR
 from fastcore.basics import listify
 
 from cxr_fastai.core.errors import ImageError, UsageError
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import DATA_FIELDS, VOCAB, Recipe, data_recipe
 from cxr_fastai.data.items import image_root, read_recipe_items, read_table
@@ -167,7 +168,7 @@ class CXRDataLoaders(DataLoaders):
     def from_items(
         cls,
         items: pd.DataFrame,
-        root: Path,
+        root: StrPath,
         recipe: Recipe,
         cache: ImageCache | None = None,
         item_tfms: Any = None,
@@ -179,6 +180,7 @@ class CXRDataLoaders(DataLoaders):
         The last, smaller batch of train is kept. If `recipe` does not set the number of workers, it is the number of
         cores, or 0 if `cache` contains every image. The other parameters are those of `from_folder`.
         """
+        root = Path(root)
         _check_arguments(kwargs)
         source = locate(items, root)
         workers = recipe.workers
@@ -276,8 +278,9 @@ class ItemReader:
         return source[source.split.isin(['train', 'valid'])].reset_index(drop=True)
 
 
-def locate(items: pd.DataFrame, root: Path) -> pd.DataFrame:
+def locate(items: pd.DataFrame, root: StrPath) -> pd.DataFrame:
     """Return `items` with complete paths, as `dls.test_dl` and `cxr_block` expect them."""
+    root = Path(root)
     return items.assign(path=[str(root / path) for path in items.path]).reset_index(drop=True)
 
 

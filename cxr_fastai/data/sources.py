@@ -20,7 +20,7 @@ from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
-from cxr_fastai.core.files import check_new, writing
+from cxr_fastai.core.files import StrPath, check_new, writing
 from cxr_fastai.core.progress import progress_bar
 from cxr_fastai.data.archives import check_md5, hash_file, new_folder, unpack_arrays, unpack_images
 from cxr_fastai.data.find import find_images
@@ -88,7 +88,7 @@ class Source:
     max_seconds: float = 24 * 3600
 
 
-def download(folder: Path, source: str | Source = 'mendeley') -> pd.DataFrame:
+def download(folder: StrPath, source: str | Source = 'mendeley') -> pd.DataFrame:
     """Download the images of `source` to `folder`/train|val|test/NORMAL|PNEUMONIA, and return their items table.
 
     The folder appears when it is complete. An incomplete download stays in `folder`.download, and the next call resumes
@@ -96,6 +96,7 @@ def download(folder: Path, source: str | Source = 'mendeley') -> pd.DataFrame:
     table counts ignored files by reason. Raises `UsageError` if the folder is not empty, `OutputError` if it cannot be
     written, `CXRError` if the download fails or is not the complete data set.
     """
+    folder = Path(folder)
     if isinstance(source, str):
         if source not in SOURCES:
             raise UsageError(f'--source {source}: choose {", ".join(SOURCES)}.')

@@ -13,7 +13,7 @@ import pandas as pd
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.figures import save_figure
-from cxr_fastai.core.files import check_new, write_json, writing
+from cxr_fastai.core.files import StrPath, check_new, write_json, writing
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import identify_images
 from cxr_fastai.evaluation.clusters import compare_clustered_auc
@@ -45,11 +45,12 @@ class Comparison:
     seeds: list[dict[str, Any]]
 
 
-def compare_runs(runs: Sequence[Run], split: str, folder: Path) -> Comparison:
+def compare_runs(runs: Sequence[Run], split: str, folder: StrPath) -> Comparison:
     """Compare runs that were evaluated on `split`; write `comparison.json` and `comparison.png` into a new `folder`.
 
     `pairs` is empty where the runs have too few images in common. Raises `UsageError` if `folder` is not empty.
     """
+    folder = Path(folder)
     check_new(folder)
     named_runs = name_runs(runs)
     metrics = {name: check_results(run, split) for name, run in named_runs.items()}

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_fastai.core.errors import CXRWarning, ImageError, UsageError
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import data_root, image_root, parse_name, read_items
@@ -30,7 +31,7 @@ PREDICTION_COLUMNS = ['path', 'label', 'split', 'patient', 'p_pneumonia', 'predi
 
 def evaluate(
     run: Run,
-    data: Path | None = None,
+    data: StrPath | None = None,
     split: str = 'test',
     batch_size: int = 32,
     limit: int | None = None,
@@ -57,6 +58,7 @@ def evaluate(
 
     Raises `UsageError` for a split without images and for an invalid rule, `ImageError` for an unreadable image.
     """
+    data = Path(data) if data is not None else None
     if rule:
         parse_rule(rule)
     columns = [column.strip().lower() for column in by]  # as in the header of a CSV file of images

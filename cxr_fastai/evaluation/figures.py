@@ -14,7 +14,7 @@ from PIL import Image
 
 from cxr_fastai.core.errors import ImageError
 from cxr_fastai.core.figures import save_figure
-from cxr_fastai.core.files import atomic
+from cxr_fastai.core.files import StrPath, atomic
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.curves import (
@@ -47,7 +47,7 @@ PICTURE_SIZE = 192
 
 def evaluate_and_draw(
     run: Run,
-    data: Path | None = None,
+    data: StrPath | None = None,
     split: str = 'test',
     batch_size: int = 32,
     limit: int | None = None,
@@ -63,6 +63,7 @@ def evaluate_and_draw(
     Returns:
         The metrics of `split`, and the names of its figures relative to the run folder.
     """
+    data = Path(data) if data is not None else None
     previous_metrics = run.known_metrics
     metrics = evaluate(run, data, split, batch_size, limit, rule, prevalences, by, again)
     current_metrics = run.metrics

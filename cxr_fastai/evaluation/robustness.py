@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import find_split
@@ -38,7 +39,7 @@ Variant = Callable[[np.ndarray, str], np.ndarray]
 
 def evaluate_robustness(
     run: Run,
-    data: Path | None = None,
+    data: StrPath | None = None,
     split: str = 'valid',
     batch_size: int = 32,
     limit: int | None = None,
@@ -48,6 +49,7 @@ def evaluate_robustness(
     Writes the table into the run's `robustness.csv`, where the rows of other splits stay, and draws its figure. Raises
     `UsageError` for a split without images, `ImageError` for an unreadable image.
     """
+    data = Path(data) if data is not None else None
     root, items = find_split(run, data, split, limit)
     table = measure_robustness(Predictor.load(run.path), items, root, batch_size)
     run.write_split('robustness.csv', table.assign(split=split), split)
@@ -58,7 +60,7 @@ def evaluate_robustness(
 def measure_robustness(
     predictor: Predictor,
     items: pd.DataFrame,
-    root: Path,
+    root: StrPath,
     batch_size: int = 32,
     seed: int = 0,
     workers: int | None = None,
@@ -79,6 +81,7 @@ def measure_robustness(
 
     Raises `ImageError` for an unreadable image.
     """
+    root = Path(root)
     preprocessing = Preprocessing.of(predictor.config)
     square_size = max(SQUARE_SIZE, preprocessing.size)
     squares, sides = read_squares(items, root, Preprocessing(square_size, preprocessing.resize), workers)

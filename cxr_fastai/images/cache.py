@@ -24,7 +24,7 @@ import PIL
 from PIL import features
 
 from cxr_fastai.core.errors import CXRError, ImageError, UsageError
-from cxr_fastai.core.files import atomic, write_json, writing
+from cxr_fastai.core.files import StrPath, atomic, write_json, writing
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.images.decode import decode_image, read_bytes
 from cxr_fastai.images.preprocessing import Preprocessing
@@ -110,11 +110,12 @@ def cache_folder(root: Path, preprocessing: Preprocessing) -> Path:
     return cache_root / f'{root.name}-{path_hash}' / f'{preprocessing.size}-{preprocessing.resize}'
 
 
-def find_cache(root: Path, preprocessing: Preprocessing) -> ImageCache | None:
+def find_cache(root: StrPath, preprocessing: Preprocessing) -> ImageCache | None:
     """Open the cache that `prepare` wrote for the images below `root`.
 
     Returns None if there is none, if other library versions wrote it, or if all its files have changed.
     """
+    root = Path(root)
     try:
         folder = cache_folder(root, preprocessing)
     except UsageError:
@@ -134,7 +135,7 @@ def find_cache(root: Path, preprocessing: Preprocessing) -> ImageCache | None:
 
 def prepare(
     paths: Sequence[str],
-    root: Path,
+    root: StrPath,
     preprocessing: Preprocessing,
     workers: int | None = None,
 ) -> tuple[Path, int, list[ImageError]]:
@@ -144,6 +145,7 @@ def prepare(
     errors of the unreadable ones. If it is interrupted, everything written stays valid, and the next call continues.
     Raises `CXRError` if another process prepares the same images, `OutputError` if the cache cannot be written.
     """
+    root = Path(root)
     from filelock import FileLock, Timeout
 
     folder = cache_folder(root, preprocessing)

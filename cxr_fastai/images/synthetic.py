@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import affine_transform, gaussian_filter
 
 from cxr_fastai.core.errors import UsageError
-from cxr_fastai.core.files import check_new, writing
+from cxr_fastai.core.files import StrPath, check_new, writing
 from cxr_fastai.core.progress import progress
 
 SHARES = {'train': 0.6, 'val': 0.2, 'test': 0.2}
@@ -57,13 +57,14 @@ class Chest:
         )
 
 
-def make_demo(folder: Path, images: int = 480, size: int = 256, seed: int = 0) -> pd.DataFrame:
+def make_demo(folder: StrPath, images: int = 480, size: int = 256, seed: int = 0) -> pd.DataFrame:
     """Write synthetic images of `size` x `size` pixels below `folder`, and show the progress.
 
     Images are JPEG files in `train|val|test/NORMAL|PNEUMONIA`. The masks of the opacities of each pneumonia are PNG
     files of the same name below `masks/`. Returns a table with the columns `path`, `label` and `split` (the folder).
     Raises `UsageError` if the folder is not empty, or if `images` is too small to fill each split with both classes.
     """
+    folder = Path(folder)
     if images < MIN_IMAGES or size < MIN_SIZE:
         raise UsageError(
             f'--images {images} --size {size}: at least {MIN_IMAGES} images of {MIN_SIZE} pixels are needed.'

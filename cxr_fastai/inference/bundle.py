@@ -27,6 +27,7 @@ import numpy as np
 
 from cxr_fastai.core.environment import process_count, read_integer, require_package
 from cxr_fastai.core.errors import CXRError, UsageError, first_line
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import FIX, open_regular, parse_json
 from cxr_fastai.core.schemas import Fields, Integer, Table, Text
 from cxr_fastai.inference.config import LEARNER, SCHEMA, WEIGHTS, ModelConfig, check_schema
@@ -69,9 +70,13 @@ class Bundle:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'path', Path(self.path))
+
     @classmethod
-    def open(cls, path: Path) -> Bundle:
+    def open(cls, path: StrPath) -> Bundle:
         """Open the bundle `path`. Raises `UsageError` if there is none, and `CXRError` if it is damaged or outdated."""
+        path = Path(path)
         if not is_bundle(path):
             raise UsageError(f'{path}: not a bundle. `cxr-fastai export RUN` makes one.')
         bundle = cls(path)

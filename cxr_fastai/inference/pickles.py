@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
-from cxr_fastai.core.files import atomic, write_json, writing
+from cxr_fastai.core.files import StrPath, atomic, write_json, writing
 from cxr_fastai.core.foreign import open_regular, read_json
 from cxr_fastai.core.schemas import Fields, Table, Text
 from cxr_fastai.inference.config import SCHEMA, ModelConfig
@@ -57,13 +57,14 @@ class UntrustedError(CXRError):
 # Saving.
 
 
-def save_learner(learn: Learner, path: Path, config: ModelConfig) -> str:
+def save_learner(learn: Learner, path: StrPath, config: ModelConfig) -> str:
     """Export `learn` to `path`, add its SHA-256 to the trusted hashes, and return it.
 
     `load_learner` of fastai can read the file. It contains `config` and a self-test, but no path, no image name and no
     result of the training images. Unlike `Learner.export` this writes atomically, with plain pickle, and leaves `learn`
     unchanged if it fails. Raises `OutputError` if the file cannot be written.
     """
+    path = Path(path)
     import torch
 
     # A copy, because the engine changes the mode and the memory layout of its network.
@@ -179,11 +180,12 @@ def trust(sha256: str, why: str) -> None:
     _write_store(trusted() | {check_hash(sha256): entry})
 
 
-def trust_file(path: Path, sha256: str) -> str:
+def trust_file(path: StrPath, sha256: str) -> str:
     """Trust the file `path` and return its hash, if that is the hash `sha256` that its author published.
 
     Raises `UsageError` if the file has another hash.
     """
+    path = Path(path)
     with open_regular(path) as file:
         digest = hashlib.file_digest(file, 'sha256').hexdigest()
     if digest != check_hash(sha256):

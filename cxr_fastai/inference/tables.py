@@ -18,7 +18,7 @@ from typing import Any
 
 from cxr_fastai.core.environment import is_main_process, require_package
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
-from cxr_fastai.core.files import atomic, escape_formula, unescape_formula, writing
+from cxr_fastai.core.files import StrPath, atomic, escape_formula, unescape_formula, writing
 from cxr_fastai.core.foreign import read_json, read_text
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.images.decode import ImageLike
@@ -51,9 +51,9 @@ class Predictions:
 
 
 def predict_to_table(
-    model: Path,
+    model: StrPath,
     images: Sequence[ImageLike],
-    table: Path | None = None,
+    table: StrPath | None = None,
     *,
     resume: bool = False,
     batch_size: int = 32,
@@ -77,6 +77,8 @@ def predict_to_table(
     Raises `UsageError` if `table` exists already, or if it cannot be resumed with these arguments; `OutputError` if it
     cannot be written; `CXRError` if the model cannot be loaded.
     """
+    table = Path(table) if table is not None else None
+    model = Path(model)
     with process_group():
         writer = None
         finished: list[Row] = []

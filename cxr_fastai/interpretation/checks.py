@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.figures import save_figure
-from cxr_fastai.core.files import write_json
+from cxr_fastai.core.files import StrPath, write_json
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import find_split
@@ -38,7 +38,7 @@ N_ALONE = 16
 
 
 def check_run(
-    run: Run, split: str = 'test', data: Path | None = None, method: str = 'gradcam', layer: str | None = None
+    run: Run, split: str = 'test', data: StrPath | None = None, method: str = 'gradcam', layer: str | None = None
 ) -> dict[str, Any]:
     """Check the maps of `run` on pneumonia images of `split`, and write `figures/cam_check.json` and a figure.
 
@@ -46,6 +46,7 @@ def check_run(
     folder `masks` in the data root, as `data demo` writes it, is used if it exists. Returns the numbers of
     `check_maps` with their verdicts. Raises `CXRError`.
     """
+    data = Path(data) if data is not None else None
     explainer = Explainer.load(run.path, method=method, layer=layer)
     root, items = find_split(run, data, split)
     preprocessing = explainer.predictor.preprocessing

@@ -16,7 +16,7 @@ from torch import nn
 
 from cxr_fastai.core.errors import ImageError, UsageError, visible
 from cxr_fastai.core.figures import save_figure
-from cxr_fastai.core.files import writing
+from cxr_fastai.core.files import StrPath, writing
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.data.find import list_images, short_path
 from cxr_fastai.images.decode import ImageLike, file_path, open_image
@@ -93,9 +93,10 @@ class Explainer:
 
     @classmethod
     def load(
-        cls, model: Path, target: str = VOCAB[POSITIVE], method: str = 'gradcam', layer: str | None = None
+        cls, model: StrPath, target: str = VOCAB[POSITIVE], method: str = 'gradcam', layer: str | None = None
     ) -> Explainer:
         """Return the explainer of the run, bundle or trusted learner `model`."""
+        model = Path(model)
         return cls(Predictor.load(model, engine='torch'), target, method, layer)
 
     @classmethod
@@ -317,13 +318,14 @@ def _subject_of_file(path: Path) -> Subject:
 
 
 def save_explanations(
-    explanations: Iterable[Explanation | ImageError], folder: Path, numbers: Iterable[int] | None = None
+    explanations: Iterable[Explanation | ImageError], folder: StrPath, numbers: Iterable[int] | None = None
 ) -> Iterator[tuple[Path, Explanation | ImageError]]:
     """Save each explanation as a figure in `folder` and yield its path and itself; for an error, nothing is saved.
 
     The files are named by `numbers` (default: 1, 2, ...), for example `0001.png`. The folder is created. Raises
     `OutputError`.
     """
+    folder = Path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for number, explanation in zip(numbers or count(1), explanations, strict=False):

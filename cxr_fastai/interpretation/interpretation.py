@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.figures import NotebookFigure, show
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.plots import plot_confusion_matrix
@@ -110,7 +111,7 @@ class CXRInterpretation(ClassificationInterpretation):
         cls,
         run: Run,
         split: str = 'test',
-        data: Path | None = None,
+        data: StrPath | None = None,
         target: str = VOCAB[POSITIVE],
         method: str = 'gradcam',
         layer: str | None = None,
@@ -120,6 +121,7 @@ class CXRInterpretation(ClassificationInterpretation):
         `data` is the data root (default: where the run was trained). `target`, `method` and `layer` are those of
         `Explainer`. The threshold is the one of the run, and `losses` are cross-entropies.
         """
+        data = Path(data) if data is not None else None
         check_choices(target, method)
         return cls(RunSource.read(run, split, data), target, method, layer)
 

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import CXRError, first_line
-from cxr_fastai.core.files import check_new, write_text, writing
+from cxr_fastai.core.files import StrPath, check_new, write_text, writing
 from cxr_fastai.core.templates import render_template
 from cxr_fastai.inference.bundle import CARD, MANIFEST, Bundle, manifest_text
 from cxr_fastai.inference.config import LEARNER
@@ -39,13 +39,14 @@ FRONT_MATTER = re.compile(r'\A---\n.*?\n---\n', re.DOTALL)
 """The metadata at the start of a model card."""
 
 
-def push(path: Path, repo: str, private: bool = False, with_pickle: bool = False) -> str:
+def push(path: StrPath, repo: str, private: bool = False, with_pickle: bool = False) -> str:
     """Upload the files of the bundle `path` to the model repository `repo` (`user/name`) and return its URL.
 
     The repository is created if it does not exist. Each file is checked before the upload. The pickled learner, which
     could run code when it is loaded, is uploaded only with `with_pickle`. Raises `CXRError` if the bundle is damaged or
     the Hub rejects the upload.
     """
+    path = Path(path)
     require_package('huggingface_hub', 'push-to-hub', 'hub')
     from huggingface_hub import HfApi
 
@@ -78,13 +79,14 @@ def copy_bundle(folder: Path, bundle: Bundle, with_pickle: bool = False) -> None
     (folder / 'README.md').write_bytes(bundle.read(CARD))
 
 
-def write_space(bundle: Bundle, out: Path) -> Path:
+def write_space(bundle: Bundle, out: StrPath) -> Path:
     """Write a Space for `bundle` to the new folder `out` and return it.
 
     The folder contains `app.py`, `requirements.txt`, `README.md` with the model card and the settings of the Space, the
     bundle without its pickle, and a copy of this package, so that the Space does not install it from a package index.
     Raises `UsageError` if the folder is not empty.
     """
+    out = Path(out)
     check_new(out)
     with writing(out):
         (out / 'bundle').mkdir(parents=True)

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.figures import to_svg
-from cxr_fastai.core.files import atomic, write_text
+from cxr_fastai.core.files import StrPath, atomic, write_text
 from cxr_fastai.core.recipe import UNKNOWN
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.run_files import read_json
@@ -105,7 +105,7 @@ CONSTANTS = {
 """The values and functions that the template uses for every run."""
 
 
-def report(run: Run, audit: Path | None = None, hide_names: bool = False, pdf: bool = False) -> Path:
+def report(run: Run, audit: StrPath | None = None, hide_names: bool = False, pdf: bool = False) -> Path:
     """Write `report.html` and `model_card.md` into `run` and return the path of the page.
 
     `audit` is the folder of a `data audit` of the images of the run (default: see `find_audit`). With `hide_names`,
@@ -115,6 +115,7 @@ def report(run: Run, audit: Path | None = None, hide_names: bool = False, pdf: b
     Raises `UsageError` if the run has not been evaluated since its network changed, or if the audit is of other images;
     `CXRError` if no browser can print the page.
     """
+    audit = Path(audit) if audit is not None else None
     if not run.metrics:
         raise UsageError(f'{run.path}: not evaluated yet. Run `cxr-fastai evaluate {run.path}` first.')
     split = main_split(run)
@@ -353,8 +354,10 @@ def find_browser() -> str | None:
     return None
 
 
-def print_pdf(page: Path, pdf: Path) -> None:
+def print_pdf(page: StrPath, pdf: StrPath) -> None:
     """Print the HTML file `page` to `pdf`, atomically. Raises `CXRError` if no browser is found or printing fails."""
+    pdf = Path(pdf)
+    page = Path(page)
     browser = find_browser()
     if browser is None:
         raise CXRError(f'--pdf: no Chromium, Chrome or Edge was found. Install one, or print {page} from a browser.')

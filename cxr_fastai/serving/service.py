@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from cxr_fastai.core.errors import CXRError, ImageError, UsageError
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.images.decoder_pool import DECODE_MEMORY, DECODE_SECONDS, QUICK_SECONDS, DecoderPool
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.inference.bundle import MANIFEST, ONNX, Bundle
@@ -150,12 +151,13 @@ class Service:
         self.batcher = Batcher(predictor.infer, self.computing, max_batch, max_delay, observe)
 
     @classmethod
-    def open(cls, path: Path, **options: Any) -> Service:
+    def open(cls, path: StrPath, **options: Any) -> Service:
         """Open the bundle `path` with ONNX Runtime and verify it on all of its reference images.
 
         `path` may also be the `model.onnx` in a bundle; `options` are those of the constructor. Raises `UsageError` if
         `path` is not a bundle, `ParityError` if the bundle fails its self-test, and `CXRError` if it is damaged.
         """
+        path = Path(path)
         bundle = Bundle.open(find_bundle(path))
         predictor = Predictor.load(bundle.path, engine='onnx')
         bundle.selftest.check(predictor.engine, bundle.path)

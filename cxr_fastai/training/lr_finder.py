@@ -13,6 +13,7 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
 from cxr_fastai.core.errors import CXRError
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.data.items import image_root, read_recipe_items
 from cxr_fastai.data.loaders import CXRDataLoaders
@@ -33,12 +34,13 @@ class Rates:
     suggestion: float
 
 
-def find_rates(recipe: Recipe, data: Path, steps: int = 100) -> Rates:
+def find_rates(recipe: Recipe, data: StrPath, steps: int = 100) -> Rates:
     """Return the loss against the learning rate, from 1e-7 to 10, and the middle of its longest valley.
 
     Trains the first phase of `recipe` on the images of `data` for up to `steps` batches, or until the loss diverges.
     The trained network is discarded. Raises `CXRError`, also if the loss never decreases.
     """
+    data = Path(data)
     items = read_recipe_items(data, recipe)
     check_trainable(items)
     reuse_memory()

@@ -5,8 +5,10 @@ Commands import the library inside their functions, so that `--help` loads neith
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -28,6 +30,7 @@ from cxr_fastai.cli import serve as serve_commands
 from cxr_fastai.cli import train as train_commands
 from cxr_fastai.cli.output import (
     LogLines,
+    err,
     error_message,
     out,
     print_error,
@@ -35,10 +38,16 @@ from cxr_fastai.cli.output import (
     show_warning,
     unused_path,
 )
-from cxr_fastai.core.errors import CXRError, CXRWarning
+from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError
 from cxr_fastai.core.files import check_new
 
 DEMO_STEPS = ('data demo', 'data audit', 'train', 'evaluate', 'explain', 'export', 'predict', 'report')
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of the operating system that mean a full disk."""
+COLUMNS = range(20, 1000)
+"""Widths of a terminal that the variable COLUMNS may state, in characters. Tables need a few; 0 would print nothing."""
+DEFAULT_COLUMNS = 80
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(data_commands.app, name='data')
@@ -141,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             return error.exit_code
         except OSError as error:  # refused by the operating system, so not a bug of this package
             print_error(f'error: {error.filename or "system"}: {error.strerror or error}')
-            return 1
+            return OutputError.exit_code if error.errno in DISK_ERRORS else 1
     return 0
 
 
@@ -194,6 +203,28 @@ def _report_signal(number: signal.Signals) -> int:
 
 def run() -> None:
     """Run the console script: `main` with the arguments and exit code of this process."""
+    _open_standard_streams()
+    _correct_environment()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # the terminal's encoding may lack letters of a file name
     sys.exit(main())
+
+
+def _open_standard_streams() -> None:
+    """Connect streams that the caller closed to the null device, so that no file of this program takes their place."""
+    for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is `number`
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, 'w' if number else 'r', encoding='utf-8', closefd=False))
+
+
+def _correct_environment() -> None:
+    """Replace values of environment variables that make libraries print nothing, or fail when they are imported."""
+    os.environ['MPLBACKEND'] = 'agg'  # commands open no windows
+    columns = os.environ.get('COLUMNS', '')
+    if columns.isdecimal() and int(columns[:9]) not in COLUMNS:
+        os.environ['COLUMNS'] = str(DEFAULT_COLUMNS)
+        out.width = err.width = DEFAULT_COLUMNS

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,9 @@ class LogLines(logging.Handler):
 
 
 def print_error(text: str) -> None:
-    """Print an error or a warning to stderr without wrapping it."""
-    err.print(visible(text), soft_wrap=True, markup=False, highlight=False)
+    """Print an error or a warning to stderr without wrapping it. If stderr cannot be written, there is no other way."""
+    with suppress(OSError):
+        err.print(visible(text), soft_wrap=True, markup=False, highlight=False)
 
 
 def show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import rc_context, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -33,10 +35,25 @@ POINTS_PER_INCH = 72
 DOTS_PER_INCH = 130
 
 
+@contextmanager
+def own_style() -> Iterator[None]:
+    """Use the default settings of matplotlib within the block, or in the decorated function.
+
+    A `matplotlibrc` of the user may ask for LaTeX or fonts that this computer lacks, or for unreadable sizes.
+    """
+    with style.context('default'):
+        yield
+
+
 class NotebookFigure(Figure):
     """A figure that is displayed in notebooks by `show`, and not again as the result of the same cell."""
 
     _is_shown = False
+
+    @own_style()
+    def savefig(self, fname: Any, **options: Any) -> None:
+        """Write the figure as `Figure.savefig` does, with the settings it was drawn with."""
+        super().savefig(fname, **options)
 
     def _ipython_display_(self) -> None:
         """Tell IPython to display nothing, or, by an exception, to display the figure as it displays any other."""
@@ -116,8 +133,8 @@ def to_svg(figure: Figure, alt: str) -> str:
     different `alt` texts, because their element ids are derived from it.
     """
     buffer = StringIO()
-    with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': alt}):
-        figure.savefig(buffer, format='svg', transparent=True)
+    with own_style(), rc_context({'svg.fonttype': 'none', 'svg.hashsalt': alt}):
+        Figure.savefig(figure, buffer, format='svg', transparent=True)
     # The drawing starts at the first group. The XML header, metadata and global style in front of it suit only a file.
     drawing = buffer.getvalue()
     drawing = drawing[drawing.index('<g ') :]

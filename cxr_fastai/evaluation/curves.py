@@ -12,7 +12,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 
-from cxr_fastai.core.figures import BLUE, GREEN, GREY, INK, LINES, ORANGE, NotebookFigure, axes, set_title, tidy
+from cxr_fastai.core.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    LINES,
+    ORANGE,
+    NotebookFigure,
+    axes,
+    own_style,
+    set_title,
+    tidy,
+)
 from cxr_fastai.evaluation.calibration import reliability
 from cxr_fastai.evaluation.intervals import Estimate, format_estimate
 from cxr_fastai.evaluation.metrics import (
@@ -45,6 +57,7 @@ FOREST_METRICS = ('auc', 'sensitivity', 'specificity', 'accuracy')
 PREDICTED_PROBABILITY = 'predicted probability of pneumonia'
 
 
+@own_style()
 def plot_roc(predictions: pd.DataFrame, metrics: dict[str, Any], title: str = '') -> Figure:
     """Plot the ROC curve with its 95% band and AUC, the operating points, and the region that meets both targets.
 
@@ -112,6 +125,7 @@ def _error_bar(estimate: Estimate) -> list[list[float]]:
     return [[value - low], [high - value]]
 
 
+@own_style()
 def plot_precision_recall(predictions: pd.DataFrame, metrics: dict[str, Any], title: str = '') -> Figure:
     """Plot PPV against sensitivity with its 95% band, the operating points, and the prevalence as the chance level."""
     recall, precision = precision_recall_curve(predictions)
@@ -140,6 +154,7 @@ def plot_precision_recall(predictions: pd.DataFrame, metrics: dict[str, Any], ti
     return figure
 
 
+@own_style()
 def plot_calibration(predictions: pd.DataFrame, metrics: dict[str, Any], title: str = '') -> Figure:
     """Plot a reliability diagram before and after temperature scaling, above histograms of the probabilities.
 
@@ -172,6 +187,7 @@ def _series(p: np.ndarray, metrics: dict[str, Any]) -> list[tuple[np.ndarray, st
     return series
 
 
+@own_style()
 def plot_scores(predictions: pd.DataFrame, metrics: dict[str, Any], title: str = '') -> Figure:
     """Plot histograms of the probabilities of both classes on the logit scale, with the thresholds."""
     targs, p = targets_and_probabilities(predictions)
@@ -193,6 +209,7 @@ def plot_scores(predictions: pd.DataFrame, metrics: dict[str, Any], title: str =
     return figure
 
 
+@own_style()
 def plot_net_benefit(predictions: pd.DataFrame, metrics: dict[str, Any], title: str = '') -> Figure:
     """Plot the decision curve: the net benefit of the model, of treating all patients and of treating none.
 
@@ -215,6 +232,7 @@ def plot_net_benefit(predictions: pd.DataFrame, metrics: dict[str, Any], title: 
     return figure
 
 
+@own_style()
 def plot_risk_coverage(predictions: pd.DataFrame, metrics: dict[str, Any], title: str = '') -> Figure:
     """Plot the accuracy against the share of images that the model classifies, the most certain ones first."""
     curve = risk_coverage(predictions, metrics['threshold'])
@@ -241,6 +259,7 @@ def plot_risk_coverage(predictions: pd.DataFrame, metrics: dict[str, Any], title
     return figure
 
 
+@own_style()
 def plot_comparison(
     tables: Mapping[str, pd.DataFrame], metrics: Mapping[str, dict[str, Any]], title: str = ''
 ) -> Figure:

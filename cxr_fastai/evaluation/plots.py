@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from cxr_fastai.core.figures import BLUE, GREEN, GREY, INK, ORANGE, NotebookFigure, axes, set_title, tidy
+from cxr_fastai.core.figures import BLUE, GREEN, GREY, INK, ORANGE, NotebookFigure, axes, own_style, set_title, tidy
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.images.corruptions import CLEAN, SHORTCUT
 
@@ -24,6 +24,7 @@ DARK_SHARE = 0.55
 """Share of a class above which the cell of a confusion matrix is dark, so that its text is white."""
 
 
+@own_style()
 def plot_confusion_matrix(metrics: dict[str, Any], title: str = '') -> Figure:
     """Plot the counts, and their shares of the true class, from a split's object of `metrics.json`."""
     cells = metrics['confusion']
@@ -43,6 +44,7 @@ def plot_confusion_matrix(metrics: dict[str, Any], title: str = '') -> Figure:
     return figure
 
 
+@own_style()
 def plot_robustness(robustness: pd.DataFrame, title: str = '', columns: int = 4) -> Figure:
     """Plot the AUC with its interval against the strength of each corruption.
 
@@ -78,6 +80,7 @@ def plot_robustness(robustness: pd.DataFrame, title: str = '', columns: int = 4)
     return figure
 
 
+@own_style()
 def plot_history(history: pd.DataFrame) -> Figure:
     """Plot the losses and the validation metrics by epoch, with the training phases shaded."""
     figure = NotebookFigure(figsize=(9, 3.6), layout='constrained')
@@ -86,6 +89,7 @@ def plot_history(history: pd.DataFrame) -> Figure:
     return figure
 
 
+@own_style()
 def plot_history_panel(history: pd.DataFrame, panel: str) -> Figure:
     """Plot one panel of `plot_history`, one of `HISTORY_PANELS`."""
     figure, ax = axes(4.8, 3.4)
@@ -135,6 +139,7 @@ def _shade_phases(ax: Axes, history: pd.DataFrame) -> None:
         ax.text((left + right) / 2, 0.02, name, ha='center', color=GREY, fontsize=8, transform=ax.get_xaxis_transform())
 
 
+@own_style()
 def plot_rates(rates: Rates, title: str = '') -> Figure:
     """Plot the loss against the learning rate, and the suggested learning rate."""
     curve = rates.curve
@@ -152,6 +157,7 @@ def plot_rates(rates: Rates, title: str = '') -> Figure:
     return figure
 
 
+@own_style()
 def plot_cam_check(check: dict[str, Any], title: str = '') -> Figure:
     """Plot the contents of `cam_check.json`: all of `CAM_CHECK_PANELS` next to each other."""
     figure = NotebookFigure(figsize=(12, 3.8), layout='constrained')
@@ -163,6 +169,7 @@ def plot_cam_check(check: dict[str, Any], title: str = '') -> Figure:
     return figure
 
 
+@own_style()
 def plot_cam_check_panel(check: dict[str, Any], panel: str) -> Figure:
     """Plot one panel of `plot_cam_check`, one of `CAM_CHECK_PANELS`."""
     figure, ax = axes(4.8, 3.6)

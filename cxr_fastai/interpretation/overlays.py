@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
 from cxr_fastai.core.errors import UsageError, visible
-from cxr_fastai.core.figures import NotebookFigure
+from cxr_fastai.core.figures import NotebookFigure, own_style
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.images.preprocessing import Preprocessing
 
@@ -80,6 +80,7 @@ def _shorten(name: str) -> str:
     return f'{name[: half - 1]}…{name[-half:]}'
 
 
+@own_style()
 def plot_explanation(explanation: Explanation) -> NotebookFigure:
     """Plot the image next to the image with its map, with a colour bar and what the map does not mean."""
     height, width = explanation.image.shape
@@ -112,6 +113,7 @@ def blend_map(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return np.round(grey * (1 - alpha) + colours * alpha).astype(np.uint8)
 
 
+@own_style()
 def plot_gallery(
     explanations: Sequence[Explanation],
     title: str = '',
@@ -155,6 +157,7 @@ def _gallery_size(explanations: Sequence[Explanation], rows: int, columns: int, 
     return PANEL_WIDTH * columns, PANEL_WIDTH * highest * rows + CAPTION_HEIGHT * captions
 
 
+@own_style()
 def plot_mean_maps(explanations: Sequence[Explanation], size: int = 112) -> NotebookFigure:
     """Plot the mean map of each true class; every map is first stretched to a square of `size` pixels."""
     stretch = Preprocessing().map_to_image

@@ -3,8 +3,9 @@
 import re
 
 import pytest
+from matplotlib import rc_context
 
-from cxr_fastai.core.figures import BLUE, INK, axes, save_figure, set_title, to_svg
+from cxr_fastai.core.figures import BLUE, INK, NotebookFigure, axes, own_style, save_figure, set_title, to_svg
 from cxr_fastai.core.templates import render_template
 
 
@@ -60,3 +61,22 @@ def test_a_png_is_written_completely(figure, tmp_path):
     save_figure(figure, tmp_path / 'f.png')
     assert (tmp_path / 'f.png').read_bytes().startswith(b'\x89PNG')
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_settings_of_the_user_for_matplotlib_do_not_reach_the_figures(tmp_path):
+    rates = [0.1, 0.2]
+    images = []
+    for settings in ({}, {'text.usetex': True, 'font.size': 40, 'figure.facecolor': 'red', 'savefig.dpi': 5}):
+        with rc_context(settings):
+            figure = draw(rates)
+            save_figure(figure, tmp_path / 'figure.png')
+            images.append(((tmp_path / 'figure.png').read_bytes(), to_svg(figure, 'text')))
+    assert images[0] == images[1]
+
+
+@own_style()
+def draw(values: list[float]) -> NotebookFigure:
+    figure, ax = axes(2, 2)
+    ax.plot(values)
+    set_title(ax, 'title')
+    return figure

@@ -15,8 +15,10 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, NoReturn
 
+import cxr_fastai
 from cxr_fastai.core.errors import first_line
 
 Parts = list[bytes]
@@ -57,7 +59,11 @@ class Worker:
         # -P: no module of the current folder is imported.
         command = [sys.executable, '-P', '-W', 'ignore', '-c', CODE.format(module=module, function=function)]
         self.process = subprocess.Popen(
-            [*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [*command, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # libraries may quote the data
+            env=os.environ | {'PYTHONPATH': import_path()},
         )
         self.lock = threading.Lock()
         self.close = weakref.finalize(self, _end, self.process)
@@ -104,6 +110,12 @@ class Worker:
         if failed:
             raise WorkerError(answer[0].decode(errors='replace'))
         return answer
+
+
+def import_path() -> str:
+    """Return the folders from which this process imports, without the current folder, as a value for PYTHONPATH."""
+    package_folder = str(Path(cxr_fastai.__file__).parents[1])
+    return os.pathsep.join([package_folder, *(path for path in sys.path if os.path.isabs(path))])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

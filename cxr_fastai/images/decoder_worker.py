@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-import cxr_fastai
 from cxr_fastai.core.errors import CXRError, ImageError
 from cxr_fastai.core.schemas import Flag, Integer, ListOf, Number, Text, check_object
+from cxr_fastai.core.workers import import_path
 from cxr_fastai.images import decoder_process
 from cxr_fastai.images.decoder_process import (
     MAX_NOTES,
@@ -67,7 +67,7 @@ class DecoderWorker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # decoders may quote the file
-            env=os.environ | {'PYTHONPATH': _import_path()} | SINGLE_THREADED,
+            env=os.environ | {'PYTHONPATH': import_path()} | SINGLE_THREADED,
         )
         self.requests: Any = self.process.stdin
         self.answers: Any = self.process.stdout
@@ -167,9 +167,3 @@ class DecoderWorker:
         self.process.wait()
         self.requests.close()
         self.answers.close()
-
-
-def _import_path() -> str:
-    """Return the folders from which this process imports, without the current folder, as a value for PYTHONPATH."""
-    package_folder = str(Path(cxr_fastai.__file__).parents[1])
-    return os.pathsep.join([package_folder, *(path for path in sys.path if os.path.isabs(path))])

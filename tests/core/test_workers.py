@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 @pytest.fixture
 def worker(monkeypatch):
     """A worker that knows the actions of `workers_under_test.py`."""
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(HERE), *sys.path]))
+    monkeypatch.syspath_prepend(str(HERE))
     worker = Worker('workers_under_test', 'answer')
     yield worker
     worker.close()
@@ -81,7 +81,7 @@ def test_requests_of_several_threads_get_their_own_answers(worker):
 @pytest.mark.skipif(not hasattr(os, 'pidfd_open'), reason='waits for a process by a function of Linux')
 def test_a_worker_ends_when_its_owner_is_killed(worker):
     code = (
-        'import os, sys; from cxr_fastai.core.workers import Worker;'
+        f'import os, sys; sys.path.append({str(HERE)!r}); from cxr_fastai.core.workers import Worker;'
         'worker = Worker("workers_under_test", "answer"); worker.ask([b"echo"], 30);'
         'print(worker.process.pid, flush=True); os.kill(os.getpid(), 9)'
     )

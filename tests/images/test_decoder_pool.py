@@ -81,7 +81,7 @@ def test_images_of_pillow_and_arrays_need_no_process(tmp_path):
 
 
 def test_an_image_over_the_deadline_times_out_alone(slow):
-    with DecoderPool(1, seconds=2) as pool:
+    with DecoderPool(1, seconds=0.5) as pool:
         quick, late, last = pool.submit(FILES['JPEG']), pool.submit(slow), pool.submit(FILES['DICOM'])
         assert error_of(late).code == 'E_TIMEOUT'
         assert quick.result(PATIENCE).format == 'JPEG' and last.result(PATIENCE).format == 'DICOM'

@@ -252,10 +252,16 @@ def _write_split(archive: Path, split: str, images: IO[bytes], labels: IO[bytes]
 
 
 def _read_array_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Return the shape and the type of an array. Raises `ValueError` for objects and columns first."""
+    """Return the shape and the type of an array. Raises `ValueError` for a damaged one, objects and columns first."""
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, is_by_columns, dtype = read_header(file)
+    try:
+        shape, is_by_columns, dtype = read_header(file)
+    except DAMAGED:
+        raise
+    # NumPy reads a header as an expression of Python, so TokenError, SyntaxError and others are possible.
+    except Exception as error:
+        raise ValueError(f'damaged header of an array, {type(error).__name__}') from error
     if dtype.hasobject:
         raise ValueError('objects are not read: allow_pickle is off')
     if is_by_columns and len(shape) > 1 and shape[1] > 1:

@@ -17,7 +17,7 @@ from cxr_fastai.core.errors import ImageError
 from cxr_fastai.images.decode import decode_image
 
 MEMORY = 1_500_000_000
-"""Bytes of address space in which each accepted image is decoded; Python and its packages take a part of it."""
+"""Bytes of data in which each accepted image is decoded, with Python and its packages."""
 
 
 def code_of(data: bytes) -> str:

@@ -21,7 +21,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from cxr_fastai.core.errors import CXRError
+from cxr_fastai.core.errors import CXRError, first_line
 from cxr_fastai.core.files import check_new, writing
 from cxr_fastai.core.progress import progress
 from cxr_fastai.core.recipe import VOCAB
@@ -70,7 +70,7 @@ def unpack_images(archive: Path, folder: Path) -> Counter[str]:
             for name, place in progress(list(places.items())):
                 bytes_left -= _extract(file, entries[name], folder / place, bytes_left)
     except DAMAGED as error:
-        raise CXRError(f'{archive.name}: not a complete zip file ({error}).') from error
+        raise CXRError(f'{archive.name}: not a complete zip file ({first_line(error)}).') from error
     return ignored
 
 
@@ -224,7 +224,7 @@ def unpack_arrays(archive: Path, folder: Path) -> Counter[str]:
                 with file.open(f'{split}_images.npy') as images, file.open(f'{split}_labels.npy') as labels:
                     _write_split(archive, split, images, labels, folder / split)
     except (KeyError, *DAMAGED) as error:
-        raise CXRError(f'{archive.name}: not the arrays of MedMNIST ({error}).') from error
+        raise CXRError(f'{archive.name}: not the arrays of MedMNIST ({first_line(error)}).') from error
     return Counter()
 
 

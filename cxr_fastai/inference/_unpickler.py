@@ -12,7 +12,7 @@ example, would take for ever to hash.
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -79,6 +79,38 @@ def read_pickle(content: bytes) -> Any:
     if reader.end != len(content) - 1:
         raise ValueError('it has bytes after its pickle')
     return reader.result
+
+
+def check_keys(described: Any) -> None:
+    """Raise `ValueError` unless all keys of dictionaries, and all entries of sets, are texts, numbers or None.
+
+    Hashing a key of tuples in tuples can take for ever. The time of this function is linear.
+    """
+    waiting = [described]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, list | tuple | Description | Stored) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Pairs):
+            _check_plain(key for key, _ in value)
+        if isinstance(value, Description):
+            _check_plain(item[0] for item in value.items if isinstance(item, tuple) and item)
+            is_set = isinstance(value.called, Name) and value.called.name == 'set'
+            if is_set:
+                _check_plain(entry for argument in value.arguments for entry in argument)
+            waiting += [value.called, value.arguments, value.state, value.items]
+        elif isinstance(value, Stored):
+            waiting.append(value.reference)
+        else:
+            waiting += value
+
+
+def _check_plain(keys: Iterable[Any]) -> None:
+    for key in keys:
+        if not (key is None or isinstance(key, str | int | float)):
+            raise ValueError('a key in its pickle is neither a text nor a number')
 
 
 class _Reader:

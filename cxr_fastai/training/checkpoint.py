@@ -10,9 +10,11 @@ import hashlib
 import os
 import random
 import signal
+import zipfile
 from contextlib import suppress
 from dataclasses import asdict
 from io import BytesIO
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,8 +27,10 @@ from fastai.data.core import DataLoaders
 from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, Stopped, UsageError
 from cxr_fastai.core.files import atomic, csv_text, sync
+from cxr_fastai.core.foreign import open_regular
 from cxr_fastai.core.recipe import VOCAB, Recipe, differences
 from cxr_fastai.core.run import Run
+from cxr_fastai.inference._unpickler import check_keys, read_pickle
 from cxr_fastai.training.learner import Position
 
 STATE = 'state.pt'
@@ -162,11 +166,21 @@ def load_state(run: Run) -> dict[str, Any] | None:
     for path in paths:
         # A damaged file can raise any exception in pickle and zipfile.
         with suppress(Exception):
+            _check_pickle(path)
             state = torch.load(path, map_location='cpu', weights_only=True)
             if path != paths[0] and is_main_process():
                 paths[0].unlink()  # otherwise the next save would replace the intact state by the damaged one
             return state
     raise CXRError(f'{paths[0]}: the file is damaged, so the run cannot be resumed. Train again with another --out.')
+
+
+def _check_pickle(path: Path) -> None:
+    """Raise `ValueError` if reading the state could take for ever, because a key contains keys, or grow without end."""
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        if any(entry.compress_type for entry in archive.infolist()):
+            raise ValueError('it is compressed')
+        [name] = [name for name in archive.namelist() if name.endswith('/data.pkl')]
+        check_keys(read_pickle(archive.read(name)))
 
 
 def load_matching_state(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import signal
+import zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -271,6 +272,23 @@ def test_an_intact_state_survives_an_interrupted_save_after_a_damaged_one(interr
         save_state(interrupted, state)
         save_state(interrupted, state)
     assert equal(load_state(interrupted), state)
+
+
+def hostile_pickle() -> bytes:
+    """A dictionary whose key is a tuple of itself twice, 64 times: hashing it takes 2**64 steps."""
+    doubled = b''.join(b'q' + bytes([n]) + b'h' + bytes([n]) + b'\x86' for n in range(64))
+    return b'\x80\x02})' + doubled + b'K\x01s.'
+
+
+@pytest.mark.parametrize('compression', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_state_that_would_be_read_for_ever_or_grow_is_damaged(interrupted, compression):
+    content = hostile_pickle() if compression == zipfile.ZIP_STORED else b'\x80\x02}.'
+    for name in ('state.pt', PREVIOUS_STATE):
+        with zipfile.ZipFile(interrupted / name, 'w', compression) as archive:
+            archive.writestr('state/data.pkl', content)
+            archive.writestr('state/version', '3')
+    with pytest.raises(CXRError, match=r'state\.pt: the file is damaged'):
+        load_state(interrupted)
 
 
 def test_two_damaged_states_are_an_error(interrupted, images):

@@ -98,7 +98,9 @@ def test_an_own_network_is_restored_once_its_name_is_registered(dls, images, tmp
     assert same_predictions(learn, load_learner(exported), images)
 
 
-@pytest.mark.parametrize('arch', [resnet18, 'vision_learner.resnet18', 'resnet10t'], ids=str)
+@pytest.mark.parametrize(
+    'arch', [resnet18, 'vision_learner.resnet18', 'resnet10t'], ids=['torchvision', 'fastai', 'timm']
+)
 def test_networks_of_libraries_are_restored(arch, dls, images, tmp_path):
     learn = cxr_learner(dls, arch, pretrained=False, path=tmp_path)
     loaded = load_learner(learn.export('model.pkl'))

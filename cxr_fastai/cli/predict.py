@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import typer
@@ -37,7 +38,8 @@ def export(
     from cxr_fastai.publishing.exporting import export
 
     exported = Bundle.open(export(source, bundle, as_zip))
-    print_line(f'{exported.path}: {", ".join(exported.manifest)}. Next: cxr-fastai predict {exported.path} IMAGE...')
+    files = ', '.join(exported.manifest)
+    print_line(f'{exported.path}: {files}. Next: cxr-fastai predict {quote(str(exported.path))} IMAGE...')
     if space:
         from cxr_fastai.publishing.hub import write_space
 

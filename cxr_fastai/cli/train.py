@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import typer
@@ -132,7 +133,8 @@ def _typed_options(given: typer.Context) -> dict[str, Any]:
 
 
 def _print_next_step(run: Run) -> None:
-    print_line(f'{run.path}: trained. Next: cxr-fastai evaluate {run.path}')
+    split = '' if (run.items.split == 'test').any() else ' --split valid'
+    print_line(f'{run.path}: trained. Next: cxr-fastai evaluate {quote(str(run.path))}{split}')
 
 
 def lr_find(

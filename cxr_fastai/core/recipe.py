@@ -245,6 +245,14 @@ def _describe(value: Any) -> str:
     return ' and '.join(f'{phase.epochs} epochs of {phase.name} at {phase.lr:g}' for phase in value)
 
 
+FIELD_ADVICE = {
+    'phases': 'use --epochs and --lr',
+    'name': 'use --recipe',
+    'threshold': '`cxr-fastai evaluate` chooses it',
+}
+"""What to do about fields that neither `--set` nor an option of the same name sets."""
+
+
 def parse_fields(texts: list[str]) -> dict[str, Any]:
     """Parse texts `FIELD=VALUE` into fields of a `Recipe`. Raises `UsageError` for unknown fields and wrong values."""
     return dict(_parse_field(text) for text in texts)
@@ -254,14 +262,20 @@ def _parse_field(text: str) -> tuple[str, Any]:
     name, _, value = text.partition('=')
     types = {field.name: str(field.type) for field in fields(Recipe)}
     if name not in SETTABLE:
-        matches = get_close_matches(name, SETTABLE) or sorted(SETTABLE)
-        advice = f'use {_option(name)}' if name in types else f'choose {" or ".join(matches)}'
-        raise UsageError(f'--set {text}: no such field: {advice}.')
+        raise UsageError(f'--set {text}: {_advise(name)}.')
     parse, description = PARSERS[types[name]]
     try:
         return name, parse(value.lower())
     except ValueError:
         raise UsageError(f'--set {text}: {name}={description} is needed.') from None
+
+
+def _advise(name: str) -> str:
+    """Say what to do about a field `name` that `--set` does not set."""
+    if name in {field.name for field in fields(Recipe)}:
+        return f'not a field for --set: {FIELD_ADVICE.get(name) or "use " + _option(name)}'
+    matches = get_close_matches(name, SETTABLE) or sorted(SETTABLE)
+    return f'no such field: choose {" or ".join(matches)}'
 
 
 def _parse_bool(text: str) -> bool:

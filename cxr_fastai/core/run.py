@@ -78,6 +78,11 @@ class Run:
         """Return the run in the folder `path`. Raises `UsageError` if it is not a run folder."""
         path = Path(path)
         if not (path / 'recipe.json').is_file():
+            if (path / 'manifest.json').is_file() or path.suffix.lower() == '.zip':
+                raise UsageError(
+                    f'{path} is not a run folder, but a bundle, which has no training to work on. Name the run that '
+                    'it was exported from.'
+                )
             raise UsageError(
                 f'{path} is not a run folder (it contains no recipe.json). Create one: `cxr-fastai train --out {path}`.'
             )

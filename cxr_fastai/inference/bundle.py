@@ -237,6 +237,6 @@ def manifest_text(files: dict[str, dict[str, Any]]) -> str:
 
 def is_bundle(path: Path) -> bool:
     """Return True if `path` is a folder with a manifest, or a zip file."""
-    if path.suffix == '.zip' and path.is_file():
+    if path.suffix.lower() == '.zip' and path.is_file():
         return True
     return (path / MANIFEST).is_file()

@@ -22,6 +22,7 @@ from cxr_fastai.core.schemas import ListOf, Rule, Text, check_object
 from cxr_fastai.inference._unpickler import Description, Name, Pairs, Stored, read_pickle
 from cxr_fastai.inference.config import ModelConfig, check_schema
 from cxr_fastai.inference.engines import TorchEngine
+from cxr_fastai.inference.file_kinds import check_pickle
 from cxr_fastai.inference.networks import build_network, fill_network
 from cxr_fastai.inference.pickles import check_trusted
 from cxr_fastai.inference.selftest import SelfTest
@@ -97,10 +98,11 @@ def read_learner(path: Path) -> SavedLearner:
     """Return the network, on the CPU, and the settings in the exported learner `path`.
 
     Raises `UntrustedError` if the SHA-256 of the file is not trusted; nothing of it is read then. Raises `CXRError` if
-    it is damaged or not an exported learner of this package, `UsageError` if its network cannot be built by its name,
-    and `ParityError` if it fails its self-test.
+    it is damaged or not an exported learner of this package, `UsageError` if it is not a pickle, or if its network
+    cannot be built by its name, and `ParityError` if it fails its self-test.
     """
     data = read_bytes(path, MAX_BYTES)
+    check_pickle(data, path)
     check_trusted(hashlib.sha256(data).hexdigest(), path)
     try:
         archive = _read_archive(data)

@@ -44,8 +44,8 @@ def test_fields_are_parsed_by_their_type():
         ('ema', 'ema=NUMBER is needed'),
         ('jpeg=4.5', 'jpeg=WHOLE NUMBER is needed'),
         ('class_weights=yes', 'class_weights=true or false is needed'),
-        ('arch=resnet50', 'no such field: use --arch'),
-        ('batch_size=4', 'no such field: use --batch-size'),
+        ('arch=resnet50', 'not a field for --set: use --arch'),
+        ('batch_size=4', 'not a field for --set: use --batch-size'),
         ('=1', 'no such field'),
     ],
 )

@@ -39,6 +39,7 @@ from cxr_fastai.inference.config import LEARNER, WEIGHTS, config_text, save_weig
 from cxr_fastai.inference.engines import TorchEngine
 from cxr_fastai.inference.gate import MAX_IMAGES, Gate
 from cxr_fastai.inference.learner_files import read_learner
+from cxr_fastai.inference.onnx_format import check_onnx
 from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.selftest import ParityError, SelfTest
@@ -213,7 +214,13 @@ def _write_onnx(predictor: Predictor, path: Path) -> None:
     from cxr_fastai.publishing.onnx import to_onnx
 
     config = predictor.config
-    path.write_bytes(to_onnx(predictor.model, config.size, config.temperature))
+    try:
+        data = to_onnx(predictor.model, config.size, config.temperature)
+        check_onnx(data, path, config.size)
+    except CXRError as error:
+        warnings.warn(f'the bundle has no {path.name}, so prediction will use torch: {error}', CXRWarning, stacklevel=4)
+        return
+    path.write_bytes(data)
 
 
 def _write_learner(run: Run, folder: Path, predictor: Predictor) -> None:

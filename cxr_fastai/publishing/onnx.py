@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cxr_fastai.core.errors import CXRError, first_line
 from cxr_fastai.core.recipe import POSITIVE
 from cxr_fastai.models.inputs import MEAN, STD, normalize, pool
 
@@ -53,13 +54,14 @@ def fold_normalisation(model: nn.Module) -> bool:
 
     This replaces the normalisation and the three equal channels. The channel of ones carries the means; a bias could
     not, because at the border the convolution pads the *normalised* image with zeros. Returns False, and changes
-    nothing, if the first convolution does not have three channels.
+    nothing, unless the first layer with weights is a convolution of three channels and the only such one. Networks with
+    parallel branches, such as RepVGG, have several.
     """
-    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    if not convolutions:
+    first = next((layer for layer in model.modules() if list(layer.parameters(recurse=False))), None)
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.in_channels == 3]
+    if not isinstance(first, nn.Conv2d) or convolutions != [first]:
         return False
-    first = convolutions[0]
-    if (first.in_channels, first.groups, first.padding_mode) != (3, 1, 'zeros'):
+    if (first.groups, first.padding_mode) != (1, 'zeros'):
         return False
     weight = first.weight.detach()
     image_weight = (weight / STD).sum(dim=1, keepdim=True)
@@ -73,20 +75,23 @@ def to_onnx(model: nn.Module, size: int, temperature: float | None = None) -> by
     """Return `model` as the bytes of an ONNX file for any number of images of `size` pixels.
 
     Its input is `images`, grey uint8 (n, 1, size, size). Its outputs are `p_pneumonia`, `p_calibrated` and `features`,
-    as `GreyImageModel` returns them.
+    as `GreyImageModel` returns them. Raises `CXRError` for a network that the exporter of torch cannot express.
     """
     images = np.random.default_rng(0).integers(0, 256, (2, 1, size, size), dtype=np.uint8)
     with TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')
         path = Path(folder) / 'model.onnx'
-        torch.onnx.export(
-            GreyImageModel(model, temperature).eval(),
-            (torch.from_numpy(images),),
-            path,
-            input_names=[INPUT_NAME],
-            output_names=OUTPUT_NAMES,
-            dynamic_axes={name: {0: 'n'} for name in (INPUT_NAME, *OUTPUT_NAMES)},
-            opset_version=OPSET,
-            dynamo=False,  # the new exporter would need the package onnxscript
-        )
+        try:
+            torch.onnx.export(
+                GreyImageModel(model, temperature).eval(),
+                (torch.from_numpy(images),),
+                path,
+                input_names=[INPUT_NAME],
+                output_names=OUTPUT_NAMES,
+                dynamic_axes={name: {0: 'n'} for name in (INPUT_NAME, *OUTPUT_NAMES)},
+                opset_version=OPSET,
+                dynamo=False,  # the new exporter would need the package onnxscript
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise CXRError(f'torch cannot express this network as ONNX ({first_line(error, 200)}).') from None
         return path.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def evaluate(
         raise UsageError(f'--out {folder}: only the comparison of several runs has a folder of its own. Omit --out.')
     if folder:
         check_new(folder)  # before the runs are evaluated, which takes long
-    prevalences = [percent / 100 for percent in prevalence] if prevalence else PREVALENCES
+    prevalences = [parse_share(text) for text in prevalence] if prevalence else PREVALENCES
     groups = ['kind', *(by or [])]
     for run in run_list:
         metrics, figures = evaluate_and_draw(
@@ -52,6 +53,18 @@ def evaluate(
             _evaluate_robustness(run, images, split, batch_size, limit)
     if is_comparison:
         _compare(run_list, split, folder or unused_path(Path('comparison')))
+
+
+def parse_share(text: str) -> float:
+    """Return the value of `--prevalence`: a share such as 0.05, or a percentage such as 5%. Raises `UsageError`."""
+    number = text.strip()
+    try:
+        share = float(number.removesuffix('%')) / (100 if number.endswith('%') else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise UsageError(f'--prevalence {text}: not a share of images. Write it as 5% or as 0.05.')
+    return share
 
 
 def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: list[str]) -> None:

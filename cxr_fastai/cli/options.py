@@ -192,14 +192,12 @@ Rule = Annotated[
     ),
 ]
 Prevalences = Annotated[
-    list[float] | None,
+    list[str] | None,
     Option(
         '--prevalence',
-        metavar='PERCENT',
-        min=0.01,
-        max=99.99,
-        show_default='2, 10 and 30',
-        help='Report PPV and NPV at this prevalence, in percent. Repeat for more.',
+        metavar='SHARE',
+        show_default='2%, 10% and 30%',
+        help='Report PPV and NPV at this prevalence, for example 5% or 0.05. Repeat for more.',
     ),
 ]
 By = Annotated[

@@ -233,7 +233,7 @@ def _prevalences_table(prevalences: list[dict[str, Any]]) -> Table:
 
     table = _table('predictive values at other prevalences', ('prevalence', 'PPV', 'NPV'))
     for row in prevalences:
-        table.add_row(f'{row["prevalence"]:.3g}', format_estimate(row['ppv']), format_estimate(row['npv']))
+        table.add_row(f'{100 * row["prevalence"]:.3g}%', format_estimate(row['ppv']), format_estimate(row['npv']))
     return table
 
 

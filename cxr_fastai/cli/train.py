@@ -133,8 +133,10 @@ def _typed_options(given: typer.Context) -> dict[str, Any]:
 
 
 def _print_next_step(run: Run) -> None:
-    split = '' if (run.items.split == 'test').any() else ' --split valid'
-    print_line(f'{run.path}: trained. Next: cxr-fastai evaluate {quote(str(run.path))}{split}')
+    command = f'cxr-fastai evaluate {quote(str(run.path))}'
+    if (run / 'items.csv').is_file() and 'test' not in set(run.items.split):
+        command += ' --split valid'
+    print_line(f'{run.path}: trained. Next: {command}')
 
 
 def lr_find(

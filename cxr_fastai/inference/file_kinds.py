@@ -10,9 +10,7 @@ from cxr_fastai.core.errors import UsageError
 PICKLE_SUFFIXES = ('.pkl', '.pth', '.pt', '.pickle')
 """File names under which exported learners are shared. Other files are pickles only if they start like one."""
 NAME_FOLDER = 'Name the run folder or the bundle that contains it: {folder}.'
-NAME_MODEL = (
-    'Name a run folder that `cxr-fastai train` finished, a bundle that `cxr-fastai export` made, or a .pkl file.'
-)
+NAME_MODEL = 'Name a run folder of `cxr-fastai train`, a bundle of `cxr-fastai export`, or a .pkl file.'
 KINDS = (
     (rb'version https://git-lfs', 'a pointer of Git LFS, not the file itself', 'Run `git lfs pull` in its folder.'),
     (rb'\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|BM|.{128}DICM', 'an image', 'Name the model first, then the images.'),

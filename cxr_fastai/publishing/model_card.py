@@ -189,7 +189,7 @@ def reproduce(run: Run, split: str) -> str:
         if column != 'kind':
             options.append(f'--by {column}')
     for row in metrics['prevalences']:
-        options.append(f'--prevalence {100 * row["prevalence"]:g}')
+        options.append(f'--prevalence {100 * row["prevalence"]:g}%')
     commands = [
         f'{command_line(run.recipe)} --out RUN',
         f'cxr-fastai evaluate RUN {" ".join(options)}',

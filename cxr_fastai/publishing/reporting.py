@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.figures import to_svg
 from cxr_fastai.core.files import StrPath, atomic, write_text
 from cxr_fastai.core.recipe import UNKNOWN
@@ -109,8 +110,8 @@ def report(run: Run, audit: StrPath | None = None, hide_names: bool = False, pdf
     """Write `report.html` and `model_card.md` into `run` and return the path of the page.
 
     `audit` is the folder of a `data audit` of the images of the run (default: see `find_audit`). With `hide_names`,
-    images are named by numbers. With `pdf`, the page is also printed to `report.pdf`; without it, the `report.pdf` of
-    an earlier report is removed.
+    images are named by numbers. With `pdf`, the page is also printed to `report.pdf`; without it, a warning names the
+    `report.pdf` of an earlier report.
 
     Raises `UsageError` if the run has not been evaluated since its network changed, or if the audit is of other images;
     `CXRError` if no browser can print the page.
@@ -126,8 +127,12 @@ def report(run: Run, audit: StrPath | None = None, hide_names: bool = False, pdf
     write_text(run / 'model_card.md', render_card(run, split))
     if pdf:
         print_pdf(page, run / 'report.pdf')
-    else:
-        (run / 'report.pdf').unlink(missing_ok=True)
+    elif (run / 'report.pdf').exists():
+        warnings.warn(
+            f'{run / "report.pdf"} is of an earlier report and was not changed. --pdf replaces it.',
+            CXRWarning,
+            stacklevel=2,
+        )
     return page
 
 

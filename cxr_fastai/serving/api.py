@@ -221,12 +221,14 @@ async def metrics(request: Request) -> Response:
     return Response(request.app.state.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
+@public_routes.head('/health', include_in_schema=False)
 @public_routes.get('/health')
 async def health() -> Status:
     """Return `ok` if the process runs."""
     return Status(status='ok')
 
 
+@public_routes.head('/ready', include_in_schema=False)
 @public_routes.get('/ready', responses=error_responses(503))
 async def ready(request: Request) -> Status:
     """Return `ok` if the model is loaded and has passed its self-test on reference images."""

@@ -21,7 +21,9 @@ from cxr_fastai.serving.uploads import APIError
 log = logging.getLogger('cxr_fastai.serving')
 
 PREDICT = '/v1/predict'
-POLLED = ('/health', '/ready', '/metrics')
+PROBES = ('/health', '/ready')
+"""Paths that tell whether the service runs, for load balancers and orchestrators."""
+POLLED = (*PROBES, '/metrics')
 """Routes that monitoring polls. They are logged at DEBUG level."""
 METHODS = ('GET', 'HEAD', 'OPTIONS', 'POST', 'PUT', 'PATCH', 'DELETE')
 """Methods that the log repeats. Clients can send any word as a method, such as a name."""
@@ -242,6 +244,7 @@ class ErrorResponses:
 class TrustedHosts:
     """Accepts requests for the host names `hosts` only, which stops DNS rebinding. Raises `APIError` 400.
 
+    Probes are accepted under any name: orchestrators use the IP address, and the answers contain nothing about images.
     Starlette's `TrustedHostMiddleware` makes the check; its own response would not be JSON.
     """
 
@@ -251,7 +254,8 @@ class TrustedHosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one ASGI connection."""
-        if scope['type'] == 'http' and not await self._is_trusted(scope):
+        is_checked = scope['type'] == 'http' and scope['path'] not in PROBES
+        if is_checked and not await self._is_trusted(scope):
             raise APIError(400, 'E_HOST', 'the Host header is not a name of this service: add it with --allow-host.')
         await self.app(scope, receive, send)
 

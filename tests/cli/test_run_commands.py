@@ -40,11 +40,16 @@ def test_evaluate_uses_the_given_rule_and_prevalence(run, images, tmp_path, monk
     monkeypatch.setattr(figures, 'save_figures', lambda *_: [])  # the figures take long and are tested above
     copy = tmp_path / 'run'
     shutil.copytree(run.path, copy)
-    options = ['--threshold', 'cost:3/1', '--prevalence', '5']
+    options = ['--threshold', 'cost:3/1', '--prevalence', '5%', '--prevalence', '0.1']
     assert main(['evaluate', str(copy), '--data', str(images), *options]) == 0
     metrics = json.loads((copy / 'metrics.json').read_text())['test']
     assert metrics['threshold_rule'] == 'cost:3/1'
-    assert [row['prevalence'] for row in metrics['prevalences']] == [0.05]
+    assert [row['prevalence'] for row in metrics['prevalences']] == [0.05, 0.1]
+
+
+@pytest.mark.parametrize('share', ['5', '0', '100%', 'nan', 'abc', '-1%', ''])
+def test_a_prevalence_is_a_share_or_a_percentage(fails, run, share):
+    fails(['evaluate', run.path, '--prevalence', share], 2, f'--prevalence {share}: .*Write it as 5% or as 0.05')
 
 
 def test_evaluate_needs_a_run_folder(fails, tmp_path):

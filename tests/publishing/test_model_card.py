@@ -40,7 +40,7 @@ def test_the_commands_contain_the_options_of_the_evaluation(evaluated, images, t
     evaluate(run, images, rule='cost:3/1', prevalences=[0.05], again=False)
     train_command, evaluate_command, report_command = reproduce(run, 'test').splitlines()
     assert train_command.endswith('--out RUN')
-    assert evaluate_command == 'cxr-fastai evaluate RUN --split test --threshold cost:3/1 --prevalence 5'
+    assert evaluate_command == 'cxr-fastai evaluate RUN --split test --threshold cost:3/1 --prevalence 5%'
     assert report_command == 'cxr-fastai report RUN'
 
 

@@ -347,12 +347,17 @@ def test_printing_needs_a_browser(copy, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(not find_browser(), reason='needs Chromium or Chrome; install one to run this test')
-def test_a_pdf_is_printed_and_removed_with_the_next_report(copy):
+def test_a_pdf_has_the_pages_of_the_report(copy):
     assert main(['report', str(copy.path), '--pdf']) == 0
     pdf = (copy / 'report.pdf').read_bytes()
     assert pdf.startswith(b'%PDF-') and pdf.count(b'/Type /Page\n') >= 3
+
+
+def test_a_report_without_pdf_keeps_the_old_pdf_and_says_so(copy, capsys):
+    (copy / 'report.pdf').write_text('precious')
     assert main(['report', str(copy.path)]) == 0
-    assert not (copy / 'report.pdf').exists()
+    assert 'report.pdf is of an earlier report and was not changed. --pdf replaces it.' in capsys.readouterr().err
+    assert (copy / 'report.pdf').read_text() == 'precious'
 
 
 def test_a_browser_that_fails_leaves_the_old_pdf(copy, tmp_path, monkeypatch, capsys):

@@ -27,9 +27,17 @@ FILE_NAME = '../../ZqFileXv.dcm'
     ],
 )
 def test_only_own_host_names_are_accepted(protected, host, status):
-    response = protected.get('/health', headers={'host': host})
+    response = protected.get('/', headers={'host': host})
     assert response.status_code == status
     assert status == 200 or is_error(response, 400, 'E_HOST')
+
+
+@pytest.mark.parametrize('path', ['/health', '/ready'])
+@pytest.mark.parametrize('method', ['GET', 'HEAD'])
+def test_probes_may_use_the_address_of_the_service(protected, method, path):
+    response = protected.request(method, path, headers={'host': '10.0.0.7:8000'})
+    assert response.status_code == 200
+    assert response.content == (b'' if method == 'HEAD' else b'{"status":"ok"}')
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,9 @@ def test_fields_are_parsed_by_their_type():
         ('class_weights=yes', 'class_weights=true or false is needed'),
         ('arch=resnet50', 'not a field for --set: use --arch'),
         ('batch_size=4', 'not a field for --set: use --batch-size'),
+        ('phases=3', 'not a field for --set: use --epochs and --lr'),
+        ('name=tuned', 'not a field for --set: use --recipe'),
+        ('threshold=0.4', 'not a field for --set: `cxr-fastai evaluate` chooses it'),
         ('=1', 'no such field'),
     ],
 )

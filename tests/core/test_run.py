@@ -84,3 +84,13 @@ def test_a_damaged_recipe_is_a_usage_error(tmp_path):
         (run / 'recipe.json').write_text(content)
         with pytest.raises(UsageError, match=message):
             _ = run.recipe
+
+
+@pytest.mark.parametrize('name', ['bundle', 'bundle.zip'])
+def test_a_bundle_that_is_given_as_a_run_is_named(tmp_path, name):
+    folder = tmp_path / name
+    if name == 'bundle':
+        folder.mkdir()
+        (folder / 'manifest.json').write_text('{}')
+    with pytest.raises(UsageError, match='not a run folder, but a bundle.*Name the run'):
+        Run.open(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     import pandas as pd  # imported by the functions that use it: prediction with a bundle must not load pandas
 
 DELIMITERS = ',;\t'
+DELIMITER_LINE = re.compile('"?sep=(?P<delimiter>[,;\\t])"?', re.IGNORECASE)
+"""First line by which spreadsheet programs name the delimiter."""
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_LISTING = 2**29
 """Largest CSV file of images, in bytes."""
 MAX_ROWS_LISTED = 10
@@ -44,14 +48,25 @@ def list_images(sources: StrPath | Iterable[StrPath]) -> list[Path]:
 
 def _list_source(source: Path) -> list[Path]:
     if str(source) == '-':
-        lines = [line.rstrip(b'\r\n') for line in sys.stdin.buffer]
-        return [Path(os.fsdecode(line)) for line in lines if line.strip()]
+        return [Path(name) for name in _split_names(sys.stdin.buffer.read())]
     if os.path.isdir(source):  # Path.is_dir raises for a name that is too long
         images, _ = find_images(source)
         return images
     if source.suffix.lower() == '.csv':
         return [source.parent / path for path in read_listing(source, ('path',)).path]
     return [source]
+
+
+def _split_names(data: bytes) -> list[str]:
+    """Return the file names in `data`, one per line, or separated by NUL bytes as `find -print0` writes them.
+
+    PowerShell writes UTF-16, and Windows programs put a BOM before UTF-8.
+    """
+    if data.startswith(UTF16_MARKS):
+        data = data.decode('utf-16', 'replace').encode()
+    names = data.removeprefix(codecs.BOM_UTF8)
+    lines = names.split(b'\0') if b'\0' in names else [line.rstrip(b'\r') for line in names.split(b'\n')]
+    return [os.fsdecode(line) for line in lines if line.strip()]
 
 
 def find_images(folder: StrPath) -> tuple[list[Path], Counter[str]]:
@@ -91,11 +106,12 @@ def ignore_reason(path: PurePath) -> str | None:
 
 
 def read_listing(path: Path, required: tuple[str, ...] = ('path', 'label')) -> pd.DataFrame:
-    """Read the CSV file `path` as text: one row per image, indexed by row number (the header is row 1).
+    """Read the CSV file `path` as text: one row per image, indexed by row number (the first row is row 1).
 
     The encoding is UTF-8 (with or without BOM), UTF-16 or Windows-1252; the delimiter a comma, semicolon or tab; the
-    header may be in upper case. Cells are stripped; empty cells are NaN. Raises `UsageError` if the file is not a table
-    or if a `required` column is missing or has empty cells.
+    header may be in upper case. Blank rows, comments (`# ...`) and `sep=;` may precede it, and empty cells may follow
+    the last column. Cells are stripped; empty cells are NaN. Raises `UsageError` if the file is not a table or if a
+    `required` column is missing or has empty cells.
     """
     try:
         table = _parse(path, _decode(read_bytes(path, MAX_LISTING)))
@@ -114,7 +130,7 @@ def read_listing(path: Path, required: tuple[str, ...] = ('path', 'label')) -> p
 
 
 def _decode(data: bytes) -> str:
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if data.startswith(UTF16_MARKS):
         return data.decode('utf-16')
     try:
         return data.decode('utf-8-sig')
@@ -125,16 +141,19 @@ def _decode(data: bytes) -> str:
 def _parse(path: Path, text: str) -> pd.DataFrame:
     import pandas as pd
 
-    first_line, _, _ = text.partition('\n')
-    delimiter = max(DELIMITERS, key=first_line.count)
-    rows = list(csv.reader(StringIO(text, newline=''), delimiter=delimiter, strict=True))
+    preamble, delimiter = _read_preamble(text)
+    lines = StringIO(text, newline='')
+    for _ in range(preamble):
+        lines.readline()
+    rows = [_strip_row(row) for row in csv.reader(lines, delimiter=delimiter, strict=True)]
     if not rows:
         raise ValueError('the file is empty')
-    header = [name.strip().lower() for name in rows.pop(0)]
+    header = [name.lower() for name in rows.pop(0)]
     repeated = sorted(name for name, n in Counter(header).items() if n > 1)
     if repeated:
         raise UsageError(f'{path}: the header names the column {", ".join(repeated)} twice.')
-    lengths = pd.Series([len(row) for row in rows], range(2, len(rows) + 2), dtype=int)
+    first_row = preamble + 2
+    lengths = pd.Series([len(row) for row in rows], range(first_row, first_row + len(rows)), dtype=int)
     too_long = lengths > len(header)
     if too_long.any():
         raise UsageError(f'{path}: more cells than the header in {describe_rows(too_long)}.')
@@ -142,8 +161,29 @@ def _parse(path: Path, text: str) -> pd.DataFrame:
     return pd.DataFrame(cells, lengths.index, header, dtype=object).dropna(how='all')
 
 
+def _read_preamble(text: str) -> tuple[int, str]:
+    """Return the number of lines before the header of the table `text`, and the delimiter of its cells."""
+    named = None
+    for number, line in enumerate(StringIO(text, newline='')):
+        content = line.strip('\r\n ')
+        match = DELIMITER_LINE.fullmatch(content)
+        if match:
+            named = match['delimiter']
+        elif content.strip(DELIMITERS) and not content.startswith('#'):
+            return number, named or max(DELIMITERS, key=line.count)
+    raise ValueError('the file is empty')
+
+
+def _strip_row(row: list[str]) -> list[str]:
+    """Return the cells of `row` without surrounding spaces and without the empty cells at its end."""
+    cells = [cell.strip() for cell in row]
+    while cells and not cells[-1]:
+        cells.pop()
+    return cells
+
+
 def _parse_cell(cell: str) -> str | None:
-    return unescape_formula(cell.strip()) or None
+    return unescape_formula(cell) or None
 
 
 def check_files(table: pd.DataFrame, path: Path) -> None:

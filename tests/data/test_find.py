@@ -192,6 +192,48 @@ def test_a_csv_file_can_replace_a_folder_in_every_command(images, run, tmp_path,
     assert '--csv' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    'data',
+    [
+        b'a.png\0b c.png\0',
+        b'\xef\xbb\xbfa.png\r\nb c.png\r\n',
+        'a.png\r\nb c.png\r\n'.encode('utf-16'),
+        b'\n\na.png\nb c.png',
+    ],
+    ids=['find -print0', 'BOM', 'PowerShell', 'blank first lines'],
+)
+def test_lists_on_standard_input_are_read_as_other_programs_write_them(monkeypatch, data):
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(data)))
+    assert list_images(['-']) == [Path('a.png'), Path('b c.png')]
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'path,label,,\na.png,NORMAL,,\n',
+        'path,label\na.png,NORMAL,,,\n',
+        'sep=;\r\npath;label\r\na.png;NORMAL\r\n',
+        '"sep=,"\npath,label\na.png,NORMAL\n',
+        'sep=\t\npath\tlabel\na.png\tNORMAL\n',
+        '\n,,\npath,label\na.png,NORMAL\n',
+        '# exported; by hand; on Monday\npath,label\na.png,NORMAL\n',
+        '"path","label"\n"a.png","NORMAL"\n',
+    ],
+)
+def test_tables_are_read_as_spreadsheet_programs_write_them(tmp_path, text):
+    table = tmp_path / 'images.csv'
+    table.write_bytes(text.encode())
+    rows = read_listing(table)
+    assert rows.to_dict('records') == [{'path': 'a.png', 'label': 'NORMAL'}]
+
+
+def test_rows_in_errors_are_counted_from_the_first_line_of_the_file(tmp_path):
+    table = tmp_path / 'images.csv'
+    table.write_text('# comment\n\npath,label\na.png,NORMAL\nb.png,\n')
+    with pytest.raises(UsageError, match='no label in row 5'):
+        read_listing(table)
+
+
 def test_images_to_predict_need_no_labels(folder):
     (folder / 'images.csv').write_text('path\na.png\nc.png\n')
     assert list_images([folder / 'images.csv']) == [folder / 'a.png', folder / 'c.png']

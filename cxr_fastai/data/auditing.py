@@ -30,6 +30,8 @@ from cxr_fastai.data.splits import (
 )
 from cxr_fastai.images.decode import open_image
 
+EXPECTED_REASONS = ('listed twice', '__MACOSX', '._*', '.DS_Store', 'nested chest_xray', 'masks')
+"""Reasons for leaving files out that are no finding, or have a finding of their own."""
 NOT_TRAINABLE = 'not trainable with these splits'
 SMALL_VALIDATION = 'validation too small to select an epoch'
 """Names of the findings that depend on how a training chooses its splits."""
@@ -116,6 +118,7 @@ def audit(data: StrPath, workers: int | None = None, hide_names: bool = False) -
         *_find_duplicates(pairs),
         *_find_unfinished_search(duplicates),
         *_find_repeated_rows(images),
+        *_find_left_out(images),
         *_find_small_splits(items),
         *_find_shortcuts(probes),
     ]
@@ -267,6 +270,14 @@ def _find_repeated_rows(images: pd.DataFrame) -> list[Finding]:
         advice = 'Keep each image in one split.'
         findings.append(Finding('error', 'images listed in two splits', len(groups), advice, tuple(groups)))
     return findings
+
+
+def _find_left_out(images: pd.DataFrame) -> list[Finding]:
+    left_out = {reason: n for reason, n in images.attrs['ignored'].items() if reason not in EXPECTED_REASONS}
+    if not left_out:
+        return []
+    counts = ', '.join(f'{n:,} {reason}' for reason, n in left_out.items())
+    return [Finding('warning', 'files left out', sum(left_out.values()), f'Not used: {counts}.')]
 
 
 def _find_small_splits(items: pd.DataFrame) -> list[Finding]:

@@ -7,13 +7,14 @@ import csv
 import os
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from io import StringIO
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING
 
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath, unescape_formula
 from cxr_fastai.core.foreign import read_bytes
 from cxr_fastai.images.decode import SUFFIXES
@@ -25,6 +26,12 @@ DELIMITERS = ',;\t'
 DELIMITER_LINE = re.compile('"?sep=(?P<delimiter>[,;\\t])"?', re.IGNORECASE)
 """First line by which spreadsheet programs name the delimiter."""
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+NOT_AN_IMAGE = 'not an image'
+IMAGE_MARKS = (b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n', b'II*\0', b'MM\0*')
+"""First bytes of JPEG, PNG and TIFF files."""
+DICOM_MARK = b'DICM'
+MARK_BYTES = 132
+"""The length of a DICOM preamble and `DICOM_MARK`."""
 MAX_LISTING = 2**29
 """Largest CSV file of images, in bytes."""
 MAX_ROWS_LISTED = 10
@@ -35,13 +42,14 @@ def list_images(sources: StrPath | Iterable[StrPath]) -> list[Path]:
     """Return the images that `sources` name, one or several paths, as the arguments of a command do.
 
     Each source is an image file, a folder (all images below it, sorted), a CSV file (the images in its column `path`)
-    or `-` (one path per line of standard input). Raises `UsageError` for a source without images.
+    or `-` (one path per line of standard input). Warns of files in folders that are left out, with counts
+    by reason. Raises `UsageError` for a source without images.
     """
     images = []
     for source in [sources] if isinstance(sources, str | os.PathLike) else sources:
         images_of_source = _list_source(Path(source))
         if not images_of_source:
-            raise UsageError(f'{source}: no images found (symbolic links are not followed).')
+            raise UsageError(f'{source}: no images found (links that lead out of the folder are not followed).')
         images += images_of_source
     return images
 
@@ -50,7 +58,10 @@ def _list_source(source: Path) -> list[Path]:
     if str(source) == '-':
         return [Path(name) for name in _split_names(sys.stdin.buffer.read())]
     if os.path.isdir(source):  # Path.is_dir raises for a name that is too long
-        images, _ = find_images(source)
+        images, ignored = find_images(source)
+        if ignored:
+            counts = ', '.join(f'{n:,} {reason}' for reason, n in ignored.items())
+            warnings.warn(f'{source}: files left out: {counts}', CXRWarning, stacklevel=3)
         return images
     if source.suffix.lower() == '.csv':
         return [source.parent / path for path in read_listing(source, ('path',)).path]
@@ -72,24 +83,63 @@ def _split_names(data: bytes) -> list[str]:
 def find_images(folder: StrPath) -> tuple[list[Path], Counter[str]]:
     """Return the images below `folder`, sorted, and the number of ignored files by reason.
 
-    Symbolic links to folders and to images are ignored: they can form a cycle or lead out of the folder. A CSV file may
-    list them.
+    A file without a known suffix is an image if its content begins like one. Symbolic links are followed if they lead
+    to a place below `folder` that is not above the link; others are ignored: they can form a cycle or lead out.
     """
     folder = Path(folder)
     images: list[Path] = []
     ignored: Counter[str] = Counter()
-    for base, subfolders, names in os.walk(folder):
-        subfolders.sort()
+    followed: set[str] = set()
+    for base, subfolders, names in os.walk(folder, followlinks=True):
+        links = [name for name in subfolders if _is_stray_link(Path(base, name), folder, followed)]
+        ignored['link'] += len(links)
+        subfolders[:] = sorted(set(subfolders) - set(links))
         for name in sorted(names):
             path = Path(base, name)
             reason = ignore_reason(path.relative_to(folder))
-            if reason is None and path.is_symlink():
+            if _is_stray_link(path, folder, followed):
                 reason = 'link'
+            elif reason == NOT_AN_IMAGE:
+                reason = _reason_by_content(path)
             if reason:
                 ignored[reason] += 1
             else:
                 images.append(path)
-    return images, ignored
+    return images, +ignored
+
+
+def _is_stray_link(path: Path, folder: Path, followed: set[str]) -> bool:
+    """Return whether `path` is a link that leads out of `folder`, to a folder above it, or where another link led.
+
+    Another link to a folder is added to `followed`. `path` may itself be below a link that was followed.
+    """
+    if not path.is_symlink():
+        return False
+    target = os.path.realpath(path)
+    above = [
+        os.path.realpath(parent) for parent in (path.parent, *path.parent.parents) if parent.is_relative_to(folder)
+    ]
+    if any(os.path.commonpath([target, parent]) == target for parent in above):
+        return True
+    if os.path.commonpath([target, above[-1]]) != above[-1] or target in followed:
+        return True
+    if os.path.isdir(target):
+        followed.add(target)
+    return False
+
+
+def _reason_by_content(path: Path) -> str | None:
+    """Return why the file `path`, whose suffix is unknown, is not an image that can be read; None if it is one."""
+    if not path.is_file():
+        return NOT_AN_IMAGE
+    try:
+        with path.open('rb') as file:
+            start = file.read(MARK_BYTES)
+    except OSError:
+        return 'unreadable'
+    if start.startswith(IMAGE_MARKS) or start.endswith(DICOM_MARK):
+        return None
+    return NOT_AN_IMAGE
 
 
 def ignore_reason(path: PurePath) -> str | None:
@@ -101,7 +151,7 @@ def ignore_reason(path: PurePath) -> str | None:
     if path.name == '.DS_Store':
         return '.DS_Store'
     if path.suffix.lower() not in SUFFIXES:
-        return 'not an image'
+        return NOT_AN_IMAGE
     return None
 
 

@@ -323,3 +323,10 @@ def test_size_and_compression_of_the_original_files_are_shortcuts(real_images):
     assert aucs['bytes per pixel'] > 0.99
     assert aucs['height'] > 0.88
     assert aucs['aspect'] > 0.84
+
+
+def test_files_that_are_left_out_are_a_finding(images, tmp_path):
+    (images / 'train/NORMAL/notes.txt').write_text('notes')
+    (images / 'train/NORMAL/link.png').symlink_to(tmp_path)
+    findings = {finding.name: finding for finding in audit(images).findings}
+    assert findings['files left out'].count == 2

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.data.find import find_images, list_images, read_listing, shown_path
 from cxr_fastai.data.items import ITEM_COLUMNS, read_items
 
@@ -52,13 +52,49 @@ def create_files(root: Path, names: list[str]) -> None:
         (root / name).write_bytes(b'image')
 
 
-def test_links_to_folders_and_images_are_not_followed(tmp_path):
+def test_links_that_leave_the_folder_or_form_a_cycle_are_not_followed(tmp_path):
     create_files(tmp_path, ['in/a.png', 'out/b.png'])
     (tmp_path / 'in/loop').symlink_to(tmp_path / 'in')
     (tmp_path / 'in/b.png').symlink_to(tmp_path / 'out/b.png')
+    (tmp_path / 'in/out').symlink_to(tmp_path / 'out')
     images, ignored = find_images(tmp_path / 'in')
     assert [image.name for image in images] == ['a.png']
-    assert ignored == {'link': 1}
+    assert ignored == {'link': 3}
+
+
+def test_links_within_the_folder_are_followed(tmp_path):
+    create_files(tmp_path, ['store/a.png'])
+    (tmp_path / 'train').symlink_to(tmp_path / 'store')
+    images, ignored = find_images(tmp_path)
+    assert images == [tmp_path / 'store/a.png', tmp_path / 'train/a.png']
+    assert not ignored
+
+
+def test_links_between_two_folders_end(tmp_path):
+    create_files(tmp_path, ['a/1.png', 'b/2.png'])
+    (tmp_path / 'a/other').symlink_to(tmp_path / 'b')
+    (tmp_path / 'b/other').symlink_to(tmp_path / 'a')
+    images, ignored = find_images(tmp_path)
+    assert [image.relative_to(tmp_path).as_posix() for image in images] == [
+        'a/1.png',
+        'a/other/2.png',
+        'b/2.png',
+        'b/other/1.png',
+    ]
+    assert ignored == {'link': 2}
+
+
+@pytest.mark.parametrize('start', [b'\xff\xd8\xff\xe0', b'\x89PNG\r\n\x1a\n', b'II*\0', bytes(128) + b'DICM'])
+@pytest.mark.parametrize('name', ['image', 'image.IMA', 'image.jfif'])
+def test_images_with_an_unknown_suffix_are_found_by_their_content(tmp_path, name, start):
+    (tmp_path / name).write_bytes(start)
+    assert find_images(tmp_path) == ([tmp_path / name], {})
+
+
+def test_files_that_are_left_out_are_counted_in_a_warning(tmp_path):
+    create_files(tmp_path, ['a.png', 'notes.txt', 'b.webp'])
+    with pytest.warns(CXRWarning, match='files left out: 2 not an image'):
+        assert list_images(tmp_path) == [tmp_path / 'a.png']
 
 
 def test_image_suffixes_do_not_depend_on_the_operating_system(tmp_path, monkeypatch):

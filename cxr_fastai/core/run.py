@@ -26,7 +26,7 @@ from cxr_fastai.core.run_files import (
     read_metrics,
     read_table,
 )
-from cxr_fastai.core.schemas import ListOf, Text, check_object
+from cxr_fastai.core.schemas import Fields, Integer, ListOf, Text, check_object
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,8 +48,12 @@ JOURNAL = {
     'event': Text(100),
     'data': Text(2**12, optional=True, required=False),
     'unreadable': ListOf(Text(2**12), required=False),
+    'callbacks': ListOf(Text(200), required=False),
+    'parameters': Integer(0, optional=True, required=False),
+    'best': Fields({}, optional=True, required=False),
 }
 """The fields of a line of `journal.jsonl` that are read."""
+OTHER_DECISION = 'were computed with another decision than that in decision.json'
 MAX_JOURNAL = 2**28
 """Largest journal, in bytes."""
 
@@ -161,13 +165,30 @@ class Run:
         elif metrics['predictions_sha256'] != hash_predictions(self.predicted(split)):
             problem = 'are of other predictions than those in predictions.csv'
         elif metrics.get('decision_sha256') not in (None, hash_decision(self.decision)):
-            problem = 'were computed with another decision than that in decision.json'
+            problem = OTHER_DECISION
         else:
             return
         raise UsageError(
             f'{self / "metrics.json"}: the metrics of {split} {problem}. '
             f'Run `cxr-fastai evaluate {self.path} --split {split}` again.'
         )
+
+    def check_decision(self) -> None:
+        """Raise `UsageError` if `decision.json` is not the decision that the metrics were computed with."""
+        current = hash_decision(self.decision)
+        for split, metrics in read_metrics(self / 'metrics.json').items():
+            if metrics.get('decision_sha256') not in (None, current):
+                raise UsageError(
+                    f'{self / "metrics.json"}: the metrics of {split} {OTHER_DECISION}. '
+                    f'Run `cxr-fastai evaluate {self.path} --split {split}` again.'
+                )
+
+    def discard_mixed_metrics(self) -> None:
+        """Delete `metrics.json` if it was computed with another decision; it is about to be computed again."""
+        try:
+            self.check_decision()
+        except UsageError:
+            (self / 'metrics.json').unlink(missing_ok=True)
 
     @property
     def known_metrics(self) -> dict[str, Any]:

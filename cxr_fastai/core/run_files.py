@@ -19,7 +19,7 @@ from cxr_fastai.core.files import unescape_formula
 from cxr_fastai.core.foreign import MAX_JSON, read_bytes, read_text
 from cxr_fastai.core.foreign import parse_json as parse_foreign_json
 from cxr_fastai.core.recipe import SPLITS, VOCAB
-from cxr_fastai.core.schemas import Anything, Integer, Number, Rule, Table, Text, check_object
+from cxr_fastai.core.schemas import Anything, Fields, Integer, Number, Rule, Table, Text, check_object
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,18 +37,26 @@ TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phas
 """Columns that are read as text: the patient `007` is not the number 7, and the patient `NA` is not missing."""
 EXACT_COLUMNS = ('p_pneumonia',)
 """Columns that are read to the last digit, which older pandas round: a probability may lie next to the threshold."""
-REQUIRED_COLUMNS = {
-    'items.csv': ('path', 'label', 'split'),
-    'history.csv': ('phase', 'epoch'),
-    'predictions.csv': ('path', 'label', 'split', 'p_pneumonia', 'prediction'),
-    'robustness.csv': ('split',),
+NUMBERS = {
+    'items.csv': (),
+    'history.csv': ('epoch', 'lr', 'train_loss', 'valid_loss', 'accuracy', 'roc_auc', 'sensitivity', 'specificity')
+    + ('seconds',),
+    'predictions.csv': ('p_pneumonia', 'loss'),
+    'robustness.csv': ('strength', 'n', 'auc', 'auc_low', 'auc_high', 'sensitivity', 'specificity'),
 }
-"""Table to the columns without which it cannot be read."""
+"""Table to the columns of numbers that it must have. Cells may be empty."""
+TEXTS = {
+    'items.csv': ('path', 'label', 'split', 'patient', 'kind'),
+    'history.csv': ('phase',),
+    'predictions.csv': ('path', 'label', 'split', 'patient', 'prediction'),
+    'robustness.csv': ('corruption', 'split'),
+}
+"""Table to the columns of texts that it must have."""
 CHOICES = {'label': VOCAB, 'prediction': VOCAB, 'split': SPLITS}
 """Column to the values that it may have."""
 UNIQUE_COLUMNS = {'items.csv': ['path', 'split'], 'predictions.csv': ['path', 'split']}
 """Table to the columns that identify a row."""
-HASHED_COLUMNS = ('path', 'label', 'prediction')
+HASHED_COLUMNS = ('path', 'label', 'patient', 'prediction')
 """Columns of the predictions that the hash of the predictions covers, in addition to the probability."""
 
 MAX_THRESHOLD = math.nextafter(1, 2)
@@ -56,13 +64,18 @@ MAX_THRESHOLD = math.nextafter(1, 2)
 MIN_TEMPERATURE = 1e-3
 MAX_TEMPERATURE = 1e3
 SHA256 = '[0-9a-f]{64}'
+ESTIMATE = Fields({name: Number(-1e6, 1e6, optional=True) for name in ('value', 'low', 'high')}, required=False)
+"""A metric with its interval, as `evaluation.intervals.make_estimate` returns it."""
+RATES = ('sensitivity', 'specificity')
 DECISION: dict[str, Rule] = {
     'threshold': Number(0, MAX_THRESHOLD),
     'rule': Text(200),
     'temperature': Number(MIN_TEMPERATURE, MAX_TEMPERATURE, required=False),
     'model': Text(64, f'({SHA256})?', required=False),
+    'margin': Text(2000, required=False),
+    'valid': Fields({'n': Integer(0, required=False)} | dict.fromkeys(RATES, ESTIMATE), required=False),
 }
-"""The fields of `decision.json` that change a prediction."""
+"""The fields of `decision.json`."""
 METRICS: dict[str, Rule] = {
     'n': Integer(1, required=False),
     'threshold': Number(0, MAX_THRESHOLD, required=False),
@@ -158,9 +171,12 @@ def _parse_table(text: str) -> pd.DataFrame:
 
 
 def _check_table(table: pd.DataFrame, name: str) -> None:
-    missing = [column for column in REQUIRED_COLUMNS.get(name, ()) if column not in table]
+    missing = [column for column in (*TEXTS[name], *NUMBERS[name]) if column not in table]
     if missing:
         raise ValueError(f'no column {" or ".join(missing)}')
+    for column in NUMBERS[name]:
+        if len(table) and table[column].dtype.kind not in 'iuf':
+            raise ValueError(f'the column {column} contains other values than numbers')
     for column, values in CHOICES.items():
         unknown = ~table[column].isin(values) if column in table and len(table) else []
         if any(unknown):
@@ -181,9 +197,9 @@ def hash_predictions(predictions: pd.DataFrame) -> str:
 
 
 def hash_decision(decision: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the fields of a decision that change a prediction."""
+    """Return the SHA-256 of the fields of a decision."""
     return _hash([decision.get(name) for name in DECISION])
 
 
 def _hash(values: Iterable[Any]) -> str:
-    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(list(values), sort_keys=True).encode()).hexdigest()

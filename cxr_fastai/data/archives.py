@@ -63,7 +63,7 @@ def unpack_images(archive: Path, folder: Path) -> Counter[str]:
         return _copy_images(archive, folder)
     try:
         with _open_zip(archive) as file:
-            entries = {entry.filename: entry for entry in file.infolist() if not entry.is_dir()}
+            entries = {entry.filename: entry for entry in file.infolist() if not entry.filename.endswith('/')}
             places, ignored = choose_images(entries)
             check_entries(archive, file.infolist(), places)
             bytes_left = MAX_BYTES

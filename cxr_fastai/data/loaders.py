@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from inspect import signature
+from io import StringIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,10 +23,12 @@ from fastai.data.transforms import ColReader, ColSplitter, IntToFloatTensor, Nor
 from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, RatioResize, Resize
 from fastcore.basics import listify
 
-from cxr_fastai.core.errors import ImageError, UsageError
+from cxr_fastai.core.errors import ImageError, UsageError, first_line
 from cxr_fastai.core.files import StrPath
+from cxr_fastai.core.foreign import read_text
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import DATA_FIELDS, VOCAB, Recipe, data_recipe
+from cxr_fastai.data.find import MAX_LISTING
 from cxr_fastai.data.items import image_root, read_recipe_items, read_table
 from cxr_fastai.data.splits import check_leakage, check_trainable
 from cxr_fastai.data.transforms import NormalizeImage, OpenImage, augmentations
@@ -109,7 +112,7 @@ class CXRDataLoaders(DataLoaders):
         """
         csv = Path(path, csv_fname)
         if kwargs.keys() & {'fn_col', 'label_col', 'valid_col'}:
-            return cls.from_df(pd.read_csv(csv), csv.parent, **kwargs)
+            return cls.from_df(_read_any_csv(csv), csv.parent, **kwargs)
         return cls.from_folder(csv, **kwargs)
 
     @classmethod
@@ -198,6 +201,14 @@ class CXRDataLoaders(DataLoaders):
         dls.recipe = recipe
         dls.has_own_tfms = item_tfms is not None or batch_tfms is not None
         return dls
+
+
+def _read_any_csv(path: Path) -> pd.DataFrame:
+    """Return the table in a CSV file with any columns. Raises `UsageError` if the file is not a table."""
+    try:
+        return pd.read_csv(StringIO(read_text(path, MAX_LISTING)))
+    except ValueError as error:
+        raise UsageError(f'{path}: not a CSV file ({first_line(error)}).') from None
 
 
 def _check_arguments(names: Iterable[str]) -> None:

@@ -63,6 +63,7 @@ def evaluate(
         parse_rule(rule)
     columns = [column.strip().lower() for column in by]  # as in the header of a CSV file of images
     run.remove_partial_files()
+    run.discard_mixed_metrics()
     root, items = find_split(run, data, split, limit, columns)
     model = identify_network(run.path)
     predicted = _predict_missing(run, model, _Images(split, items, root), data, batch_size, again)

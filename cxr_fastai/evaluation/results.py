@@ -6,15 +6,25 @@ from typing import Any
 
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.run import Run
-from cxr_fastai.core.schemas import Fields, Integer, Number, check_object
+from cxr_fastai.core.run_files import ESTIMATE
+from cxr_fastai.core.schemas import Fields, Flag, Integer, ListOf, Number, Table, Text, check_object
 from cxr_fastai.evaluation.metrics import RANKING_METRICS, THRESHOLD_METRICS, ConfusionMatrix, Sample, is_complete
 from cxr_fastai.inference.config import identify_network
 
 TOLERANCE = 1e-6
 """Largest difference of a metric that is computed again."""
-ESTIMATE = Fields({name: Number(-1e6, 1e6, optional=True) for name in ('value', 'low', 'high')})
-"""A metric with its interval, as `intervals.make_estimate` returns it."""
-METRICS = {'n': Integer(1), 'threshold': Number(0, 2)} | dict.fromkeys((*RANKING_METRICS, *THRESHOLD_METRICS), ESTIMATE)
+METRICS = {
+    'n': Integer(1),
+    'positives': Integer(0),
+    'unknown_patients': Integer(0),
+    'threshold': Number(0, 2),
+    'patients_by_class': Table(Integer(0)),
+    'intervals': Fields({'grouped_by_patient': Flag()}),
+    'subgroups': ListOf(Fields({'column': Text(200)})),
+    'prevalences': ListOf(Fields({'prevalence': Number(0, 1), 'ppv': ESTIMATE, 'npv': ESTIMATE})),
+    'confusion': Fields(dict.fromkeys(('tn', 'fp', 'fn', 'tp'), Integer(0))),
+} | dict.fromkeys((*RANKING_METRICS, *THRESHOLD_METRICS), ESTIMATE)
+"""The fields of the metrics of a split that reports read."""
 
 
 def check_results(run: Run, split: str) -> dict[str, Any]:

@@ -254,6 +254,7 @@ def _load_run(path: Path) -> Predictor:
 
 def _apply_decision(run: Run, file: Path, config: ModelConfig) -> ModelConfig:
     """Return `config` with the decision of `run`; unchanged, with a warning, if that was made for another network."""
+    run.check_decision()
     decision = Decision.from_run(run, sha256(file))
     if decision:
         return replace(

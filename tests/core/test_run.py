@@ -48,15 +48,16 @@ def test_a_line_torn_by_a_crash_spoils_no_later_event(tmp_path):
 def test_patients_stay_text_and_probabilities_keep_every_digit(tmp_path):
     run = Run(tmp_path)
     table = pd.DataFrame({'path': ['a', 'b'], 'label': 'NORMAL', 'split': 'test', 'patient': ['007', 'NA']})
-    table = table.assign(p_pneumonia=[0.1 + 0.2, 1 / 3], prediction='PNEUMONIA')
+    table = table.assign(p_pneumonia=[0.1 + 0.2, 1 / 3], prediction='PNEUMONIA', loss=0.5)
     write_csv(run / 'predictions.csv', table)
     pd.testing.assert_frame_equal(run.predictions, table, check_exact=True)
 
 
 def test_evaluating_a_split_keeps_the_rows_of_the_others(tmp_path):
     run = Run(tmp_path)
+    numbers = dict.fromkeys(('strength', 'n', 'auc', 'auc_low', 'auc_high', 'sensitivity', 'specificity'), 0)
     for split, paths in (('valid', ['a']), ('test', ['b']), ('valid', ['c', 'd'])):
-        run.write_split('robustness.csv', pd.DataFrame({'corruption': paths, 'split': split}), split)
+        run.write_split('robustness.csv', pd.DataFrame({'corruption': paths, 'split': split} | numbers), split)
     robustness = run.robustness
     assert list(robustness[robustness.split == 'valid'].corruption) == ['c', 'd']
     assert list(robustness[robustness.split == 'test'].corruption) == ['b']

@@ -171,7 +171,7 @@ def measured_runs(two_runs) -> dict[str, Run]:
         names = ('auc', 'average_precision', 'sensitivity', 'specificity', 'balanced_accuracy', 'accuracy', 'mcc')
         metrics = {metric: {'value': 0.8, 'low': None, 'high': None} for metric in names}
         (two_runs / name / 'metrics.json').write_text(json.dumps({'test': metrics | {'brier': brier}}))
-        (two_runs / name / 'predictions.csv').write_text('path,label,split,p_pneumonia,prediction\n')
+        (two_runs / name / 'predictions.csv').write_text('path,label,split,patient,p_pneumonia,prediction,loss\n')
         seal_results(two_runs / name)
     return {name: Run.open(two_runs / name) for name in 'ab'}
 

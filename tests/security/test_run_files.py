@@ -10,8 +10,9 @@ import pytest
 from runfiles import seal_results
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.run import Run
+from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.evaluation.comparison import compare_runs
 from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.publishing.exporting import export
@@ -62,6 +63,7 @@ MIXED = {
     'another class': lambda run: change_predictions(run, lambda table: table.assign(prediction='NORMAL')),
     'another threshold': lambda run: change(run / 'decision.json', threshold=0.9),
     'another temperature': lambda run: change(run / 'decision.json', temperature=2.0),
+    'another patient': lambda run: change_predictions(run, lambda table: table.assign(patient='1')),
     'no decision': lambda run: (run / 'decision.json').unlink(),
     'no predictions': lambda run: (run / 'predictions.csv').unlink(),
 }
@@ -158,12 +160,12 @@ BAD_TABLES = {
     'no header': b'',
     'null characters': b'\0' * 100,
     'another table': b'a,b\n1,2\n',
-    'an unknown label': b'path,label,split,p_pneumonia,prediction\nx,CAT,test,0.5,NORMAL\n',
-    'an unknown split': b'path,label,split,p_pneumonia,prediction\nx,NORMAL,TEST,0.5,NORMAL\n',
-    'an image twice': b'path,label,split,p_pneumonia,prediction\n' + b'x,NORMAL,test,0.5,NORMAL\n' * 2,
-    'an open quote': b'path,label,split,p_pneumonia,prediction\n"x,NORMAL,test,0.5,NORMAL\n' * 3,
-    'more cells': b'path,label,split,p_pneumonia,prediction\nx,NORMAL,test,0.5,NORMAL,1,2,3\n',
-    'not UTF-8': b'path,label,split,p_pneumonia,prediction\n\xff,NORMAL,test,0.5,NORMAL\n',
+    'an unknown label': b'path,label,split,patient,p_pneumonia,prediction,loss\nx,CAT,test,1,0.5,NORMAL,1\n',
+    'an unknown split': b'path,label,split,patient,p_pneumonia,prediction,loss\nx,NORMAL,TEST,1,0.5,NORMAL,1\n',
+    'an image twice': b'path,label,split,patient,p_pneumonia,prediction,loss\n' + b'x,NORMAL,test,1,0.5,NORMAL,1\n' * 2,
+    'an open quote': b'path,label,split,patient,p_pneumonia,prediction,loss\n"x,NORMAL,test,1,0.5,NORMAL,1\n' * 3,
+    'more cells': b'path,label,split,patient,p_pneumonia,prediction,loss\nx,NORMAL,test,1,0.5,NORMAL,1,2,3\n',
+    'not UTF-8': b'path,label,split,patient,p_pneumonia,prediction,loss\n\xff,NORMAL,test,1,0.5,NORMAL,1\n',
 }
 
 
@@ -190,3 +192,62 @@ def test_lines_of_a_journal_that_are_damaged_are_ignored(copy):
     with open(copy / 'journal.jsonl', 'a') as journal:
         journal.write('{"event": "start", "data": 5}\n[]\n{"event": "start", "unreadable": [1]}\n{"event": NaN}\n')
     assert copy.images == images and copy.unreadable == []
+
+
+ODD_FIELDS = {
+    'seconds as text': lambda run: edit_cell(run, 'history.csv', 'seconds', 'long'),
+    'a loss as text': lambda run: edit_cell(run, 'predictions.csv', 'loss', 'high'),
+    'an AUC as text': lambda run: edit_cell(run, 'robustness.csv', 'auc', 'good'),
+    'history without columns': lambda run: (run / 'history.csv').write_text('phase,epoch\ntrain,1\n'),
+    'items without kind': lambda run: (run / 'items.csv').write_text('path,label,split\nx,NORMAL,train\n'),
+    'a margin as number': lambda run: change(run / 'decision.json', margin=5),
+    'valid as list': lambda run: change(run / 'decision.json', valid=[1]),
+    'patients as list': lambda run: change_metrics(run, patients_by_class=[]),
+    'intervals as text': lambda run: change_metrics(run, intervals='x'),
+    'subgroups as number': lambda run: change_metrics(run, subgroups=3),
+}
+
+
+def edit_cell(run: Run, name: str, column: str, value: str) -> None:
+    if name == 'robustness.csv':
+        (run / name).write_text(
+            'corruption,strength,n,auc,auc_low,auc_high,sensitivity,specificity,split\nclean,0,9,0.9,0.8,1,1,1,test\n'
+        )
+    table = pd.read_csv(run / name, dtype=str)
+    table.loc[0, column] = value
+    table.to_csv(run / name, index=False)
+
+
+def change_metrics(run: Run, **fields: object) -> None:
+    metrics = json.loads((run / 'metrics.json').read_text())
+    metrics['test'] |= fields
+    (run / 'metrics.json').write_text(json.dumps(metrics))
+
+
+@pytest.mark.parametrize('edit', ODD_FIELDS.values(), ids=ODD_FIELDS)
+def test_an_odd_field_is_an_error_of_one_line(edit, copy, refused):
+    edit(copy)
+    refused('report', copy.path)
+
+
+def test_a_prediction_with_another_decision_than_the_metrics_is_refused_until_it_is_evaluated(copy, images, refused):
+    change(copy / 'decision.json', threshold=0.9)
+    image = next(images.rglob('*.jpeg'))
+    assert 'another decision' in refused('predict', copy.path, image)
+    evaluate(copy, images, 'test')
+    assert main(['predict', str(copy.path), str(image)]) == 0
+
+
+def test_metrics_without_hashes_must_be_computed_again(copy, refused):
+    metrics = json.loads((copy / 'metrics.json').read_text())
+    for values in metrics.values():
+        del values['predictions_sha256']
+    (copy / 'metrics.json').write_text(json.dumps(metrics))
+    assert 'older version' in refused('report', copy.path)
+
+
+@pytest.mark.parametrize('content', [b'', b'\xff', b'"x', b'path,label\n"x'])
+def test_a_damaged_table_of_any_columns_is_refused(content, tmp_path):
+    (tmp_path / 'list.csv').write_bytes(content)
+    with pytest.raises(CXRError, match='^[^\n]*list.csv: '):
+        CXRDataLoaders.from_csv(tmp_path / 'list.csv', fn_col='path', label_col='label')

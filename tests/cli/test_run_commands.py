@@ -80,7 +80,7 @@ def test_predict_notes_the_window_of_deep_images_and_rejects_other_pictures(run,
     assert main(['predict', str(run.path), str(folder), '--out', str(tmp_path / 'p.csv')]) == 3
     rows = pd.read_csv(tmp_path / 'p.csv')
     assert rows.status.to_list() == ['ok', 'ok', 'rejected', 'error']
-    assert rows.code.fillna('').to_list() == ['', '', 'E_DICOM_MODALITY', 'E_FORMAT']
+    assert rows.code.fillna('').to_list() == ['', '', 'E_DICOM_MODALITY', 'E_TRUNCATED']
     assert rows.message[:2].str.contains('window 1014 to 3985').all()
     assert rows.message.str.len().max() <= 200
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from imagefiles import DEEP, GREY, dicom
 from PIL import Image
+from runfiles import seal_results
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, ImageError, UsageError
 from cxr_fastai.core.files import write_json
@@ -194,6 +195,7 @@ def test_a_decision_for_another_network_is_not_used(evaluated, tmp_path):
     run = Run(shutil.copytree(evaluated.path, tmp_path / 'run'))
     decision = Decision.from_run(run, run.decision['model'])
     write_json(run / 'decision.json', asdict(replace(decision, model='0' * 64, threshold=0.123)))
+    seal_results(run.path)
     with pytest.warns(CXRWarning, match='made for another network'):
         predictor = Predictor.load(run.path)
     assert predictor.threshold == run.recipe.threshold

@@ -159,9 +159,9 @@ def read_listing(path: Path, required: tuple[str, ...] = ('path', 'label')) -> p
     """Read the CSV file `path` as text: one row per image, indexed by row number (the first row is row 1).
 
     The encoding is UTF-8 (with or without BOM), UTF-16 or Windows-1252; the delimiter a comma, semicolon or tab; the
-    header may be in upper case. Blank rows, comments (`# ...`) and `sep=;` may precede it, and empty cells may follow
-    the last column. Cells are stripped; empty cells are NaN. Raises `UsageError` if the file is not a table or if a
-    `required` column is missing or has empty cells.
+    header may be in upper case. Blank rows, comments (`# ...`) and `sep=;` may precede it, and cells without a name may
+    follow the last column; they are not read. Cells are stripped; empty cells are NaN. Raises `UsageError` if the file
+    is not a table or if a `required` column is missing or has empty cells.
     """
     try:
         table = _parse(path, _decode(read_bytes(path, MAX_LISTING)))
@@ -195,19 +195,20 @@ def _parse(path: Path, text: str) -> pd.DataFrame:
     lines = StringIO(text, newline='')
     for _ in range(preamble):
         lines.readline()
-    rows = [_strip_row(row) for row in csv.reader(lines, delimiter=delimiter, strict=True)]
-    if not rows:
-        raise ValueError('the file is empty')
-    header = [name.lower() for name in rows.pop(0)]
+    rows = list(csv.reader(lines, delimiter=delimiter, strict=True))
+    names = rows.pop(0)
+    header = [name.lower() for name in _strip_row(names)]
     repeated = sorted(name for name, n in Counter(header).items() if n > 1)
     if repeated:
         raise UsageError(f'{path}: the header names the column {", ".join(repeated)} twice.')
     first_row = preamble + 2
+    rows = [_strip_row(row) for row in rows]
     lengths = pd.Series([len(row) for row in rows], range(first_row, first_row + len(rows)), dtype=int)
-    too_long = lengths > len(header)
+    too_long = lengths > len(names)
     if too_long.any():
         raise UsageError(f'{path}: more cells than the header in {describe_rows(too_long)}.')
-    cells = [[*map(_parse_cell, row)] + [None] * (len(header) - len(row)) for row in rows]
+    named = [row[: len(header)] for row in rows]
+    cells = [[*map(_parse_cell, row)] + [None] * (len(header) - len(row)) for row in named]
     return pd.DataFrame(cells, lengths.index, header, dtype=object).dropna(how='all')
 
 
@@ -219,9 +220,14 @@ def _read_preamble(text: str) -> tuple[int, str]:
         match = DELIMITER_LINE.fullmatch(content)
         if match:
             named = match['delimiter']
-        elif content.strip(DELIMITERS) and not content.startswith('#'):
+        elif content.strip(DELIMITERS) and not _is_comment(content):
             return number, named or max(DELIMITERS, key=line.count)
     raise ValueError('the file is empty')
+
+
+def _is_comment(line: str) -> bool:
+    """Return whether `line` is a comment, and not a header whose first column is `#` or begins with it."""
+    return line.startswith(('#', '"#')) and 'path' not in re.split('[",;\\t]+', line.lower())[1:]
 
 
 def _strip_row(row: list[str]) -> list[str]:

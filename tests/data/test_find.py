@@ -263,6 +263,20 @@ def test_tables_are_read_as_spreadsheet_programs_write_them(tmp_path, text):
     assert rows.to_dict('records') == [{'path': 'a.png', 'label': 'NORMAL'}]
 
 
+@pytest.mark.parametrize('header', ['#;path;label', '"#";path;label', '#id;path;label', ';path;label'])
+def test_a_column_of_row_numbers_is_no_comment(tmp_path, header):
+    table = tmp_path / 'images.csv'
+    table.write_text(f'{header}\n1;a.png;NORMAL\n')
+    assert list(read_listing(table).path) == ['a.png']
+
+
+@pytest.mark.parametrize('header', ['path,label,', 'path,label,,'])
+def test_filled_cells_of_columns_without_a_name_are_accepted(tmp_path, header):
+    table = tmp_path / 'images.csv'
+    table.write_text(f'{header}\na.png,NORMAL,checked\n')
+    assert read_listing(table).to_dict('records') == [{'path': 'a.png', 'label': 'NORMAL'}]
+
+
 def test_rows_in_errors_are_counted_from_the_first_line_of_the_file(tmp_path):
     table = tmp_path / 'images.csv'
     table.write_text('# comment\n\npath,label\na.png,NORMAL\nb.png,\n')

@@ -15,7 +15,7 @@ import pandas as pd
 
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import StrPath
-from cxr_fastai.core.foreign import read_json
+from cxr_fastai.core.foreign import open_regular, read_json
 from cxr_fastai.core.recipe import CHOICES, VOCAB, Recipe
 from cxr_fastai.core.schemas import Choice, Table
 from cxr_fastai.data.find import check_files, describe_rows, drop_repeated_rows, find_images, read_listing
@@ -46,10 +46,13 @@ LAYOUT = 'train|val|test / NORMAL|PNEUMONIA, or NORMAL and PNEUMONIA alone'
 def data_root(data: StrPath | None = None) -> Path:
     """Return the folder or CSV file of images: `data`, or the environment variable CXR_DATA, or data/chest_xray.
 
-    Raises `CXRError` if it does not exist; the message says how to get images.
+    Raises `CXRError` if it does not exist or is neither a folder nor a file; the message says how to get images.
     """
     root = Path(data or os.environ.get('CXR_DATA') or 'data/chest_xray')
+    if root.is_dir():
+        return root
     if root.exists():
+        open_regular(root).close()  # raises an error that names a pipe or a device
         return root
     raise CXRError(
         f'{root}: no such folder of images. Name a folder with --data DIR or CXR_DATA, download the data set with '

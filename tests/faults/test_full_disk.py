@@ -106,7 +106,8 @@ def draw_only(name: str, monkeypatch, savefig=Figure.savefig) -> None:
 )
 def test_a_full_disk_leaves_every_file_of_an_evaluation_intact(images, tmp_path, monkeypatch, run, names):
     rows = [('clean', 0), ('noise', 1), ('noise', 2), ('shortcut', 0)]
-    table = pd.DataFrame(rows, columns=['corruption', 'strength']).assign(n=2, auc=0.5, auc_low=0.4, auc_high=0.6)
+    table = pd.DataFrame(rows, columns=['corruption', 'strength']).assign(n=2, auc=0.5)
+    table = table.assign(auc_low=0.4, auc_high=0.6, sensitivity=1.0, specificity=1.0)
     monkeypatch.setattr(robustness, 'measure_robustness', lambda *_, **__: table)
     monkeypatch.setattr(output, 'robustness_table', lambda _: '')
     evaluated = Path(shutil.copytree(run.path, tmp_path / 'run'))

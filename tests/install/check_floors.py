@@ -4,7 +4,7 @@
     python tests/install/check_floors.py tests/security    # other tests
 
 `settings.ini` names the oldest version of each package. They are installed into the environment `.venv/floors`, which
-finds all other packages in `.venv`. The exit code is that of pytest.
+finds this package and all others in `.venv`. The exit code is that of pytest.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def create_environment() -> Path:
     subprocess.run([sys.executable, '-m', 'venv', FOLDER], check=True)
     packages = next(FOLDER.glob('lib/python*/site-packages'))
     [tested] = (ROOT / '.venv').glob('lib/python*/site-packages')
-    (packages / 'tested.pth').write_text(f'{tested}\n')
+    (packages / 'tested.pth').write_text(f'{tested}\n{ROOT}\n')
     python = FOLDER / 'bin' / 'python'
     pip = [python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps']
     subprocess.run([*pip, *read_floors()], check=True)
@@ -68,8 +68,7 @@ def main(tests: list[str]) -> int:
     """Run the `tests` (default: `TESTS`) with the oldest versions, and return the exit code of pytest."""
     python = create_environment()
     print('oldest versions:', *read_floors(), flush=True)
-    # The package itself is found through PYTHONPATH, in the processes that tests start too.
-    variables = os.environ | {'PYTHONPATH': str(ROOT), 'PATH': f'{FOLDER / "bin"}:{os.environ["PATH"]}'}
+    variables = os.environ | {'PATH': f'{FOLDER / "bin"}:{os.environ["PATH"]}'}
     command = [python, '-m', 'pytest', '-n', 'logical', '--dist', 'worksteal', '-m', 'not slow']
     command += ['-W', 'ignore::DeprecationWarning']  # the oldest versions use names that newer packages deprecate
     return subprocess.run([*command, *(tests or TESTS)], cwd=ROOT, env=variables).returncode

@@ -37,6 +37,8 @@ KEPT_CALLBACKS = ('TrainEvalCallback', 'Recorder', 'CastToTensor', 'ProgressCall
 """Callbacks of fastai that an exported learner keeps."""
 KEPT_TRANSFORMS = ('ToTensor', 'IntToFloatTensor', 'NormalizeImage')
 """Transforms of validation images that `load_learner` restores, beside the opening of an image."""
+LOCK_SECONDS = 10
+"""Longest time that a change of the store waits for the change of another process."""
 SHA256 = re.compile(r'[0-9a-f]{64}')
 MAX_STORE = 2**22
 """Largest store of trusted hashes that is read, in bytes."""
@@ -177,7 +179,9 @@ def trust(sha256: str, why: str) -> None:
     """Add the hash `sha256` to the trusted hashes. Raises `UsageError` if it is not a SHA-256."""
     printable = ''.join(character if character.isprintable() else '?' for character in why)
     entry = {'why': printable[:MAX_REASON], 'since': date.today().isoformat()}
-    _write_store(trusted() | {check_hash(sha256): entry})
+    digest = check_hash(sha256)
+    with _locked_store():
+        _write_store(trusted() | {digest: entry})
 
 
 def trust_file(path: StrPath, sha256: str) -> str:
@@ -196,12 +200,13 @@ def trust_file(path: StrPath, sha256: str) -> str:
 
 def distrust(sha256: str) -> None:
     """Remove the hash `sha256` from the trusted hashes. Raises `UsageError` if it is not one of them."""
-    hashes = trusted()
     digest = check_hash(sha256)
-    if digest not in hashes:
-        raise UsageError(f'{sha256}: not a trusted hash. `cxr-fastai trust list` shows them.')
-    del hashes[digest]
-    _write_store(hashes)
+    with _locked_store():
+        hashes = trusted()
+        if digest not in hashes:
+            raise UsageError(f'{sha256}: not a trusted hash. `cxr-fastai trust list` shows them.')
+        del hashes[digest]
+        _write_store(hashes)
 
 
 def check_hash(sha256: str) -> str:
@@ -222,9 +227,23 @@ def check_trusted(sha256: str, path: Path) -> None:
         )
 
 
-def _write_store(hashes: dict[str, dict[str, str]]) -> None:
+@contextmanager
+def _locked_store() -> Iterator[None]:
+    """Keep other processes from changing the store in this block: two exports at once would lose a hash."""
+    from filelock import FileLock
+
     path = trust_store()
     with writing(path, 'CXR_TRUST'):
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f'.{path.name}.lock'), timeout=LOCK_SECONDS)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _write_store(hashes: dict[str, dict[str, str]]) -> None:
+    path = trust_store()
     write_json(path, hashes)
     path.chmod(0o600)

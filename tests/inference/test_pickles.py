@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fastai.learner
@@ -197,3 +198,11 @@ def test_a_damaged_trust_store_is_an_error(store):
     store.write_text('[]')
     with pytest.raises(CXRError, match='not a store of trusted hashes'):
         trusted()
+
+
+def test_hashes_that_several_threads_trust_at_once_are_all_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv('CXR_TRUST', str(tmp_path / 'trust.json'))
+    hashes = [f'{number:064x}' for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda digest: trust(digest, 'test'), hashes))
+    assert set(trusted()) == set(hashes)

@@ -78,7 +78,7 @@ def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: li
     )
     print_line(f'{summary} {decision.margin}'.rstrip() if decision else summary)
     out.print(metrics_tables(metrics))
-    files = ['predictions.csv', 'metrics.json', *(['decision.json'] if decision else []), *figures]
+    files = ['predictions.csv', 'metrics.json', 'decision.json', *figures]
     print_line(f'in {run.path}: {", ".join(files)}')
 
 

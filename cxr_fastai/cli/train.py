@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import typer
@@ -133,10 +132,7 @@ def _typed_options(given: typer.Context) -> dict[str, Any]:
 
 
 def _print_next_step(run: Run) -> None:
-    command = f'cxr-fastai evaluate {quote(str(run.path))}'
-    if (run / 'items.csv').is_file() and 'test' not in set(run.items.split):
-        command += ' --split valid'
-    print_line(f'{run.path}: trained. Next: {command}')
+    print_line(f'{run.path}: trained. Next: {run.evaluation()}')
 
 
 def lr_find(

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.environment import is_main_process
@@ -19,8 +20,9 @@ from cxr_fastai.core.foreign import parse_json, read_text
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.recipe_fields import parse_recipe
 from cxr_fastai.core.run_files import (
+    MISMATCHES,
     hash_decision,
-    hash_predictions,
+    hash_results,
     read_decision,
     read_json,
     read_metrics,
@@ -53,7 +55,6 @@ JOURNAL = {
     'best': Fields({}, optional=True, required=False),
 }
 """The fields of a line of `journal.jsonl` that are read."""
-OTHER_DECISION = 'were computed with another decision than that in decision.json'
 MAX_JOURNAL = 2**28
 """Largest journal, in bytes."""
 
@@ -153,67 +154,77 @@ class Run:
 
         Raises `UsageError` if they are not those of `predictions.csv` and `decision.json`.
         """
-        metrics = read_metrics(self / 'metrics.json')
+        metrics = self.stored_metrics
         for split, values in metrics.items():
-            self._check_result(split, values)
+            self._refuse(split, self._find_mismatch(split, values))
         return metrics
 
-    def _check_result(self, split: str, metrics: dict[str, Any]) -> None:
-        """Raise `UsageError` unless the `metrics` of `split` were computed from the files in this folder."""
-        if 'predictions_sha256' not in metrics:
-            problem = 'were made by an older version'
-        elif metrics['predictions_sha256'] != hash_predictions(self.predicted(split)):
-            problem = 'are of other predictions than those in predictions.csv'
-        elif metrics.get('decision_sha256') not in (None, hash_decision(self.decision)):
-            problem = OTHER_DECISION
-        else:
-            return
-        raise UsageError(
-            f'{self / "metrics.json"}: the metrics of {split} {problem}. '
-            f'Run `cxr-fastai evaluate {self.path} --split {split}` again.'
-        )
+    @property
+    def stored_metrics(self) -> dict[str, Any]:
+        """The contents of `metrics.json`: like `metrics`, but of whatever predictions and decision; perhaps empty."""
+        return read_metrics(self / 'metrics.json')
+
+    def intact_metrics(self, *parts: str) -> dict[str, Any]:
+        """Return the metrics of the splits of which `parts` of `MISMATCHES` (default: all) fit; perhaps none."""
+        intact = {}
+        with suppress(UsageError):
+            for split, values in self.stored_metrics.items():
+                with suppress(UsageError):
+                    if not self._find_mismatch(split, values, parts or tuple(MISMATCHES)):
+                        intact[split] = values
+        return intact
+
+    def _find_mismatch(self, split: str, metrics: dict[str, Any], parts: tuple[str, ...] = tuple(MISMATCHES)) -> str:
+        """Return what is wrong with the `metrics` of `split`; empty if their hashes fit the files in this folder."""
+        if 'hashes' not in metrics:
+            return 'were computed by an older version'
+        current = hash_results(self.predicted(split), self.decision, metrics)
+        for part in parts:
+            if metrics['hashes'][part] != current[part]:
+                return MISMATCHES[part]
+        return ''
+
+    def _refuse(self, split: str, problem: str) -> None:
+        if problem:
+            raise UsageError(
+                f'{self / "metrics.json"}: the metrics of {split} {problem}. Run `{self.evaluation(split)}` again.'
+            )
 
     def check_decision(self) -> None:
-        """Raise `UsageError` if `decision.json` is not the decision that the metrics were computed with."""
-        current = hash_decision(self.decision)
-        for split, metrics in read_metrics(self / 'metrics.json').items():
-            if metrics.get('decision_sha256') not in (None, current):
-                raise UsageError(
-                    f'{self / "metrics.json"}: the metrics of {split} {OTHER_DECISION}. '
-                    f'Run `cxr-fastai evaluate {self.path} --split {split}` again.'
-                )
+        """Raise `UsageError` unless `decision.json` is the decision that the metrics were computed with."""
+        metrics = self.stored_metrics
+        if not metrics and self.decision:
+            raise UsageError(
+                f'{self / "metrics.json"} is missing, so nothing shows that decision.json was not changed. '
+                f'Run `{self.evaluation()}` again.'
+            )
+        for split, values in metrics.items():
+            self._refuse(split, self._find_other_decision(values))
 
-    def discard_mixed_metrics(self) -> None:
-        """Delete `metrics.json` if it was computed with another decision; it is about to be computed again."""
-        try:
-            self.check_decision()
-        except UsageError:
-            (self / 'metrics.json').unlink(missing_ok=True)
+    def _find_other_decision(self, metrics: dict[str, Any]) -> str:
+        if 'hashes' not in metrics:
+            return 'were computed by an older version'
+        if not self.decision:
+            return 'were computed with a decision, but decision.json is missing'
+        return '' if metrics['hashes']['decision'] == hash_decision(self.decision) else MISMATCHES['decision']
 
-    @property
-    def known_metrics(self) -> dict[str, Any]:
-        """The `metrics` of the splits whose predictions and decision are those in this folder, perhaps none."""
-        known = {}
-        with suppress(UsageError):
-            for split, values in read_metrics(self / 'metrics.json').items():
-                with suppress(UsageError):
-                    self._check_result(split, values)
-                    known[split] = values
-        return known
+    def evaluation(self, split: str | None = None) -> str:
+        """Return the command that evaluates the run on `split`; by default on its test images, else on `valid`."""
+        if split is None:
+            has_items = (self / 'items.csv').is_file()
+            split = 'valid' if has_items and 'test' not in set(self.items.split) else 'test'
+        option = '' if split == 'test' else f' --split {split}'
+        return f'cxr-fastai evaluate {quote(str(self.path))}{option}'
 
-    def write_results(
-        self, predictions: pd.DataFrame, metrics: dict[str, Any], decision: dict[str, Any] | None = None
-    ) -> None:
-        """Write `predictions.csv`, `decision.json` if there is a decision, and last `metrics.json` with their hashes.
+    def write_results(self, predictions: pd.DataFrame, metrics: dict[str, Any], decision: dict[str, Any]) -> None:
+        """Write `predictions.csv`, `decision.json`, and last `metrics.json` with the hashes that bind them together.
 
         Whoever reads the metrics after a crash between the writes gets an error, and not metrics of something else.
         """
         write_csv(self / 'predictions.csv', predictions)
-        if decision is not None:
-            write_json(self / 'decision.json', decision)
+        write_json(self / 'decision.json', decision)
         for split, values in metrics.items():
-            values['predictions_sha256'] = hash_predictions(predictions[predictions.split == split])
-            values['decision_sha256'] = None if decision is None else hash_decision(decision)
+            values['hashes'] = hash_results(predictions[predictions.split == split], decision, values)
         write_json(self / 'metrics.json', metrics)
 
     @property

@@ -1,7 +1,8 @@
 """Reading of the files in a run folder, which may come from somebody else, and the hashes that bind results together.
 
 `evaluate` writes three files that belong together: `predictions.csv`, `decision.json`, and last `metrics.json`, which
-contains the hashes of what is in the other two. A crash between the writes is therefore noticed by every reader.
+contains the hashes of what is in the other two and of the metrics themselves. Every reader therefore notices a crash
+between the writes, and an edit of one of the files.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from cxr_fastai.core.files import unescape_formula
 from cxr_fastai.core.foreign import MAX_JSON, read_bytes, read_text
 from cxr_fastai.core.foreign import parse_json as parse_foreign_json
 from cxr_fastai.core.recipe import SPLITS, VOCAB
-from cxr_fastai.core.schemas import Anything, Fields, Integer, Number, Rule, Table, Text, check_object
+from cxr_fastai.core.schemas import Anything, Fields, Flag, Integer, Number, Rule, Table, Text, check_object
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,10 +34,10 @@ WRITERS = {
     'robustness.csv': 'evaluate --robustness',
 }
 """Table to the command that writes it."""
-TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase')
+TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase', 'model')
 """Columns that are read as text: the patient `007` is not the number 7, and the patient `NA` is not missing."""
-EXACT_COLUMNS = ('p_pneumonia',)
-"""Columns that are read to the last digit, which older pandas round: a probability may lie next to the threshold."""
+EXACT_COLUMNS = ('p_pneumonia', 'loss')
+"""Columns of the predictions that are read to the last digit: a probability may lie next to the threshold."""
 NUMBERS = {
     'items.csv': (),
     'history.csv': ('epoch', 'lr', 'train_loss', 'valid_loss', 'accuracy', 'roc_auc', 'sensitivity', 'specificity')
@@ -49,15 +50,19 @@ TEXTS = {
     'items.csv': ('path', 'label', 'split', 'patient', 'kind'),
     'history.csv': ('phase',),
     'predictions.csv': ('path', 'label', 'split', 'patient', 'prediction'),
-    'robustness.csv': ('corruption', 'split'),
+    'robustness.csv': ('corruption', 'split', 'model'),
 }
 """Table to the columns of texts that it must have."""
 CHOICES = {'label': VOCAB, 'prediction': VOCAB, 'split': SPLITS}
 """Column to the values that it may have."""
 UNIQUE_COLUMNS = {'items.csv': ['path', 'split'], 'predictions.csv': ['path', 'split']}
 """Table to the columns that identify a row."""
-HASHED_COLUMNS = ('path', 'label', 'patient', 'prediction')
-"""Columns of the predictions that the hash of the predictions covers, in addition to the probability."""
+MISMATCHES = {
+    'predictions': 'are of other predictions than those in predictions.csv',
+    'decision': 'were computed with another decision than that in decision.json',
+    'metrics': 'were changed after they had been computed',
+}
+"""What the hashes of the metrics of a split cover, and what is wrong with the metrics if that does not fit."""
 
 MAX_THRESHOLD = math.nextafter(1, 2)
 """Largest threshold: no image is classified as pneumonia."""
@@ -73,6 +78,7 @@ DECISION: dict[str, Rule] = {
     'temperature': Number(MIN_TEMPERATURE, MAX_TEMPERATURE, required=False),
     'model': Text(64, f'({SHA256})?', required=False),
     'margin': Text(2000, required=False),
+    'is_default': Flag(required=False),
     'valid': Fields({'n': Integer(0, required=False)} | dict.fromkeys(RATES, ESTIMATE), required=False),
 }
 """The fields of `decision.json`."""
@@ -81,8 +87,7 @@ METRICS: dict[str, Rule] = {
     'threshold': Number(0, MAX_THRESHOLD, required=False),
     'threshold_rule': Text(200, required=False),
     'model': Text(64, f'({SHA256})?', required=False),
-    'predictions_sha256': Text(64, SHA256, required=False),
-    'decision_sha256': Text(64, SHA256, optional=True, required=False),
+    'hashes': Fields(dict.fromkeys(MISMATCHES, Text(64, SHA256)), required=False),
 }
 """The fields of a split in `metrics.json` that say what the metrics are of. Other fields are the metrics."""
 EVALUATE_AGAIN = 'Evaluate the run again.'
@@ -189,11 +194,19 @@ def _check_table(table: pd.DataFrame, name: str) -> None:
         raise ValueError(f'the image {table.path[repeated].iloc[0]!r:.80} occurs twice')
 
 
-def hash_predictions(predictions: pd.DataFrame) -> str:
-    """Return the SHA-256 of the images, labels, probabilities and classes of a table of predictions, in order."""
-    columns = [predictions[name].astype(str) for name in HASHED_COLUMNS]
-    probabilities = [float(p).hex() for p in predictions.p_pneumonia]
-    return _hash([*map(list, zip(*columns, probabilities, strict=True))])
+def hash_results(predictions: pd.DataFrame, decision: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return the SHA-256 of each of `MISMATCHES`: the `predictions` of a split, the `decision`, and the `metrics`."""
+    return {
+        'predictions': _hash_predictions(predictions),
+        'decision': hash_decision(decision),
+        'metrics': _hash({name: value for name, value in metrics.items() if name != 'hashes'}),
+    }
+
+
+def _hash_predictions(predictions: pd.DataFrame) -> str:
+    texts = [predictions[name].astype(str) for name in TEXTS['predictions.csv'] if name != 'split']
+    numbers = [predictions[name].map(lambda number: float(number).hex()) for name in NUMBERS['predictions.csv']]
+    return _hash([*map(list, zip(*texts, *numbers, strict=True))])
 
 
 def hash_decision(decision: Mapping[str, Any]) -> str:
@@ -201,5 +214,5 @@ def hash_decision(decision: Mapping[str, Any]) -> str:
     return _hash([decision.get(name) for name in DECISION])
 
 
-def _hash(values: Iterable[Any]) -> str:
-    return hashlib.sha256(json.dumps(list(values), sort_keys=True).encode()).hexdigest()
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -23,7 +23,7 @@ from cxr_fastai.evaluation.metrics import PREVALENCES, is_complete, measure
 from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, parse_rule
 from cxr_fastai.inference.config import identify_network
 from cxr_fastai.inference.decision import Decision
-from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.inference.predictor import Predictor, load_undecided
 
 PREDICTION_COLUMNS = ['path', 'label', 'split', 'patient', 'p_pneumonia', 'prediction', 'loss']
 """Columns of `predictions.csv`."""
@@ -63,24 +63,19 @@ def evaluate(
         parse_rule(rule)
     columns = [column.strip().lower() for column in by]  # as in the header of a CSV file of images
     run.remove_partial_files()
-    run.discard_mixed_metrics()
     root, items = find_split(run, data, split, limit, columns)
     model = identify_network(run.path)
     predicted = _predict_missing(run, model, _Images(split, items, root), data, batch_size, again)
     decision = _decide(run, predicted.valid, rule, model)
     groups = {column: items[column].to_numpy() for column in columns}
-    metrics = {}
-    tables = {}
-    for name, predictions in predicted.tables.items():
-        table = apply_threshold(predictions, decision.threshold)
-        stamp = predicted.stamps.get(name)
-        if name == split:
-            metrics[name] = measure_split(run, table, decision, groups, prevalences, stamp)
-        else:
-            metrics[name] = _update_metrics(run, name, table, decision, stamp)
-        tables[name] = table
-    stored_decision = asdict(decision) if decision.valid else None
-    run.write_results(pd.concat(tables.values(), ignore_index=True), metrics, stored_decision)
+    tables = {name: apply_threshold(table, decision.threshold) for name, table in predicted.tables.items()}
+    metrics = {
+        name: measure_split(run, table, decision, groups, prevalences, predicted.stamps.get(name))
+        if name == split
+        else _update_metrics(run, name, table, decision, predicted.stamps.get(name))
+        for name, table in tables.items()
+    }
+    run.write_results(pd.concat(tables.values(), ignore_index=True), metrics, asdict(decision))
     return metrics[split]
 
 
@@ -186,7 +181,7 @@ def _predict_missing(
             missing.append(_Images('valid', valid, folder))
     stamps = {}
     if missing:
-        predictor = Predictor.load(run.path)
+        predictor = load_undecided(run)
         for part in missing:
             tables[part.split] = predict_items(predictor, part.items, part.root, batch_size)
             stamps[part.split] = stamp_images(part.items, part.root)
@@ -196,10 +191,15 @@ def _predict_missing(
 
 def known_predictions(run: Run, model: str) -> dict[str, pd.DataFrame]:
     """Return the stored predictions by split that were made by the network with the SHA-256 `model`."""
-    splits = [split for split, metrics in run.known_metrics.items() if metrics.get('model') == model]
+    splits = [split for split, metrics in _predicted_metrics(run).items() if metrics.get('model') == model]
     if not splits:
         return {}
     return {str(split): rows for split, rows in run.predictions.groupby('split', sort=False) if split in splits}
+
+
+def _predicted_metrics(run: Run) -> dict[str, Any]:
+    """Return the metrics of the splits whose predictions are stored unchanged, with whatever decision."""
+    return run.intact_metrics('predictions', 'metrics')
 
 
 def _is_current(
@@ -211,7 +211,7 @@ def _is_current(
     """
     if split not in tables or not _have_same_paths(tables[split], items):
         return False
-    return root is None or run.known_metrics[split].get('images') == stamp_images(items, root)
+    return root is None or _predicted_metrics(run)[split].get('images') == stamp_images(items, root)
 
 
 def _have_same_paths(predictions: pd.DataFrame, items: pd.DataFrame) -> bool:
@@ -268,20 +268,24 @@ def measure_split(
         predictions.assign(**groups), decision.threshold, decision.rule, decision.temperature, prevalences, list(groups)
     )
     metrics['model'] = decision.model
-    metrics['images'] = stamp or run.known_metrics.get(split, {}).get('images')
+    metrics['images'] = stamp or _predicted_metrics(run).get(split, {}).get('images')
     return metrics
 
 
 def _decide(run: Run, valid: pd.DataFrame | None, rule: str | None, model: str) -> Decision:
     """Choose the threshold by `rule` (default: the one used last) on the predictions of all validation images.
 
-    Without them it is the stored decision, a fixed threshold, or that of the recipe with a warning.
+    Without them it is the stored decision, a fixed threshold, or that of the recipe with a warning. Raises `UsageError`
+    if the stored decision is not that of the stored metrics.
     """
     previous = Decision.from_run(run, model)
+    if previous and previous.is_default:
+        previous = None
     if valid is not None:
         default_rule = previous.rule if previous else DEFAULT_RULE
         return decide(valid, rule or default_rule, model)
     if previous and rule in (None, previous.rule):
+        _check_stored_decision(run)
         return previous
     if rule is None:
         threshold = run.recipe.threshold
@@ -290,7 +294,7 @@ def _decide(run: Run, valid: pd.DataFrame | None, rule: str | None, model: str) 
             CXRWarning,
             stacklevel=3,
         )
-        return Decision(threshold, f'fixed:{threshold:g}', model=model)
+        return Decision(threshold, f'fixed:{threshold:g}', model=model, is_default=True)
     if not rule.startswith('fixed:'):
         raise UsageError(
             f'--threshold {rule}: this rule requires all validation images of the run, and not all were found. '
@@ -300,6 +304,16 @@ def _decide(run: Run, valid: pd.DataFrame | None, rule: str | None, model: str) 
     return Decision(threshold, rule, model=model)
 
 
+def _check_stored_decision(run: Run) -> None:
+    try:
+        run.check_decision()
+    except UsageError as error:
+        raise UsageError(
+            f'{error} The validation images of the run are needed for that, and not all were found: name the folder '
+            'that the run was trained on, or choose --threshold fixed:T.'
+        ) from None
+
+
 def _update_metrics(
     run: Run, split: str, predictions: pd.DataFrame, decision: Decision, stamp: str | None
 ) -> dict[str, Any]:
@@ -307,9 +321,8 @@ def _update_metrics(
 
     They are the stored ones, unless the split was predicted just now, the decision has changed, or metrics are missing.
     """
-    stored = run.known_metrics.get(split, {})
-    is_valid = stamp is None and decision.matches(stored) and is_complete(stored)
-    if is_valid and stored['calibrated']['temperature'] == decision.temperature:
+    stored = _predicted_metrics(run).get(split, {})
+    if stamp is None and decision.matches(stored) and is_complete(stored):
         return stored
     lost_columns = {group['column'] for group in stored.get('subgroups', ())} - {'kind'}
     if lost_columns:

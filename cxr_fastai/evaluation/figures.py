@@ -64,7 +64,7 @@ def evaluate_and_draw(
         The metrics of `split`, and the names of its figures relative to the run folder.
     """
     data = Path(data) if data is not None else None
-    previous_metrics = run.known_metrics
+    previous_metrics = run.intact_metrics()
     metrics = evaluate(run, data, split, batch_size, limit, rule, prevalences, by, again)
     current_metrics = run.metrics
     for other in previous_metrics.keys() & current_metrics.keys() - {split}:
@@ -149,10 +149,21 @@ def save_picture(pixels: np.ndarray, path: Path) -> None:
         image.save(temporary, 'PNG', optimize=True)
 
 
-def image_picture(run: Run, path: str, folder: str = 'images') -> Path:
-    """Return the path of the small PNG of the image `path`, in `figures/images/`, or in `figures/cams/` with its CAM.
+def image_picture(run: Run, path: str) -> Path:
+    """Return the path of the small PNG of the image `path`, in `figures/images/`.
 
     The name is a hash of `path`: it is unique, and reveals nothing about the patient.
     """
-    digest = hashlib.sha256(path.encode(errors='surrogateescape')).hexdigest()
-    return run / 'figures' / folder / f'{digest[:16]}.png'
+    return run / 'figures' / 'images' / f'{_short_hash(path)}.png'
+
+
+def cam_picture(run: Run, path: str, network: str) -> Path:
+    """Return the path of the small PNG of the image `path` with its CAM, in `figures/cams/`.
+
+    The name is a hash of `path` and of `network`, the SHA-256 of the network whose map it is.
+    """
+    return run / 'figures' / 'cams' / f'{_short_hash(network + path)}.png'
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:16]

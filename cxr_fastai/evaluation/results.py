@@ -6,10 +6,11 @@ from typing import Any
 
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.run import Run
-from cxr_fastai.core.run_files import ESTIMATE
+from cxr_fastai.core.run_files import ESTIMATE, MISMATCHES
 from cxr_fastai.core.schemas import Fields, Flag, Integer, ListOf, Number, Table, Text, check_object
 from cxr_fastai.evaluation.metrics import RANKING_METRICS, THRESHOLD_METRICS, ConfusionMatrix, Sample, is_complete
 from cxr_fastai.inference.config import identify_network
+from cxr_fastai.inference.decision import Decision
 
 TOLERANCE = 1e-6
 """Largest difference of a metric that is computed again."""
@@ -35,18 +36,19 @@ def check_results(run: Run, split: str) -> dict[str, Any]:
     """
     metrics = run.metrics[split]
     predictions = run.predicted(split)
+    decision = Decision.from_run(run, metrics.get('model', ''))
     if not is_complete(metrics):
         problem = 'were made by an older version'
     elif metrics.get('n') != len(predictions):
         problem = f'are of {metrics.get("n")} images, but predictions.csv contains {len(predictions)}'
     elif not is_of_network(run, metrics):
         problem = 'are of another network'
+    elif decision is None or not decision.matches(metrics):
+        problem = MISMATCHES['decision']
     else:
         problem = _compare(metrics, Sample.from_predictions(predictions))
     if problem:
-        raise UsageError(
-            f'{run.path}: the metrics of {split} {problem}. Run `cxr-fastai evaluate {run.path} --split {split}` again.'
-        )
+        raise UsageError(f'{run.path}: the metrics of {split} {problem}. Run `{run.evaluation(split)}` again.')
     return metrics
 
 

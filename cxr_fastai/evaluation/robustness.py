@@ -26,6 +26,7 @@ from cxr_fastai.evaluation.metrics import ConfusionMatrix, Sample, measure_auc
 from cxr_fastai.images.corruptions import CLEAN, CORRUPTIONS, SHORTCUT, STRENGTHS, Equaliser, corrupt
 from cxr_fastai.images.decode import open_image
 from cxr_fastai.images.preprocessing import Preprocessing
+from cxr_fastai.inference.config import identify_network
 from cxr_fastai.inference.predictor import Predictor
 
 SQUARE_SIZE = 224
@@ -46,13 +47,14 @@ def evaluate_robustness(
 ) -> pd.DataFrame:
     """Measure the robustness of a run on a split as `measure_robustness` does.
 
-    Writes the table into the run's `robustness.csv`, where the rows of other splits stay, and draws its figure. Raises
+    Writes the table into the run's `robustness.csv` with the SHA-256 of the network, where the rows of other splits
+    stay, and draws its figure. Raises
     `UsageError` for a split without images, `ImageError` for an unreadable image.
     """
     data = Path(data) if data is not None else None
     root, items = find_split(run, data, split, limit)
     table = measure_robustness(Predictor.load(run.path), items, root, batch_size)
-    run.write_split('robustness.csv', table.assign(split=split), split)
+    run.write_split('robustness.csv', table.assign(split=split, model=identify_network(run.path)), split)
     save_robustness_figure(run, split)
     return table
 

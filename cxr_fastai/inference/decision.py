@@ -13,7 +13,8 @@ class Decision:
     """The contents of `decision.json` in the run folder, which `evaluate` writes.
 
     `rule` is the rule that chose the threshold, `margin` the safety margin that it added for the number of images, in
-    words. `model` is the SHA-256 of the network. `valid` describes the validation images that were used.
+    words. `model` is the SHA-256 of the network. `valid` describes the validation images that were used; it is empty if
+    they were not found. `is_default` is True if no rule was given either, so that the threshold is that of the recipe.
     """
 
     threshold: float
@@ -22,6 +23,7 @@ class Decision:
     model: str = ''
     margin: str = ''
     valid: dict[str, Any] = field(default_factory=dict)
+    is_default: bool = False
 
     @classmethod
     def from_run(cls, run: Run, model: str) -> Decision | None:
@@ -50,4 +52,5 @@ class Decision:
             metrics.get('threshold') == self.threshold
             and metrics.get('threshold_rule') == self.rule
             and metrics.get('model') == self.model
+            and metrics.get('calibrated', {}).get('temperature') == self.temperature
         )

@@ -25,7 +25,7 @@ from cxr_fastai.images.decoder_pool import DecodeGroup, available_cores, default
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle
-from cxr_fastai.inference.config import LEARNER, ModelConfig, find_network, sha256, temper
+from cxr_fastai.inference.config import LEARNER, ModelConfig, find_network, identify_network, temper
 from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.engines import Engine, TorchEngine
 from cxr_fastai.inference.gate import REJECTION, Gate
@@ -72,7 +72,7 @@ class Predictor:
         if is_bundle(model):
             predictor = _load_bundle(model, engine)
         elif model.is_dir():
-            predictor = _load_run(model)
+            predictor = _load_run(Run(model))
         else:
             predictor = _load_pickle(model)
         if calibrated and predictor.config.temperature is None:
@@ -240,32 +240,36 @@ def _load_bundle(path: Path, engine: str) -> Predictor:
     return predictor
 
 
-def _load_run(path: Path) -> Predictor:
-    run = Run(path)
-    file = find_network(path)
+def load_undecided(run: Run) -> Predictor:
+    """Load the network of `run` with the threshold of its recipe, whatever `evaluate` decided."""
+    file = find_network(run.path)
     if file.name == LEARNER:
-        predictor = _load_pickle(file)
-    else:
-        settings = asdict(ModelConfig.from_recipe(run.recipe))
-        config = ModelConfig.from_dict(settings, run / 'recipe.json')
-        predictor = Predictor(TorchEngine(load_network(config, read_bytes(file, MAX_BYTES), file)), config)
-    return replace(predictor, config=_apply_decision(run, file, predictor.config))
+        return _load_pickle(file)
+    settings = asdict(ModelConfig.from_recipe(run.recipe))
+    config = ModelConfig.from_dict(settings, run / 'recipe.json')
+    return Predictor(TorchEngine(load_network(config, read_bytes(file, MAX_BYTES), file)), config)
 
 
-def _apply_decision(run: Run, file: Path, config: ModelConfig) -> ModelConfig:
-    """Return `config` with the decision of `run`; unchanged, with a warning, if that was made for another network."""
+def _load_run(run: Run) -> Predictor:
+    predictor = load_undecided(run)
+    return replace(predictor, config=_apply_decision(run, predictor.config))
+
+
+def _apply_decision(run: Run, config: ModelConfig) -> ModelConfig:
+    """Return `config` with the decision of `run`; unchanged, with a warning, if there is none for its network."""
     run.check_decision()
-    decision = Decision.from_run(run, sha256(file))
+    decision = Decision.from_run(run, identify_network(run.path))
     if decision:
         return replace(
             config, threshold=decision.threshold, threshold_rule=decision.rule, temperature=decision.temperature
         )
-    if run.decision:
-        warnings.warn(
-            f'{run / "decision.json"} was made for another network, so it is not used. Evaluate the run again.',
-            CXRWarning,
-            stacklevel=4,
-        )
+    reason = 'its decision.json was made for another network' if run.decision else 'it was not evaluated'
+    warnings.warn(
+        f'{run.path}: {reason}, so the threshold is {config.threshold:g}, that of its recipe. '
+        f'`{run.evaluation()}` chooses one.',
+        CXRWarning,
+        stacklevel=4,
+    )
     return config
 
 

@@ -28,6 +28,9 @@ from cxr_fastai.inference.predictor import COLUMNS, Predictor, Row, name_images
 
 MAX_BYTES = 2**31
 """Largest table that is read to be resumed, in bytes."""
+MAX_DIFFERENCE = 1e-3
+"""Largest difference of a probability that is computed again with the same network, perhaps by another engine."""
+SAME_OPTIONS = 'Use the same model, options and images as before, or choose another --out.'
 NUMBERS = ('p_pneumonia', 'threshold')
 """Columns that Parquet stores as numbers; the others are text."""
 
@@ -90,7 +93,7 @@ def predict_to_table(
         predictor = replace(Predictor.load(model, calibrated, engine, use_gate), tta=tta)
         if threshold is not None:
             predictor = predictor.with_threshold(threshold)
-        _check_same_threshold(finished, predictor, table)
+        _check_same_model(finished, named, predictor, table)
         if use_gate and predictor.gate is None and is_main_process():
             _warn_of_missing_gate(model)
         if writer and not finished:
@@ -126,15 +129,41 @@ def _check_same_images(finished: list[Row], names: list[str], table: Path | None
         raise UsageError(f'--resume: {table} contains other images. Name the same images as before, in the same order.')
 
 
-def _check_same_threshold(finished: list[Row], predictor: Predictor, table: Path | None) -> None:
+def _check_same_model(
+    finished: list[Row], named: Sequence[tuple[str, ImageLike]], predictor: Predictor, table: Path | None
+) -> None:
+    """Raise `UsageError` unless the `finished` rows have the threshold of `predictor`, and one of its probabilities.
+
+    The image with the least certain probability is predicted again, because on it two networks differ most.
+    """
     if not finished:
         return
-    threshold = float(finished[0]['threshold'])
+    threshold = _number(finished[0], 'threshold', table)
     if threshold != predictor.threshold:
         raise UsageError(
-            f'--resume: {table} has the threshold {threshold:g}, but now it is {predictor.threshold:g}. '
-            'Use the same model and options as before.'
+            f'--resume: {table} has the threshold {threshold:g}, but now it is {predictor.threshold:g}. {SAME_OPTIONS}'
         )
+    known = {index: _number(row, 'p_pneumonia', table) for index, row in enumerate(finished) if row['status'] == 'ok'}
+    if not known:
+        return
+    index = min(known, key=lambda index: abs(known[index] - 0.5))
+    (row,) = predictor.predict_named([named[index]])
+    p = row['p_pneumonia']
+    if p is None or abs(p - known[index]) > MAX_DIFFERENCE:
+        now = row['message'] if p is None else f'{p:.4f}'
+        raise UsageError(
+            f'--resume: {table} has {known[index]:.4f} for {row["path"]}, but now it is {now}. {SAME_OPTIONS}'
+        )
+
+
+def _number(row: Row, name: str, table: Path | None) -> float:
+    """Return the number in the column `name` of a row that was read from `table`."""
+    try:
+        return float(row[name])
+    except (TypeError, ValueError):
+        raise UsageError(
+            f'--resume: {table} has {row[name]!r:.80} as {name}, which is not a number. Choose another --out.'
+        ) from None
 
 
 def _warn_of_missing_gate(model: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.run import Run
-from cxr_fastai.evaluation.figures import image_picture, save_picture, shown_images
+from cxr_fastai.evaluation.figures import cam_picture, save_picture, shown_images
+from cxr_fastai.inference.config import identify_network
 from cxr_fastai.interpretation.explainer import Explainer, save_explanations
 from cxr_fastai.interpretation.interpretation import ERROR_KINDS, CXRInterpretation
 from cxr_fastai.interpretation.overlays import Explanation, blend
@@ -53,11 +54,12 @@ def save_cams(interpretation: CXRInterpretation) -> None:
     """
     run = _require_run(interpretation)
     rows = shown_images(interpretation.predictions)
+    network = identify_network(run.path)
     explainer = Explainer(interpretation.explainer.predictor)
     explanations = explainer.explain(interpretation.subjects(rows))
     for path, explanation in zip(rows.path, explanations, strict=True):
         if isinstance(explanation, Explanation):
-            save_picture(blend(explanation), image_picture(run, path, 'cams'))
+            save_picture(blend(explanation), cam_picture(run, path, network))
 
 
 def _require_run(interpretation: CXRInterpretation) -> Run:

@@ -83,7 +83,7 @@ def export(run: Run, out: StrPath | None = None, as_zip: bool = False) -> Path:
     if not run.metrics:
         raise UsageError(
             f'{run.path}: not evaluated, so it has no threshold and no metrics for its model card. '
-            f'Run `cxr-fastai evaluate {run.path}` first.'
+            f'Run `{run.evaluation()}` first.'
         )
     check_results(run, main_split(run))
     check_declared(run.recipe.arch)  # the bundle is verified in a new process

@@ -35,7 +35,7 @@ from cxr_fastai.data.splits import (
     unknown_patients_warning,
     validation_warning,
 )
-from cxr_fastai.evaluation.figures import CURVES, image_picture, typical_correct, worst_errors
+from cxr_fastai.evaluation.figures import CURVES, cam_picture, image_picture, typical_correct, worst_errors
 from cxr_fastai.evaluation.intervals import Estimate, format_estimate
 from cxr_fastai.evaluation.metrics import (
     MIN_GROUP_SIZE,
@@ -118,7 +118,7 @@ def report(run: Run, audit: StrPath | None = None, hide_names: bool = False, pdf
     """
     audit = Path(audit) if audit is not None else None
     if not run.metrics:
-        raise UsageError(f'{run.path}: not evaluated yet. Run `cxr-fastai evaluate {run.path}` first.')
+        raise UsageError(f'{run.path}: not evaluated yet. Run `{run.evaluation()}` first.')
     split = main_split(run)
     check_results(run, split)
     findings = read_audit(audit, run) if audit else find_audit(run)
@@ -162,7 +162,7 @@ def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names
         'plots': draw(run, predictions, metrics, split, map_check),
         'thresholds': threshold_table(predictions, [metrics['threshold']]).to_dict('records'),
         'robustness': _summarise_robustness(run, split),
-        'images': select_images(run, predictions, hide_names),
+        'images': select_images(run, predictions, metrics['model'], hide_names),
         'maps': map_check,
         'check_rows': check_rows(map_check) if map_check else [],
         'facts': describe_run(run),
@@ -242,8 +242,10 @@ def find_audit(run: Run) -> dict[str, Any] | None:
     return None
 
 
-def select_images(run: Run, predictions: pd.DataFrame, hide_names: bool = False) -> dict[str, list[dict[str, Any]]]:
-    """Return the worst `errors` and typical `correct` predictions.
+def select_images(
+    run: Run, predictions: pd.DataFrame, network: str, hide_names: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the worst `errors` and typical `correct` predictions of the network with the SHA-256 `network`.
 
     Each has the keys `name`, `label`, `p`, and `picture` and `cam`, which are data URIs of thumbnails of the image and
     of its map (None if there is none).
@@ -257,7 +259,7 @@ def select_images(run: Run, predictions: pd.DataFrame, hide_names: bool = False)
                 'label': row.label,
                 'p': row.p_pneumonia,
                 'picture': _embed(image_picture(run, row.path)),
-                'cam': _embed(image_picture(run, row.path, 'cams')),
+                'cam': _embed(cam_picture(run, row.path, network)),
             }
             for row in rows.itertuples()
         ]
@@ -309,8 +311,19 @@ def describe_plot(name: str, metrics: dict[str, Any]) -> str:
 def _read_robustness(run: Run, split: str) -> pd.DataFrame | None:
     if not (run / 'robustness.csv').exists():
         return None
-    rows = run.robustness[lambda table: table.split == split]
-    return rows if len(rows) else None
+    table = run.robustness
+    rows = table[table.split == split]
+    if rows.empty:
+        return None
+    if not is_of_network(run, {'model': rows.model.iloc[0]}) or rows.model.nunique() > 1:
+        warnings.warn(
+            f'{run / "robustness.csv"} is of another network and left out. Run `{run.evaluation(split)} --robustness` '
+            'again.',
+            CXRWarning,
+            stacklevel=2,
+        )
+        return None
+    return rows
 
 
 def _summarise_robustness(run: Run, split: str) -> dict[str, float] | None:

@@ -37,7 +37,7 @@ def test_evaluate_writes_predictions_metrics_and_decision(copy, images):
     test['kind'] = test.path.str.extract('(bacteria|virus)', expand=False).fillna('normal')
     decision = Decision(**copy.decision)
     expected = measure(test, decision.threshold, 'sensitivity:0.95', decision.temperature, by=['kind'])
-    stamps = ('images', 'predictions_sha256', 'decision_sha256')
+    stamps = ('images', 'hashes')
     assert metrics == expected | {'model': decision.model} | {name: metrics[name] for name in stamps}
 
 
@@ -116,8 +116,18 @@ def test_without_all_validation_images_no_threshold_is_chosen(copy, images, tmp_
         assert evaluate(copy, tmp_path / 'elsewhere', 'test')['threshold_rule'] == 'fixed:0.5'
     with pytest.raises(UsageError, match='youden: this rule requires all validation images'):
         evaluate(copy, tmp_path / 'elsewhere', 'test', rule='youden')
+    with pytest.warns(CXRWarning, match='no threshold was chosen'):
+        evaluate(copy, tmp_path / 'elsewhere', 'test')
+    assert copy.decision['is_default'] and Predictor.load(copy.path).threshold == 0.5
+    assert evaluate(copy, images, 'test')['threshold_rule'] == 'sensitivity:0.95'
+
+
+def test_a_fixed_threshold_without_validation_images_is_the_decision_of_the_run(copy, images, tmp_path):
+    shutil.copytree(images / 'test', tmp_path / 'elsewhere/test')
+    hide_images(copy, tmp_path)
     assert evaluate(copy, tmp_path / 'elsewhere', 'test', rule='fixed:0.4')['threshold'] == 0.4
-    assert not copy.decision
+    assert Predictor.load(copy.path).threshold == copy.decision['threshold'] == 0.4
+    assert evaluate(copy, images, 'test')['threshold_rule'] == 'fixed:0.4'
 
 
 def test_a_limit_does_not_change_the_threshold(copy, images):

@@ -11,6 +11,7 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation import figures
 from cxr_fastai.evaluation.figures import (
     PICTURE_SIZE,
+    cam_picture,
     evaluate_and_draw,
     image_picture,
     save_picture,
@@ -53,7 +54,8 @@ def test_a_picture_is_small_and_its_name_reveals_nothing(tmp_path):
     picture = image_picture(run, 'test/NORMAL/Meier_Anna.jpeg')
     assert 'Meier' not in str(picture) and picture != image_picture(run, 'test/NORMAL/other.jpeg')
     assert picture.parent == run / 'figures/images'
-    assert image_picture(run, 'a.jpeg', 'cams').parent == run / 'figures/cams'
+    cam = cam_picture(run, 'test/NORMAL/Meier_Anna.jpeg', 'a' * 64)
+    assert cam.parent == run / 'figures/cams' and cam != cam_picture(run, 'test/NORMAL/Meier_Anna.jpeg', 'b' * 64)
     save_picture(np.zeros((400, 800), np.uint8), picture)
     with Image.open(picture) as image:
         assert image.size == (PICTURE_SIZE, PICTURE_SIZE // 2)

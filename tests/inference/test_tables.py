@@ -356,6 +356,30 @@ def test_a_table_of_other_images_or_another_threshold_is_not_resumed(predict, pa
     assert table.read_bytes() == complete[suffix].read_bytes()
 
 
+@pytest.mark.parametrize('suffix', SUFFIXES)
+def test_a_table_of_another_network_is_not_resumed(predict, complete, tmp_path, suffix, monkeypatch):
+    table = Path(shutil.copy(complete[suffix], tmp_path / f'p{suffix}'))
+    infer = Predictor.infer
+
+    def other_network(predictor: Predictor, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        p, distances = infer(predictor, images)
+        return p / 2, distances
+
+    monkeypatch.setattr(Predictor, 'infer', other_network)
+    with pytest.raises(UsageError, match=r'for .*, but now it is .* Use the same model, options and images'):
+        predict(table, resume=True)
+    assert table.read_bytes() == complete[suffix].read_bytes()
+
+
+def test_a_table_with_a_damaged_number_is_not_resumed(predict, complete, tmp_path):
+    table = tmp_path / 'p.csv'
+    lines = complete['.csv'].read_text().splitlines(keepends=True)
+    threshold = lines[1].split(',')[4]
+    table.write_text(''.join([lines[0], lines[1].replace(f',{threshold},', ',high,'), *lines[2:]]))
+    with pytest.raises(UsageError, match="'high' as threshold, which is not a number"):
+        predict(table, resume=True)
+
+
 # Options.
 
 

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -10,11 +13,12 @@ import pytest
 from runfiles import seal_results
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.evaluation.comparison import compare_runs
 from cxr_fastai.evaluation.evaluation import evaluate
+from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.publishing.exporting import export
 from cxr_fastai.publishing.reporting import report
 
@@ -64,7 +68,14 @@ MIXED = {
     'another threshold': lambda run: change(run / 'decision.json', threshold=0.9),
     'another temperature': lambda run: change(run / 'decision.json', temperature=2.0),
     'another patient': lambda run: change_predictions(run, lambda table: table.assign(patient='1')),
+    'another loss': lambda run: change_predictions(run, lambda table: table.assign(loss=0.0)),
     'no decision': lambda run: (run / 'decision.json').unlink(),
+    'another PPV': lambda run: edit_metrics(run, lambda metrics: metrics['ppv'].update(value=0.99)),
+    'another AUC interval': lambda run: edit_metrics(run, lambda metrics: metrics['auc'].update(low=0.99)),
+    'more patients': lambda run: edit_metrics(run, lambda metrics: metrics.update(patients=600)),
+    'another threshold in metrics': lambda run: edit_metrics(run, lambda metrics: metrics.update(threshold=0.9)),
+    'no hash of the decision': lambda run: edit_metrics(run, lambda metrics: metrics['hashes'].update(decision=None)),
+    'no hashes': lambda run: edit_metrics(run, lambda metrics: metrics.pop('hashes')),
     'no predictions': lambda run: (run / 'predictions.csv').unlink(),
 }
 
@@ -78,10 +89,15 @@ def test_results_that_do_not_belong_together_are_refused(mix, copy, evaluated, t
     assert not (copy / 'report.html').exists() and not (copy / 'bundle').exists()
 
 
+def edit_metrics(run: Run, edit) -> None:
+    metrics = json.loads((run / 'metrics.json').read_text())
+    edit(metrics['test'])
+    (run / 'metrics.json').write_text(json.dumps(metrics))
+
+
 def test_metrics_with_the_right_hashes_are_computed_again(copy):
-    metrics = json.loads((copy / 'metrics.json').read_text())
-    metrics['test']['sensitivity']['value'] = 0.999
-    (copy / 'metrics.json').write_text(json.dumps(metrics))
+    edit_metrics(copy, lambda metrics: metrics['sensitivity'].update(value=0.999))
+    seal_results(copy.path)
     with pytest.raises(UsageError, match='say sensitivity 0.999, but that of predictions.csv is'):
         report(copy)
     change_predictions(copy, inverted)
@@ -112,6 +128,31 @@ def test_a_crash_between_the_files_of_an_evaluation_leaves_no_mixed_results(n_wr
     else:
         with pytest.raises(UsageError, match=r'evaluate .* again'):
             report(copy)
+    metrics = evaluate(copy, images, 'test', rule='fixed:0.9')
+    assert copy.metrics['test'] == metrics and report(copy).is_file()
+
+
+KILLED = """
+import os, signal, sys
+from cxr_fastai.core.run import Run
+from cxr_fastai.evaluation.evaluation import evaluate
+replace = os.replace
+def kill_before_the_metrics(source, target):
+    if str(target).endswith('metrics.json'):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = kill_before_the_metrics
+evaluate(Run(sys.argv[1]), sys.argv[2], 'test', rule='fixed:0.9')
+"""
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs SIGKILL')
+def test_an_evaluation_that_was_killed_leaves_no_mixed_results(copy, images, refused):
+    process = subprocess.run([sys.executable, '-c', KILLED, copy.path, images], capture_output=True, timeout=300)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert copy.decision['threshold'] == 0.9
+    for command in (['report', copy.path], ['export', copy.path], ['predict', copy.path, next(images.rglob('*.jpeg'))]):
+        assert 'evaluate' in refused(*command)
     metrics = evaluate(copy, images, 'test', rule='fixed:0.9')
     assert copy.metrics['test'] == metrics and report(copy).is_file()
 
@@ -211,7 +252,8 @@ ODD_FIELDS = {
 def edit_cell(run: Run, name: str, column: str, value: str) -> None:
     if name == 'robustness.csv':
         (run / name).write_text(
-            'corruption,strength,n,auc,auc_low,auc_high,sensitivity,specificity,split\nclean,0,9,0.9,0.8,1,1,1,test\n'
+            'corruption,strength,n,auc,auc_low,auc_high,sensitivity,specificity,split,model\n'
+            'clean,0,9,0.9,0.8,1,1,1,test,\n'
         )
     table = pd.read_csv(run / name, dtype=str)
     table.loc[0, column] = value
@@ -219,9 +261,8 @@ def edit_cell(run: Run, name: str, column: str, value: str) -> None:
 
 
 def change_metrics(run: Run, **fields: object) -> None:
-    metrics = json.loads((run / 'metrics.json').read_text())
-    metrics['test'] |= fields
-    (run / 'metrics.json').write_text(json.dumps(metrics))
+    edit_metrics(run, lambda metrics: metrics.update(fields))
+    seal_results(run.path)
 
 
 @pytest.mark.parametrize('edit', ODD_FIELDS.values(), ids=ODD_FIELDS)
@@ -238,10 +279,48 @@ def test_a_prediction_with_another_decision_than_the_metrics_is_refused_until_it
     assert main(['predict', str(copy.path), str(image)]) == 0
 
 
+def test_an_evaluation_that_fails_changes_no_result(copy, tmp_path, refused):
+    change(copy / 'decision.json', threshold=0.9)
+    before = {name: (copy / name).read_bytes() for name in RESULTS}
+    refused('evaluate', copy.path, '--data', tmp_path)
+    assert {name: (copy / name).read_bytes() for name in RESULTS} == before
+
+
+def test_a_changed_decision_is_not_accepted_where_the_validation_images_are_missing(copy, images, tmp_path):
+    metrics = json.loads((copy / 'metrics.json').read_text())
+    (copy / 'metrics.json').write_text(json.dumps({'test': metrics['test']}))  # valid was never predicted
+    shutil.copytree(images / 'test', tmp_path / 'elsewhere/test')
+    copy.log_event('resume', data=str(tmp_path / 'nowhere'))
+    change(copy / 'decision.json', threshold=0.3)
+    with pytest.raises(UsageError, match=r'another decision .* name the folder that the run was trained on'):
+        evaluate(copy, tmp_path / 'elsewhere', 'test')
+    evaluate(copy, tmp_path / 'elsewhere', 'test', rule='fixed:0.3')
+    report(copy)
+    assert copy.metrics['test']['threshold'] == Predictor.load(copy.path).threshold == copy.decision['threshold'] == 0.3
+
+
+@pytest.mark.parametrize('fields', [{'threshold': 0.9}, {'temperature': 2.0}, {'rule': 'youden'}, {'model': 'a' * 64}])
+def test_a_changed_decision_with_the_right_hash_is_refused(copy, fields):
+    change(copy / 'decision.json', **fields)
+    seal_results(copy.path)
+    for use in (report, export):
+        with pytest.raises(UsageError, match=r'another decision than that in decision.json. Run `cxr-fastai evaluate'):
+            use(copy)
+
+
+def test_a_prediction_without_results_says_which_threshold_it_uses(copy, images, refused):
+    image = next(images.rglob('*.jpeg'))
+    (copy / 'metrics.json').unlink()
+    assert 'metrics.json is missing' in refused('predict', copy.path, image)
+    (copy / 'decision.json').unlink()
+    with pytest.warns(CXRWarning, match=r'not evaluated, so the threshold is 0.5, that of its recipe'):
+        assert Predictor.load(copy.path).threshold == 0.5
+
+
 def test_metrics_without_hashes_must_be_computed_again(copy, refused):
     metrics = json.loads((copy / 'metrics.json').read_text())
     for values in metrics.values():
-        del values['predictions_sha256']
+        del values['hashes']
     (copy / 'metrics.json').write_text(json.dumps(metrics))
     assert 'older version' in refused('report', copy.path)
 

@@ -69,6 +69,7 @@ def parse_share(text: str) -> float:
 
 def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: list[str]) -> None:
     from cxr_fastai.cli.output import metrics_tables
+    from cxr_fastai.evaluation.metrics import OPTIMISTIC
     from cxr_fastai.inference.decision import Decision
 
     decision = Decision.from_metrics(run, metrics)
@@ -78,6 +79,8 @@ def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: li
     )
     print_line(f'{summary} {decision.margin}'.rstrip() if decision else summary)
     out.print(metrics_tables(metrics))
+    if split in OPTIMISTIC:
+        print_line(OPTIMISTIC[split])
     files = ['predictions.csv', 'metrics.json', 'decision.json', *figures]
     print_line(f'in {run.path}: {", ".join(files)}')
 

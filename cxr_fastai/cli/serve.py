@@ -61,8 +61,10 @@ def _read_token(file: Path | None) -> str | None:
         return None
     try:
         token = read_bytes(file, MAX_TOKEN).decode('ascii').strip()
-    except (CXRError, UnicodeError) as error:
-        raise UsageError(f'--token-file {file}: cannot be read: {error}.') from None
+    except CXRError as error:
+        raise UsageError(f'--token-file {error}') from None
+    except UnicodeError:
+        raise UsageError(f'--token-file {file}: not a token, because it has other characters than ASCII.') from None
     if len(token) < MIN_TOKEN_LENGTH or len(token.split()) != 1:
         raise UsageError(
             f'--token-file {file}: not a token. Write at least {MIN_TOKEN_LENGTH} ASCII characters without a space.'

@@ -82,8 +82,8 @@ class Run:
     def open(cls, path: StrPath) -> Run:
         """Return the run in the folder `path`. Raises `UsageError` if it is not a run folder."""
         path = Path(path)
-        if not (path / 'recipe.json').is_file():
-            if (path / 'manifest.json').is_file() or path.suffix.lower() == '.zip':
+        if not (path / 'recipe.json').exists():
+            if (path / 'manifest.json').exists() or path.suffix.lower() == '.zip':
                 raise UsageError(
                     f'{path} is not a run folder, but a bundle, which has no training to work on. Name the run that '
                     'it was exported from.'
@@ -300,7 +300,7 @@ def read_recipe(path: StrPath) -> Recipe:
     Raises `UsageError`, which names the field, if the file is missing, damaged, or not a recipe of this version.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UsageError(f'{path}: no such file. Name the recipe.json of a run.')
     values = read_json(path)
     try:

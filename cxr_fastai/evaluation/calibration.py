@@ -44,6 +44,17 @@ def fit_temperature(targs: np.ndarray, p: np.ndarray) -> float:
     return float(np.exp(minimum.x))
 
 
+def explain_temperature(temperature: float) -> list[str]:
+    """Return a sentence about a `temperature` at a limit of its range, which the images hardly determine; else none."""
+    low, high = TEMPERATURE_RANGE
+    if 1.01 * low < temperature < high / 1.01:
+        return []
+    return [
+        f'The temperature {temperature:.3g} is at the limit of its range, because the validation images are too few or '
+        'too well separated to determine it. Calibrated probabilities are not reliable.'
+    ]
+
+
 def measure_calibration(targs: np.ndarray, p: np.ndarray, patients: np.ndarray) -> dict[str, Any]:
     """Measure the calibration of probabilities `p` (n,) for the boolean targets `targs` (n,).
 

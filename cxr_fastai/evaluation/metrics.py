@@ -13,7 +13,7 @@ from scipy.stats import t
 
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.data.splits import UNKNOWN_PATIENT, count_patients, describe_patients, unknown_patients
-from cxr_fastai.evaluation.calibration import measure_calibration
+from cxr_fastai.evaluation.calibration import explain_temperature, measure_calibration
 from cxr_fastai.evaluation.clusters import MIN_PATIENTS, clustered_auc, effective_size
 from cxr_fastai.evaluation.intervals import (
     BOOTSTRAP_DRAWS,
@@ -32,6 +32,11 @@ from cxr_fastai.evaluation.intervals import (
 )
 from cxr_fastai.inference.config import temper
 
+OPTIMISTIC = {
+    'valid': 'These images were also used to select the epoch and the threshold, so all metrics are optimistic.',
+    'train': 'The network was trained on these images, so all metrics are optimistic.',
+}
+"""What limits the metrics of a split that is not the test split."""
 TARGETS = {'sensitivity': 0.95, 'specificity': 0.90}
 """Minimum values that the specification requires."""
 PREVALENCES = (0.02, 0.10, 0.30)
@@ -246,6 +251,7 @@ def measure(
     calibration = measure_calibration(sample.targs, sample.p, sample.patients)
     tempered = temper(sample.p, temperature)
     calibrated = measure_calibration(sample.targs, tempered, sample.patients)
+    calibrated['notes'] += explain_temperature(temperature)
     return {
         'n': len(sample.p),
         'positives': int(sample.targs.sum()),

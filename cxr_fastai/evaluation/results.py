@@ -9,7 +9,7 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.core.run_files import ESTIMATE, MISMATCHES
 from cxr_fastai.core.schemas import Fields, Flag, Integer, ListOf, Number, Table, Text, check_object
 from cxr_fastai.evaluation.metrics import RANKING_METRICS, THRESHOLD_METRICS, ConfusionMatrix, Sample, is_complete
-from cxr_fastai.inference.config import identify_network
+from cxr_fastai.inference.config import find_network, identify_network
 from cxr_fastai.inference.decision import Decision
 
 TOLERANCE = 1e-6
@@ -53,11 +53,15 @@ def check_results(run: Run, split: str) -> dict[str, Any]:
 
 
 def is_of_network(run: Run, facts: dict[str, Any]) -> bool:
-    """Return True if `facts` are about the network of `run`, or if the network is not in the folder any more."""
+    """Return True if `facts` are about the network of `run`, or if the network is not in the folder any more.
+
+    Raises `UsageError` if something else is in its place, such as a pipe.
+    """
     try:
-        return bool(facts.get('model') == identify_network(run.path))
+        find_network(run.path)
     except UsageError:
         return True
+    return bool(facts.get('model') == identify_network(run.path))
 
 
 def _compare(metrics: dict[str, Any], sample: Sample) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.data.splits import UNKNOWN_PATIENT, count_patients, unknown_patients
-from cxr_fastai.evaluation.calibration import fit_temperature
+from cxr_fastai.evaluation.calibration import explain_temperature, fit_temperature
 from cxr_fastai.evaluation.intervals import draw_patients, roc_draws
 from cxr_fastai.evaluation.metrics import (
     ConfusionMatrix,
@@ -62,7 +63,10 @@ def decide(valid: pd.DataFrame, rule: str, model: str = '') -> Decision:
         'sensitivity': confusion.rate('sensitivity'),
         'specificity': confusion.rate('specificity'),
     }
-    return Decision(threshold, rule, fit_temperature(targs, p), model, margin, performance)
+    temperature = fit_temperature(targs, p)
+    for sentence in explain_temperature(temperature):
+        warnings.warn(sentence, CXRWarning, stacklevel=2)
+    return Decision(threshold, rule, temperature, model, margin, performance)
 
 
 def fixed(sample: Sample, threshold: float) -> tuple[float, str]:
@@ -94,21 +98,39 @@ def keep_sensitivity(sample: Sample, target: float) -> tuple[float, str]:
     below = np.flatnonzero(missed <= allowed + TOLERANCE)
     chosen = below[-1] if len(below) else 0
     threshold = _below(ascending[chosen], sample.p)
-    expected = 1 - (missed[chosen] + 1) / (n + 1)
+    expected = _round_down(1 - (missed[chosen] + 1) / (n + 1))
     n_unknown = sum(patient.startswith(UNKNOWN_PATIENT) for patient in patients)
-    unknown = f' The patients of {n_unknown} images are unknown and count as different ones.' if n_unknown else ''
+    unit = 'image' if n_unknown == n else 'patient'
+    unknown = _explain_unknown(n_unknown, n)
     if not len(below):
         needed = math.ceil(1 / (1 - target) - 1 - TOLERANCE)
         return threshold, (
-            f'Warning: {n} patients with pneumonia in the validation images are too few for a sensitivity of '
-            f'{target:g}, which requires {needed}. All their images are classified as pneumonia, and the expected '
-            f'sensitivity for a new patient is at least {expected:.2f}.{unknown}'
+            f'Warning: {n} {unit}s with pneumonia among the validation images are too few for a sensitivity of '
+            f'{target:g}, which requires {needed}. All of them are classified as pneumonia, and the expected '
+            f'sensitivity for a new {unit} is at least {expected:.3f}.{unknown}'
         )
     detected = int((scores >= threshold).sum())
     return threshold, (
         f'{detected} of {len(scores)} validation images of pneumonia are classified as pneumonia '
-        f'({detected / len(scores):.4f}), so that the expected sensitivity for a new patient, estimated from {n} '
-        f'patients, is at least {expected:.4f}.{unknown}'
+        f'({detected / len(scores):.3f}), so that the expected sensitivity for a new {unit}, estimated from {n} '
+        f'{unit}s, is at least {expected:.3f}.{unknown}'
+    )
+
+
+def _round_down(share: float) -> float:
+    """Return `share` with three decimals, not above it."""
+    return math.floor(1000 * share + TOLERANCE) / 1000
+
+
+def _explain_unknown(n_unknown: int, n: int) -> str:
+    """Return what `keep_sensitivity` cannot promise if `n_unknown` of `n` patients with pneumonia are single images."""
+    if not n_unknown:
+        return ''
+    if n_unknown == n:
+        return ' Their patients are unknown; if several images are of one patient, this promises too much.'
+    return (
+        f' {n_unknown} of these patients are single images whose patient is unknown; if several of them are of one '
+        'patient, this promises too much.'
     )
 
 

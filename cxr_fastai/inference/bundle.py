@@ -239,4 +239,4 @@ def is_bundle(path: Path) -> bool:
     """Return True if `path` is a folder with a manifest, or a zip file."""
     if path.suffix.lower() == '.zip' and path.is_file():
         return True
-    return (path / MANIFEST).is_file()
+    return (path / MANIFEST).exists()

@@ -12,6 +12,7 @@ import numpy as np
 
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import atomic
+from cxr_fastai.core.foreign import open_regular
 from cxr_fastai.core.recipe import VOCAB, Recipe
 from cxr_fastai.core.run_files import MAX_TEMPERATURE, MAX_THRESHOLD, MIN_TEMPERATURE
 from cxr_fastai.core.schemas import Choice, Integer, Number, Rule, Text, check_object
@@ -116,7 +117,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
 def find_network(run: Path) -> Path:
     """Return the file in the run folder `run` that contains the network. Raises `UsageError` if there is none."""
     for name in (WEIGHTS, LEARNER):
-        if (run / name).is_file():
+        if (run / name).exists():
             return run / name
     raise UsageError(
         f'{run}: no model there. Name a run folder that `cxr-fastai train` finished, a bundle that '
@@ -130,8 +131,8 @@ def identify_network(run: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with open(path, 'rb') as file:
+    """Return the SHA-256 of a regular file, in hex. Raises `UsageError` for a pipe or a device."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 

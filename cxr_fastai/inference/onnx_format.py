@@ -19,6 +19,11 @@ OUTPUTS = {'p_pneumonia': DOUBLE, 'p_calibrated': DOUBLE, 'features': FLOAT}
 """Output -> its type. `p_calibrated` may be missing."""
 REQUIRED_OUTPUTS = ('p_pneumonia', 'features')
 
+OPSETS = range(11, 27)
+"""Versions of the set of operators. `export` writes 17; the operators of others are checked by the same list."""
+IR_VERSIONS = range(6, 14)
+"""Versions of the file format."""
+MAX_DESCRIPTIONS = 100
 MAX_NODES = 20_000
 MAX_TENSORS = 20_000
 MAX_FIELDS = 1_000_000
@@ -164,6 +169,9 @@ def _check_model(model: Message, size: int | None) -> None:
     domains = [entry.get('domain', '') for entry in model['opset_import']]
     if domains != ['']:
         raise ValueError(f'it needs the operators of {", ".join(map(repr, domains)):.80}')
+    _check_version('operators', model['opset_import'][0].get('version', 0), OPSETS)
+    _check_version('format', model.get('ir_version', 0), IR_VERSIONS)
+    _check_count('descriptions', len(model['metadata_props']), MAX_DESCRIPTIONS)
     graph = model['graph']
     _check_count('nodes', len(graph['node']), MAX_NODES)
     _check_count('tensors', len(graph['initializer']), MAX_TENSORS)
@@ -175,6 +183,11 @@ def _check_model(model: Message, size: int | None) -> None:
         _check_type(value)
     _check_interface(graph, size)
     _check_order(graph)
+
+
+def _check_version(what: str, version: int, known: range) -> None:
+    if version not in known:
+        raise ValueError(f'it has version {version} of the {what}, but only {known[0]} to {known[-1]} are permitted')
 
 
 def _check_count(what: str, count: int, maximum: int) -> None:
@@ -258,8 +271,7 @@ def _check_interface(graph: Message, size: int | None) -> None:
         len(shape) == 4 and shape[1] == 1 and shape[2] == shape[3] and isinstance(shape[2], int) and shape[2] > 0
     )
     types = [value['type']['tensor_type']['elem_type'] for value in graph['input']]
-    has_fixed_side = len(shape) == 4 and isinstance(shape[2], int)
-    if not is_square or not has_fixed_side or isinstance(shape[0], int) or types != [UINT8]:
+    if not is_square or isinstance(shape[0], int) or types != [UINT8]:
         raise ValueError('its input is not a batch of square grey images')
     if size is not None and shape[2] != size:
         raise ValueError(f'it takes images of {shape[2]} px instead of {size} px')

@@ -8,8 +8,9 @@ from cxr_fastai.core.recipe import CUSTOM, VOCAB, Recipe, command_line
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.templates import render_template
 from cxr_fastai.data.splits import count_patients, describe_patients, unknown_patients, unknown_patients_warning
+from cxr_fastai.evaluation.calibration import explain_temperature
 from cxr_fastai.evaluation.intervals import format_estimate
-from cxr_fastai.evaluation.metrics import describe_sample, interval_warnings, name_metric
+from cxr_fastai.evaluation.metrics import OPTIMISTIC, describe_sample, interval_warnings, name_metric
 from cxr_fastai.inference.config import sha256
 from cxr_fastai.inference.decision import Decision
 
@@ -171,7 +172,8 @@ def render_card(run: Run, split: str) -> str:
         facts=describe_run(run),
         counts=count_kinds(run),
         sample=describe_sample(metrics),
-        interval_warnings=interval_warnings(metrics),
+        notes=[*interval_warnings(metrics), *explain_temperature(metrics['calibrated']['temperature'])],
+        optimistic=OPTIMISTIC.get(split),
         patients_warning=unknown_patients_warning(run.items),
         margin=decision.margin if decision else '',
         same_images=SAME_IMAGES if run.recipe.name != CUSTOM else '',

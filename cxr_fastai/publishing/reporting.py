@@ -39,6 +39,7 @@ from cxr_fastai.evaluation.figures import CURVES, cam_picture, image_picture, ty
 from cxr_fastai.evaluation.intervals import Estimate, format_estimate
 from cxr_fastai.evaluation.metrics import (
     MIN_GROUP_SIZE,
+    OPTIMISTIC,
     RANKING_METRICS,
     TARGETS,
     THRESHOLD_METRICS,
@@ -88,10 +89,10 @@ SECTIONS = {
 """The sections of the report with their titles; those without content are left out."""
 VALIDATION_SPLITS = {
     'official': 'the images of the folder val',
-    'patients': 'about {valid_pct:.0%} of the patients of train and val, drawn at random with the same class balance',
+    'patients': '{share:.0%} of the {units} of train and val, drawn at random with the same class balance',
     UNKNOWN: 'chosen before the run was saved; how is not recorded',
 }
-"""How validation images are chosen, by the field `valid` of the recipe. `valid_pct` is filled in."""
+"""How validation images are chosen, by the field `valid` of the recipe; see `_describe_validation`."""
 CONSTANTS = {
     'topics': TOPICS,
     'ranking_metrics': RANKING_METRICS,
@@ -100,6 +101,7 @@ CONSTANTS = {
     'not_a_device': NOT_A_DEVICE,
     'external_validity': EXTERNAL_VALIDITY,
     'same_images': SAME_IMAGES,
+    'optimistic': OPTIMISTIC,
     'format_estimate': format_estimate,
     'name_metric': name_metric,
 }
@@ -212,11 +214,23 @@ def describe_flow(run: Run) -> dict[str, Any]:
         'patients': describe_patients(count_patients(run.items), int(unknown_patients(run.items).sum())),
         'limit': run.recipe.limit,
         'unreadable': len(run.items) - len(used_items),
-        'valid': VALIDATION_SPLITS[run.recipe.valid].format(valid_pct=run.recipe.valid_pct),
+        'valid': _describe_validation(run.recipe.valid, used_items),
         'splits': {
             split: rows.label.value_counts().sort_index().to_dict() for split, rows in used_items.groupby('split')
         },
     }
+
+
+def _describe_validation(kind: str, items: pd.DataFrame) -> str:
+    """Return how the validation images of `items` were chosen, with the share of the patients that they really have."""
+    chosen_from = items[items.split != 'test']
+    patients_known = not unknown_patients(chosen_from).all()
+    n_valid, n_both = [
+        rows.patient.nunique() if patients_known else len(rows)
+        for rows in (chosen_from[chosen_from.split == 'valid'], chosen_from)
+    ]
+    units = 'patients' if patients_known else 'images'
+    return VALIDATION_SPLITS[kind].format(share=n_valid / max(n_both, 1), units=units)
 
 
 def read_audit(folder: Path, run: Run) -> dict[str, Any]:

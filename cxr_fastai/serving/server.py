@@ -17,7 +17,9 @@ from hypercorn.typing import Framework
 from starlette.types import ASGIApp
 
 from cxr_fastai.core.errors import UsageError, first_line
+from cxr_fastai.inference.bundle import Bundle
 from cxr_fastai.serving.app import Settings, make_app
+from cxr_fastai.serving.service import find_bundle
 
 BACKLOG = 128
 """Number of connections that may wait to be accepted."""
@@ -36,6 +38,7 @@ def serve(settings: Settings, announce: Callable[[str], None] | None = None) -> 
     `announce` is called with a line that contains the address. Raises `UsageError` if the address cannot be used, or if
     there is no bundle; `ParityError` if the bundle fails its self-test; and `CXRError` if it is damaged.
     """
+    Bundle.open(find_bundle(settings.bundle))  # before anything is announced
     server = Server(settings)
     with _log_to_stderr(), _stop_on_signals(server):
         if announce:

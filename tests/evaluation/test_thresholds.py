@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
-from cxr_fastai.core.errors import UsageError
-from cxr_fastai.evaluation.metrics import Sample
+from cxr_fastai.core.errors import CXRWarning, UsageError
+from cxr_fastai.evaluation.metrics import Sample, measure
 from cxr_fastai.evaluation.thresholds import (
     RULES,
     TABLE_THRESHOLDS,
@@ -98,14 +98,17 @@ def test_many_images_of_few_patients_are_too_few_and_the_margin_says_so():
     sample = new_patients(rng, np.full(10, 20))
     threshold, margin = keep_sensitivity(sample, 0.95)
     assert (sample.p >= threshold).all()
-    assert margin.startswith('Warning: 10 patients') and 'requires 19' in margin and 'at least 0.91' in margin
+    assert margin.startswith('Warning: 10 patients') and 'requires 19' in margin and 'at least 0.909' in margin
     assert 'Warning' not in keep_sensitivity(new_patients(rng, np.full(19, 20)), 0.95)[1]
     assert keep_sensitivity(new_patients(rng, np.full(18, 20)), 0.95)[1].startswith('Warning')
 
 
-def test_the_margin_says_that_unknown_patients_count_as_different_ones():
+def test_the_margin_promises_nothing_about_patients_who_are_unknown():
     targs, p = make_predictions()
-    assert 'are unknown and count as different ones' in decide(make_table(targs, p), 'sensitivity:0.95').margin
+    margin = decide(make_table(targs, p), 'sensitivity:0.95').margin
+    assert 'for a new image, estimated from 257 images' in margin and 'Their patients are unknown' in margin
+    some = make_table(targs, p).assign(patient=[f'unknown:{n}' if n < 300 else f'{n}' for n in range(400)])
+    assert 'of these patients are single images whose patient is unknown' in decide(some, 'sensitivity:0.95').margin
     known = make_table(targs, p).assign(patient=range(400))
     decision = decide(known, 'sensitivity:0.95')
     assert 'unknown' not in decision.margin
@@ -117,14 +120,23 @@ def test_with_too_few_images_all_pneumonias_are_detected_and_the_margin_says_so(
     p = np.r_[np.linspace(0.1, 0.5, 8), np.linspace(0.4, 0.9, 8)]
     decision = decide(make_table(targs, p), 'sensitivity:0.95')
     assert (p[targs] >= decision.threshold).all()
-    assert 'too few for a sensitivity of 0.95' in decision.margin and '0.89' in decision.margin
+    assert 'too few for a sensitivity of 0.95' in decision.margin and 'new image is at least 0.888' in decision.margin
 
 
 def test_the_margin_counts_images_with_equal_scores():
     targs = np.arange(200) >= 100
     p = np.r_[np.linspace(0, 0.9, 100), np.ones(100)]
     margin = decide(make_table(targs, p), 'sensitivity:0.95').margin
-    assert margin.startswith('100 of 100 validation images of pneumonia are classified as pneumonia (1.0000)')
+    assert margin.startswith('100 of 100 validation images of pneumonia are classified as pneumonia (1.000)')
+
+
+def test_a_temperature_at_the_limit_of_its_range_comes_with_a_warning():
+    targs = np.arange(12) >= 6
+    p = np.r_[np.linspace(0.48, 0.49, 6), np.linspace(0.4899, 0.6, 6)]  # almost separated
+    with pytest.warns(CXRWarning, match=r'The temperature 0\.05 is at the limit of its range'):
+        decision = decide(make_table(targs, p), 'fixed:0.5')
+    metrics = measure(make_table(targs, p), 0.5, 'fixed:0.5', decision.temperature)
+    assert any('at the limit of its range' in note for note in metrics['calibrated']['notes'])
 
 
 def test_youden_chooses_the_best_of_all_thresholds():

@@ -293,6 +293,14 @@ def test_the_flow_counts_every_image(evaluated):
     assert flow['found'] == 60 == n_used + flow['unreadable']
 
 
+def test_the_flow_states_the_real_share_of_the_validation_images(copy):
+    recipe = json.loads((copy / 'recipe.json').read_text())
+    (copy / 'recipe.json').write_text(json.dumps(recipe | {'valid': 'patients'}))
+    items = copy.items[lambda items: items.split != 'test']
+    share = items[items.split == 'valid'].patient.nunique() / items.patient.nunique()
+    assert describe_flow(copy)['valid'].startswith(f'{share:.0%} of the patients of train and val')
+
+
 def test_a_run_that_was_not_evaluated_is_rejected(run, capsys):
     assert main(['report', str(run.path)]) == 2
     assert 'not evaluated yet. Run `cxr-fastai evaluate' in capsys.readouterr().err

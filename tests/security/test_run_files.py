@@ -221,11 +221,21 @@ def test_a_pipe_or_device_in_place_of_a_file_is_refused_at_once(name, copy, refu
     for make in (os.mkfifo, lambda path: os.symlink('/dev/zero', path), os.mkdir):
         (copy / name).unlink(missing_ok=True)
         make(copy / name)
-        refused('report', copy.path)
+        assert f'{name}: a' in refused('report', copy.path)
         if (copy / name).is_dir():
             (copy / name).rmdir()
         else:
             (copy / name).unlink()
+
+
+def test_a_pipe_in_place_of_the_network_or_a_manifest_is_named(copy, images, tmp_path, refused):
+    image = next(images.rglob('*.jpeg'))
+    (copy / 'model.safetensors').unlink()
+    os.mkfifo(copy / 'model.safetensors')
+    for command in (['report', copy.path], ['predict', copy.path, image]):
+        assert 'model.safetensors: a pipe' in refused(*command)
+    os.mkfifo(tmp_path / 'manifest.json')
+    assert 'manifest.json: a pipe' in refused('predict', tmp_path, image)
 
 
 def test_lines_of_a_journal_that_are_damaged_are_ignored(copy):

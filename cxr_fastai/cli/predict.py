@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cxr_fastai.inference.tables import Predictions
 
 ROWS_SHOWN = 20
+FAILURES_SHOWN = 20
 
 
 def export(
@@ -121,8 +122,11 @@ def _print_predictions(predictions: Predictions, table: Path | None) -> None:
 
     out.print(predictions_table(predictions.rows, ROWS_SHOWN))
     failures = predictions.failures
-    for row in failures:
+    for row in failures[:FAILURES_SHOWN]:
         print_error(f'{row["status"]}: {row["path"]}: {row["message"]}')
+    if len(failures) > FAILURES_SHOWN:
+        where = f'{table} lists all' if table else '--out writes all of them to a table'
+        print_error(f'{len(failures) - FAILURES_SHOWN} more images failed; {where}')
     if any(row['code'] == OUT_OF_DISTRIBUTION for row in failures):
         print_error('With --no-gate the images that the input gate rejected get a probability too.')
     summary = f'{len(predictions.rows)} images, {predictions.positives} classified as PNEUMONIA, {len(failures)} failed'

@@ -217,7 +217,9 @@ def parse_rule(rule: str) -> tuple[Callable[..., tuple[float, str]], tuple[float
     """Return the function and the numbers of a rule such as `cost:10/1`. Raises `UsageError` for an invalid one."""
     name, _, text = rule.partition(':')
     if name not in RULES:
-        raise UsageError(f'--threshold {rule}: unknown rule. Choose one of {", ".join(map(_spell, RULES))}.')
+        raise UsageError(
+            f'--threshold {rule}: unknown rule. Choose one of {", ".join(map(_spell, RULES))}{_suggest_fixed(rule)}.'
+        )
     try:
         numbers = tuple(float(number) for number in text.split('/')) if text else ()
     except ValueError:
@@ -225,6 +227,15 @@ def parse_rule(rule: str) -> tuple[Callable[..., tuple[float, str]], tuple[float
     if len(numbers) != RULES[name].n_numbers() or not RULES[name].allows(*numbers):
         raise UsageError(f'--threshold {rule}: {name} requires {RULES[name].requirement}. Write {_spell(name)}.')
     return RULES[name].choose, numbers
+
+
+def _suggest_fixed(rule: str) -> str:
+    """Return how to write `rule` as a fixed threshold if it is a number or a percentage; otherwise nothing."""
+    try:
+        share = float(rule.removesuffix('%')) / (100 if rule.endswith('%') else 1)
+    except ValueError:
+        return ''
+    return f'; for a fixed threshold, write fixed:{share:g}'
 
 
 def _spell(name: str) -> str:

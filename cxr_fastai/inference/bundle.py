@@ -186,6 +186,8 @@ class Bundle:
     def _read_bytes(self, name: str, max_bytes: int) -> bytes:
         """Return the first `max_bytes` + 1 bytes of a file, so that the caller notices if it is longer."""
         if self.path.is_dir():
+            if not os.path.lexists(self.path / name):
+                raise UsageError(f'{self.path}: the bundle lacks its file {name}. Copy or download all of its files.')
             with open_regular(self.path / name) as file:
                 return file.read(max_bytes + 1)
         try:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -119,6 +120,11 @@ def find_network(run: Path) -> Path:
     for name in (WEIGHTS, LEARNER):
         if (run / name).exists():
             return run / name
+    if (run / 'state.pt').exists():
+        raise UsageError(
+            f'{run}: its training was interrupted, so it has no network yet. `cxr-fastai train --resume '
+            f'{quote(str(run))}` continues it.'
+        )
     raise UsageError(
         f'{run}: no model there. Name a run folder that `cxr-fastai train` finished, a bundle that '
         '`cxr-fastai export` made, or a .pkl file.'

@@ -81,7 +81,7 @@ def save_learner(learn: Learner, path: StrPath, config: ModelConfig) -> str:
         temporary.write_bytes(buffer.getbuffer())
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
     try:
-        trust(digest, 'exported here')
+        trust(digest, f'exported here: {path.parent.name}/{path.name}')
     except CXRError as error:  # the learner, which may have taken hours to train, is saved anyway
         warnings.warn(
             f'{path} could not be added to the trusted hashes, so this program will not open it: {error}',
@@ -221,9 +221,9 @@ def check_trusted(sha256: str, path: Path) -> None:
     """Raise `UntrustedError` unless the hash `sha256`, which is that of the file `path`, is trusted."""
     if sha256 not in trusted():
         raise UntrustedError(
-            f'{path}: not opened, because it is an untrusted pickle, which can run code while it is read. Compare its '
-            f'SHA-256 {sha256} with the one that its author published elsewhere, then run '
-            f'`cxr-fastai trust {path} --sha256 {sha256}`. Or ask the author for a bundle, which needs no trust.'
+            f'{path}: not opened, because it is an untrusted pickle, which can run code while it is read. Its SHA-256 '
+            f'is {sha256}. Run `cxr-fastai trust {path} --sha256 HEX`, where HEX is the hash that its author '
+            'published elsewhere. Or ask the author for a bundle, which needs no trust.'
         )
 
 

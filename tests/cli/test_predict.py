@@ -205,3 +205,12 @@ def test_without_the_gate_a_rejected_image_gets_a_probability(bundle, image, tmp
     assert run_command('predict', bundle, tmp_path / 'noise.png', '--no-gate', '--out', table)[0] == 0
     (row,) = json.loads(table.read_text())
     assert row['status'] == 'ok' and 0 <= row['p_pneumonia'] <= 1
+
+
+def test_many_failures_are_counted_and_not_all_printed(bundle, tmp_path, capsys):
+    (tmp_path / 'damaged').mkdir()
+    for number in range(25):
+        (tmp_path / f'damaged/{number}.png').write_bytes(b'')
+    assert main(['predict', str(bundle), str(tmp_path / 'damaged'), '--out', str(tmp_path / 'p.csv')]) == 3
+    error = capsys.readouterr().err
+    assert error.count('E_EMPTY') == 20 and '5 more images failed; ' in error and 'p.csv lists all' in error

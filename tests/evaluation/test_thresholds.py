@@ -263,3 +263,9 @@ def test_the_least_certain_images_are_left_out_first():
     distance = np.abs(np.log(P / (1 - P)) - np.log(0.4 / 0.6))
     most_certain_half = np.argsort(-distance)[:100]
     assert curve.accuracy.iloc[99] == pytest.approx(correct[most_certain_half].mean())
+
+
+@pytest.mark.parametrize('rule', ['0.3', '30%'])
+def test_a_number_alone_is_no_rule_and_the_error_says_how_to_write_it(rule):
+    with pytest.raises(UsageError, match=r'unknown rule.* for a fixed threshold, write fixed:0\.3'):
+        parse_rule(rule)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from bundlefiles import change_json, seal
 from safetensors.numpy import load
 
 from cxr_fastai.core.errors import CXRError, UsageError
-from cxr_fastai.inference.bundle import CONFIG, FILES, MANIFEST, SELFTEST, Bundle
+from cxr_fastai.inference.bundle import CONFIG, FILES, GATE, MANIFEST, SELFTEST, Bundle
 from cxr_fastai.inference.config import find_network, sha256
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.tensors import tensor_bytes
@@ -109,3 +110,16 @@ def test_prediction_with_a_bundle_loads_neither_torch_nor_fastai_nor_pandas(bund
     )
     process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=os.environ)
     assert process.stdout.strip().endswith('0 set()')
+
+
+def test_a_training_that_was_interrupted_is_named(tmp_path):
+    (tmp_path / 'state.pt').write_bytes(b'')
+    with pytest.raises(UsageError, match=r'interrupted, so it has no network yet. `cxr-fastai train --resume'):
+        find_network(tmp_path)
+
+
+def test_a_folder_without_one_of_its_files_is_named(bundle, tmp_path):
+    copy = Path(shutil.copytree(bundle, tmp_path / 'bundle'))
+    (copy / GATE).unlink()
+    with pytest.raises(UsageError, match='the bundle lacks its file gate.safetensors'):
+        Predictor.load(copy)

@@ -226,7 +226,7 @@ def plot_net_benefit(predictions: pd.DataFrame, metrics: dict[str, Any], title: 
         highest = max(highest, curve.model.max())
     ax.plot(curve.threshold, curve['all'], color=INK, lw=1.2, ls='--', label='treat all')
     ax.set(xlabel='threshold probability', ylabel='net benefit (true positives per image)')
-    ax.set(xlim=UNIT_LIMITS, ylim=(-0.15 * highest, 1.1 * highest))
+    ax.set(xlim=UNIT_LIMITS, ylim=(-0.5 * highest, 1.1 * highest))  # room for the legend below zero
     ax.legend(loc='lower left', fontsize=8, frameon=False)
     set_title(ax, f'{title}, prevalence {metrics["positives"] / metrics["n"]:.3f}')
     return figure

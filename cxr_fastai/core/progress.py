@@ -7,7 +7,6 @@ On a terminal or in a notebook `tqdm` draws a bar. Elsewhere, for example in a l
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections import deque
@@ -16,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from cxr_fastai.core.environment import is_main_process
+from cxr_fastai.core.hardware import available_cores
 
 S = TypeVar('S')
 T = TypeVar('T')
@@ -65,7 +65,7 @@ def in_threads(
 
     `workers` defaults to the number of cores. At most `READ_AHEAD` results wait in memory.
     """
-    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(workers or available_cores())
     try:
         yield from progress(_read_ahead(pool, func, items), len(items), unit)
     finally:

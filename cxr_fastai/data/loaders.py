@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -26,6 +25,7 @@ from fastcore.basics import listify
 from cxr_fastai.core.errors import ImageError, UsageError, first_line
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import read_text
+from cxr_fastai.core.hardware import available_cores
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import DATA_FIELDS, VOCAB, Recipe, data_recipe
 from cxr_fastai.data.find import MAX_LISTING
@@ -190,7 +190,7 @@ class CXRDataLoaders(DataLoaders):
         if workers is None:
             loaded = source.path[source.split.isin(['train', 'valid'])]
             all_cached = cache is not None and all(path in cache for path in loaded)
-            workers = 0 if all_cached else os.cpu_count()
+            workers = 0 if all_cached else available_cores()
         options = {'drop_last': False, 'pin_memory': torch.cuda.is_available(), 'wif': follow_parent} | kwargs
         block = cxr_block(recipe, cache, item_tfms, batch_tfms)
         loaders = block.dataloaders(source, bs=recipe.batch_size, num_workers=workers, **options)

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from cxr_fastai.core.errors import CXRError, ImageError
+from cxr_fastai.core.hardware import available_cores
 from cxr_fastai.images.decode import decode_image
 from cxr_fastai.images.decoder_worker import NOT_STARTED, DecoderWorker
 from cxr_fastai.images.limits import DecodedImage
@@ -215,13 +216,6 @@ def default_pool() -> DecoderPool:
     if hasattr(os, 'register_at_fork'):
         os.register_at_fork(after_in_child=default_pool.cache_clear)  # a forked process has none of the threads
     return pool
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use, which is less than `cpu_count` in many containers."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class _Lane:

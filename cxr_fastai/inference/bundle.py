@@ -29,6 +29,7 @@ from cxr_fastai.core.environment import process_count, read_integer, require_pac
 from cxr_fastai.core.errors import CXRError, UsageError, first_line
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import FIX, open_regular, parse_json
+from cxr_fastai.core.hardware import thread_limit
 from cxr_fastai.core.schemas import Fields, Integer, Table, Text
 from cxr_fastai.inference.config import LEARNER, SCHEMA, WEIGHTS, ModelConfig, check_schema
 from cxr_fastai.inference.engines import OnnxEngine, TorchEngine
@@ -166,10 +167,8 @@ class Bundle:
 
     def _onnx_engine(self) -> OnnxEngine:
         require_package('onnxruntime', '--engine onnx', 'onnx')
-        threads = None
-        if process_count() > 1:
-            local_processes = read_integer('LOCAL_WORLD_SIZE', default=process_count())
-            threads = max((os.cpu_count() or 1) // max(local_processes, 1), 1)
+        local_processes = read_integer('LOCAL_WORLD_SIZE', default=process_count()) if process_count() > 1 else 1
+        threads = thread_limit(max(local_processes, 1))
         return OnnxEngine(self.read(ONNX), self.path / ONNX, threads, self.config.size)
 
     def _torch_engine(self) -> TorchEngine:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cxr_fastai.core.errors import CXRError
+from cxr_fastai.core.hardware import limit_torch_threads
 from cxr_fastai.core.recipe import POSITIVE
 from cxr_fastai.core.workers import Worker, WorkerCrash, WorkerError, WorkerTimeout
 from cxr_fastai.inference.onnx_format import check_onnx
@@ -38,6 +39,7 @@ class TorchEngine:
     def __init__(self, model: nn.Module) -> None:
         import torch
 
+        limit_torch_threads()
         # This memory layout makes prediction on a CPU about 1.5 times as fast.
         self.model = model.eval().to(memory_format=torch.channels_last)
 

@@ -16,12 +16,13 @@ from PIL import Image
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, ImageError, UsageError
 from cxr_fastai.core.foreign import read_bytes
+from cxr_fastai.core.hardware import available_cores
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.images.arrays import check_squares
 from cxr_fastai.images.decode import ImageLike, file_path, open_image
-from cxr_fastai.images.decoder_pool import DecodeGroup, available_cores, default_pool
+from cxr_fastai.images.decoder_pool import DecodeGroup, default_pool
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle

@@ -9,13 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import re
 import shutil
 import sys
 import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from cxr_fastai.core.errors import CXRWarning, UsageError, first_line
+from cxr_fastai.core.hardware import available_cores, processor
 from cxr_fastai.core.recipe import CHOICES
 
 COMPILE = ('on', 'off')
@@ -68,18 +67,7 @@ def describe_hardware(device: torch.device) -> str:
     """Return the model of the processor or GPU that trains, without the name of the host."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    return f'{_cpu_model()}, {os.cpu_count()} cores'
-
-
-def _cpu_model() -> str:
-    try:
-        cpuinfo = Path('/proc/cpuinfo').read_text(encoding='utf-8', errors='replace')
-    except OSError:
-        cpuinfo = ''
-    match = re.search(r'^model name\s*:\s*(.+)$', cpuinfo, re.MULTILINE)
-    if match:
-        return match[1].strip()
-    return platform.processor() or platform.machine() or 'unknown processor'
+    return f'{processor()}, {available_cores()} cores'
 
 
 class Precision(MixedPrecision):

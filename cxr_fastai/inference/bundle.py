@@ -32,10 +32,11 @@ from cxr_fastai.core.foreign import FIX, open_regular, parse_json
 from cxr_fastai.core.hardware import thread_limit
 from cxr_fastai.core.schemas import Fields, Integer, Table, Text
 from cxr_fastai.inference.config import LEARNER, SCHEMA, WEIGHTS, ModelConfig, check_schema
-from cxr_fastai.inference.engines import OnnxEngine, TorchEngine
+from cxr_fastai.inference.engines import OnnxEngine, TorchEngine, check_precision
 from cxr_fastai.inference.networks import load_network
 from cxr_fastai.inference.selftest import SelfTest
 from cxr_fastai.inference.tensors import MAX_BYTES, load_tensors
+from cxr_fastai.models.devices import choose_device, may_have_gpu
 
 CONFIG = 'config.json'
 MANIFEST = 'manifest.json'
@@ -152,27 +153,45 @@ class Bundle:
         """Return the arrays of the safetensors file `name`. Raises `CXRError` if it is damaged."""
         return load_tensors(self.read(name), self.path / name)
 
-    def engine(self, kind: str = 'auto') -> TorchEngine | OnnxEngine:
-        """Return the engine `onnx` or `torch`; `auto` is ONNX Runtime if it is installed and the bundle has its file.
+    def engine(self, kind: str = 'auto', device: str = 'auto', precision: str = 'fp32') -> TorchEngine | OnnxEngine:
+        """Return the engine `onnx` or `torch` on a `device` of `models.devices`, with a `precision` of `PRECISIONS`.
 
-        Raises `ParityError` if the engine does not reproduce the first reference images.
+        `auto` is torch on a GPU or with another precision than fp32; else ONNX Runtime, if it is installed and the
+        bundle has its file. Raises `ParityError` if the engine does not reproduce the first reference images (in fp32),
+        `UsageError` if device, precision and engine do not fit each other.
         """
+        check_precision(precision)
         if kind not in ENGINES:
             raise UsageError(f'--engine {kind}: unknown. Choose one of {", ".join(ENGINES)}.')
         if kind == 'auto':
-            kind = 'onnx' if ONNX in self and find_spec('onnxruntime') else 'torch'
-        engine = self._onnx_engine() if kind == 'onnx' else self._torch_engine()
+            has_onnx = ONNX in self and find_spec('onnxruntime') is not None
+            kind = 'onnx' if has_onnx and precision == 'fp32' and not self._computes_on_gpu(device) else 'torch'
+        if kind == 'onnx' and precision != 'fp32':
+            raise UsageError(f'--engine onnx --precision {precision}: ONNX files compute in fp32. Use --engine torch.')
+        engine = self._onnx_engine(device) if kind == 'onnx' else self._torch_engine(device)
         self.selftest.check(engine, self.path, IMAGES_AT_OPEN)
+        if isinstance(engine, TorchEngine):
+            engine.precision = precision
         return engine
 
-    def _onnx_engine(self) -> OnnxEngine:
+    @staticmethod
+    def _computes_on_gpu(device: str) -> bool:
+        if device == 'auto':
+            return may_have_gpu() and choose_device().type != 'cpu'
+        return device != 'cpu'
+
+    def _onnx_engine(self, device: str) -> OnnxEngine:
         require_package('onnxruntime', '--engine onnx', 'onnx')
+        if device not in ('auto', 'cpu', 'cuda'):
+            raise UsageError(
+                f'--engine onnx --device {device}: ONNX Runtime computes on cpu or cuda. Use --engine torch.'
+            )
         local_processes = read_integer('LOCAL_WORLD_SIZE', default=process_count()) if process_count() > 1 else 1
         threads = thread_limit(max(local_processes, 1))
-        return OnnxEngine(self.read(ONNX), self.path / ONNX, threads, self.config.size)
+        return OnnxEngine(self.read(ONNX), self.path / ONNX, threads, self.config.size, gpu=device == 'cuda')
 
-    def _torch_engine(self) -> TorchEngine:
-        return TorchEngine(load_network(self.config, self.read(WEIGHTS), self.path / WEIGHTS))
+    def _torch_engine(self, device: str) -> TorchEngine:
+        return TorchEngine(load_network(self.config, self.read(WEIGHTS), self.path / WEIGHTS), device)
 
     @cached_property
     def _manifest_bytes(self) -> bytes:

@@ -14,20 +14,24 @@ BATCH = struct.Struct('<II')
 """Head of a batch: number of images, and their side in pixels."""
 
 
-def main(threads: str) -> None:
+CPU, GPU = 'CPUExecutionProvider', 'CUDAExecutionProvider'
+"""Where ONNX Runtime computes."""
+
+
+def main(threads: str, provider: str = CPU) -> None:
     """Answer requests: the first contains the model, each other one a batch. `threads` is a number; 0: all cores."""
     sessions: list[Any] = []
 
     def handle(parts: Parts) -> Parts:
         if not sessions:
-            sessions.append(_load(parts[0], int(threads)))
+            sessions.append(_load(parts[0], int(threads), provider))
             return []
         return _predict(sessions[0], *parts)
 
     serve(handle)
 
 
-def _load(model: bytes, threads: int) -> Any:
+def _load(model: bytes, threads: int, provider: str) -> Any:
     os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
     import onnxruntime
 
@@ -37,7 +41,12 @@ def _load(model: bytes, threads: int) -> Any:
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     options.add_session_config_entry('session.load_model_format', 'ONNX')
     options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+    if provider not in onnxruntime.get_available_providers():
+        raise RuntimeError(f'this build of ONNX Runtime has no {provider}; onnxruntime-gpu has it')
+    session = onnxruntime.InferenceSession(model, options, providers=[provider])
+    if session.get_providers()[0] != provider:
+        raise RuntimeError(f'{provider} found no GPU that it can use')
+    return session
 
 
 def _predict(session: Any, head: bytes, pixels: bytes) -> Parts:

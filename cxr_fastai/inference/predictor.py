@@ -28,13 +28,14 @@ from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle
 from cxr_fastai.inference.config import LEARNER, ModelConfig, find_network, identify_network, temper
 from cxr_fastai.inference.decision import Decision
-from cxr_fastai.inference.engines import Engine, TorchEngine
+from cxr_fastai.inference.engines import Engine, TorchEngine, check_precision
 from cxr_fastai.inference.gate import REJECTION, Gate
 from cxr_fastai.inference.networks import load_network
 from cxr_fastai.inference.tensors import MAX_BYTES
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
     from torch import nn
 
 Row = dict[str, Any]
@@ -61,9 +62,18 @@ class Predictor:
 
     @classmethod
     def load(
-        cls, model: str | os.PathLike[str], calibrated: bool = False, engine: str = 'auto', gate: bool = True
+        cls,
+        model: str | os.PathLike[str],
+        calibrated: bool = False,
+        engine: str = 'auto',
+        gate: bool = True,
+        device: str = 'auto',
+        precision: str = 'fp32',
     ) -> Predictor:
         """Load a bundle with the `engine` (see `Bundle.engine`), a run folder, or an exported `.pkl` that is trusted.
+
+        The network computes on the `device`, `auto`, `cpu`, `cuda`, `cuda:N` or `mps`, with the `precision` `fp32` or
+        `bf16`, which is faster on some processors and changes the probabilities slightly.
 
         A run folder is loaded with the threshold and temperature that `evaluate` chose. With `gate=False` every image
         gets a probability. Raises `CXRError` if the model cannot be loaded, and `UsageError` if it has no temperature
@@ -71,11 +81,13 @@ class Predictor:
         """
         model = Path(model)
         if is_bundle(model):
-            predictor = _load_bundle(model, engine)
+            predictor = _load_bundle(model, engine, device, precision)
         elif model.is_dir():
-            predictor = _load_run(Run(model))
+            predictor = _load_run(Run(model), device)
         else:
-            predictor = _load_pickle(model)
+            predictor = _load_pickle(model, device)
+        if isinstance(predictor.engine, TorchEngine):
+            predictor.engine.precision = check_precision(precision)
         if calibrated and predictor.config.temperature is None:
             raise UsageError(
                 f'{model}: --calibrated needs a temperature, which `cxr-fastai evaluate RUN` fits to validation '
@@ -96,6 +108,11 @@ class Predictor:
         if not isinstance(self.engine, TorchEngine):
             raise UsageError('maps need the torch network, not ONNX Runtime. Load the model with `engine="torch"`.')
         return self.engine.model
+
+    @property
+    def device(self) -> torch.device | str:
+        """The device of the torch network; `cpu` for other engines."""
+        return getattr(self.engine, 'device', 'cpu')
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -223,9 +240,9 @@ def prediction_table(rows: Iterable[Row]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _load_bundle(path: Path, engine: str) -> Predictor:
+def _load_bundle(path: Path, engine: str, device: str, precision: str) -> Predictor:
     bundle = Bundle.open(path)
-    predictor = Predictor(bundle.engine(engine), bundle.config)
+    predictor = Predictor(bundle.engine(engine, device, precision), bundle.config)
     if GATE not in bundle:
         return predictor
     predictor = replace(predictor, gate=Gate.from_tensors(bundle.tensors(GATE), path / GATE))
@@ -241,18 +258,18 @@ def _load_bundle(path: Path, engine: str) -> Predictor:
     return predictor
 
 
-def load_undecided(run: Run) -> Predictor:
-    """Load the network of `run` with the threshold of its recipe, whatever `evaluate` decided."""
+def load_undecided(run: Run, device: str = 'auto') -> Predictor:
+    """Load the network of `run` on `device`, with the threshold of its recipe, whatever `evaluate` decided."""
     file = find_network(run.path)
     if file.name == LEARNER:
-        return _load_pickle(file)
+        return _load_pickle(file, device)
     settings = asdict(ModelConfig.from_recipe(run.recipe))
     config = ModelConfig.from_dict(settings, run / 'recipe.json')
-    return Predictor(TorchEngine(load_network(config, read_bytes(file, MAX_BYTES), file)), config)
+    return Predictor(TorchEngine(load_network(config, read_bytes(file, MAX_BYTES), file), device), config)
 
 
-def _load_run(run: Run) -> Predictor:
-    predictor = load_undecided(run)
+def _load_run(run: Run, device: str) -> Predictor:
+    predictor = load_undecided(run, device)
     return replace(predictor, config=_apply_decision(run, predictor.config))
 
 
@@ -274,10 +291,10 @@ def _apply_decision(run: Run, config: ModelConfig) -> ModelConfig:
     return config
 
 
-def _load_pickle(path: Path) -> Predictor:
+def _load_pickle(path: Path, device: str) -> Predictor:
     from cxr_fastai.inference.learner_files import read_learner
 
     if not path.is_file():
         find_network(path)  # raises the error that explains what a model is
     saved = read_learner(path)
-    return Predictor(TorchEngine(saved.network), saved.config)
+    return Predictor(TorchEngine(saved.network, device), saved.config)

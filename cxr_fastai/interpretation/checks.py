@@ -98,7 +98,7 @@ def check_maps(
         'images': len(images),
         **dict.fromkeys(CHECKS),
         'empty': float((~has_evidence).mean()),
-        'cam_error': cam_error(explainer.model, to_input(images[:N_ALONE])),
+        'cam_error': cam_error(explainer.model, to_input(images[:N_ALONE], explainer.predictor.device)),
     }
     if not has_evidence.any():
         return results
@@ -118,7 +118,7 @@ def cam_error(model: nn.Module, images: Tensor, seed: int = 0) -> float:
     are equal up to a constant factor (Selvaraju et al. 2017). `images` are normalised, (n, 3, s, s).
     """
     body, _ = model.children()
-    linear = nn.Linear(body(images[:1]).shape[1], len(VOCAB))
+    linear = nn.Linear(body(images[:1]).shape[1], len(VOCAB), device=images.device)
     weights = torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         linear.weight.copy_(weights)

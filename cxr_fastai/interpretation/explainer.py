@@ -23,7 +23,7 @@ from cxr_fastai.images.decode import ImageLike, file_path, open_image
 from cxr_fastai.images.decoder_pool import default_pool
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import ModelConfig
-from cxr_fastai.inference.engines import TorchEngine
+from cxr_fastai.inference.engines import TorchEngine, to_probabilities
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.tables import Predictions
 from cxr_fastai.interpretation.cam import (
@@ -93,11 +93,16 @@ class Explainer:
 
     @classmethod
     def load(
-        cls, model: StrPath, target: str = VOCAB[POSITIVE], method: str = 'gradcam', layer: str | None = None
+        cls,
+        model: StrPath,
+        target: str = VOCAB[POSITIVE],
+        method: str = 'gradcam',
+        layer: str | None = None,
+        device: str = 'auto',
     ) -> Explainer:
-        """Return the explainer of the run, bundle or trusted learner `model`."""
+        """Return the explainer of the run, bundle or trusted learner `model`, which computes on `device`."""
         model = Path(model)
-        return cls(Predictor.load(model, engine='torch'), target, method, layer)
+        return cls(Predictor.load(model, engine='torch', device=device), target, method, layer)
 
     @classmethod
     def from_learner(
@@ -135,8 +140,9 @@ class Explainer:
 
     def _maps(self, images: np.ndarray) -> np.ndarray:
         target = VOCAB.index(self.target)
-        maps = activation_maps(self.model, to_input(images), target, self.method, self.layer)
-        return np.asarray(scale(enlarge(maps, images.shape[-1])))
+        inputs = to_input(images, self.predictor.device)
+        maps = activation_maps(self.model, inputs, target, self.method, self.layer)
+        return np.asarray(scale(enlarge(maps, images.shape[-1])).cpu())
 
     def scores(self, images: np.ndarray) -> np.ndarray:
         """Return the probability (n,) of the target for grey uint8 `images` (n, size, size)."""
@@ -194,13 +200,13 @@ class Explainer:
 
 
 class WholeNetworkEngine(TorchEngine):
-    """Runs any network for normalised images, in evaluation mode on the CPU. It gives no features."""
+    """Runs any network for normalised images, in evaluation mode. It gives no features."""
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the probabilities of pneumonia (n,) of grey uint8 images (n, s, s), and features (n, 0)."""
-        with torch.inference_mode():
-            p = self.model(to_input(images)).double().softmax(dim=1)[:, POSITIVE]
-        return p.numpy(), np.zeros((len(images), 0))
+        with torch.inference_mode(), self.autocast():
+            logits = self.model(to_input(images, self.device))
+        return to_probabilities(logits), np.zeros((len(images), 0))
 
 
 def check_choices(target: str, method: str) -> None:

@@ -124,7 +124,9 @@ def _summarise_stage(layer: str, similarities: list[dict[str, float]], pairs: di
 def _randomised_maps(explainer: Explainer, images: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarray]]:
     """Randomise the layers in stages, from the last; yield the name of the first layer of each stage and the maps."""
     model = copy.deepcopy(explainer.model)
-    randomised = replace(explainer, predictor=replace(explainer.predictor, engine=TorchEngine(model)))
+    randomised = replace(
+        explainer, predictor=replace(explainer.predictor, engine=TorchEngine(model, explainer.predictor.device))
+    )
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, 'reset_parameters')}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

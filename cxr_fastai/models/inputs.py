@@ -26,10 +26,11 @@ def denormalize(images: Tensor) -> Tensor:
     return images * STD.to(images.device) + MEAN.to(images.device)
 
 
-def to_input(images: np.ndarray) -> Tensor:
-    """Convert grey uint8 images (n, h, w) to network input, (n, 3, h, w)."""
+def to_input(images: np.ndarray, device: torch.device | str = 'cpu') -> Tensor:
+    """Convert grey uint8 images (n, h, w) to network input, (n, 3, h, w), on `device`, which receives the bytes."""
     writable = np.require(images, requirements=['C', 'W'])  # copies views and read-only arrays, which torch refuses
-    return normalize(torch.from_numpy(writable)[:, None].float().div_(255.0))
+    pixels = torch.from_numpy(writable).to(device)
+    return normalize(pixels[:, None].float().div_(255.0))
 
 
 def pool(features: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from cxr_fastai.core.errors import CXRWarning, UsageError, first_line
-from cxr_fastai.core.hardware import available_cores, processor
 from cxr_fastai.core.recipe import CHOICES
+from cxr_fastai.models.devices import describe_device
 
 COMPILE = ('on', 'off')
 """Values of `--compile`."""
@@ -56,18 +56,11 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     """Return the facts about the computer and the packages that can change the last digits of a training."""
     facts = {
         'device': str(device),
-        'hardware': describe_hardware(device),
+        'hardware': describe_device(device),
         'threads': torch.get_num_threads(),
         'python': platform.python_version(),
     }
     return facts | {name: version(name) for name in PACKAGES}
-
-
-def describe_hardware(device: torch.device) -> str:
-    """Return the model of the processor or GPU that trains, without the name of the host."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    return f'{processor()}, {available_cores()} cores'
 
 
 class Precision(MixedPrecision):

@@ -25,6 +25,7 @@ def evaluate(
     limit: opt.Limit = None,
     robustness: opt.Robustness = False,
     folder: opt.NewComparison = None,
+    device: opt.Device = 'auto',
 ) -> None:
     """Evaluate a run on a split, and write predictions, metrics with 95% intervals, and figures into its folder.
     Several runs, or a folder of runs, are also compared on the same images.
@@ -45,12 +46,13 @@ def evaluate(
     prevalences = [parse_share(text) for text in prevalence] if prevalence else PREVALENCES
     groups = ['kind', *(by or [])]
     for run in run_list:
+        again = not is_comparison
         metrics, figures = evaluate_and_draw(
-            run, images, split, batch_size, limit, threshold, prevalences, groups, again=not is_comparison
+            run, images, split, batch_size, limit, threshold, prevalences, groups, again, device
         )
         _print_evaluation(run, split, metrics, figures)
         if robustness:
-            _evaluate_robustness(run, images, split, batch_size, limit)
+            _evaluate_robustness(run, images, split, batch_size, limit, device)
     if is_comparison:
         _compare(run_list, split, folder or unused_path(Path('comparison')))
 
@@ -85,11 +87,13 @@ def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: li
     print_line(f'in {run.path}: {", ".join(files)}')
 
 
-def _evaluate_robustness(run: Run, images: Path | None, split: str, batch_size: int, limit: int | None) -> None:
+def _evaluate_robustness(
+    run: Run, images: Path | None, split: str, batch_size: int, limit: int | None, device: str
+) -> None:
     from cxr_fastai.cli.output import robustness_table
     from cxr_fastai.evaluation.robustness import evaluate_robustness
 
-    out.print(robustness_table(evaluate_robustness(run, images, split, batch_size, limit)))
+    out.print(robustness_table(evaluate_robustness(run, images, split, batch_size, limit, device)))
     print_line(f'in {run.path}: robustness.csv, figures/robustness_{split}.png')
 
 

@@ -33,6 +33,7 @@ def explain(
     csv: opt.Csv = None,
     burned_in: opt.BurnedIn = False,
     batch_size: opt.BatchSize = 32,
+    device: opt.Device = 'auto',
 ) -> None:
     """Show what influenced the score of an image: one PNG for each given image, or for the highest losses of a split.
     With --check, measure whether such maps can be trusted.
@@ -45,7 +46,7 @@ def explain(
         raise UsageError('--data and --csv locate the images of a split: do not combine them with images.')
     data = choose_source(data, csv)
     if check:
-        _check(Run.open(run), split, data, folder, target, method, layer)
+        _check(Run.open(run), split, data, folder, target, method, layer, device)
         return
     if top_losses:
         Run.open(run)  # before the folder is chosen: raises if it is not a run folder
@@ -56,12 +57,12 @@ def explain(
     if top_losses:
         from cxr_fastai.interpretation.interpretation import CXRInterpretation
 
-        interpretation = CXRInterpretation.from_run(Run(run), split, data, target, method, layer)
+        interpretation = CXRInterpretation.from_run(Run(run), split, data, target, method, layer, device)
         n_errors = _explain_split(interpretation, run, top_losses, folder, batch_size, burned_in)
     else:
         from cxr_fastai.interpretation.explainer import Explainer, explain_images
 
-        explainer = Explainer.load(run, target, method, layer)
+        explainer = Explainer.load(run, target, method, layer, device)
         n_errors = print_explanations(explain_images(explainer, images or [], folder, batch_size, burned_in))
     if n_errors:
         raise typer.Exit(3)
@@ -91,7 +92,14 @@ def print_explanations(saved: Iterable[tuple[Path, Explanation | ImageError]]) -
 
 
 def _check(
-    run: Run, split: str, data: Path | None, folder: Path | None, target: str, method: str, layer: str | None
+    run: Run,
+    split: str,
+    data: Path | None,
+    folder: Path | None,
+    target: str,
+    method: str,
+    layer: str | None,
+    device: str,
 ) -> None:
     if folder:
         raise UsageError(f'--out {folder}: --check writes into the figures of the run. Omit --out.')
@@ -100,6 +108,6 @@ def _check(
     from cxr_fastai.cli.output import check_table
     from cxr_fastai.interpretation.checks import check_run
 
-    out.print(check_table(check_run(run, split, data, method, layer)))
+    out.print(check_table(check_run(run, split, data, method, layer, device)))
     files = [name for name in ('figures/cam_check.json', 'figures/cam_check.png') if (run / name).is_file()]
     print_line(f'in {run.path}: {", ".join(files)}')

@@ -131,7 +131,12 @@ Leakage = Annotated[
 ]
 BadImage = Annotated[str, Option('--on-bad-image', help='At an unreadable image, fail, or skip it with a warning.')]
 Precision = Annotated[
-    str, Option('--precision', help='Train in fp32, fp16, bf16, or auto (fp32 on a CPU, else the best of the GPU).')
+    str,
+    Option(
+        '--precision',
+        help='Compute in fp32, in bf16, which is faster on some processors, or for training in fp16 or auto (fp32 on a '
+        'CPU, else the best of the GPU).',
+    ),
 ]
 Compile = Annotated[str, Option('--compile', help='Compile training steps with torch.compile: on or off.')]
 Track = Annotated[
@@ -338,6 +343,10 @@ NoGate = Annotated[
 ]
 EngineKind = Annotated[
     str, Option('--engine', help='Run bundles with this engine: onnx, torch, or auto (ONNX Runtime if installed).')
+]
+
+Device = Annotated[
+    str, Option('--device', help='Compute on cpu, cuda, cuda:N, mps, or auto (the GPU if there is one).')
 ]
 
 # export, push-to-hub and trust

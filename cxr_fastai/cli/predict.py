@@ -73,6 +73,8 @@ def predict(
     no_gate: opt.NoGate = False,
     engine: opt.EngineKind = 'auto',
     workers: opt.Threads = None,
+    device: opt.Device = 'auto',
+    precision: opt.Precision = 'fp32',
 ) -> None:
     """Predict the probability of pneumonia for each image. An image that cannot be used gets a row with the reason.
 
@@ -95,6 +97,8 @@ def predict(
         tta=tta,
         use_gate=not no_gate,
         engine='torch' if maps else engine,
+        device=device,
+        precision=precision,
     )
     if not is_main_process():
         return

@@ -27,6 +27,7 @@ def serve(
     queue: opt.QueueLength = 32,
     timeout: opt.RequestTime = 30,
     send_timeout: opt.SendTime = 10,
+    device: opt.Device = 'cpu',
 ) -> None:
     """Serve a bundle: a web page for images, and a REST API, which is documented at /docs.
 
@@ -52,6 +53,7 @@ def serve(
         send_seconds=send_timeout,
         token=_read_token(token_file),
         hosts=tuple(allow_host or ()),
+        device=device,
     )
     serve(settings, print_line)
 

@@ -55,6 +55,7 @@ def train(
     precision: opt.Precision = 'auto',
     compile: opt.Compile = 'off',
     track: opt.Track = None,
+    device: opt.Device = 'auto',
     resume: opt.Resume = None,
 ) -> None:
     """Train a network and write its run folder: recipe, items, history, journal, state and model.
@@ -73,7 +74,8 @@ def train(
     new_recipe = _choose_recipe(given, recipe)
     from cxr_fastai.training.training import train
 
-    trained = train(new_recipe, root, run or unused_path(Path('runs', new_recipe.arch)), compile=compile, track=track)
+    folder = run or unused_path(Path('runs', new_recipe.arch))
+    trained = train(new_recipe, root, folder, compile=compile, track=track, device=_training_device(device))
     _print_next_step(trained)
 
 
@@ -99,8 +101,18 @@ def _resume(given: typer.Context, folder: Path, source: Path | None, out: Path |
     track = typed.get('track', start.get('track'))
     from cxr_fastai.training.training import train
 
-    train(recipe, root, folder, resume=True, compile=compile, track=track)
+    device = _training_device(given.params['device'])
+    train(recipe, root, folder, resume=True, compile=compile, track=track, device=device)
     _print_next_step(run)
+
+
+def _training_device(name: str) -> str | None:
+    """Return the device of a training, or None for `auto`, where each of several processes chooses its own."""
+    if name == 'auto':
+        return None
+    from cxr_fastai.models.devices import choose_device
+
+    return str(choose_device(name))
 
 
 def _choose_recipe(given: typer.Context, recipe: str) -> Recipe:
@@ -152,6 +164,7 @@ def lr_find(
     fields: opt.Fields = None,
     steps: opt.Steps = 100,
     curve: opt.NewCurve = Path('lr_find.png'),
+    device: opt.Device = 'auto',
 ) -> None:
     """Suggest a learning rate for the first phase of a recipe, and plot the loss against the learning rate.
 
@@ -166,7 +179,7 @@ def lr_find(
     from cxr_fastai.evaluation.plots import plot_rates
     from cxr_fastai.training.lr_finder import find_rates
 
-    rates = find_rates(new_recipe, root, steps)
+    rates = find_rates(new_recipe, root, steps, _training_device(device))
     title = f'{new_recipe.arch}, recipe {new_recipe.name}, {new_recipe.size} px'
     save_figure(plot_rates(rates, title), curve)
     write_csv(curve.with_suffix('.csv'), rates.curve)

@@ -35,6 +35,7 @@ from cxr_fastai.data.transforms import NormalizeImage, OpenImage, augmentations
 from cxr_fastai.images.cache import ImageCache, find_cache
 from cxr_fastai.images.decode import read_image
 from cxr_fastai.images.preprocessing import Preprocessing
+from cxr_fastai.models.devices import choose_device
 
 MAX_ERRORS_LISTED = 3
 """Largest number of unreadable images that a message names."""
@@ -90,7 +91,7 @@ class CXRDataLoaders(DataLoaders):
             recipe: name of the recipe whose augmentation is used. (`from_items` takes a `Recipe`.)
             item_tfms, batch_tfms: transforms of the `DataBlock`. `batch_tfms` replace the augmentation of the recipe.
             num_workers: worker processes; by default one per core, or none if every image is cached.
-            device: device of the batches; by default the GPU if there is one.
+            device: device of the batches: `cpu`, `cuda`, `cuda:N` or `mps`; by default the GPU if there is one.
             kwargs: fields of `Recipe`, such as `limit`, `low_pass` or `crop`, and arguments of `DataBlock.dataloaders`,
                 such as `val_bs` or `drop_last`.
 
@@ -176,6 +177,7 @@ class CXRDataLoaders(DataLoaders):
         cache: ImageCache | None = None,
         item_tfms: Any = None,
         batch_tfms: Any = None,
+        device: Any = None,
         **kwargs: Any,
     ) -> Self:
         """Return loaders of the train and valid images of the items table `items`, with paths relative to `root`.
@@ -191,9 +193,11 @@ class CXRDataLoaders(DataLoaders):
             loaded = source.path[source.split.isin(['train', 'valid'])]
             all_cached = cache is not None and all(path in cache for path in loaded)
             workers = 0 if all_cached else available_cores()
+        if device is not None:
+            device = choose_device(device)
         options = {'drop_last': False, 'pin_memory': torch.cuda.is_available(), 'wif': follow_parent} | kwargs
         block = cxr_block(recipe, cache, item_tfms, batch_tfms)
-        loaders = block.dataloaders(source, bs=recipe.batch_size, num_workers=workers, **options)
+        loaders = block.dataloaders(source, bs=recipe.batch_size, num_workers=workers, device=device, **options)
         dls = cls(*loaders.loaders, path=Path('.'), device=loaders.device)
         dls.item_table = items
         dls.root = root

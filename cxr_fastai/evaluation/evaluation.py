@@ -39,6 +39,7 @@ def evaluate(
     prevalences: Sequence[float] = PREVALENCES,
     by: Sequence[str] = ('kind',),
     again: bool = True,
+    device: str = 'auto',
 ) -> dict[str, Any]:
     """Evaluate a run on a split, and return the metrics of the split.
 
@@ -55,6 +56,7 @@ def evaluate(
         prevalences: prevalences in (0, 1) for which predictive values are computed.
         by: columns of the items that define subgroups.
         again: predict the split again even if this network has predicted the same files before.
+        device: where the network computes; see `models.devices`.
 
     Raises `UsageError` for a split without images and for an invalid rule, `ImageError` for an unreadable image.
     """
@@ -65,7 +67,7 @@ def evaluate(
     run.remove_partial_files()
     root, items = find_split(run, data, split, limit, columns)
     model = identify_network(run.path)
-    predicted = _predict_missing(run, model, _Images(split, items, root), data, batch_size, again)
+    predicted = _predict_missing(run, model, _Images(split, items, root), data, batch_size, again, device)
     decision = _decide(run, predicted.valid, rule, model)
     groups = {column: items[column].to_numpy() for column in columns}
     tables = {name: apply_threshold(table, decision.threshold) for name, table in predicted.tables.items()}
@@ -166,7 +168,7 @@ class _Predicted:
 
 
 def _predict_missing(
-    run: Run, model: str, images: _Images, data: Path | None, batch_size: int, again: bool
+    run: Run, model: str, images: _Images, data: Path | None, batch_size: int, again: bool, device: str
 ) -> _Predicted:
     """Predict `images`, and the validation images of the run, unless the same files were predicted before."""
     tables = known_predictions(run, model)
@@ -181,7 +183,7 @@ def _predict_missing(
             missing.append(_Images('valid', valid, folder))
     stamps = {}
     if missing:
-        predictor = load_undecided(run)
+        predictor = load_undecided(run, device)
         for part in missing:
             tables[part.split] = predict_items(predictor, part.items, part.root, batch_size)
             stamps[part.split] = stamp_images(part.items, part.root)

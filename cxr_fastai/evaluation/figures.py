@@ -55,6 +55,7 @@ def evaluate_and_draw(
     prevalences: Sequence[float] = PREVALENCES,
     by: Sequence[str] = ('kind',),
     again: bool = True,
+    device: str = 'auto',
 ) -> tuple[dict[str, Any], list[str]]:
     """Evaluate a run as `evaluate` does, and write its figures and the small images of its report.
 
@@ -65,7 +66,7 @@ def evaluate_and_draw(
     """
     data = Path(data) if data is not None else None
     previous_metrics = run.intact_metrics()
-    metrics = evaluate(run, data, split, batch_size, limit, rule, prevalences, by, again)
+    metrics = evaluate(run, data, split, batch_size, limit, rule, prevalences, by, again, device)
     current_metrics = run.metrics
     for other in previous_metrics.keys() & current_metrics.keys() - {split}:
         if current_metrics[other] != previous_metrics[other]:

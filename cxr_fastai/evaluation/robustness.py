@@ -44,6 +44,7 @@ def evaluate_robustness(
     split: str = 'valid',
     batch_size: int = 32,
     limit: int | None = None,
+    device: str = 'auto',
 ) -> pd.DataFrame:
     """Measure the robustness of a run on a split as `measure_robustness` does.
 
@@ -53,7 +54,7 @@ def evaluate_robustness(
     """
     data = Path(data) if data is not None else None
     root, items = find_split(run, data, split, limit)
-    table = measure_robustness(Predictor.load(run.path), items, root, batch_size)
+    table = measure_robustness(Predictor.load(run.path, device=device), items, root, batch_size)
     run.write_split('robustness.csv', table.assign(split=split, model=identify_network(run.path)), split)
     save_robustness_figure(run, split)
     return table

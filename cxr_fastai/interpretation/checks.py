@@ -38,16 +38,21 @@ N_ALONE = 16
 
 
 def check_run(
-    run: Run, split: str = 'test', data: StrPath | None = None, method: str = 'gradcam', layer: str | None = None
+    run: Run,
+    split: str = 'test',
+    data: StrPath | None = None,
+    method: str = 'gradcam',
+    layer: str | None = None,
+    device: str = 'auto',
 ) -> dict[str, Any]:
     """Check the maps of `run` on pneumonia images of `split`, and write `figures/cam_check.json` and a figure.
 
-    `data` is the data root (default: where the run was trained); `method` and `layer` are those of `Explainer`. The
-    folder `masks` in the data root, as `data demo` writes it, is used if it exists. Returns the numbers of
-    `check_maps` with their verdicts. Raises `CXRError`.
+    `data` is the data root (default: where the run was trained); `method`, `layer` and `device` are those of
+    `Explainer.load`. The folder `masks` in the data root, as `data demo` writes it, is used if it exists. Returns the
+    numbers of `check_maps` with their verdicts. Raises `CXRError`.
     """
     data = Path(data) if data is not None else None
-    explainer = Explainer.load(run.path, method=method, layer=layer)
+    explainer = Explainer.load(run.path, method=method, layer=layer, device=device)
     root, items = find_split(run, data, split)
     preprocessing = explainer.predictor.preprocessing
     samples = {label: rows.sample(min(MAX_IMAGES, len(rows)), random_state=0) for label, rows in items.groupby('label')}

@@ -115,15 +115,16 @@ class CXRInterpretation(ClassificationInterpretation):
         target: str = VOCAB[POSITIVE],
         method: str = 'gradcam',
         layer: str | None = None,
+        device: str = 'auto',
     ) -> CXRInterpretation:
         """Return the interpretation of `run` on `split`, which is evaluated first if it has not been.
 
-        `data` is the data root (default: where the run was trained). `target`, `method` and `layer` are those of
-        `Explainer`. The threshold is the one of the run, and `losses` are cross-entropies.
+        `data` is the data root (default: where the run was trained). `target`, `method`, `layer` and `device` are those
+        of `Explainer.load`. The threshold is the one of the run, and `losses` are cross-entropies.
         """
         data = Path(data) if data is not None else None
         check_choices(target, method)
-        return cls(RunSource.read(run, split, data), target, method, layer)
+        return cls(RunSource.read(run, split, data, device), target, method, layer)
 
     @property
     def learn(self) -> Learner:

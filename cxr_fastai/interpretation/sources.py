@@ -137,14 +137,15 @@ class RunSource:
     items: pd.DataFrame
     predictions: pd.DataFrame
     metrics: dict[str, Any]
+    device: str = 'auto'
     act = None
 
     @classmethod
-    def read(cls, run: Run, split: str = 'test', data: Path | None = None) -> RunSource:
-        """Return the predictions of `run`, which is evaluated first if it has not been."""
-        evaluate(run, data, split, again=False)
+    def read(cls, run: Run, split: str = 'test', data: Path | None = None, device: str = 'auto') -> RunSource:
+        """Return the predictions of `run`, which is evaluated first, on `device`, if it has not been."""
+        evaluate(run, data, split, again=False, device=device)
         root, items = find_split(run, data, split)
-        return cls(run, split, root, items, run.predicted(split), run.metrics[split])
+        return cls(run, split, root, items, run.predicted(split), run.metrics[split], device)
 
     @property
     def threshold(self) -> float:
@@ -192,7 +193,7 @@ class RunSource:
 
     def explainer(self, target: str, method: str, layer: str | None) -> Explainer:
         """Return the explainer of the network of the run. Raises `UsageError` if it allows no such map."""
-        return Explainer.load(self.run.path, target, method, layer)
+        return Explainer.load(self.run.path, target, method, layer, self.device)
 
 
 def load_inputs(learn: Learner, dl: TfmdDL, indices: Sequence[int]) -> Any:

@@ -149,7 +149,7 @@ def _file_names(path: Path) -> set[str]:
 
 def write_files(run: Run, folder: Path) -> None:
     """Write the files of the bundle of `run` to `folder`, the manifest last."""
-    predictor = Predictor.load(run.path)
+    predictor = Predictor.load(run.path, device='cpu')  # the stored probabilities are those of a processor
     config = predictor.config
     save_weights(predictor.model, folder / WEIGHTS)
     selftest = SelfTest.create(predictor.engine, config.size)
@@ -261,7 +261,7 @@ def verify(path: Path) -> None:
     bundle.selftest.check(bundle.engine('torch'), path)
     if ONNX in bundle and find_spec('onnxruntime'):
         bundle.selftest.check(bundle.engine('onnx'), path)
-    Predictor.load(path, engine='torch')  # raises if the gate does not fit the network
+    Predictor.load(path, engine='torch', device='cpu')  # raises if the gate does not fit the network
     if LEARNER in bundle and path.is_dir():
         engine = TorchEngine(read_learner(path / LEARNER).network)
         bundle.selftest.check(engine, path)

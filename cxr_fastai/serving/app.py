@@ -60,6 +60,8 @@ class Settings:
         Access token that clients must send, or None.
     hosts
         Additional host names that requests may use; `*.example.org` allows all subdomains, `*` every name.
+    device
+        Where the network computes. ONNX Runtime serves on `cpu`, torch on a GPU (see `models.devices`).
     """
 
     bundle: Path
@@ -76,6 +78,7 @@ class Settings:
     batch_delay: float = 0.004
     token: str | None = field(default=None, repr=False)
     hosts: tuple[str, ...] = ()
+    device: str = 'cpu'
 
     def __post_init__(self) -> None:
         for name in self.hosts:
@@ -143,6 +146,7 @@ async def _load_service(
         service = await asyncio.to_thread(
             Service.open,
             settings.bundle,
+            settings.device,
             max_requests=settings.max_requests,
             max_batch=settings.max_batch,
             max_delay=settings.batch_delay,

@@ -151,15 +151,16 @@ class Service:
         self.batcher = Batcher(predictor.infer, self.computing, max_batch, max_delay, observe)
 
     @classmethod
-    def open(cls, path: StrPath, **options: Any) -> Service:
-        """Open the bundle `path` with ONNX Runtime and verify it on all of its reference images.
+    def open(cls, path: StrPath, device: str = 'cpu', **options: Any) -> Service:
+        """Open the bundle `path` and verify it on all of its reference images.
 
-        `path` may also be the `model.onnx` in a bundle; `options` are those of the constructor. Raises `UsageError` if
-        `path` is not a bundle, `ParityError` if the bundle fails its self-test, and `CXRError` if it is damaged.
+        ONNX Runtime computes on the device `cpu`, torch on others. `path` may also be the `model.onnx` in a bundle;
+        `options` are those of the constructor. Raises `UsageError` if `path` is not a bundle or the device is missing,
+        `ParityError` if the bundle fails its self-test, and `CXRError` if it is damaged.
         """
         path = Path(path)
         bundle = Bundle.open(find_bundle(path))
-        predictor = Predictor.load(bundle.path, engine='onnx')
+        predictor = Predictor.load(bundle.path, engine='onnx' if device == 'cpu' else 'torch', device=device)
         bundle.selftest.check(predictor.engine, bundle.path)
         return cls(bundle, predictor, **options)
 
@@ -296,7 +297,7 @@ class Service:
         except ImportError:
             raise UsageError(NEEDS_TORCH) from None
         torch.set_num_threads(1)  # with more, the threads wait for each other, at ten times the cost on busy cores
-        engine: Any = self.bundle.engine('torch')
+        engine: Any = self.bundle.engine('torch', 'cpu')
         return engine.model
 
 

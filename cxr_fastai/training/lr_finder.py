@@ -34,11 +34,11 @@ class Rates:
     suggestion: float
 
 
-def find_rates(recipe: Recipe, data: StrPath, steps: int = 100) -> Rates:
+def find_rates(recipe: Recipe, data: StrPath, steps: int = 100, device: str | None = None) -> Rates:
     """Return the loss against the learning rate, from 1e-7 to 10, and the middle of its longest valley.
 
     Trains the first phase of `recipe` on the images of `data` for up to `steps` batches, or until the loss diverges.
-    The trained network is discarded. Raises `CXRError`, also if the loss never decreases.
+    The trained network is discarded. `device` is that of `train`. Raises `CXRError`, also if the loss never decreases.
     """
     data = Path(data)
     items = read_recipe_items(data, recipe)
@@ -46,7 +46,8 @@ def find_rates(recipe: Recipe, data: StrPath, steps: int = 100) -> Rates:
     reuse_memory()
     set_seed(recipe.seed, reproducible=True)
     root = image_root(data)
-    dls = CXRDataLoaders.from_items(items, root, recipe, find_cache(root, Preprocessing.of(recipe)))
+    cache = find_cache(root, Preprocessing.of(recipe))
+    dls = CXRDataLoaders.from_items(items, root, recipe, cache, device=device)
     learn = recipe_learner(dls, recipe)
     start_phase(learn, recipe.phases[0])
     suggestion = _run_lr_find(learn, recipe, steps)

@@ -56,13 +56,15 @@ def train(
     resume: bool = False,
     compile: str = 'off',
     track: str | None = None,
+    device: str | None = None,
 ) -> Run:
     """Train by `recipe` on the images of `data` and return the run in the new folder `out`.
 
     The run contains the network of the best epoch as `learner.pkl` and `model.safetensors`. On the CPU, two calls with
     the same recipe give the same weights. If `resume` is True, `out` is an interrupted run that is continued, and the
     weights are those of an uninterrupted run. `compile` is one of `hardware.COMPILE` and `track` one of
-    `tracking.TRACKERS`. Several processes train one network, and only the first of them writes.
+    `tracking.TRACKERS`. The network is trained on `device` (see `models.devices`; default: the GPU if there is one,
+    and in several processes one for each). Several processes train one network, and only the first of them writes.
 
     Raises `CXRError`. Everything that can be checked is checked before the folder is made.
     """
@@ -82,7 +84,8 @@ def train(
         cache, unreadable = _check_images(items, image_root(data), recipe)
         if resume:
             unreadable = sorted({*unreadable, *run.unreadable})  # train on the same images as before
-        learn = _make_learner(items[~items.path.isin(unreadable)], image_root(data), recipe, cache, state)
+        readable = items[~items.path.isin(unreadable)]
+        learn = _make_learner(readable, image_root(data), recipe, cache, state, device)
         compiled = compile == 'on' and can_compile(learn.dls.device)
         if not resume:
             stack.enter_context(Run.create(out).locked())
@@ -134,11 +137,12 @@ def _make_learner(
     recipe: Recipe,
     cache: ImageCache | None,
     state: dict[str, Any] | None,
+    device: str | None,
 ) -> CXRLearner:
     """Return the seeded learner of `recipe`. Pretrained weights are not loaded if the weights come from a `state`."""
     check_trainable(items)
     set_seed(recipe.seed, reproducible=True)
-    dls = CXRDataLoaders.from_items(items, root, recipe, cache)
+    dls = CXRDataLoaders.from_items(items, root, recipe, cache, device=device)
     return recipe_learner(dls, replace(recipe, weights='none') if state else recipe)
 
 

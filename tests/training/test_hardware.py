@@ -181,4 +181,10 @@ def test_options_of_the_command_line_reach_training(images, tmp_path, monkeypatc
     argv = ['train', '--data', str(images), '--out', str(tmp_path / 'run')]
     assert main(argv) == 0
     assert main([*argv, '--precision', 'bf16', '--compile', 'on', '--track', 'wandb']) == 0
-    assert calls == [('fp32', {'compile': 'off', 'track': None}), ('bf16', {'compile': 'on', 'track': 'wandb'})]
+    assert main([*argv, '--device', 'cpu']) == 0
+    assert calls == [
+        ('fp32', {'compile': 'off', 'track': None, 'device': None}),
+        ('bf16', {'compile': 'on', 'track': 'wandb', 'device': None}),
+        ('fp32', {'compile': 'off', 'track': None, 'device': 'cpu'}),
+    ]
+    assert main([*argv, '--device', 'tpu']) == 2

@@ -20,6 +20,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from cxr_fastai.cli import checks as check_commands
 from cxr_fastai.cli import data as data_commands
 from cxr_fastai.cli import evaluate as evaluate_commands
 from cxr_fastai.cli import explain as explain_commands
@@ -77,6 +78,7 @@ app.command()(predict_commands.export)
 app.command()(predict_commands.predict)
 app.command()(predict_commands.trust)
 app.command()(serve_commands.serve)
+app.command()(check_commands.checks)
 app.command('push-to-hub')(predict_commands.push_to_hub)
 
 

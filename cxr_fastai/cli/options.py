@@ -345,6 +345,7 @@ EngineKind = Annotated[
     str, Option('--engine', help='Run bundles with this engine: onnx, torch, or auto (ONNX Runtime if installed).')
 ]
 
+AsJson = Annotated[bool, Option('--json', help='Print JSON instead of a table.')]
 Device = Annotated[
     str, Option('--device', help='Compute on cpu, cuda, cuda:N, mps, or auto (the GPU if there is one).')
 ]

@@ -1,7 +1,7 @@
 """Progress of long loops, and parallel loops in threads that show their progress.
 
 On a terminal or in a notebook `tqdm` draws a bar. Elsewhere, for example in a log file, a line is logged every
-`LOG_SECONDS` seconds.
+`LOG_SECONDS` seconds, so that nobody has to wonder whether a long epoch still runs.
 """
 
 from __future__ import annotations
@@ -43,19 +43,73 @@ def progress_bar(total: int | None, description: str = '', **options: Any) -> An
     return tqdm(total=total, desc=description or None, leave=False, disable=disable, **options)
 
 
+class ShownProgress:
+    """How many of `total` steps of a long loop are done, as a bar, or as lines in the log where no bar is drawn.
+
+    A line has the rate and the time that is left. Call `update` after each step and `close` at the end.
+    """
+
+    def __init__(self, total: int | None, description: str = '', unit: str = 'image') -> None:
+        self.total = total
+        self.description = description
+        self.unit = unit
+        self.bar = progress_bar(total, description, unit=unit)
+        self.steps = self.images = 0
+        self.start = self.last_line = time.monotonic()
+
+    def update(self, images: int = 1) -> None:
+        """Count a step, in which that many `images` were used."""
+        self.steps += 1
+        self.images += images
+        self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and is_main_process() and now - self.last_line > LOG_SECONDS:
+            self.last_line = now
+            log.info(self.describe(now - self.start))
+
+    def describe(self, seconds: float) -> str:
+        """Return a line about what was done in that many `seconds`."""
+        goal = '?' if self.total is None else f'{self.total:,}'
+        line = f'{self.steps:,} of {goal} {plural(self.unit)}, {self.images / seconds:.3g} images/s'
+        if self.total is not None:
+            line += f', {format_seconds(seconds * (self.total / self.steps - 1))} left'
+        return f'{self.description}: {line}' if self.description else line
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self.bar.close()
+
+
+def plural(unit: str) -> str:
+    """Return the plural of a word such as `image` or `batch`."""
+    return f'{unit}es' if unit.endswith('ch') else f'{unit}s'
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time in words.
+
+    >>> format_seconds(42.4), format_seconds(125), format_seconds(7260)
+    ('42 s', '2 min 5 s', '2 h 1 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f'{whole} s'
+    if whole < 3600:
+        return f'{whole // 60} min {whole % 60} s'
+    return f'{whole // 3600} h {whole % 3600 // 60} min'
+
+
 def progress(steps: Iterable[T], total: int | None = None, unit: str = 'image') -> Iterator[T]:
     """Yield the `steps` and show how many of `total` are done. `total` may be omitted if `steps` has a length."""
     if total is None and isinstance(steps, Sized):
         total = len(steps)
-    goal = '?' if total is None else f'{total:,}'
-    last_line = time.monotonic()
-    with progress_bar(total, unit=unit) as bar:
-        for done, step in enumerate(steps, 1):
+    shown = ShownProgress(total, unit=unit)
+    try:
+        for step in steps:
             yield step
-            bar.update()
-            if bar.disable and time.monotonic() - last_line > LOG_SECONDS:
-                last_line = time.monotonic()
-                log.info('%s of %s %ss', f'{done:,}', goal, unit)
+            shown.update()
+    finally:
+        shown.close()
 
 
 def in_threads(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cxr_fastai.core.files import write_csv
-from cxr_fastai.core.progress import progress_bar
+from cxr_fastai.core.progress import ShownProgress
 from cxr_fastai.core.recipe import Phase, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.transforms import AugmentImages
@@ -326,12 +326,12 @@ class GrowImages(Callback):
 
 
 class ShowEpochs(Callback):
-    """Log a line per epoch, and show a progress bar of its batches on a terminal or in a notebook."""
+    """Log a line per epoch, and show the progress of its batches: a bar, or lines in the log (see `ShownProgress`)."""
 
     order = 58
 
     def __init__(self) -> None:
-        self.bar: Any = None
+        self.bar: ShownProgress | None = None
 
     def before_train(self) -> None:
         self._open_bar(f'{self.history.phase} {len(self.history.rows) + 1}', len(self.dls.train))
@@ -340,11 +340,11 @@ class ShowEpochs(Callback):
         self._open_bar('validation', len(self.dls.valid))
 
     def _open_bar(self, description: str, batches: int) -> None:
-        self.bar = progress_bar(batches, description, unit='batch')
+        self.bar = ShownProgress(batches, description, unit='batch')
 
     def after_batch(self) -> None:
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(len(self.learn.xb[0]))
 
     def after_train(self) -> None:
         self.close()

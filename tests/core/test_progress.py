@@ -1,6 +1,11 @@
 """Progress bars on a terminal, and silence elsewhere."""
 
-from cxr_fastai.core.progress import in_threads, progress
+import logging
+
+import pytest
+
+from cxr_fastai.core import progress as progress_module
+from cxr_fastai.core.progress import ShownProgress, format_seconds, in_threads, progress
 
 
 def test_a_terminal_shows_a_bar_with_the_rate(terminal):
@@ -23,3 +28,45 @@ def test_only_the_main_process_shows_progress(terminal, second_process):
 
 def test_threads_return_results_in_order():
     assert list(in_threads(str.upper, ['a', 'b'] * 100, workers=3)) == ['A', 'B'] * 100
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time in seconds, in a list that the test changes."""
+    now = [1000.0]
+    monkeypatch.setattr(progress_module.time, 'monotonic', lambda: now[0])
+    return now
+
+
+def test_without_a_terminal_a_line_every_half_minute_has_the_rate_and_the_time_left(clock, caplog):
+    shown = ShownProgress(150, 'frozen 1', unit='batch')
+    with caplog.at_level(logging.INFO, 'cxr_fastai.core.progress'):
+        for _ in range(15):
+            clock[0] += 7
+            shown.update(images=32)
+    assert caplog.messages == [
+        'frozen 1: 5 of 150 batches, 4.57 images/s, 16 min 55 s left',
+        'frozen 1: 10 of 150 batches, 4.57 images/s, 16 min 20 s left',
+        'frozen 1: 15 of 150 batches, 4.57 images/s, 15 min 45 s left',
+    ]
+
+
+def test_without_a_total_there_is_no_time_left(clock, caplog):
+    with caplog.at_level(logging.INFO, 'cxr_fastai.core.progress'):
+        for _ in progress(iter('abc')):
+            clock[0] += 31
+    assert caplog.messages[0] == '1 of ? images, 0.0323 images/s'
+
+
+def test_other_processes_log_no_lines(clock, caplog, second_process):
+    with caplog.at_level(logging.INFO, 'cxr_fastai.core.progress'):
+        for _ in progress('abc'):
+            clock[0] += 31
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ('seconds', 'text'), [(0, '0 s'), (59.6, '1 min 0 s'), (3599, '59 min 59 s'), (90000, '25 h 0 min')]
+)
+def test_times_are_rounded_once(seconds, text):
+    assert format_seconds(seconds) == text

@@ -119,9 +119,12 @@ def _device() -> str:
 
 
 def _precision() -> str:
-    from cxr_fastai.training.hardware import choose_precision
+    from cxr_fastai.models.devices import choose_device
+    from cxr_fastai.training.precision import lower_precision
 
-    return f'{choose_precision("auto")} in training, fp32 in prediction'
+    candidate = lower_precision(choose_device())
+    training = f'{candidate} in training if a trial shows that it is faster' if candidate else 'fp32 in training'
+    return f'{training}, fp32 in prediction'
 
 
 def _providers() -> Any:

@@ -11,7 +11,7 @@ from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.output import choose_source, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import write_csv
-from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.core.recipe import Recipe, parse_fields
 from cxr_fastai.core.run import Run, read_recipe
 
 RECIPE_OPTIONS = (
@@ -75,7 +75,16 @@ def train(
     from cxr_fastai.training.training import train
 
     folder = run or unused_path(Path('runs', new_recipe.arch))
-    trained = train(new_recipe, root, folder, compile=compile, track=track, device=_training_device(device))
+    is_given = _is_file(recipe) or 'precision' in parse_fields(fields or [])
+    trained = train(
+        new_recipe,
+        root,
+        folder,
+        compile=compile,
+        track=track,
+        device=_training_device(device),
+        precision='auto' if precision == 'auto' and not is_given else None,
+    )
     _print_next_step(trained)
 
 
@@ -199,13 +208,9 @@ def _check_curve(path: Path) -> None:
 
 def _recipe_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `make_recipe` for the `options` of a command."""
-    from cxr_fastai.core.recipe import parse_fields
-
     arguments = {name: options[name] for name in RECIPE_OPTIONS if name in options}
     if 'recipe' in options:
         arguments['name'] = options['recipe']
-    if 'precision' in options:
-        from cxr_fastai.training.hardware import choose_precision
-
-        arguments['precision'] = choose_precision(options['precision'])
+    if options.get('precision', 'auto') != 'auto':  # which `train` replaces by what it measures
+        arguments['precision'] = options['precision']
     return arguments | parse_fields(options.get('fields') or [])

@@ -26,7 +26,7 @@ from cxr_fastai.core.progress import ShownProgress
 from cxr_fastai.core.recipe import Phase, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.transforms import AugmentImages
-from cxr_fastai.training.hardware import Precision
+from cxr_fastai.training.precision import Precision
 
 COLUMNS = [
     'phase',

@@ -1,7 +1,7 @@
-"""Mixed precision, `torch.compile`, the memory of the process, and a description of the processor.
+"""`torch.compile`, the memory of the process, and a description of the processor.
 
-Precision and compilation affect training steps only, so validation and the exported learner compute exactly what a
-`Predictor` computes.
+Compilation affects training steps only, so validation and the exported learner compute exactly what a `Predictor`
+computes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ from typing import Any
 
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import AMPMode, MixedPrecision
-from fastcore.foundation import L
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from cxr_fastai.core.errors import CXRWarning, UsageError, first_line
-from cxr_fastai.core.recipe import CHOICES
 from cxr_fastai.models.devices import describe_device
 
 COMPILE = ('on', 'off')
@@ -34,22 +31,6 @@ M_MMAP_MAX = -4
 """Parameters of glibc's `mallopt`, from malloc.h."""
 PACKAGES = ('cxr_fastai', 'fastai', 'torch', 'torchvision')
 """Packages that are recorded with their version at the start of a training."""
-DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
-
-
-def choose_precision(precision: str) -> str:
-    """Return the `precision` to train with; `auto` is replaced by the best one of this machine.
-
-    That is bf16 on a GPU that supports it, fp16 on another GPU, and fp32 on a CPU. Raises `UsageError` for another
-    name.
-    """
-    if precision in CHOICES['precision']:
-        return precision
-    if precision != 'auto':
-        raise UsageError(f'--precision {precision}: choose auto or {" or ".join(CHOICES["precision"])}.')
-    if not torch.cuda.is_available():
-        return 'fp32'
-    return 'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16'
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -61,35 +42,6 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         'python': platform.python_version(),
     }
     return facts | {name: version(name) for name in PACKAGES}
-
-
-class Precision(MixedPrecision):
-    """fastai's `MixedPrecision` for training steps on any device. It saves the scale of the loss in checkpoints."""
-
-    def __init__(self, precision: str) -> None:
-        super().__init__(amp_mode=AMPMode(precision))
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.learn.scaler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learn.scaler.load_state_dict(state)
-
-    def before_fit(self) -> None:
-        """Replaces fastai's method, which supports CUDA only."""
-        device = self.dls.device.type
-        dtype = DTYPES[self.amp_mode.value]
-        self.autocast = torch.autocast(device, dtype=dtype)
-        self.learn.scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
-        self.scales = L()
-
-    def before_batch(self) -> None:
-        if self.training:
-            super().before_batch()
-
-    def after_loss(self) -> None:
-        if self.training:
-            super().after_loss()
 
 
 def check_compile(compile: str) -> None:

@@ -31,8 +31,9 @@ from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.models.networks import create_network, unwrap_network
 from cxr_fastai.models.registry import OWN_WEIGHTS
 from cxr_fastai.training.callbacks import DivergenceGuard, History, KeepBest, recipe_callbacks
-from cxr_fastai.training.hardware import Precision, reuse_memory
+from cxr_fastai.training.hardware import reuse_memory
 from cxr_fastai.training.optimizer import TorchOptimizer
+from cxr_fastai.training.precision import Precision
 from cxr_fastai.training.recipes import OPTIMIZERS, apply_recipe, check_recipe_of, fit_phase, known_arch, named_recipe
 
 

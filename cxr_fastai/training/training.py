@@ -30,6 +30,7 @@ from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, save_weights
 from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.models.architectures import describe_network
+from cxr_fastai.models.devices import choose_device
 from cxr_fastai.training.callbacks import ShowEpochs
 from cxr_fastai.training.checkpoint import (
     PREVIOUS_STATE,
@@ -41,6 +42,7 @@ from cxr_fastai.training.checkpoint import (
 from cxr_fastai.training.distributed import call_once, check_batch_size, share_batches, training_processes
 from cxr_fastai.training.hardware import CompileSteps, can_compile, check_compile, describe_environment
 from cxr_fastai.training.learner import CXRLearner, Diverged, recipe_learner
+from cxr_fastai.training.precision import AUTO, check_precision, choose_precision
 from cxr_fastai.training.tracking import check_tracker, tracking
 
 FAILURE = 'failure.json'
@@ -57,6 +59,7 @@ def train(
     compile: str = 'off',
     track: str | None = None,
     device: str | None = None,
+    precision: str | None = None,
 ) -> Run:
     """Train by `recipe` on the images of `data` and return the run in the new folder `out`.
 
@@ -64,7 +67,8 @@ def train(
     the same recipe give the same weights. If `resume` is True, `out` is an interrupted run that is continued, and the
     weights are those of an uninterrupted run. `compile` is one of `hardware.COMPILE` and `track` one of
     `tracking.TRACKERS`. The network is trained on `device` (see `models.devices`; default: the GPU if there is one,
-    and in several processes one for each). Several processes train one network, and only the first of them writes.
+    and in several processes one for each). The `precision` `auto` replaces that of the recipe by the fastest one; see
+    `precision.choose_precision`. Several processes train one network, and only the first of them writes.
 
     Raises `CXRError`. Everything that can be checked is checked before the folder is made.
     """
@@ -72,6 +76,7 @@ def train(
     if not resume:
         check_new(out)
     check_compile(compile)
+    check_precision(precision or recipe.precision)
     check_tracker(track)
     check_batch_size(recipe.batch_size)
     run = Run.open(out) if resume else Run(out)
@@ -85,14 +90,24 @@ def train(
         if resume:
             unreadable = sorted({*unreadable, *run.unreadable})  # train on the same images as before
         readable = items[~items.path.isin(unreadable)]
+        facts: dict[str, Any] = {}
+        if precision == AUTO and not resume:
+            facts['precision_trial'] = _measure_precision(recipe, readable, device)
+            recipe = replace(recipe, precision=facts['precision_trial']['precision'])
         learn = _make_learner(readable, image_root(data), recipe, cache, state, device)
         compiled = compile == 'on' and can_compile(learn.dls.device)
         if not resume:
             stack.enter_context(Run.create(out).locked())
-        facts = {'data': str(data.resolve()), 'unreadable': unreadable, 'track': track, 'compiled': compiled}
+        facts |= {'data': str(data.resolve()), 'unreadable': unreadable, 'track': track, 'compiled': compiled}
         _record_start(run, learn, recipe, items, resume, facts)
         _fit_and_save(learn, recipe, run, state, compiled, track)
     return run
+
+
+def _measure_precision(recipe: Recipe, items: pd.DataFrame, device: str | None) -> dict[str, Any]:
+    """Return the precision that the main process measures to be the fastest, with the facts of the trial."""
+    n_images = int((items.split == 'train').sum())
+    return call_once(choose_precision, recipe, choose_device(device or 'auto'), n_images)
 
 
 def _check_items(items: pd.DataFrame, recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ from cxr_fastai.data.find import list_images
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.models.architectures import ARCHS, FROM_SCRATCH, Arch, PhaseShare, make_recipe
 from cxr_fastai.training import checkpoint, training
-from cxr_fastai.training.hardware import can_compile, check_compile, choose_precision
+from cxr_fastai.training.hardware import can_compile, check_compile
 from cxr_fastai.training.learner import roc_auc
 from cxr_fastai.training.training import train
 
@@ -65,15 +65,6 @@ def train_with_stop(monkeypatch, recipe, images, out, epochs, **options) -> Run:
         with pytest.raises(Stopped):
             train(recipe, images, out, **options)
     return train(recipe, images, out, resume=True, **options)
-
-
-@pytest.mark.parametrize(
-    ('cuda', 'bf16', 'precision'), [(False, False, 'fp32'), (True, True, 'bf16'), (True, False, 'fp16')]
-)
-def test_auto_is_the_best_precision_of_the_device(monkeypatch, cuda, bf16, precision):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: bf16)
-    assert (choose_precision('auto'), choose_precision('fp16')) == (precision, 'fp16')
 
 
 @pytest.mark.parametrize('precision', ['bf16', pytest.param('fp16', marks=pytest.mark.slow)])
@@ -183,8 +174,8 @@ def test_options_of_the_command_line_reach_training(images, tmp_path, monkeypatc
     assert main([*argv, '--precision', 'bf16', '--compile', 'on', '--track', 'wandb']) == 0
     assert main([*argv, '--device', 'cpu']) == 0
     assert calls == [
-        ('fp32', {'compile': 'off', 'track': None, 'device': None}),
-        ('bf16', {'compile': 'on', 'track': 'wandb', 'device': None}),
-        ('fp32', {'compile': 'off', 'track': None, 'device': 'cpu'}),
+        ('fp32', {'compile': 'off', 'track': None, 'device': None, 'precision': 'auto'}),
+        ('bf16', {'compile': 'on', 'track': 'wandb', 'device': None, 'precision': None}),
+        ('fp32', {'compile': 'off', 'track': None, 'device': 'cpu', 'precision': 'auto'}),
     ]
     assert main([*argv, '--device', 'tpu']) == 2

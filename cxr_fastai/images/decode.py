@@ -20,8 +20,10 @@ from PIL.Image import Transpose
 from cxr_fastai.core.errors import ImageError, first_line
 from cxr_fastai.images import dicom
 from cxr_fastai.images.arrays import describe_array, grey_pixels
-from cxr_fastai.images.headers import check_exif, check_metadata
-from cxr_fastai.images.limits import MAX_BYTES, MAX_PIXELS, DecodedImage, check_pixels, check_scans, check_shape
+from cxr_fastai.images.headers import check_metadata
+from cxr_fastai.images.jpeg_header import check_scans
+from cxr_fastai.images.limits import MAX_BYTES, MAX_PIXELS, DecodedImage, check_pixels, check_shape
+from cxr_fastai.images.tiff_header import check_exif
 from cxr_fastai.images.windowing import percentile_grey
 
 if TYPE_CHECKING:
@@ -142,13 +144,17 @@ def read_bytes(path: str | Path) -> bytes:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise ImageError('not a regular file', 'E_NOT_REGULAR')
-        if status.st_size > MAX_BYTES:
-            raise ImageError(f'{status.st_size:,} bytes are over {MAX_BYTES:,}', 'E_TOO_LARGE')
+        _check_bytes(status.st_size)
         return Path(path).read_bytes()
     except OSError as error:
         raise ImageError(error.strerror or str(error), 'E_IO') from error
     except ValueError:  # for example a NUL character
         raise ImageError('not a valid file name', 'E_IO') from None
+
+
+def _check_bytes(size: int) -> None:
+    if size > MAX_BYTES:
+        raise ImageError(f'{size:,} bytes are over {MAX_BYTES:,}', 'E_TOO_LARGE')
 
 
 def sniff(data: bytes) -> str:
@@ -183,6 +189,7 @@ def decode_image(
 def _decode(image: Any, preprocessing: Preprocessing | None, suffix: str) -> DecodedImage:
     """Decode any image in memory, without the checks that all of them need."""
     if isinstance(image, bytes | bytearray | memoryview):
+        _check_bytes(memoryview(image).nbytes)
         return _decode_file(bytes(image), preprocessing, suffix)
     if isinstance(image, Image.Image):
         return _convert_pillow_image(image)

@@ -17,7 +17,7 @@ from PIL import Image
 from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.images.dicom_elements import read_elements
-from cxr_fastai.images.dicom_frames import JPEG_LS, RLE, check_frame, unpack_rle
+from cxr_fastai.images.dicom_frames import RLE, check_frame, unpack_rle
 from cxr_fastai.images.limits import MAX_WINDOWS, DecodedImage, check_pixels
 from cxr_fastai.images.windowing import count_levels, look_up, percentile_table, scale_to_grey, weighted_percentiles
 
@@ -35,8 +35,6 @@ DATASET_MAGIC = (b'\2\0\0\0', b'\x08\0\5\0')
 """First bytes of DICOM files that lack the preamble."""
 
 JPEG_EXTENDED = '1.2.840.10008.1.2.4.51'
-PILLOW_SYNTAXES = ('1.2.840.10008.1.2.4.50', JPEG_EXTENDED, '1.2.840.10008.1.2.4.90', '1.2.840.10008.1.2.4.91')
-"""Transfer syntaxes that Pillow decodes: JPEG and JPEG 2000."""
 PACKAGES = {
     '1.2.840.10008.1.2.4.80': 'pyjpegls',
     '1.2.840.10008.1.2.4.81': 'pyjpegls',
@@ -125,10 +123,10 @@ def _decode(image: Dataset) -> np.ndarray:
         package = PACKAGES.get(str(syntax), OTHER_PACKAGE)
         shown = f'{syntax} ({syntax.name})' if re.fullmatch('[0-9.]+', syntax) else '(not a valid identifier)'
         raise ImageError(f'transfer syntax {shown} needs the package {package}', 'E_DICOM_SYNTAX')
-    if syntax in PILLOW_SYNTAXES or syntax in JPEG_LS:
-        check_frame(image)
-    elif syntax == RLE:
+    if syntax == RLE:
         unpack_rle(image)
+    elif syntax.is_encapsulated:
+        check_frame(image)
     pixels, facts = get_decoder(image.file_meta.TransferSyntaxUID).as_array(image, **AS_STORED)
     if str(facts['photometric_interpretation']).startswith('YBR_FULL'):  # the first channel is grey already
         return np.ascontiguousarray(pixels[..., 0])

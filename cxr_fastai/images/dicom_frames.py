@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import struct
-from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from cxr_fastai.core.errors import ImageError
-from cxr_fastai.images.headers import CodestreamHeader, check_metadata, read_j2k_header, read_jpegls_header
-from cxr_fastai.images.limits import MAX_TILES, check_scans
+from cxr_fastai.images.j2k_header import check_j2k, read_j2k_header
+from cxr_fastai.images.jpeg_header import (
+    START,
+    CodestreamHeader,
+    check_jpeg,
+    check_scans,
+    read_jpeg_header,
+    read_jpegls_header,
+)
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -53,17 +59,13 @@ def check_frame(image: Dataset) -> None:
     frame = read_frame(image)
     if image.file_meta.TransferSyntaxUID in JPEG_LS:
         _compare(read_jpegls_header(frame), image)
-        return
-    check_metadata(frame)
-    with Image.open(BytesIO(frame), formats=('JPEG', 'JPEG2000')) as picture:
-        size = picture.size
-        form = picture.format
-    if size != (image.Columns, image.Rows):
-        raise ImageError('the picture is not of the size that the file declares', 'E_DICOM_CORRUPT')
-    if form == 'JPEG':
-        check_scans(frame, *size)
+    elif frame.startswith(START):
+        check_jpeg(frame)
+        _compare(read_jpeg_header(frame), image)
+        check_scans(frame, image.Columns, image.Rows)
     else:
         _compare(read_j2k_header(frame), image)
+        check_j2k(frame)
 
 
 def _compare(header: CodestreamHeader, image: Dataset) -> None:
@@ -74,8 +76,6 @@ def _compare(header: CodestreamHeader, image: Dataset) -> None:
         raise ImageError('the picture has other components than the file declares', 'E_DICOM_CORRUPT')
     if header.bits > image.BitsAllocated:
         raise ImageError('the picture is deeper than the file declares', 'E_DICOM_CORRUPT')
-    if header.tiles > MAX_TILES:
-        raise ImageError(f'{header.tiles:,} tiles are over {MAX_TILES:,}', 'E_TOO_LARGE')
 
 
 def unpack_rle(image: Dataset) -> None:

@@ -17,17 +17,35 @@ MAX_BYTES = 400_000_000
 MAX_PIXELS = 40_000_000
 """Maximum width times height of an image."""
 MAX_SCANNED_PIXELS = 400_000_000
-"""Maximum pixels times scans of a progressive JPEG: each scan visits all pixels, and costs only a few bytes."""
+"""Maximum pixels times scans of a JPEG: each scan visits all pixels, and costs only a few bytes."""
 MAX_METADATA = 4_000_000
 """Maximum bytes of all metadata of a JPEG, PNG or TIFF file, counted as its reader would copy them."""
+MAX_STRUCTURE = 200_000
+"""Maximum bytes of a JPEG before its first scan that are no metadata: tables, frame headers and fill bytes."""
 MAX_PARTS = 2000
-"""Maximum number of segments of a JPEG file before its first scan, or of chunks of a PNG file that are no pixels."""
+"""Maximum number of segments of a JPEG before or between its scans, or of chunks of a PNG file that are no pixels."""
+MAX_EXIF_PARTS = 100
+"""Maximum number of segments that contain EXIF data; one has 64 KiB. Pillow copies all data for each."""
+MAX_STRIPS = 16_384
+"""Maximum number of strips or tiles of a TIFF file with JPEG compression."""
 MAX_CHUNKS = 200_000
-"""Maximum number of all chunks of a PNG file."""
+"""Maximum number of all chunks of a PNG file, or of all segments of the JPEG pictures in a TIFF file."""
 MAX_TAGS = 1000
 """Maximum number of tags in a directory of a TIFF file or of EXIF data."""
 MAX_TILES = 4096
 """Maximum number of tiles of a JPEG 2000 picture."""
+MAX_PRECINCTS = 200_000
+"""Maximum number of precincts of a JPEG 2000 picture. 40 megapixels in colour have 40,000 with sides of 64."""
+MAX_BLOCKS = 500_000
+"""Maximum number of code blocks of a JPEG 2000 picture. 40 megapixels in colour have 470,000 with sides of 16."""
+MAX_PACKETS = 2_000_000
+"""Maximum number of packets of a JPEG 2000 picture, and of positions where they are looked for."""
+MAX_CODINGS = 16
+"""Maximum number of different settings for the components and tiles of a JPEG 2000 picture."""
+MAX_MARKERS = 100_000
+"""Maximum number of segments in all headers of a JPEG 2000 picture."""
+MAX_BOXES = 1000
+"""Maximum number of boxes around a JPEG 2000 picture."""
 MAX_WINDOWS = 8
 """Number of windows of a DICOM file that are tried."""
 MIN_SIDE = 64
@@ -72,8 +90,9 @@ def check_shape(width: int, height: int) -> None:
         raise ImageError(f'{width}x{height}: the aspect ratio is over {MAX_ASPECT}', 'E_TOO_SMALL')
 
 
-def check_scans(jpeg: bytes, width: int, height: int) -> None:
-    """Raise `ImageError` E_TIMEOUT for a progressive JPEG with so many scans that decoding it would take minutes."""
-    scans = jpeg.count(b'\xff\xda')
-    if scans * width * height > MAX_SCANNED_PIXELS:
-        raise ImageError(f'{scans} progressive scans of {width}x{height} would take too long to decode', 'E_TIMEOUT')
+def check_amount(size: int, parts: int) -> None:
+    """Raise `ImageError` E_TOO_LARGE for more than `MAX_METADATA` bytes of metadata, or `MAX_PARTS` parts."""
+    if size > MAX_METADATA:
+        raise ImageError(f'{size:,} bytes of metadata are over {MAX_METADATA:,}', 'E_TOO_LARGE')
+    if parts > MAX_PARTS:
+        raise ImageError(f'more than {MAX_PARTS:,} parts before or between the pixels', 'E_TOO_LARGE')

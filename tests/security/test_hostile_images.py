@@ -175,6 +175,11 @@ def exif_bomb(size: int, tags: int) -> bytes:
     return b'II*\0' + struct.pack('<IH', 8, tags) + entries + struct.pack('<I', 0) + bytes(size)
 
 
+def test_bytes_in_memory_are_limited_as_files_are():
+    data = bytes(400_000_001)  # never touched, so they cost no memory
+    assert code_of(data) == code_of(memoryview(data)) == 'E_TOO_LARGE'
+
+
 def test_tags_that_share_a_value_do_not_multiply_it():
     jpeg = encoded(GREY, 'JPEG')
     exif = segment(0xE1, b'Exif\0\0' + exif_bomb(40_000, 900))

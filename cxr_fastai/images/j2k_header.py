@@ -19,6 +19,7 @@ from cxr_fastai.images.limits import (
     MAX_BLOCKS,
     MAX_BOXES,
     MAX_CODINGS,
+    MAX_INCLUSIONS,
     MAX_MARKERS,
     MAX_PACKETS,
     MAX_PRECINCTS,
@@ -32,7 +33,7 @@ JP2 = b'\0\0\0\x0cjP  '
 SIZE = struct.Struct('>4x4x8IH')
 """The segment SIZ behind SOC, up to its first component."""
 COMPONENT = struct.Struct('>B2x')
-SOT, SOD, EOC, COD, COC, POC = 0xFF90, 0xFF93, 0xFFD9, 0xFF52, 0xFF53, 0xFF5F
+SOT, SOD, COD, COC, POC = 0xFF90, 0xFF93, 0xFF52, 0xFF53, 0xFF5F
 SEGMENTS = frozenset(
     (SOT, COD, COC, POC, *range(0xFF50, 0xFF52), *range(0xFF55, 0xFF5A), 0xFF5C, 0xFF5D, 0xFF5E, 0xFF60, 0xFF61)
     + (0xFF63, 0xFF64, 0xFF74, 0xFF75, 0xFF77, 0xFF78)
@@ -140,6 +141,7 @@ def _check_coding(coding: Coding, grid: Grid, layers: int, orders: int) -> None:
         blocks += bands * _count(columns, shift + half, block_x) * _count(rows, shift + half, block_y)
         _check('JPEG 2000 precincts', precincts * grid.components, MAX_PRECINCTS)
         _check('JPEG 2000 code blocks', blocks * grid.components, MAX_BLOCKS)
+    _check('JPEG 2000 code blocks in all layers', blocks * layers * grid.components, MAX_INCLUSIONS)
     # OpenJPEG visits all positions at which any precinct may begin, for each component and resolution.
     shifts = [coding.levels - resolution for resolution in range(coding.levels + 1)]
     step_x = min(x + shift for (x, _), shift in zip(coding.precincts, shifts, strict=True))
@@ -186,10 +188,12 @@ def _segments(data: bytes, start: int) -> Iterator[tuple[int, bytes]]:
     """Yield the marker and the contents of each segment in the main header and in the headers of all tile parts."""
     position = start + 2
     part_end = 0
+    is_between_parts = False
     for _ in range(MAX_MARKERS):
         marker = int.from_bytes(data[position : position + 2], 'big')
-        if marker == EOC or position + 4 > len(data):
+        if position + 4 > len(data) or (is_between_parts and marker != SOT):
             return
+        is_between_parts = marker == SOD
         if marker == SOD:
             if not part_end:
                 return  # the last part

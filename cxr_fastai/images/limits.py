@@ -38,6 +38,8 @@ MAX_PRECINCTS = 200_000
 """Maximum number of precincts of a JPEG 2000 picture. 40 megapixels in colour have 40,000 with sides of 64."""
 MAX_BLOCKS = 500_000
 """Maximum number of code blocks of a JPEG 2000 picture. 40 megapixels in colour have 470,000 with sides of 16."""
+MAX_INCLUSIONS = 20_000_000
+"""Maximum number of code blocks times layers of a JPEG 2000 picture: each packet tells which blocks it includes."""
 MAX_PACKETS = 2_000_000
 """Maximum number of packets of a JPEG 2000 picture, and of positions where they are looked for."""
 MAX_CODINGS = 16

@@ -11,7 +11,7 @@ from PIL import Image
 from cxr_fastai.core.errors import ImageError
 from cxr_fastai.images.j2k_header import check_j2k, read_j2k_header
 from cxr_fastai.images.jpeg_header import (
-    START,
+    JPEG_SIGNATURE,
     CodestreamHeader,
     check_jpeg,
     check_scans,
@@ -59,7 +59,7 @@ def check_frame(image: Dataset) -> None:
     frame = read_frame(image)
     if image.file_meta.TransferSyntaxUID in JPEG_LS:
         _compare(read_jpegls_header(frame), image)
-    elif frame.startswith(START):
+    elif frame.startswith(JPEG_SIGNATURE):
         check_jpeg(frame)
         _compare(read_jpeg_header(frame), image)
         check_scans(frame, image.Columns, image.Rows)

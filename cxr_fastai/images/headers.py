@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from cxr_fastai.core.errors import ImageError
-from cxr_fastai.images.jpeg_header import START, check_jpeg, count_further_scans, count_scans
+from cxr_fastai.images.jpeg_header import JPEG_SIGNATURE, check_jpeg, count_further_scans, count_scans, jpeg_segments
 from cxr_fastai.images.limits import (
     MAX_CHUNKS,
     MAX_PIXELS,
@@ -31,7 +31,7 @@ TILE_WIDTH, TILE_LENGTH = 322, 323
 OLD_JPEG, JPEG = 6, 7
 """TIFF compressions."""
 JPEG_START, JPEG_BYTES = 513, 514
-"""TIFF tags: the position and the size of the header of the compression `OLD_JPEG`."""
+"""TIFF tags: the position and the size of the header of a picture with the compression `OLD_JPEG`."""
 
 
 class Chunk(NamedTuple):
@@ -47,7 +47,7 @@ def check_metadata(data: bytes) -> None:
     Pillow would copy, join or inflate them before it tells the size of the picture. Raises E_TIMEOUT for JPEG pictures
     in a TIFF file with too many scans.
     """
-    if data.startswith(START):
+    if data.startswith(JPEG_SIGNATURE):
         check_jpeg(data)
     elif data.startswith(b'\x89PNG'):
         _check_png(data)
@@ -91,38 +91,55 @@ def _check_tiff(data: bytes) -> None:
     if width * length > MAX_PIXELS:
         raise ImageError(f'tiles of {width}x{length} are over {MAX_PIXELS:,} pixels', 'E_TOO_LARGE')
     compression = directory.number(COMPRESSION, 1)
-    if compression in (OLD_JPEG, JPEG):
-        _check_jpeg_in_tiff(directory, compression == OLD_JPEG)
+    if compression == JPEG:
+        _check_jpeg_strips(directory)
+    elif compression == OLD_JPEG:
+        _check_old_jpeg(directory)
 
 
-def _check_jpeg_in_tiff(directory: Directory, is_old: bool) -> None:
-    """Raise `ImageError` E_TIMEOUT if the JPEG pictures of the strips or tiles have too many scans.
-
-    `is_old`: the strips contain only the pixels of a picture, which libtiff completes.
-    """
-    n_pixels = _strip_pixels(directory)
-    scanned = segments = 0
+def _check_jpeg_strips(directory: Directory) -> None:
+    """Raise `ImageError` if the JPEG pictures, one in each strip or tile, have too many scans or segments."""
+    width, height = _size(directory)
+    if TILE_WIDTH in directory or TILE_LENGTH in directory:
+        n_pixels = directory.number(TILE_WIDTH, 0) * directory.number(TILE_LENGTH, 0)
+    else:
+        n_pixels = width * min(directory.number(ROWS_PER_STRIP, height), height)
+    scans = segments = 0
     for start, stop in _strips(directory):
-        if is_old:
-            scans, more_segments = count_further_scans(directory.data, start, stop)
-            scans += 1
-        else:
-            scans, more_segments = count_scans(directory.data, start, stop)
-        scanned += scans * n_pixels
+        more_scans, more_segments = count_scans(directory.data, start, stop)
+        scans += more_scans
         segments += more_segments
-        if scanned > MAX_SCANNED_PIXELS:
-            raise ImageError(f'the JPEG scans of {scanned:,} pixels would take too long to decode', 'E_TIMEOUT')
-        if segments > MAX_CHUNKS:
-            raise ImageError(f'more than {MAX_CHUNKS:,} segments of JPEG pictures', 'E_TOO_LARGE')
+        _check_work(scans * n_pixels, segments)
 
 
-def _strip_pixels(directory: Directory) -> int:
-    """Return the number of pixels of a strip or tile."""
+def _check_old_jpeg(directory: Directory) -> None:
+    """Raise `ImageError` if the only JPEG picture, whose pixels are spread over the strips, has too many scans."""
+    width, height = _size(directory)
+    data = directory.data
+    start = min(directory.number(JPEG_START, 0), len(data))
+    if start >= len(JPEG_SIGNATURE):
+        stop = min(start + (directory.number(JPEG_BYTES, 0) or len(data)), len(data))
+        for _ in jpeg_segments(data, start - len(JPEG_SIGNATURE), stop):
+            pass  # the limits are checked on the way
+    scans, segments = 1, 0
+    for start, stop in _strips(directory):
+        more_scans, more_segments = count_further_scans(data, start, stop)
+        scans += more_scans
+        segments += more_segments
+        _check_work(scans * width * height, segments)
+
+
+def _check_work(n_pixels: int, segments: int) -> None:
+    if n_pixels > MAX_SCANNED_PIXELS:
+        raise ImageError(f'JPEG scans of {n_pixels:,} pixels in total would take too long to decode', 'E_TIMEOUT')
+    if segments > MAX_CHUNKS:
+        raise ImageError(f'more than {MAX_CHUNKS:,} segments of JPEG pictures', 'E_TOO_LARGE')
+
+
+def _size(directory: Directory) -> tuple[int, int]:
     width, height = directory.number(IMAGE_WIDTH, 0), directory.number(IMAGE_LENGTH, 0)
     check_pixels(width, height)
-    if TILE_WIDTH in directory or TILE_LENGTH in directory:
-        return directory.number(TILE_WIDTH, 0) * directory.number(TILE_LENGTH, 0)
-    return width * min(directory.number(ROWS_PER_STRIP, height), height)
+    return width, height
 
 
 def _strips(directory: Directory) -> list[tuple[int, int]]:

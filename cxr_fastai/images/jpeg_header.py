@@ -20,7 +20,7 @@ from cxr_fastai.images.limits import (
 )
 from cxr_fastai.images.tiff_header import EXIF, check_exif, read_directory
 
-START = b'\xff\xd8'
+JPEG_SIGNATURE = b'\xff\xd8'
 """First bytes of a picture."""
 MARKER = re.compile(rb'\xff[\xc0-\xcf\xd8-\xfe]')
 """A marker of a segment. Everything else before it is skipped: fill bytes, restart markers, `FF 00`, pixels."""
@@ -145,7 +145,7 @@ def jpeg_segments(
     than any picture needs.
     """
     stop = len(data) if stop is None else stop
-    position = start + len(START)
+    position = start + len(JPEG_SIGNATURE)
     metadata = structure = 0
     for number in range(1, MAX_PARTS + 2):
         segment = _find_segment(data, position, stop, MAX_STRUCTURE, lone)

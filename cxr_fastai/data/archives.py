@@ -25,15 +25,17 @@ from cxr_fastai.core.errors import CXRError, first_line
 from cxr_fastai.core.files import check_new, writing
 from cxr_fastai.core.progress import progress
 from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.core.zips import check_zip
 from cxr_fastai.data.find import ignore_reason
 
 MAX_ENTRIES = 200_000
+"""Largest number of files in an archive."""
 MAX_BYTES = 20 * 10**9
 """Largest unpacked size of an archive."""
 MAX_RATIO = 200
 """Largest ratio of unpacked to packed bytes; images hardly compress."""
 MAX_DIRECTORY = 32 * 2**20
-"""Largest directory of an archive in bytes; its entries become objects before they can be checked."""
+"""Largest directory of an archive in bytes, which `zipfile` reads at once."""
 MAX_ARRAY_IMAGES = 100_000
 """Largest number of images in one array of an array file."""
 LOCAL_HEADER_BYTES = 30
@@ -78,25 +80,18 @@ def unpack_images(archive: Path, folder: Path) -> Counter[str]:
 def _open_zip(archive: Path) -> Iterator[zipfile.ZipFile]:
     """Open `archive`, a regular file. Raises `CXRError` if it cannot be read, or its directory is too large."""
     try:
-        file = _BoundedFile(os.open(archive, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)))
+        file = FileIO(os.open(archive, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)))
     except OSError as error:
         raise CXRError(f'{archive.name}: cannot be read ({error.strerror}).') from error
     with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise CXRError(f'{archive.name}: not a regular file.')
+        try:
+            check_zip(file, MAX_ENTRIES, MAX_DIRECTORY)
+        except ValueError as error:
+            raise CXRError(f'{archive.name}: {error}, so it was not read.') from None
         with zipfile.ZipFile(file) as archive_file:
             yield archive_file
-
-
-class _BoundedFile(FileIO):
-    """A file of which at most `MAX_DIRECTORY` bytes are read at once, because `zipfile` reads a directory at once."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        size = -1 if size is None else size
-        if size > MAX_DIRECTORY:
-            raise CXRError(f'the directory of the zip file is over {MAX_DIRECTORY:,} bytes.')
-        # `zipfile` reads the last bytes of a file without a size.
-        return super().read(MAX_DIRECTORY if size < 0 else size) or b''
 
 
 def _extract(file: zipfile.ZipFile, entry: zipfile.ZipInfo, target: Path, bytes_left: int) -> int:
@@ -141,8 +136,6 @@ def check_entries(archive: Path, entries: list[zipfile.ZipInfo], images: Iterabl
     """Raise `CXRError` if the headers of the zip file's `entries` are unsafe; `images` are the entries to unpack."""
     packed = archive.stat().st_size
     unpacked = sum(entry.file_size for entry in entries)
-    if len(entries) > MAX_ENTRIES:
-        raise CXRError(f'{archive.name}: {len(entries):,} entries; at most {MAX_ENTRIES:,} are allowed.')
     if unpacked > min(MAX_BYTES, MAX_RATIO * packed):
         raise CXRError(
             f'{archive.name}: {packed:,} bytes would unpack to {unpacked:,}; at most {MAX_BYTES:,} bytes and '

@@ -31,6 +31,7 @@ from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import FIX, open_regular, parse_json
 from cxr_fastai.core.hardware import thread_limit
 from cxr_fastai.core.schemas import Fields, Integer, Table, Text
+from cxr_fastai.core.zips import check_zip
 from cxr_fastai.inference.config import LEARNER, SCHEMA, WEIGHTS, ModelConfig, check_schema
 from cxr_fastai.inference.engines import OnnxEngine, TorchEngine, check_precision
 from cxr_fastai.inference.networks import load_network
@@ -53,10 +54,6 @@ MAX_RATIO = 100
 """Largest factor by which a file in a zip may grow when it is unpacked. That of weights is below 2."""
 MAX_DIRECTORY = 2**16
 """Largest list of files at the end of a zip, in bytes."""
-END_MARK, DIRECTORY_END, MAX_COMMENT = b'PK\5\6', 22, 2**16
-"""The mark and the size of the last record of a zip, and the largest size of a comment after it, in bytes."""
-LOCATOR_MARK, LOCATOR_END = b'PK\6\7', 20
-"""The mark and the size of the record before it, which only a zip with sizes of 64 bits has."""
 MANIFEST_FILES = Table(
     Fields({'sha256': Text(64, '[0-9a-f]{64}'), 'size': Integer(0, MAX_BYTES)}), '|'.join(map(re.escape, FILES))
 )
@@ -220,17 +217,12 @@ class Bundle:
 
     def _check_directory(self, file: BinaryIO) -> BinaryIO:
         """Return the zip `file`. Raises `CXRError` if its list of files is too long; `zipfile` would read all of it."""
-        file.seek(max(file.seek(0, os.SEEK_END) - DIRECTORY_END - MAX_COMMENT - LOCATOR_END, 0))
-        tail = file.read()
-        start = len(tail) - DIRECTORY_END
-        if start < 0 or not (tail.startswith(END_MARK, start) and tail.endswith(b'\0\0')):  # as `zipfile` finds it
-            start = tail.rfind(END_MARK)
-        directory_bytes = int.from_bytes(tail[start + 12 : start + 16], 'little')
-        is_large = start >= LOCATOR_END and tail.startswith(LOCATOR_MARK, start - LOCATOR_END)
-        if start < 0 or is_large or directory_bytes > MAX_DIRECTORY:
+        try:
+            check_zip(file, len(FILES) + 1, MAX_DIRECTORY)
+        except ValueError:
             raise CXRError(
                 f'{self.path}: not the zip file of a bundle, which has at most {len(FILES) + 1} files. {FIX}'
-            )
+            ) from None
         return file
 
     def _check_ratio(self, entry: zipfile.ZipInfo) -> None:

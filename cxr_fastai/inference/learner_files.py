@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cxr_fastai.core.errors import CXRError, first_line
 from cxr_fastai.core.foreign import FIX, read_bytes
 from cxr_fastai.core.schemas import ListOf, Rule, Text, check_object
+from cxr_fastai.core.zips import check_zip
 from cxr_fastai.inference._unpickler import Description, Name, Pairs, Stored, read_pickle
 from cxr_fastai.inference.config import ModelConfig, check_schema
 from cxr_fastai.inference.engines import TorchEngine
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 MAX_ENTRIES = MAX_TENSORS + 16
 """Largest number of files in the zip: the tensors, the pickle, and a few facts about the format."""
+MAX_DIRECTORY = 2**22
+"""Largest list of these files at the end of the zip, in bytes."""
 MAX_ATTRIBUTES = 1_000_000
 """Largest number of attributes that are looked at in a network. All layers of a ResNet50 have about 5,000."""
 MAX_DEPTH = 50
@@ -145,8 +148,10 @@ def _read_archive(data: bytes) -> dict[str, bytearray]:
     """
     if not data.startswith(b'PK\x03\x04'):
         raise ValueError('not a zip file of torch')
+    file = BytesIO(data)
+    check_zip(file, MAX_ENTRIES, MAX_DIRECTORY)
     try:
-        with zipfile.ZipFile(BytesIO(data)) as archive:
+        with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
             _check_entries(entries, len(data))
             files = {entry.filename.partition('/')[2]: bytearray(archive.read(entry)) for entry in entries}
@@ -163,8 +168,6 @@ def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
     names = [entry.filename for entry in entries]
     folders = {name.partition('/')[0] for name in names}
     pickles = [name for name in names if name.endswith('.pkl')]
-    if len(entries) > MAX_ENTRIES:
-        raise ValueError(f'it has {len(entries):,} files, more than {MAX_ENTRIES:,}')
     if len(pickles) != 1:
         raise ValueError(f'it has {len(pickles)} pickles instead of one')
     if len(folders) != 1 or not pickles[0].endswith('/data.pkl') or pickles[0].count('/') != 1:

@@ -30,6 +30,7 @@ from cxr_fastai.core.files import atomic, csv_text, sync
 from cxr_fastai.core.foreign import open_regular
 from cxr_fastai.core.recipe import VOCAB, Recipe, differences
 from cxr_fastai.core.run import Run
+from cxr_fastai.core.zips import check_zip
 from cxr_fastai.inference._unpickler import check_keys, read_pickle
 from cxr_fastai.training.learner import Position
 
@@ -37,6 +38,10 @@ STATE = 'state.pt'
 PREVIOUS_STATE = 'state.previous.pt'
 STATEFUL_CALLBACKS = ('history', 'keep_best', 'average_weights', 'reduce_on_plateau', 'precision')
 """Attributes of a `Learner` with the callbacks that have a state."""
+MAX_ENTRIES = 100_000
+"""Largest number of files in the zip of a state: the tensors of the network, of the optimiser and of the callbacks."""
+MAX_DIRECTORY = 2**24
+"""Largest list of these files at the end of the zip, in bytes."""
 RESULTS = ('history.csv', 'model.safetensors', 'learner.pkl')
 """Files of a run that a new training would overwrite."""
 
@@ -176,11 +181,13 @@ def load_state(run: Run) -> dict[str, Any] | None:
 
 def _check_pickle(path: Path) -> None:
     """Raise `ValueError` if reading the state could take for ever, because a key contains keys, or grow without end."""
-    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-        if any(entry.compress_type for entry in archive.infolist()):
-            raise ValueError('it is compressed')
-        [name] = [name for name in archive.namelist() if name.endswith('/data.pkl')]
-        check_keys(read_pickle(archive.read(name)))
+    with open_regular(path) as file:
+        check_zip(file, MAX_ENTRIES, MAX_DIRECTORY)
+        with zipfile.ZipFile(file) as archive:
+            if any(entry.compress_type for entry in archive.infolist()):
+                raise ValueError('it is compressed')
+            [name] = [name for name in archive.namelist() if name.endswith('/data.pkl')]
+            check_keys(read_pickle(archive.read(name)))
 
 
 def load_matching_state(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any] | None:

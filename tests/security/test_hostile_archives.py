@@ -76,7 +76,15 @@ def test_a_directory_of_many_entries_is_refused_before_it_is_read(tmp_path):
     directory = entry * 800_000
     end = struct.pack('<4s4H2IH', b'PK\5\6', 0, 0, 65_535, 65_535, len(directory), 0, 0)
     (tmp_path / 'a.zip').write_bytes(directory + end)
-    assert_refused(tmp_path, tmp_path / 'a.zip', 'directory of the zip file is over')
+    assert_refused(tmp_path, tmp_path / 'a.zip', 'its directory of 35,200,000 bytes is over')
+
+
+def test_the_entries_are_counted_although_the_last_record_claims_a_few(tmp_path):
+    entry = struct.pack('<4s4H3I2H', b'PK\1\2', 20, 20, 0, 0, 0, 0, 0, 0, 0) + bytes(16)
+    directory = entry * 200_001
+    end = struct.pack('<4s4H2IH', b'PK\5\6', 0, 0, 5, 5, len(directory), 0, 0)
+    (tmp_path / 'a.zip').write_bytes(directory + end)
+    assert_refused(tmp_path, tmp_path / 'a.zip', 'more than 200,000 entries')
 
 
 def test_an_archive_in_an_archive_is_not_unpacked(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 import warnings
@@ -21,6 +22,7 @@ from urllib3.util import Retry
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import StrPath, check_new, writing
+from cxr_fastai.core.foreign import read_text
 from cxr_fastai.core.progress import progress_bar
 from cxr_fastai.data.archives import check_md5, hash_file, new_folder, unpack_arrays, unpack_images
 from cxr_fastai.data.find import find_images
@@ -44,6 +46,10 @@ ERROR_TEXTS = (
 )
 """Replacements for the messages of `requests`, which have several lines and can contain signed addresses."""
 CONTENT_RANGE = re.compile(r'bytes (?:(?P<start>\d+)-\d+|\*)/(?P<total>\d+)')
+ETAG = re.compile(r'"[!#-~]*"')
+"""A strong ETag. A weak one, `W/"..."`, cannot distinguish two versions of a file."""
+MAX_ETAG = 1000
+"""Largest number of characters of an ETag that is stored."""
 CREDENTIALS = (
     'KAGGLE_API_TOKEN, KAGGLE_USERNAME with KAGGLE_KEY, ~/.kaggle/access_token or ~/.kaggle/kaggle.json, '
     'created at https://www.kaggle.com/settings'
@@ -147,6 +153,7 @@ def fetch_url(source: Source, archive: Path) -> Path:
     part = _part_file(archive)
     with writing(part):
         part.parent.mkdir(parents=True, exist_ok=True)
+        _delete_damaged(part)
         if source.md5 and part.exists() and hash_file(part) == source.md5:
             return part
         try:
@@ -158,6 +165,25 @@ def fetch_url(source: Source, archive: Path) -> Path:
                 f'{_manual_download(source, archive)}'
             ) from error
     return part
+
+
+def _delete_damaged(part: Path) -> None:
+    """Delete a partial download that cannot be resumed: not a regular file, or of a version that is unreadable."""
+    is_regular = part.is_file() or not os.path.lexists(part)
+    if not is_regular or _read_etag(part) is None:
+        _delete_part(part)
+
+
+def _read_etag(part: Path) -> str | None:
+    """Return the ETag that is stored with `part`: empty if there is none, None if it is damaged."""
+    path = _etag_file(part)
+    if not os.path.lexists(path):
+        return ''
+    try:
+        etag = read_text(path, MAX_ETAG)
+    except CXRError:
+        return None
+    return etag if ETAG.fullmatch(etag) else None
 
 
 def _make_retry(source: Source) -> Retry:
@@ -222,12 +248,12 @@ def _receive_all(session: requests.Session, source: Source, part: Path) -> None:
 def _receive(session: requests.Session, source: Source, part: Path, end: float) -> bool:
     """Request what `part` lacks and append it until the time `end`; return whether `part` is complete then."""
     size = _file_size(part)
-    etag = _etag_file(part)
     headers = {'Accept-Encoding': 'identity'}  # the length of a compressed response is not that of the file
     if size:
         headers['Range'] = f'bytes={size}-'
-        if etag.exists():
-            headers['If-Range'] = etag.read_text(encoding='utf-8')
+        etag = _read_etag(part)
+        if etag:
+            headers['If-Range'] = etag
     with session.get(source.url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if size and response.status_code in (206, 416):
             start, total = _read_range(response)
@@ -239,7 +265,7 @@ def _receive(session: requests.Session, source: Source, part: Path, end: float) 
         else:
             _check_file_response(response)
             start, total = 0, _content_length(response)
-            _keep_etag(response, etag)
+            _keep_etag(response, _etag_file(part))
         try:
             _append(response, part, source, start, total, end)
         except (requests.exceptions.ChunkedEncodingError, requests.ConnectionError):
@@ -270,10 +296,10 @@ def _content_length(response: requests.Response) -> int | None:
 
 
 def _keep_etag(response: requests.Response, etag: Path) -> None:
-    """Store the ETag, so that a resumed download does not join two versions. A weak ETag cannot distinguish them."""
+    """Store the ETag, so that a resumed download does not join two versions."""
     etag.unlink(missing_ok=True)
     value = response.headers.get('ETag', '')
-    if value.startswith('"'):
+    if len(value) <= MAX_ETAG and ETAG.fullmatch(value):
         etag.write_text(value, encoding='utf-8')
 
 

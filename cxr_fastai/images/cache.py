@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from importlib.util import find_spec
@@ -23,15 +24,20 @@ import numpy as np
 import PIL
 from PIL import features
 
-from cxr_fastai.core.errors import CXRError, ImageError, UsageError
+from cxr_fastai.core.errors import CXRError, ImageError, OutputError, UsageError
 from cxr_fastai.core.files import StrPath, atomic, write_json, writing
+from cxr_fastai.core.foreign import parse_json, read_bytes, read_json
 from cxr_fastai.core.progress import in_threads
-from cxr_fastai.images.decode import decode_image, read_bytes
+from cxr_fastai.core.schemas import Integer, Text
+from cxr_fastai.images.decode import decode_image
+from cxr_fastai.images.decode import read_bytes as read_image_bytes
 from cxr_fastai.images.preprocessing import Preprocessing
 
 DECODER = 1
 """Version of the decoder. Raise it when the same file no longer gives the same pixels; older caches are rebuilt."""
 FILES = ('images.u8', 'index.jsonl')
+MAX_INDEX = 2**28
+"""Largest index that is read, in bytes; a line has about 200. A longer one is not ours, and the cache is rebuilt."""
 CHUNK = 64
 """Number of images between two flushes to the disk, which is the most that a crash can lose."""
 
@@ -47,6 +53,16 @@ class Entry(NamedTuple):
     mtime: int
     size: int
     sha256: str
+
+
+ENTRY_RULES = (
+    Integer(0, 2**40),
+    Text(10_000),
+    Integer(-(2**63), 2**63),
+    Integer(0, 2**63),
+    Text(64, '[0-9a-f]{64}'),
+)
+"""What each field of an `Entry` may be."""
 
 
 class Decoded(NamedTuple):
@@ -123,10 +139,11 @@ def find_cache(root: StrPath, preprocessing: Preprocessing) -> ImageCache | None
     if not _is_current(folder):
         return None
     n = _count_rows(folder, preprocessing.size)
-    rows = {}
-    for entry in _read_index(folder, n):
-        if _is_fresh(root / entry.path, entry):
-            rows[str(root / entry.path)] = entry.row
+    try:
+        index = _read_index(folder, n)
+    except CXRError:
+        return None
+    rows = {str(root / entry.path): entry.row for entry in index if _is_fresh(root / entry.path, entry)}
     if not rows:
         return None
     images = np.memmap(folder / 'images.u8', np.uint8, 'r', shape=(n, preprocessing.size, preprocessing.size))
@@ -167,6 +184,8 @@ def prepare(
             errors = _append(results, folder, _count_rows(folder, preprocessing.size))
     except Timeout:
         raise CXRError(f'{folder}: another `data prepare` is at work there. Wait until it ends.') from None
+    except OSError as error:
+        raise OutputError(f'{folder / "lock"}: cannot be opened ({error.strerror}). Delete it.') from None
     return folder, len(missing) - len(errors), errors
 
 
@@ -206,7 +225,7 @@ def _decode(path: str, root: Path, preprocessing: Preprocessing, rows_by_hash: d
     try:
         # The status comes first: if the file changes while it is read, the entry is outdated and it is decoded again.
         status = os.stat(image)
-        data = read_bytes(image)
+        data = read_image_bytes(image)
         sha256 = hashlib.sha256(data).hexdigest()
         entry = Entry(rows_by_hash.get(sha256, -1), path, status.st_mtime_ns, status.st_size, sha256)
         if sha256 in rows_by_hash:
@@ -222,10 +241,11 @@ def _decode(path: str, root: Path, preprocessing: Preprocessing, rows_by_hash: d
 def _is_current(folder: Path) -> bool:
     """Return True if the cache is complete, and today's library versions decoded its images."""
     try:
-        versions = json.loads((folder / 'decoder.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+        versions = read_json(folder / 'decoder.json')
+        is_complete = all((folder / name).is_file() for name in FILES)
+        return versions == _versions() and is_complete and (folder / 'index.jsonl').stat().st_size <= MAX_INDEX
+    except (CXRError, OSError):
         return False
-    return versions == _versions() and all((folder / name).is_file() for name in FILES)
 
 
 def _versions() -> dict[str, Any]:
@@ -242,12 +262,20 @@ def _versions() -> dict[str, Any]:
 
 def _start(folder: Path) -> None:
     """Create an empty cache in place of an outdated one."""
-    (folder / 'decoder.json').unlink(missing_ok=True)  # first, so that no reader trusts the empty files
+    _delete(folder / 'decoder.json')  # first, so that no reader trusts the empty files
     for name in FILES:
         # Deleted and not truncated: a training that has mapped the old array keeps it.
-        (folder / name).unlink(missing_ok=True)
+        _delete(folder / name)
         (folder / name).touch()
     write_json(folder / 'decoder.json', _versions())
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, or what is there in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _count_rows(folder: Path, size: int) -> int:
@@ -265,19 +293,20 @@ def _is_fresh(path: Path, entry: Entry) -> bool:
 
 def _read_index(folder: Path, rows: int) -> list[Entry]:
     """Return the entries of the first `rows` images; damaged lines, which a crash can leave, are skipped."""
-    lines = (folder / 'index.jsonl').read_bytes().splitlines()
+    lines = read_bytes(folder / 'index.jsonl', MAX_INDEX).splitlines()
     entries = [_parse_entry(line) for line in lines]
-    return [entry for entry in entries if entry is not None and 0 <= entry.row < rows]
+    return [entry for entry in entries if entry is not None and entry.row < rows]
 
 
 def _parse_entry(line: bytes) -> Entry | None:
     try:
-        row, path, mtime, size, sha256 = json.loads(line)
-    except (ValueError, TypeError, RecursionError):
+        values = parse_json(line, 'index.jsonl')
+    except CXRError:
         return None
-    if not all(isinstance(number, int) for number in (row, mtime, size)) or not isinstance(path, str):
+    if not isinstance(values, list) or len(values) != len(ENTRY_RULES):
         return None
-    return Entry(row, path, mtime, size, sha256)
+    follows = [rule.accepts(value) for rule, value in zip(ENTRY_RULES, values, strict=True)]
+    return Entry(*values) if all(follows) else None
 
 
 def _repair(folder: Path, size: int) -> list[Entry]:
@@ -285,7 +314,7 @@ def _repair(folder: Path, size: int) -> list[Entry]:
     rows = _count_rows(folder, size)
     entries = _read_index(folder, rows)
     lines = _lines(entries)
-    if lines != (folder / 'index.jsonl').read_bytes():
+    if lines != read_bytes(folder / 'index.jsonl', MAX_INDEX):
         with atomic(folder / 'index.jsonl') as temporary:
             temporary.write_bytes(lines)
     os.truncate(folder / 'images.u8', rows * size**2)

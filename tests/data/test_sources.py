@@ -1,6 +1,7 @@
 """Downloads are complete or resumable, whatever the server does: tested with a local server that fails on request."""
 
 import hashlib
+import os
 import re
 import sys
 import threading
@@ -178,6 +179,21 @@ def test_a_new_version_on_the_server_is_not_joined_to_the_old_one(images, mendel
     part_file(images).write_bytes(b'old' * 1000)
     part_file(images).with_suffix('.etag').write_text('"0"')
     assert len(download(images, mendeley)) == 4
+
+
+@pytest.mark.parametrize('text', ['', 'old', '"0"\r\nHost: other', '"a\0"', '"' + 'x' * 2000 + '"', '\ud800'])
+def test_a_part_of_an_unreadable_version_is_downloaded_again(images, mendeley, behaviour, text):
+    part_file(images).write_bytes(behaviour.body[:1000])
+    part_file(images).with_suffix('.etag').write_bytes(text.encode(errors='surrogatepass'))
+    assert len(download(images, mendeley)) == 4
+    assert behaviour.ranges_requested == [None]
+
+
+@pytest.mark.parametrize('suffix', ['.part', '.etag'])
+def test_a_pipe_instead_of_a_part_is_replaced(images, mendeley, behaviour, suffix):
+    os.mkfifo(part_file(images).with_suffix(suffix))
+    assert len(download(images, mendeley)) == 4
+    assert behaviour.ranges_requested == [None]
 
 
 def test_a_complete_download_is_not_repeated(images, mendeley, behaviour):

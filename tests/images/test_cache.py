@@ -1,5 +1,6 @@
 """The cache of decoded images always gives the same pixels as decoding."""
 
+import json
 import os
 import re
 import shutil
@@ -145,6 +146,75 @@ def test_a_cache_without_one_of_its_files_is_rebuilt(root, paths, lost):
     (folder / lost).unlink()
     assert find_cache(root, SMALL) is None
     assert prepare(paths[:10], root, SMALL)[1] == 10 and len(find_cache(root, SMALL).rows) == 10
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+    (path / 'file').touch()
+
+
+def _endless(path: Path) -> None:
+    path.symlink_to('/dev/zero')
+
+
+def _huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+def _nested(path: Path) -> None:
+    path.write_text('[' * 100_000)
+
+
+@pytest.mark.parametrize('damage', [_pipe, _folder, _endless, _huge, _nested])
+@pytest.mark.parametrize('name', ['index.jsonl', 'decoder.json'])
+def test_a_cache_whose_files_are_something_else_is_rebuilt(root, paths, name, damage):
+    folder, _, _ = prepare(paths[:5], root, SMALL)
+    (folder / name).unlink()
+    damage(folder / name)
+    assert find_cache(root, SMALL) is None
+    assert prepare(paths[:5], root, SMALL)[1] == 5
+    assert len(find_cache(root, SMALL).rows) == 5
+
+
+def test_a_pipe_or_a_folder_instead_of_the_pixels_is_replaced(root, paths):
+    for damage in (_pipe, _folder):
+        folder, _, _ = prepare(paths[:5], root, SMALL)
+        (folder / 'images.u8').unlink()
+        damage(folder / 'images.u8')
+        assert find_cache(root, SMALL) is None
+        assert prepare(paths[:5], root, SMALL)[1] == 5
+
+
+def test_a_lock_that_cannot_be_opened_is_an_output_error(root, paths):
+    folder, _, _ = prepare(paths[:5], root, SMALL)
+    (folder / 'lock').unlink(missing_ok=True)
+    (folder / 'lock').mkdir()
+    with pytest.raises(OutputError, match='lock: cannot be opened'):
+        prepare(paths[:10], root, SMALL)
+
+
+@pytest.mark.parametrize(
+    'entry',
+    [
+        [True, 'x', 1, 1, 'a' * 64],
+        [0, 'x', 1.5, 1, 'a' * 64],
+        [0, 'x', 1, -1, 'a' * 64],
+        [0, 'x', 1, 1, 'z'],
+        [-1, 'x', 1, 1, 'a' * 64],
+        {'row': 0},
+        5,
+    ],
+)
+def test_an_entry_with_a_value_of_another_type_is_skipped(root, paths, entry):
+    folder, _, _ = prepare(paths[:5], root, SMALL)
+    with open(folder / 'index.jsonl', 'a') as index:
+        index.write(json.dumps(entry) + '\n')
+    assert len(find_cache(root, SMALL).rows) == 5
 
 
 def test_without_a_home_folder_prepare_asks_for_a_folder(root, paths, monkeypatch):

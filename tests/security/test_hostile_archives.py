@@ -80,7 +80,7 @@ def test_a_directory_of_many_entries_is_refused_before_it_is_read(tmp_path):
 
 
 def test_the_entries_are_counted_although_the_last_record_claims_a_few(tmp_path):
-    entry = struct.pack('<4s4H3I2H', b'PK\1\2', 20, 20, 0, 0, 0, 0, 0, 0, 0) + bytes(16)
+    entry = struct.pack('<4s4H3I2H', b'PK\1\2', 20, 20, 0, 0, 0, 0, 0, 0, 0) + bytes(18)
     directory = entry * 200_001
     end = struct.pack('<4s4H2IH', b'PK\5\6', 0, 0, 5, 5, len(directory), 0, 0)
     (tmp_path / 'a.zip').write_bytes(directory + end)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
 import warnings
@@ -22,11 +21,11 @@ from urllib3.util import Retry
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import StrPath, check_new, writing
-from cxr_fastai.core.foreign import read_text
 from cxr_fastai.core.progress import progress_bar
 from cxr_fastai.data.archives import check_md5, hash_file, new_folder, unpack_arrays, unpack_images
 from cxr_fastai.data.find import find_images
 from cxr_fastai.data.items import read_items
+from cxr_fastai.data.partial_files import PartialFile
 
 TIMEOUT = (10, 60)
 """Seconds to wait for a connection, and for the next bytes."""
@@ -46,10 +45,6 @@ ERROR_TEXTS = (
 )
 """Replacements for the messages of `requests`, which have several lines and can contain signed addresses."""
 CONTENT_RANGE = re.compile(r'bytes (?:(?P<start>\d+)-\d+|\*)/(?P<total>\d+)')
-ETAG = re.compile(r'"[!#-~]*"')
-"""A strong ETag. A weak one, `W/"..."`, cannot distinguish two versions of a file."""
-MAX_ETAG = 1000
-"""Largest number of characters of an ETag that is stored."""
 CREDENTIALS = (
     'KAGGLE_API_TOKEN, KAGGLE_USERNAME with KAGGLE_KEY, ~/.kaggle/access_token or ~/.kaggle/kaggle.json, '
     'created at https://www.kaggle.com/settings'
@@ -121,7 +116,7 @@ def download(folder: StrPath, source: str | Source = 'mendeley') -> pd.DataFrame
     except CXRError as error:
         raise CXRError(f'{error} {_discard(archive, manual_file)}') from error
     with suppress(OSError):
-        _delete_part(_part_file(manual_file))
+        PartialFile.of(manual_file).delete()
         manual_file.parent.rmdir()
     if source.limitation:
         warnings.warn(source.limitation, CXRWarning, stacklevel=2)
@@ -138,9 +133,10 @@ def _check_complete(archive: Path, folder: Path, source: Source) -> None:
 
 def _discard(archive: Path, manual_file: Path) -> str:
     """Delete an invalid archive unless the user put it there; return what to do next."""
-    if archive != _part_file(manual_file):
+    part = PartialFile.of(manual_file)
+    if archive != part.path:
         return f'Delete {archive} and run the same command again.'
-    _delete_part(archive)
+    part.delete()
     return 'The download was deleted. Run the same command again.'
 
 
@@ -150,12 +146,12 @@ def fetch_url(source: Source, archive: Path) -> Path:
     Failed requests are repeated by urllib3. A connection that breaks while the file arrives is resumed with a range
     request. Raises `CXRError` after `RETRIES` repetitions without progress, or at once if the server refuses.
     """
-    part = _part_file(archive)
-    with writing(part):
-        part.parent.mkdir(parents=True, exist_ok=True)
-        _delete_damaged(part)
-        if source.md5 and part.exists() and hash_file(part) == source.md5:
-            return part
+    part = PartialFile.of(archive)
+    with writing(part.path):
+        part.path.parent.mkdir(parents=True, exist_ok=True)
+        part.delete_damaged()
+        if source.md5 and part.size and hash_file(part.path) == source.md5:
+            return part.path
         try:
             with _make_session(source) as session, _urllib3_warnings_off():
                 _receive_all(session, source, part)
@@ -164,26 +160,7 @@ def fetch_url(source: Source, archive: Path) -> Path:
                 f'{source.url}: {describe_error(error)}. Run the same command again to resume the download, or '
                 f'{_manual_download(source, archive)}'
             ) from error
-    return part
-
-
-def _delete_damaged(part: Path) -> None:
-    """Delete a partial download that cannot be resumed: not a regular file, or of a version that is unreadable."""
-    is_regular = part.is_file() or not os.path.lexists(part)
-    if not is_regular or _read_etag(part) is None:
-        _delete_part(part)
-
-
-def _read_etag(part: Path) -> str | None:
-    """Return the ETag that is stored with `part`: empty if there is none, None if it is damaged."""
-    path = _etag_file(part)
-    if not os.path.lexists(path):
-        return ''
-    try:
-        etag = read_text(path, MAX_ETAG)
-    except CXRError:
-        return None
-    return etag if ETAG.fullmatch(etag) else None
+    return part.path
 
 
 def _make_retry(source: Source) -> Retry:
@@ -226,14 +203,14 @@ def _urllib3_warnings_off() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _receive_all(session: requests.Session, source: Source, part: Path) -> None:
+def _receive_all(session: requests.Session, source: Source, part: PartialFile) -> None:
     """Request the missing bytes of `part` until it is complete. Raises `requests.RequestException`."""
     # urllib3 repeats requests, but it cannot resume a response whose body breaks off.
     retry = _make_retry(source)
     furthest = 0
     end = time.monotonic() + source.max_seconds
     while not _receive(session, source, part, end):
-        size = _file_size(part)
+        size = part.size
         if size > furthest:
             furthest = size
             retry = _make_retry(source)
@@ -245,32 +222,31 @@ def _receive_all(session: requests.Session, source: Source, part: Path) -> None:
         retry.sleep()
 
 
-def _receive(session: requests.Session, source: Source, part: Path, end: float) -> bool:
+def _receive(session: requests.Session, source: Source, part: PartialFile, end: float) -> bool:
     """Request what `part` lacks and append it until the time `end`; return whether `part` is complete then."""
-    size = _file_size(part)
+    size = part.size
     headers = {'Accept-Encoding': 'identity'}  # the length of a compressed response is not that of the file
     if size:
         headers['Range'] = f'bytes={size}-'
-        etag = _read_etag(part)
-        if etag:
-            headers['If-Range'] = etag
+        if part.etag:
+            headers['If-Range'] = part.etag
     with session.get(source.url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if size and response.status_code in (206, 416):
             start, total = _read_range(response)
             if start != size:
-                _delete_part(part)
+                part.delete()
                 return False
             if start == total:
                 return True
         else:
             _check_file_response(response)
             start, total = 0, _content_length(response)
-            _keep_etag(response, _etag_file(part))
+            part.keep_etag(response.headers.get('ETag', ''))
         try:
-            _append(response, part, source, start, total, end)
+            _append(response, part.path, source, start, total, end)
         except (requests.exceptions.ChunkedEncodingError, requests.ConnectionError):
             return False
-    return total in (None, _file_size(part))
+    return total in (None, part.size)
 
 
 def _read_range(response: requests.Response) -> tuple[int | None, int | None]:
@@ -293,14 +269,6 @@ def _check_file_response(response: requests.Response) -> None:
 def _content_length(response: requests.Response) -> int | None:
     length = response.headers.get('Content-Length')
     return int(length) if length else None
-
-
-def _keep_etag(response: requests.Response, etag: Path) -> None:
-    """Store the ETag, so that a resumed download does not join two versions."""
-    etag.unlink(missing_ok=True)
-    value = response.headers.get('ETag', '')
-    if len(value) <= MAX_ETAG and ETAG.fullmatch(value):
-        etag.write_text(value, encoding='utf-8')
 
 
 def _append(response: requests.Response, part: Path, source: Source, start: int, total: int | None, end: float) -> None:
@@ -370,23 +338,6 @@ def _manual_download(source: Source, archive: Path) -> str:
         f'download {source.file} ({source.size}) from {source.page}, save it as {archive} and run the same command '
         'again.'
     )
-
-
-def _part_file(archive: Path) -> Path:
-    return archive.with_name(f'{archive.name}.part')
-
-
-def _etag_file(part: Path) -> Path:
-    return part.with_suffix('.etag')
-
-
-def _delete_part(part: Path) -> None:
-    for path in (part, _etag_file(part)):
-        path.unlink(missing_ok=True)
-
-
-def _file_size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
 
 
 SOURCES = {

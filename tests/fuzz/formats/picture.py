@@ -17,7 +17,9 @@ def seeds() -> list[bytes]:
     exif[0x112] = 6
     jpegs = [encoded(GREY, 'JPEG', exif=exif), encoded(GREY, 'JPEG', progressive=True)]
     pngs = [encoded(GREY, exif=exif), encoded(DEEP), png_with((b'tEXt', b'a\0b'))]
-    tiffs = [encoded(DEEP, 'TIFF'), encoded(GREY, 'TIFF', compression='tiff_lzw'), encoded(GREY, 'TIFF', exif=exif)]
+    jpegs.append(encoded(GREY, 'JPEG', exif=exif, comment=b'\xff\xda' * 20, icc_profile=bytes(300)))
+    tiffs = [encoded(GREY, 'TIFF', compression='jpeg'), encoded(DEEP, 'TIFF', big_tiff=True)]
+    tiffs += [encoded(DEEP, 'TIFF'), encoded(GREY, 'TIFF', compression='tiff_lzw'), encoded(GREY, 'TIFF', exif=exif)]
     return [*jpegs, *pngs, *tiffs, encoded(GREY, 'GIF')]
 
 

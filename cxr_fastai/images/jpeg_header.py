@@ -25,6 +25,8 @@ JPEG_SIGNATURE = b'\xff\xd8'
 MARKER = re.compile(rb'\xff[\xc0-\xcf\xd8-\xfe]')
 """A marker of a segment. Everything else before it is skipped: fill bytes, restart markers, `FF 00`, pixels."""
 MARKER_BYTES = 2
+FILL_BYTES = b'\xff' * (MAX_STRUCTURE + 1)
+"""A run of fill bytes that is too long."""
 LONE = frozenset((0xC8, 0xD8, 0xD9, *range(0xF0, 0xFE)))
 """Markers that Pillow reads without a length. libjpeg refuses them, except for the end of the picture."""
 LONE_IN_JPEGLS = frozenset((0xD8, 0xD9))
@@ -97,8 +99,11 @@ def _check_picture_list(data: bytes) -> None:
 def check_scans(data: bytes, width: int, height: int) -> None:
     """Raise `ImageError` E_TIMEOUT for a JPEG with so many scans that decoding it would take minutes.
 
-    `width` and `height` are in pixels. Raises E_TOO_LARGE for too many segments between the scans.
+    `width` and `height` are in pixels. Raises E_TOO_LARGE for too many segments between the scans, and for a long run
+    of fill bytes, which Pillow gives to libjpeg again with every block of the file that it reads.
     """
+    if FILL_BYTES in data:
+        raise ImageError(f'more than {MAX_STRUCTURE:,} fill bytes in a run', 'E_TOO_LARGE')
     max_scans = MAX_SCANNED_PIXELS // max(width * height, 1)
     scans, _ = count_scans(data, max_scans=max_scans)
     if scans > max_scans:

@@ -38,6 +38,15 @@ def header_code(data: bytes) -> str:
     return 'ok'
 
 
+def scans_code(data: bytes) -> str:
+    """Return the error code of the scans alone, or `ok`."""
+    try:
+        check_scans(data, 80, 96)
+    except ImageError as error:
+        return error.code
+    return 'ok'
+
+
 COMMENT = segment(0xFE)
 HIDDEN = COMMENT * 3000
 
@@ -185,6 +194,14 @@ def test_a_picture_has_one_frame_header():
     for data in (with_header(frame), b'\xff\xd8\xff\xd9', JPEG[:2] + segment(0xC0, b'\x08')):
         with pytest.raises(ImageError, match='not one JPEG header'):
             read_jpeg_header(data)
+
+
+def test_a_long_run_of_fill_bytes_within_the_pixels_is_refused():
+    place = JPEG.index(b'\xff\xda') + 100
+    for n, code in ((1000, 'ok'), (MAX_STRUCTURE + 2, 'E_TOO_LARGE')):
+        data = JPEG[:-2] + b'\xff' * n + JPEG[-2:]
+        within = JPEG[:place] + b'\xff' * n + b'\0' + JPEG[place:]
+        assert scans_code(data) == scans_code(within) == code
 
 
 @pytest.mark.parametrize('fill', [b'\xff', b'\0'])

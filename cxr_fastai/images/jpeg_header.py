@@ -22,6 +22,8 @@ from cxr_fastai.images.tiff_header import EXIF, check_exif, read_directory
 
 JPEG_SIGNATURE = b'\xff\xd8'
 """First bytes of a picture."""
+END = b'\xff\xd9'
+"""Last bytes of a picture, which may be followed by zeros."""
 MARKER = re.compile(rb'\xff[\xc0-\xcf\xd8-\xfe]')
 """A marker of a segment. Everything else before it is skipped: fill bytes, restart markers, `FF 00`, pixels."""
 MARKER_BYTES = 2
@@ -203,7 +205,13 @@ def read_jpeg_header(data: bytes) -> CodestreamHeader:
 
 
 def read_jpegls_header(data: bytes) -> CodestreamHeader:
-    """Return the frame header of a JPEG-LS picture. Raises `ImageError` E_TRUNCATED if it is missing."""
+    """Return the frame header of a JPEG-LS picture.
+
+    Raises `ImageError` E_TRUNCATED if the header or the end is missing. CharLS searches for seconds behind the end of
+    the memory if no marker ends the pixels.
+    """
+    if not data.rstrip(b'\0').endswith(END):
+        raise ImageError('truncated or damaged: the JPEG-LS picture has no end', 'E_TRUNCATED')
     for segment in jpeg_segments(data, lone=LONE_IN_JPEGLS):
         if segment.kind == SOF55 and len(segment.body) >= FRAME.size:
             return _parse_frame(segment)

@@ -7,13 +7,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from imagefiles import GREY, encoded, progressive_with
+from imagefiles import DEEP, GREY, compressed, dicom, encoded, progressive_with
 from PIL import Image
+from pydicom import dcmread
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.uid import JPEGLSLossless
 
 from cxr_fastai.core.errors import ImageError
 from cxr_fastai.images.decode import decode_image
 from cxr_fastai.images.headers import check_metadata
-from cxr_fastai.images.jpeg_header import METADATA, check_scans, count_scans, jpeg_segments, read_jpeg_header
+from cxr_fastai.images.jpeg_header import (
+    METADATA,
+    check_scans,
+    count_scans,
+    jpeg_segments,
+    read_jpeg_header,
+    read_jpegls_header,
+)
 from cxr_fastai.images.limits import MAX_PARTS, MAX_STRUCTURE
 
 JPEG = encoded(GREY, 'JPEG')
@@ -202,6 +212,19 @@ def test_a_long_run_of_fill_bytes_within_the_pixels_is_refused():
         data = JPEG[:-2] + b'\xff' * n + JPEG[-2:]
         within = JPEG[:place] + b'\xff' * n + b'\0' + JPEG[place:]
         assert scans_code(data) == scans_code(within) == code
+
+
+def test_a_jpegls_picture_without_an_end_is_refused_before_decoding():
+    image = dcmread(BytesIO(compressed(JPEGLSLossless)))
+    frame = get_frame(image.PixelData, 0, number_of_frames=1)
+    end = frame.rindex(b'\xff\xd9')
+    assert read_jpegls_header(frame) == read_jpegls_header(frame + bytes(3)) == (80, 96, 1, 12)
+    for cut in (frame[:end], frame[: end + 1], frame[:60], frame[: end + 2] + b'a'):
+        with pytest.raises(ImageError, match='has no end'):
+            read_jpegls_header(cut)
+        data = dicom(DEEP, JPEGLSLossless, encapsulate([cut]))
+        with pytest.raises(ImageError, match='has no end'):
+            decode_image(data)
 
 
 @pytest.mark.parametrize('fill', [b'\xff', b'\0'])

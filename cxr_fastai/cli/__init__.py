@@ -79,6 +79,7 @@ app.command()(predict_commands.predict)
 app.command()(predict_commands.trust)
 app.command()(serve_commands.serve)
 app.command()(check_commands.checks)
+app.command()(check_commands.benchmark)
 app.command('push-to-hub')(predict_commands.push_to_hub)
 
 

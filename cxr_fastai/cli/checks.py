@@ -1,4 +1,4 @@
-"""The command `checks`: what this machine has, and what the program will use of it. Bug reports start with it."""
+"""The commands `checks`, which says what this machine has and what the program will use, and `benchmark`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.output import out, print_line
+from cxr_fastai.cli.output import out, print_columns, print_line
 from cxr_fastai.core.errors import CXRError
 from cxr_fastai.core.hardware import available_cores, available_memory, bf16_instructions, processor
 
@@ -37,6 +37,28 @@ def checks(as_json: opt.AsJson = False) -> None:
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
         print_line(f'{name:{width}}{_show(value)}')
+
+
+def benchmark(model: opt.Model, images: opt.SomeImages = None, as_json: opt.AsJson = False) -> None:
+    """Measure how many images per second a model computes, by engine, device, precision and batch size, and how much
+    its probabilities change compared with torch in fp32. Images are decoded before.
+
+    Example: cxr-fastai benchmark bundle images/
+    """
+    from cxr_fastai.data.find import list_images
+    from cxr_fastai.inference.benchmarking import benchmark
+
+    rows = benchmark(model, list_images(images) if images else [])
+    if as_json:
+        out.print_json(json.dumps(rows))
+        return
+    header = ('engine', 'device', 'precision', 'batch', 'images/s', 'ms per batch', 'largest change of p')
+    print_columns(header, [_format_row(row) for row in rows])
+
+
+def _format_row(row: dict[str, Any]) -> list[str]:
+    numbers = [f'{row["images_per_second"]:.1f}', f'{row["milliseconds"]:.1f}', f'{row["largest_change"]:.1g}']
+    return [row['engine'], row['device'], row['precision'], str(row['batch_size']), *numbers]
 
 
 def _show(value: Any) -> str:

@@ -8,7 +8,6 @@ import platform
 import re
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def describe_machine() -> dict[str, Any]:
     extras = find_extras()
     missing = [name for name, packages in extras.items() if not all(map(_version, packages))]
     facts = {
-        'cxr_fastai': metadata.version('cxr_fastai') if _version('cxr_fastai') else 'not installed as a package',
+        'cxr_fastai': _version('cxr_fastai') or 'not installed as a package',
         'Python': f'{platform.python_version()} ({sys.executable})',
         'system': f'{platform.system()} {platform.release()}, {platform.machine()}',
         'processor': processor(),
@@ -108,6 +107,8 @@ def _try(find: Callable[[], Any]) -> Any:
 
 def find_extras() -> dict[str, list[str]]:
     """Return the extras of this package with the packages that each of them installs."""
+    from importlib import metadata
+
     try:
         requirements = metadata.requires('cxr_fastai') or []
     except metadata.PackageNotFoundError:
@@ -122,6 +123,8 @@ def find_extras() -> dict[str, list[str]]:
 
 def _version(package: str) -> str:
     """Return the version of an installed `package`; empty if there is none."""
+    from importlib import metadata
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -2,10 +2,11 @@
 
 import json
 import sys
+from importlib import metadata
 
 import pytest
 
-from cxr_fastai.cli import checks, main
+from cxr_fastai.cli import main
 from cxr_fastai.cli.checks import describe_machine, find_extras
 from cxr_fastai.core.hardware import available_cores
 
@@ -33,9 +34,7 @@ def test_json_has_the_same_facts_and_nothing_else(facts):
 
 
 def test_missing_extras_have_a_line_that_installs_them(facts, monkeypatch):
-    monkeypatch.setattr(
-        checks.metadata, 'version', lambda _name: (_ for _ in ()).throw(checks.metadata.PackageNotFoundError)
-    )
+    monkeypatch.setattr(metadata, 'version', lambda _name: (_ for _ in ()).throw(metadata.PackageNotFoundError))
     found = facts()
     assert found['extras'] == [] and 'onnx' in found['missing extras']
     assert found['to install'].startswith('pip install "cxr_fastai[') and found['packages']['torch'] == 'not installed'

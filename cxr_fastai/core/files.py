@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -117,3 +118,20 @@ def check_new(folder: Path) -> None:
         raise UsageError(
             f'{folder} exists already and nothing in it was overwritten. Choose another --out, or delete it.'
         )
+
+
+def check_writable(folder: Path, option: str = '--out') -> None:
+    """Raise `OutputError` if no file can be created in `folder` or, if it does not exist, in the folder to make it in.
+
+    Commands that work for long call it first. `option` is that of `writing`. Does nothing outside the main process.
+    """
+    if is_main_process():
+        with writing(folder, option), tempfile.TemporaryFile(dir=nearest_folder(folder)):
+            pass
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return `path` if it exists, else the nearest folder above it that does."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path

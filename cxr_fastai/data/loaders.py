@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from inspect import signature
@@ -22,7 +23,7 @@ from fastai.data.transforms import ColReader, ColSplitter, IntToFloatTensor, Nor
 from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, RatioResize, Resize
 from fastcore.basics import listify
 
-from cxr_fastai.core.errors import ImageError, UsageError, first_line
+from cxr_fastai.core.errors import CXRWarning, ImageError, UsageError, first_line
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import read_text
 from cxr_fastai.core.hardware import available_cores
@@ -30,7 +31,7 @@ from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import DATA_FIELDS, VOCAB, Recipe, data_recipe
 from cxr_fastai.data.find import MAX_LISTING
 from cxr_fastai.data.items import image_root, read_recipe_items, read_table
-from cxr_fastai.data.splits import check_leakage, check_trainable
+from cxr_fastai.data.splits import check_leakage, check_trainable, single_class_warning
 from cxr_fastai.data.transforms import NormalizeImage, OpenImage, augmentations
 from cxr_fastai.images.cache import ImageCache, find_cache
 from cxr_fastai.images.decode import read_image
@@ -165,6 +166,9 @@ class CXRDataLoaders(DataLoaders):
         check_trainable(items)
         if not recipe.allow_leakage:
             check_leakage(items)
+        warning = single_class_warning(items)
+        if warning:
+            warnings.warn(warning, CXRWarning, stacklevel=3)
         cache = find_cache(root, Preprocessing.of(recipe))
         return cls.from_items(items, root, recipe, cache, item_tfms, batch_tfms, device=device, **kwargs)
 

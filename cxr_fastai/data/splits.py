@@ -104,7 +104,8 @@ def check_trainable(items: pd.DataFrame) -> None:
     counts = count_images(items)
     if (counts.loc['train'] < 2).any():
         raise UsageError(
-            f'train holds {describe_counts(counts.loc["train"])}. Training needs at least two images of each class.'
+            f'train holds {describe_counts(counts.loc["train"])}. Training needs at least two images of each class. '
+            'Add images of that class, or leave out --limit.'
         )
     if not counts.loc['valid'].sum():
         raise UsageError(
@@ -130,7 +131,7 @@ def leaking_patients(items: pd.DataFrame) -> pd.Series:
 
 
 def validation_warning(items: pd.DataFrame) -> str | None:
-    """Return a warning if valid is too small to select an epoch on, else None.
+    """Return a warning if valid is too small to select an epoch on, or of a single class, else None.
 
     The warning gives the lower limit of the 95% Wilson interval of a perfect result.
     """
@@ -139,11 +140,25 @@ def validation_warning(items: pd.DataFrame) -> str | None:
     counts = count_images(items).loc['valid']
     if counts.min() >= MIN_VALID_IMAGES:
         return None
+    if counts.min() == 0:
+        return single_class_warning(items)
     n = int(counts.max())
     low = binomtest(n, n).proportion_ci(method='wilson').low
     return (
         f'validation has only {describe_counts(counts)} images. Even with {n} of {n} correct, the true rate could be '
         f'anywhere from {low:.2f} to 1, so the selected epoch is mostly a matter of chance.'
+    )
+
+
+def single_class_warning(items: pd.DataFrame) -> str | None:
+    """Return a warning if the images of valid are of a single class, so that they have no AUC, else None."""
+    counts = count_images(items).loc['valid']
+    if counts.min() > 0:
+        return None
+    return (
+        f'validation has {describe_counts(counts)} images, so its AUC is undefined: the epoch is selected by the '
+        'validation loss, and no threshold can be chosen (`evaluate` needs --threshold fixed:T). Use validation '
+        'images of both classes.'
     )
 
 

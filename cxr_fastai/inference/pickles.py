@@ -184,6 +184,13 @@ def trust(sha256: str, why: str) -> None:
         _write_store(trusted() | {digest: entry})
 
 
+def check_store() -> None:
+    """Raise `CXRError` if no hash can be added to the trusted hashes, because the store is damaged or not writable."""
+    trusted()
+    with _locked_store():
+        pass
+
+
 def trust_file(path: StrPath, sha256: str) -> str:
     """Trust the file `path` and return its hash, if that is the hash `sha256` that its author published.
 

@@ -31,10 +31,12 @@ from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.models.networks import create_network, unwrap_network
 from cxr_fastai.models.registry import OWN_WEIGHTS
 from cxr_fastai.training.callbacks import DivergenceGuard, History, KeepBest, recipe_callbacks
+from cxr_fastai.training.checks import check_labels, check_loaders
 from cxr_fastai.training.hardware import reuse_memory
 from cxr_fastai.training.optimizer import TorchOptimizer
 from cxr_fastai.training.precision import Precision
 from cxr_fastai.training.recipes import OPTIMIZERS, apply_recipe, check_recipe_of, fit_phase, known_arch, named_recipe
+from cxr_fastai.training.single_images import SingleImages
 
 
 class Position(NamedTuple):
@@ -125,6 +127,7 @@ class CXRLearner(Learner):
         elif epochs is not None or lr is not None:
             raise UsageError('epochs and lr are those of the recipe. Pass the name of a recipe to choose them.')
         check_recipe_of(self, recipe)
+        check_loaders(self.dls)
         reuse_memory()
         self._add_history()
         is_complete = apply_recipe(self, recipe)
@@ -187,6 +190,7 @@ class CXRLearner(Learner):
         start_epoch: int = 0,
     ) -> None:
         """Fit for `n_epoch` epochs, as fastai does; a learner from a file gets a history first."""
+        check_loaders(self.dls)
         self._add_history()
         trained_from = self.pretrained, self.recipe
         super().fit(n_epoch, lr, wd, cbs, reset_opt, start_epoch)
@@ -194,7 +198,7 @@ class CXRLearner(Learner):
 
     def _add_history(self) -> None:
         if 'history' not in vars(self):
-            self.add_cb(History())
+            self.add_cbs([History(), SingleImages()])
 
     def load(self, file: Any, device: Any = None, **kwargs: Any) -> CXRLearner:
         """Load weights as fastai does. What trained them is then not known."""
@@ -236,6 +240,7 @@ def cxr_learner(
     Raises `CXRError` if the weights are not available or `arch` cannot be used.
     """
     _check_classes(dls)
+    check_labels(dls)
     network = create_network(arch, pretrained, _image_size(dls))
     _check_size(dls, network.arch)
     options = {'splitter': body_and_head, 'train_bn': False} | kwargs
@@ -245,7 +250,7 @@ def cxr_learner(
         loss_func=loss_func or CrossEntropyLossFlat(),
         opt_func=opt_func or partial(TorchOptimizer, opt=OPTIMIZERS['adam']),
         wd=1e-4 if wd is None else wd,
-        cbs=[BnFreeze(), History(), *listify(cbs)],
+        cbs=[BnFreeze(), History(), SingleImages(), *listify(cbs)],
         metrics=default_metrics() if metrics is None else metrics,
         **options,
     )

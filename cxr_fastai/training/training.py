@@ -39,6 +39,7 @@ from cxr_fastai.training.checkpoint import (
     identify,
     load_matching_state,
 )
+from cxr_fastai.training.checks import check_place, check_space
 from cxr_fastai.training.distributed import call_once, check_batch_size, share_batches, training_processes
 from cxr_fastai.training.hardware import CompileSteps, can_compile, check_compile, describe_environment
 from cxr_fastai.training.learner import CXRLearner, Diverged, recipe_learner
@@ -75,6 +76,7 @@ def train(
     data, out = Path(data), Path(out)
     if not resume:
         check_new(out)
+    check_place(out)
     check_compile(compile)
     check_precision(precision or recipe.precision)
     check_tracker(track)
@@ -95,6 +97,7 @@ def train(
             facts['precision_trial'] = _measure_precision(recipe, readable, device)
             recipe = replace(recipe, precision=facts['precision_trial']['precision'])
         learn = _make_learner(readable, image_root(data), recipe, cache, state, device)
+        check_space(out, learn.network)
         compiled = compile == 'on' and can_compile(learn.dls.device)
         if not resume:
             stack.enter_context(Run.create(out).locked())

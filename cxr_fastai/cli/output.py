@@ -12,11 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cxr_fastai.cli.console import err, out
 from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, UsageError, visible
 
@@ -25,18 +26,6 @@ if TYPE_CHECKING:
 
     from cxr_fastai.data.auditing import Audit
 
-
-class MainConsole(Console):
-    """A console that prints only in the main process of a distributed run."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        """Print as `Console.print` does, or nothing in another process."""
-        if is_main_process():
-            super().print(*objects, **options)
-
-
-out = MainConsole()
-err = Console(stderr=True)
 
 MAX_PROBES = 4
 """Probes shown for each target of the audit; audit.html has all of them."""

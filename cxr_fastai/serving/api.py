@@ -23,6 +23,8 @@ from cxr_fastai.serving.service import Busy, Service
 from cxr_fastai.serving.uploads import FIELD, APIError, read_images
 
 NOTICE = 'Research software, not a medical device.'
+MAX_OPTION = 50
+"""Largest number of characters of an unknown option that a response repeats."""
 
 
 class Explanation(BaseModel):
@@ -93,7 +95,7 @@ ERROR_DESCRIPTIONS = {
     408: 'the request was not complete in time',
     413: 'request too large, or too many images',
     415: 'not multipart/form-data, or compressed',
-    422: 'no images, or an invalid option',
+    422: 'no images, images in another field than `images`, or an unknown or invalid option',
     503: 'busy, starting, or failed; try again after `Retry-After` seconds',
 }
 
@@ -134,6 +136,19 @@ async def check_token(
         raise APIError(401, 'E_TOKEN', message, {'www-authenticate': 'Bearer'})
 
 
+async def check_options(request: Request) -> None:
+    """Raise `APIError` 422 for a query option that the route does not have, or that is given twice."""
+    known = [field.alias for field in request.scope['route'].dependant.query_params]
+    names = [name for name, _ in request.query_params.multi_items()]
+    choice = f'the options of this address are: {", ".join(known)}.' if known else 'this address has no options.'
+    for name in names:
+        shown = repr(name[:MAX_OPTION])
+        if name not in known:
+            raise APIError(422, 'E_OPTION', f'{shown}: unknown option; {choice}')
+        if names.count(name) > 1:
+            raise APIError(422, 'E_OPTION', f'{shown}: given {names.count(name)} times: send it once.')
+
+
 public_routes = APIRouter(tags=['operate'])
 protected_routes = APIRouter()
 """Routes that need the access token, if there is one."""
@@ -149,6 +164,7 @@ def get_service(request: Request) -> Service:
 
 @protected_routes.post(
     PREDICT,
+    dependencies=[Depends(check_options)],
     response_model_exclude_unset=True,
     openapi_extra={'requestBody': FORM_SCHEMA},
     responses=error_responses(400, 401, 408, 413, 415, 422, 503),
@@ -199,7 +215,12 @@ async def _wait_for_disconnect(request: Request) -> None:
         pass
 
 
-@protected_routes.get('/v1/model', responses=error_responses(401, 503), tags=['predict'])
+@protected_routes.get(
+    '/v1/model',
+    dependencies=[Depends(check_options)],
+    responses=error_responses(401, 422, 503),
+    tags=['predict'],
+)
 async def model(request: Request) -> ModelFacts:
     """Describe the model and its threshold."""
     return ModelFacts(**get_service(request).model_facts(), version=__version__, notice=NOTICE)

@@ -17,6 +17,8 @@ FIELD = 'images'
 """The name of the form field that contains the images."""
 MAX_OTHER_FIELDS = 16
 """Maximum number of form fields that are not files. They are ignored."""
+MAX_FIELD = 50
+"""Largest number of characters of the name of an unknown field that a response repeats."""
 MAX_OTHER_BYTES = 2**16
 """Maximum size of a form field that is not a file."""
 BOUNDARY = re.compile(rb"[0-9a-zA-Z'()+_,\-./:=? ]{1,70}")
@@ -55,10 +57,19 @@ async def read_images(request: Request, limits: Limits) -> list[bytes]:
     boundary = check_headers(request)
     body = await _read_body(request, limits.body)
     async with _parsed_form(boundary, body, limits) as form:
+        _check_fields(form)
         images = [image for image in form.getlist(FIELD) if isinstance(image, UploadFile)]
         if not images or len(images) < len(form.getlist(FIELD)):
             raise APIError(422, 'E_NO_IMAGES', f'no image in the field {FIELD!r}: send each image as a file in it.')
         return [await image.read() for image in images]
+
+
+def _check_fields(form: FormData) -> None:
+    """Raise `APIError` 422 for a file in another field, which would otherwise get no row in the response."""
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile) and name != FIELD:
+            message = f'a file in the field {name[:MAX_FIELD]!r}: send each image in the field {FIELD!r}.'
+            raise APIError(422, 'E_FIELD', message)
 
 
 def check_headers(request: Request) -> bytes:

@@ -61,6 +61,39 @@ def test_unknown_options_and_routes_get_an_error_in_json(client):
     assert is_error(response, 405, 'E_METHOD') and response.headers['allow'] == 'POST'
 
 
+@pytest.mark.parametrize(
+    ('query', 'reason'),
+    [
+        ('explian=true', "'explian': unknown option; the options of this address are: explain."),
+        ('Explain=true', "'Explain': unknown option"),
+        ('threshold=0.9', "'threshold': unknown option"),
+        ('explain=true&x=1', "'x': unknown option"),
+        ('explain=true&explain=false', "'explain': given 2 times"),
+        ('explain=yess', 'explain: '),
+        ('explain=', 'explain: '),
+        ('x' * 1000, "'" + 50 * 'x' + "': unknown option"),
+    ],
+)
+def test_a_misspelt_option_is_not_ignored(client, paths, query, reason):
+    response = client.post(f'/v1/predict?{query}', files=files(paths[0].read_bytes()))
+    assert is_error(response, 422, 'E_OPTION') and response.json()['message'].startswith(reason)
+
+
+def test_an_address_without_options_refuses_any_but_probes_do_not(client, protected):
+    response = client.get('/v1/model?verbose=1')
+    assert is_error(response, 422, 'E_OPTION') and response.json()['message'].endswith('this address has no options.')
+    assert client.get('/health?t=1').status_code == client.get('/ready?t=1').status_code == 200
+    assert is_error(protected.get('/v1/model?verbose=1'), 401, 'E_TOKEN')
+
+
+def test_a_file_in_a_misspelt_field_is_not_left_out(client, paths):
+    image = ('image', ('a.jpeg', paths[0].read_bytes()))
+    response = client.post('/v1/predict', files=[*files(paths[0].read_bytes()), image])
+    assert is_error(response, 422, 'E_FIELD') and "field 'image'" in response.json()['message']
+    response = client.post('/v1/predict', files=files(paths[0].read_bytes()), data={'note': 'text'})
+    assert response.status_code == 200
+
+
 def test_an_unexpected_failure_is_a_503_and_a_log_line_without_the_request(client, monkeypatch, caplog):
     def fail(self, name, read):
         raise RuntimeError(f'{PATIENT} in {read}')

@@ -248,6 +248,7 @@ def _calibration_table(metrics: dict[str, Any]) -> Table:
 
 def _groups_table(groups: list[dict[str, Any]]) -> Table:
     from cxr_fastai.evaluation.intervals import format_estimate
+    from cxr_fastai.evaluation.metrics import describe_suppressed, too_few
 
     table = _table(
         'subgroups',
@@ -256,11 +257,11 @@ def _groups_table(groups: list[dict[str, Any]]) -> Table:
     )
     for row in groups:
         if row['group'] is None:
-            table.add_row(f'{row["column"]}: {row["suppressed"]} groups too small to show', '')
+            table.add_row(escape(visible(f'{row["column"]}: {describe_suppressed(row)}')))
             continue
         name = escape(visible(f'{row["column"]} {row["group"]}'))
-        rates = [format_estimate(row[metric]) for metric in ('sensitivity', 'specificity', 'auc')]
-        table.add_row(name, str(row['n']), *rates)
+        rates = [too_few(row, rate) or format_estimate(row[rate]) for rate in ('sensitivity', 'specificity')]
+        table.add_row(name, str(row['n']), *rates, format_estimate(row['auc']))
     return table
 
 

@@ -17,6 +17,7 @@ from cxr_fastai.core.files import check_new
 from cxr_fastai.core.run import Run
 
 if TYPE_CHECKING:
+    from cxr_fastai.inference.predictor import Predictor
     from cxr_fastai.inference.tables import Predictions
 
 ROWS_SHOWN = 20
@@ -133,10 +134,20 @@ def _print_predictions(predictions: Predictions, table: Path | None) -> None:
         print_error(f'{len(failures) - FAILURES_SHOWN} more images failed; {where}')
     if any(row['code'] == OUT_OF_DISTRIBUTION for row in failures):
         print_error('With --no-gate the images that the input gate rejected get a probability too.')
+    print_line(_describe_threshold(predictions.predictor))
     summary = f'{len(predictions.rows)} images, {predictions.positives} classified as PNEUMONIA, {len(failures)} failed'
     if table:
         summary += f'; rows in {table}'
     print_line(summary)
+
+
+def _describe_threshold(predictor: Predictor) -> str:
+    """Return the threshold of `predictor` and where it is from."""
+    rule = predictor.config.threshold_rule
+    text = f'An image is classified as PNEUMONIA at a probability of {predictor.threshold:.3g} or more'
+    if rule.startswith('fixed:'):
+        return f'{text}: a fixed threshold, not chosen on validation images (`cxr-fastai evaluate RUN` chooses one).'
+    return f'{text}: chosen on validation images by the rule {rule}.'
 
 
 def trust(what: opt.TrustWhat, sha256: opt.Hash = None) -> None:

@@ -358,6 +358,18 @@ def measure_groups(predictions: pd.DataFrame, column: str, threshold: float) -> 
     return rows
 
 
+def too_few(group: dict[str, Any], rate: str) -> str:
+    """Return `too few (n)` if the `rate` of a group is not reported because it has only n images (not 0), else empty."""
+    n = group['positives'] if rate == 'sensitivity' else group['n'] - group['positives']
+    return f'too few ({n})' if 0 < n < MIN_GROUP_SIZE else ''
+
+
+def describe_suppressed(group: dict[str, Any]) -> str:
+    """Return the row of the groups of a column that are only counted, in words."""
+    n = group['suppressed']
+    return f'{n} {"group" if n == 1 else "groups"} with too few images (fewer than {MIN_GROUP_SIZE})'
+
+
 def _measure_group(
     predictions: pd.DataFrame, column: str, name: str, inside: pd.Series[bool], threshold: float
 ) -> dict[str, Any]:

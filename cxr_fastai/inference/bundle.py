@@ -20,7 +20,7 @@ import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -207,8 +207,9 @@ class Bundle:
                 return file.read(max_bytes + 1)
         try:
             with open_regular(self.path) as file, zipfile.ZipFile(self._check_directory(file)) as archive:
-                self._check_ratio(archive.getinfo(name))
-                with archive.open(name) as member:
+                entry = archive.getinfo(_entry_name(archive.namelist(), name))
+                self._check_ratio(entry)
+                with archive.open(entry) as member:
                     return member.read(max_bytes + 1)
         except CXRError:
             raise
@@ -240,6 +241,20 @@ class Bundle:
         if not isinstance(facts, dict):
             raise CXRError(f'{self.path / name}: not a JSON object, so the bundle is damaged. {FIX}')
         return facts
+
+
+def _entry_name(entries: list[str], name: str) -> str:
+    """Return the entry of a zip file that is the file `name` of the bundle.
+
+    `export` puts the files at the top. Zip files that were made by hand can have them in a folder, perhaps with
+    backslashes, beside files of the system that made them, such as the folder `__MACOSX`.
+    """
+    paths = {entry.replace('\\', '/'): entry for entry in entries}
+    manifests = [path for path in paths if PurePosixPath(path).name == MANIFEST and not path.startswith('__MACOSX/')]
+    if MANIFEST in manifests or len(manifests) != 1:
+        return name
+    path = manifests[0].removesuffix(MANIFEST) + name
+    return paths.get(path, path)
 
 
 def manifest_text(files: dict[str, dict[str, Any]]) -> str:

@@ -114,7 +114,10 @@ def read_learner(path: Path) -> SavedLearner:
         tensors = dict(_find_tensors(learner.get('model')))
         _check_total(tensors, len(data))
     except ValueError as error:
-        raise CXRError(f'{path}: not an exported learner ({first_line(error)}).') from None
+        raise CXRError(
+            f'{path}: not an exported learner ({first_line(error)}). To use a learner of fastai, turn it into a run: '
+            'save_run(learn, FOLDER).'
+        ) from None
     _check_facts(facts, path)
     config = ModelConfig.from_dict(facts, path)
     network = build_network(config, {name: tensor.facts for name, tensor in tensors.items()}, path)

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from datetime import date
 from io import BytesIO
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
@@ -229,8 +230,9 @@ def check_trusted(sha256: str, path: Path) -> None:
     if sha256 not in trusted():
         raise UntrustedError(
             f'{path}: not opened, because it is an untrusted pickle, which can run code while it is read. Its SHA-256 '
-            f'is {sha256}. Run `cxr-fastai trust {path} --sha256 HEX`, where HEX is the hash that its author '
-            'published elsewhere. Or ask the author for a bundle, which needs no trust.'
+            f'is {sha256}. Run `cxr-fastai trust {quote(str(path))} --sha256 HEX`, where HEX is the hash that its '
+            'author published elsewhere, or this one if you have just made the file yourself. Or ask the author for a '
+            'bundle, which needs no trust.'
         )
 
 

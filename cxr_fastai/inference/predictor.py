@@ -31,7 +31,7 @@ from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.engines import Engine, TorchEngine, check_precision
 from cxr_fastai.inference.gate import REJECTION, Gate
 from cxr_fastai.inference.networks import load_network
-from cxr_fastai.inference.tensors import MAX_BYTES
+from cxr_fastai.inference.tensors import MAX_BYTES, load_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,7 +75,9 @@ class Predictor:
         The network computes on the `device`, `auto`, `cpu`, `cuda`, `cuda:N` or `mps`, with the `precision` `fp32` or
         `bf16`, which is faster on some processors and changes the probabilities slightly.
 
-        A run folder is loaded with the threshold and temperature that `evaluate` chose. With `gate=False` every image
+        A run folder, or the `learner.pkl` in one, is loaded with the threshold and temperature that `evaluate` chose.
+        Other `.pkl` files have the threshold that they were exported with, which is 0.5 for `Learner.export`. With
+        `gate=False` every image
         gets a probability. Raises `CXRError` if the model cannot be loaded, and `UsageError` if it has no temperature
         for `calibrated`.
         """
@@ -85,7 +87,7 @@ class Predictor:
         elif model.is_dir():
             predictor = _load_run(Run(model), device)
         else:
-            predictor = _load_pickle(model, device)
+            predictor = _load_learner_file(model, device)
         if isinstance(predictor.engine, TorchEngine):
             predictor.engine.precision = check_precision(precision)
         if calibrated and predictor.config.temperature is None:
@@ -289,6 +291,30 @@ def _apply_decision(run: Run, config: ModelConfig) -> ModelConfig:
         stacklevel=4,
     )
     return config
+
+
+def _load_learner_file(path: Path, device: str) -> Predictor:
+    """Load an exported learner; one that is in its run folder with the decision of the run, as the folder is."""
+    predictor = _load_pickle(path, device)
+    folder = path.parent
+    if path.name != LEARNER or not (folder / 'recipe.json').is_file():
+        return predictor
+    network = find_network(folder)
+    if network.name != LEARNER and not _has_weights(predictor.model, network):
+        warnings.warn(
+            f'{path} is not the network of the run {folder}, so its own threshold {predictor.threshold:g} is used.',
+            CXRWarning,
+            stacklevel=3,
+        )
+        return predictor
+    return replace(predictor, config=_apply_decision(Run(folder), predictor.config))
+
+
+def _has_weights(model: nn.Module, path: Path) -> bool:
+    """Return True if the safetensors file `path` has the weights of `model`."""
+    saved = load_tensors(read_bytes(path, MAX_BYTES), path)
+    state = {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()}
+    return state.keys() == saved.keys() and all(np.array_equal(state[name], saved[name]) for name in state)
 
 
 def _load_pickle(path: Path, device: str) -> Predictor:

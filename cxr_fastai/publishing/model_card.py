@@ -10,7 +10,13 @@ from cxr_fastai.core.templates import render_template
 from cxr_fastai.data.splits import count_patients, describe_patients, unknown_patients, unknown_patients_warning
 from cxr_fastai.evaluation.calibration import explain_temperature
 from cxr_fastai.evaluation.intervals import format_estimate
-from cxr_fastai.evaluation.metrics import OPTIMISTIC, describe_sample, interval_warnings, name_metric
+from cxr_fastai.evaluation.metrics import (
+    OPTIMISTIC,
+    describe_sample,
+    describe_suppressed,
+    interval_warnings,
+    name_metric,
+)
 from cxr_fastai.inference.config import sha256
 from cxr_fastai.inference.decision import Decision
 
@@ -177,10 +183,24 @@ def render_card(run: Run, split: str) -> str:
         patients_warning=unknown_patients_warning(run.items),
         margin=decision.margin if decision else '',
         same_images=SAME_IMAGES if run.recipe.name != CUSTOM else '',
+        groups=describe_groups(metrics['subgroups']),
         command=reproduce(run, split),
         not_a_device=NOT_A_DEVICE,
         external_validity=EXTERNAL_VALIDITY,
     )
+
+
+def describe_groups(groups: list[dict[str, Any]]) -> str:
+    """Return the number of subgroups by column in words, without their names, which can be those of patients."""
+    parts = []
+    for column in dict.fromkeys(group['column'] for group in groups):
+        rows = [group for group in groups if group['column'] == column]
+        counts = [describe_suppressed(group) for group in rows if group['group'] is None]
+        n_shown = len(rows) - len(counts)
+        if n_shown:
+            counts.insert(0, f'{n_shown} {"group" if n_shown == 1 else "groups"}')
+        parts.append(f'{column} ({", ".join(counts)})')
+    return '; '.join(parts) or 'none'
 
 
 def reproduce(run: Run, split: str) -> str:

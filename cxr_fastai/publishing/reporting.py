@@ -44,8 +44,10 @@ from cxr_fastai.evaluation.metrics import (
     TARGETS,
     THRESHOLD_METRICS,
     describe_sample,
+    describe_suppressed,
     interval_warnings,
     name_metric,
+    too_few,
 )
 from cxr_fastai.evaluation.plots import (
     CAM_CHECK_PANELS,
@@ -103,6 +105,8 @@ CONSTANTS = {
     'same_images': SAME_IMAGES,
     'optimistic': OPTIMISTIC,
     'format_estimate': format_estimate,
+    'too_few': too_few,
+    'describe_suppressed': describe_suppressed,
     'name_metric': name_metric,
 }
 """The values and functions that the template uses for every run."""

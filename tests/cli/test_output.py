@@ -62,6 +62,18 @@ def test_metrics_fit_in_80_columns_with_their_targets(metrics):
     assert re.search(r'sensitivity +│ \d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\) +│', text)
 
 
+def test_subgroups_that_are_too_small_are_not_called_undefined(metrics):
+    none = {'value': None, 'low': None, 'high': None}
+    group = {'column': 'site', 'group': 'A', 'n': 12, 'positives': 7, 'sensitivity': none, 'specificity': none}
+    only_normal = group | {'group': 'B', 'positives': 0, 'specificity': metrics['specificity']}
+    rows = [row | {'auc': metrics['auc']} for row in (group, only_normal)]
+    suppressed = {'column': 'site', 'group': None, 'suppressed': 2}
+    text = render(metrics_tables(metrics | {'subgroups': [*rows, suppressed]}))
+    words = ' '.join(text.replace('│', ' ').split())
+    assert 'site A 12 too few (7) too few (5)' in words and 'site B 12 undefined' in words
+    assert 'site: 2 groups with too few' in words
+
+
 def test_numbers_have_a_leading_zero(metrics):
     assert not NUMBER.search(render(metrics_tables(metrics)))
     assert format_p(0.0421) == '0.042'

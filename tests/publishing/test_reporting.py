@@ -18,6 +18,8 @@ from cxr_fastai.cli import main
 from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.auditing import SMALL_VALIDATION
+from cxr_fastai.data.items import read_items
+from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.evaluation.figures import image_picture, shown_images, typical_correct, worst_errors
 from cxr_fastai.inference.config import identify_network
 from cxr_fastai.publishing import reporting
@@ -251,6 +253,19 @@ def test_the_verdict_on_a_target_considers_the_interval(value, low, high, verdic
     estimate = {'value': value, 'low': low, 'high': high}
     sensitivity, _ = compare_with_targets({'sensitivity': estimate, 'specificity': estimate})
     assert sensitivity['verdict'] == verdict
+
+
+def test_subgroups_that_are_too_small_are_described_in_report_and_card(copy, images, tmp_path):
+    items = read_items(images, columns=())
+    test = items[items.split == 'test'].assign(site='A', path=lambda table: [images / path for path in table.path])
+    test.drop(columns=['patient', 'kind']).to_csv(tmp_path / 'images.csv', index=False)
+    evaluate(copy, tmp_path / 'images.csv', by=['kind', 'site'])
+    report(copy)
+    rows = ' '.join(Page((copy / 'report.html').read_text()).text.split())
+    assert 'site: A12 too few (7) too few (5)' in rows.replace('12too', '12 too').replace(')too', ') too')
+    assert '3 groups with too few images (fewer than 10): not shown' in rows
+    card = (copy / 'model_card.md').read_text()
+    assert 'kind (3 groups with too few images (fewer than 10)); site (1 group).' in card
 
 
 def test_a_report_about_validation_images_says_so(copy):

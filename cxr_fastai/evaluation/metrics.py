@@ -359,7 +359,7 @@ def measure_groups(predictions: pd.DataFrame, column: str, threshold: float) -> 
 
 
 def too_few(group: dict[str, Any], rate: str) -> str:
-    """Return `too few (n)` if the `rate` of a group is not reported because it has only n images (not 0), else empty."""
+    """Return `too few (n)` if the `rate` of a group is not reported because it is of only n > 0 images, else empty."""
     n = group['positives'] if rate == 'sensitivity' else group['n'] - group['positives']
     return f'too few ({n})' if 0 < n < MIN_GROUP_SIZE else ''
 

@@ -58,6 +58,8 @@ MANIFEST_FILES = Table(
     Fields({'sha256': Text(64, '[0-9a-f]{64}'), 'size': Integer(0, MAX_BYTES)}), '|'.join(map(re.escape, FILES))
 )
 """What a manifest may contain as its `files`."""
+FOREIGN = '__MACOSX/'
+"""The folder that macOS adds to zip files."""
 ENGINES = ('auto', 'onnx', 'torch')
 IMAGES_AT_OPEN = 2
 """Number of reference images, one of each class, that are predicted whenever a bundle is opened."""
@@ -207,7 +209,7 @@ class Bundle:
                 return file.read(max_bytes + 1)
         try:
             with open_regular(self.path) as file, zipfile.ZipFile(self._check_directory(file)) as archive:
-                entry = archive.getinfo(_entry_name(archive.namelist(), name))
+                entry = archive.getinfo(self._find_entry(archive.namelist(), name))
                 self._check_ratio(entry)
                 with archive.open(entry) as member:
                     return member.read(max_bytes + 1)
@@ -215,6 +217,24 @@ class Bundle:
             raise
         except Exception as error:  # a damaged zip file can raise any exception
             raise CXRError(f'{self.path}: {name} cannot be read from the bundle ({first_line(error)}). {FIX}') from None
+
+    def _find_entry(self, entries: list[str], name: str) -> str:
+        """Return the one of the `entries` of the zip file that is the file `name`. Raises `UsageError` for two bundles.
+
+        `export` puts the files at the top. Zip files that were made by hand can have them in a folder, perhaps with
+        backslashes, beside files of the system that made them, such as the folder `__MACOSX`.
+        """
+        paths = {entry.replace('\\', '/'): entry for entry in entries}
+        manifests = [path for path in paths if PurePosixPath(path).name == MANIFEST and not path.startswith(FOREIGN)]
+        if MANIFEST in manifests or not manifests:
+            return name
+        if len(manifests) > 1:
+            folders = ', '.join(str(PurePosixPath(path).parent) for path in manifests)
+            raise UsageError(
+                f'{self.path}: contains {len(manifests)} bundles ({folders:.100}). Unpack it, and name one of them.'
+            )
+        path = manifests[0].removesuffix(MANIFEST) + name
+        return paths.get(path, path)
 
     def _check_directory(self, file: BinaryIO) -> BinaryIO:
         """Return the zip `file`. Raises `CXRError` if its list of files is too long; `zipfile` would read all of it."""
@@ -241,20 +261,6 @@ class Bundle:
         if not isinstance(facts, dict):
             raise CXRError(f'{self.path / name}: not a JSON object, so the bundle is damaged. {FIX}')
         return facts
-
-
-def _entry_name(entries: list[str], name: str) -> str:
-    """Return the entry of a zip file that is the file `name` of the bundle.
-
-    `export` puts the files at the top. Zip files that were made by hand can have them in a folder, perhaps with
-    backslashes, beside files of the system that made them, such as the folder `__MACOSX`.
-    """
-    paths = {entry.replace('\\', '/'): entry for entry in entries}
-    manifests = [path for path in paths if PurePosixPath(path).name == MANIFEST and not path.startswith('__MACOSX/')]
-    if MANIFEST in manifests or len(manifests) != 1:
-        return name
-    path = manifests[0].removesuffix(MANIFEST) + name
-    return paths.get(path, path)
 
 
 def manifest_text(files: dict[str, dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Checks before the first batch of a training: its images, the folder and the disk space of its run, and the trust store.
+"""Checks before the first batch of a training: its images, the folder and disk space of its run, and the trust store.
 
 A training can take hours. What would make it fail, or make its result useless, is found before it starts.
 """

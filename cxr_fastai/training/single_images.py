@@ -39,8 +39,9 @@ class SingleImages(Callback):
         if self.layers and not self.has_warned:
             self.has_warned = True
             warnings.warn(
-                f'a training batch has one image, from which BatchNorm cannot estimate statistics, so {len(self.layers)} '
-                f'of its layers use their running statistics. Choose another batch size than {self.dl.bs} to avoid this.',
+                'a training batch has one image, from which BatchNorm cannot estimate statistics, so '
+                f'{len(self.layers)} of its layers use their running statistics. Choose another batch size than '
+                f'{self.dl.bs} to avoid this.',
                 CXRWarning,
                 stacklevel=2,
             )

@@ -132,6 +132,16 @@ def test_an_interrupt_ends_with_130_and_leaves_a_table_to_resume(bundle, images,
     assert re.search(r'12 images, \d+ classified as PNEUMONIA, 0 failed; rows in', output)
 
 
+def test_the_threshold_and_its_origin_are_printed(evaluated, bundle, image, tmp_path):
+    (tmp_path / 'lone.pkl').write_bytes((evaluated / 'learner.pkl').read_bytes())
+    by_rule = f'chosen on validation images by the rule {evaluated.decision["rule"]}.'
+    for model in (evaluated.path, evaluated / 'learner.pkl', bundle):
+        assert by_rule in run_command('predict', model, image, '--no-gate')[1]
+    for options, value in (((), '0.5'), (('--threshold', 0.3), '0.3')):
+        output = run_command('predict', tmp_path / 'lone.pkl', image, '--no-gate', *options)[1]
+        assert f'at a probability of {value} or more: a fixed threshold, not chosen on validation images' in output
+
+
 def test_standard_input_names_one_image_per_line(bundle, odd, image, tmp_path, monkeypatch):
     monkeypatch.chdir(odd)
     lines = [b'bad\xff\xfe.jpeg', b' ', b'', b'=cmd.jpeg\r', b'gone.jpeg', b'-1.jpeg']

@@ -63,3 +63,31 @@ def test_the_rooms_load_nothing_heavy_until_a_name_is_used():
 def test_the_star_import_of_notebooks_has_a_sorted_list():
     assert cxr_fastai.all.__all__ == sorted(cxr_fastai.all.__all__)
     assert all(hasattr(cxr_fastai.all, name) for name in cxr_fastai.all.__all__)
+
+
+def test_load_learner_is_the_only_name_that_means_something_else_in_fastai():
+    """docs/from_fastai.md says so, and which one counts."""
+    import fastai.vision.all as fastai_names
+
+    names = [name for name in cxr_fastai.all.__all__ if hasattr(fastai_names, name)]
+    assert [name for name in names if getattr(fastai_names, name) is not getattr(cxr_fastai.all, name)] == [
+        'load_learner'
+    ]
+
+
+@pytest.mark.parametrize(
+    ('imports', 'module'),
+    [
+        ('from fastai.vision.all import *; from cxr_fastai.all import *', 'cxr_fastai.training.restoring'),
+        ('from cxr_fastai.all import *; from fastai.vision.all import *', 'fastai.learner'),
+        (
+            'from cxr_fastai.all import *; from fastai.vision.all import *; '
+            'from cxr_fastai.training import load_learner',
+            'cxr_fastai.training.restoring',
+        ),
+    ],
+)
+def test_the_last_import_of_load_learner_counts(imports, module):
+    names: dict[str, object] = {}
+    exec(imports, names)
+    assert names['load_learner'].__module__ == module

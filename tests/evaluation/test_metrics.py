@@ -192,14 +192,22 @@ def test_small_groups_are_only_counted():
 
 @pytest.mark.parametrize(
     ('n', 'positives', 'sensitivity', 'specificity'),
-    [(30, 15, '', ''), (12, 7, 'too few (7)', 'too few (5)'), (20, 10, '', ''), (14, 14, '', ''), (19, 9, 'too few (9)', '')],
+    [
+        (30, 15, '', ''),
+        (12, 7, 'too few (7)', 'too few (5)'),
+        (20, 10, '', ''),
+        (14, 14, '', ''),
+        (19, 9, 'too few (9)', ''),
+    ],
 )
 def test_a_rate_that_is_not_reported_names_the_number_of_images(n, positives, sensitivity, specificity):
     group = {'n': n, 'positives': positives}
     assert (too_few(group, 'sensitivity'), too_few(group, 'specificity')) == (sensitivity, specificity)
 
 
-@pytest.mark.parametrize(('n', 'text'), [(1, '1 group with too few images (fewer than 10)'), (3, '3 groups with too few')])
+@pytest.mark.parametrize(
+    ('n', 'text'), [(1, '1 group with too few images (fewer than 10)'), (3, '3 groups with too few')]
+)
 def test_groups_that_are_only_counted_are_described(n, text):
     assert describe_suppressed({'column': 'kind', 'group': None, 'suppressed': n}).startswith(text)
 

@@ -87,6 +87,36 @@ def test_a_zip_file_is_the_same_bundle(bundle, tmp_path, image):
     assert folder_row == zip_row
 
 
+@pytest.mark.parametrize(
+    'name', ['bundle/{}', 'my bundles/bundle/{}', 'bundle\\{}', '{}'], ids=['folder', 'two folders', 'Windows', 'top']
+)
+def test_a_zip_file_made_by_hand_is_the_same_bundle(bundle, tmp_path, image, name):
+    with zipfile.ZipFile(tmp_path / 'b.zip', 'w') as archive:
+        for path in bundle.iterdir():
+            archive.writestr(zipfile.ZipInfo(name.format(path.name)), path.read_bytes())
+            archive.writestr('__MACOSX/' + name.format(f'._{path.name}'), b'attributes')
+        archive.writestr('__MACOSX/bundle/manifest.json', b'attributes')
+        archive.writestr('bundle/.DS_Store', b'folder')
+        archive.writestr('.DS_Store', b'folder')
+    folder_row, zip_row = (next(Predictor.load(path).predict([image])) for path in (bundle, tmp_path / 'b.zip'))
+    assert folder_row == zip_row
+
+
+def test_a_zip_file_of_two_bundles_is_refused(bundle, tmp_path):
+    with zipfile.ZipFile(tmp_path / 'b.zip', 'w') as archive:
+        for folder in ('a', 'b'):
+            archive.write(bundle / MANIFEST, f'{folder}/{MANIFEST}')
+    with pytest.raises(CXRError, match=r'b\.zip: contains 2 bundles \(a, b\)'):
+        Bundle.open(tmp_path / 'b.zip')
+
+
+def test_other_files_in_the_folder_of_a_bundle_do_not_matter(bundle, tmp_path, image):
+    folder = shutil.copytree(bundle, tmp_path / 'bundle')
+    (folder / '.DS_Store').write_bytes(b'folder')
+    (folder / '._config.json').write_bytes(b'attributes')
+    assert next(Predictor.load(folder).predict([image])) == next(Predictor.load(bundle).predict([image]))
+
+
 def test_an_unknown_engine_is_a_usage_error(bundle):
     with pytest.raises(UsageError, match='--engine int8: unknown. Choose one of auto, onnx, torch'):
         Bundle.open(bundle).engine('int8')

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -123,7 +124,17 @@ def test_a_failed_save_leaves_the_learner_and_the_old_file_unchanged(learn, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ['learner.pkl']
 
 
-@pytest.mark.parametrize('content', [b'', b'not a model', pickle.dumps({'a': 1})])
+def test_the_refusal_says_how_to_trust_a_file_that_one_has_just_made(tmp_path, capsys):
+    file = tmp_path / 'my model.pkl'
+    file.write_bytes(pickle.dumps({'made': 'here'}))
+    with pytest.raises(UntrustedError, match='If you made this file yourself, run `cxr-fastai trust ') as caught:
+        load_learner(file)
+    words = shlex.split(str(caught.value).split('`')[1])
+    assert main(words[1:]) == 0
+    assert sha256(file) in trusted()
+
+
+@pytest.mark.parametrize('content', [b'', b'not a model', pickle.dumps({'made': 'here'})])
 def test_a_trusted_file_that_is_not_a_learner_is_refused_in_one_line(tmp_path, content):
     (tmp_path / 'model.pkl').write_bytes(content)
     with pytest.raises(UntrustedError):

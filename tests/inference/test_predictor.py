@@ -9,6 +9,7 @@ import torch
 from imagefiles import DEEP, GREY, dicom
 from PIL import Image
 from runfiles import seal_results
+from safetensors.numpy import load
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, ImageError, UsageError
 from cxr_fastai.core.files import write_json
@@ -20,6 +21,7 @@ from cxr_fastai.inference.config import ModelConfig, sha256
 from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.engines import TorchEngine
 from cxr_fastai.inference.predictor import COLUMNS, Predictor, prediction_table
+from cxr_fastai.inference.tensors import tensor_bytes
 from cxr_fastai.models.architectures import build_model
 
 
@@ -199,3 +201,28 @@ def test_a_decision_for_another_network_is_not_used(evaluated, tmp_path):
     with pytest.warns(CXRWarning, match='made for another network'):
         predictor = Predictor.load(run.path)
     assert predictor.threshold == run.recipe.threshold
+
+
+def test_the_learner_in_a_run_classifies_as_its_run(evaluated, paths, tmp_path):
+    run = Run(shutil.copytree(evaluated.path, tmp_path / 'run'))
+    folder, file = (Predictor.load(path) for path in (run.path, run / 'learner.pkl'))
+    assert file.config == folder.config and file.config.threshold_rule == run.decision['rule']
+    assert list(file.predict(paths)) == list(folder.predict(paths))
+    (run / 'model.safetensors').unlink()
+    with pytest.warns(CXRWarning, match='made for another network'):  # the decision names the missing file
+        Predictor.load(run / 'learner.pkl')
+
+
+def test_a_learner_elsewhere_keeps_its_own_threshold(evaluated, tmp_path):
+    shutil.copy(evaluated / 'learner.pkl', tmp_path)
+    config = Predictor.load(tmp_path / 'learner.pkl').config
+    assert (config.threshold, config.threshold_rule) == (0.5, 'fixed:0.5')
+
+
+def test_the_learner_of_another_network_in_a_run_keeps_its_own_threshold(evaluated, tmp_path):
+    run = Run(shutil.copytree(evaluated.path, tmp_path / 'run'))
+    weights = load((run / 'model.safetensors').read_bytes())
+    name = next(iter(weights))
+    (run / 'model.safetensors').write_bytes(tensor_bytes(weights | {name: weights[name] + 1}))
+    with pytest.warns(CXRWarning, match=r'learner.pkl is not the network of the run .*, so its own threshold 0.5'):
+        assert Predictor.load(run / 'learner.pkl').threshold == 0.5

@@ -17,7 +17,7 @@ from cxr_fastai.training.restoring import load_learner
 from cxr_fastai.training.training import train
 
 SETTINGS = {'epochs': 1, 'size': 48, 'batch_size': 4, 'limit': 4, 'workers': 0}
-OPTIONS = '--epochs 1 --size 48 --batch-size 4 --limit 4 --workers 0'.split()
+OPTIONS = ['--epochs', '1', '--size', '48', '--batch-size', '4', '--limit', '4', '--workers', '0']
 
 
 def loaders(images: Path, **options) -> CXRDataLoaders:

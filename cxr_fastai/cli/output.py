@@ -247,8 +247,7 @@ def _calibration_table(metrics: dict[str, Any]) -> Table:
 
 
 def _groups_table(groups: list[dict[str, Any]]) -> Table:
-    from cxr_fastai.evaluation.intervals import format_estimate
-    from cxr_fastai.evaluation.metrics import describe_suppressed, too_few
+    from cxr_fastai.evaluation.intervals import describe_suppressed, format_estimate, too_few
 
     table = _table(
         'subgroups',

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import numpy as np
 from scipy.optimize import brentq
@@ -12,6 +12,8 @@ from scipy.stats import norm, rankdata, t
 Z95 = float(norm.ppf(0.975))
 BOOTSTRAP_DRAWS = 2000
 BOOTSTRAP_SEED = 0
+MIN_GROUP_SIZE = 10
+"""Metrics of fewer images are not reported: they are imprecise, and could reveal a single patient."""
 Estimate = dict[str, float | None]
 """`value`, and `low` and `high` of its 95% interval; None where they are undefined."""
 
@@ -36,6 +38,18 @@ def format_estimate(estimate: Estimate, digits: int = 3, sign: str = '') -> str:
     if estimate['low'] is None or estimate['high'] is None:
         return value
     return f'{value} ({format(estimate["low"], number_format)} to {format(estimate["high"], number_format)})'
+
+
+def too_few(group: dict[str, Any], rate: str) -> str:
+    """Return `too few (n)` if the `rate` of a group is not reported because it is of only n > 0 images, else empty."""
+    n = group['positives'] if rate == 'sensitivity' else group['n'] - group['positives']
+    return f'too few ({n})' if 0 < n < MIN_GROUP_SIZE else ''
+
+
+def describe_suppressed(group: dict[str, Any]) -> str:
+    """Return the row of the groups of a column that are only counted, in words."""
+    n = group['suppressed']
+    return f'{n} {"group" if n == 1 else "groups"} with too few images (fewer than {MIN_GROUP_SIZE})'
 
 
 def wilson_interval(count: int, total: int, effective_total: float | None = None) -> Estimate:

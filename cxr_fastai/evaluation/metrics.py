@@ -18,6 +18,7 @@ from cxr_fastai.evaluation.clusters import MIN_PATIENTS, clustered_auc, effectiv
 from cxr_fastai.evaluation.intervals import (
     BOOTSTRAP_DRAWS,
     BOOTSTRAP_SEED,
+    MIN_GROUP_SIZE,
     Estimate,
     auc_interval,
     average_precision_draws,
@@ -45,8 +46,6 @@ SPECIFICATION_THRESHOLD = 0.5
 """Threshold of the specification; its metrics are reported next to those of the chosen threshold."""
 FEW_PATIENTS = 10
 """Patients of a class below which the intervals come with a warning."""
-MIN_GROUP_SIZE = 10
-"""Metrics of fewer images are not reported: they are imprecise, and could reveal a single patient."""
 Cells = Sequence[str]
 """Cells of the confusion matrix: `tp`, `fp`, `fn`, `tn`."""
 RATES: dict[str, tuple[Cells, Cells]] = {
@@ -356,18 +355,6 @@ def measure_groups(predictions: pd.DataFrame, column: str, threshold: float) -> 
     if suppressed:
         rows.append({'column': column, 'group': None, 'suppressed': suppressed})
     return rows
-
-
-def too_few(group: dict[str, Any], rate: str) -> str:
-    """Return `too few (n)` if the `rate` of a group is not reported because it is of only n > 0 images, else empty."""
-    n = group['positives'] if rate == 'sensitivity' else group['n'] - group['positives']
-    return f'too few ({n})' if 0 < n < MIN_GROUP_SIZE else ''
-
-
-def describe_suppressed(group: dict[str, Any]) -> str:
-    """Return the row of the groups of a column that are only counted, in words."""
-    n = group['suppressed']
-    return f'{n} {"group" if n == 1 else "groups"} with too few images (fewer than {MIN_GROUP_SIZE})'
 
 
 def _measure_group(

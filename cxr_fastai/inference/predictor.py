@@ -77,9 +77,8 @@ class Predictor:
 
         A run folder, or the `learner.pkl` in one, is loaded with the threshold and temperature that `evaluate` chose.
         Other `.pkl` files have the threshold that they were exported with, which is 0.5 for `Learner.export`. With
-        `gate=False` every image
-        gets a probability. Raises `CXRError` if the model cannot be loaded, and `UsageError` if it has no temperature
-        for `calibrated`.
+        `gate=False` every image gets a probability. Raises `CXRError` if the model cannot be loaded, and `UsageError`
+        if it has no temperature for `calibrated`.
         """
         model = Path(model)
         if is_bundle(model):

@@ -9,11 +9,10 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.core.templates import render_template
 from cxr_fastai.data.splits import count_patients, describe_patients, unknown_patients, unknown_patients_warning
 from cxr_fastai.evaluation.calibration import explain_temperature
-from cxr_fastai.evaluation.intervals import format_estimate
+from cxr_fastai.evaluation.intervals import describe_suppressed, format_estimate
 from cxr_fastai.evaluation.metrics import (
     OPTIMISTIC,
     describe_sample,
-    describe_suppressed,
     interval_warnings,
     name_metric,
 )

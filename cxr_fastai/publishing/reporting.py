@@ -36,18 +36,15 @@ from cxr_fastai.data.splits import (
     validation_warning,
 )
 from cxr_fastai.evaluation.figures import CURVES, cam_picture, image_picture, typical_correct, worst_errors
-from cxr_fastai.evaluation.intervals import Estimate, format_estimate
+from cxr_fastai.evaluation.intervals import MIN_GROUP_SIZE, Estimate, describe_suppressed, format_estimate, too_few
 from cxr_fastai.evaluation.metrics import (
-    MIN_GROUP_SIZE,
     OPTIMISTIC,
     RANKING_METRICS,
     TARGETS,
     THRESHOLD_METRICS,
     describe_sample,
-    describe_suppressed,
     interval_warnings,
     name_metric,
-    too_few,
 )
 from cxr_fastai.evaluation.plots import (
     CAM_CHECK_PANELS,

@@ -7,19 +7,17 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sk
 
+from cxr_fastai.evaluation.intervals import MIN_GROUP_SIZE, describe_suppressed, too_few
 from cxr_fastai.evaluation.metrics import (
-    MIN_GROUP_SIZE,
     RANKING_METRICS,
     THRESHOLD_METRICS,
     ConfusionMatrix,
     Sample,
-    describe_suppressed,
     interval_warnings,
     is_complete,
     measure,
     measure_groups,
     name_metric,
-    too_few,
 )
 
 RNG = np.random.default_rng(0)

@@ -34,7 +34,6 @@ def evaluate(
     """
     from cxr_fastai.evaluation.comparison import find_runs
     from cxr_fastai.evaluation.figures import evaluate_and_draw
-    from cxr_fastai.evaluation.metrics import PREVALENCES
 
     images = choose_source(data, csv)
     run_list = find_runs(runs)
@@ -43,8 +42,8 @@ def evaluate(
         raise UsageError(f'--out {folder}: only the comparison of several runs has a folder of its own. Omit --out.')
     if folder:
         check_new(folder)  # before the runs are evaluated, which takes long
-    prevalences = [parse_share(text) for text in prevalence] if prevalence else PREVALENCES
-    groups = ['kind', *(by or [])]
+    prevalences = [parse_share(text) for text in prevalence] if prevalence else None
+    groups = ['kind', *by] if by else None
     for run in run_list:
         again = not is_comparison
         metrics, figures = evaluate_and_draw(

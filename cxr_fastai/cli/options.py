@@ -201,7 +201,7 @@ Prevalences = Annotated[
     Option(
         '--prevalence',
         metavar='SHARE',
-        show_default='2%, 10% and 30%',
+        show_default='those used last for this split, else 2%, 10% and 30%',
         help='Report PPV and NPV at this prevalence, for example 5% or 0.05. Repeat for more.',
     ),
 ]
@@ -210,8 +210,8 @@ By = Annotated[
     Option(
         '--by',
         metavar='COLUMN',
-        show_default='kind',
-        help='Also report metrics for each group in this column of the CSV. Repeat for more.',
+        show_default='those used last for this split',
+        help='Report metrics by kind and for each group in this column of the CSV. Repeat for more.',
     ),
 ]
 Robustness = Annotated[

@@ -36,8 +36,8 @@ def evaluate(
     batch_size: int = 32,
     limit: int | None = None,
     rule: str | None = None,
-    prevalences: Sequence[float] = PREVALENCES,
-    by: Sequence[str] = ('kind',),
+    prevalences: Sequence[float] | None = None,
+    by: Sequence[str] | None = None,
     again: bool = True,
     device: str = 'auto',
 ) -> dict[str, Any]:
@@ -53,8 +53,10 @@ def evaluate(
         batch_size: number of images predicted at once.
         limit: only the first images of each class, for trials.
         rule: rule for the threshold; by default the one used last, else `DEFAULT_RULE`.
-        prevalences: prevalences in (0, 1) for which predictive values are computed.
-        by: columns of the items that define subgroups.
+        prevalences: prevalences in (0, 1) for which predictive values are computed; by default those used last for this
+            split, else `PREVALENCES`.
+        by: columns of the items that define subgroups; by default those used last for this split, else `kind`. Without
+            such a column now, a `CXRWarning` says so.
         again: predict the split again even if this network has predicted the same files before.
         device: where the network computes; see `models.devices`.
 
@@ -63,9 +65,17 @@ def evaluate(
     data = Path(data) if data is not None else None
     if rule:
         parse_rule(rule)
-    columns = [column.strip().lower() for column in by]  # as in the header of a CSV file of images
     run.remove_partial_files()
-    root, items = find_split(run, data, split, limit, columns)
+    stored = _predicted_metrics(run).get(split, {})
+    if prevalences is None:
+        prevalences = _stored_prevalences(stored)
+    if by is None:
+        columns = _stored_columns(stored)
+        root, items = _find_with_stored_columns(run, data, split, limit, columns)
+        columns = [column for column in columns if column in items]
+    else:
+        columns = [column.strip().lower() for column in by]  # as in the header of a CSV file of images
+        root, items = find_split(run, data, split, limit, columns)
     model = identify_network(run.path)
     predicted = _predict_missing(run, model, _Images(split, items, root), data, batch_size, again, device)
     decision = _decide(run, predicted.valid, rule, model)
@@ -109,6 +119,40 @@ def find_split(
         counts = ', '.join(f'{name} {n}' for name, n in count_images(items).sum(axis=1).items())
         raise UsageError(f'{root}: the split {split} has no images (found {counts}). Choose another --split.')
     return image_root(root), in_split.reset_index(drop=True)
+
+
+def _stored_prevalences(stored: Mapping[str, Any]) -> Sequence[float]:
+    return [row['prevalence'] for row in stored.get('prevalences', ())] or PREVALENCES
+
+
+def _stored_columns(stored: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(group['column'] for group in stored.get('subgroups', ()))) or ['kind']
+
+
+def _find_with_stored_columns(
+    run: Run, data: Path | None, split: str, limit: int | None, columns: Sequence[str]
+) -> tuple[Path, pd.DataFrame]:
+    """Find the images of a split as `find_split` does, without those of `columns` that they do not have any more."""
+    try:
+        return find_split(run, data, split, limit, columns)
+    except UsageError:
+        find_split(run, data, split, limit)  # raises if the columns are not the reason
+    found = [column for column in columns if _has_column(run, data, split, column)]
+    warnings.warn(
+        f'the images have no column {" or ".join(column for column in columns if column not in found)} any more, by '
+        'which the last evaluation of this split reported subgroups. Name the CSV file that has it, or choose --by.',
+        CXRWarning,
+        stacklevel=3,
+    )
+    return find_split(run, data, split, limit, found)
+
+
+def _has_column(run: Run, data: Path | None, split: str, column: str) -> bool:
+    try:
+        find_split(run, data, split, by=[column])
+    except UsageError:
+        return False
+    return True
 
 
 def _own_images(run: Run, split: str) -> pd.DataFrame:
@@ -335,5 +379,5 @@ def _update_metrics(
             stacklevel=3,
         )
     kinds = [parse_name(path, label).kind for path, label in zip(predictions.path, predictions.label, strict=True)]
-    prevalences = [row['prevalence'] for row in stored.get('prevalences', ())] or PREVALENCES
-    return measure_split(run, predictions, decision, {'kind': np.array(kinds)}, prevalences, stamp)
+    groups = {'kind': np.array(kinds)}
+    return measure_split(run, predictions, decision, groups, _stored_prevalences(stored), stamp)

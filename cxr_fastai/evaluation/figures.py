@@ -26,7 +26,6 @@ from cxr_fastai.evaluation.curves import (
     plot_scores,
 )
 from cxr_fastai.evaluation.evaluation import evaluate, find_split
-from cxr_fastai.evaluation.metrics import PREVALENCES
 from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_robustness
 from cxr_fastai.images.decode import open_image
 
@@ -52,8 +51,8 @@ def evaluate_and_draw(
     batch_size: int = 32,
     limit: int | None = None,
     rule: str | None = None,
-    prevalences: Sequence[float] = PREVALENCES,
-    by: Sequence[str] = ('kind',),
+    prevalences: Sequence[float] | None = None,
+    by: Sequence[str] | None = None,
     again: bool = True,
     device: str = 'auto',
 ) -> tuple[dict[str, Any], list[str]]:

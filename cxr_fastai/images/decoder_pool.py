@@ -300,7 +300,12 @@ class _Lane:
         try:
             while task := self._next_task():
                 if worker is None or not worker.is_usable:
-                    worker = DecoderWorker(self.memory, self.priority, self.slow is not None)
+                    try:
+                        worker = DecoderWorker(self.memory, self.priority, self.slow is not None)
+                    except OSError as error:  # a limit of processes or memory, or a Python that may not be executed
+                        worker = None
+                        task.fail(CXRError(f'{NOT_STARTED} The system says: {error.strerror}.'))
+                        continue
                 self._decode(worker, task)
                 if not worker.is_usable:
                     worker.end()

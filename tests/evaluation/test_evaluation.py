@@ -176,6 +176,27 @@ def test_subgroups_that_are_lost_by_a_new_threshold_cause_a_warning(copy, images
         evaluate(copy, images, 'valid', rule='fixed:0.2')
 
 
+def test_groups_and_prevalences_stay_in_force_until_others_are_chosen(copy, images, tmp_path):
+    csv = write_test_csv(images, tmp_path / 'images.csv', ['f', 'm'] * 6)
+    chosen = evaluate(copy, csv, by=['kind', 'sex'], prevalences=[0.4])
+    again = evaluate(copy, csv)
+    assert again['subgroups'] == chosen['subgroups'] and again['prevalences'] == chosen['prevalences']
+    assert {group['column'] for group in evaluate(copy, images, 'valid')['subgroups']} == {'kind'}
+    other = evaluate(copy, csv, by=['kind'], prevalences=[0.1])
+    assert {group['column'] for group in other['subgroups']} == {'kind'}
+    assert [row['prevalence'] for row in evaluate(copy, csv)['prevalences']] == [0.1]
+
+
+def test_a_group_that_the_images_do_not_have_any_more_is_warned_of(copy, images, tmp_path):
+    csv = write_test_csv(images, tmp_path / 'images.csv', ['f', 'm'] * 6)
+    evaluate(copy, csv, by=['kind', 'sex'])
+    with pytest.warns(CXRWarning, match='no column sex any more, by which the last evaluation of this split'):
+        subgroups = evaluate(copy, images)['subgroups']
+    assert {group['column'] for group in subgroups} == {'kind'}
+    with pytest.raises(UsageError, match='no such folder'):
+        evaluate(copy, tmp_path / 'missing')
+
+
 def test_any_column_of_a_csv_file_defines_subgroups(copy, images, tmp_path):
     csv = write_test_csv(images, tmp_path / 'images.csv', ['f', 'm'] * 6)
     subgroups = evaluate(copy, csv, 'test', by=['kind', 'Sex'])['subgroups']

@@ -13,7 +13,7 @@ import pytest
 from imagefiles import GREY, dicom, encoded
 from services import wait_until
 
-from cxr_fastai.core.errors import ImageError
+from cxr_fastai.core.errors import CXRError, ImageError
 from cxr_fastai.images.decode import decode_image, open_image
 from cxr_fastai.images.decoder_pool import DecodeGroup, DecoderPool
 from cxr_fastai.images.preprocessing import Preprocessing
@@ -55,6 +55,18 @@ def test_a_process_gives_the_same_image_as_this_one(pool, kind):
     assert np.array_equal(image.square, preprocessing.fit(expected.pixels))
     for name in ('format', 'mode', 'bits', 'width', 'height', 'notes', 'burned_in'):
         assert getattr(image, name) == getattr(expected, name)
+
+
+def test_a_process_that_cannot_be_started_is_an_error_and_not_a_wait(tmp_path, monkeypatch):
+    python = tmp_path / 'python'
+    python.touch(mode=0o600)  # not executable
+    with DecoderPool(1) as pool:
+        with monkeypatch.context() as patch, ThreadPoolExecutor(1) as threads:
+            patch.setattr(sys, 'executable', str(python))
+            future = threads.submit(pool.decode, FILES['JPEG'], Preprocessing(64))
+            error = future.exception(PATIENCE)
+        assert isinstance(error, CXRError) and 'did not start' in str(error) and 'Permission denied' in str(error)
+        assert pool.decode(FILES['JPEG'], Preprocessing(64)).format == 'JPEG'  # with the next image it is tried again
 
 
 def test_pixels_are_reduced_or_left_out_on_request(pool):

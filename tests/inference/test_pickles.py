@@ -134,7 +134,7 @@ def test_the_refusal_says_how_to_trust_a_file_that_one_has_just_made(tmp_path, c
     assert sha256(file) in trusted()
 
 
-@pytest.mark.parametrize('content', [b'', b'not a model', pickle.dumps({'made': 'here'})])
+@pytest.mark.parametrize('content', [b'', b'not a model', pickle.dumps({'a': 1})])
 def test_a_trusted_file_that_is_not_a_learner_is_refused_in_one_line(tmp_path, content):
     (tmp_path / 'model.pkl').write_bytes(content)
     with pytest.raises(UntrustedError):

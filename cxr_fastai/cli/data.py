@@ -8,6 +8,7 @@ import typer
 
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.output import choose_source, out, print_error, print_line
+from cxr_fastai.core.files import check_writable
 
 app = typer.Typer(no_args_is_help=True, help='Create, download, prepare and audit images.')
 
@@ -90,6 +91,7 @@ def data_audit(
     from cxr_fastai.data.auditing import audit, save_audit
     from cxr_fastai.data.items import data_root
 
+    check_writable(report)  # before all images are read
     result = audit(data_root(choose_source(folder, csv)), workers, hide_names)
     save_audit(result, report)
     out.print(audit_tables(result))

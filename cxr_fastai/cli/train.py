@@ -10,7 +10,7 @@ import typer
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.output import choose_source, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
-from cxr_fastai.core.files import write_csv
+from cxr_fastai.core.files import check_writable, write_csv
 from cxr_fastai.core.recipe import Recipe, parse_fields
 from cxr_fastai.core.run import Run, read_recipe
 
@@ -204,6 +204,7 @@ def _check_curve(path: Path) -> None:
     for file in (path, path.with_suffix('.csv')):
         if file.exists():
             raise UsageError(f'{file} already exists and was not overwritten. Choose another --out.')
+    check_writable(path.parent)
 
 
 def _recipe_arguments(options: dict[str, Any]) -> dict[str, Any]:

@@ -110,14 +110,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Raise `UsageError` if `folder` is a file or a folder that is not empty. Does nothing outside the main process."""
-    if not is_main_process() or not folder.exists():
+    """Raise `UsageError` if `folder` is a file or a folder that is not empty, and `OutputError` if it cannot be written.
+
+    Does nothing outside the main process.
+    """
+    if not is_main_process():
         return
     is_empty_folder = folder.is_dir() and not any(folder.iterdir())
-    if not is_empty_folder:
+    if folder.exists() and not is_empty_folder:
         raise UsageError(
             f'{folder} exists already and nothing in it was overwritten. Choose another --out, or delete it.'
         )
+    check_writable(folder)
 
 
 def check_writable(folder: Path, option: str = '--out') -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_fastai.core.errors import CXRWarning, ImageError, UsageError
-from cxr_fastai.core.files import StrPath
+from cxr_fastai.core.files import StrPath, check_writable
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import data_root, image_root, parse_name, read_items
@@ -65,6 +65,7 @@ def evaluate(
     data = Path(data) if data is not None else None
     if rule:
         parse_rule(rule)
+    check_writable(run.path)
     run.remove_partial_files()
     stored = _predicted_metrics(run).get(split, {})
     if prevalences is None:

@@ -64,7 +64,7 @@ def check_labels(dls: DataLoaders) -> None:
 
 
 def check_place(folder: Path) -> None:
-    """Raise `OutputError` if no files can be written to `folder`, which need not exist; warn about the trust store.
+    """Raise `OutputError` if no files can be written to the run `folder`, new or resumed; warn about the trust store.
 
     Without a trust store that can be written, the training succeeds, but its `learner.pkl` cannot be opened.
     """

@@ -70,6 +70,9 @@ def test_a_read_only_output_folder_exits_with_six(fails, train_argv, run, images
     fails(['data', 'demo', read_only], 6, '/sys/cxr: cannot be written')
     image = next((images / 'test').rglob('*.jpeg'))
     fails(['predict', run.path, image, '--out', read_only.with_suffix('.csv')], 6, 'cannot be written')
+    fails(['data', 'audit', images, '--out', read_only], 6, '/sys/cxr: cannot be written')
+    fails(['lr-find', '--data', images, '--out', read_only.with_suffix('.png')], 6, '/sys: cannot be written')
+    fails(['explain', run.path, image, '--out', read_only], 6, '/sys/cxr: cannot be written')
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, images):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
-from cxr_fastai.core.errors import CXRWarning, ImageError, UsageError
+from cxr_fastai.core.errors import CXRError, CXRWarning, ImageError, UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import PREDICTION_COLUMNS, apply_threshold, evaluate, find_split
 from cxr_fastai.evaluation.metrics import measure
@@ -74,7 +74,7 @@ def test_predict_uses_the_threshold_of_evaluate(copy, images):
     assert {row['threshold'] for row in rows} == {metrics['threshold']}
 
 
-def test_calibrated_probabilities_keep_the_class_and_the_order(copy, images):
+def test_calibrated_probabilities_keep_the_class_and_the_order(copy, images, tmp_path):
     evaluate(copy, images, 'test')
     paths = [images / path for path in copy.predictions.path]
     raw = pd.DataFrame(Predictor.load(copy.path).predict(paths))
@@ -83,8 +83,9 @@ def test_calibrated_probabilities_keep_the_class_and_the_order(copy, images):
     assert temperature != 1 and (raw.prediction == calibrated.prediction).all()
     scaled = logits(calibrated.p_pneumonia.to_numpy(float)) * temperature
     assert np.allclose(scaled, logits(raw.p_pneumonia.to_numpy(float)))
+    shutil.copy(copy / 'learner.pkl', tmp_path / 'lone.pkl')
     with pytest.raises(UsageError, match='--calibrated needs a temperature'):
-        Predictor.load(copy / 'learner.pkl', calibrated=True)
+        Predictor.load(tmp_path / 'lone.pkl', calibrated=True)
 
 
 def test_a_threshold_for_another_network_is_not_used(copy, images):
@@ -193,7 +194,7 @@ def test_a_group_that_the_images_do_not_have_any_more_is_warned_of(copy, images,
     with pytest.warns(CXRWarning, match='no column sex any more, by which the last evaluation of this split'):
         subgroups = evaluate(copy, images)['subgroups']
     assert {group['column'] for group in subgroups} == {'kind'}
-    with pytest.raises(UsageError, match='no such folder'):
+    with pytest.raises(CXRError, match='no such folder'):
         evaluate(copy, tmp_path / 'missing')
 
 

@@ -110,7 +110,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Raise `UsageError` if `folder` is a file or a folder that is not empty, and `OutputError` if it cannot be written.
+    """Raise `UsageError` if `folder` is a file or a folder with files, and `OutputError` if it cannot be written.
 
     Does nothing outside the main process.
     """

@@ -83,6 +83,8 @@ def read_directory(data: bytes) -> Directory:
     Raises `ImageError` E_FORMAT if `data` are neither, E_TRUNCATED if the directory ends early, and E_TOO_LARGE if it
     has more than `MAX_TAGS` entries.
     """
+    if len(data) < 4:
+        raise ImageError('truncated or damaged: the file ends within its first bytes', 'E_TRUNCATED')
     if data[:4] not in MAGIC:
         raise ImageError(f'the bytes {data[:4].hex(" ")} do not begin a TIFF file', 'E_FORMAT')
     order = '<' if data.startswith(b'II') else '>'

@@ -52,6 +52,8 @@ MAX_JSON_BYTES = 2**20
 """Largest JSON file that is read, in bytes."""
 MAX_RATIO = 100
 """Largest factor by which a file in a zip may grow when it is unpacked. That of weights is below 2."""
+MAX_ENTRIES = 100
+"""Largest number of files in a zip: those of a bundle, and what systems add to a zip file that was made by hand."""
 MAX_DIRECTORY = 2**16
 """Largest list of files at the end of a zip, in bytes."""
 MANIFEST_FILES = Table(
@@ -239,11 +241,9 @@ class Bundle:
     def _check_directory(self, file: BinaryIO) -> BinaryIO:
         """Return the zip `file`. Raises `CXRError` if its list of files is too long; `zipfile` would read all of it."""
         try:
-            check_zip(file, len(FILES) + 1, MAX_DIRECTORY)
-        except ValueError:
-            raise CXRError(
-                f'{self.path}: not the zip file of a bundle, which has at most {len(FILES) + 1} files. {FIX}'
-            ) from None
+            check_zip(file, MAX_ENTRIES, MAX_DIRECTORY)
+        except ValueError as error:
+            raise CXRError(f'{self.path}: not the zip file of a bundle ({error}). {FIX}') from None
         return file
 
     def _check_ratio(self, entry: zipfile.ZipInfo) -> None:

@@ -135,7 +135,7 @@ def _files_table(audit: Audit) -> Table:
 
 
 def _probes_table(audit: Audit) -> Table:
-    from cxr_fastai.data.auditing import SHORTCUT_AUC
+    from cxr_fastai.data.probes import SHORTCUT_AUC
 
     caption = 'too few images or patients of each class' if audit.probes.empty else None
     table = _table('probes: how well a single number predicts the class or the split', ('target', 'number'), caption)

@@ -7,43 +7,26 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urljoin
 
 import pandas as pd
 import requests
-from requests.adapters import HTTPAdapter
 from urllib3.exceptions import MaxRetryError
-from urllib3.util import Retry
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import StrPath, check_new, writing
 from cxr_fastai.core.progress import progress_bar
 from cxr_fastai.data.archives import check_md5, hash_file, new_folder, unpack_arrays, unpack_images
 from cxr_fastai.data.find import find_images
+from cxr_fastai.data.http_sessions import TIMEOUT, describe_error, make_retry, make_session, urllib3_warnings_off
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.partial_files import PartialFile
 
-TIMEOUT = (10, 60)
-"""Seconds to wait for a connection, and for the next bytes."""
-RETRIES = 3
-"""Number of further requests after one that failed; the count starts again when the download has made progress."""
-RETRY_STATUS = (408, 429, *range(500, 600))
-"""Status codes of temporary failures."""
-MAX_REDIRECTS = 5
 CHUNK = 2**16
 """Bytes written at a time."""
-ERROR_TEXTS = (
-    (requests.Timeout, 'no answer in time'),
-    (requests.exceptions.ProxyError, 'the proxy refuses the connection'),
-    (requests.exceptions.SSLError, 'the certificate is not trusted'),
-    (requests.exceptions.ChunkedEncodingError, 'the connection was interrupted'),
-    (requests.ConnectionError, 'no connection, or the connection was lost'),
-)
-"""Replacements for the messages of `requests`, which have several lines and can contain signed addresses."""
 CONTENT_RANGE = re.compile(r'bytes (?:(?P<start>\d+)-\d+|\*)/(?P<total>\d+)')
 CREDENTIALS = (
     'KAGGLE_API_TOKEN, KAGGLE_USERNAME with KAGGLE_KEY, ~/.kaggle/access_token or ~/.kaggle/kaggle.json, '
@@ -153,7 +136,7 @@ def fetch_url(source: Source, archive: Path) -> Path:
         if source.md5 and part.size and hash_file(part.path) == source.md5:
             return part.path
         try:
-            with _make_session(source) as session, _urllib3_warnings_off():
+            with make_session(source.backoff) as session, urllib3_warnings_off():
                 _receive_all(session, source, part)
         except requests.RequestException as error:
             raise CXRError(
@@ -163,57 +146,17 @@ def fetch_url(source: Source, archive: Path) -> Path:
     return part.path
 
 
-def _make_retry(source: Source) -> Retry:
-    return Retry(
-        RETRIES,
-        status_forcelist=RETRY_STATUS,
-        backoff_factor=source.backoff,
-        raise_on_status=False,  # the last response is reported
-        respect_retry_after_header=False,  # it can ask for hours
-    )
-
-
-class _SecureSession(requests.Session):
-    """A session that never leaves an encrypted connection for a plain one."""
-
-    def get_redirect_target(self, response: requests.Response) -> str | None:
-        target = super().get_redirect_target(response)
-        if target and response.url.startswith('https:') and urljoin(response.url, target).startswith('http:'):
-            raise requests.exceptions.InvalidURL('the server redirects from https to http, which is not encrypted')
-        return target
-
-
-def _make_session(source: Source) -> requests.Session:
-    session = _SecureSession()
-    session.max_redirects = MAX_REDIRECTS
-    for scheme in ('https://', 'http://'):
-        session.mount(scheme, HTTPAdapter(max_retries=_make_retry(source)))
-    return session
-
-
-@contextmanager
-def _urllib3_warnings_off() -> Iterator[None]:
-    """Hide urllib3's warning for each retry, which would reach standard error."""
-    logger = logging.getLogger('urllib3')
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _receive_all(session: requests.Session, source: Source, part: PartialFile) -> None:
     """Request the missing bytes of `part` until it is complete. Raises `requests.RequestException`."""
     # urllib3 repeats requests, but it cannot resume a response whose body breaks off.
-    retry = _make_retry(source)
+    retry = make_retry(source.backoff)
     furthest = 0
     end = time.monotonic() + source.max_seconds
     while not _receive(session, source, part, end):
         size = part.size
         if size > furthest:
             furthest = size
-            retry = _make_retry(source)
+            retry = make_retry(source.backoff)
         try:
             retry = retry.increment()
         except MaxRetryError as error:
@@ -320,17 +263,6 @@ def fetch_kaggle(source: Source, archive: Path) -> Path:
         ) from error
     except Exception as error:  # kagglehub's exceptions have no common base class; bad credentials are a ValueError
         raise CXRError(f'Kaggle, {source.url}: {describe_error(error)}. {advice}') from error
-
-
-def describe_error(error: Exception) -> str:
-    """Return the cause of a failed download in a few words on one line."""
-    response = getattr(error, 'response', None)
-    if response is not None:
-        return f'the server answers {response.status_code} {response.reason}'
-    for kind, text in ERROR_TEXTS:
-        if isinstance(error, kind):
-            return text
-    return ' '.join(str(error).split())
 
 
 def _manual_download(source: Source, archive: Path) -> str:

@@ -1,4 +1,7 @@
-"""The arguments and options of all commands, each defined once with its name, meaning, unit and default."""
+"""The arguments and options of commands, each defined once with its name, meaning, unit and default.
+
+Those of commands that share a finished model are in `sharing_options`.
+"""
 
 from __future__ import annotations
 
@@ -348,68 +351,4 @@ EngineKind = Annotated[
 AsJson = Annotated[bool, Option('--json', help='Print JSON instead of a table.')]
 Device = Annotated[
     str, Option('--device', help='Compute on cpu, cuda, cuda:N, mps, or auto (the GPU if there is one).')
-]
-
-# export, push-to-hub and trust
-
-BundlePath = Annotated[Path, Argument(metavar='BUNDLE', help='Bundle (folder or zip), as written by export.')]
-NewBundle = Annotated[
-    Path | None,
-    Option(
-        '--out',
-        metavar='DIR',
-        show_default='RUN/bundle',
-        help='Write the bundle to this folder (with --zip: file), and replace an older bundle.',
-    ),
-]
-AsZip = Annotated[bool, Option('--zip', help='Write one zip file instead of a folder.')]
-NewSpace = Annotated[
-    Path | None,
-    Option(
-        '--space', metavar='DIR', show_default='none', help='Also write a Hugging Face Space (Gradio) to this folder.'
-    ),
-]
-Repo = Annotated[str, Argument(metavar='USER/NAME', help='Repository on the Hugging Face Hub; created if missing.')]
-Private = Annotated[bool, Option('--private', help='Make a new repository private.')]
-WithPickle = Annotated[bool, Option('--with-pickle', help='Also upload learner.pkl, which users must trust to open.')]
-TrustWhat = Annotated[
-    list[str], Argument(metavar='FILE|list|remove HEX', help='Pickle file to trust; or list; or remove and a SHA-256.')
-]
-Hash = Annotated[
-    str | None,
-    Option('--sha256', metavar='HEX', show_default='none', help='Compare the file with this SHA-256 from its author.'),
-]
-
-# serve
-
-Host = Annotated[str, Option('--host', help='Listen on this address; 0.0.0.0 listens on all networks.')]
-Port = Annotated[int, Option('--port', min=0, max=65535, help='Listen on this port; 0 picks a free one.')]
-TokenFile = Annotated[
-    Path | None,
-    Option('--token-file', metavar='FILE', show_default='none', help='Require the bearer token in this file.'),
-]
-AllowHost = Annotated[
-    list[str] | None,
-    Option(
-        '--allow-host',
-        metavar='NAME',
-        show_default='localhost, --host',
-        help='Accept this host name. Repeat for more; `*` accepts any.',
-    ),
-]
-MaxBody = Annotated[
-    int, Option('--max-body', metavar='MB', min=1, help='Refuse requests that are larger than this, in megabytes.')
-]
-MaxImages = Annotated[
-    int, Option('--max-images', metavar='N', min=1, help='Refuse requests with more images than this.')
-]
-QueueLength = Annotated[
-    int, Option('--queue', metavar='N', min=1, help='Answer at most this number of requests at the same time.')
-]
-RequestTime = Annotated[
-    float, Option('--timeout', metavar='SECONDS', min=1, help='Stop answering a request after this time, in seconds.')
-]
-SendTime = Annotated[
-    float,
-    Option('--send-timeout', metavar='SECONDS', min=1, help='Stop receiving a request after this time, in seconds.'),
 ]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from cxr_fastai.cli import options as opt
+from cxr_fastai.cli import sharing_options as share
 from cxr_fastai.cli.explain import print_explanations
 from cxr_fastai.cli.output import out, print_error, print_line
 from cxr_fastai.core.environment import Launch, is_main_process
@@ -25,7 +26,7 @@ FAILURES_SHOWN = 20
 
 
 def export(
-    run: opt.RunFolder, bundle: opt.NewBundle = None, as_zip: opt.AsZip = False, space: opt.NewSpace = None
+    run: opt.RunFolder, bundle: share.NewBundle = None, as_zip: share.AsZip = False, space: share.NewSpace = None
 ) -> None:
     """Export an evaluated run as a bundle: weights, threshold, model card and input gate, safe to share.
 
@@ -50,7 +51,7 @@ def export(
 
 
 def push_to_hub(
-    bundle: opt.BundlePath, repo: opt.Repo, private: opt.Private = False, with_pickle: opt.WithPickle = False
+    bundle: share.BundlePath, repo: share.Repo, private: share.Private = False, with_pickle: share.WithPickle = False
 ) -> None:
     """Upload a bundle to the Hugging Face Hub, with its model card.
 
@@ -150,7 +151,7 @@ def _describe_threshold(predictor: Predictor) -> str:
     return f'{text}: chosen on validation images by the rule {rule}.'
 
 
-def trust(what: opt.TrustWhat, sha256: opt.Hash = None) -> None:
+def trust(what: share.TrustWhat, sha256: share.Hash = None) -> None:
     """Trust a pickled model file, so that it can be opened: compare its SHA-256 with the one that its author published.
 
     Bundles need no trust.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from cxr_fastai.cli import options as opt
+from cxr_fastai.cli import sharing_options as opt
+from cxr_fastai.cli.options import Device
 from cxr_fastai.cli.output import print_line
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.foreign import read_bytes
@@ -27,7 +28,7 @@ def serve(
     queue: opt.QueueLength = 32,
     timeout: opt.RequestTime = 30,
     send_timeout: opt.SendTime = 10,
-    device: opt.Device = 'cpu',
+    device: Device = 'cpu',
 ) -> None:
     """Serve a bundle: a web page for images, and a REST API, which is documented at /docs.
 

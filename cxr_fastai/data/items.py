@@ -18,7 +18,8 @@ from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import open_regular, read_json
 from cxr_fastai.core.recipe import CHOICES, VOCAB, Recipe
 from cxr_fastai.core.schemas import Choice, Table
-from cxr_fastai.data.find import check_files, describe_rows, drop_repeated_rows, find_images, read_listing
+from cxr_fastai.data.find import find_images
+from cxr_fastai.data.listings import check_files, describe_rows, drop_repeated_rows, read_listing
 from cxr_fastai.data.splits import (
     UNKNOWN_PATIENT,
     count_images,

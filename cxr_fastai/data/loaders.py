@@ -29,8 +29,8 @@ from cxr_fastai.core.foreign import read_text
 from cxr_fastai.core.hardware import available_cores
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import DATA_FIELDS, VOCAB, Recipe, data_recipe
-from cxr_fastai.data.find import MAX_LISTING
 from cxr_fastai.data.items import image_root, read_recipe_items, read_table
+from cxr_fastai.data.listings import MAX_LISTING
 from cxr_fastai.data.splits import check_leakage, check_trainable, single_class_warning
 from cxr_fastai.data.transforms import NormalizeImage, OpenImage, augmentations
 from cxr_fastai.images.cache import ImageCache, find_cache

@@ -1,0 +1,209 @@
+"""Lists of images are read as other programs write them; a CSV error is one line with its rows."""
+
+import io
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from cxr_fastai.cli import main
+from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.data.find import list_images
+from cxr_fastai.data.items import ITEM_COLUMNS, read_items
+from cxr_fastai.data.listings import read_listing
+
+ROWS = 'path,label,split,patient\na.png,NORMAL,train,p1\nb é.png,PNEUMONIA,val,p2\nc.png,NORMAL,test,\n'
+EXPECTED = [
+    ['a.png', 'NORMAL', 'train', 'p1'],
+    ['b é.png', 'PNEUMONIA', 'valid', 'p2'],
+    ['c.png', 'NORMAL', 'test', 'unknown:c'],
+]
+CSV_FORMS = {
+    'UTF-8': ROWS.encode(),
+    'BOM': ROWS.encode('utf-8-sig'),
+    'UTF-16': ROWS.encode('utf-16'),
+    'Windows-1252': ROWS.encode('cp1252'),
+    'CRLF': ROWS.replace('\n', '\r\n').encode(),
+    'semicolon': ROWS.replace(',', ';').encode(),
+    'tab': ROWS.replace(',', '\t').encode(),
+    'header': ROWS.replace('path,label', ' Path , LABEL').encode(),
+    'quotes': ROWS.replace('a.png', '" a.png "').encode(),
+    'empty rows': (ROWS + '\n,,,\n').encode(),
+}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name in ('a.png', 'b é.png', 'c.png'):
+        (tmp_path / name).write_bytes(b'image')
+    return tmp_path
+
+
+def read_csv(folder: Path, text: str | bytes) -> pd.DataFrame:
+    content = text.encode() if isinstance(text, str) else text
+    (folder / 'images.csv').write_bytes(content)
+    return read_items(folder / 'images.csv')
+
+
+def test_a_dash_reads_paths_from_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(b'a.png\r\n\nb.png\n')))
+    assert list_images([Path('-')]) == [Path('a.png'), Path('b.png')]
+
+
+@pytest.mark.parametrize('content', CSV_FORMS.values(), ids=CSV_FORMS)
+def test_common_forms_of_csv_files_are_read(folder, content):
+    items = read_csv(folder, content)
+    assert list(items) == ITEM_COLUMNS
+    assert items[['path', 'label', 'split', 'patient']].values.tolist() == EXPECTED
+
+
+def test_other_columns_are_allowed(folder):
+    assert len(read_csv(folder, 'age,path,label\n3,a.png,NORMAL\n4,c.png,PNEUMONIA\n')) == 2
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('path,label\na.png,\nc.png,NORMAL\n', 'no label in row 2'),
+        ('path,label\n,NORMAL\n', 'no path in row 2'),
+        ('path,label\na.png,COVID\nc.png,NORMAL\n', r"found the classes 'COVID', 'NORMAL' \(row 2\).*classes.json"),
+        ('path,label\ngone.png,NORMAL\na.png,NORMAL\n', 'no such file in row 2. Paths are relative to'),
+        ('path,label\na.png,NORMAL\nc.png,NORMAL\na.png,PNEUMONIA\n', 'same image has two labels in rows 2, 4'),
+        ('path,label,label\na.png,NORMAL,NORMAL\n', 'header names the column label twice'),
+        ('path,label,split\na.png,NORMAL,holdout\n', 'unknown split holdout in row 2'),
+        ('path,label,split\na.png,NORMAL,\n', r'unknown split \(empty\) in row 2'),
+        ('', 'not a CSV file .*the file is empty'),
+        ('\1\2\n\1', 'has no column path or label'),
+        ('\0\n', 'not a CSV|has no column'),
+        ('path,label\n"a.png,NORMAL\n', 'not a CSV'),
+        ('file,label\na.png,NORMAL\n', 'has no column path. The first row must name'),
+        ('path,label\na.png,NORMAL\nc.png,NORMAL,x,y\n', 'more cells than the header in row 3'),
+    ],
+)
+def test_errors_in_a_csv_file_are_one_line_with_the_rows(folder, text, message, capsys):
+    with pytest.raises(UsageError, match=message):
+        read_csv(folder, text)
+    assert main(['data', 'prepare', '--csv', str(folder / 'images.csv')]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_an_error_lists_ten_rows_and_counts_all(folder):
+    text = 'path,label\n' + ''.join(f'{i}.png,NORMAL\n' for i in range(1500))
+    with pytest.raises(UsageError, match=r'in rows 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 \(1,500 in total\)'):
+        read_csv(folder, text)
+
+
+def test_two_spellings_of_a_path_are_the_same_image(folder):
+    with pytest.raises(UsageError, match='two labels in rows 2, 3'):
+        read_csv(folder, 'path,label\na.png,NORMAL\n./x/../a.png,PNEUMONIA\n')
+
+
+def test_labels_are_compared_after_the_mapping_of_classes(folder):
+    (folder / 'classes.json').write_text('{"Normal": "NORMAL", "other": null}')
+    assert len(read_csv(folder, 'path,label\na.png,NORMAL\na.png,Normal\nc.png,other\n')) == 1
+    with pytest.raises(CXRError, match=r'no images to use \(1 listed\)'):
+        read_csv(folder, 'path,label\nc.png,other\n')
+
+
+def test_a_csv_file_without_usable_images_is_an_error(folder):
+    with pytest.raises(CXRError, match=r'no images to use \(0 listed\)'):
+        read_csv(folder, 'path,label\n')
+    with pytest.raises(UsageError, match='no such file in row 2'):
+        read_csv(folder, f'path,label\n{"x" * 300}.png,NORMAL\n')
+
+
+def test_repeated_rows_count_once(folder):
+    items = read_csv(folder, 'path,label\na.png,NORMAL\na.png,NORMAL\nc.png,PNEUMONIA\n')
+    assert len(items) == 2
+    assert items.attrs['ignored'] == {'listed twice': 1}
+
+
+@pytest.mark.parametrize('n', [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_large_csv_files_are_read(tmp_path, n):
+    with open(tmp_path / 'images.csv', 'w') as file:
+        file.write('path,label\n')
+        file.writelines(f'train/PNEUMONIA/person{i}_virus_{i}.jpeg,PNEUMONIA\n' for i in range(n))
+    table = read_listing(tmp_path / 'images.csv')
+    assert len(table) == n
+    assert table.index[-1] == n + 1
+
+
+def test_a_csv_file_can_replace_a_folder_in_every_command(images, run, tmp_path, capsys):
+    items = read_items(images)
+    csv_file = str(tmp_path / 'all.csv')
+    (tmp_path / 'images').symlink_to(images)
+    table = items.replace({'split': {'valid': 'val'}}).assign(path='images/' + items.path)
+    table.to_csv(csv_file, index=False)
+    new_run = str(tmp_path / 'run')
+    training = ['--epochs', '1', '--size', '48', '--limit', '3', '--workers', '0']
+    assert main(['train', '--csv', csv_file, '--out', new_run, *training]) == 0
+    assert main(['evaluate', new_run, '--csv', csv_file, '--limit', '3']) == 0
+    assert main(['data', 'audit', '--csv', csv_file, '--out', str(tmp_path / 'audit')]) == 0
+    assert main(['predict', new_run, csv_file, '--out', str(tmp_path / 'p.csv')]) == 0
+    assert len(pd.read_csv(tmp_path / 'p.csv')) == len(items)
+    capsys.readouterr()
+    assert main(['train', '--data', str(images), '--csv', csv_file]) == 2
+    assert '--csv' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
+        b'a.png\0b c.png\0',
+        b'\xef\xbb\xbfa.png\r\nb c.png\r\n',
+        'a.png\r\nb c.png\r\n'.encode('utf-16'),
+        b'\n\na.png\nb c.png',
+    ],
+    ids=['find -print0', 'BOM', 'PowerShell', 'blank first lines'],
+)
+def test_lists_on_standard_input_are_read_as_other_programs_write_them(monkeypatch, data):
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(data)))
+    assert list_images(['-']) == [Path('a.png'), Path('b c.png')]
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'path,label,,\na.png,NORMAL,,\n',
+        'path,label\na.png,NORMAL,,,\n',
+        'sep=;\r\npath;label\r\na.png;NORMAL\r\n',
+        '"sep=,"\npath,label\na.png,NORMAL\n',
+        'sep=\t\npath\tlabel\na.png\tNORMAL\n',
+        '\n,,\npath,label\na.png,NORMAL\n',
+        '# exported; by hand; on Monday\npath,label\na.png,NORMAL\n',
+        '"path","label"\n"a.png","NORMAL"\n',
+    ],
+)
+def test_tables_are_read_as_spreadsheet_programs_write_them(tmp_path, text):
+    table = tmp_path / 'images.csv'
+    table.write_bytes(text.encode())
+    rows = read_listing(table)
+    assert rows.to_dict('records') == [{'path': 'a.png', 'label': 'NORMAL'}]
+
+
+@pytest.mark.parametrize('header', ['#;path;label', '"#";path;label', '#id;path;label', ';path;label'])
+def test_a_column_of_row_numbers_is_no_comment(tmp_path, header):
+    table = tmp_path / 'images.csv'
+    table.write_text(f'{header}\n1;a.png;NORMAL\n')
+    assert list(read_listing(table).path) == ['a.png']
+
+
+@pytest.mark.parametrize('header', ['path,label,', 'path,label,,'])
+def test_filled_cells_of_columns_without_a_name_are_accepted(tmp_path, header):
+    table = tmp_path / 'images.csv'
+    table.write_text(f'{header}\na.png,NORMAL,checked\n')
+    assert read_listing(table).to_dict('records') == [{'path': 'a.png', 'label': 'NORMAL'}]
+
+
+def test_rows_in_errors_are_counted_from_the_first_line_of_the_file(tmp_path):
+    table = tmp_path / 'images.csv'
+    table.write_text('# comment\n\npath,label\na.png,NORMAL\nb.png,\n')
+    with pytest.raises(UsageError, match='no label in row 5'):
+        read_listing(table)
+
+
+def test_images_to_predict_need_no_labels(folder):
+    (folder / 'images.csv').write_text('path\na.png\nc.png\n')
+    assert list_images([folder / 'images.csv']) == [folder / 'a.png', folder / 'c.png']

@@ -14,7 +14,7 @@ from PIL import Image
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.files import StrPath, write_json, write_text, writing
 from cxr_fastai.core.templates import data_uri, render_template
-from cxr_fastai.data.find import short_path, shown_path
+from cxr_fastai.data.find import describe_ignored, short_path, shown_path
 from cxr_fastai.data.image_stats import MAX_PAIRS, MIN_CORRELATION, find_duplicates, measure_images
 from cxr_fastai.data.items import identify_images, image_root, read_items
 from cxr_fastai.data.probes import LABEL, SHORTCUT_AUC, probe_label, probe_shift
@@ -268,8 +268,8 @@ def _find_left_out(images: pd.DataFrame) -> list[Finding]:
     left_out = {reason: n for reason, n in images.attrs['ignored'].items() if reason not in EXPECTED_REASONS}
     if not left_out:
         return []
-    counts = ', '.join(f'{n:,} {reason}' for reason, n in left_out.items())
-    return [Finding('warning', 'files left out', sum(left_out.values()), f'Not used: {counts}.')]
+    advice = f'Not used: {describe_ignored(left_out)}.'
+    return [Finding('warning', 'files left out', sum(left_out.values()), advice)]
 
 
 def _find_small_splits(items: pd.DataFrame) -> list[Finding]:

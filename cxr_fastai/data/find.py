@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath, PurePosixPath
 
 from cxr_fastai.core.errors import CXRWarning, UsageError
@@ -44,8 +44,7 @@ def _list_source(source: Path) -> list[Path]:
     if os.path.isdir(source):  # Path.is_dir raises for a name that is too long
         images, ignored = find_images(source)
         if ignored:
-            counts = ', '.join(f'{n:,} {reason}' for reason, n in ignored.items())
-            warnings.warn(f'{source}: files left out: {counts}', CXRWarning, stacklevel=3)
+            warnings.warn(f'{source}: files left out: {describe_ignored(ignored)}', CXRWarning, stacklevel=3)
         return images
     if source.suffix.lower() == '.csv':
         return [source.parent / path for path in read_listing(source, ('path',)).path]
@@ -78,6 +77,11 @@ def find_images(folder: StrPath) -> tuple[list[Path], Counter[str]]:
             else:
                 images.append(path)
     return images, +ignored
+
+
+def describe_ignored(ignored: Mapping[str, int]) -> str:
+    """Return the counts of ignored files by reason as a text."""
+    return ', '.join(f'{n:,} {reason}' for reason, n in ignored.items())
 
 
 def _is_stray_link(path: Path, folder: Path, followed: set[str]) -> bool:

@@ -7,7 +7,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -18,7 +18,18 @@ from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import open_regular, read_json
 from cxr_fastai.core.recipe import CHOICES, VOCAB, Recipe
 from cxr_fastai.core.schemas import Choice, Table
-from cxr_fastai.data.find import find_images
+from cxr_fastai.data.find import describe_ignored, find_images
+from cxr_fastai.data.layout import (
+    LAYOUT,
+    check_spellings,
+    find_base,
+    has_splits,
+    outside_reason,
+    read_class,
+    read_kind,
+    read_place,
+    read_split,
+)
 from cxr_fastai.data.listings import check_files, describe_rows, drop_repeated_rows, read_listing
 from cxr_fastai.data.splits import (
     UNKNOWN_PATIENT,
@@ -31,17 +42,12 @@ from cxr_fastai.images.decode import SUFFIXES
 
 ITEM_COLUMNS = ['path', 'label', 'split', 'patient', 'kind']
 """The columns of the items table. `path` is relative to the data root; `kind` is normal, bacteria, virus or unknown."""
-SPLIT_NAMES = {'train': 'train', 'val': 'valid', 'valid': 'valid', 'test': 'test'}
-"""The split that each folder name, or each value in the CSV column `split`, stands for."""
 PNEUMONIA_NAME = re.compile(r'person(?P<id>\d+)_(?P<kind>bacteria|virus)_\d+')
 NORMAL_NAME = re.compile(r'(?P<id>(NORMAL2-)?IM-\d+)-\d+')
 NO_PATIENT = ('', '?', '-', 'n/a', 'unknown')
 """Cells of the column `patient`, in lower case, that stand for no value: their images are not all of one patient."""
 MAX_CLASSES = 2**20
 """Largest `classes.json`, in bytes."""
-OTHER_FOLDERS = {'chest_xray': 'nested chest_xray', 'masks': 'masks'}
-"""Folders next to the splits that are ignored on purpose: the second copy in Kaggle's zip file, the demo's masks."""
-LAYOUT = 'train|val|test / NORMAL|PNEUMONIA, or NORMAL and PNEUMONIA alone'
 
 
 def data_root(data: StrPath | None = None) -> Path:
@@ -135,46 +141,31 @@ def _split_and_limit(items: pd.DataFrame, valid: str, seed: int, limit: int | No
 
 
 def _read_folders(root: Path) -> pd.DataFrame:
-    base = root
-    while not _has_folder(base, (*SPLIT_NAMES, *VOCAB)) and (base / 'chest_xray').is_dir():
-        base /= 'chest_xray'
-    classes_only = not _has_folder(base, SPLIT_NAMES)
+    base = find_base(root)
+    classes_only = not has_splits(base)
     images, ignored = find_images(base)
     rows = []
     for image in images:
         folders = image.relative_to(base).parts[:-1]
-        place = _read_place(folders, classes_only)
+        place = read_place(folders, classes_only)
         if place:
             rows.append((image.relative_to(root).as_posix(), *place))
         else:
-            top_folder = folders[0] if folders else ''
-            ignored[OTHER_FOLDERS.get(top_folder, 'outside the class folders')] += 1
+            ignored[outside_reason(folders)] += 1
     if not rows:
-        raise CXRError(
-            f'{root}: no images found. Arrange the folders as {LAYOUT}, with files that end in {", ".join(SUFFIXES)}.'
-        )
-    return _make_items(pd.DataFrame(rows, columns=['path', 'split', 'label']), ignored, root)
+        raise CXRError(_describe_empty(root, ignored))
+    items = _make_items(pd.DataFrame(rows, columns=['path', 'split', 'label']), ignored, root)
+    check_spellings([root / path for path, *_ in rows], base, classes_only, _read_classes(root))
+    return items
 
 
-def _has_folder(parent: Path, names: Iterable[str]) -> bool:
-    return any((parent / name).is_dir() for name in names)
-
-
-class _Place(NamedTuple):
-    split: str
-    label: str
-
-
-def _read_place(folders: tuple[str, ...], classes_only: bool) -> _Place | None:
-    """Return the split and label that the `folders` above an image stand for; None outside of the class folders.
-
-    If there are `classes_only`, all images are for training.
-    """
-    if classes_only:
-        return _Place('train', folders[0]) if len(folders) == 1 else None
-    if len(folders) == 2 and folders[0] in SPLIT_NAMES:
-        return _Place(SPLIT_NAMES[folders[0]], folders[1])
-    return None
+def _describe_empty(root: Path, ignored: Counter[str]) -> str:
+    """Return the message about a folder without images in class folders."""
+    left_out = f' Left out: {describe_ignored(ignored)}.' if ignored else ''
+    return (
+        f'{root}: no images found in class folders. Arrange the folders as {LAYOUT}, with files that end in '
+        f'{", ".join(SUFFIXES)}.{left_out}'
+    )
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
@@ -190,11 +181,12 @@ def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 def _read_rows(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     """Return the items table of the rows of the CSV file `path`, or of a table of images below the folder `path`."""
     split = table['split'] if 'split' in table else pd.Series('train', table.index)
-    unknown = ~split.isin(list(SPLIT_NAMES))
+    splits = split.map(read_split, na_action='ignore')
+    unknown = splits.isna()
     if unknown.any():
         names = ', '.join(sorted(set(split[unknown].fillna('(empty)'))))
         raise UsageError(f'{path}: unknown split {names} in {describe_rows(unknown)}. Use train, valid or test.')
-    table = table.assign(split=split.map(SPLIT_NAMES), path=table.path.map(posixpath.normpath))
+    table = table.assign(split=splits, path=table.path.map(posixpath.normpath))
     items = _make_items(table, Counter(), path)
     check_files(table, path)
     return items
@@ -229,7 +221,7 @@ def _fill_patients(images: pd.DataFrame, parsed: pd.Series) -> pd.Series:
 
 def _map_classes(images: pd.DataFrame, source: Path) -> pd.Series:
     """Return the class of each image by `classes.json`; None for images that it leaves out."""
-    classes: dict[str, str | None] = {name: name for name in VOCAB}
+    classes: dict[str, str | None] = {name: read_class(name) for name in images.label.unique() if read_class(name)}
     classes |= _read_classes(source)
     unknown = ~images.label.isin(list(classes))
     if unknown.any():
@@ -237,7 +229,7 @@ def _map_classes(images: pd.DataFrame, source: Path) -> pd.Series:
         rows = f' ({describe_rows(unknown)})' if source.is_file() else ''
         raise UsageError(
             f'{source}: found the classes {names}{rows}; expected {" and ".join(VOCAB)} ({LAYOUT}). '
-            f'Map the other classes in {image_root(source) / "classes.json"}, for example {{"Normal": "NORMAL", '
+            f'Map the other classes in {image_root(source) / "classes.json"}, for example {{"Healthy": "NORMAL", '
             '"COVID": null}; null leaves a class out.'
         )
     return images.label.map(classes)
@@ -265,8 +257,9 @@ class NameParts(NamedTuple):
 def parse_name(path: str, label: str) -> NameParts:
     """Return the kind (`normal|bacteria|virus|unknown`) and the patient from the file name of the image `path`.
 
-    The data set numbers its patients separately for each kind, so a patient is identified by kind and number. The
-    patient of an image with another form of name is unknown: `UNKNOWN_PATIENT` and its path.
+    If the file name does not contain the kind, that of its folder counts, such as `PNEUMONIA/BACTERIA`. The data set
+    numbers its patients separately for each kind, so a patient is identified by kind and number. The patient of an
+    image with another form of name is unknown: `UNKNOWN_PATIENT` and its path.
     """
     image = PurePosixPath(path)
     unknown = f'{UNKNOWN_PATIENT}{image.with_suffix("")}'
@@ -276,7 +269,7 @@ def parse_name(path: str, label: str) -> NameParts:
     match = PNEUMONIA_NAME.match(image.name)
     if match:
         return NameParts(match['kind'], f'{match["kind"]}-{match["id"]}')
-    return NameParts('unknown', unknown)
+    return NameParts(read_kind(image.parent.name) or 'unknown', unknown)
 
 
 def identify_images(items: pd.DataFrame) -> str:
@@ -293,7 +286,7 @@ def describe_items(items: pd.DataFrame) -> str:
     n_unknown = int(unknown_patients(items).sum())
     if n_unknown:
         text += f'; patient unknown: {n_unknown:,} of {len(items):,} images'
-    ignored = ', '.join(f'{n} {reason}' for reason, n in items.attrs.get('ignored', {}).items())
+    ignored = items.attrs.get('ignored')
     if ignored:
-        text += f'; ignored: {ignored}'
+        text += f'; ignored: {describe_ignored(ignored)}'
     return text

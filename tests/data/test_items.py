@@ -113,7 +113,7 @@ def test_a_third_class_is_named_in_the_error(tmp_path):
 
 
 def test_a_folder_without_images_gives_the_expected_layout(tmp_path):
-    with pytest.raises(CXRError, match=r'no images found. Arrange the folders as train\|val\|test'):
+    with pytest.raises(CXRError, match=r'no images found in class folders. Arrange the folders as train\|val\|test'):
         read_items(tmp_path)
 
 
@@ -172,3 +172,86 @@ def test_the_real_data_set_has_the_published_counts(real_images):
     assert len(images_by_patient) == 2443
     assert (len(several), several.sum(), several.max()) == (573, 2005, 30)
     assert train[train.label == 'NORMAL'].patient.nunique() == 1211
+
+
+@pytest.mark.parametrize(
+    ('splits', 'classes'),
+    [
+        (('Train', 'Val', 'Test'), ('NORMAL', 'PNEUMONIA')),
+        (('TRAIN', 'VALID', 'TEST'), ('normal', 'pneumonia')),
+        (('training', 'validation', 'testing'), ('Normal', 'Pneumonia')),
+        (('train', 'Validation', 'Testing '), ('NORMAL', 'Pneumonia ')),
+    ],
+)
+def test_spellings_of_splits_and_classes_are_known(tmp_path, splits, classes):
+    create_files(tmp_path, [f'{split}/{label}/{i}.png' for i, split in enumerate(splits) for label in classes])
+    items = read_items(tmp_path)
+    assert set(items.label) == {'NORMAL', 'PNEUMONIA'}
+    assert list(items.groupby('split').size()[['train', 'valid', 'test']]) == [2, 2, 2]
+
+
+def test_class_folders_alone_are_known_in_lower_case(tmp_path):
+    items = read_items(create_files(tmp_path, ['normal/a.png', 'Pneumonia/b.png']))
+    assert list(items.label) == ['PNEUMONIA', 'NORMAL']
+
+
+def test_spellings_in_a_csv_file_are_known(tmp_path):
+    create_files(tmp_path, ['a.png', 'b.png', 'c.png'])
+    (tmp_path / 'i.csv').write_text(
+        'path,label,split\na.png,normal,Training\nb.png,Pneumonia,VALIDATION\nc.png,Normal,TEST\n'
+    )
+    items = read_items(tmp_path / 'i.csv')
+    assert list(items.label) == ['NORMAL', 'PNEUMONIA', 'NORMAL']
+    assert list(items.split) == ['train', 'valid', 'test']
+
+
+@pytest.mark.parametrize('layout', ['{split}/PNEUMONIA/{kind}', 'PNEUMONIA/{kind}'])
+@pytest.mark.parametrize('kind', ['BACTERIA', 'virus', 'Bacterial Pneumonia', 'viral_pneumonia'])
+def test_folders_below_pneumonia_give_the_kind(tmp_path, layout, kind):
+    place = layout.format(split='train', kind=kind)
+    expected = 'bacteria' if kind.lower().startswith('bac') else 'virus'
+    items = read_items(create_files(tmp_path, [f'{place}/scan7.png']))
+    assert list(items.kind) == [expected]
+    assert list(items.label) == ['PNEUMONIA']
+    assert list(items.patient) == [f'unknown:{place}/scan7']
+
+
+def test_the_kind_in_the_file_name_comes_before_that_of_the_folder():
+    assert parse_name('train/PNEUMONIA/VIRUS/person3_bacteria_4.jpeg', 'PNEUMONIA').kind == 'bacteria'
+    assert parse_name('train/PNEUMONIA_VIRUS/scan.jpeg', 'PNEUMONIA').kind == 'virus'
+    assert parse_name('train/virus and bacteria/scan.jpeg', 'PNEUMONIA').kind == 'unknown'
+    assert parse_name('train/NORMAL/VIRUS/scan.jpeg', 'NORMAL').kind == 'normal'
+
+
+@pytest.mark.parametrize(
+    ('folders', 'message'),
+    [
+        (['val', 'validation'], "the folders 'val' and 'validation' both stand for the split valid"),
+        (['Train', 'train'], "the folders 'Train' and 'train' both stand for the split train"),
+        (['test', 'testing', 'TEST'], "the folders 'TEST' and 'test' and 'testing' both stand for the split test"),
+    ],
+)
+def test_two_folders_of_one_split_are_refused(tmp_path, folders, message):
+    create_files(tmp_path, [*FILES, *(f'{folder}/NORMAL/x.png' for folder in folders)])
+    with pytest.raises(UsageError, match=message):
+        read_items(tmp_path)
+
+
+def test_two_folders_of_one_class_are_refused_unless_they_are_mapped(tmp_path):
+    create_files(tmp_path, ['train/NORMAL/a.png', 'train/normal/b.png', 'train/PNEUMONIA/c.png'])
+    with pytest.raises(UsageError, match="the folders 'NORMAL' and 'normal' both stand for the class NORMAL"):
+        read_items(tmp_path)
+    (tmp_path / 'classes.json').write_text('{"normal": "NORMAL"}')
+    assert list(read_items(tmp_path).label) == ['NORMAL', 'PNEUMONIA', 'NORMAL']
+
+
+def test_an_empty_folder_of_another_spelling_and_another_spelling_in_another_split_are_accepted(tmp_path):
+    create_files(tmp_path, [*FILES, 'test/Normal/x.png'])
+    (tmp_path / 'validation').mkdir()
+    assert len(read_items(tmp_path)) == len(FILES) + 1
+
+
+def test_a_folder_without_images_in_class_folders_says_what_was_left_out(tmp_path):
+    create_files(tmp_path, ['archive/train/NORMAL/a.png', 'b.txt'])
+    with pytest.raises(CXRError, match='Left out: 1 not an image, 1 outside the class folders'):
+        read_items(tmp_path)

@@ -59,12 +59,13 @@ def data_prepare(
 
     Example: cxr-fastai data prepare data/chest_xray --size 224
     """
-    from cxr_fastai.data.items import data_root, image_root, read_items
+    from cxr_fastai.data.items import data_root, image_root, log_ignored, read_items
     from cxr_fastai.images.cache import prepare
     from cxr_fastai.images.preprocessing import Preprocessing
 
     root = data_root(choose_source(folder, csv))
     items = read_items(root)
+    log_ignored(items, root)
     cache, added, errors = prepare(items.path, image_root(root), Preprocessing(size, resize), workers)
     for error in errors:
         print_error(f'error: {error}')

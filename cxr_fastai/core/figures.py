@@ -18,7 +18,7 @@ from matplotlib import rc_context, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cxr_fastai.core.files import atomic
+from cxr_fastai.core.files import SOFTWARE, atomic
 
 # The palette of Okabe and Ito (2008), which people with colour vision deficiency can distinguish.
 BLUE = '#0072B2'
@@ -123,7 +123,7 @@ def set_title(ax: Axes, title: str) -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` to `path` as a PNG, atomically. Raises `OutputError`."""
     with atomic(path) as temporary:
-        figure.savefig(temporary, format='png', dpi=DOTS_PER_INCH)
+        figure.savefig(temporary, format='png', dpi=DOTS_PER_INCH, metadata={'Software': SOFTWARE})
 
 
 def to_svg(figure: Figure, alt: str) -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 StrPath = str | os.PathLike[str]
 """A path as a text, or any object that stands for one."""
+SOFTWARE = 'cxr_fastai'
+"""The text `Software` in the PNG files of maps, masks and figures, by which they are not taken for X-ray images."""
 FORMULA_STARTS = ('=', '+', '-', '@', '\t', '\r', '\0')
 """First characters that make a spreadsheet evaluate a text as a formula."""
 

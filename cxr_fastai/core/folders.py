@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole, and the removal of temporary files and folders that killed programs left."""
+"""Folders that commands write: what they are, their replacement as a whole, and the removal of what crashes left."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from cxr_fastai.core.files import sync, writing
 
 LEFTOVER = r'\.{name}\.(?P<pid>[0-9]{{1,10}})\.(?P<kind>tmp|new|old)'
 """Name of the temporary file or folder of the process `pid`: half of a file, a new folder, or the old one."""
+OWN_FOLDERS = {'recipe.json': 'a run folder', 'manifest.json': 'a bundle'}
+"""File to the kind of folder that it makes of the folder in which it lies."""
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2
 """Constants of `renameat2` of Linux."""
@@ -115,6 +117,14 @@ def _leftovers(path: Path) -> list[tuple[Path, str]]:
         if match and not is_running(int(match['pid'])):
             leftovers.append((other, match['kind']))
     return leftovers
+
+
+def describe_own_folder(path: Path) -> str | None:
+    """Return what the folder `path` is if a command of this package wrote it as a model; None for any other folder."""
+    for name, kind in OWN_FOLDERS.items():
+        if (path / name).is_file():
+            return kind
+    return None
 
 
 def is_running(pid: int) -> bool:

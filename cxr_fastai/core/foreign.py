@@ -22,6 +22,9 @@ TEXT_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 """A text, which may lack its end, or a bracket. It matches in linear time."""
 FIX = 'Get the file again from its source.'
 """The default advice about a damaged file."""
+LFS_POINTER = b'version https://git-lfs'
+"""How the small file starts that Git LFS leaves in place of a large one until `git lfs pull` gets it."""
+IS_LFS_POINTER = 'a pointer of Git LFS, not the file itself. Run `git lfs pull` in its folder'
 KINDS = (
     (stat.S_ISDIR, 'a folder'),
     (stat.S_ISFIFO, 'a pipe'),
@@ -35,7 +38,8 @@ KINDS = (
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Open the regular file `path` for reading. Never waits, as opening a pipe would.
 
-    Raises `UsageError` if it is missing, not readable, or not a regular file, such as a pipe or a device.
+    Raises `UsageError` if it is missing, not readable, not a regular file, such as a pipe or a device, or a pointer
+    that Git LFS left in place of the file.
     """
     try:
         # O_BINARY exists on Windows, the other two on POSIX.
@@ -50,7 +54,18 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     if not stat.S_ISREG(mode):
         os.close(descriptor)
         raise UsageError(f'{path}: {_describe_kind(mode)}, not a file. Name a regular file.')
-    return os.fdopen(descriptor, 'rb')
+    file = os.fdopen(descriptor, 'rb')
+    if _starts_as_pointer(file):
+        file.close()
+        raise UsageError(f'{path}: {IS_LFS_POINTER}.')
+    return file
+
+
+def _starts_as_pointer(file: BufferedReader) -> bool:
+    try:
+        return file.peek(len(LFS_POINTER)).startswith(LFS_POINTER)
+    except OSError:  # whoever reads the file gets the same error
+        return False
 
 
 def _describe_kind(mode: int) -> str:

@@ -11,15 +11,15 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath
+from cxr_fastai.core.folders import describe_own_folder
 from cxr_fastai.data.listings import read_listing, split_names
-from cxr_fastai.images.decode import SUFFIXES
+from cxr_fastai.images.decode import FORMATS, SUFFIXES, sniff
+from cxr_fastai.images.formats import HEAD_BYTES, is_own_picture, name_foreign_format
 
 NOT_AN_IMAGE = 'not an image'
-IMAGE_MARKS = (b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n', b'II*\0', b'MM\0*')
-"""First bytes of JPEG, PNG and TIFF files."""
-DICOM_MARK = b'DICM'
-MARK_BYTES = 132
-"""The length of a DICOM preamble and `DICOM_MARK`."""
+LINK = 'link out of the folder or in a circle'
+OWN_PICTURE = 'maps, masks or figures of cxr_fastai'
+"""Reasons for leaving files out."""
 
 
 def list_images(sources: StrPath | Iterable[StrPath]) -> list[Path]:
@@ -31,24 +31,42 @@ def list_images(sources: StrPath | Iterable[StrPath]) -> list[Path]:
     """
     images = []
     for source in [sources] if isinstance(sources, str | os.PathLike) else sources:
-        images_of_source = _list_source(Path(source))
-        if not images_of_source:
-            raise UsageError(f'{source}: no images found (links that lead out of the folder are not followed).')
-        images += images_of_source
+        images += _list_source(Path(source))
     return images
 
 
 def _list_source(source: Path) -> list[Path]:
     if str(source) == '-':
-        return [Path(name) for name in split_names(sys.stdin.buffer.read())]
-    if os.path.isdir(source):  # Path.is_dir raises for a name that is too long
-        images, ignored = find_images(source)
-        if ignored:
-            warnings.warn(f'{source}: files left out: {describe_ignored(ignored)}', CXRWarning, stacklevel=3)
-        return images
-    if source.suffix.lower() == '.csv':
-        return [source.parent / path for path in read_listing(source, ('path',)).path]
-    return [source]
+        images = [Path(name) for name in split_names(sys.stdin.buffer.read())]
+    elif os.path.isdir(source):  # Path.is_dir raises for a name that is too long
+        return _list_folder(source)
+    elif source.suffix.lower() == '.csv':
+        images = [source.parent / path for path in read_listing(source, ('path',)).path]
+    else:
+        images = [source]
+    if not images:
+        raise UsageError(f'{source}: the list of images is empty. Write the path of an image in each line.')
+    return images
+
+
+def _list_folder(folder: Path) -> list[Path]:
+    images, ignored = find_images(folder)
+    if not images:
+        raise UsageError(f'{folder}: {_describe_no_images(folder, ignored)}')
+    if ignored:
+        warnings.warn(f'{folder}: files left out: {describe_ignored(ignored)}', CXRWarning, stacklevel=4)
+    return images
+
+
+def _describe_no_images(folder: Path, ignored: Counter[str]) -> str:
+    """Return why the `folder` has no images, and what to name instead."""
+    kind = describe_own_folder(folder)
+    if kind:
+        return f'{kind}, which contains no images. Name the model first, then the images.'
+    if not ignored:
+        return 'no images found. Name a folder with images.'
+    advice = ' A link is followed if you name the link itself.' if LINK in ignored else ''
+    return f'no images found, but {describe_ignored(ignored)}.{advice or " Name a folder with images."}'
 
 
 def find_images(folder: StrPath) -> tuple[list[Path], Counter[str]]:
@@ -63,14 +81,14 @@ def find_images(folder: StrPath) -> tuple[list[Path], Counter[str]]:
     followed: set[str] = set()
     for base, subfolders, names in os.walk(folder, followlinks=True):
         links = [name for name in subfolders if _is_stray_link(Path(base, name), folder, followed)]
-        ignored['link'] += len(links)
+        ignored[LINK] += len(links)
         subfolders[:] = sorted(set(subfolders) - set(links))
         for name in sorted(names):
             path = Path(base, name)
             reason = ignore_reason(path.relative_to(folder))
             if _is_stray_link(path, folder, followed):
-                reason = 'link'
-            elif reason == NOT_AN_IMAGE:
+                reason = LINK
+            elif reason in (None, NOT_AN_IMAGE):
                 reason = _reason_by_content(path)
             if reason:
                 ignored[reason] += 1
@@ -105,17 +123,26 @@ def _is_stray_link(path: Path, folder: Path, followed: set[str]) -> bool:
 
 
 def _reason_by_content(path: Path) -> str | None:
-    """Return why the file `path`, whose suffix is unknown, is not an image that can be read; None if it is one."""
+    """Return why the file `path` is not an image to read; None if it is one.
+
+    A file whose suffix is that of an image counts as one, whatever it contains, unless this package drew it.
+    """
+    has_image_suffix = path.suffix.lower() in SUFFIXES
+    if has_image_suffix and path.suffix.lower() not in FORMATS['PNG']:
+        return None
     if not path.is_file():
-        return NOT_AN_IMAGE
+        return None if has_image_suffix else NOT_AN_IMAGE
     try:
         with path.open('rb') as file:
-            start = file.read(MARK_BYTES)
+            start = file.read(HEAD_BYTES)
     except OSError:
-        return 'unreadable'
-    if start.startswith(IMAGE_MARKS) or start.endswith(DICOM_MARK):
+        return None if has_image_suffix else 'unreadable'
+    if is_own_picture(start):
+        return OWN_PICTURE
+    if has_image_suffix or sniff(start) != '?':
         return None
-    return NOT_AN_IMAGE
+    form = name_foreign_format(start)
+    return f'in the format {form}' if form else NOT_AN_IMAGE
 
 
 def ignore_reason(path: PurePath) -> str | None:

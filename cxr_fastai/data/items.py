@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import posixpath
 import re
@@ -15,10 +16,11 @@ import pandas as pd
 
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import StrPath
+from cxr_fastai.core.folders import describe_own_folder
 from cxr_fastai.core.foreign import open_regular, read_json
 from cxr_fastai.core.recipe import CHOICES, VOCAB, Recipe
 from cxr_fastai.core.schemas import Choice, Table
-from cxr_fastai.data.find import describe_ignored, find_images
+from cxr_fastai.data.find import LINK, describe_ignored, find_images
 from cxr_fastai.data.layout import (
     LAYOUT,
     check_spellings,
@@ -48,6 +50,8 @@ NO_PATIENT = ('', '?', '-', 'n/a', 'unknown')
 """Cells of the column `patient`, in lower case, that stand for no value: their images are not all of one patient."""
 MAX_CLASSES = 2**20
 """Largest `classes.json`, in bytes."""
+
+log = logging.getLogger(__name__)
 
 
 def data_root(data: StrPath | None = None) -> Path:
@@ -161,7 +165,12 @@ def _read_folders(root: Path) -> pd.DataFrame:
 
 def _describe_empty(root: Path, ignored: Counter[str]) -> str:
     """Return the message about a folder without images in class folders."""
+    kind = describe_own_folder(root)
+    if kind:
+        return f'{root}: {kind}, not a folder of images. Name the folder or the CSV file of the images.'
     left_out = f' Left out: {describe_ignored(ignored)}.' if ignored else ''
+    if LINK in ignored:
+        left_out += ' Images behind such links can be listed in a CSV file.'
     return (
         f'{root}: no images found in class folders. Arrange the folders as {LAYOUT}, with files that end in '
         f'{", ".join(SUFFIXES)}.{left_out}'
@@ -277,6 +286,13 @@ def identify_images(items: pd.DataFrame) -> str:
     images = sorted(zip(items.path, items.label, strict=True))
     lines = ['\0'.join(image) for image in images]
     return hashlib.sha256('\n'.join(lines).encode(errors='surrogateescape')).hexdigest()
+
+
+def log_ignored(items: pd.DataFrame, source: Path) -> None:
+    """Log the files that were left out when `items` were read from `source`, by reason; nothing if there are none."""
+    ignored = items.attrs.get('ignored')
+    if ignored:
+        log.info('%s: files left out: %s', source, describe_ignored(ignored))
 
 
 def describe_items(items: pd.DataFrame) -> str:

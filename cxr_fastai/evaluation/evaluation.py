@@ -16,7 +16,7 @@ from cxr_fastai.core.errors import CXRWarning, ImageError, UsageError
 from cxr_fastai.core.files import StrPath, check_writable
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run
-from cxr_fastai.data.items import data_root, image_root, parse_name, read_items
+from cxr_fastai.data.items import data_root, image_root, log_ignored, parse_name, read_items
 from cxr_fastai.data.splits import count_images
 from cxr_fastai.evaluation.calibration import log_losses
 from cxr_fastai.evaluation.metrics import PREVALENCES, is_complete, measure
@@ -70,13 +70,8 @@ def evaluate(
     stored = _predicted_metrics(run).get(split, {})
     if prevalences is None:
         prevalences = _stored_prevalences(stored)
-    if by is None:
-        columns = _stored_columns(stored)
-        root, items = _find_with_stored_columns(run, data, split, limit, columns)
-        columns = [column for column in columns if column in items]
-    else:
-        columns = [column.strip().lower() for column in by]  # as in the header of a CSV file of images
-        root, items = find_split(run, data, split, limit, columns)
+    root, items, columns = _find_images(run, data, split, limit, by, stored)
+    log_ignored(items, data or root)
     model = identify_network(run.path)
     predicted = _predict_missing(run, model, _Images(split, items, root), data, batch_size, again, device)
     decision = _decide(run, predicted.valid, rule, model)
@@ -128,6 +123,18 @@ def _stored_prevalences(stored: Mapping[str, Any]) -> Sequence[float]:
 
 def _stored_columns(stored: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(group['column'] for group in stored.get('subgroups', ()))) or ['kind']
+
+
+def _find_images(
+    run: Run, data: Path | None, split: str, limit: int | None, by: Sequence[str] | None, stored: Mapping[str, Any]
+) -> tuple[Path, pd.DataFrame, list[str]]:
+    """Find the images of a split as `find_split` does; return also the columns `by`, or those of `stored` metrics."""
+    if by is not None:
+        columns = [column.strip().lower() for column in by]  # as in the header of a CSV file of images
+        return *find_split(run, data, split, limit, columns), columns
+    columns = _stored_columns(stored)
+    root, items = _find_with_stored_columns(run, data, split, limit, columns)
+    return root, items, [column for column in columns if column in items]
 
 
 def _find_with_stored_columns(

@@ -28,6 +28,7 @@ from cxr_fastai.evaluation.curves import (
 from cxr_fastai.evaluation.evaluation import evaluate, find_split
 from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_robustness
 from cxr_fastai.images.decode import open_image
+from cxr_fastai.images.formats import png_mark
 
 CURVES: dict[str, Callable[[pd.DataFrame, dict[str, Any], str], Figure]] = {
     'roc': plot_roc,
@@ -146,7 +147,7 @@ def save_picture(pixels: np.ndarray, path: Path) -> None:
     image = Image.fromarray(pixels)
     image.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
     with atomic(path) as temporary:
-        image.save(temporary, 'PNG', optimize=True)
+        image.save(temporary, 'PNG', optimize=True, pnginfo=png_mark())
 
 
 def image_picture(run: Run, path: str) -> Path:

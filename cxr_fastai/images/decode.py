@@ -18,8 +18,10 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
 from cxr_fastai.core.errors import ImageError, first_line
+from cxr_fastai.core.foreign import IS_LFS_POINTER, LFS_POINTER
 from cxr_fastai.images import dicom
 from cxr_fastai.images.arrays import describe_array, grey_pixels
+from cxr_fastai.images.formats import name_foreign_format
 from cxr_fastai.images.headers import check_metadata
 from cxr_fastai.images.jpeg_header import check_scans
 from cxr_fastai.images.limits import MAX_BYTES, MAX_PIXELS, DecodedImage, check_pixels, check_shape
@@ -214,7 +216,17 @@ def _decode_file(data: bytes, preprocessing: Preprocessing | None, suffix: str) 
         raise ImageError('the file is empty', 'E_EMPTY')
     if dicom.is_dicom(data, suffix):
         return dicom.read_dicom(data)
+    _check_format(data)
     return _decode_picture(data, preprocessing)
+
+
+def _check_format(data: bytes) -> None:
+    """Raise `ImageError`, which names the format, if the file that contains `data` is of another known format."""
+    if data.startswith(LFS_POINTER):
+        raise ImageError(f'{IS_LFS_POINTER}', 'E_FORMAT')
+    name = name_foreign_format(data)
+    if name and name not in PILLOW_FORMATS:
+        raise ImageError(f'the format {name} is not one of {", ".join(FORMATS)}', 'E_FORMAT')
 
 
 def _deviation(pixels: np.ndarray) -> float:

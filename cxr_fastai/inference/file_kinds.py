@@ -12,7 +12,6 @@ PICKLE_SUFFIXES = ('.pkl', '.pth', '.pt', '.pickle')
 NAME_FOLDER = 'Name the run folder or the bundle that contains it: {folder}.'
 NAME_MODEL = 'Name a run folder of `cxr-fastai train`, a bundle of `cxr-fastai export`, or a .pkl file.'
 KINDS = (
-    (rb'version https://git-lfs', 'a pointer of Git LFS, not the file itself', 'Run `git lfs pull` in its folder.'),
     (rb'\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|BM|.{128}DICM', 'an image', 'Name the model first, then the images.'),
     (rb'\s*[{\[]\s*["{\[\]}]', 'a JSON file', NAME_FOLDER),
     (rb'.{6}\0\0\{', 'a file of weights (safetensors)', NAME_FOLDER),

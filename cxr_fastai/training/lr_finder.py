@@ -15,7 +15,7 @@ from fastai.torch_core import set_seed
 from cxr_fastai.core.errors import CXRError
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.recipe import Recipe
-from cxr_fastai.data.items import image_root, read_recipe_items
+from cxr_fastai.data.items import image_root, log_ignored, read_recipe_items
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.data.splits import check_trainable
 from cxr_fastai.images.cache import find_cache
@@ -42,6 +42,7 @@ def find_rates(recipe: Recipe, data: StrPath, steps: int = 100, device: str | No
     """
     data = Path(data)
     items = read_recipe_items(data, recipe)
+    log_ignored(items, data)
     check_trainable(items)
     reuse_memory()
     set_seed(recipe.seed, reproducible=True)

@@ -94,3 +94,29 @@ def test_predict_overwrites_nothing(fails, run, images, tmp_path):
 
 def test_predict_without_a_model_says_what_a_model_is(fails, images, tmp_path):
     fails(['predict', tmp_path / 'nothing', images], 2, 'Name a run folder')
+
+
+def test_maps_of_an_earlier_prediction_are_not_predicted(run, images, tmp_path, capsys):
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    image = next((images / 'test/NORMAL').iterdir())
+    (folder / image.name).write_bytes(image.read_bytes())
+    assert main(['predict', str(run.path), str(folder), '--out', str(folder / 'p.csv'), '--explain']) == 0
+    assert main(['explain', str(run.path), str(folder / image.name), '--out', str(folder / 'explained')]) == 0
+    capsys.readouterr()
+    assert main(['predict', str(run.path), str(folder)]) == 0
+    shown = capsys.readouterr()
+    assert '1 images' in shown.out
+    assert '2 maps, masks or figures of cxr_fastai' in shown.err
+
+
+def test_evaluate_says_what_was_left_out(run, images, tmp_path, capsys):
+    shutil.copytree(images, tmp_path / 'images')
+    (tmp_path / 'images/test/notes.txt').write_text('x')
+    (tmp_path / 'images/test/NORMAL/x.webp').write_bytes(b'RIFF\x10\0\0\0WEBP')
+    copy = shutil.copytree(run.path, tmp_path / 'run')
+    assert main(['evaluate', str(copy), '--data', str(tmp_path / 'images'), '--limit', '3']) == 0
+    out = capsys.readouterr().out
+    assert 'files left out: ' in out and '1 in the format WebP' in out and '1 not an image' in out
+    assert main(['data', 'prepare', str(tmp_path / 'images'), '--size', '48']) == 0
+    assert '1 in the format WebP' in capsys.readouterr().out

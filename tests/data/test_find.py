@@ -2,10 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from cxr_fastai.core.errors import CXRWarning
-from cxr_fastai.data.find import find_images, list_images, shown_path
+from cxr_fastai.cli import main
+from cxr_fastai.core.errors import CXRWarning, ImageError, UsageError
+from cxr_fastai.core.figures import axes, save_figure
+from cxr_fastai.data.find import LINK, OWN_PICTURE, find_images, list_images, shown_path
+from cxr_fastai.evaluation.figures import save_picture
+from cxr_fastai.images.decode import read_image
+from cxr_fastai.images.synthetic import make_demo
 
 
 @pytest.fixture
@@ -28,7 +35,7 @@ def test_links_that_leave_the_folder_or_form_a_cycle_are_not_followed(tmp_path):
     (tmp_path / 'in/out').symlink_to(tmp_path / 'out')
     images, ignored = find_images(tmp_path / 'in')
     assert [image.name for image in images] == ['a.png']
-    assert ignored == {'link': 3}
+    assert ignored == {LINK: 3}
 
 
 def test_links_within_the_folder_are_followed(tmp_path):
@@ -50,7 +57,7 @@ def test_links_between_two_folders_end(tmp_path):
         'b/2.png',
         'b/other/1.png',
     ]
-    assert ignored == {'link': 2}
+    assert ignored == {LINK: 2}
 
 
 @pytest.mark.parametrize('start', [b'\xff\xd8\xff\xe0', b'\x89PNG\r\n\x1a\n', b'II*\0', bytes(128) + b'DICM'])
@@ -94,3 +101,58 @@ def test_folders_files_and_csv_files_can_be_mixed(folder):
 def test_a_hidden_path_shows_a_number_only(path, shown, hidden):
     assert shown_path(path, 7) == shown
     assert shown_path(path, 7, hide_names=True) == hidden
+
+
+def test_a_link_that_is_named_is_followed(tmp_path):
+    create_files(tmp_path, ['out/test/a.png', 'in/b.png'])
+    (tmp_path / 'in/test').symlink_to(tmp_path / 'out/test')
+    assert list_images(tmp_path / 'in/test') == [tmp_path / 'in/test/a.png']
+    (tmp_path / 'in/b.png').unlink()
+    with pytest.raises(UsageError, match='no images found, but 1 link out of.*if you name the link itself'):
+        list_images(tmp_path / 'in')
+
+
+@pytest.mark.parametrize(
+    ('form', 'start'),
+    [
+        ('WebP', b'RIFF\x10\0\0\0WEBPVP8 '),
+        ('BMP', b'BM\x10\x20\0\0\0\0\0\0'),
+        ('GIF', b'GIF89a'),
+        ('JPEG 2000', b'\0\0\0\x0cjP  \r\n\x87\n'),
+        ('AVIF', b'\0\0\0\x1cftypavif'),
+        ('HEIC', b'\0\0\0\x18ftypheic'),
+        ('NIfTI', bytes(344) + b'n+1\0'),
+        ('PDF', b'%PDF-1.7'),
+        ('ZIP', b'PK\x03\x04'),
+        ('spreadsheet', b'PK\x03\x04' + bytes(26) + b'[Content_Types].xml'),
+    ],
+)
+def test_formats_that_are_not_read_are_named(tmp_path, form, start):
+    (tmp_path / 'image.ima').write_bytes(start)
+    (tmp_path / 'image.png').write_bytes(start)
+    assert find_images(tmp_path) == ([tmp_path / 'image.png'], {f'in the format {form}': 1})
+    if form != 'GIF':
+        with pytest.raises(ImageError, match=f'E_FORMAT: the format {form} is not one of JPEG'):
+            read_image(tmp_path / 'image.png')
+
+
+def test_maps_masks_and_figures_of_this_package_are_not_images(tmp_path):
+    make_demo(tmp_path, images=20, size=64)
+    (tmp_path / 'p_maps').mkdir()
+    save_figure(axes(1, 1)[0], tmp_path / 'p_maps/0001.png')
+    save_picture(np.zeros((80, 80), np.uint8), tmp_path / 'run/figures/images/a.png')
+    Image.new('L', (80, 80)).save(tmp_path / 'other.png')
+    images, ignored = find_images(tmp_path)
+    masks = len(list((tmp_path / 'masks').rglob('*.png')))
+    assert ignored == {OWN_PICTURE: masks + 2}
+    assert len(images) == 21
+    assert list_images(tmp_path / 'p_maps/0001.png') == [tmp_path / 'p_maps/0001.png']
+
+
+@pytest.mark.parametrize(('file', 'kind'), [('recipe.json', 'a run folder'), ('manifest.json', 'a bundle')])
+def test_a_model_in_place_of_images_is_named(tmp_path, file, kind, capsys):
+    (tmp_path / file).write_text('{}')
+    with pytest.raises(UsageError, match=f'{kind}, which contains no images. Name the model first, then the images'):
+        list_images(tmp_path)
+    assert main(['data', 'audit', str(tmp_path), '--out', str(tmp_path / 'audit')]) == 1
+    assert f'{kind}, not a folder of images' in capsys.readouterr().err

@@ -88,9 +88,7 @@ class Run:
                     f'{path} is not a run folder, but a bundle, which has no training to work on. Name the run that '
                     'it was exported from.'
                 )
-            raise UsageError(
-                f'{path} is not a run folder (it contains no recipe.json). Create one: `cxr-fastai train --out {path}`.'
-            )
+            raise UsageError(_describe_no_run(path))
         return cls(path)
 
     def __truediv__(self, name: str) -> Path:
@@ -292,6 +290,18 @@ class Run:
                 yield
         except Timeout:
             raise UsageError(f'{self.path}: another process trains there. Wait until it ends, or stop it.') from None
+
+
+def _describe_no_run(path: Path) -> str:
+    """Return why `path`, which contains no recipe, is not a run, and how to get one."""
+    if not path.exists():
+        return f'{path}: no such run folder. Check the name, or create one: `cxr-fastai train --out {path}`.'
+    if path.is_dir() and not any(path.iterdir()):
+        return f'{path} is not a run folder: it is empty. Fill it: `cxr-fastai train --out {path}`.'
+    return (
+        f'{path} is not a run folder (it contains no recipe.json). Name a folder that `cxr-fastai train` wrote, and '
+        'images with --data.'
+    )
 
 
 def read_recipe(path: StrPath) -> Recipe:

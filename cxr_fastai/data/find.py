@@ -12,11 +12,16 @@ from pathlib import Path, PurePath, PurePosixPath
 from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.folders import describe_own_folder
-from cxr_fastai.data.listings import read_listing, split_names
+from cxr_fastai.core.foreign import read_bytes
+from cxr_fastai.core.paths import correct_path, correct_paths
+from cxr_fastai.data.listings import MAX_LISTING, read_listing, read_names
 from cxr_fastai.images.decode import FORMATS, SUFFIXES, sniff
 from cxr_fastai.images.formats import HEAD_BYTES, is_own_picture, name_foreign_format
 
 NOT_AN_IMAGE = 'not an image'
+TABLE_SUFFIXES = ('.csv', '.tsv', '.xlsx', '.xls', '.ods')
+LIST_SUFFIXES = ('.txt', '.lst', '.list')
+"""Suffixes of files that list images: as a table (the error about a spreadsheet says how to save one), or in lines."""
 LINK = 'link out of the folder or in a circle'
 OWN_PICTURE = 'maps, masks or figures of cxr_fastai'
 """Reasons for leaving files out."""
@@ -25,25 +30,38 @@ OWN_PICTURE = 'maps, masks or figures of cxr_fastai'
 def list_images(sources: StrPath | Iterable[StrPath]) -> list[Path]:
     """Return the images that `sources` name, one or several paths, as the arguments of a command do.
 
-    Each source is an image file, a folder (all images below it, sorted), a CSV file (the images in its column `path`)
-    or `-` (one path per line of standard input). Warns of files in folders that are left out, with counts
-    by reason. Raises `UsageError` for a source without images.
+    Each source is an image file, a folder (all images below it, sorted), a table `.csv` or `.tsv` (the images in its
+    column `path`), a list `.txt` (one path per line), or `-` (such a list or table on standard input). Paths in files
+    are relative to the folder of the file; `correct_paths` says which spellings are understood. Warns of files in
+    folders that are left out, with counts by reason. Raises `UsageError` for a source without images.
     """
     images = []
     for source in [sources] if isinstance(sources, str | os.PathLike) else sources:
-        images += _list_source(Path(source))
+        images += _list_source(os.fspath(source))
     return images
 
 
-def _list_source(source: Path) -> list[Path]:
-    if str(source) == '-':
-        images = [Path(name) for name in split_names(sys.stdin.buffer.read())]
-    elif os.path.isdir(source):  # Path.is_dir raises for a name that is too long
-        return _list_folder(source)
-    elif source.suffix.lower() == '.csv':
-        images = [source.parent / path for path in read_listing(source, ('path',)).path]
-    else:
-        images = [source]
+def _list_source(source: str) -> list[Path]:
+    if source == '-':
+        images = _read_list(sys.stdin.buffer.read(), Path(), source)
+        return _checked(images, 'standard input')
+    path = correct_path(source)
+    suffix = path.suffix.lower()
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
+        return _list_folder(path)
+    if suffix in TABLE_SUFFIXES:
+        names = correct_paths(path.parent, read_listing(path, ('path',)).path)
+        return _checked([path.parent / name for name in names], source)
+    if suffix in LIST_SUFFIXES:
+        return _checked(_read_list(read_bytes(path, MAX_LISTING), path.parent, source), source)
+    return [path]
+
+
+def _read_list(data: bytes, folder: Path, source: str) -> list[Path]:
+    return [folder / name for name in correct_paths(folder, read_names(data, folder, source))]
+
+
+def _checked(images: list[Path], source: str) -> list[Path]:
     if not images:
         raise UsageError(f'{source}: the list of images is empty. Write the path of an image in each line.')
     return images

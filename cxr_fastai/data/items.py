@@ -18,9 +18,10 @@ from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.folders import describe_own_folder
 from cxr_fastai.core.foreign import open_regular, read_json
+from cxr_fastai.core.paths import FOREIGN_PATH, correct_path, correct_paths, is_windows_path
 from cxr_fastai.core.recipe import CHOICES, VOCAB, Recipe
 from cxr_fastai.core.schemas import Choice, Table
-from cxr_fastai.data.find import LINK, describe_ignored, find_images
+from cxr_fastai.data.find import LINK, TABLE_SUFFIXES, describe_ignored, find_images
 from cxr_fastai.data.layout import (
     LAYOUT,
     check_spellings,
@@ -59,12 +60,16 @@ def data_root(data: StrPath | None = None) -> Path:
 
     Raises `CXRError` if it does not exist or is neither a folder nor a file; the message says how to get images.
     """
-    root = Path(data or os.environ.get('CXR_DATA') or 'data/chest_xray')
+    root = correct_path(data or os.environ.get('CXR_DATA') or 'data/chest_xray')
     if root.is_dir():
         return root
     if root.exists():
         open_regular(root).close()  # raises an error that names a pipe or a device
         return root
+    if is_windows_path(root):
+        raise CXRError(f'{root}: no such folder of images: {FOREIGN_PATH}.')
+    if root.suffix.lower() in TABLE_SUFFIXES:
+        raise CXRError(f'{root}: no such file. Check the name of the table of images.')
     raise CXRError(
         f'{root}: no such folder of images. Name a folder with --data DIR or CXR_DATA, download the data set with '
         '`cxr-fastai data download data/chest_xray`, or make synthetic images with `cxr-fastai data demo DIR`.'
@@ -127,7 +132,7 @@ def read_table(
     missing = [name for name in ('path', 'label') if name not in table]
     if missing:
         raise UsageError(f'the table has no column {" or ".join(missing)}, but {", ".join(map(str, table))}.')
-    texts = table.assign(path=[str(path) for path in table.path]).reset_index(drop=True)
+    texts = table.assign(path=correct_paths(root, map(str, table.path))).reset_index(drop=True)
     return _split_and_limit(_read_rows(texts, root), valid, seed, limit, valid_pct)
 
 
@@ -179,6 +184,7 @@ def _describe_empty(root: Path, ignored: Counter[str]) -> str:
 
 def _read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     table = read_listing(path)
+    table = table.assign(path=correct_paths(path.parent, table.path))
     items = _read_rows(table, path)
     rows_by_path = table.assign(path=table.path.map(posixpath.normpath)).drop_duplicates('path').set_index('path')
     for name in columns:

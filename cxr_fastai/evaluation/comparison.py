@@ -14,6 +14,7 @@ import pandas as pd
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import StrPath, check_new, write_json, writing
+from cxr_fastai.core.folders import describe_own_folder
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import identify_images
 from cxr_fastai.evaluation.clusters import compare_clustered_auc
@@ -71,6 +72,7 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
 
     Raises `UsageError` for a folder without a run, and for a run that is named twice.
     """
+    _check_order(folders)
     runs: list[Run] = []
     for folder in folders:
         inside = sorted(path.parent for path in folder.glob('*/recipe.json'))
@@ -82,6 +84,21 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
         if counts[run.path.resolve()] > 1:
             raise UsageError(f'{run.path} is named twice: a run cannot be compared with itself. Name it once.')
     return runs
+
+
+def _check_order(folders: Sequence[Path]) -> None:
+    """Raise `UsageError` if images are named among the runs."""
+    is_run = [_contains_run(folder) for folder in folders]
+    for folder, is_known in zip(folders, is_run, strict=True):
+        if any(is_run) and not is_known and folder.exists() and describe_own_folder(folder) is None:
+            raise UsageError(
+                f'{folder}: not a run folder. Name the run first and images with --data: '
+                f'`cxr-fastai evaluate {folders[is_run.index(True)]} --data {folder}`.'
+            )
+
+
+def _contains_run(folder: Path) -> bool:
+    return (folder / 'recipe.json').is_file() or any(folder.glob('*/recipe.json'))
 
 
 def name_runs(runs: Sequence[Run]) -> dict[str, Run]:

@@ -19,6 +19,7 @@ from PIL.Image import Transpose
 
 from cxr_fastai.core.errors import ImageError, first_line
 from cxr_fastai.core.foreign import IS_LFS_POINTER, LFS_POINTER
+from cxr_fastai.core.paths import FOREIGN_PATH, is_windows_path
 from cxr_fastai.images import dicom
 from cxr_fastai.images.arrays import describe_array, grey_pixels
 from cxr_fastai.images.formats import name_foreign_format
@@ -149,7 +150,8 @@ def read_bytes(path: str | Path) -> bytes:
         _check_bytes(status.st_size)
         return Path(path).read_bytes()
     except OSError as error:
-        raise ImageError(error.strerror or str(error), 'E_IO') from error
+        reason = error.strerror or str(error)
+        raise ImageError(f'{reason}: {FOREIGN_PATH}' if is_windows_path(path) else reason, 'E_IO') from error
     except ValueError:  # for example a NUL character
         raise ImageError('not a valid file name', 'E_IO') from None
 

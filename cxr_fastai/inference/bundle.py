@@ -28,7 +28,7 @@ import numpy as np
 from cxr_fastai.core.environment import process_count, read_integer, require_package
 from cxr_fastai.core.errors import CXRError, UsageError, first_line
 from cxr_fastai.core.files import StrPath
-from cxr_fastai.core.foreign import FIX, open_regular, parse_json
+from cxr_fastai.core.foreign import FIX, IS_LFS_POINTER, LFS_POINTER, open_regular, parse_json
 from cxr_fastai.core.hardware import thread_limit
 from cxr_fastai.core.schemas import Fields, Integer, Table, Text
 from cxr_fastai.core.zips import check_zip
@@ -45,6 +45,8 @@ ONNX = 'model.onnx'
 SELFTEST = 'selftest.safetensors'
 GATE = 'gate.safetensors'
 CARD = 'MODEL_CARD.md'
+TEXTS = (CONFIG, CARD)
+"""Files that also count as unchanged with the line ends of Windows."""
 FILES = (CONFIG, WEIGHTS, ONNX, SELFTEST, GATE, CARD, LEARNER)
 """The file names that a manifest may contain."""
 
@@ -80,6 +82,8 @@ class Bundle:
     def open(cls, path: StrPath) -> Bundle:
         """Open the bundle `path`. Raises `UsageError` if there is none, and `CXRError` if it is damaged or outdated."""
         path = Path(path)
+        if not path.exists():
+            raise UsageError(f'{path}: no such file or folder. Name a bundle, which `cxr-fastai export RUN` makes.')
         if not is_bundle(path):
             raise UsageError(f'{path}: not a bundle. `cxr-fastai export RUN` makes one.')
         bundle = cls(path)
@@ -142,13 +146,23 @@ class Bundle:
         """Return the bytes of the file `name`. Raises `CXRError` if they do not match the hash in the manifest."""
         if name not in self:
             raise CXRError(f'{self.path}: the bundle has no {name}. Export the run again.')
-        data = self._read_bytes(name, self.manifest[name]['size'])
-        if hashlib.sha256(data).hexdigest() != self.manifest[name]['sha256']:
-            raise CXRError(
-                f'{self.path / name}: does not match its hash in the manifest, so it was damaged or changed. '
-                'Get the bundle again from its source.'
-            )
-        return data
+        size = self.manifest[name]['size']
+        data = self._read_bytes(name, size)
+        if self._matches(name, data):
+            return data
+        if data.startswith(LFS_POINTER):
+            raise CXRError(f'{self.path / name}: {IS_LFS_POINTER}.')
+        if name in TEXTS:  # Git and editors may have changed its line ends to those of Windows
+            data = self._read_bytes(name, 2 * size).replace(b'\r\n', b'\n')
+            if self._matches(name, data):
+                return data
+        raise CXRError(
+            f'{self.path / name}: does not match its hash in the manifest, so it was damaged or changed. '
+            'Get the bundle again from its source.'
+        )
+
+    def _matches(self, name: str, data: bytes) -> bool:
+        return hashlib.sha256(data).hexdigest() == self.manifest[name]['sha256']
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
         """Return the arrays of the safetensors file `name`. Raises `CXRError` if it is damaged."""

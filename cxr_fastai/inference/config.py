@@ -27,6 +27,9 @@ SCHEMA = 2
 WEIGHTS = 'model.safetensors'
 LEARNER = 'learner.pkl'
 
+RECIPE = 'recipe.json'
+MODELS = 'run folder that `cxr-fastai train` finished, a bundle that `cxr-fastai export` made, or a .pkl file'
+"""What the commands that predict take as a model."""
 MAX_SIZE = 2**12
 """Largest side of an image, in px, that a model file may ask for."""
 FIELDS: dict[str, Rule] = {
@@ -120,15 +123,16 @@ def find_network(run: Path) -> Path:
     for name in (WEIGHTS, LEARNER):
         if (run / name).exists():
             return run / name
+    if not run.exists():
+        raise UsageError(f'{run}: no such file or folder. Name a {MODELS}.')
     if (run / 'state.pt').exists():
         raise UsageError(
             f'{run}: its training was interrupted, so it has no network yet. `cxr-fastai train --resume '
             f'{quote(str(run))}` continues it.'
         )
-    raise UsageError(
-        f'{run}: no model there. Name a run folder that `cxr-fastai train` finished, a bundle that '
-        '`cxr-fastai export` made, or a .pkl file.'
-    )
+    if (run / RECIPE).is_file():
+        raise UsageError(f'{run}: no model there, because its training has not finished. Name a {MODELS}.')
+    raise UsageError(f'{run}: no model there. Name the model first, then the images; a model is a {MODELS}.')
 
 
 def identify_network(run: Path) -> str:

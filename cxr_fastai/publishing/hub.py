@@ -9,10 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cxr_fastai.core.environment import require_package
-from cxr_fastai.core.errors import CXRError, first_line
+from cxr_fastai.core.errors import CXRError, UsageError, first_line
 from cxr_fastai.core.files import StrPath, check_new, write_text, writing
 from cxr_fastai.core.templates import render_template
-from cxr_fastai.inference.bundle import CARD, MANIFEST, Bundle, manifest_text
+from cxr_fastai.inference.bundle import CARD, MANIFEST, Bundle, is_bundle, manifest_text
 from cxr_fastai.inference.config import LEARNER
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
@@ -52,6 +52,8 @@ def push(path: StrPath, repo: str, private: bool = False, with_pickle: bool = Fa
     require_package('huggingface_hub', 'push-to-hub', 'hub')
     from huggingface_hub import HfApi
 
+    if is_bundle(Path(repo)) and not is_bundle(path):
+        raise UsageError(f'{repo}: a bundle, not a repository. Name them the other way round: the bundle first.')
     bundle = Bundle.open(path)
     with TemporaryDirectory() as folder:
         copy_bundle(Path(folder), bundle, with_pickle)

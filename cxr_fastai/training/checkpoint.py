@@ -168,6 +168,7 @@ def load_state(run: Run) -> dict[str, Any] | None:
     paths = [run / name for name in (STATE, PREVIOUS_STATE) if (run / name).exists()]
     if not paths:
         return None
+    open_regular(paths[0]).close()  # raises an error that names what is no file, such as a pointer of Git LFS
     for path in paths:
         # A damaged file can raise any exception in pickle and zipfile.
         with suppress(Exception):

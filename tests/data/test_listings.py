@@ -2,6 +2,8 @@
 
 import io
 import sys
+import unicodedata
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +11,13 @@ import pandas as pd
 import pytest
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.errors import CXRError, ImageError, UsageError
+from cxr_fastai.core.foreign import LFS_POINTER
 from cxr_fastai.data.find import list_images
-from cxr_fastai.data.items import ITEM_COLUMNS, read_items
-from cxr_fastai.data.listings import read_listing
+from cxr_fastai.data.items import ITEM_COLUMNS, data_root, read_items, read_table
+from cxr_fastai.data.listings import KAGGLE_COMMAND, KAGGLE_FILE, read_listing
+from cxr_fastai.data.sources import SOURCES
+from cxr_fastai.images.decode import read_image
 
 ROWS = 'path,label,split,patient\na.png,NORMAL,train,p1\nb é.png,PNEUMONIA,val,p2\nc.png,NORMAL,test,\n'
 EXPECTED = [
@@ -207,3 +212,143 @@ def test_rows_in_errors_are_counted_from_the_first_line_of_the_file(tmp_path):
 def test_images_to_predict_need_no_labels(folder):
     (folder / 'images.csv').write_text('path\na.png\nc.png\n')
     assert list_images([folder / 'images.csv']) == [folder / 'a.png', folder / 'c.png']
+
+
+NAMES = ['a.png', 'b é.png']
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
+        b'"a.png"\r\n"b \xc3\xa9.png"\r\n',
+        b"'a.png'\n  b \xc3\xa9.png  \n",
+        b'# two images\n\na.png\n# the second\nb \xc3\xa9.png\n',
+        b'a.png\0b \xc3\xa9.png\0',
+        b'path,label\na.png,NORMAL\nb \xc3\xa9.png,PNEUMONIA\n',
+        b'\xef\xbb\xbfsep=;\r\n"Path";"label"\r\n"a.png";NORMAL\r\nb \xc3\xa9.png;NORMAL\r\n',
+        'a.png\r\nb é.png\r\n'.encode('utf-16-le'),
+        'a.png\r\nb é.png\r\n'.encode('utf-16-be'),
+        b'a.png\rb \xc3\xa9.png\r',
+        b'a.png\nb \xe9.png\n',
+        '.\\a.png\nb é.png\n'.encode(),
+    ],
+    ids=['quotes', 'single quotes, spaces', 'comments', 'NUL', 'table', 'sep=', 'UTF-16LE', 'UTF-16BE', 'CR']
+    + ['Windows-1252', 'backslash'],
+)
+@pytest.mark.parametrize('place', ['standard input', 'file'])
+def test_lists_are_read_in_every_common_form(folder, monkeypatch, data, place):
+    monkeypatch.chdir(folder)
+    if place == 'file':
+        (folder / 'list.txt').write_bytes(data)
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(data)))
+    images = list_images([folder / 'list.txt' if place == 'file' else '-'])
+    assert [image.name for image in images] == NAMES
+    assert all(image.is_file() for image in images)
+
+
+@pytest.mark.parametrize('data', [b'', b'# nothing\n\n', b'sep=;\n', b'path\n'])
+def test_an_empty_list_is_an_error(folder, monkeypatch, data):
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(data)))
+    with pytest.raises(UsageError, match='standard input: the list of images is empty'):
+        list_images('-')
+    (folder / 'empty.txt').write_bytes(data)
+    with pytest.raises(UsageError, match='empty.txt: the list of images is empty'):
+        list_images(folder / 'empty.txt')
+
+
+def test_a_file_whose_name_looks_like_a_comment_is_listed(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path('#1.png').write_bytes(b'image')
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(b'#1.png\n# 2\na.png\n')))
+    assert list_images('-') == [Path('#1.png'), Path('a.png')]
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'path,label\n# second half\na.png,NORMAL\n',
+        'path,label\n#by hand, on Monday\n,,\na.png,NORMAL\n'.replace('#by', '# by'),
+        'path|label\na.png|NORMAL\n',
+        'sep=|\npath|label\na.png|NORMAL\n',
+        '"path,label"\n"a.png,NORMAL"\n',
+        '"path;label"\n\n"a.png;NORMAL"\n',
+        ' path ; Label \n a.png ; NORMAL \n',
+    ],
+)
+def test_comments_between_rows_and_other_separators_are_understood(tmp_path, text):
+    (tmp_path / 'images.csv').write_text(text)
+    assert read_listing(tmp_path / 'images.csv').to_dict('records') == [{'path': 'a.png', 'label': 'NORMAL'}]
+
+
+def test_an_image_whose_name_begins_with_a_number_sign_is_no_comment(tmp_path):
+    (tmp_path / 'images.csv').write_text('path,label\n#1.png,NORMAL\n')
+    assert list(read_listing(tmp_path / 'images.csv').path) == ['#1.png']
+
+
+def test_paths_of_windows_and_other_forms_of_letters_are_read_from_a_csv_file(folder, monkeypatch):
+    (folder / 'train').mkdir()
+    (folder / 'train/d.png').write_bytes(b'image')
+    decomposed = unicodedata.normalize('NFD', 'b é.png')
+    rows = ['path,label,age', 'train\\d.png,NORMAL,7', f'{decomposed},PNEUMONIA,8']
+    (folder / 'images.csv').write_text('\n'.join(rows))
+    items = read_items(folder / 'images.csv', columns=['age'])
+    assert items.set_index('path').age.to_dict() == {'train/d.png': '7', 'b é.png': '8'}
+    assert [image.is_file() for image in list_images(folder / 'images.csv')] == [True, True]
+    table = pd.DataFrame({'path': ['train\\d.png', decomposed], 'label': ['NORMAL', 'PNEUMONIA']})
+    assert set(read_table(table, folder).path) == {'train/d.png', 'b é.png'}
+
+
+def test_an_absolute_path_of_windows_is_named(folder, capsys):
+    (folder / 'images.csv').write_text('path,label\nC:\\data\\a.png,NORMAL\n')
+    with pytest.raises(UsageError, match='no such file in row 2. C:.*is a path of Windows, but this computer'):
+        read_items(folder / 'images.csv')
+    with pytest.raises(CXRError, match='D:.*a path of Windows'):
+        data_root('D:\\chest_xray')
+    with pytest.raises(ImageError, match='E_IO: No such file or directory: a path of Windows'):
+        read_image('C:\\data\\x.png')
+
+
+@pytest.mark.parametrize('start', [b'PK\x03\x04' + bytes(26) + b'xl/workbook.xml', b'\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1'])
+@pytest.mark.parametrize('name', ['list.xlsx', 'list.xls', 'list.csv'])
+def test_a_spreadsheet_in_place_of_a_csv_file_is_named(tmp_path, name, start):
+    (tmp_path / name).write_bytes(start + bytes(1000))
+    for read in (list_images, read_items):
+        with pytest.raises(UsageError, match='a spreadsheet, not a CSV file. Save it as CSV'):
+            read(tmp_path / name)
+
+
+def test_an_archive_in_place_of_images_is_named_with_the_command_that_reads_it(tmp_path, capsys):
+    archive = tmp_path / 'chest-xray-pneumonia.zip'
+    with zipfile.ZipFile(archive, 'w') as file:
+        file.writestr('chest_xray/train/NORMAL/a.jpeg', b'image')
+    for command in (['train', '--data'], ['data', 'audit'], ['data', 'prepare']):
+        assert main([*command, str(archive)]) == 2
+        assert 'an archive (ZIP), not a folder' in (error := capsys.readouterr().err)
+        assert KAGGLE_COMMAND in error and KAGGLE_FILE in error
+
+
+def test_the_file_that_the_download_of_kaggle_reads_is_named():
+    source = SOURCES['kaggle']
+    assert f'--source {source.name}' in KAGGLE_COMMAND
+    assert Path(KAGGLE_FILE).name == source.file
+    assert f'{KAGGLE_COMMAND.split()[3]}.download' == str(Path(KAGGLE_FILE).parent)
+
+
+def test_an_image_or_a_pointer_of_git_lfs_in_place_of_a_csv_file_is_named(tmp_path):
+    (tmp_path / 'a.csv').write_bytes(b'\xff\xd8\xff\xe0')
+    with pytest.raises(UsageError, match='a.csv: a file in the format JPEG, not a CSV file'):
+        read_items(tmp_path / 'a.csv')
+    (tmp_path / 'a.csv').write_bytes(LFS_POINTER + b'.github.com/spec/v1\n')
+    with pytest.raises(UsageError, match='a.csv: a pointer of Git LFS.*git lfs pull'):
+        read_items(tmp_path / 'a.csv')
+
+
+def test_a_missing_table_is_no_missing_folder(tmp_path):
+    with pytest.raises(CXRError, match='gone.csv: no such file'):
+        data_root(tmp_path / 'gone.csv')
+
+
+def test_the_columns_of_a_table_without_paths_are_named(tmp_path):
+    (tmp_path / 'a.csv').write_text('filename,label\na.png,NORMAL\n')
+    with pytest.raises(UsageError, match="has no column path. The first row .* contains 'filename, label'"):
+        read_items(tmp_path / 'a.csv')

@@ -10,7 +10,10 @@ from cxr_fastai.core.errors import UsageError
 PICKLE_SUFFIXES = ('.pkl', '.pth', '.pt', '.pickle')
 """File names under which exported learners are shared. Other files are pickles only if they start like one."""
 NAME_FOLDER = 'Name the run folder or the bundle that contains it: {folder}.'
-NAME_MODEL = 'Name a run folder of `cxr-fastai train`, a bundle of `cxr-fastai export`, or a .pkl file.'
+NAME_MODEL = (
+    'Name a run folder of `cxr-fastai train`, a bundle of `cxr-fastai export`, or a .pkl file; images come after the '
+    'model.'
+)
 KINDS = (
     (rb'\xff\xd8\xff|\x89PNG|GIF8|II\*\0|MM\0\*|BM|.{128}DICM', 'an image', 'Name the model first, then the images.'),
     (rb'\s*[{\[]\s*["{\[\]}]', 'a JSON file', NAME_FOLDER),

@@ -156,7 +156,7 @@ def test_standard_input_names_one_image_per_line(bundle, odd, image, tmp_path, m
 def test_standard_input_without_an_image_is_a_usage_error(bundle, monkeypatch):
     monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'\n \n')))
     code, _, errors = run_command('predict', bundle, '-')
-    assert code == 2 and 'no images found' in errors
+    assert code == 2 and 'standard input: the list of images is empty' in errors
 
 
 def test_maps_are_named_by_the_number_of_the_row(bundle, odd, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from cxr_fastai.core.errors import CXRError, UsageError
-from cxr_fastai.core.foreign import MAX_DEPTH, parse_json, read_bytes, read_json, read_text
+from cxr_fastai.core.foreign import LFS_POINTER, MAX_DEPTH, open_regular, parse_json, read_bytes, read_json, read_text
 
 
 def test_a_regular_file_is_read(tmp_path):
@@ -78,3 +78,13 @@ def test_the_largest_permitted_depth_is_read():
 def test_the_advice_and_the_class_of_the_error_can_be_chosen():
     with pytest.raises(UsageError, match='Write it again.'):
         parse_json('?', 'f.json', fix='Write it again.', error=UsageError)
+
+
+@pytest.mark.parametrize(
+    'read', [open_regular, read_json, lambda path: read_bytes(path, 10), lambda path: read_text(path, 10)]
+)
+def test_a_pointer_of_git_lfs_is_named_by_every_reader(tmp_path, read):
+    path = tmp_path / 'model.onnx'
+    path.write_bytes(LFS_POINTER + b'.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n')
+    with pytest.raises(UsageError, match='model.onnx: a pointer of Git LFS, not the file itself. Run `git lfs pull`'):
+        read(path)

@@ -121,7 +121,7 @@ def test_runs_are_found_in_folders_and_have_different_names(two_runs, tmp_path):
 def test_a_run_named_twice_and_a_folder_without_runs_are_refused(two_runs, tmp_path):
     with pytest.raises(UsageError, match='named twice'):
         find_runs([two_runs, two_runs / 'a'])
-    with pytest.raises(UsageError, match='is not a run folder'):
+    with pytest.raises(UsageError, match='no such run folder'):
         find_runs([tmp_path / 'nothing'])
 
 

@@ -14,8 +14,9 @@ from bundlefiles import change_json, seal
 from safetensors.numpy import load
 
 from cxr_fastai.core.errors import CXRError, UsageError
-from cxr_fastai.inference.bundle import CONFIG, FILES, GATE, MANIFEST, SELFTEST, Bundle
-from cxr_fastai.inference.config import find_network, sha256
+from cxr_fastai.core.foreign import LFS_POINTER
+from cxr_fastai.inference.bundle import CARD, CONFIG, FILES, GATE, MANIFEST, SELFTEST, Bundle
+from cxr_fastai.inference.config import WEIGHTS, find_network, sha256
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.tensors import tensor_bytes
 
@@ -153,3 +154,35 @@ def test_a_folder_without_one_of_its_files_is_named(bundle, tmp_path):
     (copy / GATE).unlink()
     with pytest.raises(UsageError, match='the bundle lacks its file gate.safetensors'):
         Predictor.load(copy)
+
+
+@pytest.mark.parametrize('name', [CONFIG, CARD, MANIFEST])
+def test_texts_with_line_ends_of_windows_are_unchanged(bundle, tmp_path, name):
+    copy = shutil.copytree(bundle, tmp_path / 'b')
+    (copy / name).write_bytes((copy / name).read_bytes().replace(b'\n', b'\r\n'))
+    opened = Bundle.open(copy)
+    assert opened.config == Bundle.open(bundle).config
+    assert opened.read(CARD) == Bundle.open(bundle).read(CARD)
+
+
+def test_other_changes_of_line_ends_are_refused(bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / 'b')
+    (copy / CONFIG).write_bytes((copy / CONFIG).read_bytes().replace(b'\n', b'\n\n'))
+    with pytest.raises(CXRError, match='does not match its hash'):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize('as_zip', [False, True])
+@pytest.mark.parametrize('name', [CONFIG, SELFTEST, WEIGHTS])
+def test_a_pointer_of_git_lfs_in_a_bundle_is_named(bundle, tmp_path, name, as_zip):
+    copy = shutil.copytree(bundle, tmp_path / 'b')
+    (copy / name).write_bytes(LFS_POINTER + b'.github.com/spec/v1\n')
+    if as_zip:
+        copy = Path(shutil.make_archive(str(copy), 'zip', copy))
+    with pytest.raises(CXRError, match=f'{name}: a pointer of Git LFS, not the file itself. Run `git lfs pull`'):
+        Bundle.open(copy).engine('torch')
+
+
+def test_a_missing_bundle_is_not_called_something_else(tmp_path):
+    with pytest.raises(UsageError, match='gone: no such file or folder'):
+        Bundle.open(tmp_path / 'gone')

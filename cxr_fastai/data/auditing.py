@@ -14,7 +14,7 @@ from PIL import Image
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.files import StrPath, write_json, write_text, writing
 from cxr_fastai.core.templates import data_uri, render_template
-from cxr_fastai.data.find import OWN_PICTURE, describe_ignored, short_path, shown_path
+from cxr_fastai.data.find import describe_ignored, short_path, shown_path
 from cxr_fastai.data.image_stats import MAX_PAIRS, MIN_CORRELATION, find_duplicates, measure_images
 from cxr_fastai.data.items import identify_images, image_root, read_items
 from cxr_fastai.data.probes import LABEL, SHORTCUT_AUC, probe_label, probe_shift
@@ -28,8 +28,9 @@ from cxr_fastai.data.splits import (
     validation_warning,
 )
 from cxr_fastai.images.decode import open_image
+from cxr_fastai.images.formats import FIGURES, MASKS
 
-EXPECTED_REASONS = ('listed twice', '__MACOSX', '._*', '.DS_Store', 'nested chest_xray', 'masks', OWN_PICTURE)
+EXPECTED_REASONS = ('listed twice', '__MACOSX', '._*', '.DS_Store', 'nested chest_xray', MASKS, FIGURES)
 """Reasons for leaving files out that are no finding, or have a finding of their own."""
 NOT_TRAINABLE = 'not trainable with these splits'
 SMALL_VALIDATION = 'validation too small to select an epoch'

@@ -16,14 +16,13 @@ from cxr_fastai.core.foreign import read_bytes
 from cxr_fastai.core.paths import correct_path, correct_paths
 from cxr_fastai.data.listings import MAX_LISTING, read_listing, read_names
 from cxr_fastai.images.decode import FORMATS, SUFFIXES, sniff
-from cxr_fastai.images.formats import HEAD_BYTES, is_own_picture, name_foreign_format
+from cxr_fastai.images.formats import HEAD_BYTES, name_foreign_format, name_own_picture
 
 NOT_AN_IMAGE = 'not an image'
 TABLE_SUFFIXES = ('.csv', '.tsv', '.xlsx', '.xls', '.ods')
 LIST_SUFFIXES = ('.txt', '.lst', '.list')
 """Suffixes of files that list images: as a table (the error about a spreadsheet says how to save one), or in lines."""
 LINK = 'link out of the folder or in a circle'
-OWN_PICTURE = 'maps, masks or figures of cxr_fastai'
 """Reasons for leaving files out."""
 
 
@@ -155,8 +154,9 @@ def _reason_by_content(path: Path) -> str | None:
             start = file.read(HEAD_BYTES)
     except OSError:
         return None if has_image_suffix else 'unreadable'
-    if is_own_picture(start):
-        return OWN_PICTURE
+    drawn = name_own_picture(start)
+    if drawn:
+        return drawn
     if has_image_suffix or sniff(start) != '?':
         return None
     form = name_foreign_format(start)

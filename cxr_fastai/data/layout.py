@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.images.formats import MASKS
 
 SPLIT_NAMES = {
     'train': 'train',
@@ -26,7 +27,7 @@ CLASS_NAMES = {name.lower(): name for name in VOCAB}
 KIND_NAMES = {'bacteria': 'bacteria', 'bacterial': 'bacteria', 'virus': 'virus', 'viral': 'virus'}
 """Word in the name of a folder, in lower case, to the kind of pneumonia of the images in it."""
 WORD = re.compile('[a-z]+')
-OTHER_FOLDERS = {'chest_xray': 'nested chest_xray', 'masks': 'masks'}
+OTHER_FOLDERS = {'chest_xray': 'nested chest_xray', 'masks': MASKS}
 """Folders next to the splits that are ignored on purpose: the second copy in Kaggle's zip file, the demo's masks."""
 NESTED = 'chest_xray'
 OUTSIDE = 'outside the class folders'

@@ -36,8 +36,11 @@ SPREADSHEET = 'spreadsheet'
 ARCHIVES = ('ZIP', 'gzip', '7z', 'RAR')
 HEAD_BYTES = 352
 """Bytes at the start of a file that are enough to recognise its format."""
-MARK = b'tEXtSoftware\0' + SOFTWARE.encode()
-"""The part of a PNG file that names the software which drew it."""
+FIGURES = 'maps or figures of cxr_fastai'
+MASKS = 'masks'
+"""What pictures that this package drew are."""
+MARKS = ((b'tEXtSoftware\0' + SOFTWARE.encode() + b' masks', MASKS), (b'tEXtSoftware\0' + SOFTWARE.encode(), FIGURES))
+"""The part of a PNG file that names the software which drew it, and what it drew."""
 
 
 def name_foreign_format(data: bytes) -> str | None:
@@ -48,13 +51,17 @@ def name_foreign_format(data: bytes) -> str | None:
     return None
 
 
-def png_mark() -> PngInfo:
-    """Return the metadata that mark a PNG file as a map, mask or figure of this package."""
+def png_mark(kind: str = FIGURES) -> PngInfo:
+    """Return the metadata that mark a PNG file as drawn by this package: `FIGURES` or `MASKS`."""
     info = PngInfo()
-    info.add_text('Software', SOFTWARE)
+    info.add_text('Software', f'{SOFTWARE} masks' if kind == MASKS else SOFTWARE)
     return info
 
 
-def is_own_picture(data: bytes) -> bool:
-    """Return whether a file that starts with `data` is a map, mask or figure of this package, and not an X-ray."""
-    return data.startswith(b'\x89PNG') and MARK in data[:HEAD_BYTES]
+def name_own_picture(data: bytes) -> str | None:
+    """Return what a PNG file that starts with `data` is, if this package drew it; None for any other file."""
+    if data.startswith(b'\x89PNG'):
+        for mark, kind in MARKS:
+            if mark in data[:HEAD_BYTES]:
+                return kind
+    return None

@@ -20,7 +20,7 @@ from scipy.ndimage import affine_transform, gaussian_filter
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import StrPath, check_new, writing
 from cxr_fastai.core.progress import progress
-from cxr_fastai.images.formats import png_mark
+from cxr_fastai.images.formats import MASKS, png_mark
 
 SHARES = {'train': 0.6, 'val': 0.2, 'test': 0.2}
 """Folder of the data set to its share of the images. The real `val` has 16 images, too few to measure anything."""
@@ -112,7 +112,7 @@ def _file_name(kind: str, patient: int, view: int) -> str:
 
 def _save(pixels: np.ndarray, path: Path, quality: int | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {'pnginfo': png_mark()} if quality is None else {'quality': quality}
+    options: dict[str, Any] = {'pnginfo': png_mark(MASKS)} if quality is None else {'quality': quality}
     Image.fromarray(pixels).save(path, **options)
 
 

@@ -107,7 +107,7 @@ def test_maps_of_an_earlier_prediction_are_not_predicted(run, images, tmp_path, 
     assert main(['predict', str(run.path), str(folder)]) == 0
     shown = capsys.readouterr()
     assert '1 images' in shown.out
-    assert '2 maps, masks or figures of cxr_fastai' in shown.err
+    assert '2 maps or figures of cxr_fastai' in shown.err
 
 
 def test_evaluate_says_what_was_left_out(run, images, tmp_path, capsys):

@@ -9,9 +9,10 @@ from PIL import Image
 from cxr_fastai.cli import main
 from cxr_fastai.core.errors import CXRWarning, ImageError, UsageError
 from cxr_fastai.core.figures import axes, save_figure
-from cxr_fastai.data.find import LINK, OWN_PICTURE, find_images, list_images, shown_path
+from cxr_fastai.data.find import LINK, find_images, list_images, shown_path
 from cxr_fastai.evaluation.figures import save_picture
 from cxr_fastai.images.decode import read_image
+from cxr_fastai.images.formats import FIGURES, MASKS
 from cxr_fastai.images.synthetic import make_demo
 
 
@@ -144,7 +145,7 @@ def test_maps_masks_and_figures_of_this_package_are_not_images(tmp_path):
     Image.new('L', (80, 80)).save(tmp_path / 'other.png')
     images, ignored = find_images(tmp_path)
     masks = len(list((tmp_path / 'masks').rglob('*.png')))
-    assert ignored == {OWN_PICTURE: masks + 2}
+    assert ignored == {MASKS: masks, FIGURES: 2}
     assert len(images) == 21
     assert list_images(tmp_path / 'p_maps/0001.png') == [tmp_path / 'p_maps/0001.png']
 

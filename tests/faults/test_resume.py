@@ -299,7 +299,7 @@ def test_two_damaged_states_are_an_error(interrupted, images):
 
 
 def test_a_folder_that_is_not_a_run_is_rejected_and_not_made(images, tmp_path):
-    with pytest.raises(UsageError, match='not a run folder'):
+    with pytest.raises(UsageError, match='no such run folder'):
         train(recipe_of('tuned'), images, tmp_path / 'typo', resume=True)
     assert not (tmp_path / 'typo').exists()
 

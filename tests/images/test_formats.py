@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cxr_fastai.images.decode import sniff
-from cxr_fastai.images.formats import MARK, is_own_picture, name_foreign_format, png_mark
+from cxr_fastai.images.formats import FIGURES, MARKS, MASKS, name_foreign_format, name_own_picture, png_mark
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,12 @@ def test_other_bytes_have_no_name(data):
     assert name_foreign_format(data) is None
 
 
-def test_a_marked_picture_is_recognised_and_another_is_not():
+@pytest.mark.parametrize('kind', [FIGURES, MASKS])
+def test_a_marked_picture_is_recognised_and_another_is_not(kind):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
     marked, plain = io.BytesIO(), io.BytesIO()
-    Image.fromarray(noise).save(marked, 'PNG', optimize=True, pnginfo=png_mark())
+    Image.fromarray(noise).save(marked, 'PNG', optimize=True, pnginfo=png_mark(kind))
     Image.fromarray(noise).save(plain, 'PNG')
-    assert is_own_picture(marked.getvalue())
-    assert not is_own_picture(plain.getvalue())
-    assert not is_own_picture(MARK)
+    assert name_own_picture(marked.getvalue()) == kind
+    assert name_own_picture(plain.getvalue()) is None
+    assert name_own_picture(MARKS[0][0]) is None

@@ -311,7 +311,7 @@ PredictImages = Annotated[
     list[Path],
     Argument(
         metavar='IMAGE|DIR|CSV|-...',
-        help='Images, folders, CSV files with a column path, or - for paths on standard input.',
+        help='Images, folders, CSV files with a column path, lists in .txt files, or - for a list on standard input.',
     ),
 ]
 NewTable = Annotated[

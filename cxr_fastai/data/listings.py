@@ -48,13 +48,20 @@ def read_names(data: bytes, folder: Path, source: str) -> list[str]:
         return [name for name in text.split('\0') if name.strip()]
     if _is_table(text, folder):
         return list(_parse(source, text).path.dropna())
-    return [line for line in _split_lines(text) if line.strip() and not _is_left_out(line.strip(), folder)]
+    lines = [line for line in _split_lines(text) if line.strip()]
+    return [line for line in _without_heading(lines) if not _is_left_out(line.strip(), folder)]
 
 
 def _split_lines(text: str) -> list[str]:
     if '\n' not in text:
         return text.split('\r')
     return [line.rstrip('\r') for line in text.split('\n')]
+
+
+def _without_heading(lines: list[str]) -> list[str]:
+    """Return `lines` without the heading of a column as PowerShell writes it: a name, and dashes below it."""
+    has_heading = len(lines) > 1 and set(lines[1].strip()) == {'-'}
+    return lines[2:] if has_heading else lines
 
 
 def _is_left_out(line: str, folder: Path) -> bool:

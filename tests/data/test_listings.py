@@ -231,9 +231,10 @@ NAMES = ['a.png', 'b é.png']
         b'a.png\rb \xc3\xa9.png\r',
         b'a.png\nb \xe9.png\n',
         '.\\a.png\nb é.png\n'.encode(),
+        '\r\nFullName\r\n--------\r\na.png   \r\nb é.png\r\n\r\n'.encode('utf-16'),
     ],
     ids=['quotes', 'single quotes, spaces', 'comments', 'NUL', 'table', 'sep=', 'UTF-16LE', 'UTF-16BE', 'CR']
-    + ['Windows-1252', 'backslash'],
+    + ['Windows-1252', 'backslash', 'PowerShell'],
 )
 @pytest.mark.parametrize('place', ['standard input', 'file'])
 def test_lists_are_read_in_every_common_form(folder, monkeypatch, data, place):
@@ -254,6 +255,11 @@ def test_an_empty_list_is_an_error(folder, monkeypatch, data):
     (folder / 'empty.txt').write_bytes(data)
     with pytest.raises(UsageError, match='empty.txt: the list of images is empty'):
         list_images(folder / 'empty.txt')
+
+
+def test_a_table_with_tabs_is_a_list_of_images(folder):
+    (folder / 'images.tsv').write_text('path\tlabel\na.png\tNORMAL\n')
+    assert list_images(folder / 'images.tsv') == [folder / 'a.png']
 
 
 def test_a_file_whose_name_looks_like_a_comment_is_listed(folder, monkeypatch):

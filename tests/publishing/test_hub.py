@@ -155,3 +155,14 @@ def wait_for_address(server: subprocess.Popen, log: Path) -> str:
             return address[0]
         time.sleep(0.1)
     raise AssertionError(log.read_text())
+
+
+@pytest.mark.parametrize(
+    'setting', [{'HF_HUB_OFFLINE': '1'}, {'HF_ENDPOINT': 'http://127.0.0.1:9'}], ids=['offline', 'down']
+)
+def test_a_push_without_connection_says_so(bundle, setting):
+    pytest.importorskip('huggingface_hub')
+    command = [sys.executable, '-m', 'cxr_fastai', 'push-to-hub', str(bundle), 'me/x']
+    pushed = subprocess.run(command, env=os.environ | setting, capture_output=True, text=True, timeout=120)
+    assert pushed.returncode == 1
+    assert 'error: me/x: the Hub cannot be reached' in pushed.stderr and 'rejected' not in pushed.stderr

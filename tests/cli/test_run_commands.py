@@ -74,7 +74,7 @@ def test_predict_writes_a_row_for_each_image_and_fails_only_for_the_bad_one(caps
 def test_predict_notes_the_window_of_deep_images_and_rejects_other_pictures(run, tmp_path):
     folder = tmp_path / 'in'
     folder.mkdir()
-    files = {'a.png': encoded(DEEP), 'b.dcm': dicom(), 'c.dcm': dicom(Modality='CT'), 'd.tif': b'II*'}
+    files = {'a.png': encoded(DEEP), 'b.dcm': dicom(), 'c.dcm': dicom(Modality='CT'), 'd.tif': b'II*\0'}
     for name, data in files.items():
         (folder / name).write_bytes(data)
     assert main(['predict', str(run.path), str(folder), '--out', str(tmp_path / 'p.csv')]) == 3

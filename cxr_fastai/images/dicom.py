@@ -6,10 +6,9 @@ Only the technical tags of `dicom_elements.TAGS` are parsed. Names, dates and id
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -17,43 +16,35 @@ from PIL import Image
 from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.images.dicom_elements import read_elements
-from cxr_fastai.images.dicom_frames import RLE, check_frame, unpack_rle
-from cxr_fastai.images.limits import MAX_WINDOWS, DecodedImage, check_pixels
+from cxr_fastai.images.dicom_header import (
+    PROCESSING_CLASS,
+    check_modality,
+    complete_elements,
+    read_numbers,
+)
+from cxr_fastai.images.dicom_pixels import decode_pixels
+from cxr_fastai.images.limits import MAX_PIXELS, MAX_WINDOWS, DecodedImage
 from cxr_fastai.images.windowing import count_levels, look_up, percentile_table, scale_to_grey, weighted_percentiles
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-MODALITIES = ('CR', 'DX')
-"""Computed and digital radiography. Other modalities, such as CT, US or digitised radiographs (RG), are rejected."""
-PHOTOMETRIC_INTERPRETATIONS = re.compile('MONOCHROME[12]|RGB|YBR_[A-Z0-9_]+')
-"""Photometric interpretations of a radiograph, which may be stored in colour."""
 SUFFIXES = ('.dcm', '.dicom')
 PICTURE_MAGIC = (b'\xff\xd8\xff', b'\x89PNG', b'II*\0', b'MM\0*')
 """First bytes of JPEG, PNG and TIFF files."""
 DATASET_MAGIC = (b'\2\0\0\0', b'\x08\0\5\0')
 """First bytes of DICOM files that lack the preamble."""
 
-JPEG_EXTENDED = '1.2.840.10008.1.2.4.51'
-PACKAGES = {
-    '1.2.840.10008.1.2.4.80': 'pyjpegls',
-    '1.2.840.10008.1.2.4.81': 'pyjpegls',
-    '1.2.840.10008.1.2.4.201': 'pylibjpeg-openjpeg',
-    '1.2.840.10008.1.2.4.202': 'pylibjpeg-openjpeg',
-    '1.2.840.10008.1.2.4.203': 'pylibjpeg-openjpeg',
-}
-"""Transfer syntax to the package that decodes it, if pydicom and Pillow do not."""
-OTHER_PACKAGE = 'python-gdcm'
-"""The package that decodes the remaining syntaxes, such as lossless JPEG."""
-
-AS_STORED: Any = {'as_rgb': False}
-"""Option of pydicom's decoders: YBR stays. Conversion to RGB takes a gigabyte for 40 megapixels."""
-SLACK = 65_536
-"""Bytes of compressed pixels beyond twice the raw size that are accepted; more is an attack on the decoder."""
 FAR_VALUE = 1e12
 """A value outside every window."""
 MIN_VISIBLE_LEVELS = 32
 """Minimum distance of the 1st and the 99th percentile, in grey levels, if a declared window is used."""
+SPACINGS = ('PixelSpacing', 'ImagerPixelSpacing', 'NominalScannedPixelSpacing', 'PixelAspectRatio')
+"""Elements that contain the height and the width of a pixel, or their ratio. The first that does is used."""
+MIN_STRETCH = 1.01
+"""Ratio of the sides of a pixel from which an image is resampled."""
+MAX_STRETCH = 4
+"""Ratio of the sides of a pixel from which the element is taken to be wrong."""
 
 
 def is_dicom(data: bytes, suffix: str = '') -> bool:
@@ -63,22 +54,25 @@ def is_dicom(data: bytes, suffix: str = '') -> bool:
     return suffix in SUFFIXES and not data.startswith(PICTURE_MAGIC)
 
 
-def read_dicom(data: bytes, modalities: Container[str] = MODALITIES) -> DecodedImage:
-    """Decode a DICOM file of one of the `modalities`.
+def read_dicom(data: bytes, modalities: Sequence[str] = ()) -> DecodedImage:
+    """Decode a DICOM file of a radiograph, or of one of the other `modalities`.
 
     The stored values pass the modality LUT or rescaling, then the first VOI LUT or window of the file that shows
-    something, or else the window between percentiles. MONOCHROME1 is inverted, padding becomes black. Raises
-    `ImageError` with a code E_DICOM_*, E_MULTIFRAME, E_BITDEPTH, E_TOO_LARGE, E_TIMEOUT or E_BLANK; its message quotes
-    no text of the file.
+    something, or else the window between percentiles. MONOCHROME1 and the presentation LUT shape INVERSE are inverted,
+    padding becomes black, and pixels that are not square are resampled. Elements that are missing or unreadable are
+    replaced by sensible values where there are any, with notes. Raises `ImageError` with a code E_DICOM_*,
+    E_MULTIFRAME, E_BITDEPTH, E_TOO_LARGE, E_TIMEOUT or E_BLANK; its message quotes no text of the file.
     """
     try:
         require_package('pydicom', 'reading DICOM', 'dicom')
     except UsageError as error:
         raise ImageError(str(error), 'E_DICOM_SYNTAX') from None
     try:
-        image = read_elements(data)
-        _check(image, modalities)
-        return _to_grey(image, _decode(image))
+        image, unreadable = read_elements(data)
+        notes = check_modality(image, modalities) + complete_elements(image)
+        if unreadable:
+            notes.append(f'not readable, so ignored: {", ".join(unreadable)}')
+        return _to_grey(image, decode_pixels(image), notes)
     except ImageError:
         raise
     # pydicom raises AttributeError, ValueError, struct.error and others, with messages that may quote the file.
@@ -86,61 +80,16 @@ def read_dicom(data: bytes, modalities: Container[str] = MODALITIES) -> DecodedI
         raise ImageError(f'damaged ({type(error).__name__})', 'E_DICOM_CORRUPT') from error
 
 
-def _check(image: Dataset, modalities: Container[str]) -> None:
-    """Raise `ImageError` if the file is not a single radiograph of an acceptable size."""
-    modality = str(image.get('Modality', 'none'))
-    if modality not in modalities:
-        # Only a well-formed modality is quoted, because the field may contain anything.
-        shown = modality if re.fullmatch('[A-Z]{2,4}|none', modality) else '(not a valid code)'
-        raise ImageError(f'modality {shown}: only CR and DX are accepted', 'E_DICOM_MODALITY')
-    if 'PixelData' not in image:
-        raise ImageError('no pixel data', 'E_DICOM_NOPIXEL')
-    if not PHOTOMETRIC_INTERPRETATIONS.fullmatch(str(image.get('PhotometricInterpretation', ''))):
-        raise ImageError('the photometric interpretation is not that of a radiograph', 'E_DICOM_MODALITY')
-    frames = int(image.get('NumberOfFrames') or 1)
-    if frames > 1:
-        raise ImageError(f'{frames} frames', 'E_MULTIFRAME')
-    check_pixels(image.Columns, image.Rows)
-    if image.get('HighBit', image.BitsStored - 1) != image.BitsStored - 1:
-        raise ImageError(f'{image.BitsStored} bits that end at bit {image.HighBit} are not supported', 'E_BITDEPTH')
-    raw_bytes = image.Rows * image.Columns * image.SamplesPerPixel * image.BitsAllocated // 8
-    if len(image.PixelData) > 2 * raw_bytes + SLACK:
-        raise ImageError(f'{len(image.PixelData):,} bytes for {raw_bytes:,} bytes of pixels', 'E_DICOM_CORRUPT')
-
-
-def _decode(image: Dataset) -> np.ndarray:
-    """Return the stored pixels (h, w), or (h, w, 3) in RGB, or the grey channel (h, w) of YBR."""
-    from pydicom.pixels import get_decoder
-
-    syntax = image.file_meta.TransferSyntaxUID
-    try:
-        supported = get_decoder(syntax).is_available
-    except NotImplementedError:
-        supported = False
-    if syntax == JPEG_EXTENDED and image.BitsStored > 8:  # Pillow decodes JPEG with 8 bits only
-        supported = False
-    if not supported:
-        package = PACKAGES.get(str(syntax), OTHER_PACKAGE)
-        shown = f'{syntax} ({syntax.name})' if re.fullmatch('[0-9.]+', syntax) else '(not a valid identifier)'
-        raise ImageError(f'transfer syntax {shown} needs the package {package}', 'E_DICOM_SYNTAX')
-    if syntax == RLE:
-        unpack_rle(image)
-    elif syntax.is_encapsulated:
-        check_frame(image)
-    pixels, facts = get_decoder(image.file_meta.TransferSyntaxUID).as_array(image, **AS_STORED)
-    if str(facts['photometric_interpretation']).startswith('YBR_FULL'):  # the first channel is grey already
-        return np.ascontiguousarray(pixels[..., 0])
-    return pixels
-
-
-def _to_grey(image: Dataset, stored: np.ndarray) -> DecodedImage:
+def _to_grey(image: Dataset, stored: np.ndarray, notes: list[str]) -> DecodedImage:
+    """Return the image of the `stored` pixels; `notes` are those of its elements."""
     if image.SamplesPerPixel > 1:
-        grey, notes = _grey_from_colour(stored)
+        grey, more_notes = _grey_from_colour(stored)
     else:
-        grey, notes = _grey_from_levels(image, stored)
+        grey, more_notes = _grey_from_levels(image, stored)
+    grey, stretch_notes = _make_pixels_square(image, grey)
     burned_in = str(image.get('BurnedInAnnotation')).upper() == 'YES'
     if burned_in:
-        notes.append('BurnedInAnnotation is YES: text in the picture may identify the patient')
+        more_notes.append('BurnedInAnnotation is YES: text in the picture may identify the patient')
     return DecodedImage(
         pixels=grey,
         format='DICOM',
@@ -148,9 +97,44 @@ def _to_grey(image: Dataset, stored: np.ndarray) -> DecodedImage:
         bits=int(image.BitsStored),
         width=image.Columns,
         height=image.Rows,
-        notes=tuple(notes),
+        notes=(*more_notes, *stretch_notes, *_note_intent(image), *notes),
         burned_in=burned_in,
     )
+
+
+def _note_intent(image: Dataset) -> list[str]:
+    """Return a note if the file contains what a detector measured, before the processing for display."""
+    intent = str(image.get('PresentationIntentType', '')).strip(' \0').upper()
+    if intent == 'FOR PROCESSING' or (not intent and image.get('SOPClassUID') == PROCESSING_CLASS):
+        return ['FOR PROCESSING: the contrast is not that of the image that a radiologist reads']
+    return []
+
+
+def _make_pixels_square(image: Dataset, grey: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Return `grey`, uint8 (h, w), resampled to square pixels, and a note of it (PS3.3, C.7.6.3.1.7 and 10.7.1.3).
+
+    The side of the image with the longer pixels is enlarged, or the other one reduced if it would be too large.
+    """
+    for name in SPACINGS:
+        sides = read_numbers(image.get(name))
+        if len(sides) >= 2 and min(sides[:2]) > 0:
+            break
+    else:
+        return grey, []
+    ratio = sides[0] / sides[1]
+    stretch = max(ratio, 1 / ratio)
+    if not stretch < MAX_STRETCH:
+        return grey, [f'{name} is implausible and was ignored']
+    if stretch < MIN_STRETCH:
+        return grey, []
+    height, width = grey.shape
+    is_too_large = height * width * stretch > MAX_PIXELS
+    if (ratio > 1) != is_too_large:
+        height = round(height * ratio)
+    else:
+        width = round(width / ratio)
+    square = Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(square), [f'resampled to square pixels, which are {ratio:.3g} times as high as wide ({name})']
 
 
 def _grey_from_colour(stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -168,39 +152,69 @@ def _grey_from_levels(image: Dataset, stored: np.ndarray) -> tuple[np.ndarray, l
     table, note = _apply_window(image, values, np.where(padding, 0, counts))
     if note:
         notes.append(note)
-    if image.PhotometricInterpretation == 'MONOCHROME1':
+    inversion = _find_inversion(image)
+    if inversion:
         table = 255 - table
-        notes.append('inverted (MONOCHROME1)')
+        notes.append(f'inverted ({inversion})')
     return look_up(stored, np.where(padding, np.uint8(0), table)), notes
+
+
+def _find_inversion(image: Dataset) -> str:
+    """Return the element by which low levels are white, or nothing.
+
+    With MONOCHROME1 the lowest level is white (PS3.3, C.7.6.3.1.2). The presentation LUT shape of such an image must be
+    INVERSE (C.7.6.1), which says the same again and does not undo it; IDENTITY contradicts it and is ignored. A shape
+    INVERSE of an image in MONOCHROME2 inverts it (C.11.6.1.2).
+    """
+    if image.PhotometricInterpretation == 'MONOCHROME1':
+        return 'MONOCHROME1'
+    shape = str(image.get('PresentationLUTShape', '')).strip(' \0').upper()
+    return 'PresentationLUTShape INVERSE' if shape == 'INVERSE' else ''
 
 
 def _is_padding(image: Dataset, levels: np.ndarray) -> np.ndarray:
     """Return which of the stored `levels` are padding: boolean (n,)."""
-    limits = _numbers(image.get('PixelPaddingValue'))[:1] + _numbers(image.get('PixelPaddingRangeLimit'))[:1]
+    limits = [
+        number
+        for name in ('PixelPaddingValue', 'PixelPaddingRangeLimit')
+        for number in read_numbers(image.get(name))[:1]
+        if math.isfinite(number)
+    ]
     if not limits:
-        limits = [math.inf]
+        return np.zeros(len(levels), bool)
     return (levels >= min(limits)) & (levels <= max(limits))
-
-
-def _numbers(value: Any) -> list[float]:
-    """Return one number, several or none as a list."""
-    if value is None:
-        return []
-    numbers = value if isinstance(value, Sequence) else [value]
-    return [float(number) for number in numbers]
 
 
 def _rescale(image: Dataset, levels: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Apply the modality LUT or rescaling to the stored `levels`; unusable ones are ignored, with a note."""
     from pydicom.pixels import apply_modality_lut
 
+    notes = _complete_rescaling(image)
     with suppress(Exception):
         for item in image.get('ModalityLUTSequence', ()):
             item.LUTDescriptor[2] = 16 if item.LUTDescriptor[2] > 8 else 8  # pydicom accepts only 8 and 16 bits
         values = np.asarray(apply_modality_lut(levels, image), float)
         if np.isfinite(values).all() and (np.ptp(values) > 0 or len(levels) == 1):
-            return values, []
-    return levels.astype(float), ['the modality rescaling of the file is unusable and was ignored']
+            return values, notes
+    return levels.astype(float), [*notes, 'the modality rescaling of the file is unusable and was ignored']
+
+
+def _complete_rescaling(image: Dataset) -> list[str]:
+    """Add the slope 1 or the intercept 0 if only the other one can be read; return a note of it."""
+    names = {'RescaleSlope': 1.0, 'RescaleIntercept': 0.0}
+    values = {name: read_numbers(image.get(name))[:1] for name in names}
+    readable = {name: value[0] for name, value in values.items() if value and math.isfinite(value[0])}
+    for name in names:
+        if name in image and (name not in readable or not isinstance(image[name].value, float)):
+            del image[name]
+    if not readable:
+        return []
+    notes = []
+    for name, default in names.items():
+        image.add_new(name, 'FD', readable.get(name, default))
+        if name not in readable:
+            notes.append(f'{name} is missing, so assumed to be {default:g}')
+    return notes
 
 
 def _apply_window(image: Dataset, values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, str]:
@@ -228,11 +242,23 @@ def _declared_windows(image: Dataset, values: np.ndarray) -> Iterator[tuple[str,
     with suppress(Exception):
         depth = image.VOILUTSequence[0].LUTDescriptor[2]
         yield 'VOI LUT of the file', scale_to_grey(apply_voi(values.astype(int), image), 0, (1 << depth) - 1)
-    centres = _numbers(image.get('WindowCenter'))
-    widths = _numbers(image.get('WindowWidth'))
-    for index, (centre, width) in enumerate(zip(centres[:MAX_WINDOWS], widths, strict=False)):
+    for centre, width in _read_windows(image):
         with suppress(Exception), np.errstate(all='ignore'):
+            image.WindowCenter, image.WindowWidth = centre, width
             # Two values far outside show the range that pydicom maps the window to.
-            grey = apply_windowing(np.append(values, [-FAR_VALUE, FAR_VALUE]), image, index)
+            grey = apply_windowing(np.append(values, [-FAR_VALUE, FAR_VALUE]), image)
             table = scale_to_grey(grey[:-2], *grey[-2:])
             yield f'window of the file: centre {centre:g}, width {width:g}', table
+
+
+def _read_windows(image: Dataset) -> list[tuple[float, float]]:
+    """Return the centres and widths of the first windows of the file; those with a part that is no number are left out.
+
+    A single width belongs to all centres.
+    """
+    centres = read_numbers(image.get('WindowCenter'))
+    widths = read_numbers(image.get('WindowWidth'))
+    if len(widths) == 1:
+        widths *= len(centres)
+    pairs = zip(centres[:MAX_WINDOWS], widths, strict=False)
+    return [pair for pair in pairs if all(map(math.isfinite, pair))]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from io import BytesIO
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.errors import ImageError
 
@@ -12,7 +14,9 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 TAGS = [
+    'SOPClassUID',
     'Modality',
+    'PresentationIntentType',
     'PhotometricInterpretation',
     'SamplesPerPixel',
     'PlanarConfiguration',
@@ -32,10 +36,29 @@ TAGS = [
     'VOILUTFunction',
     'WindowCenter',
     'WindowWidth',
+    'PresentationLUTShape',
+    'PixelSpacing',
+    'ImagerPixelSpacing',
+    'NominalScannedPixelSpacing',
+    'PixelAspectRatio',
     'BurnedInAnnotation',
     'PixelData',
 ]
 """The only elements that are parsed."""
+TEXT_NUMBERS = (
+    'NumberOfFrames',
+    'RescaleSlope',
+    'RescaleIntercept',
+    'WindowCenter',
+    'WindowWidth',
+    'PixelSpacing',
+    'ImagerPixelSpacing',
+    'NominalScannedPixelSpacing',
+    'PixelAspectRatio',
+)
+"""Elements whose numbers are stored as text, which many programs write in ways that DICOM does not permit."""
+BINARY_NUMBERS = ('US', 'SS', 'UL', 'SL', 'FL', 'FD')
+"""Value representations of numbers that are not text."""
 DEFLATED = '1.2.840.10008.1.2.1.99'
 SPECIFIC_CHARACTER_SET = 0x00080005
 PIXEL_DATA = 0x7FE00010
@@ -69,10 +92,11 @@ class _CountedFile(BytesIO):
         return super().read(size)
 
 
-def read_elements(data: bytes) -> Dataset:
-    """Return the elements `TAGS` of a DICOM file that are not empty. Sequences keep their first item.
+def read_elements(data: bytes) -> tuple[Dataset, list[str]]:
+    """Return the elements `TAGS` of a DICOM file that are not empty, and the names of those that cannot be read.
 
-    Raises `ImageError` E_DICOM_CORRUPT or E_DICOM_SYNTAX, and what pydicom raises for a damaged file.
+    Sequences keep their first item. The elements `TEXT_NUMBERS` become lists of floats, with NaN for each part that is
+    not a number. Raises `ImageError` E_DICOM_CORRUPT or E_DICOM_SYNTAX, and what pydicom raises for a damaged file.
     """
     from pydicom.config import disable_value_validation
     from pydicom.filereader import read_dataset, read_partial
@@ -89,12 +113,66 @@ def read_elements(data: bytes) -> Dataset:
         file.seek(0)
         tags: list[BaseTag | int] = [Tag(name) for name in TAGS]
         image = read_partial(file, stop_when=_check_element, specific_tags=tags)
-        for element in image:  # the loop also converts each element
-            if element.value is None or element.value == '':
-                del image[element.tag]
-            elif element.VR == 'SQ':
-                _check_items(element.value)
-    return image
+        return image, _convert_elements(image)
+
+
+def _convert_elements(image: Dataset) -> list[str]:
+    """Convert each element of `image`, remove the empty ones, and return the names of those that cannot be read."""
+    from pydicom.datadict import keyword_for_tag
+
+    unreadable = []
+    for tag in list(image.keys()):
+        name = keyword_for_tag(tag)
+        try:
+            _convert_text_numbers(image, name)
+            element = image[tag]
+        except ImageError:
+            raise
+        except Exception:  # pydicom raises ValueError, struct.error and others; other elements may be sufficient
+            del image[tag]
+            if name in TAGS:
+                unreadable.append(name)
+            continue
+        if element.value is None or element.value == '':
+            del image[tag]
+        elif element.VR == 'SQ':
+            _check_items(element.value)
+    return unreadable
+
+
+def _convert_text_numbers(image: Dataset, name: str) -> None:
+    """Replace the element `name` of `image` by the numbers of its text, if it is one of `TEXT_NUMBERS`.
+
+    Raises `ValueError` if the text has no number.
+    """
+    if name not in TEXT_NUMBERS:
+        return
+    raw: Any = image.get_item(name)
+    if not isinstance(raw.value, bytes) or raw.VR in BINARY_NUMBERS or not raw.value.strip(b' \0'):
+        return
+    numbers = parse_numbers(raw.value.decode('latin-1'))
+    if all(math.isnan(number) for number in numbers):
+        raise ValueError(name)
+    image.add_new(raw.tag, 'FD', numbers)
+
+
+def parse_numbers(text: str) -> list[float]:
+    """Return the numbers of `text`, which are separated by backslashes, with NaN for each part that is not a number.
+
+    DICOM permits only a decimal point. A decimal comma, brackets as in Python's lists, quotes and NUL are accepted too.
+    A comma separates numbers within brackets, before a space, and if there are several of them.
+    """
+    is_list = '[' in text or '(' in text or text.count(',') > 1 or ', ' in text
+    plain = re.sub('[][()\'"\\0]', ' ', text)
+    parts = re.split(r'[\\,;]' if is_list else r'[\\;]', plain)
+    return [_parse_number(part.replace(',', '.')) for part in parts]
+
+
+def _parse_number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _is_behind_header(tag: int, vr: str | None, length: int) -> bool:
@@ -111,7 +189,9 @@ def _check_syntax(header: Dataset) -> None:
     if not syntax:
         raise ImageError('no transfer syntax', 'E_DICOM_CORRUPT')
     if syntax == DEFLATED:  # pydicom inflates without a limit, and radiography does not use it
-        raise ImageError(f'transfer syntax {DEFLATED} (deflated) is not supported', 'E_DICOM_SYNTAX')
+        raise ImageError(
+            f'transfer syntax {DEFLATED} (deflated) is not supported. Store the file uncompressed', 'E_DICOM_SYNTAX'
+        )
 
 
 def _check_element(tag: int, vr: str | None, length: int) -> bool:

@@ -1,4 +1,4 @@
-"""Checks of the compressed pixels in DICOM files, before a decoder works on them, and decoding of RLE."""
+"""Checks of the compressed pixels in DICOM files, before a decoder works on them, and decoding of simple ones."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 RLE = '1.2.840.10008.1.2.5'
+JPEG_EXTENDED = '1.2.840.10008.1.2.4.51'
+JPEG_LOSSLESS = ('1.2.840.10008.1.2.4.57', '1.2.840.10008.1.2.4.70')
+ENCAPSULATED = '1.2.840.10008.1.2.1.98'
+"""Transfer syntax of pixels that are packed like compressed ones, but not compressed."""
 JPEG_LS = ('1.2.840.10008.1.2.4.80', '1.2.840.10008.1.2.4.81')
 RLE_HEADER = struct.Struct('<16I')
 """The number of segments, and up to 15 offsets of segments."""
@@ -99,6 +103,14 @@ def unpack_rle(image: Dataset) -> None:
         planes[sample, :, depth - 1 - byte] = _unpack_segment(segment, n_pixels)
     image.PixelData = planes.tobytes()
     image.PlanarConfiguration = 1
+    image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+
+
+def unpack_encapsulated(image: Dataset) -> None:
+    """Replace the packed pixels of `image`, which are not compressed, by plain ones. Raises `ImageError`."""
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    image.PixelData = read_frame(image)
     image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
 
 

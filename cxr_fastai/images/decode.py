@@ -91,6 +91,11 @@ PNG_16_BITS = ';16B'
 """End of the name by which Pillow describes the pixels of a PNG file with 16 bits per sample."""
 WHITE_IS_ZERO = 0
 """Value of the TIFF tag PhotometricInterpretation."""
+UNSIGNED = 1
+SIGNED = 2
+"""Values of the TIFF tag SampleFormat. Pillow takes signed levels of 8 bits to be unsigned, and unsigned ones of 32 bits
+to be signed."""
+SIGN_BIT = np.uint8(128)
 BLACK = (0, 0, 0, 255)
 MIN_DEVIATION = 2
 """Minimum standard deviation of the grey levels; an image below it shows nothing."""
@@ -325,6 +330,13 @@ def _stored_bits(image: Image.Image) -> int:
     return 16 if any(layout.endswith(PNG_16_BITS) for layout in layouts) else 8
 
 
+def _sample_formats(image: Image.Image) -> tuple[int, ...]:
+    """Return the TIFF tag SampleFormat of `image`; nothing for other formats."""
+    if image.format != 'TIFF':
+        return ()
+    return tuple(_tiff_tags(image).get(ExifTags.Base.SampleFormat, (UNSIGNED,)))
+
+
 def _tiff_tags(image: Image.Image) -> dict:
     return getattr(image, 'tag_v2', {})
 
@@ -371,12 +383,17 @@ def _grey_from_8_bits(upright: Image.Image, image: Image.Image) -> tuple[np.ndar
         background = Image.new('RGBA', upright.size, BLACK)
         opaque = Image.alpha_composite(background, upright.convert('RGBA'))
         return np.asarray(opaque.convert('L')), ['transparency replaced by black']
+    if SIGNED in _sample_formats(image):
+        return np.asarray(upright.convert('L')) ^ SIGN_BIT, ['signed levels, of which -128 is black']
     notes = [] if image.mode in COMMON_MODES else [f'converted from {image.mode} to grey']
     return np.asarray(upright.convert('L')), notes
 
 
 def _grey_from_deep(upright: Image.Image, image: Image.Image) -> tuple[np.ndarray, list[str]]:
-    grey, note = percentile_grey(np.asarray(upright))
+    levels = np.asarray(upright)
+    if levels.dtype == np.int32 and UNSIGNED in _sample_formats(image):
+        levels = levels.view(np.uint32)
+    grey, note = percentile_grey(levels)
     # Pillow inverts a TIFF with WhiteIsZero only at 8 bits.
     if _tiff_tags(image).get(ExifTags.Base.PhotometricInterpretation) == WHITE_IS_ZERO:
         return 255 - grey, [note, 'inverted, because 0 means white in the file']

@@ -35,7 +35,7 @@ def percentile_grey(pixels: np.ndarray) -> tuple[np.ndarray, str]:
 
     Infinite pixels become black or white, and NaN becomes black. Raises `ImageError` E_BLANK if all pixels are equal.
     """
-    if np.issubdtype(pixels.dtype, np.integer) and np.ptp(pixels) < MAX_LEVELS:
+    if np.issubdtype(pixels.dtype, np.integer) and int(pixels.max()) - int(pixels.min()) < MAX_LEVELS:
         levels, counts = count_levels(pixels)
         table, note = percentile_table(levels.astype(float), counts)
         return look_up(pixels, table), note
@@ -102,7 +102,8 @@ def look_up(stored: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def _from_zero(stored: np.ndarray) -> np.ndarray:
-    return np.subtract(stored, int(stored.min()), dtype=np.int32)
+    dtype = np.int32 if stored.itemsize < 4 else np.int64  # a level of 32 bits may be above the maximum of int32
+    return np.subtract(stored, int(stored.min()), dtype=dtype)
 
 
 def scale_to_grey(values: np.ndarray, low: float, high: float) -> np.ndarray:

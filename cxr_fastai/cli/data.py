@@ -50,6 +50,7 @@ def data_prepare(
     csv: opt.Csv = None,
     size: opt.Size = 224,
     resize: opt.Resize = 'squish',
+    modality: opt.Modality = '',
     workers: opt.Threads = None,
 ) -> None:
     """Decode and resize all images once; `train` then reads them from the cache.
@@ -66,7 +67,8 @@ def data_prepare(
     root = data_root(choose_source(folder, csv))
     items = read_items(root)
     log_ignored(items, root)
-    cache, added, errors = prepare(items.path, image_root(root), Preprocessing(size, resize), workers)
+    preprocessing = Preprocessing(size, resize, modality=modality)
+    cache, added, errors = prepare(items.path, image_root(root), preprocessing, workers)
     for error in errors:
         print_error(f'error: {error}')
     print_line(f'{cache}: {len(items) - len(errors):,} images, {added:,} of them new')
@@ -81,6 +83,7 @@ def data_audit(
     report: opt.AuditFolder = Path('audit'),
     workers: opt.Threads = None,
     hide_names: opt.HideNames = False,
+    modality: opt.Modality = '',
 ) -> None:
     """Find problems in a set of images before training: leakage, duplicates, unreadable images, shortcuts.
 
@@ -93,7 +96,7 @@ def data_audit(
     from cxr_fastai.data.items import data_root
 
     check_writable(report)  # before all images are read
-    result = audit(data_root(choose_source(folder, csv)), workers, hide_names)
+    result = audit(data_root(choose_source(folder, csv)), workers, hide_names, modality)
     save_audit(result, report)
     out.print(audit_tables(result))
     print_line(f'{report}: audit.json and audit.html')

@@ -32,6 +32,7 @@ def explain(
     data: opt.Data = None,
     csv: opt.Csv = None,
     burned_in: opt.BurnedIn = False,
+    modality: opt.Modality = '',
     batch_size: opt.BatchSize = 32,
     device: opt.Device = 'auto',
 ) -> None:
@@ -44,6 +45,8 @@ def explain(
         raise UsageError('give either images, or --top-losses N, or --check.')
     if images and (data or csv):
         raise UsageError('--data and --csv locate the images of a split: do not combine them with images.')
+    if modality and not images:
+        raise UsageError(f'--modality {modality}: images of a split are read as in the training. Omit --modality.')
     data = choose_source(data, csv)
     if check:
         _check(Run.open(run), split, data, folder, target, method, layer, device)
@@ -62,7 +65,7 @@ def explain(
     else:
         from cxr_fastai.interpretation.explainer import Explainer, explain_images
 
-        explainer = Explainer.load(run, target, method, layer, device)
+        explainer = Explainer.load(run, target, method, layer, device, modality)
         n_errors = print_explanations(explain_images(explainer, images or [], folder, batch_size, burned_in))
     if n_errors:
         raise typer.Exit(3)

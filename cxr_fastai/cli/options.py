@@ -48,6 +48,15 @@ ImageSize = Annotated[
 Resize = Annotated[
     str, Option('--resize', help='Make images square: squish (ignore the aspect ratio), or pad or crop (keep it).')
 ]
+Modality = Annotated[
+    str,
+    Option(
+        '--modality',
+        metavar='CODES',
+        show_default='none',
+        help='Also accept DICOM images of these modalities, such as RG or CT,MR; always accepted are CR, DX and DR.',
+    ),
+]
 Images = Annotated[int, Option('--images', metavar='N', help='Draw this number of synthetic images.')]
 BatchSize = Annotated[int, Option('--batch-size', metavar='N', min=1, help='Process this number of images per batch.')]
 Workers = Annotated[

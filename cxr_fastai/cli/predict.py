@@ -74,6 +74,7 @@ def predict(
     maps: opt.Maps = False,
     no_gate: opt.NoGate = False,
     engine: opt.EngineKind = 'auto',
+    modality: opt.Modality = '',
     workers: opt.Threads = None,
     device: opt.Device = 'auto',
     precision: opt.Precision = 'fp32',
@@ -101,6 +102,7 @@ def predict(
         engine='torch' if maps else engine,
         device=device,
         precision=precision,
+        modality=modality,
     )
     if not is_main_process():
         return

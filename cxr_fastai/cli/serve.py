@@ -23,6 +23,7 @@ def serve(
     port: opt.Port = 8000,
     token_file: opt.TokenFile = None,
     allow_host: opt.AllowHost = None,
+    modality: opt.Modality = '',
     max_body: opt.MaxBody = 20,
     max_images: opt.MaxImages = 64,
     queue: opt.QueueLength = 32,
@@ -55,6 +56,7 @@ def serve(
         token=_read_token(token_file),
         hosts=tuple(allow_host or ()),
         device=device,
+        modality=modality,
     )
     serve(settings, print_line)
 

@@ -53,6 +53,7 @@ class Recipe:
     size: int = 224
     resize: str = 'squish'  # a key of `images.preprocessing.RESIZES`
     low_pass: float = 0.0  # standard deviation of the Gaussian filter that every image passes
+    modality: str = ''  # codes of DICOM modalities that are accepted besides CR, DX and DR: RG or CT,MR
     batch_size: int = 32
     workers: int | None = 0  # None: chosen automatically
     limit: int | None = None
@@ -214,6 +215,7 @@ DATA_FIELDS = (
     'valid_pct',
     'size',
     'resize',
+    'modality',
     'batch_size',
     'workers',
     'limit',

@@ -23,6 +23,7 @@ MEANINGS = {
     'size': 'side of the images in pixels',
     'resize': 'how images become square',
     'low_pass': 'standard deviation of the Gaussian filter on every image, as a fraction of the side',
+    'modality': 'DICOM modalities that are accepted besides CR, DX and DR',
     'batch_size': 'images per batch',
     'workers': 'processes that load images; the command uses one per core, and none with a cache',
     'limit': 'images of each class and split that are used; none: all',
@@ -61,6 +62,7 @@ VALUES = {
     'weights': 'a name that `cxr-fastai archs` lists, none, or a file',
     'resize': 'squish, pad, crop',
     'low_pass': '0 to 0.1',
+    'modality': 'codes separated by commas, such as RG or CT,MR',
     'limit': 'a whole number',
     'workers': 'a whole number',
 }
@@ -76,6 +78,7 @@ LIMITS = {
 OPTIONS = ('arch', 'weights', 'valid', 'size', 'resize', 'batch_size', 'workers', 'limit', 'seed', 'allow_leakage') + (
     'precision',
     'on_bad_image',
+    'modality',
 )
 """Fields that `cxr-fastai train` sets by an option of the same name."""
 

@@ -28,6 +28,7 @@ from cxr_fastai.data.splits import (
     validation_warning,
 )
 from cxr_fastai.images.decode import open_image
+from cxr_fastai.images.dicom_header import parse_modalities
 from cxr_fastai.images.formats import FIGURES, MASKS
 
 EXPECTED_REASONS = ('listed twice', '__MACOSX', '._*', '.DS_Store', 'nested chest_xray', MASKS, FIGURES)
@@ -86,16 +87,18 @@ class Audit:
     pictures: dict[str, bytes]
 
 
-def audit(data: StrPath, workers: int | None = None, hide_names: bool = False) -> Audit:
+def audit(data: StrPath, workers: int | None = None, hide_names: bool = False, modality: str = '') -> Audit:
     """Examine every image of the folder or CSV file `data` with `workers` threads (default: the number of cores).
 
     With `hide_names` the result contains numbers instead of the names of images, patients and the folder, because names
-    can identify a patient. Raises `CXRError` if there are no images.
+    can identify a patient. `modality` has the codes of DICOM modalities, such as `RG,CT`, that are accepted besides
+    those of radiographs. Raises `CXRError` if there are no images, and `UsageError` for a wrong `modality`.
     """
+    parse_modalities(modality)
     data = Path(data)
     items = read_items(data)
     root = image_root(data)
-    measurements, thumbnails = measure_images(list(items.path), root, workers)
+    measurements, thumbnails = measure_images(list(items.path), root, workers, modality)
     images = pd.concat([items, measurements], axis=1)
     images.attrs['ignored'] = items.attrs['ignored']
     images['name'] = [shown_path(path, number, hide_names) for number, path in enumerate(items.path, 1)]
@@ -123,7 +126,7 @@ def audit(data: StrPath, workers: int | None = None, hide_names: bool = False) -
         facts=_summarise_files(images, usable),
         probes=probes,
         findings=tuple(sorted(findings, key=lambda finding: finding.level != 'error')),
-        pictures=_draw_pictures(images, pairs, root),
+        pictures=_draw_pictures(images, pairs, root, modality),
     )
 
 
@@ -325,7 +328,7 @@ def _range(column: pd.Series) -> dict[str, int]:
     return {'least': int(least), 'median': int(median), 'most': int(most)}
 
 
-def _draw_pictures(images: pd.DataFrame, pairs: pd.DataFrame, root: Path) -> dict[str, bytes]:
+def _draw_pictures(images: pd.DataFrame, pairs: pd.DataFrame, root: Path, modality: str) -> dict[str, bytes]:
     """Return small pictures of the duplicates that the page shows, by name; none of an image with burned-in text."""
     shown = pairs.groupby('relation').head(MAX_SHOWN)
     pictures = {}
@@ -333,7 +336,7 @@ def _draw_pictures(images: pd.DataFrame, pairs: pd.DataFrame, root: Path) -> dic
         if images.burned_in[i]:
             continue
         try:
-            picture = Image.fromarray(open_image(root / images.path[i]).pixels)
+            picture = Image.fromarray(open_image(root / images.path[i], modality=modality).pixels)
         except ImageError:
             continue
         picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))

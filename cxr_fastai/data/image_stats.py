@@ -50,22 +50,24 @@ BLOCK = 2048
 """Number of images compared with as many others at a time; their correlations need 16 MB."""
 
 
-def measure_images(paths: Sequence[str], root: Path, workers: int | None = None) -> tuple[pd.DataFrame, np.ndarray]:
+def measure_images(
+    paths: Sequence[str], root: Path, workers: int | None = None, modality: str = ''
+) -> tuple[pd.DataFrame, np.ndarray]:
     """Measure the images `paths` below the folder `root`, with `workers` threads (default: the number of cores).
 
     Returns a table with a row for each image and the columns `MEASUREMENTS`, and thumbnails, uint8 (n, 32, 32).
-    `digest` is a hash of the decoded pixels. For an unusable image only `code`, its error code, is set, and its
-    thumbnail is black.
+    `digest` is a hash of the decoded pixels. `modality` has the codes of other DICOM modalities to accept. For an
+    unusable image only `code`, its error code, is set, and its thumbnail is black.
     """
     with DecodeGroup(default_pool()) as group:
-        results = list(in_threads(partial(_measure, group), [root / path for path in paths], workers))
+        results = list(in_threads(partial(_measure, group, modality), [root / path for path in paths], workers))
     table = pd.DataFrame([measurements for measurements, _ in results], columns=MEASUREMENTS)
     return table, np.stack([thumbnail for _, thumbnail in results])
 
 
-def _measure(group: DecodeGroup, path: Path) -> tuple[dict[str, Any], np.ndarray]:
+def _measure(group: DecodeGroup, modality: str, path: Path) -> tuple[dict[str, Any], np.ndarray]:
     try:
-        image = open_image(path, decode=group.decode)
+        image = open_image(path, decode=group.decode, modality=modality)
     except ImageError as error:
         return {'code': error.code}, np.zeros((THUMBNAIL_SIZE, THUMBNAIL_SIZE), np.uint8)
     n_bytes = path.stat().st_size

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from functools import partial
 from inspect import signature
 from io import StringIO
 from pathlib import Path
@@ -328,18 +329,19 @@ def follow_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def find_unreadable(paths: Sequence[Path]) -> dict[Path, ImageError]:
+def find_unreadable(paths: Sequence[Path], modality: str = '') -> dict[Path, ImageError]:
     """Read each image once, in one thread per core, and return the error of each unreadable image.
 
-    Training can take hours, so it checks its images first.
+    Training can take hours, so it checks its images first. `modality` has the codes of other DICOM modalities to
+    accept.
     """
-    errors = in_threads(_read_error, paths)
+    errors = in_threads(partial(_read_error, modality), paths)
     return {path: error for path, error in zip(paths, errors, strict=True) if error}
 
 
-def _read_error(path: Path) -> ImageError | None:
+def _read_error(modality: str, path: Path) -> ImageError | None:
     try:
-        read_image(path)
+        read_image(path, modality)
     except ImageError as error:
         return error
     return None

@@ -114,7 +114,7 @@ def save_images(run: Run, split: str, root: Path) -> None:
     """
     for path in shown_images(run.predicted(split)).path:
         try:
-            image = open_image(root / path)
+            image = open_image(root / path, modality=run.recipe.modality)
         except ImageError:
             continue
         if not image.burned_in:

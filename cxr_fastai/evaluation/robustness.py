@@ -87,7 +87,9 @@ def measure_robustness(
     root = Path(root)
     preprocessing = Preprocessing.of(predictor.config)
     square_size = max(SQUARE_SIZE, preprocessing.size)
-    squares, sides = read_squares(items, root, Preprocessing(square_size, preprocessing.resize), workers)
+    squares, sides = read_squares(
+        items, root, Preprocessing(square_size, preprocessing.resize, modality=preprocessing.modality), workers
+    )
     variants = _make_variants(Equaliser.of(squares, sides), seed)
 
     def make_image(job: tuple[Variant, int]) -> np.ndarray:

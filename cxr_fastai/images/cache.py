@@ -31,6 +31,7 @@ from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.schemas import Integer, Text
 from cxr_fastai.images.decode import decode_image
 from cxr_fastai.images.decode import read_bytes as read_image_bytes
+from cxr_fastai.images.dicom_header import parse_modalities
 from cxr_fastai.images.preprocessing import Preprocessing
 
 DECODER = 1
@@ -112,8 +113,8 @@ def cache_folder(root: Path, preprocessing: Preprocessing) -> Path:
     """Return the folder that caches the images below `root` in the squares of `preprocessing`.
 
     It lies in the folder `CXR_CACHE`, or else in the user's cache folder, because the data may be read-only. Its name
-    consists of the name of `root`, a hash of its full path, and size and resize method. Raises `UsageError` if the user
-    has no home folder.
+    consists of the name of `root`, a hash of its full path, size and resize method, and accepted modalities. Raises
+    `UsageError` if the user has no home folder.
     """
     user_cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     cache_root = Path(os.environ.get('CXR_CACHE') or Path(user_cache, 'cxr_fastai'))
@@ -123,7 +124,8 @@ def cache_folder(root: Path, preprocessing: Preprocessing) -> Path:
         cache_root = cache_root.expanduser()
     except RuntimeError:
         raise UsageError(f'{cache_root}: no such home folder. Name a folder for the cache by CXR_CACHE.') from None
-    return cache_root / f'{root.name}-{path_hash}' / f'{preprocessing.size}-{preprocessing.resize}'
+    words = [str(preprocessing.size), preprocessing.resize, *parse_modalities(preprocessing.modality)]
+    return cache_root / f'{root.name}-{path_hash}' / '-'.join(words)
 
 
 def find_cache(root: StrPath, preprocessing: Preprocessing) -> ImageCache | None:

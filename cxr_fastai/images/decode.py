@@ -22,6 +22,7 @@ from cxr_fastai.core.foreign import IS_LFS_POINTER, LFS_POINTER
 from cxr_fastai.core.paths import FOREIGN_PATH, is_windows_path
 from cxr_fastai.images import dicom
 from cxr_fastai.images.arrays import describe_array, grey_pixels
+from cxr_fastai.images.dicom_header import parse_modalities
 from cxr_fastai.images.formats import name_foreign_format
 from cxr_fastai.images.headers import check_metadata
 from cxr_fastai.images.jpeg_header import check_scans
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 """An image: the path of its file, the contents of its file, an image of Pillow, or an array of grey uint8 pixels."""
 
-Decode = Callable[[Any, 'Preprocessing | None', str], DecodedImage]
+Decode = Callable[[Any, 'Preprocessing | None', str, str], DecodedImage]
 """A function like `decode_image`."""
 
 FORMATS = {'JPEG': ('.jpeg', '.jpg'), 'PNG': ('.png',), 'TIFF': ('.tiff', '.tif'), 'DICOM': dicom.SUFFIXES}
@@ -93,8 +94,8 @@ WHITE_IS_ZERO = 0
 """Value of the TIFF tag PhotometricInterpretation."""
 UNSIGNED = 1
 SIGNED = 2
-"""Values of the TIFF tag SampleFormat. Pillow takes signed levels of 8 bits to be unsigned, and unsigned ones of 32 bits
-to be signed."""
+"""Values of the TIFF tag SampleFormat. Pillow takes signed levels of 8 bits to be unsigned, and unsigned ones of 32
+bits to be signed."""
 SIGN_BIT = np.uint8(128)
 BLACK = (0, 0, 0, 255)
 MIN_DEVIATION = 2
@@ -103,9 +104,12 @@ LOADING = Lock()
 """Pillow reads the file of an image when its pixels are needed, and two threads may have the same image to convert."""
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Read the image `path` at full resolution: grey uint8 (h, w). Raises `ImageError`."""
-    return open_image(path).pixels
+def read_image(path: str | os.PathLike, modality: str = '') -> np.ndarray:
+    """Read the image `path` at full resolution: grey uint8 (h, w). Raises `ImageError`.
+
+    `modality` has the codes of other DICOM modalities than those of radiographs that are accepted, such as `RG,CT`.
+    """
+    return open_image(path, modality=modality).pixels
 
 
 def grey_array(image: bytes | Image.Image | np.ndarray) -> np.ndarray:
@@ -123,18 +127,21 @@ def open_image(
     preprocessing: Preprocessing | None = None,
     name: str | None = None,
     decode: Decode | None = None,
+    modality: str = '',
 ) -> DecodedImage:
     """Decode an image: the path of a file, or an image in memory as in `decode_image`.
 
     A large JPEG is decoded at no more pixels than `preprocessing` needs, if given. Raises `ImageError` with a stable
     code, and with the `name` of the image in its message: by default its path, or `image`. `decode` is the function
-    that decodes it, by default `decode_image` in this process; see `DecoderPool.decode`.
+    that decodes it, by default `decode_image` in this process; see `DecoderPool.decode`. `modality` has the codes of
+    DICOM modalities that are accepted besides those of `preprocessing`.
     """
     path = file_path(image)
     suffix = Path(path or '').suffix.lower()
     try:
         data: Any = image if path is None else read_bytes(path)
-        decoded = (decode or decode_image)(data, preprocessing, suffix)
+        decode = decode or decode_image
+        decoded = decode(data, preprocessing, suffix, modality)
     except ImageError as error:
         raise error.with_path(name or path or 'image') from error.__cause__
     if suffix in SUFFIXES and suffix not in FORMATS[decoded.format]:
@@ -175,31 +182,35 @@ def sniff(data: bytes) -> str:
 
 
 def decode_image(
-    image: bytes | Image.Image | np.ndarray, preprocessing: Preprocessing | None = None, suffix: str = ''
+    image: bytes | Image.Image | np.ndarray,
+    preprocessing: Preprocessing | None = None,
+    suffix: str = '',
+    modality: str = '',
 ) -> DecodedImage:
     """Decode an image in memory. Raises `ImageError` with a stable code, without a path in its message.
 
     The bytes of a file are decoded as the file is; `suffix` is that of its name, which only improves the error message
-    of damaged files. An image of Pillow gives the pixels of its file: its EXIF orientation is applied, transparency
-    becomes black, and deep images are windowed. It is always decoded at full size, even if `preprocessing` would reduce
-    the file. An array must contain the grey levels themselves: uint8 (h, w), (h, w, 1), or (h, w, 3) with equal
-    channels. Everything else has the code `E_ARRAY` (arrays and tensors) or `E_TYPE`.
+    of damaged files. DICOM files of other modalities than CR, DX and DR are refused unless `preprocessing` or
+    `modality` accept them. An image of Pillow gives the pixels of its file: its EXIF orientation is applied,
+    transparency becomes black, and deep images are windowed. It is always decoded at full size, even if `preprocessing`
+    would reduce the file. An array must contain the grey levels themselves: uint8 (h, w), (h, w, 1), or (h, w, 3) with
+    equal channels. Everything else has the code `E_ARRAY` (arrays and tensors) or `E_TYPE`.
 
     If you rotate an image of Pillow, apply its EXIF orientation before with `PIL.ImageOps.exif_transpose`, which also
     removes it. fastai's `PILImage.create` converts to RGB, which makes an image of 16 bits white: pass its path.
     """
-    decoded = _decode(image, preprocessing, suffix)
+    decoded = _decode(image, preprocessing, suffix, modality)
     check_shape(decoded.width, decoded.height)
     if _deviation(decoded.pixels) < MIN_DEVIATION:
         raise ImageError('the image is blank: all pixels are nearly alike', 'E_BLANK')
     return decoded
 
 
-def _decode(image: Any, preprocessing: Preprocessing | None, suffix: str) -> DecodedImage:
+def _decode(image: Any, preprocessing: Preprocessing | None, suffix: str, modality: str) -> DecodedImage:
     """Decode any image in memory, without the checks that all of them need."""
     if isinstance(image, bytes | bytearray | memoryview):
         _check_bytes(memoryview(image).nbytes)
-        return _decode_file(bytes(image), preprocessing, suffix)
+        return _decode_file(bytes(image), preprocessing, suffix, modality)
     if isinstance(image, Image.Image):
         return _convert_pillow_image(image)
     if isinstance(image, np.ndarray):
@@ -218,11 +229,14 @@ def _decode(image: Any, preprocessing: Preprocessing | None, suffix: str) -> Dec
     )
 
 
-def _decode_file(data: bytes, preprocessing: Preprocessing | None, suffix: str) -> DecodedImage:
+def _decode_file(data: bytes, preprocessing: Preprocessing | None, suffix: str, modality: str) -> DecodedImage:
     if not data:
         raise ImageError('the file is empty', 'E_EMPTY')
     if dicom.is_dicom(data, suffix):
-        return dicom.read_dicom(data)
+        modalities = parse_modalities(modality)
+        if preprocessing:
+            modalities += parse_modalities(preprocessing.modality)
+        return dicom.read_dicom(data, modalities)
     _check_format(data)
     return _decode_picture(data, preprocessing)
 

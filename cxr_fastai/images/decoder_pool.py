@@ -121,6 +121,7 @@ class DecoderPool:
         data: bytes,
         preprocessing: Preprocessing | None = None,
         suffix: str = '',
+        modality: str = '',
         side: int | None = None,
         position: int = 0,
     ) -> Future[DecodedImage]:
@@ -133,6 +134,7 @@ class DecoderPool:
         request = {
             'preprocessing': preprocessing and asdict(preprocessing),
             'suffix': suffix,
+            'modality': modality,
             'side': side,
             'seconds': self.seconds,
         }
@@ -148,6 +150,7 @@ class DecoderPool:
         image: bytes | Image.Image | np.ndarray,
         preprocessing: Preprocessing | None = None,
         suffix: str = '',
+        modality: str = '',
         side: int | None = None,
     ) -> DecodedImage:
         """Decode an image in memory as the function `decode_image` does, and wait for it. Raises `ImageError`.
@@ -155,7 +158,7 @@ class DecoderPool:
         Only the contents of files need a process: an image of Pillow or an array is converted here. `side` is that of
         `submit`, for files only.
         """
-        return DecodeGroup(self).decode(image, preprocessing, suffix, side)
+        return DecodeGroup(self).decode(image, preprocessing, suffix, modality, side)
 
     def close(self) -> None:
         """End all processes. Images that are not decoded yet are cancelled."""
@@ -185,15 +188,16 @@ class DecodeGroup:
         image: bytes | Image.Image | np.ndarray,
         preprocessing: Preprocessing | None = None,
         suffix: str = '',
+        modality: str = '',
         side: int | None = None,
     ) -> DecodedImage:
         """Decode an image as `DecoderPool.decode` does. Raises `CancelledError` after the end of the context."""
         if not isinstance(image, bytes):
-            decoded = decode_image(image, preprocessing, suffix)
+            decoded = decode_image(image, preprocessing, suffix, modality)
             return replace(decoded, square=preprocessing.fit(decoded.pixels)) if preprocessing else decoded
         if not self.is_open:
             raise CancelledError
-        result = self.pool.submit(image, preprocessing, suffix, side)
+        result = self.pool.submit(image, preprocessing, suffix, modality, side)
         self.results.add(result)
         try:
             return result.result()

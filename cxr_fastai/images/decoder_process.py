@@ -122,13 +122,14 @@ def restrict(memory: int, priority: int) -> None:
 def answer(data: bytes, facts: dict[str, Any]) -> tuple[Any, ...]:
     """Decode the contents of a file; return the facts and the raw bytes of the answer.
 
-    `facts` of the request are the fields of the `preprocessing` or null, the `suffix` of the file, the `side` to which
+    `facts` of the request are the fields of the `preprocessing` or null, the `suffix` of the file, the other `modality`
+    that is accepted, the `side` to which
     the pixels are reduced (see `reduce_to`), and the `seconds` of the deadline.
     """
     try:
         with _alarm(facts['seconds'] + ALARM_MARGIN):
             preprocessing = facts['preprocessing'] and Preprocessing(**facts['preprocessing'])
-            image = decode_image(data, preprocessing, facts['suffix'])
+            image = decode_image(data, preprocessing, facts['suffix'], facts['modality'])
             arrays = [reduce_to(image.pixels, facts['side'])]
             if preprocessing:
                 arrays.append(preprocessing.fit(image.pixels))

@@ -18,6 +18,8 @@ MODALITIES = ('CR', 'DX', 'DR')
 
 Others, such as CT, US or digitised radiographs (RG), are rejected unless the user accepts them.
 """
+MODALITY_LIST = '([A-Z]{2,16}(,[A-Z]{2,16}){0,15})?'
+"""Pattern of a list of modalities."""
 PROCESSING_CLASS = '1.2.840.10008.5.1.4.1.1.1.1.1'
 SOP_CLASSES = {
     '1.2.840.10008.5.1.4.1.1.1': 'CR',
@@ -53,10 +55,12 @@ SLACK = 65_536
 
 
 def parse_modalities(text: str) -> tuple[str, ...]:
-    """Return the codes of modalities in a text such as `RG` or `CT,MR`. Raises `UsageError` for anything else."""
-    codes = tuple(code.strip().upper() for code in text.split(',')) if text else ()
-    if all(re.fullmatch('[A-Z]{2,16}', code) for code in codes):
-        return codes
+    """Return the codes of modalities in a text such as `RG` or `CT,MR`; none for an empty one.
+
+    Raises `UsageError` for anything else.
+    """
+    if re.fullmatch(MODALITY_LIST, text):
+        return tuple(text.split(',')) if text else ()
     raise UsageError(
         f'--modality {text!r:.80}: not DICOM modalities. Give their codes, separated by commas, such as RG or CT,MR.'
     )

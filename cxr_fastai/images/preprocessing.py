@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter, ImageOps
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.images.arrays import check_grey
 from cxr_fastai.images.decode import ImageLike, open_image
+from cxr_fastai.images.dicom_header import parse_modalities
 
 BILINEAR = Image.Resampling.BILINEAR
 """Pillow's bilinear filter, which includes antialiasing when it reduces an image."""
@@ -41,21 +42,24 @@ RESIZES: dict[str, Callable[[Image.Image, tuple[int, int]], Image.Image]] = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The preprocessing of every image. Recipes and model files contain these three fields.
+    """The preprocessing of every image. Recipes and model files contain these fields.
 
     `size` is the side of the square in pixels, `resize` a key of `RESIZES`. `low_pass` is the standard deviation of a
-    Gaussian filter, as a fraction of the side; 0 turns it off. Raises `UsageError` for other values.
+    Gaussian filter, as a fraction of the side; 0 turns it off. `modality` has the codes of the DICOM modalities that
+    are accepted besides CR, DX and DR, separated by commas. Raises `UsageError` for other values.
     """
 
     size: int = 224
     resize: str = 'squish'
     low_pass: float = 0.0
+    modality: str = ''
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZES:
             raise UsageError(f'--resize {self.resize}: choose {", ".join(RESIZES)}.')
         if not 0 <= self.low_pass <= MAX_LOW_PASS:
             raise UsageError(f'low_pass {self.low_pass}: a number from 0 to {MAX_LOW_PASS} is needed.')
+        parse_modalities(self.modality)
 
     @classmethod
     def of(cls, source: Any) -> Preprocessing:

@@ -17,6 +17,7 @@ from cxr_fastai.core.foreign import open_regular
 from cxr_fastai.core.recipe import VOCAB, Recipe
 from cxr_fastai.core.run_files import MAX_TEMPERATURE, MAX_THRESHOLD, MIN_TEMPERATURE
 from cxr_fastai.core.schemas import Choice, Integer, Number, Rule, Text, check_object
+from cxr_fastai.images.dicom_header import MODALITY_LIST
 from cxr_fastai.images.preprocessing import MAX_LOW_PASS, RESIZES
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ FIELDS: dict[str, Rule] = {
     'threshold_rule': Text(200, '[ -~]*', required=False),
     'resize': Choice(tuple(RESIZES), required=False),
     'low_pass': Number(0, MAX_LOW_PASS, required=False),
+    'modality': Text(200, MODALITY_LIST, required=False),
     'temperature': Number(MIN_TEMPERATURE, MAX_TEMPERATURE, optional=True, required=False),
 }
 """The fields of `ModelConfig` in a file, and their permitted values. ASCII, because they are printed."""
@@ -50,7 +52,8 @@ EDGE = 1e-15
 class ModelConfig:
     """The settings that prediction needs in addition to the weights. Every model file contains them.
 
-    `size` is in pixels, `low_pass` a fraction of the side. `temperature` is None before the run was evaluated.
+    `size` is in pixels, `low_pass` a fraction of the side; `modality` has the codes of DICOM modalities that are
+    accepted besides those of radiographs. `temperature` is None before the run was evaluated.
     """
 
     arch: str
@@ -59,6 +62,7 @@ class ModelConfig:
     threshold_rule: str = 'fixed:0.5'
     resize: str = 'squish'
     low_pass: float = 0.0
+    modality: str = ''
     temperature: float | None = None
 
     @classmethod
@@ -71,6 +75,7 @@ class ModelConfig:
             threshold_rule=f'fixed:{recipe.threshold:g}',
             resize=recipe.resize,
             low_pass=recipe.low_pass,
+            modality=recipe.modality,
         )
 
     @classmethod

@@ -23,6 +23,7 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.images.arrays import check_squares
 from cxr_fastai.images.decode import ImageLike, file_path, open_image
 from cxr_fastai.images.decoder_pool import DecodeGroup, default_pool
+from cxr_fastai.images.dicom_header import parse_modalities
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle
@@ -69,6 +70,7 @@ class Predictor:
         gate: bool = True,
         device: str = 'auto',
         precision: str = 'fp32',
+        modality: str = '',
     ) -> Predictor:
         """Load a bundle with the `engine` (see `Bundle.engine`), a run folder, or an exported `.pkl` that is trusted.
 
@@ -77,10 +79,12 @@ class Predictor:
 
         A run folder, or the `learner.pkl` in one, is loaded with the threshold and temperature that `evaluate` chose.
         Other `.pkl` files have the threshold that they were exported with, which is 0.5 for `Learner.export`. With
-        `gate=False` every image gets a probability. Raises `CXRError` if the model cannot be loaded, and `UsageError`
-        if it has no temperature for `calibrated`.
+        `gate=False` every image gets a probability. `modality` has the codes of DICOM modalities, such as `RG,CT`, that
+        are accepted besides those of the training. Raises `CXRError` if the model cannot be loaded, and `UsageError`
+        for a wrong `modality`, or if the model has no temperature for `calibrated`.
         """
         model = Path(model)
+        parse_modalities(modality)
         if is_bundle(model):
             predictor = _load_bundle(model, engine, device, precision)
         elif model.is_dir():
@@ -96,6 +100,9 @@ class Predictor:
             )
         if not gate:
             predictor = replace(predictor, gate=None)
+        if modality:
+            accepted = ','.join(filter(None, [predictor.config.modality, modality]))
+            predictor = replace(predictor, config=replace(predictor.config, modality=accepted))
         return replace(predictor, calibrated=calibrated)
 
     def with_threshold(self, threshold: float) -> Predictor:

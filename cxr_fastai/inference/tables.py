@@ -68,6 +68,7 @@ def predict_to_table(
     engine: str = 'auto',
     device: str = 'auto',
     precision: str = 'fp32',
+    modality: str = '',
 ) -> Predictions:
     """Predict `images` with `model` and write a row for each image to `table`, batch by batch.
 
@@ -92,7 +93,8 @@ def predict_to_table(
         finished, named = broadcast((finished, name_images(images)))
         _check_same_images(finished, [name for name, _ in named], table)
         default_pool().start(len(named) - len(finished))  # the processes start while the model is loaded
-        predictor = replace(Predictor.load(model, calibrated, engine, use_gate, device, precision), tta=tta)
+        predictor = Predictor.load(model, calibrated, engine, use_gate, device, precision, modality)
+        predictor = replace(predictor, tta=tta)
         if threshold is not None:
             predictor = predictor.with_threshold(threshold)
         _check_same_model(finished, named, predictor, table)

@@ -99,10 +99,14 @@ class Explainer:
         method: str = 'gradcam',
         layer: str | None = None,
         device: str = 'auto',
+        modality: str = '',
     ) -> Explainer:
-        """Return the explainer of the run, bundle or trusted learner `model`, which computes on `device`."""
+        """Return the explainer of the run, bundle or trusted learner `model`, which computes on `device`.
+
+        `modality` has the codes of other DICOM modalities to accept (see `Predictor.load`).
+        """
         model = Path(model)
-        return cls(Predictor.load(model, engine='torch', device=device), target, method, layer)
+        return cls(Predictor.load(model, engine='torch', device=device, modality=modality), target, method, layer)
 
     @classmethod
     def from_learner(

@@ -245,10 +245,12 @@ def _check_labels(dl: TfmdDL) -> None:
 
 def _check_skipped(dl: TfmdDL) -> None:
     """Raise `ImageError` if the loader skips images: the others would not be in the order of its items."""
-    if not any(getattr(transform, 'skip', False) for transform in dl.dataset.tls[0].tfms.fs):
+    skipping = [transform for transform in dl.dataset.tls[0].tfms.fs if getattr(transform, 'skip', False)]
+    if not skipping:
         return
+    preprocessing: Preprocessing = skipping[0].preprocessing
     images = [_opened_image(dl, item) for item in _list_items(dl)]
-    errors = find_unreadable([image for image in images if file_path(image)])
+    errors = find_unreadable([image for image in images if file_path(image)], preprocessing.modality)
     if errors:
         first = list(errors.values())[0]
         raise ImageError(f'{describe_unreadable(errors)}. Remove or repair these images.', first.code)

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp
 from cxr_fastai import __version__
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.images.decoder_pool import DECODE_MEMORY, DECODE_SECONDS
+from cxr_fastai.images.dicom_header import parse_modalities
 from cxr_fastai.serving.api import ERROR_HANDLERS, NOTICE, check_token, protected_routes, public_routes
 from cxr_fastai.serving.middleware import (
     AccessLog,
@@ -62,6 +63,8 @@ class Settings:
         Additional host names that requests may use; `*.example.org` allows all subdomains, `*` every name.
     device
         Where the network computes. ONNX Runtime serves on `cpu`, torch on a GPU (see `models.devices`).
+    modality
+        Codes of DICOM modalities, such as `RG,CT`, that are accepted besides those of the training.
     """
 
     bundle: Path
@@ -79,8 +82,10 @@ class Settings:
     token: str | None = field(default=None, repr=False)
     hosts: tuple[str, ...] = ()
     device: str = 'cpu'
+    modality: str = ''
 
     def __post_init__(self) -> None:
+        parse_modalities(self.modality)
         for name in self.hosts:
             if '*' in name.removeprefix('*.') and name != '*':
                 raise UsageError(f'--allow-host {name}: not a host name. Give a name, *.NAME or *.')
@@ -146,7 +151,8 @@ async def _load_service(
         service = await asyncio.to_thread(
             Service.open,
             settings.bundle,
-            settings.device,
+            device=settings.device,
+            modality=settings.modality,
             max_requests=settings.max_requests,
             max_batch=settings.max_batch,
             max_delay=settings.batch_delay,

@@ -151,16 +151,18 @@ class Service:
         self.batcher = Batcher(predictor.infer, self.computing, max_batch, max_delay, observe)
 
     @classmethod
-    def open(cls, path: StrPath, device: str = 'cpu', **options: Any) -> Service:
+    def open(cls, path: StrPath, device: str = 'cpu', modality: str = '', **options: Any) -> Service:
         """Open the bundle `path` and verify it on all of its reference images.
 
-        ONNX Runtime computes on the device `cpu`, torch on others. `path` may also be the `model.onnx` in a bundle;
-        `options` are those of the constructor. Raises `UsageError` if `path` is not a bundle or the device is missing,
-        `ParityError` if the bundle fails its self-test, and `CXRError` if it is damaged.
+        ONNX Runtime computes on the device `cpu`, torch on others. `path` may also be the `model.onnx` in a bundle.
+        `modality` has the codes of other DICOM modalities to accept (see `Predictor.load`); `options` are those of the
+        constructor. Raises `UsageError` if `path` is not a bundle or the device is missing, `ParityError` if the bundle
+        fails its self-test, and `CXRError` if it is damaged.
         """
         path = Path(path)
         bundle = Bundle.open(find_bundle(path))
-        predictor = Predictor.load(bundle.path, engine='onnx' if device == 'cpu' else 'torch', device=device)
+        engine = 'onnx' if device == 'cpu' else 'torch'
+        predictor = Predictor.load(bundle.path, engine=engine, device=device, modality=modality)
         bundle.selftest.check(predictor.engine, bundle.path)
         return cls(bundle, predictor, **options)
 

@@ -328,6 +328,7 @@ def model_config(learn: Learner) -> ModelConfig:
         threshold=0.5,
         resize=preprocessing.resize,
         low_pass=preprocessing.low_pass,
+        modality=preprocessing.modality,
     )
 
 

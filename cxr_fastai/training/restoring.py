@@ -11,6 +11,7 @@ import pandas as pd
 from cxr_fastai.core.recipe import UNKNOWN, VOCAB, data_recipe
 from cxr_fastai.data.loaders import CXRDataLoaders, cxr_block, follow_parent
 from cxr_fastai.data.transforms import OpenImage
+from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import SCHEMA, ModelConfig
 from cxr_fastai.inference.learner_files import read_learner
 from cxr_fastai.training.learner import CXRLearner, cxr_learner
@@ -36,7 +37,7 @@ def load_learner(path: str | Path) -> CXRLearner:
 
 def _empty_loaders(config: ModelConfig) -> CXRDataLoaders:
     """Return loaders without images that prepare any image as `config` says."""
-    recipe = data_recipe('reference', size=config.size, resize=config.resize, low_pass=config.low_pass)
+    recipe = data_recipe('reference', **asdict(Preprocessing.of(config)))
     opened = OpenImage.to_tensor(np.zeros((config.size, config.size), np.uint8))  # loaders try their transforms once
     images = pd.Series([opened, opened], dtype=object)
     table = pd.DataFrame({'path': images, 'label': VOCAB, 'split': ['train', 'valid']})

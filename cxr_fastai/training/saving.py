@@ -8,7 +8,7 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,7 +150,7 @@ def _find_recipe(learn: Learner, arch: str, preprocessing: Preprocessing) -> Rec
         return learn.recipe
     images = getattr(learn.dls, 'recipe', None)
     known = {field: getattr(images, field) for field in DATA_FIELDS} if images else {}
-    known |= {'size': preprocessing.size, 'resize': preprocessing.resize, 'low_pass': preprocessing.low_pass}
+    known |= asdict(preprocessing)
     return replace(
         Recipe(UNKNOWN, (), name=CUSTOM, **known),
         arch=arch,

@@ -137,7 +137,7 @@ def _check_images(items: pd.DataFrame, root: Path, recipe: Recipe) -> tuple[Imag
     if cache is not None:
         uncached = [path for path in paths if path not in cache]
         log.info(f'{len(paths) - len(uncached):,} of {len(paths):,} images are read from the cache {cache.folder}')
-    errors = call_once(find_unreadable, uncached)
+    errors = call_once(find_unreadable, uncached, recipe.modality)
     if errors and recipe.on_bad_image == 'fail':
         first_error = list(errors.values())[0]
         raise ImageError(

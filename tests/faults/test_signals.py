@@ -118,7 +118,7 @@ def check_images_slowly() -> None:
     """Make the check of the images before a training last a minute."""
     add_tiny()
 
-    def check(_):
+    def check(*_):
         print('checking', flush=True)
         time.sleep(60)
 

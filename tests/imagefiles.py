@@ -4,10 +4,12 @@ import struct
 import zlib
 from io import BytesIO
 
+import jpeg_ls
 import numpy as np
 from PIL import Image
 from pydicom import dcmread
 from pydicom.config import disable_value_validation
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.filebase import DicomBytesIO
@@ -109,6 +111,42 @@ def compressed(syntax) -> bytes:
     image = dcmread(BytesIO(dicom()))
     image.compress({RLELossless: RLELossless, JPEGLSLossless: JPEGLSLossless}[syntax], generate_instance_uid=False)
     return _file(image)
+
+
+def recompressed(stored: np.ndarray, syntax: str, **tags) -> bytes:
+    """Return a digital radiograph of 12 bits whose decoded pixels are `stored`, uint16, in the transfer syntax."""
+    if syntax == JPEG2000Lossless:
+        frame = encoded(stored, 'JPEG2000', irreversible=False, no_jp2=True)
+    elif syntax == JPEGLSLossless:
+        frame = bytes(jpeg_ls.encode_array(stored))
+    elif syntax == RLELossless:
+        plain = dcmread(BytesIO(dicom(stored, BitsStored=16, HighBit=15)))
+        plain.compress(RLELossless, generate_instance_uid=False)
+        return dicom(stored, syntax, plain.PixelData, **tags)
+    elif syntax == '1.2.840.10008.1.2.1.98':
+        frame = stored.tobytes()
+    else:
+        return dicom(stored, syntax, **tags)
+    return dicom(stored, syntax, encapsulate([frame]), **tags)
+
+
+def with_text(name: str, text: str | None, image: bytes | None = None) -> bytes:
+    """Return the DICOM file `image` with an element whose text is written as it is; None removes it."""
+    read = dcmread(BytesIO(image or dicom()))
+    if name in read:
+        del read[name]
+    if text is not None:
+        value = text.encode('latin-1')
+        read.add_new(name, 'OB', value + b' ' * (len(value) % 2))
+    file = _incomplete_file(read)
+    if text is None:
+        return file
+    # The element is written as bytes, with a long header, and gets the short header of a text.
+    tag = struct.pack('<HH', tag_for_keyword(name) >> 16, tag_for_keyword(name) & 0xFFFF)
+    start = file.index(tag + b'OB')
+    length = struct.unpack_from('<I', file, start + 8)[0]
+    kind = {'NumberOfFrames': b'IS', 'PixelPaddingValue': b'LO'}.get(name, b'DS')
+    return file[:start] + tag + kind + struct.pack('<H', length) + file[start + 12 :]
 
 
 def without(name: str, image: bytes) -> bytes:

@@ -121,6 +121,9 @@ def _convert_elements(image: Dataset) -> list[str]:
     from pydicom.datadict import keyword_for_tag
 
     unreadable = []
+    is_sign_missing = 'PixelRepresentation' not in image or not image.get_item('PixelRepresentation').value
+    if is_sign_missing:
+        image.PixelRepresentation = 0  # decides how other elements are converted
     for tag in list(image.keys()):
         name = keyword_for_tag(tag)
         try:
@@ -137,6 +140,8 @@ def _convert_elements(image: Dataset) -> list[str]:
             del image[tag]
         elif element.VR == 'SQ':
             _check_items(element.value)
+    if is_sign_missing and 'PixelRepresentation' in image:
+        del image.PixelRepresentation
     return unreadable
 
 

@@ -159,17 +159,13 @@ def test_8_bit_dicom_without_a_window_keeps_its_levels():
 SAMPLES = Path(pydicom.__file__).parent / 'data' / 'test_files'
 
 
-class Anything:
-    """A list of modalities that has them all."""
-
-    def __contains__(self, _):
-        return True
+ALL_MODALITIES = ('CT', 'MG', 'MR', 'NM', 'OT', 'PT', 'RF', 'RTDOSE', 'RTIMAGE', 'SC', 'SEG', 'US', 'XA')
 
 
 @pytest.mark.filterwarnings('ignore')  # pydicom tells of each of its odd samples
 @pytest.mark.parametrize(
     'read',
-    [open_image, lambda path: read_dicom(path.read_bytes(), Anything())],
+    [open_image, lambda path: read_dicom(path.read_bytes(), ALL_MODALITIES)],
     ids=['as images', 'as pixels of any modality'],
 )
 def test_every_sample_of_pydicom_gives_pixels_or_an_error_code(read):

@@ -67,7 +67,8 @@ def _check_syntax(image: Dataset, syntax: Any) -> None:
         return
     shown = '(not a valid identifier)'
     if re.fullmatch('[0-9.]+', syntax):
-        shown = f'{syntax} ({syntax.name})' if syntax.name != syntax else syntax
+        name = syntax.name.split(',')[0]  # without the details of its compression
+        shown = f'{syntax} ({name})' if name != syntax else syntax
     packages = PACKAGES.get(str(syntax))
     if packages:
         raise ImageError(f'transfer syntax {shown}: to read it, pip install {packages}', 'E_DICOM_SYNTAX')

@@ -34,7 +34,7 @@ from cxr_fastai.images.decode import read_bytes as read_image_bytes
 from cxr_fastai.images.dicom_header import parse_modalities
 from cxr_fastai.images.preprocessing import Preprocessing
 
-DECODER = 1
+DECODER = 2
 """Version of the decoder. Raise it when the same file no longer gives the same pixels; older caches are rebuilt."""
 FILES = ('images.u8', 'index.jsonl')
 MAX_INDEX = 2**28

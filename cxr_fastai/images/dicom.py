@@ -68,7 +68,7 @@ def read_dicom(data: bytes, modalities: Sequence[str] = ()) -> DecodedImage:
     except UsageError as error:
         raise ImageError(str(error), 'E_DICOM_SYNTAX') from None
     try:
-        image, unreadable = read_elements(data)
+        image, unreadable = _parse(data)
         notes = check_modality(image, modalities) + complete_elements(image)
         if unreadable:
             notes.append(f'not readable, so ignored: {", ".join(unreadable)}')
@@ -78,6 +78,15 @@ def read_dicom(data: bytes, modalities: Sequence[str] = ()) -> DecodedImage:
     # pydicom raises AttributeError, ValueError, struct.error and others, with messages that may quote the file.
     except Exception as error:
         raise ImageError(f'damaged ({type(error).__name__})', 'E_DICOM_CORRUPT') from error
+
+
+def _parse(data: bytes) -> tuple[Dataset, list[str]]:
+    try:
+        return read_elements(data)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError('damaged: its elements cannot be read', 'E_DICOM_CORRUPT') from error
 
 
 def _to_grey(image: Dataset, stored: np.ndarray, notes: list[str]) -> DecodedImage:

@@ -42,7 +42,7 @@ SOP_CLASSES = {
     '1.2.840.10008.5.1.4.1.1.481.1': 'RTIMAGE',
 }
 """SOP class to the modality of its images. Other classes, such as secondary capture, have images of any modality."""
-PHOTOMETRIC_INTERPRETATIONS = re.compile('MONOCHROME[12]|RGB|YBR_[A-Z0-9_]+')
+PHOTOMETRIC_INTERPRETATIONS = re.compile('MONOCHROME[12]|RGB|YBR_[A-Z0-9_]{1,12}')
 """Photometric interpretations of a radiograph, which may be stored in colour."""
 JPEG_BASELINE = '1.2.840.10008.1.2.4.50'
 NATIVE = ('1.2.840.10008.1.2', '1.2.840.10008.1.2.1', '1.2.840.10008.1.2.2')

@@ -35,6 +35,7 @@ high-throughput JPEG 2000. pydicom decodes no other compressed syntax with any p
 retired processes of JPEG."""
 DECODER_OF_12_BITS = 'pylibjpeg'
 """The only decoder of pydicom for JPEG Extended with 12 bits."""
+UNDECODABLE = 'PixelData cannot be decoded: it is damaged, or its decoder does not support it'
 AS_STORED: Any = {'as_rgb': False}
 """Option of pydicom's decoders: YBR stays. Conversion to RGB takes a gigabyte for 40 megapixels."""
 
@@ -55,7 +56,10 @@ def decode_pixels(image: Dataset) -> np.ndarray:
             unpack_rle(image)
         elif syntax.is_encapsulated:
             check_frame(image)
-    pixels, facts = get_decoder(image.file_meta.TransferSyntaxUID).as_array(image, **AS_STORED)
+    try:
+        pixels, facts = get_decoder(image.file_meta.TransferSyntaxUID).as_array(image, **AS_STORED)
+    except Exception as error:  # of any decoder, with a message that may quote the file
+        raise ImageError(UNDECODABLE, 'E_DICOM_CORRUPT') from error
     if str(facts['photometric_interpretation']).startswith('YBR_FULL'):  # the first channel is grey already
         pixels = np.ascontiguousarray(pixels[..., 0])
     return keep_stored_bits(pixels, image.BitsStored, bool(image.PixelRepresentation))

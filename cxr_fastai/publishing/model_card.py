@@ -126,6 +126,8 @@ def _input(recipe: Recipe) -> str:
     )
     if recipe.low_pass:
         text += f', blurred by a Gaussian with a standard deviation of {recipe.low_pass * recipe.size:.2g} pixels'
+    if recipe.modality:
+        text += f'; DICOM images of the modalities {recipe.modality} are accepted besides CR, DX and DR'
     return text
 
 

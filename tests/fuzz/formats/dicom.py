@@ -4,7 +4,7 @@ import random
 import struct
 import warnings
 
-from imagefiles import compressed, dicom, lut
+from imagefiles import compressed, dicom, lut, with_text
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 
 from cxr_fastai.core.errors import ImageError
@@ -26,7 +26,8 @@ def seeds() -> list[bytes]:
     """Return a valid file of each kind of pixels, and one with a LUT."""
     syntaxes = (RLELossless, JPEGBaseline8Bit, JPEG2000Lossless, JPEGLSLossless)
     window = dicom(WindowCenter=[2500, 1], WindowWidth=[1001, 2], RescaleSlope=2, RescaleIntercept=-100)
-    return [dicom(), window, dicom(VOILUTSequence=[lut(0, [1, 2, 3], 12)]), *map(compressed, syntaxes)]
+    text = with_text('WindowCenter', '[2500,0, 1]', dicom(PixelSpacing=[0.3, 0.2], PresentationLUTShape='INVERSE'))
+    return [dicom(), window, text, dicom(VOILUTSequence=[lut(0, [1, 2, 3], 12)]), *map(compressed, syntaxes)]
 
 
 def mutate(data: bytes, draw: random.Random) -> bytes:

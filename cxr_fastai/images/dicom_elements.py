@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from io import BytesIO
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.errors import ImageError
+from cxr_fastai.images.limits import MAX_PIXELS
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -60,6 +62,8 @@ TEXT_NUMBERS = (
 BINARY_NUMBERS = ('US', 'SS', 'UL', 'SL', 'FL', 'FD')
 """Value representations of numbers that are not text."""
 DEFLATED = '1.2.840.10008.1.2.1.99'
+PLAIN = '1.2.840.10008.1.2.1'
+"""Transfer syntax of a deflated file that was unpacked."""
 SPECIFIC_CHARACTER_SET = 0x00080005
 PIXEL_DATA = 0x7FE00010
 PIXEL_VRS = (None, 'OB', 'OW', 'UN')
@@ -74,6 +78,8 @@ MAX_SEQUENCE_BYTES = 300_000
 """Maximum length of a sequence; its largest usual element is a table of 65,536 numbers of 16 bits."""
 MAX_ENTRY_BYTES = {'LUTDescriptor': 64, 'LUTData': 2 * 65_536}
 """Maximum length of the elements of a LUT."""
+MAX_INFLATED = 4 * MAX_PIXELS
+"""Maximum number of bytes of the elements of a deflated file."""
 MAX_READS = 40_000
 """Maximum number of reads from a file. Each element and each item of a sequence needs at least one."""
 PARSING = Lock()
@@ -109,7 +115,10 @@ def read_elements(data: bytes) -> tuple[Dataset, list[str]]:
     # Validation is off because its warnings quote the values of a damaged file, which may be a name.
     with PARSING, disable_value_validation():
         header = read_dataset(file, False, True, stop_when=_is_behind_header)
-        _check_syntax(header)
+        if not header.get('TransferSyntaxUID'):
+            raise ImageError('no transfer syntax', 'E_DICOM_CORRUPT')
+        if header.TransferSyntaxUID == DEFLATED:
+            file = _CountedFile(_inflate(data, file.tell()))
         file.seek(0)
         tags: list[BaseTag | int] = [Tag(name) for name in TAGS]
         image = read_partial(file, stop_when=_check_element, specific_tags=tags)
@@ -189,14 +198,17 @@ def _is_behind_header(tag: int, vr: str | None, length: int) -> bool:
     return False
 
 
-def _check_syntax(header: Dataset) -> None:
-    syntax = header.get('TransferSyntaxUID')
-    if not syntax:
-        raise ImageError('no transfer syntax', 'E_DICOM_CORRUPT')
-    if syntax == DEFLATED:  # pydicom inflates without a limit, and radiography does not use it
-        raise ImageError(
-            f'transfer syntax {DEFLATED} (deflated) is not supported. Store the file uncompressed', 'E_DICOM_SYNTAX'
-        )
+def _inflate(data: bytes, start: int) -> bytes:
+    """Return a deflated file, whose elements begin at `start`, as a plain one. pydicom would unpack without a limit.
+
+    Raises `ImageError` E_TOO_LARGE beyond `MAX_INFLATED` bytes.
+    """
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    elements = inflater.decompress(data[start:], MAX_INFLATED)
+    if inflater.unconsumed_tail:
+        raise ImageError(f'the deflated elements are over {MAX_INFLATED:,} bytes', 'E_TOO_LARGE')
+    header = data[:start].replace(DEFLATED.encode(), PLAIN.encode().ljust(len(DEFLATED), b'\0'))
+    return header + elements
 
 
 def _check_element(tag: int, vr: str | None, length: int) -> bool:

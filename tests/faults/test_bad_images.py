@@ -114,7 +114,7 @@ REFUSED = {
         'E_DICOM_SYNTAX',
         'pylibjpeg-libjpeg',
     ),
-    '39 deflated': (dicom(syntax='1.2.840.10008.1.2.1.99'), 'E_DICOM_SYNTAX', 'deflated'),
+    '39 truncated deflated': (dicom(syntax='1.2.840.10008.1.2.1.99')[:-900], 'E_DICOM_CORRUPT', 'PixelData'),
     '41 frames': (dicom(NumberOfFrames=2), 'E_MULTIFRAME', '2 frames'),
     '42 no pixel data': (without('PixelData', dicom()), 'E_DICOM_NOPIXEL', 'no pixel data'),
     '43 no preamble': (dicom()[132:], 'E_DICOM_CORRUPT', 'no DICM preamble'),

@@ -14,6 +14,7 @@ from cxr_fastai.images.dicom_pixels import keep_stored_bits
 from cxr_fastai.images.limits import MAX_PIXELS
 
 PLAIN = '1.2.840.10008.1.2.1'
+DEFLATED = '1.2.840.10008.1.2.1.99'
 ENCAPSULATED = '1.2.840.10008.1.2.1.98'
 SIGNED = np.int16(DEEP.astype(int) - 2500)
 
@@ -26,7 +27,9 @@ def with_overlay(levels: np.ndarray) -> np.ndarray:
     return stored
 
 
-@pytest.mark.parametrize('syntax', [PLAIN, ENCAPSULATED, RLELossless, JPEG2000Lossless, JPEGLSLossless], ids=str)
+@pytest.mark.parametrize(
+    'syntax', [PLAIN, DEFLATED, ENCAPSULATED, RLELossless, JPEG2000Lossless, JPEGLSLossless], ids=str
+)
 @pytest.mark.parametrize('levels', [DEEP, SIGNED], ids=['unsigned', 'signed'])
 def test_overlays_in_unused_bits_are_removed_after_every_decoder(syntax, levels):
     is_signed = levels.dtype.kind == 'i'

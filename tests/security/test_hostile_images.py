@@ -88,6 +88,15 @@ def with_many(element: bytes) -> bytes:
     return data[:place] + element * 200_000 + data[place:]
 
 
+def test_deflated_elements_are_unpacked_up_to_a_limit():
+    file = dicom(syntax='1.2.840.10008.1.2.1.99')
+    header = file[: 144 + struct.unpack_from('<I', file, 140)[0]]
+    packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    bomb = b''.join(packer.compress(bytes(10_000_000)) for _ in range(100)) + packer.flush()
+    assert code_of(file) == 'ok' and code_of(header + bomb) == 'E_TOO_LARGE'
+    assert code_of(header) == 'E_DICOM_NOPIXEL' and code_of(header + b'\xff' * 100) == 'E_DICOM_CORRUPT'
+
+
 def test_only_the_first_windows_are_tried():
     centres = [9e6] * 8 + [2500]
     image = decode_image(dicom(WindowCenter=centres, WindowWidth=[1001] * 9))

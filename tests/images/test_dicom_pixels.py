@@ -16,6 +16,7 @@ from cxr_fastai.images.limits import MAX_PIXELS
 PLAIN = '1.2.840.10008.1.2.1'
 DEFLATED = '1.2.840.10008.1.2.1.99'
 ENCAPSULATED = '1.2.840.10008.1.2.1.98'
+ENCODINGS = (PLAIN, DEFLATED, ENCAPSULATED, RLELossless, JPEG2000Lossless, JPEGLSLossless)
 SIGNED = np.int16(DEEP.astype(int) - 2500)
 
 

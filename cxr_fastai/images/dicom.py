@@ -16,12 +16,7 @@ from PIL import Image
 from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.images.dicom_elements import read_elements
-from cxr_fastai.images.dicom_header import (
-    PROCESSING_CLASS,
-    check_modality,
-    complete_elements,
-    read_numbers,
-)
+from cxr_fastai.images.dicom_header import PROCESSING_CLASS, check_modality, complete_elements, read_numbers
 from cxr_fastai.images.dicom_pixels import decode_pixels
 from cxr_fastai.images.limits import MAX_PIXELS, MAX_WINDOWS, DecodedImage
 from cxr_fastai.images.windowing import count_levels, look_up, percentile_table, scale_to_grey, weighted_percentiles
@@ -124,26 +119,30 @@ def _make_pixels_square(image: Dataset, grey: np.ndarray) -> tuple[np.ndarray, l
 
     The side of the image with the longer pixels is enlarged, or the other one reduced if it would be too large.
     """
-    for name in SPACINGS:
-        sides = read_numbers(image.get(name))
-        if len(sides) >= 2 and min(sides[:2]) > 0:
-            break
-    else:
-        return grey, []
-    ratio = sides[0] / sides[1]
-    stretch = max(ratio, 1 / ratio)
+    name, down, across = _read_sides(image)
+    stretch = max(down, across) / min(down, across)
     if not stretch < MAX_STRETCH:
         return grey, [f'{name} is implausible and was ignored']
     if stretch < MIN_STRETCH:
         return grey, []
     height, width = grey.shape
     is_too_large = height * width * stretch > MAX_PIXELS
-    if (ratio > 1) != is_too_large:
-        height = round(height * ratio)
+    if (down > across) != is_too_large:
+        height = round(height * down / across)
     else:
-        width = round(width / ratio)
+        width = round(width * across / down)
     square = Image.fromarray(grey).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(square), [f'resampled to square pixels, which are {ratio:.3g} times as high as wide ({name})']
+    note = f'resampled to square pixels; in the file they are {down / across:.3g} times as high as wide ({name})'
+    return np.asarray(square), [note]
+
+
+def _read_sides(image: Dataset) -> tuple[str, float, float]:
+    """Return the height and the width of a pixel, in any unit, and the element that has them; 1 and 1 without one."""
+    for name in SPACINGS:
+        sides = read_numbers(image.get(name))[:2]
+        if len(sides) == 2 and min(sides) > 0:
+            return name, *sides
+    return '', 1.0, 1.0
 
 
 def _grey_from_colour(stored: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -214,8 +213,7 @@ def _complete_rescaling(image: Dataset) -> list[str]:
     values = {name: read_numbers(image.get(name))[:1] for name in names}
     readable = {name: value[0] for name, value in values.items() if value and math.isfinite(value[0])}
     for name in names:
-        if name in image and (name not in readable or not isinstance(image[name].value, float)):
-            del image[name]
+        image.pop(name, None)
     if not readable:
         return []
     notes = []

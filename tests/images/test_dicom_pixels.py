@@ -152,6 +152,7 @@ def test_pixels_that_are_not_square_are_resampled(tags, shape, name):
         ({'PixelSpacing': [0.1]}, ''),
         ({'PixelAspectRatio': [0, 0]}, ''),
         ({'PixelSpacing': [1e9, 0.1]}, 'PixelSpacing is implausible and was ignored'),
+        ({'PixelSpacing': [1e-300, 1e300]}, 'PixelSpacing is implausible and was ignored'),
     ],
 )
 def test_square_and_impossible_pixels_are_left_as_they_are(tags, note):

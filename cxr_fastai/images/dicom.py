@@ -141,7 +141,7 @@ def _read_sides(image: Dataset) -> tuple[str, float, float]:
     for name in SPACINGS:
         sides = read_numbers(image.get(name))[:2]
         if len(sides) == 2 and min(sides) > 0:
-            return name, *sides
+            return name, sides[0], sides[1]
     return '', 1.0, 1.0
 
 

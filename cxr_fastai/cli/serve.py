@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from cxr_fastai.cli import sharing_options as opt
-from cxr_fastai.cli.options import Device
+from cxr_fastai.cli.options import Device, Modality
 from cxr_fastai.cli.output import print_line
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.foreign import read_bytes
@@ -23,7 +23,7 @@ def serve(
     port: opt.Port = 8000,
     token_file: opt.TokenFile = None,
     allow_host: opt.AllowHost = None,
-    modality: opt.Modality = '',
+    modality: Modality = '',
     max_body: opt.MaxBody = 20,
     max_images: opt.MaxImages = 64,
     queue: opt.QueueLength = 32,

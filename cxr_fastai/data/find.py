@@ -15,8 +15,8 @@ from cxr_fastai.core.folders import describe_own_folder
 from cxr_fastai.core.foreign import read_bytes
 from cxr_fastai.core.paths import correct_path, correct_paths
 from cxr_fastai.data.listings import MAX_LISTING, read_listing, read_names
-from cxr_fastai.images.decode import FORMATS, SUFFIXES, sniff
-from cxr_fastai.images.formats import HEAD_BYTES, name_foreign_format, name_own_picture
+from cxr_fastai.images.decode import SUFFIXES, sniff
+from cxr_fastai.images.formats import FORMATS, HEAD_BYTES, name_foreign_format, name_own_picture
 
 NOT_AN_IMAGE = 'not an image'
 TABLE_SUFFIXES = ('.csv', '.tsv', '.xlsx', '.xls', '.ods')

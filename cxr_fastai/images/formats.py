@@ -1,4 +1,4 @@
-"""Names of the file formats that are not read, and the mark by which pictures of this package are recognised."""
+"""The file formats that are read, names of others, and the mark by which pictures of this package are recognised."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import re
 from PIL.PngImagePlugin import PngInfo
 
 from cxr_fastai.core.files import SOFTWARE
+from cxr_fastai.images.dicom import SUFFIXES as DICOM_SUFFIXES
 
+FORMATS = {'JPEG': ('.jpeg', '.jpg'), 'PNG': ('.png',), 'TIFF': ('.tiff', '.tif'), 'DICOM': DICOM_SUFFIXES}
+"""Supported format to its usual suffixes. The content of a file decides, not its name."""
 FOREIGN_FORMATS = (
     ('WebP', rb'RIFF.{4}WEBP'),
     ('BMP', rb'BM.{4}\0{4}'),

@@ -2,7 +2,8 @@ from .exporting import export
 from .hub import push, write_space
 from .model_card import render_card
 from .onnx import to_onnx
-from .reporting import print_pdf, report
+from .printing import print_pdf
+from .reporting import report
 
 __all__ = [
     'export',

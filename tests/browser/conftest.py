@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from cxr_fastai.publishing.reporting import find_browser
+from cxr_fastai.publishing.printing import find_browser
 
 PATIENCE_MS = 60_000
 """Time limit for anything that a page does, in milliseconds, on a busy machine."""

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from filelock import FileLock
 
-from cxr_fastai.publishing.reporting import find_browser
+from cxr_fastai.publishing.printing import find_browser
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / 'docs'

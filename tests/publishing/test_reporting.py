@@ -23,11 +23,11 @@ from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.evaluation.figures import image_picture, shown_images, typical_correct, worst_errors
 from cxr_fastai.inference.config import identify_network
 from cxr_fastai.publishing import reporting
+from cxr_fastai.publishing.printing import find_browser
 from cxr_fastai.publishing.reporting import (
     SECTIONS,
     compare_with_targets,
     describe_flow,
-    find_browser,
     read_audit,
     report,
 )

@@ -310,7 +310,7 @@ def test_a_resumed_run_is_compiled_and_tracked_as_before_unless_options_say_othe
     monkeypatch.setattr(training, 'train', lambda *_, **options: arguments.update(options))
     argv = ['train', '--resume', str(interrupted.path)]
     assert run_quietly(argv)[0] == 0
-    assert arguments == {'compile': 'on', 'track': 'tensorboard', 'resume': True}
+    assert arguments == {'compile': 'on', 'track': 'tensorboard', 'resume': True, 'device': None}
     assert run_quietly([*argv, '--compile', 'off'])[0] == 0
     assert arguments['compile'] == 'off'
 

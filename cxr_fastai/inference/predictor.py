@@ -282,20 +282,20 @@ def _load_run(run: Run, device: str) -> Predictor:
 
 
 def _apply_decision(run: Run, config: ModelConfig) -> ModelConfig:
-    """Return `config` with the decision of `run`; unchanged, with a warning, if there is none for its network."""
+    """Return `config` with the decision of `run`; that of the recipe if there is none for its network."""
     run.check_decision()
     decision = Decision.from_run(run, identify_network(run.path))
     if decision:
         return replace(
             config, threshold=decision.threshold, threshold_rule=decision.rule, temperature=decision.temperature
         )
-    reason = 'its decision.json was made for another network' if run.decision else 'it was not evaluated'
-    warnings.warn(
-        f'{run.path}: {reason}, so the threshold is {config.threshold:g}, that of its recipe. '
-        f'`{run.evaluation()}` chooses one.',
-        CXRWarning,
-        stacklevel=4,
-    )
+    if run.decision:
+        warnings.warn(
+            f'{run.path}: its decision.json was made for another network, so the threshold is {config.threshold:g}, '
+            f'that of its recipe. `{run.evaluation()}` chooses one.',
+            CXRWarning,
+            stacklevel=4,
+        )
     return config
 
 

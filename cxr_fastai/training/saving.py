@@ -31,7 +31,7 @@ from cxr_fastai.data.transforms import NormalizeImage, augmentations
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, save_weights
 from cxr_fastai.inference.pickles import KEPT_CALLBACKS, save_learner
-from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.inference.predictor import load_undecided
 from cxr_fastai.models.architectures import describe_network, find_arch
 from cxr_fastai.models.networks import unwrap_network
 from cxr_fastai.training.callbacks import COLUMNS, name_metrics
@@ -263,6 +263,6 @@ def _largest_difference(learn: Learner, run: Run, source: ImageSource) -> float:
     dl = learn.dls.test_dl(paths, num_workers=0)
     act = None if hasattr(learn.loss_func, 'activation') else partial(torch.softmax, dim=1)
     expected, _ = learn.get_preds(dl=dl, act=act)
-    rows = Predictor.load(run.path).predict(paths)
+    rows = load_undecided(run).predict(paths)
     actual = np.array([row['p_pneumonia'] for row in rows], dtype=float)
     return float(np.abs(expected[:, POSITIVE].numpy() - actual).max())

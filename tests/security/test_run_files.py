@@ -13,7 +13,7 @@ import pytest
 from runfiles import seal_results
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
+from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.evaluation.comparison import compare_runs
@@ -318,13 +318,13 @@ def test_a_changed_decision_with_the_right_hash_is_refused(copy, fields):
             use(copy)
 
 
-def test_a_prediction_without_results_says_which_threshold_it_uses(copy, images, refused):
+def test_a_prediction_without_results_says_which_threshold_it_uses(copy, images, refused, capsys):
     image = next(images.rglob('*.jpeg'))
     (copy / 'metrics.json').unlink()
     assert 'metrics.json is missing' in refused('predict', copy.path, image)
     (copy / 'decision.json').unlink()
-    with pytest.warns(CXRWarning, match=r'not evaluated, so the threshold is 0.5, that of its recipe'):
-        assert Predictor.load(copy.path).threshold == 0.5
+    assert main(['predict', str(copy.path), str(image)]) == 0
+    assert 'probability of 0.5 or more: a fixed threshold, not chosen' in capsys.readouterr().out
 
 
 def test_metrics_without_hashes_must_be_computed_again(copy, refused):

@@ -123,8 +123,7 @@ def answer(data: bytes, facts: dict[str, Any]) -> tuple[Any, ...]:
     """Decode the contents of a file; return the facts and the raw bytes of the answer.
 
     `facts` of the request are the fields of the `preprocessing` or null, the `suffix` of the file, the other `modality`
-    that is accepted, the `side` to which
-    the pixels are reduced (see `reduce_to`), and the `seconds` of the deadline.
+    that is accepted, the `side` to which the pixels are reduced (see `reduce_to`), and the `seconds` of the deadline.
     """
     try:
         with _alarm(facts['seconds'] + ALARM_MARGIN):

@@ -83,6 +83,9 @@ def predict(
 
     Example: cxr-fastai predict bundle image.jpeg more_images/ --out predictions.csv
     """
+    from cxr_fastai.inference.onnx_start import start_onnx
+
+    start_onnx(model, 'torch' if maps else engine, device, precision)
     from cxr_fastai.data.find import list_images
     from cxr_fastai.inference.tables import predict_to_table
 

@@ -41,6 +41,9 @@ def serve(
     missing = [name for name in REQUIRED_MODULES if not find_spec(name)]
     if missing:
         raise UsageError(f'serve needs {", ".join(missing)}. Install them with pip install "cxr_fastai[serve]".')
+    from cxr_fastai.inference.onnx_start import start_onnx
+
+    start_onnx(bundle, 'onnx', device)
     from cxr_fastai.serving.app import Settings
     from cxr_fastai.serving.server import serve
     from cxr_fastai.serving.uploads import Limits

@@ -68,6 +68,12 @@ class Worker:
         self.lock = threading.Lock()
         self.close = weakref.finalize(self, _end, self.process)
 
+    @classmethod
+    def take(cls, module: str, function: str, *arguments: str) -> Worker:
+        """Return the process that `start_ahead` started with these arguments, or a new one."""
+        worker = _started_ahead.pop((module, function, *arguments), None)
+        return worker if worker and worker.is_alive else cls(module, function, *arguments)
+
     @property
     def is_alive(self) -> bool:
         """Whether the process can answer requests."""
@@ -110,6 +116,14 @@ class Worker:
         if failed:
             raise WorkerError(answer[0].decode(errors='replace'))
         return answer
+
+
+_started_ahead: dict[tuple[str, ...], Worker] = {}
+
+
+def start_ahead(module: str, function: str, *arguments: str) -> None:
+    """Start a process that `Worker.take` will return, so that its imports run beside those of this process."""
+    _started_ahead[module, function, *arguments] = Worker(module, function, *arguments)
 
 
 def import_path() -> str:

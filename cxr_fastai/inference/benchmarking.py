@@ -18,8 +18,9 @@ import numpy as np
 from cxr_fastai.core.errors import ImageError
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.progress import ShownProgress
-from cxr_fastai.inference.bundle import ONNX, Bundle, is_bundle
+from cxr_fastai.inference.bundle import Bundle, is_bundle
 from cxr_fastai.inference.engines import PRECISIONS
+from cxr_fastai.inference.onnx_start import ONNX
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.selftest import draw_images
 

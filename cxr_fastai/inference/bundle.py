@@ -25,23 +25,22 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from cxr_fastai.core.environment import process_count, read_integer, require_package
+from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import CXRError, UsageError, first_line
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import FIX, IS_LFS_POINTER, LFS_POINTER, open_regular, parse_json
-from cxr_fastai.core.hardware import thread_limit
 from cxr_fastai.core.schemas import Fields, Integer, Table, Text
 from cxr_fastai.core.zips import check_zip
 from cxr_fastai.inference.config import LEARNER, SCHEMA, WEIGHTS, ModelConfig, check_schema
 from cxr_fastai.inference.engines import OnnxEngine, TorchEngine, check_precision
 from cxr_fastai.inference.networks import load_network
+from cxr_fastai.inference.onnx_start import ONNX, onnx_threads
 from cxr_fastai.inference.selftest import SelfTest
 from cxr_fastai.inference.tensors import MAX_BYTES, load_tensors
 from cxr_fastai.models.devices import choose_device, may_have_gpu
 
 CONFIG = 'config.json'
 MANIFEST = 'manifest.json'
-ONNX = 'model.onnx'
 SELFTEST = 'selftest.safetensors'
 GATE = 'gate.safetensors'
 CARD = 'MODEL_CARD.md'
@@ -201,9 +200,7 @@ class Bundle:
             raise UsageError(
                 f'--engine onnx --device {device}: ONNX Runtime computes on cpu or cuda. Use --engine torch.'
             )
-        local_processes = read_integer('LOCAL_WORLD_SIZE', default=process_count()) if process_count() > 1 else 1
-        threads = thread_limit(max(local_processes, 1))
-        return OnnxEngine(self.read(ONNX), self.path / ONNX, threads, self.config.size, gpu=device == 'cuda')
+        return OnnxEngine(self.read(ONNX), self.path / ONNX, onnx_threads(), self.config.size, gpu=device == 'cuda')
 
     def _torch_engine(self, device: str) -> TorchEngine:
         return TorchEngine(load_network(self.config, self.read(WEIGHTS), self.path / WEIGHTS), device)

@@ -13,7 +13,8 @@ from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.recipe import POSITIVE
 from cxr_fastai.core.workers import Worker, WorkerCrash, WorkerError, WorkerTimeout
 from cxr_fastai.inference.onnx_format import check_onnx
-from cxr_fastai.inference.onnx_process import BATCH, CPU, GPU
+from cxr_fastai.inference.onnx_process import BATCH
+from cxr_fastai.inference.onnx_start import onnx_worker
 from cxr_fastai.models.devices import choose_device
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class OnnxEngine:
         self.seconds = seconds
         self.model_bytes = len(data)
         self.gpu = gpu
-        self.worker = Worker('cxr_fastai.inference.onnx_process', 'main', str(threads or 0), GPU if gpu else CPU)
+        self.worker = Worker.take(*onnx_worker(threads, gpu))
         self._ask([data], 0, 'not a model that ONNX Runtime can load')
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

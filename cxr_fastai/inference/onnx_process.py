@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import os
 import struct
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from cxr_fastai.core.workers import Parts, serve
+from cxr_fastai.inference.onnx_start import CPU
 
 BATCH = struct.Struct('<II')
 """Head of a batch: number of images, and their side in pixels."""
 
 
-CPU, GPU = 'CPUExecutionProvider', 'CUDAExecutionProvider'
-"""Where ONNX Runtime computes."""
-
-
 def main(threads: str, provider: str = CPU) -> None:
     """Answer requests: the first contains the model, each other one a batch. `threads` is a number; 0: all cores."""
     sessions: list[Any] = []
+    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
+    with suppress(ImportError):  # which the first request reports
+        import onnxruntime  # noqa: F401  # while the other side prepares the request
 
     def handle(parts: Parts) -> Parts:
         if not sessions:
@@ -32,7 +33,6 @@ def main(threads: str, provider: str = CPU) -> None:
 
 
 def _load(model: bytes, threads: int, provider: str) -> Any:
-    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -29,7 +29,6 @@ from cxr_fastai.inference.bundle import (
     FILES,
     GATE,
     MANIFEST,
-    ONNX,
     SELFTEST,
     Bundle,
     is_bundle,
@@ -40,6 +39,7 @@ from cxr_fastai.inference.engines import TorchEngine
 from cxr_fastai.inference.gate import MAX_IMAGES, Gate
 from cxr_fastai.inference.learner_files import read_learner
 from cxr_fastai.inference.onnx_format import check_onnx
+from cxr_fastai.inference.onnx_start import ONNX
 from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.selftest import ParityError, SelfTest

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cxr_fastai.core.workers import Worker, WorkerCrash, WorkerError, WorkerTimeout
+from cxr_fastai.core import workers
+from cxr_fastai.core.workers import Worker, WorkerCrash, WorkerError, WorkerTimeout, start_ahead
 
 HERE = Path(__file__).parent
 
@@ -28,6 +29,20 @@ def test_answers_have_the_bytes_of_the_request(worker):
     parts = [b'', b'abc', bytes(range(256)) * 4096]
     assert worker.ask([b'echo', *parts], 30) == parts
     assert worker.ask([b'print'], 30) == [b'quiet']
+
+
+def test_a_worker_that_was_started_ahead_is_taken_once(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))
+    words = ('workers_under_test', 'answer')
+    start_ahead(*words)
+    first, second = Worker.take(*words), Worker.take(*words)
+    assert first.process.pid != second.process.pid
+    assert first.ask([b'echo', b'x'], 30) == second.ask([b'echo', b'x'], 30) == [b'x']
+    start_ahead(*words)
+    (started,) = workers._started_ahead.values()
+    started.process.kill()
+    started.process.wait()
+    assert Worker.take(*words).ask([b'echo', b'y'], 30) == [b'y']
 
 
 def test_a_failure_is_one_line_and_the_worker_goes_on(worker):

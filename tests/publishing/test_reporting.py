@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from runfiles import seal_results
-from safetensors.torch import load_file, save_file
 
 from cxr_fastai.cli import main
 from cxr_fastai.core.errors import CXRWarning, UsageError
@@ -319,24 +318,6 @@ def test_the_flow_states_the_real_share_of_the_validation_images(copy):
 def test_a_run_that_was_not_evaluated_is_rejected(run, capsys):
     assert main(['report', str(run.path)]) == 2
     assert 'not evaluated yet. Run `cxr-fastai evaluate' in capsys.readouterr().err
-
-
-def test_metrics_of_an_older_version_other_predictions_or_another_network_are_rejected(copy, evaluated):
-    metrics = copy.metrics
-    incomplete = {name: value for name, value in metrics['test'].items() if name != 'mcc'}
-    for old in ({'n': 12, 'auc': metrics['test']['auc']}, incomplete):
-        (copy / 'metrics.json').write_text(json.dumps(metrics | {'test': old}))
-        seal_results(copy.path)
-        with pytest.raises(UsageError, match='older version.*Run `cxr-fastai evaluate'):
-            report(copy)
-    (copy / 'metrics.json').write_text(json.dumps(metrics))
-    copy.predictions.iloc[1:].to_csv(copy / 'predictions.csv', index=False)
-    with pytest.raises(UsageError, match='are of other predictions than those in predictions.csv'):
-        report(copy)
-    shutil.copy(evaluated / 'predictions.csv', copy / 'predictions.csv')
-    save_file(load_file(copy / 'model.safetensors'), copy / 'model.safetensors', {'another': 'network'})
-    with pytest.raises(UsageError, match='of another network'):
-        report(copy)
 
 
 def test_robustness_is_shown_if_it_was_measured(copy):

@@ -50,7 +50,12 @@ COLUMNS = range(20, 1000)
 """Widths of a terminal that the variable COLUMNS may state, in characters. Tables need a few; 0 would print nothing."""
 DEFAULT_COLUMNS = 80
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={'help_option_names': ['-h', '--help']},
+)
 app.add_typer(data_commands.app, name='data')
 
 

@@ -10,7 +10,27 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from cxr_fastai.core.errors import UsageError
+
 DATA_DEFAULT = 'CXR_DATA, else data/chest_xray'
+
+
+def _read_split(name: str) -> str:
+    """Return the split that `name` stands for, such as `valid` for `val`. Raises `UsageError` for another name."""
+    from cxr_fastai.data.layout import read_split
+
+    split = read_split(name)
+    if split is None:
+        raise UsageError(f'--split {name}: no such split. Choose train, valid or test.')
+    return split
+
+
+def _read_class(name: str) -> str:
+    """Return the class `name` in upper case; another name as it is, for the command to refuse."""
+    from cxr_fastai.data.layout import read_class
+
+    return read_class(name) or name
+
 
 # Images and how they are read
 
@@ -198,7 +218,9 @@ RunFolder = Annotated[Path, Argument(metavar='RUN', help='Run folder, as written
 RunFolders = Annotated[
     list[Path], Argument(metavar='RUN...', help='Run folders, as written by train, or a folder of run folders.')
 ]
-Split = Annotated[str, Option('--split', help='Use the images of this split: train, valid or test.')]
+Split = Annotated[
+    str, Option('--split', callback=_read_split, help='Use the images of this split: train, valid or test.')
+]
 Rule = Annotated[
     str | None,
     Option(
@@ -271,7 +293,7 @@ Method = Annotated[
         help='Compute maps by gradcam, gradcam++, cam (needs average pooling and one linear layer) or occlusion.',
     ),
 ]
-Target = Annotated[str, Option('--target', help='Explain this class: NORMAL or PNEUMONIA.')]
+Target = Annotated[str, Option('--target', callback=_read_class, help='Explain this class: NORMAL or PNEUMONIA.')]
 Layer = Annotated[
     str | None,
     Option(

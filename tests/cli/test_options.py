@@ -1,5 +1,6 @@
 """The options of every command: help, examples, and one meaning for each name."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from click import Command, Group
 from typer.main import get_command
 
-from cxr_fastai.cli import app, options
+from cxr_fastai.cli import app, main, options
 from cxr_fastai.models.architectures import ARCHS
 
 README = (Path(__file__).parents[2] / 'README.md').read_text()
@@ -65,3 +66,21 @@ def test_every_option_without_a_default_value_says_what_happens():
 @pytest.mark.parametrize('arch', ARCHS)
 def test_the_help_of_arch_names_every_architecture(arch):
     assert arch in options.Arch.__metadata__[0].help
+
+
+@pytest.mark.parametrize('words', [['-h'], ['evaluate', '-h'], ['data', 'audit', '-h']])
+def test_the_help_has_a_short_option(words, capsys):
+    assert main(words) == 0
+    assert 'Usage:' in capsys.readouterr().out
+
+
+def test_other_spellings_of_splits_and_classes_are_understood(evaluated, images, tmp_path, capsys):
+    assert main(['evaluate', str(evaluated.path), '--split', 'nowhere']) == 2
+    assert '--split nowhere: no such split. Choose train, valid or test' in capsys.readouterr().err
+    image = next(images.rglob('*.jpeg'))
+    assert main(['explain', str(evaluated.path), str(image), '--target', 'normal', '--out', str(tmp_path / 'e')]) == 0
+
+
+def test_val_is_the_split_valid(evaluated, tmp_path, images):
+    run = shutil.copytree(evaluated.path, tmp_path / 'run')
+    assert main(['evaluate', str(run), '--data', str(images), '--split', 'val']) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from filelock import FileLock
 
-from cxr_fastai.core.files import write_csv, writing
+from cxr_fastai.core.files import StrPath, write_csv, writing
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import image_root, read_items
 from cxr_fastai.data.splits import split_patients
@@ -24,14 +24,14 @@ REAL_IMAGES = {'train': 120, 'valid': 40, 'test': 40}
 """Number of real images of each class to copy for each split."""
 
 
-def example_images(folder: Path = FOLDER) -> Path:
+def example_images(folder: StrPath = FOLDER) -> Path:
     """Return a folder of images `train|val|test / NORMAL|PNEUMONIA` below `folder`; create it if it does not exist.
 
     The images are synthetic. If the environment variable CXR_DATA names the real data set, they are copies of real
     images: each patient is in one split, and no image is from the official test split.
     """
     real_data = os.environ.get('CXR_DATA')
-    images = folder / ('real' if real_data else 'synthetic') / 'images'
+    images = Path(folder) / ('real' if real_data else 'synthetic') / 'images'
     with _lock(images.parent):
         if images.exists():
             return images
@@ -61,7 +61,7 @@ def _lock(folder: Path) -> FileLock:
     return FileLock(folder / '.lock')
 
 
-def example_run(folder: Path = FOLDER) -> Run:
+def example_run(folder: StrPath = FOLDER) -> Run:
     """Return the baseline trained on `example_images(folder)` at 96 px and evaluated on their test split.
 
     The run is stored next to the images and reused by later calls.
@@ -88,11 +88,12 @@ def hold_out(items: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     return pd.concat([others, test], ignore_index=True)
 
 
-def list_held_out(root: Path, listing: Path, seed: int = 0) -> Path:
+def list_held_out(root: StrPath, listing: StrPath, seed: int = 0) -> Path:
     """Write the images of `root`, split by `hold_out`, to the CSV file `listing` and return its path.
 
     Every function and command accepts the CSV file instead of a folder of images.
     """
+    listing = Path(listing)
     items = hold_out(read_items(root), seed)
     paths = [os.path.relpath(image_root(root) / path, listing.parent) for path in items.path]
     listing.parent.mkdir(parents=True, exist_ok=True)

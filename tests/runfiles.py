@@ -12,5 +12,5 @@ def seal_results(folder: Path) -> None:
     run = Run(folder)
     metrics = json.loads((folder / 'metrics.json').read_text())
     for split, values in metrics.items():
-        values['hashes'] = hash_results(run.predicted(split), run.decision, values)
+        values['hashes'] = hash_results(run.predicted(split), run.decision, values, run.path)
     (folder / 'metrics.json').write_text(json.dumps(metrics))

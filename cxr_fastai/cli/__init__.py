@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +39,7 @@ from cxr_fastai.cli.output import (
     show_warning,
     unused_path,
 )
-from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError
+from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import check_new
 
 DEMO_STEPS = ('data demo', 'data audit', 'train', 'evaluate', 'explain', 'export', 'predict', 'report')
@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the arguments of this process) and return its exit code."""
     with _own_warnings(), _logging_to_stdout(), _exit_on_sigterm():
         try:
+            _check_words(sys.argv[1:] if argv is None else argv)
             app(argv)
         except KeyboardInterrupt:
             return _report_signal(signal.SIGINT)
@@ -160,6 +161,14 @@ def main(argv: list[str] | None = None) -> int:
             print_error(f'error: {error.filename or "system"}: {error.strerror or error}')
             return OutputError.exit_code if error.errno in DISK_ERRORS else 1
     return 0
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Raise `UsageError` for an empty argument, which would mean the current folder."""
+    for position, word in enumerate(words):
+        if not word.strip():
+            before = f' after {words[position - 1]}' if position else ''
+            raise UsageError(f'the argument{before} is empty. Is a variable of your shell not set?')
 
 
 @contextmanager

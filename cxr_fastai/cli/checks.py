@@ -38,7 +38,9 @@ def checks(as_json: opt.AsJson = False) -> None:
         print_line(f'{name:{width}}{_show(value)}')
 
 
-def benchmark(model: opt.Model, images: opt.SomeImages = None, as_json: opt.AsJson = False) -> None:
+def benchmark(
+    model: opt.Model, images: opt.SomeImages = None, modality: opt.Modality = '', as_json: opt.AsJson = False
+) -> None:
     """Measure how many images per second a model computes, by engine, device, precision and batch size, and how much
     its probabilities change compared with torch in fp32. Images are decoded before.
 
@@ -47,7 +49,7 @@ def benchmark(model: opt.Model, images: opt.SomeImages = None, as_json: opt.AsJs
     from cxr_fastai.data.find import list_images
     from cxr_fastai.inference.benchmarking import benchmark
 
-    rows = benchmark(model, list_images(images) if images else [])
+    rows = benchmark(model, list_images(images) if images else [], modality=modality)
     if as_json:
         out.print_json(json.dumps(rows))
         return

@@ -166,8 +166,7 @@ Precision = Annotated[
     str,
     Option(
         '--precision',
-        help='Compute in fp32, in bf16, which is faster on some processors, or for training in fp16 or auto (fp32 on a '
-        'CPU, else the best of the GPU).',
+        help='Compute in fp32 or bf16; training also in fp16, or auto: a lower one if a trial shows that it is faster.',
     ),
 ]
 Compile = Annotated[str, Option('--compile', help='Compile training steps with torch.compile: on or off.')]

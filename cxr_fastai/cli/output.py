@@ -232,7 +232,12 @@ def _calibration_table(metrics: dict[str, Any]) -> Table:
 
     uncalibrated = metrics['calibration']
     calibrated = metrics['calibrated']
-    columns = ('', 'uncalibrated', f'at temperature {calibrated["temperature"]:.2f}')
+    temperature = calibrated['temperature']
+    columns = (
+        '',
+        'uncalibrated',
+        'no temperature fitted' if temperature is None else f'at temperature {temperature:.2f}',
+    )
     notes = dict.fromkeys([*uncalibrated['notes'], *calibrated['notes']])
     table = _table('calibration', columns, '\n'.join(notes) or None)
     for name in ('brier', 'log_loss', 'slope', 'intercept'):
@@ -291,6 +296,11 @@ def _pairs_table(pairs: list[dict[str, Any]]) -> Table:
     caption = 'p values by DeLong and by McNemar (exact), in brackets adjusted for the number of runs (Holm)'
     if pairs[0]['grouped_by_patient']:
         caption += ';\nthose of the AUC with images clustered by patient, those of McNemar with independent images'
+    if pairs[0]['unknown_patients']:
+        caption += (
+            f';\nthe patients of {pairs[0]["unknown_patients"]:,} images are unknown: if patients have several images, '
+            'the p values are too small'
+        )
     table = _table(
         f'compared with {pairs[0]["against"]}, on the same {pairs[0]["n"]} images',
         ('run', 'AUC difference', 'p', 'only this run correct : only the other', 'p'),

@@ -155,7 +155,7 @@ def _typed_options(given: typer.Context) -> dict[str, Any]:
 
 
 def _print_next_step(run: Run) -> None:
-    print_line(f'{run.path}: trained. Next: {run.evaluation()}')
+    print_line(f'{run.path}: trained. Next: {run.first_evaluation()}')
 
 
 def lr_find(

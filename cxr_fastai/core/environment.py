@@ -15,6 +15,7 @@ from cxr_fastai.core.errors import UsageError
 
 ADDRESS = ('MASTER_ADDR', 'MASTER_PORT')
 """Environment variables by which the processes find each other."""
+LAUNCH_VARIABLES = ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', *ADDRESS)
 LAUNCH_ADVICE = 'Start the command by `accelerate launch` or `torchrun`, or unset WORLD_SIZE to run one process.'
 
 
@@ -31,6 +32,7 @@ class Launch:
 
         Raises `UsageError` if a variable has an impossible value, or if `WORLD_SIZE` was set without a launcher.
         """
+        forget_blank_variables()
         processes = read_integer('WORLD_SIZE', default=1)
         if processes < 2:
             return cls()
@@ -41,6 +43,13 @@ class Launch:
         if rank >= processes:
             raise UsageError(f'RANK={rank}: not below WORLD_SIZE={processes}. {LAUNCH_ADVICE}')
         return cls(rank, processes)
+
+
+def forget_blank_variables() -> None:
+    """Remove launch variables without a value, such as `WORLD_SIZE=`, from this process: fastai expects numbers."""
+    for name in LAUNCH_VARIABLES:
+        if name in os.environ and not os.environ[name].strip():
+            del os.environ[name]
 
 
 def read_integer(variable: str, default: int) -> int:

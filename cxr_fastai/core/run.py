@@ -23,6 +23,7 @@ from cxr_fastai.core.run_files import (
     MISMATCHES,
     hash_decision,
     hash_results,
+    hash_training,
     read_decision,
     read_json,
     read_metrics,
@@ -176,9 +177,9 @@ class Run:
         """Return what is wrong with the `metrics` of `split`; empty if their hashes fit the files in this folder."""
         if 'hashes' not in metrics:
             return 'were computed by an older version'
-        current = hash_results(self.predicted(split), self.decision, metrics)
+        current = hash_results(self.predicted(split), self.decision, metrics, self.path)
         for part in parts:
-            if metrics['hashes'][part] != current[part]:
+            if metrics['hashes'].get(part) != current[part]:
                 return MISMATCHES[part]
         return ''
 
@@ -189,7 +190,7 @@ class Run:
             )
 
     def check_decision(self) -> None:
-        """Raise `UsageError` unless `decision.json` is the decision that the metrics were computed with."""
+        """Raise `UsageError` unless `decision.json` and the training are those that the metrics were computed with."""
         metrics = self.stored_metrics
         if not metrics and self.decision:
             raise UsageError(
@@ -198,6 +199,7 @@ class Run:
             )
         for split, values in metrics.items():
             self._refuse(split, self._find_other_decision(values))
+            self._refuse(split, self._find_other_training(values))
 
     def _find_other_decision(self, metrics: dict[str, Any]) -> str:
         if 'hashes' not in metrics:
@@ -205,6 +207,9 @@ class Run:
         if not self.decision:
             return 'were computed with a decision, but decision.json is missing'
         return '' if metrics['hashes']['decision'] == hash_decision(self.decision) else MISMATCHES['decision']
+
+    def _find_other_training(self, metrics: dict[str, Any]) -> str:
+        return '' if metrics['hashes'].get('training') == hash_training(self.path) else MISMATCHES['training']
 
     def evaluation(self, split: str | None = None) -> str:
         """Return the command that evaluates the run on `split`; by default on its test images, else on `valid`."""
@@ -214,6 +219,12 @@ class Run:
         option = '' if split == 'test' else f' --split {split}'
         return f'cxr-fastai evaluate {quote(str(self.path))}{option}'
 
+    def first_evaluation(self) -> str:
+        """Return the command to evaluate the run for the first time: with a fixed threshold if none can be chosen."""
+        items = self.items if (self / 'items.csv').is_file() else None
+        has_one_class = items is not None and items[items.split == 'valid'].label.nunique() == 1
+        return self.evaluation() + (' --threshold fixed:0.5' if has_one_class else '')
+
     def write_results(self, predictions: pd.DataFrame, metrics: dict[str, Any], decision: dict[str, Any]) -> None:
         """Write `predictions.csv`, `decision.json`, and last `metrics.json` with the hashes that bind them together.
 
@@ -222,7 +233,7 @@ class Run:
         write_csv(self / 'predictions.csv', predictions)
         write_json(self / 'decision.json', decision)
         for split, values in metrics.items():
-            values['hashes'] = hash_results(predictions[predictions.split == split], decision, values)
+            values['hashes'] = hash_results(predictions[predictions.split == split], decision, values, self.path)
         write_json(self / 'metrics.json', metrics)
 
     @property
@@ -302,6 +313,11 @@ def _describe_no_run(path: Path) -> str:
         f'{path} is not a run folder (it contains no recipe.json). Name a folder that `cxr-fastai train` wrote, and '
         'images with --data.'
     )
+
+
+def as_run(run: Run | StrPath) -> Run:
+    """Return `run`, or the run in a folder. Raises `UsageError` if it is not a run folder."""
+    return run if isinstance(run, Run) else Run.open(run)
 
 
 def read_recipe(path: StrPath) -> Recipe:

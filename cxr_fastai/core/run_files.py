@@ -34,7 +34,7 @@ WRITERS = {
     'robustness.csv': 'evaluate --robustness',
 }
 """Table to the command that writes it."""
-TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase', 'model')
+TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase', 'model', 'sha256')
 """Columns that are read as text: the patient `007` is not the number 7, and the patient `NA` is not missing."""
 EXACT_COLUMNS = ('p_pneumonia', 'loss')
 """Columns of the predictions that are read to the last digit: a probability may lie next to the threshold."""
@@ -50,16 +50,19 @@ TEXTS = {
     'items.csv': ('path', 'label', 'split', 'patient', 'kind'),
     'history.csv': ('phase',),
     'predictions.csv': ('path', 'label', 'split', 'patient', 'prediction'),
-    'robustness.csv': ('corruption', 'split', 'model'),
+    'robustness.csv': ('corruption', 'split', 'model', 'sha256'),
 }
 """Table to the columns of texts that it must have."""
 CHOICES = {'label': VOCAB, 'prediction': VOCAB, 'split': SPLITS}
 """Column to the values that it may have."""
 UNIQUE_COLUMNS = {'items.csv': ['path', 'split'], 'predictions.csv': ['path', 'split']}
 """Table to the columns that identify a row."""
+TRAINING_FACTS = ('recipe.json', 'items.csv', 'history.csv')
+"""The files of a training that predictions and reports depend on, beside the network itself."""
 MISMATCHES = {
     'predictions': 'are of other predictions than those in predictions.csv',
     'decision': 'were computed with another decision than that in decision.json',
+    'training': 'are of another training than that in recipe.json, items.csv and history.csv',
     'metrics': 'were changed after they had been computed',
 }
 """What the hashes of the metrics of a split cover, and what is wrong with the metrics if that does not fit."""
@@ -75,7 +78,7 @@ RATES = ('sensitivity', 'specificity')
 DECISION: dict[str, Rule] = {
     'threshold': Number(0, MAX_THRESHOLD),
     'rule': Text(200),
-    'temperature': Number(MIN_TEMPERATURE, MAX_TEMPERATURE, required=False),
+    'temperature': Number(MIN_TEMPERATURE, MAX_TEMPERATURE, optional=True, required=False),
     'model': Text(64, f'({SHA256})?', required=False),
     'margin': Text(2000, required=False),
     'is_default': Flag(required=False),
@@ -194,11 +197,17 @@ def _check_table(table: pd.DataFrame, name: str) -> None:
         raise ValueError(f'the image {table.path[repeated].iloc[0]!r:.80} occurs twice')
 
 
-def hash_results(predictions: pd.DataFrame, decision: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Return the SHA-256 of each of `MISMATCHES`: the `predictions` of a split, the `decision`, and the `metrics`."""
+def hash_results(
+    predictions: pd.DataFrame, decision: Mapping[str, Any], metrics: Mapping[str, Any], folder: Path
+) -> dict[str, str]:
+    """Return the SHA-256 of each of `MISMATCHES`.
+
+    They cover the `predictions` of a split, the `decision`, the files of the training in `folder`, and the `metrics`.
+    """
     return {
         'predictions': _hash_predictions(predictions),
         'decision': hash_decision(decision),
+        'training': hash_training(folder),
         'metrics': _hash({name: value for name, value in metrics.items() if name != 'hashes'}),
     }
 
@@ -206,6 +215,22 @@ def hash_results(predictions: pd.DataFrame, decision: Mapping[str, Any], metrics
 def _hash_predictions(predictions: pd.DataFrame) -> str:
     texts = [predictions[name].astype(str) for name in TEXTS['predictions.csv'] if name != 'split']
     numbers = [predictions[name].map(lambda number: float(number).hex()) for name in NUMBERS['predictions.csv']]
+    return _hash([*map(list, zip(*texts, *numbers, strict=True))])
+
+
+def hash_training(folder: Path) -> str:
+    """Return the SHA-256 of the files that say how the network in `folder` was trained, and on which images."""
+    return _hash([_hash_file(folder / name) for name in TRAINING_FACTS])
+
+
+def _hash_file(path: Path) -> str:
+    return hashlib.sha256(_read(path, MAX_TABLE)).hexdigest() if path.exists() else ''
+
+
+def hash_rows(rows: pd.DataFrame) -> str:
+    """Return the SHA-256 of the texts and numbers of `rows` of the robustness table, in order."""
+    texts = [rows[name].astype(str) for name in TEXTS['robustness.csv'] if name != 'sha256']
+    numbers = [rows[name].map(lambda number: f'{number:.9g}') for name in NUMBERS['robustness.csv']]
     return _hash([*map(list, zip(*texts, *numbers, strict=True))])
 
 

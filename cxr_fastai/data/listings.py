@@ -30,6 +30,8 @@ KAGGLE_COMMAND = 'cxr-fastai data download data/chest_xray --source kaggle'
 """Where to put the zip file that Kaggle offers, and the command that unpacks it."""
 MAX_LISTING = 2**29
 """Largest CSV file of images, in bytes."""
+POWERSHELL_COLUMNS = ('"FullName"', '"Name"', '"Path"')
+"""Headings that `ConvertTo-Csv` of PowerShell writes above the names of files."""
 MAX_ROWS_LISTED = 10
 """Largest number of row numbers in an error message."""
 
@@ -59,7 +61,14 @@ def _split_lines(text: str) -> list[str]:
 
 
 def _without_heading(lines: list[str]) -> list[str]:
-    """Return `lines` without the heading of a column as PowerShell writes it: a name, and dashes below it."""
+    """Return `lines` without the heading of a column as PowerShell writes it.
+
+    It is a name with dashes below it, or, from `ConvertTo-Csv`, the name alone in quotes, perhaps below a line `#TYPE`.
+    """
+    if lines and lines[0].startswith('#TYPE'):
+        lines = lines[1:]
+    if lines and lines[0].strip() in POWERSHELL_COLUMNS:
+        return lines[1:]
     has_heading = len(lines) > 1 and set(lines[1].strip()) == {'-'}
     return lines[2:] if has_heading else lines
 

@@ -142,12 +142,19 @@ def validation_warning(items: pd.DataFrame) -> str | None:
         return None
     if counts.min() == 0:
         return single_class_warning(items)
-    n = int(counts.max())
+    n, unit = _largest_class(items[items.split == 'valid'])
     low = binomtest(n, n).proportion_ci(method='wilson').low
     return (
-        f'validation has only {describe_counts(counts)} images. Even with {n} of {n} correct, the true rate could be '
-        f'anywhere from {low:.2f} to 1, so the selected epoch is mostly a matter of chance.'
+        f'validation has only {describe_counts(counts)} images. Even with {n} of {n} {unit} correct, the true rate '
+        f'could be anywhere from {low:.2f} to 1, so the selected epoch is mostly a matter of chance.'
     )
+
+
+def _largest_class(items: pd.DataFrame) -> tuple[int, str]:
+    """Return the number of patients of the class with the most of them; of images, if the patients are unknown."""
+    if unknown_patients(items).any():
+        return int(items.label.value_counts().max()), 'images'
+    return int(items.groupby('label').patient.nunique().max()), 'patients'
 
 
 def single_class_warning(items: pd.DataFrame) -> str | None:

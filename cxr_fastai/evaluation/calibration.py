@@ -44,8 +44,10 @@ def fit_temperature(targs: np.ndarray, p: np.ndarray) -> float:
     return float(np.exp(minimum.x))
 
 
-def explain_temperature(temperature: float) -> list[str]:
-    """Return a sentence about a `temperature` at a limit of its range, which the images hardly determine; else none."""
+def explain_temperature(temperature: float | None) -> list[str]:
+    """Return a sentence about a `temperature` that was not fitted, or is at a limit of its range; else none."""
+    if temperature is None:
+        return ['No temperature was fitted, because the validation images were not found. Nothing is calibrated.']
     low, high = TEMPERATURE_RANGE
     if 1.01 * low < temperature < high / 1.01:
         return []

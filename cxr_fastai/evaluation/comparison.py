@@ -17,6 +17,7 @@ from cxr_fastai.core.files import StrPath, check_new, write_json, writing
 from cxr_fastai.core.folders import describe_own_folder
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import identify_images
+from cxr_fastai.data.splits import unknown_patients
 from cxr_fastai.evaluation.clusters import compare_clustered_auc
 from cxr_fastai.evaluation.curves import plot_comparison
 from cxr_fastai.evaluation.intervals import compare_auc
@@ -159,6 +160,7 @@ def compare(tables: Mapping[str, pd.DataFrame], thresholds: Mapping[str, float])
                 'against': base_name,
                 'n': len(p),
                 'grouped_by_patient': base.grouped,
+                'unknown_patients': int(unknown_patients(base_table).sum()),
                 'auc': auc,
                 'mcnemar': mcnemar(base_correct, correct),
             }

@@ -182,7 +182,7 @@ def _series(p: np.ndarray, metrics: dict[str, Any]) -> list[tuple[np.ndarray, st
     """Return the probabilities before and after temperature scaling, if it changes them; with colours and names."""
     temperature = metrics['calibrated']['temperature']
     series = [(p, BLUE, 'uncalibrated')]
-    if temperature != 1:
+    if temperature not in (None, 1):
         series.append((temper(p, temperature), ORANGE, f'temperature {temperature:.2f}'))
     return series
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pandas as pd
 from cxr_fastai.core.errors import CXRWarning, ImageError, UsageError
 from cxr_fastai.core.files import StrPath, check_writable
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
-from cxr_fastai.core.run import Run
+from cxr_fastai.core.run import Run, as_run
 from cxr_fastai.data.items import data_root, image_root, log_ignored, parse_name, read_items
 from cxr_fastai.data.splits import count_images
 from cxr_fastai.evaluation.calibration import log_losses
@@ -30,7 +31,7 @@ PREDICTION_COLUMNS = ['path', 'label', 'split', 'patient', 'p_pneumonia', 'predi
 
 
 def evaluate(
-    run: Run,
+    run: Run | StrPath,
     data: StrPath | None = None,
     split: str = 'test',
     batch_size: int = 32,
@@ -48,6 +49,7 @@ def evaluate(
     was not done before, because the threshold and the temperature are chosen on them alone.
 
     Args:
+        run: the run, or its folder.
         data: folder or CSV file of the images; by default the one that the run was trained on.
         split: `train`, `valid` or `test`.
         batch_size: number of images predicted at once.
@@ -62,6 +64,7 @@ def evaluate(
 
     Raises `UsageError` for a split without images and for an invalid rule, `ImageError` for an unreadable image.
     """
+    run = as_run(run)
     data = Path(data) if data is not None else None
     if rule:
         parse_rule(rule)
@@ -253,7 +256,7 @@ def known_predictions(run: Run, model: str) -> dict[str, pd.DataFrame]:
 
 def _predicted_metrics(run: Run) -> dict[str, Any]:
     """Return the metrics of the splits whose predictions are stored unchanged, with whatever decision."""
-    return run.intact_metrics('predictions', 'metrics')
+    return run.intact_metrics('predictions', 'training', 'metrics')
 
 
 def _is_current(
@@ -338,7 +341,7 @@ def _decide(run: Run, valid: pd.DataFrame | None, rule: str | None, model: str) 
     if valid is not None:
         default_rule = previous.rule if previous else DEFAULT_RULE
         return decide(valid, rule or default_rule, model)
-    if previous and rule in (None, previous.rule):
+    if previous and rule in (None, previous.rule) and not (rule or '').startswith('fixed:'):
         _check_stored_decision(run)
         return previous
     if rule is None:
@@ -355,7 +358,15 @@ def _decide(run: Run, valid: pd.DataFrame | None, rule: str | None, model: str) 
             'Evaluate with the folder that the run was trained on and without --limit, or choose fixed:T.'
         )
     _, (threshold,) = parse_rule(rule)
-    return Decision(threshold, rule, model=model)
+    return Decision(threshold, rule, _fitted_temperature(run, previous), model)
+
+
+def _fitted_temperature(run: Run, previous: Decision | None) -> float | None:
+    """Return the temperature of the stored decision, if that is the one of the stored metrics."""
+    with suppress(UsageError):
+        run.check_decision()
+        return previous.temperature if previous else None
+    return None
 
 
 def _check_stored_decision(run: Run) -> None:

@@ -227,7 +227,7 @@ def measure(
     predictions: pd.DataFrame,
     threshold: float,
     rule: str,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     prevalences: Sequence[float] = PREVALENCES,
     by: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -240,7 +240,8 @@ def measure(
         predictions: table with the columns `label`, `p_pneumonia`, and optionally `patient`.
         threshold: images with at least this probability are classified as pneumonia.
         rule: the rule that chose the threshold; it is stored with the metrics.
-        temperature: for the metrics `calibrated`, which use probabilities after temperature scaling.
+        temperature: for the metrics `calibrated`, which use probabilities after temperature scaling; None if none was
+            fitted, so that they are unchanged.
         prevalences: prevalences in (0, 1) for which predictive values are computed.
         by: columns of the table that define subgroups.
     """
@@ -248,7 +249,7 @@ def measure(
     confusion = ConfusionMatrix(sample, threshold)
     at_specification = ConfusionMatrix(sample, SPECIFICATION_THRESHOLD)
     calibration = measure_calibration(sample.targs, sample.p, sample.patients)
-    tempered = temper(sample.p, temperature)
+    tempered = sample.p if temperature is None else temper(sample.p, temperature)
     calibrated = measure_calibration(sample.targs, tempered, sample.patients)
     calibrated['notes'] += explain_temperature(temperature)
     return {

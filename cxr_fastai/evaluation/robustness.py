@@ -20,6 +20,7 @@ import pandas as pd
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.run import Run
+from cxr_fastai.core.run_files import hash_rows
 from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.figures import save_robustness_figure
 from cxr_fastai.evaluation.metrics import ConfusionMatrix, Sample, measure_auc
@@ -55,7 +56,8 @@ def evaluate_robustness(
     data = Path(data) if data is not None else None
     root, items = find_split(run, data, split, limit)
     table = measure_robustness(Predictor.load(run.path, device=device), items, root, batch_size)
-    run.write_split('robustness.csv', table.assign(split=split, model=identify_network(run.path)), split)
+    rows = table.assign(split=split, model=identify_network(run.path))
+    run.write_split('robustness.csv', rows.assign(sha256=hash_rows(rows)), split)
     save_robustness_figure(run, split)
     return table
 

@@ -70,6 +70,7 @@ SIGNED = 2
 bits to be signed."""
 SIGN_BIT = np.uint8(128)
 BLACK = (0, 0, 0, 255)
+TIFF_STARTS = (b'II*\0', b'MM\0*')
 LOADING = Lock()
 """Pillow reads the file of an image when its pixels are needed, and two threads may have the same image to convert."""
 
@@ -79,7 +80,7 @@ def decode_picture(data: bytes, preprocessing: Preprocessing | None) -> DecodedI
     check_metadata(data)
     if data.startswith(b'GIF8'):
         data = data[:GIF_BYTES]
-    with _pillow_errors(), Image.open(BytesIO(data), formats=PILLOW_FORMATS) as image:
+    with _pillow_errors(data), Image.open(BytesIO(data), formats=PILLOW_FORMATS) as image:
         _check_header(image)
         if image.format not in FORMATS:
             raise ImageError(f'the format {image.format} is not one of {", ".join(FORMATS)}', 'E_FORMAT')
@@ -116,15 +117,22 @@ def _convert(image: Image.Image, form: str, width: int, height: int) -> DecodedI
     return DecodedImage(grey, form, mode, BITS[mode], width, height, tuple(notes))
 
 
+def _describe_unknown(data: bytes) -> str:
+    """Return why Pillow does not know the file that contains `data`."""
+    if data[:4] in TIFF_STARTS:
+        return 'this kind of TIFF file is not read. Save the image with 8 or 16 bits, or with floats of 32 bits'
+    return f'the format is not one of {", ".join(FORMATS)}'
+
+
 @contextmanager
-def _pillow_errors() -> Iterator[None]:
-    """Raise `ImageError` instead of everything that Pillow may raise within the block."""
+def _pillow_errors(data: bytes = b'') -> Iterator[None]:
+    """Raise `ImageError` instead of everything that Pillow may raise within the block. `data` are those of the file."""
     try:
         yield
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f'the format is not one of {", ".join(FORMATS)}', 'E_FORMAT') from None
+        raise ImageError(_describe_unknown(data), 'E_FORMAT') from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f'over {MAX_PIXELS:,} pixels', 'E_TOO_LARGE') from None
     # Pillow's decoders raise SyntaxError, ValueError and others; none of them may end a batch.

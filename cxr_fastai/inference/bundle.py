@@ -34,7 +34,7 @@ from cxr_fastai.core.zips import check_zip
 from cxr_fastai.inference.config import LEARNER, SCHEMA, WEIGHTS, ModelConfig, check_schema
 from cxr_fastai.inference.engines import OnnxEngine, TorchEngine, check_precision
 from cxr_fastai.inference.networks import load_network
-from cxr_fastai.inference.onnx_start import ONNX, onnx_threads
+from cxr_fastai.inference.onnx_start import GPU, ONNX, onnx_threads
 from cxr_fastai.inference.selftest import SelfTest
 from cxr_fastai.inference.tensors import MAX_BYTES, load_tensors
 from cxr_fastai.models.devices import choose_device, may_have_gpu
@@ -200,6 +200,8 @@ class Bundle:
             raise UsageError(
                 f'--engine onnx --device {device}: ONNX Runtime computes on cpu or cuda. Use --engine torch.'
             )
+        if device == 'cuda':
+            _check_gpu_build()
         return OnnxEngine(self.read(ONNX), self.path / ONNX, onnx_threads(), self.config.size, gpu=device == 'cuda')
 
     def _torch_engine(self, device: str) -> TorchEngine:
@@ -239,8 +241,13 @@ class Bundle:
         """
         paths = {entry.replace('\\', '/'): entry for entry in entries}
         manifests = [path for path in paths if PurePosixPath(path).name == MANIFEST and not path.startswith(FOREIGN)]
-        if MANIFEST in manifests or not manifests:
+        if MANIFEST in manifests:
             return name
+        if not manifests:
+            raise UsageError(
+                f'{self.path}: a zip file without a bundle in it (no {MANIFEST}). Name one that `cxr-fastai export RUN '
+                '--zip --out FILE.zip` wrote.'
+            )
         if len(manifests) > 1:
             folders = ', '.join(str(PurePosixPath(path).parent) for path in manifests)
             raise UsageError(
@@ -272,6 +279,17 @@ class Bundle:
         if not isinstance(facts, dict):
             raise CXRError(f'{self.path / name}: not a JSON object, so the bundle is damaged. {FIX}')
         return facts
+
+
+def _check_gpu_build() -> None:
+    """Raise `UsageError` if ONNX Runtime is installed without the part that computes on a GPU."""
+    import onnxruntime
+
+    if GPU not in onnxruntime.get_available_providers():
+        raise UsageError(
+            '--engine onnx --device cuda: this build of ONNX Runtime computes on processors only. Install the package '
+            'onnxruntime-gpu in its place, or use --engine torch.'
+        )
 
 
 def manifest_text(files: dict[str, dict[str, Any]]) -> str:

@@ -13,13 +13,14 @@ class Decision:
     """The contents of `decision.json` in the run folder, which `evaluate` writes.
 
     `rule` is the rule that chose the threshold, `margin` the safety margin that it added for the number of images, in
-    words. `model` is the SHA-256 of the network. `valid` describes the validation images that were used; it is empty if
-    they were not found. `is_default` is True if no rule was given either, so that the threshold is that of the recipe.
+    words. `temperature` is None if there were no validation images to fit it to. `model` is the SHA-256 of the network.
+    `valid` describes the validation images that were used; it is empty if they were not found. `is_default` is True if
+    no rule was given either, so that the threshold is that of the recipe.
     """
 
     threshold: float
     rule: str
-    temperature: float = 1.0
+    temperature: float | None = None
     model: str = ''
     margin: str = ''
     valid: dict[str, Any] = field(default_factory=dict)

@@ -9,6 +9,8 @@ from cxr_fastai.core.errors import UsageError
 
 PICKLE_SUFFIXES = ('.pkl', '.pth', '.pt', '.pickle')
 """File names under which exported learners are shared. Other files are pickles only if they start like one."""
+STATE = 'state.pt'
+"""The file of a run folder from which a training is resumed."""
 NAME_FOLDER = 'Name the run folder or the bundle that contains it: {folder}.'
 NAME_MODEL = (
     'Name a run folder of `cxr-fastai train`, a bundle of `cxr-fastai export`, or a .pkl file; images come after the '
@@ -29,6 +31,8 @@ def check_pickle(data: bytes, path: Path) -> None:
 
     This is no test of trust: a file that passes may be anything.
     """
+    if path.name == STATE and (path.parent / 'recipe.json').exists():
+        raise UsageError(f'{path}: the state of a training, not a model. Name the run folder: {path.parent}.')
     for start, kind, advice in KINDS:
         is_unknown = advice == NAME_MODEL
         if is_unknown and path.suffix.lower() in PICKLE_SUFFIXES:

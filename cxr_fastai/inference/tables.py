@@ -28,7 +28,7 @@ from cxr_fastai.inference.predictor import COLUMNS, Predictor, Row, name_images
 
 MAX_BYTES = 2**31
 """Largest table that is read to be resumed, in bytes."""
-MAX_DIFFERENCE = 1e-3
+MAX_DIFFERENCE = 2e-4
 """Largest difference of a probability that is computed again with the same network, perhaps by another engine."""
 SAME_OPTIONS = 'Use the same model, options and images as before, or choose another --out.'
 NUMBERS = ('p_pneumonia', 'threshold')

@@ -15,7 +15,7 @@ from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import StrPath, write_json
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
-from cxr_fastai.core.run import Run
+from cxr_fastai.core.run import Run, as_run
 from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.plots import plot_cam_check
 from cxr_fastai.evaluation.robustness import read_squares
@@ -38,7 +38,7 @@ N_ALONE = 16
 
 
 def check_run(
-    run: Run,
+    run: Run | StrPath,
     split: str = 'test',
     data: StrPath | None = None,
     method: str = 'gradcam',
@@ -51,6 +51,7 @@ def check_run(
     `Explainer.load`. The folder `masks` in the data root, as `data demo` writes it, is used if it exists. Returns the
     numbers of `check_maps` with their verdicts. Raises `CXRError`.
     """
+    run = as_run(run)
     data = Path(data) if data is not None else None
     explainer = Explainer.load(run.path, method=method, layer=layer, device=device)
     root, items = find_split(run, data, split)

@@ -24,7 +24,7 @@ from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.figures import NotebookFigure, show
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
-from cxr_fastai.core.run import Run
+from cxr_fastai.core.run import Run, as_run
 from cxr_fastai.evaluation.plots import plot_confusion_matrix
 from cxr_fastai.interpretation.explainer import Explainer, Subject, check_choices, read_subjects
 from cxr_fastai.interpretation.overlays import Explanation, plot_gallery, plot_mean_maps
@@ -109,7 +109,7 @@ class CXRInterpretation(ClassificationInterpretation):
     @classmethod
     def from_run(
         cls,
-        run: Run,
+        run: Run | StrPath,
         split: str = 'test',
         data: StrPath | None = None,
         target: str = VOCAB[POSITIVE],
@@ -124,7 +124,7 @@ class CXRInterpretation(ClassificationInterpretation):
         """
         data = Path(data) if data is not None else None
         check_choices(target, method)
-        return cls(RunSource.read(run, split, data, device), target, method, layer)
+        return cls(RunSource.read(as_run(run), split, data, device), target, method, layer)
 
     @property
     def learn(self) -> Learner:

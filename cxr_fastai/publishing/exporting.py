@@ -19,7 +19,7 @@ import torch
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath, atomic, writing
 from cxr_fastai.core.folders import replaced_folder, sweep, temporary_folder
-from cxr_fastai.core.run import Run
+from cxr_fastai.core.run import Run, as_run
 from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.results import check_results
 from cxr_fastai.evaluation.robustness import read_squares
@@ -69,7 +69,7 @@ INTENSITY = (
 """How grey levels are converted to 8 bits; a note in `config.json` for users of other software."""
 
 
-def export(run: Run, out: StrPath | None = None, as_zip: bool = False) -> Path:
+def export(run: Run | StrPath, out: StrPath | None = None, as_zip: bool = False) -> Path:
     """Write the bundle of `run` to `out` and return its path.
 
     `out` is `bundle/` in the run by default; an existing bundle is replaced, also one of schema 1. With `as_zip`, the
@@ -79,6 +79,7 @@ def export(run: Run, out: StrPath | None = None, as_zip: bool = False) -> Path:
     Raises `UsageError` if the run has not been evaluated or `out` is not a bundle, and `ParityError` if the bundle does
     not reproduce the predictions of the run in a new process; an existing bundle is then unchanged.
     """
+    run = as_run(run)
     out = Path(out) if out is not None else None
     if not run.metrics:
         raise UsageError(

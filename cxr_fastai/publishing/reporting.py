@@ -17,8 +17,8 @@ from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.figures import to_svg
 from cxr_fastai.core.files import StrPath, write_text
 from cxr_fastai.core.recipe import UNKNOWN
-from cxr_fastai.core.run import Run
-from cxr_fastai.core.run_files import read_json
+from cxr_fastai.core.run import Run, as_run
+from cxr_fastai.core.run_files import hash_rows, read_json
 from cxr_fastai.core.templates import data_uri, render_template
 from cxr_fastai.data.auditing import NOT_TRAINABLE, SMALL_VALIDATION
 from cxr_fastai.data.find import shown_path
@@ -106,7 +106,7 @@ CONSTANTS = {
 """The values and functions that the template uses for every run."""
 
 
-def report(run: Run, audit: StrPath | None = None, hide_names: bool = False, pdf: bool = False) -> Path:
+def report(run: Run | StrPath, audit: StrPath | None = None, hide_names: bool = False, pdf: bool = False) -> Path:
     """Write `report.html` and `model_card.md` into `run` and return the path of the page.
 
     `audit` is the folder of a `data audit` of the images of the run (default: see `find_audit`). With `hide_names`,
@@ -116,6 +116,7 @@ def report(run: Run, audit: StrPath | None = None, hide_names: bool = False, pdf
     Raises `UsageError` if the run has not been evaluated since its network changed, or if the audit is of other images;
     `CXRError` if no browser can print the page.
     """
+    run = as_run(run)
     audit = Path(audit) if audit is not None else None
     if not run.metrics:
         raise UsageError(f'{run.path}: not evaluated yet. Run `{run.evaluation()}` first.')
@@ -327,10 +328,11 @@ def _read_robustness(run: Run, split: str) -> pd.DataFrame | None:
     rows = table[table.split == split]
     if rows.empty:
         return None
-    if not is_of_network(run, {'model': rows.model.iloc[0]}) or rows.model.nunique() > 1:
+    is_edited = set(rows.sha256) != {hash_rows(rows)}
+    if is_edited or not is_of_network(run, {'model': rows.model.iloc[0]}):
+        problem = 'was edited' if is_edited else 'is of another network'
         warnings.warn(
-            f'{run / "robustness.csv"} is of another network and left out. Run `{run.evaluation(split)} --robustness` '
-            'again.',
+            f'{run / "robustness.csv"} {problem}, so it is left out. Run `{run.evaluation(split)} --robustness` again.',
             CXRWarning,
             stacklevel=2,
         )
@@ -340,7 +342,7 @@ def _read_robustness(run: Run, split: str) -> pd.DataFrame | None:
 
 def _summarise_robustness(run: Run, split: str) -> dict[str, float] | None:
     rows = _read_robustness(run, split)
-    return None if rows is None else summarise(rows)
+    return None if rows is None else summarise(rows) | {'n': int(rows.n.iloc[0])}
 
 
 def _read_map_check(run: Run) -> dict[str, Any] | None:

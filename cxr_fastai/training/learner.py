@@ -23,6 +23,7 @@ from fastcore.basics import listify
 from fastcore.meta import delegates
 from torch import nn
 
+from cxr_fastai.core.environment import forget_blank_variables
 from cxr_fastai.core.errors import OutputError, UsageError
 from cxr_fastai.core.recipe import POSITIVE, UNKNOWN, VOCAB, Recipe
 from cxr_fastai.data.loaders import find_preprocessing
@@ -239,6 +240,7 @@ def cxr_learner(
 
     Raises `CXRError` if the weights are not available or `arch` cannot be used.
     """
+    forget_blank_variables()
     _check_classes(dls)
     check_labels(dls)
     network = create_network(arch, pretrained, _image_size(dls))

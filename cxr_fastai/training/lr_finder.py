@@ -12,7 +12,8 @@ from fastai.callback.schedule import valley
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 
-from cxr_fastai.core.errors import CXRError
+from cxr_fastai.core.environment import Launch
+from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.data.items import image_root, log_ignored, read_recipe_items
@@ -40,6 +41,9 @@ def find_rates(recipe: Recipe, data: StrPath, steps: int = 100, device: str | No
     Trains the first phase of `recipe` on the images of `data` for up to `steps` batches, or until the loss diverges.
     The trained network is discarded. `device` is that of `train`. Raises `CXRError`, also if the loss never decreases.
     """
+    processes = Launch.from_environment().processes
+    if processes > 1:
+        raise UsageError(f'WORLD_SIZE={processes}: a learning rate is found by one process. Start the command alone.')
     data = Path(data)
     items = read_recipe_items(data, recipe)
     log_ignored(items, data)

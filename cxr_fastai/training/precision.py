@@ -7,6 +7,7 @@ computes.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -79,7 +80,7 @@ def choose_precision(recipe: Recipe, device: torch.device, n_images: int) -> dic
         Facts for the journal: the `precision`, the `reason`, and the milliseconds of a step in each.
     """
     candidate = lower_precision(device)
-    n_steps = sum(phase.epochs for phase in recipe.phases) * n_images // recipe.batch_size
+    n_steps = sum(phase.epochs for phase in recipe.phases) * math.ceil(n_images / recipe.batch_size)
     if candidate is None:
         return _decide('fp32', f'{device.type} computes no faster in a lower one')
     if n_steps < MIN_STEPS:

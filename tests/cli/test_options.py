@@ -84,3 +84,9 @@ def test_other_spellings_of_splits_and_classes_are_understood(evaluated, images,
 def test_val_is_the_split_valid(evaluated, tmp_path, images):
     run = shutil.copytree(evaluated.path, tmp_path / 'run')
     assert main(['evaluate', str(run), '--data', str(images), '--split', 'val']) == 0
+
+
+@pytest.mark.parametrize('words', [['predict', 'bundle', ''], ['train', '--data', ''], ['export', 'run', '--out', ' ']])
+def test_an_empty_argument_is_not_the_current_folder(words, capsys):
+    assert main(words) == 2
+    assert f'the argument after {words[-2]} is empty' in capsys.readouterr().err

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from cxr_fastai.core.run import Run, read_recipe
+from cxr_fastai.core.run import read_recipe
 from cxr_fastai.data.auditing import audit
 from cxr_fastai.data.find import list_images
 from cxr_fastai.data.items import read_items
@@ -15,7 +15,9 @@ from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.inference.bundle import Bundle
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.interpretation.explainer import Explainer
+from cxr_fastai.interpretation.interpretation import CXRInterpretation
 from cxr_fastai.publishing.exporting import export
+from cxr_fastai.publishing.reporting import report
 
 ROOMS = (
     'core',
@@ -71,8 +73,11 @@ CALLS = {
     'Bundle.open': lambda run, images, bundle, out: Bundle.open(bundle).config,
     'Predictor.load': lambda run, images, bundle, out: Predictor.load(bundle),
     'Explainer.load': lambda run, images, bundle, out: Explainer.load(bundle),
-    'evaluate': lambda run, images, bundle, out: evaluate(Run(run), images, 'valid'),
-    'export': lambda run, images, bundle, out: export(Run(run), out),
+    'evaluate': lambda run, images, bundle, out: evaluate(run, images, 'valid'),
+    'export': lambda run, images, bundle, out: export(run, out),
+    'report': lambda run, images, bundle, out: report(run),
+    'from_run': lambda run, images, bundle, out: CXRInterpretation.from_run(run, 'test', images),
+    'list_held_out': lambda run, images, bundle, out: list_held_out(images, f'{out}/held.csv'),
 }
 
 

@@ -1,5 +1,6 @@
 """The rank of a process, and optional packages."""
 
+import os
 import subprocess
 import sys
 
@@ -91,3 +92,16 @@ def test_the_core_loads_no_large_package():
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '[]'
+
+
+def test_launch_variables_without_a_value_do_not_reach_fastai(monkeypatch, images):
+    from cxr_fastai.data.loaders import CXRDataLoaders
+    from cxr_fastai.training.learner import cxr_learner
+
+    for name in ('WORLD_SIZE', 'RANK'):
+        monkeypatch.setenv(name, ' ')
+    dls = CXRDataLoaders.from_folder(images, size=64, bs=16, limit=8, valid='official')
+    learn = cxr_learner(dls, 'baseline')
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+    assert 'WORLD_SIZE' not in os.environ

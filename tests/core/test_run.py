@@ -56,7 +56,7 @@ def test_patients_stay_text_and_probabilities_keep_every_digit(tmp_path):
 def test_evaluating_a_split_keeps_the_rows_of_the_others(tmp_path):
     run = Run(tmp_path)
     others = dict.fromkeys(('strength', 'n', 'auc', 'auc_low', 'auc_high', 'sensitivity', 'specificity'), 0)
-    others['model'] = ''
+    others |= {'model': '', 'sha256': ''}
     for split, paths in (('valid', ['a']), ('test', ['b']), ('valid', ['c', 'd'])):
         run.write_split('robustness.csv', pd.DataFrame({'corruption': paths, 'split': split} | others), split)
     robustness = run.robustness

@@ -15,7 +15,7 @@ from cxr_fastai.core.errors import CXRError, ImageError, UsageError
 from cxr_fastai.core.foreign import LFS_POINTER
 from cxr_fastai.data.find import list_images
 from cxr_fastai.data.items import ITEM_COLUMNS, data_root, read_items, read_table
-from cxr_fastai.data.listings import KAGGLE_COMMAND, KAGGLE_FILE, read_listing
+from cxr_fastai.data.listings import KAGGLE_COMMAND, KAGGLE_FILE, read_listing, read_names
 from cxr_fastai.data.sources import SOURCES
 from cxr_fastai.images.decode import read_image
 
@@ -358,3 +358,10 @@ def test_the_columns_of_a_table_without_paths_are_named(tmp_path):
     (tmp_path / 'a.csv').write_text('filename,label\na.png,NORMAL\n')
     with pytest.raises(UsageError, match="has no column path. The first row .* contains 'filename, label'"):
         read_items(tmp_path / 'a.csv')
+
+
+@pytest.mark.parametrize('heading', ['"FullName"', '#TYPE Selected.System.IO.FileInfo\n"FullName"'])
+def test_the_heading_of_convert_to_csv_is_no_image(heading, tmp_path):
+    (tmp_path / 'a.png').touch()
+    data = f'{heading}\n"a.png"\n'.encode()
+    assert [name.strip('"') for name in read_names(data, tmp_path, 'list')] == ['a.png']

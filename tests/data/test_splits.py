@@ -72,7 +72,7 @@ def test_training_needs_two_images_of_each_class(n):
 
 def test_sixteen_validation_images_give_a_warning_with_an_interval():
     items = make_items().groupby('label').head(8).assign(split='valid')
-    expected = '8 of 8 correct, the true rate could be anywhere from 0.68 to 1'
+    expected = 'Even with 5 of 5 patients correct, the true rate could be anywhere from 0.57 to 1'
     assert expected in validation_warning(items)
     assert validation_warning(make_items(100).assign(split='valid')) is None
 

@@ -16,6 +16,7 @@ from runfiles import seal_results
 from cxr_fastai.cli import main
 from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.run import Run
+from cxr_fastai.core.run_files import hash_rows
 from cxr_fastai.data.auditing import SMALL_VALIDATION
 from cxr_fastai.data.items import read_items
 from cxr_fastai.evaluation.evaluation import evaluate
@@ -325,12 +326,20 @@ def test_robustness_is_shown_if_it_was_measured(copy):
     table = pd.DataFrame(rows, columns=['corruption', 'strength', 'auc']).assign(
         n=12, auc_low=0.8, auc_high=0.995, sensitivity=1.0, specificity=1.0, split='test'
     )
-    table.assign(model=identify_network(copy.path)).to_csv(copy / 'robustness.csv', index=False)
+    write_robustness(copy, table.assign(model=identify_network(copy.path)))
     text = re.sub(r'\s+', ' ', Page(report(copy).read_text()).text)
-    assert 'The AUC is 0.990 on clean images' in text and 'it decreases by 0.090' in text
-    table.assign(model='a' * 64).to_csv(copy / 'robustness.csv', index=False)
-    with pytest.warns(CXRWarning, match=r'of another network and left out. Run `.* --robustness` again'):
-        assert 'The AUC is 0.990 on clean images' not in report(copy).read_text()
+    assert f'On 12 of the {copy.metrics["test"]["n"]} images, the AUC is 0.990 on clean images' in text
+    assert 'it decreases by 0.090' in text
+    write_robustness(copy, table.assign(model='a' * 64))
+    with pytest.warns(CXRWarning, match=r'is of another network, so it is left out. Run `.* --robustness` again'):
+        assert 'on clean images' not in report(copy).read_text()
+    copy.robustness.assign(auc=0.999).to_csv(copy / 'robustness.csv', index=False)
+    with pytest.warns(CXRWarning, match='was edited'):
+        report(copy)
+
+
+def write_robustness(run: Run, table: pd.DataFrame) -> None:
+    table.assign(sha256=hash_rows(table)).to_csv(run / 'robustness.csv', index=False)
 
 
 def test_no_file_contains_a_path_or_the_name_of_the_computer(copy, images):

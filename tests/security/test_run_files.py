@@ -74,6 +74,10 @@ MIXED = {
     'another AUC interval': lambda run: edit_metrics(run, lambda metrics: metrics['auc'].update(low=0.99)),
     'more patients': lambda run: edit_metrics(run, lambda metrics: metrics.update(patients=600)),
     'another threshold in metrics': lambda run: edit_metrics(run, lambda metrics: metrics.update(threshold=0.9)),
+    'another low pass': lambda run: change(run / 'recipe.json', low_pass=0.1),
+    'another size': lambda run: change(run / 'recipe.json', size=96),
+    'images of another training': lambda run: run.items.iloc[1:].to_csv(run / 'items.csv', index=False),
+    'another history': lambda run: run.history.iloc[:-1].to_csv(run / 'history.csv', index=False),
     'no hash of the decision': lambda run: edit_metrics(run, lambda metrics: metrics['hashes'].update(decision=None)),
     'no hashes': lambda run: edit_metrics(run, lambda metrics: metrics.pop('hashes')),
     'no predictions': lambda run: (run / 'predictions.csv').unlink(),
@@ -262,8 +266,8 @@ ODD_FIELDS = {
 def edit_cell(run: Run, name: str, column: str, value: str) -> None:
     if name == 'robustness.csv':
         (run / name).write_text(
-            'corruption,strength,n,auc,auc_low,auc_high,sensitivity,specificity,split,model\n'
-            'clean,0,9,0.9,0.8,1,1,1,test,\n'
+            'corruption,strength,n,auc,auc_low,auc_high,sensitivity,specificity,split,model,sha256\n'
+            'clean,0,9,0.9,0.8,1,1,1,test,,\n'
         )
     table = pd.read_csv(run / name, dtype=str)
     table.loc[0, column] = value
@@ -294,6 +298,28 @@ def test_an_evaluation_that_fails_changes_no_result(copy, tmp_path, refused):
     before = {name: (copy / name).read_bytes() for name in RESULTS}
     refused('evaluate', copy.path, '--data', tmp_path)
     assert {name: (copy / name).read_bytes() for name in RESULTS} == before
+
+
+def test_a_prediction_with_another_recipe_than_the_metrics_is_refused_until_it_is_evaluated(copy, images, refused):
+    before = copy.predicted('valid')
+    change(copy / 'recipe.json', low_pass=0.1)
+    assert 'another training' in refused('predict', copy.path, next(images.rglob('*.jpeg')))
+    evaluate(copy, images, 'test')
+    assert (copy.predicted('valid').p_pneumonia != before.p_pneumonia).any()  # predicted again, not reused
+
+
+def test_a_temperature_that_was_never_fitted_is_not_published(copy, images, tmp_path, refused):
+    (copy / 'predictions.csv').unlink()
+    (copy / 'metrics.json').unlink()
+    shutil.copytree(images / 'test', tmp_path / 'elsewhere/test')
+    copy.log_event('resume', data=str(tmp_path / 'nowhere'))
+    for _ in range(2):
+        evaluate(copy, tmp_path / 'elsewhere', 'test', rule='fixed:0.3')
+    assert copy.decision['temperature'] is None
+    page = report(copy).read_text()
+    assert 'No temperature was fitted' in page and 'The temperature is fitted' not in page
+    bundle = export(copy)
+    assert 'needs a temperature' in refused('predict', bundle, next(images.rglob('*.jpeg')), '--calibrated')
 
 
 def test_a_changed_decision_is_not_accepted_where_the_validation_images_are_missing(copy, images, tmp_path):

@@ -6,12 +6,13 @@ from importlib import import_module
 
 import pytest
 
-from cxr_fastai.core.run import read_recipe
+from cxr_fastai.core.run import Run, read_recipe
 from cxr_fastai.data.auditing import audit
 from cxr_fastai.data.find import list_images
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.evaluation.evaluation import evaluate
+from cxr_fastai.examples import list_held_out
 from cxr_fastai.inference.bundle import Bundle
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.interpretation.explainer import Explainer

@@ -1,14 +1,19 @@
-"""The HTTP sessions of downloads: repeated requests, redirects that stay encrypted, and errors in a few words."""
+"""The HTTP sessions of downloads: repeated requests, redirects that stay encrypted, and errors in a few words.
+
+Only the body of the last response is read. Those of redirects and of temporary errors can be endless.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from urllib.parse import urljoin
+from dataclasses import dataclass, field
+from urllib.parse import urljoin, urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
+from urllib3.exceptions import MaxRetryError
 from urllib3.util import Retry
 
 TIMEOUT = (10, 60)
@@ -28,39 +33,97 @@ ERROR_TEXTS = (
 """Replacements for the messages of `requests`, which have several lines and can contain signed addresses."""
 
 
+@dataclass(frozen=True)
+class Deadline:
+    """The end of a download, `seconds` after its start."""
+
+    seconds: float
+    start: float = field(default_factory=time.monotonic)
+
+    def remaining(self) -> float:
+        """Return the remaining seconds. Raises `requests.RequestException` if there are none."""
+        remaining = self.start + self.seconds - time.monotonic()
+        if remaining <= 0:
+            raise requests.RequestException(f'the download takes longer than {self.seconds:,g} seconds')
+        return remaining
+
+
 def make_retry(backoff: float) -> Retry:
     """Return the count of repetitions of a failed request; `backoff` is in seconds, doubled for each repetition."""
-    return Retry(
-        RETRIES,
-        status_forcelist=RETRY_STATUS,
-        backoff_factor=backoff,
-        raise_on_status=False,  # the last response is reported
-        respect_retry_after_header=False,  # it can ask for hours
-    )
+    return Retry(RETRIES, backoff_factor=backoff)
+
+
+def next_retry(retry: Retry, deadline: Deadline) -> Retry:
+    """Return `retry` with one repetition less, after its backoff.
+
+    Raises `MaxRetryError` if none is left, and `requests.RequestException` after the deadline.
+    """
+    retry = retry.increment()
+    time.sleep(min(retry.get_backoff_time(), deadline.remaining()))
+    return retry
 
 
 class _SecureSession(requests.Session):
-    """A session that never leaves an encrypted connection for a plain one."""
+    """A session that never leaves an encrypted connection for a plain one, and reads no body of a redirect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_redirects = MAX_REDIRECTS
+        self.hooks['response'].append(_close_redirect)
 
     def get_redirect_target(self, response: requests.Response) -> str | None:
-        target = super().get_redirect_target(response)
-        if target and response.url.startswith('https:') and urljoin(response.url, target).startswith('http:'):
-            raise requests.exceptions.InvalidURL('the server redirects from https to http, which is not encrypted')
+        try:
+            target = super().get_redirect_target(response)
+            schemes = urlsplit(response.url).scheme, urlsplit(urljoin(response.url, target or '')).scheme
+        except ValueError as error:
+            raise requests.exceptions.InvalidURL('the server redirects to an invalid address') from error
+        if target and schemes[0] == 'https' and schemes[1] != 'https':
+            raise requests.exceptions.InvalidURL(
+                f'the server redirects from https to {schemes[1]}, which is not encrypted'
+            )
         return target
 
 
-def make_session(backoff: float) -> requests.Session:
-    """Return a session that repeats failed requests as `make_retry` says and follows a few encrypted redirects."""
-    session = _SecureSession()
-    session.max_redirects = MAX_REDIRECTS
-    for scheme in ('https://', 'http://'):
-        session.mount(scheme, HTTPAdapter(max_retries=make_retry(backoff)))
-    return session
+def _close_redirect(response: requests.Response, **_: object) -> None:
+    """Close the connection of a redirect, so that `requests`, which reads its body, finds that empty."""
+    if response.is_redirect:
+        response.close()
+
+
+def make_session() -> requests.Session:
+    """Return a session that follows a few encrypted redirects, whose bodies it does not read."""
+    return _SecureSession()
+
+
+def open_url(
+    session: requests.Session, url: str, headers: Mapping[str, str], backoff: float, deadline: Deadline
+) -> requests.Response:
+    """Return the response to a request of `url`, whose body is not yet read. The caller closes it.
+
+    Requests that fail, and those with a status in `RETRY_STATUS`, are repeated as `make_retry` says. Raises
+    `requests.RequestException` if the last one fails, or after the deadline.
+    """
+    retry = make_retry(backoff)
+    while True:
+        remaining = deadline.remaining()
+        timeout = min(TIMEOUT[0], remaining), min(TIMEOUT[1], remaining)
+        try:
+            response = session.get(url, headers=dict(headers), stream=True, timeout=timeout)
+            if response.status_code not in RETRY_STATUS:
+                return response
+            response.close()
+            response.raise_for_status()
+        except (requests.ConnectionError, requests.Timeout, requests.HTTPError) as error:
+            failure = error
+        try:
+            retry = next_retry(retry, deadline)
+        except MaxRetryError as exhausted:
+            raise failure from exhausted
 
 
 @contextmanager
 def urllib3_warnings_off() -> Iterator[None]:
-    """Hide urllib3's warning for each retry, which would reach standard error."""
+    """Hide urllib3's warnings, such as those of damaged headers, which would reach standard error."""
     logger = logging.getLogger('urllib3')
     level = logger.level
     logger.setLevel(logging.ERROR)

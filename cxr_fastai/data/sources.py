@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -21,7 +20,15 @@ from cxr_fastai.core.files import StrPath, check_new, writing
 from cxr_fastai.core.progress import progress_bar
 from cxr_fastai.data.archives import check_md5, hash_file, new_folder, unpack_arrays, unpack_images
 from cxr_fastai.data.find import find_images
-from cxr_fastai.data.http_sessions import TIMEOUT, describe_error, make_retry, make_session, urllib3_warnings_off
+from cxr_fastai.data.http_sessions import (
+    Deadline,
+    describe_error,
+    make_retry,
+    make_session,
+    next_retry,
+    open_url,
+    urllib3_warnings_off,
+)
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.partial_files import PartialFile
 
@@ -126,7 +133,7 @@ def _discard(archive: Path, manual_file: Path) -> str:
 def fetch_url(source: Source, archive: Path) -> Path:
     """Download the file of `source` to `archive`.part, resuming an earlier download, and return that path.
 
-    Failed requests are repeated by urllib3. A connection that breaks while the file arrives is resumed with a range
+    Failed requests are repeated. A connection that breaks while the file arrives is resumed with a range
     request. Raises `CXRError` after `RETRIES` repetitions without progress, or at once if the server refuses.
     """
     part = PartialFile.of(archive)
@@ -136,7 +143,7 @@ def fetch_url(source: Source, archive: Path) -> Path:
         if source.md5 and part.size and hash_file(part.path) == source.md5:
             return part.path
         try:
-            with make_session(source.backoff) as session, urllib3_warnings_off():
+            with make_session() as session, urllib3_warnings_off():
                 _receive_all(session, source, part)
         except requests.RequestException as error:
             raise CXRError(
@@ -148,32 +155,30 @@ def fetch_url(source: Source, archive: Path) -> Path:
 
 def _receive_all(session: requests.Session, source: Source, part: PartialFile) -> None:
     """Request the missing bytes of `part` until it is complete. Raises `requests.RequestException`."""
-    # urllib3 repeats requests, but it cannot resume a response whose body breaks off.
     retry = make_retry(source.backoff)
     furthest = 0
-    end = time.monotonic() + source.max_seconds
-    while not _receive(session, source, part, end):
+    deadline = Deadline(source.max_seconds)
+    while not _receive(session, source, part, deadline):
         size = part.size
         if size > furthest:
             furthest = size
             retry = make_retry(source.backoff)
+        log.info('%s: interrupted at %s bytes, resuming', source.file, f'{size:,}')
         try:
-            retry = retry.increment()
+            retry = next_retry(retry, deadline)
         except MaxRetryError as error:
             raise requests.exceptions.ChunkedEncodingError from error
-        log.info('%s: interrupted at %s bytes, resuming', source.file, f'{size:,}')
-        retry.sleep()
 
 
-def _receive(session: requests.Session, source: Source, part: PartialFile, end: float) -> bool:
-    """Request what `part` lacks and append it until the time `end`; return whether `part` is complete then."""
+def _receive(session: requests.Session, source: Source, part: PartialFile, deadline: Deadline) -> bool:
+    """Request what `part` lacks and append it until the deadline; return whether `part` is complete then."""
     size = part.size
     headers = {'Accept-Encoding': 'identity'}  # the length of a compressed response is not that of the file
     if size:
         headers['Range'] = f'bytes={size}-'
         if part.etag:
             headers['If-Range'] = part.etag
-    with session.get(source.url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+    with open_url(session, source.url, headers, source.backoff, deadline) as response:
         if size and response.status_code in (206, 416):
             start, total = _read_range(response)
             if start != size:
@@ -186,7 +191,7 @@ def _receive(session: requests.Session, source: Source, part: PartialFile, end: 
             start, total = 0, _content_length(response)
             part.keep_etag(response.headers.get('ETag', ''))
         try:
-            _append(response, part.path, source, start, total, end)
+            _append(response, part.path, source, start, total, deadline)
         except (requests.exceptions.ChunkedEncodingError, requests.ConnectionError):
             return False
     return total in (None, part.size)
@@ -214,7 +219,9 @@ def _content_length(response: requests.Response) -> int | None:
     return int(length) if length else None
 
 
-def _append(response: requests.Response, part: Path, source: Source, start: int, total: int | None, end: float) -> None:
+def _append(
+    response: requests.Response, part: Path, source: Source, start: int, total: int | None, deadline: Deadline
+) -> None:
     """Append the body of a response to `part`. Raises `requests.RequestException` if it is too large or too slow."""
     size = start
     _check_size(total or 0, source)
@@ -225,8 +232,7 @@ def _append(response: requests.Response, part: Path, source: Source, start: int,
         for chunk in response.iter_content(CHUNK):
             size += len(chunk)
             _check_size(size, source)
-            if time.monotonic() > end:
-                raise requests.RequestException(f'the download takes longer than {source.max_seconds:,g} seconds')
+            deadline.remaining()
             file.write(chunk)
             bar.update(len(chunk))
 

@@ -6,6 +6,7 @@ damaged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from cxr_fastai.core.errors import ImageError
 from cxr_fastai.images.jpeg_header import JPEG_SIGNATURE, check_jpeg, count_further_scans, count_scans, jpeg_segments
 from cxr_fastai.images.limits import (
     MAX_CHUNKS,
+    MAX_PADDED_PIXELS,
     MAX_PIXELS,
     MAX_SCANNED_PIXELS,
     MAX_STRIPS,
@@ -28,7 +30,9 @@ STRIP_OFFSETS, STRIP_BYTES, TILE_OFFSETS, TILE_BYTES = 273, 279, 324, 325
 """TIFF tags: the positions and sizes of the compressed pixels."""
 TILE_WIDTH, TILE_LENGTH = 322, 323
 """TIFF tags: the size of a tile, for which the decoder reserves memory."""
-OLD_JPEG, JPEG = 6, 7
+SAMPLES_PER_PIXEL, PLANAR_CONFIGURATION, SEPARATE = 277, 284, 2
+"""TIFF tags: the number of samples, and whether they are in separate planes, each with strips or tiles of its own."""
+RAW, OLD_JPEG, JPEG = 1, 6, 7
 """TIFF compressions."""
 JPEG_START, JPEG_BYTES = 513, 514
 """TIFF tags: the position and the size of the header of a picture with the compression `OLD_JPEG`."""
@@ -58,7 +62,7 @@ def check_metadata(data: bytes) -> None:
 
 
 def _check_png(data: bytes) -> None:
-    total = count = 0
+    total = count = profiles = 0
     for number, chunk in enumerate(png_chunks(data)):
         if number > MAX_CHUNKS:
             raise ImageError(f'more than {MAX_CHUNKS:,} chunks', 'E_TOO_LARGE')
@@ -69,6 +73,10 @@ def _check_png(data: bytes) -> None:
         check_amount(total, count)
         if chunk.kind == b'eXIf':
             check_exif(bytes(chunk.body))
+        elif chunk.kind == b'iCCP':
+            profiles += 1
+            if profiles > 1:  # the standard allows one, and Pillow inflates each
+                raise ImageError('truncated or damaged: more than one colour profile (chunk iCCP)', 'E_TRUNCATED')
 
 
 def png_chunks(data: bytes) -> Iterator[Chunk]:
@@ -87,14 +95,56 @@ def png_chunks(data: bytes) -> Iterator[Chunk]:
 def _check_tiff(data: bytes) -> None:
     directory = read_directory(data)
     check_amount(directory.size, len(directory.entries))
-    width, length = directory.number(TILE_WIDTH, 0), directory.number(TILE_LENGTH, 0)
-    if width * length > MAX_PIXELS:
-        raise ImageError(f'tiles of {width}x{length} are over {MAX_PIXELS:,} pixels', 'E_TOO_LARGE')
-    compression = directory.number(COMPRESSION, 1)
+    _check_parts(directory)
+    compression = directory.number(COMPRESSION, RAW)
     if compression == JPEG:
         _check_jpeg_strips(directory)
     elif compression == OLD_JPEG:
         _check_old_jpeg(directory)
+
+
+def _check_parts(directory: Directory) -> None:
+    """Raise `ImageError` if the strips or tiles have more pixels than any picture needs, or are more than fit in it.
+
+    The decoder decodes each as a whole, with the pixels that lie outside the picture, and strips can share their bytes.
+    """
+    width, height = _size(directory)
+    is_raw = directory.number(COMPRESSION, RAW) == RAW
+    planes = 1
+    if directory.number(PLANAR_CONFIGURATION, 1) == SEPARATE:
+        planes = directory.number(SAMPLES_PER_PIXEL, 1)
+    if TILE_WIDTH in directory or TILE_LENGTH in directory:
+        tile_width, tile_length = directory.number(TILE_WIDTH, 0), directory.number(TILE_LENGTH, 0)
+        if tile_width * tile_length > MAX_PIXELS:
+            raise ImageError(f'tiles of {tile_width}x{tile_length} are over {MAX_PIXELS:,} pixels', 'E_TOO_LARGE')
+        listed = len(directory.numbers(TILE_OFFSETS))
+        _check_grid((width, height), (tile_width, tile_length), planes, listed, is_raw)
+    if STRIP_OFFSETS in directory:  # Pillow prefers them to tiles
+        rows = min(directory.number(ROWS_PER_STRIP, height), height)
+        listed = len(directory.numbers(STRIP_OFFSETS))
+        _check_grid((width, height), (width, rows), planes, listed, is_raw)
+
+
+def _check_grid(size: tuple[int, int], part: tuple[int, int], planes: int, listed: int, is_raw: bool) -> None:
+    """Raise `ImageError` for a picture of `size` in `listed` parts of the size `part`; both are width and height.
+
+    Pillow reads raw parts itself, all that are listed. libtiff reads those that the picture has.
+    """
+    if 0 in size or 0 in part:
+        raise ImageError('truncated or damaged: the picture, or a strip or tile of it, has no pixels', 'E_TRUNCATED')
+    across, down = math.ceil(size[0] / part[0]), math.ceil(size[1] / part[1])
+    n_parts = across * down * planes
+    n_pixels = n_parts * part[0] * part[1]
+    if n_pixels > MAX_PADDED_PIXELS:
+        raise ImageError(
+            f'strips or tiles of {n_pixels:,} pixels in total are over {MAX_PADDED_PIXELS:,}', 'E_TOO_LARGE'
+        )
+    if n_parts > MAX_CHUNKS or listed > MAX_CHUNKS:
+        raise ImageError(f'{max(n_parts, listed):,} strips or tiles are over {MAX_CHUNKS:,}', 'E_TOO_LARGE')
+    if is_raw and listed > n_parts > planes:  # where each part covers the picture, Pillow reads the last
+        raise ImageError(
+            f'truncated or damaged: {listed:,} strips or tiles are listed; the picture has {n_parts:,}', 'E_TRUNCATED'
+        )
 
 
 def _check_jpeg_strips(directory: Directory) -> None:

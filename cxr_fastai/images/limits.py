@@ -16,6 +16,11 @@ MAX_BYTES = 400_000_000
 """Maximum size of a file."""
 MAX_PIXELS = 40_000_000
 """Maximum width times height of an image."""
+MAX_PADDED_PIXELS = 4 * MAX_PIXELS
+"""Maximum pixels of all strips or tiles of a TIFF file, with those outside the picture, times the separate planes.
+
+Tiles that are no larger than the picture have less than four times its pixels.
+"""
 MAX_SCANNED_PIXELS = 400_000_000
 """Maximum pixels times scans of a JPEG: each scan visits all pixels, and costs only a few bytes."""
 MAX_METADATA = 4_000_000

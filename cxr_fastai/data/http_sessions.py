@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urljoin, urlsplit
 
 import requests
-from urllib3.exceptions import MaxRetryError
+from urllib3.exceptions import DecodeError, HTTPError, MaxRetryError
 from urllib3.util import Retry
 
 TIMEOUT = (10, 60)
@@ -119,6 +119,24 @@ def open_url(
             retry = next_retry(retry, deadline)
         except MaxRetryError as exhausted:
             raise failure from exhausted
+
+
+def read_body(response: requests.Response, size: int, deadline: Deadline) -> Iterator[bytes]:
+    """Yield the body of a response as it arrives, at most `size` bytes at a time.
+
+    Raises `requests.RequestException` after the deadline, even if the server sends a byte a minute.
+    """
+    while True:
+        try:
+            chunk = response.raw.read1(size, decode_content=True)
+        except DecodeError as error:
+            raise requests.exceptions.ContentDecodingError(error) from error
+        except HTTPError as error:
+            raise requests.exceptions.ChunkedEncodingError(error) from error
+        if not chunk:
+            return
+        deadline.remaining()
+        yield chunk
 
 
 @contextmanager

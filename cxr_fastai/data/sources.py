@@ -27,6 +27,7 @@ from cxr_fastai.data.http_sessions import (
     make_session,
     next_retry,
     open_url,
+    read_body,
     urllib3_warnings_off,
 )
 from cxr_fastai.data.items import read_items
@@ -229,10 +230,9 @@ def _append(
         open(part, 'ab' if start else 'wb') as file,
         progress_bar(total, source.file, initial=start, unit='B', unit_scale=True) as bar,
     ):
-        for chunk in response.iter_content(CHUNK):
+        for chunk in read_body(response, CHUNK, deadline):
             size += len(chunk)
             _check_size(size, source)
-            deadline.remaining()
             file.write(chunk)
             bar.update(len(chunk))
 

@@ -1,6 +1,8 @@
-"""TIFF files with JPEG compression are bounded as JPEG files are, and directories are read as Pillow reads them."""
+"""Strips and tiles of TIFF files are bounded, and directories are read as Pillow reads them."""
 
 import struct
+import time
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -171,6 +173,59 @@ def test_a_tag_that_occurs_twice_is_refused_where_it_decides(tag):
     entry = data[place : place + 12]
     changed = data[:8] + struct.pack('<H', count + 1) + data[10:place] + entry + data[place:]
     assert header_code(changed) == 'E_TRUNCATED'
+
+
+DEFLATE, SEPARATE = 8, 2
+
+
+def parts_code(size: tuple[int, int], compression: int = DEFLATE, **tags: int) -> str:
+    """Return the error code of the header of a TIFF file with the tags `t...`, whose parts share their bytes."""
+    more = {int(name[1:]): (4, 1, value) for name, value in tags.items()}
+    return header_code(tiff(picture_tags(*size, compression) | more, b''))
+
+
+@pytest.mark.parametrize('compression', [1, DEFLATE])
+@pytest.mark.parametrize(
+    ('size', 'tags', 'code'),
+    [
+        ((12_640, 3160), {'t322': 16, 't323': 2_499_999}, 'E_TOO_LARGE'),
+        ((3160, 12_640), {'t322': 2_499_999, 't323': 16}, 'E_TOO_LARGE'),
+        ((12_640, 3160), {'t322': 16, 't323': 16}, 'ok'),
+        ((12_640, 3160), {'t322': 1, 't323': 1}, 'E_TOO_LARGE'),
+        ((6300, 6300), {'t322': 6299, 't323': 6299}, 'ok'),
+        ((6300, 6300), {'t278': 6299, 't273': 8}, 'ok'),
+        ((6300, 6300), {'t278': 2**32 - 1, 't273': 8}, 'ok'),
+        ((6300, 6300), {'t278': 1, 't273': 8, 't284': SEPARATE, 't277': 3}, 'ok'),
+        ((6300, 6300), {'t278': 1, 't273': 8, 't284': SEPARATE, 't277': 60_000}, 'E_TOO_LARGE'),
+        ((512, 512), {'t322': 16, 't323': 16, 't284': SEPARATE, 't277': 2000}, 'E_TOO_LARGE'),
+        ((512, 512), {'t322': 0, 't323': 16}, 'E_TRUNCATED'),
+        ((512, 512), {'t323': 16}, 'E_TRUNCATED'),
+        ((512, 512), {'t278': 0, 't273': 8}, 'E_TRUNCATED'),
+        ((80, 96), {'t322': 512, 't323': 512}, 'ok'),
+    ],
+)
+def test_the_pixels_of_all_strips_and_tiles_are_bounded(compression, size, tags, code):
+    assert parts_code(size, compression, **tags) == code
+
+
+def test_raw_strips_that_the_picture_does_not_have_are_refused():
+    tags = picture_tags(80, 96, 1)
+    strips = {278: (4, 1, 95), 273: (1, 100_000, lambda start: start)}
+    assert header_code(tiff(tags | strips, bytes(100_000))) == 'E_TRUNCATED'
+    assert header_code(tiff(tags | strips | {273: (1, 2, 8)}, b'')) == 'ok'
+    assert header_code(tiff(tags | strips | {278: (4, 1, 96)}, bytes(100_000))) == 'ok', 'Pillow reads only the last'
+
+
+def test_one_stream_that_all_tiles_share_is_not_inflated_for_each():
+    stream = zlib.compress(bytes(39_999_984), 9)
+    tags = picture_tags(12_640, 3160, DEFLATE) | {322: (4, 1, 16), 323: (4, 1, 2_499_999)}
+    tags |= {324: (4, 790, lambda start: start), 325: (4, 790, lambda start: start + 4 * 790)}
+    place = 8 + 2 + 12 * len(tags) + 4 + 8 * 790
+    lists = struct.pack('<1580I', *[place] * 790, *[len(stream)] * 790)
+    start = time.monotonic()
+    with pytest.raises(ImageError, match=r'31,599,987,360 pixels in total are over 160,000,000'):
+        decode_image(tiff(tags, lists + stream))
+    assert time.monotonic() - start < 10
 
 
 def test_the_size_of_a_tile_outside_its_entry_is_read():

@@ -1,5 +1,6 @@
 """Archives and servers that were made to fill memory, disks or time: each is refused, and nothing is left behind."""
 
+import gzip
 import io
 import os
 import shutil
@@ -7,7 +8,10 @@ import ssl
 import struct
 import subprocess
 import threading
+import time
+import tracemalloc
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -160,12 +164,109 @@ def test_a_download_has_an_end(tmp_path, flood, page, limits, match):
     assert not (tmp_path / 'images').exists()
 
 
+class ManyBodies(Flood):
+    """Sends a long body with a redirect, with a temporary error, or byte by byte. Counts the bytes it could send."""
+
+    def do_GET(self):
+        self.server.requests.append((self.path, self.headers.get('Authorization')))
+        if self.path == '/end':
+            return self.send_error(404)
+        if self.path == '/elsewhere':
+            return self.start(302, {'Location': f'http://localhost:{self.server.server_port}/end', **EMPTY})
+        if self.path == '/here':
+            return self.start(302, {'Location': '/end', **EMPTY})
+        if self.path == '/slow':
+            self.start(200, {'Content-Length': '60'})
+            return self.write([b'x'] * 60, pause=0.1)
+        if self.path == '/gzip':
+            body = self.server.gzipped
+            self.start(302, {'Location': '/end', 'Content-Encoding': 'gzip', 'Content-Length': str(len(body))})
+            return self.write([body])
+        if self.path == '/chunked':
+            self.start(302, {'Location': '/end', 'Transfer-Encoding': 'chunked'})
+            return self.write([b'100000\r\n' + bytes(2**20) + b'\r\n'] * (LONG // 2**20))
+        self.start(302 if self.path == '/endless' else 503, {'Location': '/end'})
+        return self.write([bytes(2**20)] * (LONG // 2**20))
+
+    def start(self, status: int, headers: dict[str, str]):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def write(self, parts: list[bytes], pause: float = 0):
+        with suppress(OSError):
+            for part in parts:
+                self.wfile.write(part)
+                self.server.sent += len(part)
+                time.sleep(pause)
+
+
+LONG = 100 * 2**20
+EMPTY = {'Content-Length': '0'}
+
+
+@pytest.fixture
+def bodies(monkeypatch):
+    monkeypatch.setenv('NO_PROXY', '*')
+    with ThreadingHTTPServer(('127.0.0.1', 0), ManyBodies) as server:
+        server.requests, server.sent, server.gzipped = [], 0, gzip.compress(bytes(LONG), 1)
+        thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def refused_download(tmp_path, server, path: str, match: str, user: str = '', **limits) -> float:
+    """Download from `server`, which must end with an error; return the seconds it took."""
+    url = f'http://{user}127.0.0.1:{server.server_port}{path}'
+    source = replace(SOURCES['mendeley'], url=url, **{'backoff': 0, **limits})
+    start = time.monotonic()
+    with pytest.raises(CXRError, match=match):
+        download(tmp_path / 'images', source)
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize('page', ['/endless', '/gzip', '/chunked'])
+def test_the_body_of_a_redirect_is_not_read(tmp_path, bodies, page):
+    tracemalloc.start()
+    refused_download(tmp_path, bodies, page, 'answers 404')
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < LONG / 4
+    assert bodies.sent < LONG / 2
+    assert [path for path, _ in bodies.requests] == [page, '/end']
+
+
+def test_the_body_of_a_temporary_error_is_not_read(tmp_path, bodies):
+    refused_download(tmp_path, bodies, '/busy', 'answers 503')
+    assert bodies.sent < LONG / 2
+    assert len(bodies.requests) == 4
+
+
+def test_repeated_requests_end_at_the_deadline(tmp_path, bodies):
+    seconds = refused_download(tmp_path, bodies, '/busy', 'longer than 0.2 seconds', backoff=10, max_seconds=0.2)
+    assert seconds < 4
+
+
+def test_a_file_that_arrives_byte_by_byte_ends_at_the_deadline(tmp_path, bodies):
+    assert refused_download(tmp_path, bodies, '/slow', 'longer than 0.5 seconds', max_seconds=0.5) < 4
+
+
+def test_a_password_is_sent_to_no_other_host(tmp_path, bodies):
+    for page in ('/here', '/elsewhere'):
+        refused_download(tmp_path, bodies, page, 'answers 404', user='user:password@')
+    secret = 'Basic dXNlcjpwYXNzd29yZA=='
+    assert bodies.requests == [('/here', secret), ('/end', secret), ('/elsewhere', secret), ('/end', None)]
+
+
 class ToPlain(Flood):
-    """Redirects to an unencrypted address."""
+    """Redirects to an unencrypted address, or to an invalid one."""
 
     def do_GET(self):
         self.send_response(302)
-        self.send_header('Location', 'http://127.0.0.1:1/zip')
+        self.send_header('Location', self.server.location)
         self.send_header('Content-Length', '0')
         self.end_headers()
 
@@ -189,13 +290,23 @@ def encrypted(tmp_path, monkeypatch):
         server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01})
         thread.start()
-        yield f'https://127.0.0.1:{server.server_port}/zip'
+        yield server
         server.shutdown()
         thread.join()
 
 
 @pytest.mark.skipif(shutil.which('openssl') is None, reason='needs openssl for a certificate')
-def test_a_redirect_from_https_to_http_is_refused(tmp_path, encrypted):
-    source = replace(SOURCES['mendeley'], url=encrypted, backoff=0)
-    with pytest.raises(CXRError, match='redirects from https to http'):
-        download(tmp_path / 'images', source)
+@pytest.mark.parametrize(
+    ('location', 'match'),
+    [
+        ('http://127.0.0.1:1/zip', 'redirects from https to http'),
+        ('HTTP://127.0.0.1:1/zip', 'redirects from https to http'),
+        ('hTtp:/zip', 'redirects from https to http'),
+        ('http://[::1/zip', 'redirects to an invalid address'),
+    ],
+)
+def test_a_redirect_from_https_to_http_is_refused(tmp_path, encrypted, location, match):
+    encrypted.location = location
+    url = f'https://127.0.0.1:{encrypted.server_port}/zip'
+    with pytest.raises(CXRError, match=match):
+        download(tmp_path / 'images', replace(SOURCES['mendeley'], url=url, backoff=0))

@@ -212,6 +212,12 @@ def test_the_metadata_of_a_png_are_bounded(chunks):
     assert code_of(png_with(*chunks)) == 'E_TOO_LARGE'
 
 
+def test_a_second_colour_profile_is_refused():
+    profile = (b'iCCP', b'a\0\0' + zlib.compress(bytes(1_000_000), 9))
+    assert code_of(png_with(profile)) == 'ok'
+    assert code_of(png_with(profile, (b'tEXt', b'a\0b'), profile)) == 'E_TRUNCATED'
+
+
 def test_a_compressed_text_that_inflates_to_gigabytes_is_not_inflated():
     bomb = zlib.compress(bytes(50_000_000), 9)
     assert code_of(png_with((b'zTXt', b'a\0\0' + bomb))) in ('E_TOO_LARGE', 'E_TRUNCATED', 'ok')

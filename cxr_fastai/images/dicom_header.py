@@ -59,7 +59,6 @@ def parse_modalities(text: str) -> tuple[str, ...]:
 
     Raises `UsageError` for anything else.
     """
-    text = text.replace(' ', '').upper()
     if re.fullmatch(MODALITY_LIST, text):
         return tuple(text.split(',')) if text else ()
     raise UsageError(

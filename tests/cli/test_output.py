@@ -89,6 +89,7 @@ def test_a_comparison_breaks_no_number_in_80_columns(metrics):
         'n': 624,
         'auc': {'value': 0.0123, 'low': -0.0012, 'high': 0.0258, 'p': 0.0421, 'p_holm': 0.0842},
         'grouped_by_patient': True,
+        'unknown_patients': 0,
         'mcnemar': {'only_first': 12, 'only_second': 20, 'p': 0.2153, 'p_holm': 0.4306},
     }
     runs = {'runs/efficientnet_lite0': metrics, 'runs/efficientnet_lite0-43': other}

@@ -372,7 +372,7 @@ def test_a_zip_whose_json_unpacks_to_a_gigabyte_is_not_unpacked(bundle, tmp_path
 )
 def test_a_damaged_zip_is_refused(change, bundle, tmp_path, refused):
     rewrite(tmp_path, zipped(bundle, tmp_path / 'b.zip').name, change)
-    assert refused(tmp_path / 'b.zip') == 1
+    assert refused(tmp_path / 'b.zip') in (1, 2)
 
 
 @pytest.mark.parametrize('name', [CONFIG, SELFTEST, ONNX])

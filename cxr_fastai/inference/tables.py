@@ -148,6 +148,10 @@ def _check_same_model(
             f'--resume: {table} has the threshold {threshold:g}, but now it is {predictor.threshold:g}. {SAME_OPTIONS}'
         )
     known = {index: _number(row, 'p_pneumonia', table) for index, row in enumerate(finished) if row['status'] == 'ok'}
+    for index in [index for index, row in enumerate(finished) if row['status'] == 'rejected'][:1]:
+        (row,) = predictor.predict_named([named[index]])
+        if row['status'] != 'rejected':
+            raise UsageError(f'--resume: {table} rejects {row["path"]}, which is accepted now. {SAME_OPTIONS}')
     if not known:
         return
     index = min(known, key=lambda index: abs(known[index] - 0.5))

@@ -25,6 +25,7 @@ from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference import tables
 from cxr_fastai.inference.bundle import Bundle
 from cxr_fastai.inference.config import temper
+from cxr_fastai.inference.gate import REJECTION
 from cxr_fastai.inference.predictor import COLUMNS, Predictor
 from cxr_fastai.inference.tables import JsonTable, ParquetTable, open_table, predict_to_table
 
@@ -369,6 +370,15 @@ def test_a_table_of_another_network_is_not_resumed(predict, complete, tmp_path, 
     with pytest.raises(UsageError, match=r'for .*, but now it is .* Use the same model, options and images'):
         predict(table, resume=True)
     assert table.read_bytes() == complete[suffix].read_bytes()
+
+
+def test_rows_that_a_gate_rejected_are_not_continued_without_it(bundle, paths, tmp_path, monkeypatch):
+    table = tmp_path / 'p.csv'
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, 'decide', lambda *_: REJECTION)
+        predict_to_table(bundle, paths[:2], table, use_gate=False)
+    with pytest.raises(UsageError, match='rejects .*, which is accepted now'):
+        predict_to_table(bundle, paths[:2], table, use_gate=False, resume=True)
 
 
 def test_a_table_with_a_damaged_number_is_not_resumed(predict, complete, tmp_path):

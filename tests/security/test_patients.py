@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from runfiles import seal_results
 from rich.console import Console
 
 from cxr_fastai.cli.output import metrics_tables
@@ -163,6 +164,7 @@ def test_one_unknown_patient_is_enough_to_refuse_the_claim(evaluated, tmp_path, 
     items = evaluated.items
     items.loc[0, 'patient'] = 'unknown:x'
     mixed = copy_run(evaluated, items, tmp_path / 'run')
+    seal_results(mixed.path)
     page = reporting.render(mixed, 'test')
     assert CLAIM not in page and f'the patient of 1 of {len(items)} images is unknown' in page
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from runfiles import seal_results
 from rich.console import Console
+from runfiles import seal_results
 
 from cxr_fastai.cli.output import metrics_tables
 from cxr_fastai.core.errors import CXRWarning

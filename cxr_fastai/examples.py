@@ -69,8 +69,8 @@ def example_run(folder: StrPath = FOLDER) -> Run:
     images = example_images(folder)
     run = images.with_name('run')
     with _lock(images.parent):
-        if not (run / 'metrics.json').exists():
-            shutil.rmtree(run, ignore_errors=True)  # an interrupted training
+        if not Run(run).intact_metrics():
+            shutil.rmtree(run, ignore_errors=True)  # an interrupted training, or one of an older version
             recipe = make_recipe('baseline', size=96, batch_size=16, epochs=8, seed=0)
             evaluate(train(recipe, images, run), images)
     return Run.open(run)

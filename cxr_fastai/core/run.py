@@ -206,7 +206,7 @@ class Run:
             return 'were computed by an older version'
         if not self.decision:
             return 'were computed with a decision, but decision.json is missing'
-        return '' if metrics['hashes']['decision'] == hash_decision(self.decision) else MISMATCHES['decision']
+        return '' if metrics['hashes'].get('decision') == hash_decision(self.decision) else MISMATCHES['decision']
 
     def _find_other_training(self, metrics: dict[str, Any]) -> str:
         return '' if metrics['hashes'].get('training') == hash_training(self.path) else MISMATCHES['training']

@@ -90,7 +90,7 @@ METRICS: dict[str, Rule] = {
     'threshold': Number(0, MAX_THRESHOLD, required=False),
     'threshold_rule': Text(200, required=False),
     'model': Text(64, f'({SHA256})?', required=False),
-    'hashes': Fields(dict.fromkeys(MISMATCHES, Text(64, SHA256)), required=False),
+    'hashes': Fields(dict.fromkeys(MISMATCHES, Text(64, SHA256, required=False)), required=False),
 }
 """The fields of a split in `metrics.json` that say what the metrics are of. Other fields are the metrics."""
 EVALUATE_AGAIN = 'Evaluate the run again.'

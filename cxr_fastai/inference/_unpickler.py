@@ -228,7 +228,7 @@ def _refuse_change(target: Any) -> NoReturn:
     raise ValueError(f'its pickle changes {what!r:.80}, which no learner needs')
 
 
-INSTRUCTIONS: dict[str, Callable[[_Reader, Any], None]] = {
+INSTRUCTIONS: dict[str, Callable[..., None]] = {
     'PROTO': _Reader.protocol,
     'STOP': _Reader.stop,
     'MARK': _Reader.mark,

@@ -251,10 +251,12 @@ FIELD_ADVICE = {
     'phases': 'use --epochs and --lr',
     'name': 'use --recipe',
     'threshold': '`cxr-fastai evaluate` chooses it',
+    'lr': 'use --lr',
+    'learning_rate': 'use --lr',
+    'epochs': 'use --epochs',
+    'bs': 'use --batch-size',
 }
-"""What to do about fields that neither `--set` nor an option of the same name sets."""
-OPTION_NAMES = {'lr': '--lr', 'epochs': '--epochs', 'learning_rate': '--lr', 'bs': '--batch-size'}
-"""Names that are no fields to the options that set them."""
+"""What to do about names that neither `--set` nor an option of the same name sets; some are no fields."""
 
 
 def parse_fields(texts: list[str]) -> dict[str, Any]:
@@ -276,10 +278,8 @@ def _parse_field(text: str) -> tuple[str, Any]:
 
 def _advise(name: str) -> str:
     """Say what to do about a field `name` that `--set` does not set."""
-    if name in {field.name for field in fields(Recipe)}:
+    if name in FIELD_ADVICE or name in {field.name for field in fields(Recipe)}:
         return f'not a field for --set: {FIELD_ADVICE.get(name) or "use " + _option(name)}'
-    if name in OPTION_NAMES:
-        return f'not a field for --set: use {OPTION_NAMES[name]}'
     matches = get_close_matches(name, SETTABLE) or sorted(SETTABLE)
     return f'no such field: choose {" or ".join(matches)}'
 

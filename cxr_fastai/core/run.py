@@ -21,9 +21,7 @@ from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.recipe_fields import parse_recipe
 from cxr_fastai.core.run_files import (
     MISMATCHES,
-    hash_decision,
     hash_results,
-    hash_training,
     read_decision,
     read_json,
     read_metrics,
@@ -177,7 +175,8 @@ class Run:
         """Return what is wrong with the `metrics` of `split`; empty if their hashes fit the files in this folder."""
         if 'hashes' not in metrics:
             return 'were computed by an older version'
-        current = hash_results(self.predicted(split), self.decision, metrics, self.path)
+        predictions = self.predicted(split) if 'predictions' in parts else None
+        current = hash_results(predictions, self.decision, metrics, self.path, parts)
         for part in parts:
             if metrics['hashes'].get(part) != current[part]:
                 return MISMATCHES[part]
@@ -198,18 +197,10 @@ class Run:
                 f'Run `{self.evaluation()}` again.'
             )
         for split, values in metrics.items():
-            self._refuse(split, self._find_other_decision(values))
-            self._refuse(split, self._find_other_training(values))
-
-    def _find_other_decision(self, metrics: dict[str, Any]) -> str:
-        if 'hashes' not in metrics:
-            return 'were computed by an older version'
-        if not self.decision:
-            return 'were computed with a decision, but decision.json is missing'
-        return '' if metrics['hashes'].get('decision') == hash_decision(self.decision) else MISMATCHES['decision']
-
-    def _find_other_training(self, metrics: dict[str, Any]) -> str:
-        return '' if metrics['hashes'].get('training') == hash_training(self.path) else MISMATCHES['training']
+            problem = self._find_mismatch(split, values, ('decision', 'training'))
+            if problem == MISMATCHES['decision'] and not self.decision:
+                problem = 'were computed with a decision, but decision.json is missing'
+            self._refuse(split, problem)
 
     def evaluation(self, split: str | None = None) -> str:
         """Return the command that evaluates the run on `split`; by default on its test images, else on `valid`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,29 +198,31 @@ def _check_table(table: pd.DataFrame, name: str) -> None:
 
 
 def hash_results(
-    predictions: pd.DataFrame, decision: Mapping[str, Any], metrics: Mapping[str, Any], folder: Path
+    predictions: pd.DataFrame | None,
+    decision: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    folder: Path,
+    parts: Iterable[str] = tuple(MISMATCHES),
 ) -> dict[str, str]:
-    """Return the SHA-256 of each of `MISMATCHES`.
+    """Return the SHA-256 of each of the `parts` of `MISMATCHES`.
 
-    They cover the `predictions` of a split, the `decision`, the files of the training in `folder`, and the `metrics`.
+    They cover the `predictions` of a split, which other parts do not need, the `decision`, the files of the training in
+    `folder`, and the `metrics`.
     """
-    return {
-        'predictions': _hash_predictions(predictions),
-        'decision': hash_decision(decision),
-        'training': hash_training(folder),
-        'metrics': _hash({name: value for name, value in metrics.items() if name != 'hashes'}),
+    hashes = {
+        'predictions': lambda: _hash_table(predictions, 'predictions.csv', 'split', lambda number: float(number).hex()),
+        'decision': lambda: _hash([decision.get(name) for name in DECISION]),
+        'training': lambda: _hash([_hash_file(folder / name) for name in TRAINING_FACTS]),
+        'metrics': lambda: _hash({name: value for name, value in metrics.items() if name != 'hashes'}),
     }
+    return {part: hashes[part]() for part in parts}
 
 
-def _hash_predictions(predictions: pd.DataFrame) -> str:
-    texts = [predictions[name].astype(str) for name in TEXTS['predictions.csv'] if name != 'split']
-    numbers = [predictions[name].map(lambda number: float(number).hex()) for name in NUMBERS['predictions.csv']]
+def _hash_table(rows: Any, table: str, left_out: str, write: Callable[[float], str]) -> str:
+    """Return the SHA-256 of the texts but one, and of the numbers, of `rows` of a `table`, in order."""
+    texts = [rows[name].astype(str) for name in TEXTS[table] if name != left_out]
+    numbers = [rows[name].map(write) for name in NUMBERS[table]]
     return _hash([*map(list, zip(*texts, *numbers, strict=True))])
-
-
-def hash_training(folder: Path) -> str:
-    """Return the SHA-256 of the files that say how the network in `folder` was trained, and on which images."""
-    return _hash([_hash_file(folder / name) for name in TRAINING_FACTS])
 
 
 def _hash_file(path: Path) -> str:
@@ -229,14 +231,7 @@ def _hash_file(path: Path) -> str:
 
 def hash_rows(rows: pd.DataFrame) -> str:
     """Return the SHA-256 of the texts and numbers of `rows` of the robustness table, in order."""
-    texts = [rows[name].astype(str) for name in TEXTS['robustness.csv'] if name != 'sha256']
-    numbers = [rows[name].map(lambda number: f'{number:.9g}') for name in NUMBERS['robustness.csv']]
-    return _hash([*map(list, zip(*texts, *numbers, strict=True))])
-
-
-def hash_decision(decision: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the fields of a decision."""
-    return _hash([decision.get(name) for name in DECISION])
+    return _hash_table(rows, 'robustness.csv', 'sha256', lambda number: f'{number:.9g}')
 
 
 def _hash(value: Any) -> str:

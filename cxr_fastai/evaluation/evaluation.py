@@ -70,22 +70,24 @@ def evaluate(
         parse_rule(rule)
     check_writable(run.path)
     run.remove_partial_files()
-    stored = _predicted_metrics(run).get(split, {})
+    known = run.intact_metrics('predictions', 'training', 'metrics')  # with whatever decision
+    stored = known.get(split, {})
     if prevalences is None:
         prevalences = _stored_prevalences(stored)
     root, items, columns = _find_images(run, data, split, limit, by, stored)
     log_ignored(items, data or root)
     model = identify_network(run.path)
-    predicted = _predict_missing(run, model, _Images(split, items, root), data, batch_size, again, device)
+    predicted = _predict_missing(run, model, known, _Images(split, items, root), data, batch_size, again, device)
     decision = _decide(run, predicted.valid, rule, model)
     groups = {column: items[column].to_numpy() for column in columns}
     tables = {name: apply_threshold(table, decision.threshold) for name, table in predicted.tables.items()}
-    metrics = {
-        name: measure_split(run, table, decision, groups, prevalences, predicted.stamps.get(name))
-        if name == split
-        else _update_metrics(run, name, table, decision, predicted.stamps.get(name))
-        for name, table in tables.items()
-    }
+    metrics = {}
+    for name, table in tables.items():
+        stamp = predicted.stamps.get(name)
+        if name == split:
+            metrics[name] = _measure(table, decision, groups, prevalences, stamp or stored.get('images'))
+        else:
+            metrics[name] = _update_metrics(known.get(name, {}), table, decision, stamp)
     run.write_results(pd.concat(tables.values(), ignore_index=True), metrics, asdict(decision))
     return metrics[split]
 
@@ -223,16 +225,26 @@ class _Predicted:
 
 
 def _predict_missing(
-    run: Run, model: str, images: _Images, data: Path | None, batch_size: int, again: bool, device: str
+    run: Run,
+    model: str,
+    known: Mapping[str, Any],
+    images: _Images,
+    data: Path | None,
+    batch_size: int,
+    again: bool,
+    device: str,
 ) -> _Predicted:
-    """Predict `images`, and the validation images of the run, unless the same files were predicted before."""
-    tables = known_predictions(run, model)
+    """Predict `images`, and the validation images of the run, unless the same files were predicted before.
+
+    `known` are the metrics by split of the predictions that are stored unchanged.
+    """
+    tables = _known_predictions(run, model, known)
     missing = []
-    if again or not _is_current(run, tables, images.split, images.items, images.root):
+    if again or not _is_current(known, tables, images.split, images.items, images.root):
         missing.append(images)
     valid = _own_images(run, 'valid')
     folder = _folder_with(valid, run.images, data)
-    if images.split != 'valid' and not _is_current(run, tables, 'valid', valid, folder):
+    if images.split != 'valid' and not _is_current(known, tables, 'valid', valid, folder):
         tables.pop('valid', None)
         if folder:
             missing.append(_Images('valid', valid, folder))
@@ -246,21 +258,20 @@ def _predict_missing(
     return _Predicted(tables, stamps, tables['valid'] if has_all_valid else None)
 
 
-def known_predictions(run: Run, model: str) -> dict[str, pd.DataFrame]:
-    """Return the stored predictions by split that were made by the network with the SHA-256 `model`."""
-    splits = [split for split, metrics in _predicted_metrics(run).items() if metrics.get('model') == model]
+def _known_predictions(run: Run, model: str, known: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    """Return the stored predictions by split of those `known` that the network with the SHA-256 `model` made."""
+    splits = [split for split, metrics in known.items() if metrics.get('model') == model]
     if not splits:
         return {}
     return {str(split): rows for split, rows in run.predictions.groupby('split', sort=False) if split in splits}
 
 
-def _predicted_metrics(run: Run) -> dict[str, Any]:
-    """Return the metrics of the splits whose predictions are stored unchanged, with whatever decision."""
-    return run.intact_metrics('predictions', 'training', 'metrics')
-
-
 def _is_current(
-    run: Run, tables: Mapping[str, pd.DataFrame], split: str, items: pd.DataFrame, root: Path | None
+    known: Mapping[str, Any],
+    tables: Mapping[str, pd.DataFrame],
+    split: str,
+    items: pd.DataFrame,
+    root: Path | None,
 ) -> bool:
     """Return whether `tables` has the predictions of `items`, and their files below `root` have not changed since.
 
@@ -268,7 +279,7 @@ def _is_current(
     """
     if split not in tables or not _have_same_paths(tables[split], items):
         return False
-    return root is None or _predicted_metrics(run)[split].get('images') == stamp_images(items, root)
+    return root is None or known[split].get('images') == stamp_images(items, root)
 
 
 def _have_same_paths(predictions: pd.DataFrame, items: pd.DataFrame) -> bool:
@@ -308,24 +319,22 @@ def apply_threshold(predictions: pd.DataFrame, threshold: float) -> pd.DataFrame
     return predictions.assign(prediction=np.array(VOCAB)[is_positive.astype(int)])
 
 
-def measure_split(
-    run: Run,
+def _measure(
     predictions: pd.DataFrame,
     decision: Decision,
     groups: Mapping[str, np.ndarray],
     prevalences: Sequence[float],
-    stamp: str | None = None,
+    stamp: str | None,
 ) -> dict[str, Any]:
     """Compute the metrics of one split as `measure` does, and add the network and the `stamp` of the image files.
 
-    `groups` has the subgroup of each image by column, (n,) each. Without `stamp` the stored one stays.
+    `groups` has the subgroup of each image by column, (n,) each.
     """
-    split = predictions.split.iloc[0]
     metrics = measure(
         predictions.assign(**groups), decision.threshold, decision.rule, decision.temperature, prevalences, list(groups)
     )
     metrics['model'] = decision.model
-    metrics['images'] = stamp or _predicted_metrics(run).get(split, {}).get('images')
+    metrics['images'] = stamp
     return metrics
 
 
@@ -380,23 +389,22 @@ def _check_stored_decision(run: Run) -> None:
 
 
 def _update_metrics(
-    run: Run, split: str, predictions: pd.DataFrame, decision: Decision, stamp: str | None
+    stored: dict[str, Any], predictions: pd.DataFrame, decision: Decision, stamp: str | None
 ) -> dict[str, Any]:
     """Return the metrics of a split that was not asked for.
 
-    They are the stored ones, unless the split was predicted just now, the decision has changed, or metrics are missing.
+    They are those `stored`, unless the split was predicted just now, the decision has changed, or metrics are missing.
     """
-    stored = _predicted_metrics(run).get(split, {})
     if stamp is None and decision.matches(stored) and is_complete(stored):
         return stored
     lost_columns = {group['column'] for group in stored.get('subgroups', ())} - {'kind'}
     if lost_columns:
         warnings.warn(
-            f'the metrics of the split {split} were computed again with another threshold, without the subgroups by '
-            f'{", ".join(sorted(lost_columns))}: evaluate this split again.',
+            f'the metrics of the split {predictions.split.iloc[0]} were computed again with another threshold, without '
+            f'the subgroups by {", ".join(sorted(lost_columns))}: evaluate this split again.',
             CXRWarning,
             stacklevel=3,
         )
     kinds = [parse_name(path, label).kind for path, label in zip(predictions.path, predictions.label, strict=True)]
     groups = {'kind': np.array(kinds)}
-    return measure_split(run, predictions, decision, groups, _stored_prevalences(stored), stamp)
+    return _measure(predictions, decision, groups, _stored_prevalences(stored), stamp or stored.get('images'))

@@ -138,7 +138,8 @@ def _check_same_model(
 ) -> None:
     """Raise `UsageError` unless the `finished` rows have the threshold of `predictor`, and one of its probabilities.
 
-    The image with the least certain probability is predicted again, because on it two networks differ most.
+    The image with the least certain probability is predicted again, because on it two networks differ most, and the
+    first image that was rejected.
     """
     if not finished:
         return
@@ -147,11 +148,11 @@ def _check_same_model(
         raise UsageError(
             f'--resume: {table} has the threshold {threshold:g}, but now it is {predictor.threshold:g}. {SAME_OPTIONS}'
         )
-    known = {index: _number(row, 'p_pneumonia', table) for index, row in enumerate(finished) if row['status'] == 'ok'}
-    for index in [index for index, row in enumerate(finished) if row['status'] == 'rejected'][:1]:
-        (row,) = predictor.predict_named([named[index]])
+    rejected = [index for index, row in enumerate(finished) if row['status'] == 'rejected'][:1]
+    for row in predictor.predict_named([named[index] for index in rejected]):
         if row['status'] != 'rejected':
             raise UsageError(f'--resume: {table} rejects {row["path"]}, which is accepted now. {SAME_OPTIONS}')
+    known = {index: _number(row, 'p_pneumonia', table) for index, row in enumerate(finished) if row['status'] == 'ok'}
     if not known:
         return
     index = min(known, key=lambda index: abs(known[index] - 0.5))

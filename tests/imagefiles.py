@@ -2,6 +2,8 @@
 
 import struct
 import zlib
+from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 
 import jpeg_ls
@@ -17,6 +19,9 @@ from pydicom.filewriter import write_dataset, write_file_meta_info
 from pydicom.uid import ExplicitVRLittleEndian as Explicit
 from pydicom.uid import JPEG2000Lossless, JPEGBaseline8Bit, JPEGLSLossless, RLELossless
 from scipy.ndimage import gaussian_filter
+
+from cxr_fastai.core.errors import ImageError
+from cxr_fastai.images.headers import check_metadata
 
 PATIENT = 'Doe^Jane'
 DEEP = np.uint16(1000 + 3000 * np.linspace(0, 1, 96 * 80).reshape(96, 80))
@@ -179,3 +184,16 @@ def _incomplete_file(image: FileDataset) -> bytes:
     write_file_meta_info(buffer, image.file_meta, enforce_standard=False)
     write_dataset(buffer, image)
     return buffer.getvalue()
+
+
+def error_code(check: Callable[[bytes], object], data: bytes) -> str:
+    """Return the code of the error that `check` raises for the file `data`, or `ok`."""
+    try:
+        check(data)
+    except ImageError as error:
+        return error.code
+    return 'ok'
+
+
+header_code = partial(error_code, check_metadata)
+"""The error code of the header of a picture alone, or `ok`. No pixel is decoded."""

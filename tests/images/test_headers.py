@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from imagefiles import DEEP, GREY, encoded, progressive_with, within
+from imagefiles import DEEP, GREY, encoded, header_code, progressive_with, within
 from PIL import Image
 
 from cxr_fastai.core.errors import ImageError
 from cxr_fastai.images.decode import decode_image
-from cxr_fastai.images.headers import check_metadata
 
 Value = int | Callable[[int], int]
 """The value of a tag, or a function of the position of the data behind the directory."""
@@ -86,15 +85,6 @@ def old_jpeg(jpeg: bytes, extra: bytes = b'') -> bytes:
         530: (3, 2, 1 | 1 << 16),
     }
     return tiff(tags, jpeg + extra)
-
-
-def header_code(data: bytes) -> str:
-    """Return the error code of the header alone, or `ok`. No pixel is decoded."""
-    try:
-        check_metadata(data)
-    except ImageError as error:
-        return error.code
-    return 'ok'
 
 
 COLOUR = encoded(Image.fromarray(GREY).convert('RGB'), 'JPEG', subsampling=0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from imagefiles import DEEP, GREY, compressed, dicom, encoded, progressive_with
+from imagefiles import DEEP, GREY, compressed, dicom, encoded, error_code, header_code, progressive_with
 from PIL import Image
 from pydicom import dcmread
 from pydicom.encaps import encapsulate, get_frame
@@ -15,7 +15,6 @@ from pydicom.uid import JPEGLSLossless
 
 from cxr_fastai.core.errors import ImageError
 from cxr_fastai.images.decode import decode_image
-from cxr_fastai.images.headers import check_metadata
 from cxr_fastai.images.jpeg_header import (
     METADATA,
     check_scans,
@@ -39,22 +38,9 @@ def with_header(extra: bytes, jpeg: bytes = JPEG) -> bytes:
     return jpeg[:2] + extra + jpeg[2:]
 
 
-def header_code(data: bytes) -> str:
-    """Return the error code of the header alone, or `ok`. No pixel is decoded."""
-    try:
-        check_metadata(data)
-    except ImageError as error:
-        return error.code
-    return 'ok'
-
-
 def scans_code(data: bytes) -> str:
     """Return the error code of the scans alone, or `ok`."""
-    try:
-        check_scans(data, 80, 96)
-    except ImageError as error:
-        return error.code
-    return 'ok'
+    return error_code(lambda jpeg: check_scans(jpeg, 80, 96), data)
 
 
 COMMENT = segment(0xFE)

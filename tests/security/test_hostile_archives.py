@@ -14,6 +14,7 @@ import zipfile
 from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,19 +76,20 @@ def test_a_local_header_with_another_name_is_damage(tmp_path):
     assert_refused(tmp_path, archive, 'not a complete zip file')
 
 
+def write_directory(path: Path, n: int, end_of_entry: bytes, claimed: int) -> None:
+    """Write a zip file of `n` entries in its directory, each with that end, whose last record claims another number."""
+    entry = struct.pack('<4s4H3I2H', b'PK\1\2', 20, 20, 0, 0, 0, 0, 0, 0, 0) + end_of_entry
+    end = struct.pack('<4s4H2IH', b'PK\5\6', 0, 0, claimed, claimed, n * len(entry), 0, 0)
+    path.write_bytes(n * entry + end)
+
+
 def test_a_directory_of_many_entries_is_refused_before_it_is_read(tmp_path):
-    entry = struct.pack('<4s4H3I2H', b'PK\1\2', 20, 20, 0, 0, 0, 0, 0, 0, 0) + bytes(16)
-    directory = entry * 800_000
-    end = struct.pack('<4s4H2IH', b'PK\5\6', 0, 0, 65_535, 65_535, len(directory), 0, 0)
-    (tmp_path / 'a.zip').write_bytes(directory + end)
+    write_directory(tmp_path / 'a.zip', 800_000, bytes(16), claimed=65_535)
     assert_refused(tmp_path, tmp_path / 'a.zip', 'its directory of 35,200,000 bytes is over')
 
 
 def test_the_entries_are_counted_although_the_last_record_claims_a_few(tmp_path):
-    entry = struct.pack('<4s4H3I2H', b'PK\1\2', 20, 20, 0, 0, 0, 0, 0, 0, 0) + bytes(18)
-    directory = entry * 200_001
-    end = struct.pack('<4s4H2IH', b'PK\5\6', 0, 0, 5, 5, len(directory), 0, 0)
-    (tmp_path / 'a.zip').write_bytes(directory + end)
+    write_directory(tmp_path / 'a.zip', 200_001, bytes(18), claimed=5)
     assert_refused(tmp_path, tmp_path / 'a.zip', 'more than 200,000 entries')
 
 

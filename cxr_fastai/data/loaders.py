@@ -295,7 +295,8 @@ class ItemReader:
             path = Path(source)
             source = locate(read_recipe_items(path, recipe), image_root(path))
         # ColSplitter puts every row that is not valid into train, so test images have to be removed before.
-        return source[source.split.isin(['train', 'valid'])].reset_index(drop=True)
+        items = source[source.split.isin(['train', 'valid'])].reset_index(drop=True)
+        return items.astype(object)  # a batch takes its rows one by one, which is slow for the strings of pandas
 
 
 def locate(items: pd.DataFrame, root: StrPath) -> pd.DataFrame:

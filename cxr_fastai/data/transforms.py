@@ -1,6 +1,7 @@
 """fastai transforms of the data pipeline: open an image, augment a training batch, normalise a batch.
 
-The random transforms draw from torch's global generator, separately for each image.
+The random transforms draw separately for each image: from torch's global generator, or from one of their own, so that a
+batch can be prepared in one thread while a network trains in another.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fastai.data.load import SkipItemException
 from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorImage, TensorImageBW
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from cxr_fastai.core.errors import CXRWarning, ImageError
 from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.data.augment import blur, coarsen, jitter, recompress, warp
 from cxr_fastai.images.cache import ImageCache
-from cxr_fastai.images.corruptions import reencode
 from cxr_fastai.images.decode import file_path
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.models.inputs import MEAN, STD, denormalize, normalize
@@ -118,11 +118,14 @@ class NormalizeImage(Normalize):
 class PerImageTransform(DisplayedTransform):
     """A transform of training batches that draws random parameters for each image.
 
+    It draws from `generator`, or from torch's global one if that is None.
+
     If several processes share a batch, `parts` holds, for each batch to come, the size of the whole batch and the slice
     of this process. Each process then draws for the whole batch, so the images are the same as with one process.
     """
 
     split_idx = 0
+    generator: torch.Generator | None = None
     parts: deque[tuple[int, slice]] | None = None
 
     def per_image(self, images: Tensor, draw: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -132,6 +135,14 @@ class PerImageTransform(DisplayedTransform):
         else:
             batch_size, part = self.parts.popleft()
         return {name: values[part].to(images.device) for name, values in draw(batch_size).items()}
+
+    def _rand(self, *shape: int) -> Tensor:
+        """Draw numbers between 0 and 1."""
+        return torch.rand(*shape, generator=self.generator)
+
+    def _uniform(self, n: int, limit: float) -> Tensor:
+        """Draw `n` numbers between -`limit` and `limit`."""
+        return (2 * self._rand(n) - 1) * limit
 
 
 class AugmentImages(PerImageTransform):
@@ -195,23 +206,23 @@ class AugmentImages(PerImageTransform):
         the factors `brightness` and `contrast`, and `scale` (n, 2), the proportions of width and height that a crop
         keeps.
         """
-        right, down = _uniform(n, self.translate * w), _uniform(n, self.translate * h)
+        right, down = self._uniform(n, self.translate * w), self._uniform(n, self.translate * h)
         shift = torch.stack([right, down], dim=1).round()
         parameters = {
-            'flip': torch.rand(n) < self.flip,
-            'angle': _uniform(n, self.degrees),
-            'brightness': 1 + _uniform(n, self.brightness),
-            'contrast': 1 + _uniform(n, self.contrast),
-            'brighter_first': torch.rand(n) < 0.5,
+            'flip': self._rand(n) < self.flip,
+            'angle': self._uniform(n, self.degrees),
+            'brightness': 1 + self._uniform(n, self.brightness),
+            'contrast': 1 + self._uniform(n, self.contrast),
+            'brighter_first': self._rand(n) < 0.5,
             'shift': shift,
             'scale': torch.ones(n, 2),
         }
         if self.crop == self.crop_aspect == 1:
             return parameters
-        area = self.crop + torch.rand(n) * (1 - self.crop)
-        aspect = torch.exp(_uniform(n, math.log(self.crop_aspect)))
+        area = self.crop + self._rand(n) * (1 - self.crop)
+        aspect = torch.exp(self._uniform(n, math.log(self.crop_aspect)))
         scale = torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], dim=1).clamp_(max=1)
-        crop_shift = (2 * torch.rand(n, 2) - 1) * (1 - scale) / 2 * torch.tensor([w, h])
+        crop_shift = (2 * self._rand(n, 2) - 1) * (1 - scale) / 2 * torch.tensor([w, h])
         return parameters | {'shift': shift + crop_shift, 'scale': scale}
 
     def output_side(self, side: int) -> int:
@@ -219,11 +230,6 @@ class AugmentImages(PerImageTransform):
         if self.share >= 1:
             return side
         return min(side, max(2 * STRIDE, round(side * self.share / STRIDE) * STRIDE))
-
-
-def _uniform(n: int, limit: float) -> Tensor:
-    """Draw `n` numbers between -`limit` and `limit`."""
-    return (2 * torch.rand(n) - 1) * limit
 
 
 class DegradeImages(PerImageTransform):
@@ -264,11 +270,11 @@ class DegradeImages(PerImageTransform):
         """
         parameters = {}
         if self.resolution < 1:
-            parameters['resolution'] = self.resolution + torch.rand(n) * (1 - self.resolution)
+            parameters['resolution'] = self.resolution + self._rand(n) * (1 - self.resolution)
         if self.blur:
-            parameters['blur'] = torch.rand(n) * self.blur
+            parameters['blur'] = self._rand(n) * self.blur
         if self.jpeg:
-            parameters['jpeg'] = torch.randint(self.jpeg, MAX_JPEG_QUALITY + 1, (n,))
+            parameters['jpeg'] = torch.randint(self.jpeg, MAX_JPEG_QUALITY + 1, (n,), generator=self.generator)
         return parameters
 
 
@@ -292,109 +298,3 @@ def augmentations(recipe: Recipe) -> list[Transform]:
     if recipe.erase:
         transforms.append(RandomErasing(p=recipe.erase))
     return transforms
-
-
-def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, brighter_first: Tensor) -> Tensor:
-    """Change brightness and contrast of images (n, 1, h, w) in [0, 1], each with its own parameters (n,).
-
-    `brightness` multiplies an image and `contrast` multiplies the difference from its mean. `brighter_first` gives the
-    order of the two. Values are clamped after each step, as in torchvision's ColorJitter.
-    """
-    no_change = torch.ones_like(brightness)
-    brightness_before = torch.where(brighter_first, brightness, no_change).view(-1, 1, 1, 1)
-    brightness_after = torch.where(brighter_first, no_change, brightness).view(-1, 1, 1, 1)
-    contrast = contrast.view(-1, 1, 1, 1)
-    images = (images * brightness_before).clamp_(0, 1)
-    mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    images = (contrast * images + (1 - contrast) * mean).clamp_(0, 1)
-    return images.mul_(brightness_after).clamp_(0, 1)
-
-
-def warp(
-    images: Tensor,
-    flip: Tensor,
-    angle: Tensor,
-    shift: Tensor,
-    interpolation: str = 'nearest',
-    scale: Tensor | None = None,
-    side: int | None = None,
-) -> Tensor:
-    """Flip, rotate, shift and crop images (n, 1, h, w) with a single interpolation.
-
-    Each image is mirrored if its `flip` (n,) is true, rotated counter-clockwise about its centre by `angle` (n,) in
-    degrees and shifted by `shift` (n, 2) in pixels to the right and down. Of the result the central part with the
-    proportions `scale` (n, 2) of width and height is kept (default: all). Returns images (n, 1, side, side), or
-    (n, 1, h, w) without `side`; pixels outside of the input are black. `interpolation` is `nearest` or `bilinear`.
-    """
-    height, width = images.shape[-2:]
-    out_height, out_width = side or height, side or width
-    if scale is None:
-        scale = images.new_ones(len(images), 2)
-    # grid_sample measures in half sides. torch's affine_grid needs ten times as long to make the same grid.
-    half_sides = images.new_tensor([2 / width, 2 / height]).view(2, 1, 1, 1)
-    matrices = _inverse_affine(flip, angle, shift, scale) * half_sides
-    x = _centred_positions(out_width, width, images.device)
-    y = _centred_positions(out_height, height, images.device)
-    grid = images.new_empty(len(images), out_height, out_width, 2)
-    for axis in range(2):
-        of_x, of_y, constant = matrices[:, axis].unbind(1)  # each (n, 1, 1)
-        torch.add(of_x * x, of_y * y[:, None] + constant, out=grid[..., axis])
-    return F.grid_sample(images, grid, mode=interpolation, padding_mode='zeros', align_corners=False)
-
-
-def _centred_positions(n: int, length: int, device: torch.device) -> Tensor:
-    """Return the centres of `n` pixels that cover `length` input pixels, in input pixels from the centre: (n,)."""
-    return (torch.arange(n, device=device) - (n - 1) / 2) * (length / n)
-
-
-def _inverse_affine(flip: Tensor, angle: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return the input position of an output pixel p: mirror(rotate back(scale p - shift)), from the image centre.
-
-    The result (n, 2, 3, 1, 1) has a row for x and one for y, with the factors of x and y and the constant.
-    """
-    radians = torch.deg2rad(angle)
-    cos, sin = torch.cos(radians), torch.sin(radians)
-    dx, dy = shift.unbind(1)
-    sx, sy = scale.unbind(1)
-    mirror = 1 - 2 * flip.to(shift.dtype)
-    inverse = [
-        mirror * cos * sx,
-        -mirror * sin * sy,
-        mirror * (dy * sin - dx * cos),
-        sin * sx,
-        cos * sy,
-        -dx * sin - dy * cos,
-    ]
-    return torch.stack(inverse, dim=1).view(-1, 2, 3, 1, 1)
-
-
-def coarsen(images: Tensor, factor: Tensor) -> Tensor:
-    """Resize each image (n, 1, h, w) to `factor` (n,) of its sides, with antialiasing, and back again."""
-    coarse = []
-    for image, scale in zip(images, factor.tolist(), strict=True):
-        small = F.interpolate(image[None], scale_factor=scale, mode='bilinear', antialias=True)
-        coarse.append(F.interpolate(small, images.shape[-2:], mode='bilinear'))
-    return torch.cat(coarse)
-
-
-def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur each image (n, 1, h, w) with a Gaussian of its own standard deviation `sigma` (n,) in pixels.
-
-    The kernels are cut off at three times the largest standard deviation.
-    """
-    n = len(images)
-    sigma = sigma.to(images.device).clamp(min=1e-3)
-    reach = max(1, math.ceil(3 * float(sigma.max())))
-    kernel = torch.exp(-(torch.arange(-reach, reach + 1, device=images.device) ** 2) / (2 * sigma[:, None] ** 2))
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).view(n, 1, 1, -1)
-    channels = F.pad(images.transpose(0, 1), [reach] * 4, mode='reflect')  # (1, n, h, w): each image is a channel
-    channels = F.conv2d(channels, kernel, groups=n)
-    channels = F.conv2d(channels, kernel.transpose(2, 3), groups=n)
-    return channels.transpose(0, 1)
-
-
-def recompress(images: Tensor, quality: Tensor) -> Tensor:
-    """Compress each image (n, 1, h, w) in [0, 1] as a JPEG of its `quality` (n,), and decode it again."""
-    pixels = (images[:, 0] * 255).round().to('cpu', torch.uint8).numpy()
-    compressed = [reencode(image, q) for image, q in zip(pixels, quality.tolist(), strict=True)]
-    return torch.from_numpy(np.stack(compressed))[:, None].to(images.device).float().div_(255)

@@ -31,6 +31,7 @@ from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.models.networks import create_network, unwrap_network
 from cxr_fastai.models.registry import OWN_WEIGHTS
+from cxr_fastai.training.ahead import PrepareAhead
 from cxr_fastai.training.callbacks import DivergenceGuard, History, KeepBest, recipe_callbacks
 from cxr_fastai.training.checks import check_labels, check_loaders
 from cxr_fastai.training.hardware import reuse_memory
@@ -163,6 +164,14 @@ class CXRLearner(Learner):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
+    def one_batch(self, i: int, b: Any) -> None:
+        """Train or validate with one batch; also if an exception ends it, a lower precision ends with it."""
+        try:
+            super().one_batch(i, b)
+        finally:
+            if 'precision' in vars(self):
+                self.precision.leave()
+
     def to_fp16(self) -> CXRLearner:
         """Train with 16-bit floats, on a GPU or a CPU. Validation and prediction keep 32 bits."""
         return self.remove_cb(MixedPrecision).add_cb(Precision('fp16'))
@@ -199,7 +208,7 @@ class CXRLearner(Learner):
 
     def _add_history(self) -> None:
         if 'history' not in vars(self):
-            self.add_cbs([History(), SingleImages()])
+            self.add_cbs([History(), SingleImages(), PrepareAhead()])
 
     def load(self, file: Any, device: Any = None, **kwargs: Any) -> CXRLearner:
         """Load weights as fastai does. What trained them is then not known."""
@@ -252,7 +261,7 @@ def cxr_learner(
         loss_func=loss_func or CrossEntropyLossFlat(),
         opt_func=opt_func or partial(TorchOptimizer, opt=OPTIMIZERS['adam']),
         wd=1e-4 if wd is None else wd,
-        cbs=[BnFreeze(), History(), SingleImages(), *listify(cbs)],
+        cbs=[BnFreeze(), History(), SingleImages(), PrepareAhead(), *listify(cbs)],
         metrics=default_metrics() if metrics is None else metrics,
         **options,
     )

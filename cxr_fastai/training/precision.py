@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.hardware import bf16_instructions
 from cxr_fastai.core.recipe import CHOICES, VOCAB, Recipe
 from cxr_fastai.models.networks import create_network
+from cxr_fastai.training.depthwise import DepthwiseGradients
 
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}
 AUTO = 'auto'
@@ -36,10 +38,15 @@ log = logging.getLogger(__name__)
 
 
 class Precision(MixedPrecision):
-    """fastai's `MixedPrecision` for training steps on any device. It saves the scale of the loss in checkpoints."""
+    """fastai's `MixedPrecision` for training steps on any device. It saves the scale of the loss in checkpoints.
+
+    On a processor the gradients of depthwise convolutions are computed in fp32, see `DepthwiseGradients`; not if the
+    steps are compiled.
+    """
 
     def __init__(self, precision: str) -> None:
         super().__init__(amp_mode=AMPMode(precision))
+        self.entered = ExitStack()
 
     def state_dict(self) -> dict[str, Any]:
         return self.learn.scaler.state_dict()
@@ -56,12 +63,19 @@ class Precision(MixedPrecision):
         self.scales = L()
 
     def before_batch(self) -> None:
-        if self.training:
-            super().before_batch()
+        """Enter autocast. Replaces fastai's method, which leaves it only after a step that succeeds."""
+        if not self.training:
+            return
+        self.entered.enter_context(self.autocast)
+        if self.dls.device.type == 'cpu' and not hasattr(self.learn, 'compile_steps'):
+            self.entered.enter_context(DepthwiseGradients())
 
     def after_loss(self) -> None:
-        if self.training:
-            super().after_loss()
+        self.leave()
+
+    def leave(self) -> None:
+        """Leave autocast, if it is entered. The learner calls this also when an exception ended the step."""
+        self.entered.close()
 
 
 def check_precision(precision: str) -> None:
@@ -128,7 +142,9 @@ def time_steps(recipe: Recipe, device: torch.device, precisions: tuple[str, ...]
 def _step(network: nn.Module, images: torch.Tensor, targets: torch.Tensor, precision: str) -> None:
     dtype = DTYPES.get(precision)
     with torch.autocast(images.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        loss = cross_entropy(network(images), targets)
+        with DepthwiseGradients():
+            scores = network(images)
+        loss = cross_entropy(scores, targets)
     loss.backward()
     network.zero_grad(set_to_none=True)
 

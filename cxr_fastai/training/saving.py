@@ -41,7 +41,7 @@ from cxr_fastai.training.training import without_nan
 
 MAX_DIFFERENCE = 0.01
 """Largest difference of a probability between the learner and the run that `save_run` accepts."""
-STANDARD_CALLBACKS = {*KEPT_CALLBACKS, 'History', 'SingleImages'}
+STANDARD_CALLBACKS = {*KEPT_CALLBACKS, 'History', 'PrepareAhead', 'SingleImages'}
 """Callbacks of a learner that `cxr_learner` made."""
 COMPARED_IMAGES = 32
 """Number of validation images that `save_run` predicts twice."""

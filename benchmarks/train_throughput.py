@@ -2,7 +2,8 @@
 
     python benchmarks/train_throughput.py --arch baseline --rounds 7
     python benchmarks/train_throughput.py --compile             # the Learner as with `train --compile on`
-    python benchmarks/train_throughput.py --arch efficientnet_lite0
+    python benchmarks/train_throughput.py --arch efficientnet_lite0 --recipe tuned
+    python benchmarks/train_throughput.py --precision fp32      # the Learner in fp32 also where bf16 is faster
     python benchmarks/train_throughput.py --memory kept         # both in one process that keeps freed memory
     python benchmarks/train_throughput.py --memory default      # both in one process with the default of glibc
     python benchmarks/train_throughput.py --profile             # also profile the Learner
@@ -11,7 +12,8 @@ Both read, augment, collate and train. A round is a few batches of one side, whi
 synthetic; `--data DIR` takes others. How freed memory is handled is a property of a process, so by default each side
 has a process of its own: the plain script with the default of glibc, the Learner with what `learner.reuse_memory` sets.
 `--memory kept` and `--memory default` run both sides in one process. The time of the compilation is not part of a
-round; the time of the first two batches, which contains it, is printed separately.
+round; the time of the first two batches, which contains it, is printed separately. The Learner trains in the precision
+that `train --precision auto` would choose for a long training; the plain script always trains in fp32.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -35,13 +38,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 
-from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.core.recipe import CHOICES, VOCAB, Recipe
 from cxr_fastai.data.items import image_root, read_items
 from cxr_fastai.data.loaders import CXRDataLoaders
+from cxr_fastai.images.cache import ImageCache
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.training.callbacks import GrowImages, recipe_callbacks
 from cxr_fastai.training.hardware import CompileSteps, reuse_memory
 from cxr_fastai.training.learner import recipe_learner
+from cxr_fastai.training.precision import AUTO, choose_precision
 from cxr_fastai.training.recipes import start_phase
 
 
@@ -78,6 +84,7 @@ def plain_lite() -> nn.Module:
 
 Train = Callable[[int], None]
 """A function that trains for a number of batches."""
+IMAGES_OF_A_LONG_TRAINING = 5000
 PLAIN = {'baseline': plain_baseline, 'resnet50': plain_resnet50, 'efficientnet_lite0': plain_lite}
 
 
@@ -130,6 +137,7 @@ def make_plain(arch: str, items: pd.DataFrame, root: Path, size: int, bs: int) -
 class FirstBatches(Callback):
     """End the epoch after `n` batches, without validation."""
 
+    order = 100  # after the callbacks that prepare validation and clean up after it
     n = 1
 
     def after_batch(self) -> None:
@@ -140,13 +148,15 @@ class FirstBatches(Callback):
         raise CancelValidException
 
 
-def our_learner(arch: str, items: pd.DataFrame, root: Path, size: int, bs: int, compiled: bool = False) -> Learner:
-    """Return the Learner at the start of its last phase, as `train` makes it."""
-    recipe = make_recipe(arch, weights='none', size=size, batch_size=bs)
-    learn = recipe_learner(CXRDataLoaders.from_items(items, root, recipe), recipe)
+def our_learner(
+    recipe: Recipe, items: pd.DataFrame, root: Path, compiled: bool = False, cache: ImageCache | None = None
+) -> Learner:
+    """Return the Learner of `recipe` at the start of its last phase, as `train` makes it."""
+    learn = recipe_learner(CXRDataLoaders.from_items(items, root, recipe, cache), recipe)
     start_phase(learn, recipe.phases[-1])
+    learn.add_cbs(callback for callback in recipe_callbacks(recipe) if not isinstance(callback, GrowImages))
     if compiled:
-        learn.add_cb(CompileSteps(size))
+        learn.add_cb(CompileSteps(recipe.size))
     return learn
 
 
@@ -184,10 +194,10 @@ def serve(connection: Connection, make: Callable[..., Train], *arguments: object
             connection.send(None)
 
 
-def make_ours_in_process(arch: str, items: pd.DataFrame, root: Path, size: int, bs: int, compiled: bool) -> Train:
+def make_ours_in_process(recipe: Recipe, items: pd.DataFrame, root: Path, compiled: bool) -> Train:
     """Return the function of `make_ours` in a new process, which keeps freed memory."""
     reuse_memory()
-    return make_ours(our_learner(arch, items, root, size, bs, compiled))
+    return make_ours(our_learner(recipe, items, root, compiled))
 
 
 def measure_seconds(train: Train, batches: int) -> float:
@@ -260,6 +270,8 @@ def parse_arguments() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', default='baseline', choices=list(PLAIN))
+    parser.add_argument('--recipe', default='reference', help='recipe of the Learner')
+    parser.add_argument('--precision', default=AUTO, choices=[AUTO, *CHOICES['precision']])
     parser.add_argument('--data', type=Path, help='images (default: synthetic)')
     parser.add_argument('--size', type=int, default=224, help='side of the images in pixels')
     parser.add_argument('--batch-size', type=int, default=32)
@@ -269,6 +281,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument('--profile', action='store_true', help='also profile the Learner')
     parser.add_argument('--memory', choices=['as-used', 'kept', 'default'], default='as-used')
     return parser.parse_args()
+
+
+def make_our_recipe(args: argparse.Namespace) -> Recipe:
+    """Return the recipe of the Learner, in the precision that `args` ask for or that a trial chooses."""
+    recipe = make_recipe(args.arch, args.recipe, weights='none', size=args.size, batch_size=args.batch_size)
+    precision = args.precision
+    if precision == AUTO:
+        precision = choose_precision(recipe, torch.device('cpu'), IMAGES_OF_A_LONG_TRAINING)['precision']
+    return replace(recipe, precision=precision)
 
 
 def main() -> None:
@@ -281,15 +302,16 @@ def main() -> None:
             make_demo(root, images=320, size=args.size)
         items = read_items(root)
         train_items = items[items.split == 'train']
-        shape = (image_root(root), args.size, args.batch_size)
+        plain_arguments = (args.arch, train_items, image_root(root), args.size, args.batch_size)
+        our_arguments = (make_our_recipe(args), items, image_root(root), args.compile)
         if args.memory == 'kept':
             reuse_memory()
-        learn = our_learner(args.arch, items, *shape, args.compile)
+        learn = our_learner(*our_arguments)
         if args.memory == 'as-used':
-            plain: Train = InOwnProcess(make_plain, args.arch, train_items, *shape)
-            ours: Train = InOwnProcess(make_ours_in_process, args.arch, items, *shape, args.compile)
+            plain: Train = InOwnProcess(make_plain, *plain_arguments)
+            ours: Train = InOwnProcess(make_ours_in_process, *our_arguments)
         else:
-            plain = make_plain(args.arch, train_items, *shape)
+            plain = make_plain(*plain_arguments)
             ours = make_ours(learn)
         first = [measure_seconds(train, 2) for train in (plain, ours)]  # warm up
         print(f'first two batches: plain {first[0]:.1f} s, ours {first[1]:.1f} s', flush=True)
@@ -297,18 +319,19 @@ def main() -> None:
         if args.profile:
             reuse_memory()
             print_profile(learn)
-    print_summary(args, rates)
+    print_summary(args, our_arguments[0], rates)
 
 
-def print_summary(args: argparse.Namespace, rates: list[tuple[float, float]]) -> None:
+def print_summary(args: argparse.Namespace, recipe: Recipe, rates: list[tuple[float, float]]) -> None:
     """Print the median rates of both sides, and the median and range of their ratio."""
     plain_rate = statistics.median(plain for plain, _ in rates)
     our_rate = statistics.median(ours for _, ours in rates)
     ratios = [ours / plain for plain, ours in rates]
     compiled = ', compiled' if args.compile else ''
     print(
-        f'{args.arch}, {args.size} px, batch {args.batch_size}, memory {args.memory}{compiled}, '
-        f'{torch.get_num_threads()} threads: median plain {plain_rate:.1f}, ours {our_rate:.1f} images/s, '
+        f'{args.arch}, {args.recipe}, {recipe.precision}, {args.size} px, batch {args.batch_size}, '
+        f'memory {args.memory}{compiled}, {torch.get_num_threads()} threads: '
+        f'median plain {plain_rate:.1f}, ours {our_rate:.1f} images/s, '
         f'ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.data.load import DataLoader
 from fastai.data.transforms import IntToFloatTensor, ToTensor
+from fasttransform import Pipeline
 
 from cxr_fastai.data.transforms import NormalizeImage, PerImageTransform
 
@@ -29,7 +30,7 @@ class PrepareAhead(Callback):
     so that a second thread does not make it faster (`benchmarks/step_share.py`). The batches are the same.
     """
 
-    order = 5  # after `GrowImages`, which sets the size of the next images, and before dropout draws random numbers
+    order = 12  # after `GrowImages`, which sets the size of the next images, and fastai's `DistributedTrainer`
 
     def __init__(self, overlap: bool | None = None) -> None:
         self.overlap = overlap
@@ -46,8 +47,14 @@ class PrepareAhead(Callback):
 
 def can_prepare_ahead(loader: DataLoader) -> bool:
     """Return True if the batches of `loader` depend on no generator but the loader's own and that of its transforms."""
-    transforms = [*loader.after_item.fs, *loader.before_batch.fs, *loader.after_batch.fs]
-    return all(isinstance(transform, PREPARED_AHEAD) for transform in transforms)
+    loader = _inner_loader(loader)
+    steps = [getattr(loader, name, None) for name in ('after_item', 'before_batch', 'after_batch')]
+    return all(isinstance(step, Pipeline) and all(isinstance(f, PREPARED_AHEAD) for f in step.fs) for step in steps)
+
+
+def _inner_loader(loader: Any) -> Any:
+    """Return the loader with the transforms, which that of a process of several contains."""
+    return getattr(loader, 'dl', loader)
 
 
 class BatchesAhead:
@@ -59,32 +66,35 @@ class BatchesAhead:
     def __init__(self, loader: DataLoader, overlap: bool) -> None:
         self.loader = loader
         self.overlap = overlap
-        self.transforms = [step for step in loader.after_batch.fs if isinstance(step, PerImageTransform)]
+        self.take_next: Callable[[], Any] | None = None
+        self.transforms = [f for f in _inner_loader(loader).after_batch.fs if isinstance(f, PerImageTransform)]
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __getattr__(self, name: str) -> Any:
+        if name == 'loader':  # a copy does not have it yet
+            raise AttributeError(name)
         return getattr(self.loader, name)
 
     def __iter__(self) -> Iterator[Any]:
         self.batches = iter(self.loader)
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(1, 'prepare-batches', torch.set_num_threads, (1,)) as self.thread:
-            batch = self._prepare(self._draw_seed())  # here, because worker processes belong to the main thread
+            batch = self._prepare(_draw_seed())  # here, because worker processes belong to the main thread
             while batch is not None:
+                self.seed = _draw_seed()
+                self.take_next = None
                 yield batch
-                batch = self.take_next()
+                if self.take_next is None:  # a callback cancelled the step before
+                    self.prepare_next()
+                batch = self.take_next()  # type: ignore[misc]
                 torch.set_num_threads(threads)  # which the second thread has changed for threads that start later
 
     def prepare_next(self) -> None:
-        """Draw the seed of the next batch, and start to prepare it in the second thread if there is one."""
-        prepare = partial(self._prepare, self._draw_seed())
+        """Start to prepare the next batch in the second thread if there is one."""
+        prepare = partial(self._prepare, self.seed)
         self.take_next = self.thread.submit(prepare).result if self.overlap else prepare
-
-    @staticmethod
-    def _draw_seed() -> int:
-        return int(torch.randint(2**62, ()))
 
     def _prepare(self, seed: int) -> Any:
         """Return the next batch, with augmentations from `seed`; None at the end of the epoch."""
@@ -96,3 +106,7 @@ class BatchesAhead:
         finally:
             for transform in self.transforms:
                 transform.generator = None  # a learner with one could not be exported
+
+
+def _draw_seed() -> int:
+    return int(torch.randint(2**62, ()))

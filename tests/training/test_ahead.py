@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.data.transforms import Transform
 from fastai.learner import load_learner
 from fastai.torch_core import TensorImageBW
@@ -129,6 +129,21 @@ def test_loaders_with_other_transforms_are_left_as_they_are(make, step):
 
     fit(learn, Look())
     assert not any(isinstance(loader, BatchesAhead) for loader in seen)
+
+
+@pytest.mark.parametrize('overlap', [False, True])
+def test_a_step_that_is_cancelled_at_its_start_costs_no_batch(make, overlap):
+    class Skip(Callback):
+        order = 0
+
+        def before_batch(self) -> None:
+            if self.training and self.iter == 1:
+                raise CancelBatchException
+
+    learn = make(overlap)
+    batches = fit(learn, Skip()).images
+    assert [len(images) for images in batches] == 2 * [8, 8, 4]
+    assert not torch.equal(batches[0], batches[1])
 
 
 @pytest.mark.parametrize('overlap', [False, True])

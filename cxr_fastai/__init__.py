@@ -9,6 +9,13 @@
                                               bundle/ --serving--> HTTP
 """
 
-from importlib.metadata import version
+__version__: str
 
-__version__ = version(__name__)
+
+def __getattr__(name: str) -> str:
+    if name == '__version__':
+        # Read only when it is asked for: the import takes 10 ms in each of the three processes of a prediction.
+        from importlib.metadata import version
+
+        return version(__name__)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

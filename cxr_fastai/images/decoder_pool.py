@@ -113,8 +113,7 @@ class DecoderPool:
 
     def start(self, images: int) -> None:
         """Start the processes for so many images now, so that the first images do not wait for them."""
-        for _ in range(min(images, self.lane.workers)):
-            self.submit(b'')
+        self.lane.start(images)
 
     def submit(
         self,
@@ -255,7 +254,14 @@ class _Lane:
         self.threads: set[Thread] = set()
         self.watcher = Thread(target=self._watch, daemon=True, name='decoder-watch')
         self.idle = 0
+        """Threads without a task, also those that have just been started."""
         self.closed = False
+
+    def start(self, count: int) -> None:
+        """Start up to `count` processes before there are tasks for them."""
+        with self.changed:
+            for _ in range(min(count, self.workers - len(self.threads))):
+                self._start_thread(with_process=True)
 
     def put(self, task: _Task) -> None:
         """Queue a task. It is cancelled if the lane is closed, and fails if too many wait."""
@@ -274,11 +280,12 @@ class _Lane:
             if len(self.tasks) > self.idle and len(self.threads) < self.workers:
                 self._start_thread()
 
-    def _start_thread(self) -> None:
+    def _start_thread(self, with_process: bool = False) -> None:
         if not self.watcher.is_alive():
             self.watcher.start()
-        thread = Thread(target=self._work, daemon=True, name='decoder')
+        thread = Thread(target=self._work, args=(with_process,), daemon=True, name='decoder')
         self.threads.add(thread)
+        self.idle += 1
         thread.start()
 
     def close(self) -> None:
@@ -298,29 +305,43 @@ class _Lane:
         if self.slow:
             self.slow.close()
 
-    def _work(self) -> None:
-        """Decode images until there are none for `IDLE_SECONDS`; runs in a thread."""
+    def _work(self, with_process: bool) -> None:
+        """Decode images until there are none for `IDLE_SECONDS`; runs in a thread.
+
+        The process is started `with_process` at once, otherwise at the first task.
+        """
         worker = None
         try:
+            if with_process:
+                with suppress(OSError):  # the first task reports it
+                    worker = self._start_process()
             while task := self._next_task():
                 if worker is None or not worker.is_usable:
                     try:
-                        worker = DecoderWorker(self.memory, self.priority, self.slow is not None)
+                        worker = self._start_process()
                     except OSError as error:  # a limit of processes or memory, or a Python that may not be executed
                         worker = None
                         task.fail(CXRError(f'{NOT_STARTED} The system says: {error.strerror}.'))
+                        self._become_idle()
                         continue
                 self._decode(worker, task)
                 if not worker.is_usable:
                     worker.end()
+                self._become_idle()
         finally:
             if worker:
                 worker.end()
 
-    def _next_task(self) -> _Task | None:
-        """Wait for the next task. Returns None if this thread is to end."""
+    def _start_process(self) -> DecoderWorker:
+        return DecoderWorker(self.memory, self.priority, self.slow is not None)
+
+    def _become_idle(self) -> None:
         with self.changed:
             self.idle += 1
+
+    def _next_task(self) -> _Task | None:
+        """Wait for the next task. Returns None if this thread is to end. It was idle, and then no longer is."""
+        with self.changed:
             try:
                 while self.changed.wait_for(self._has_news, IDLE_SECONDS) and not self.closed:
                     task = heapq.heappop(self.tasks)

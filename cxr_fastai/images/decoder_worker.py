@@ -71,8 +71,8 @@ class DecoderWorker:
         )
         self.requests: Any = self.process.stdin
         self.answers: Any = self.process.stdout
-        self.started = time.monotonic()
         self.is_ready = False
+        self.waiting_since: float | None = None
         self.cpu_before = 0.0
         self.began: float | None = None
         self.reason: Exception | None = None
@@ -84,8 +84,9 @@ class DecoderWorker:
 
     @property
     def starting_seconds(self) -> float:
-        """The seconds since the process was started; 0 if it is ready."""
-        return 0 if self.is_ready else time.monotonic() - self.started
+        """The seconds since an image waits for the process to become ready; 0 if it is ready."""
+        since = self.waiting_since
+        return 0 if since is None else time.monotonic() - since
 
     @property
     def decoding_seconds(self) -> float:
@@ -107,7 +108,9 @@ class DecoderWorker:
         """Return the image in `data`. Raises `ImageError`, or the reason for which the process was stopped."""
         try:
             if not self.is_ready:
+                self.waiting_since = time.monotonic()
                 self._read_facts()
+                self.waiting_since = None
                 self.is_ready = True
             self.began = time.monotonic()
             write_message(self.requests, request, data)

@@ -69,6 +69,22 @@ def test_a_process_that_cannot_be_started_is_an_error_and_not_a_wait(tmp_path, m
         assert pool.decode(FILES['JPEG'], Preprocessing(64)).format == 'JPEG'  # with the next image it is tried again
 
 
+def test_an_image_uses_the_process_that_was_started_for_it():
+    before = children()
+    with DecoderPool(2) as pool:
+        pool.start(1)
+        assert pool.decode(FILES['JPEG']).format == 'JPEG'
+        assert len(children() - before) == 1
+
+
+def test_processes_that_were_started_for_nothing_end_with_the_pool():
+    before = children()
+    with DecoderPool(2) as pool:
+        pool.start(5)
+        wait_until(lambda: len(children() - before) == 2)
+    assert children() <= before
+
+
 def test_pixels_are_reduced_or_left_out_on_request(pool):
     data = encoded(np.tile(GREY, (10, 10)))
     assert max(pool.decode(data, side=100).pixels.shape) == 100

@@ -103,6 +103,9 @@ def progress(steps: Iterable[T], total: int | None = None, unit: str = 'image') 
     """Yield the `steps` and show how many of `total` are done. `total` may be omitted if `steps` has a length."""
     if total is None and isinstance(steps, Sized):
         total = len(steps)
+    if total is not None and total <= 1:  # nothing to show, and importing tqdm takes 10 ms
+        yield from steps
+        return
     shown = ShownProgress(total, unit=unit)
     try:
         for step in steps:

@@ -5,6 +5,7 @@ This module imports little itself: it is the first that `cxr-fastai predict` loa
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,4 +39,7 @@ def start_onnx(model: Path, engine: str = 'auto', device: str = 'auto', precisio
     has_onnx = (model / ONNX).is_file() or model.suffix.lower() == '.zip'
     is_on_cpu = device == 'cpu' or (device == 'auto' and not may_have_gpu())
     if has_onnx and is_on_cpu and engine in ('auto', 'onnx') and precision == 'fp32' and find_spec('onnxruntime'):
+        # When NumPy is imported here, the threads of OpenBLAS wait actively for 65 ms, but the other process needs their
+        # core. With this they sleep at once.
+        os.environ.setdefault('OPENBLAS_THREAD_TIMEOUT', '4')
         start_ahead(*onnx_worker(onnx_threads()))

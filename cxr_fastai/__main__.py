@@ -1,6 +1,46 @@
-"""Run the command line by `python -m cxr_fastai`."""
+"""Run the command line, by `python -m cxr_fastai` or as the console script.
 
-from cxr_fastai.cli import run
+The processes of a prediction are started first, so that their imports run beside those of the command line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from cxr_fastai.core.workers import open_standard_streams
+
+NEEDS_TORCH = ('--engine', '--device', '--precision', '--explain')
+"""Options after which the command itself decides what it starts."""
+HELP = ('-h', '--help')
+
+
+def run() -> None:
+    """Run the command line with the arguments and exit code of this process."""
+    open_standard_streams()
+    _start_processes(sys.argv[1:])
+    from cxr_fastai.cli import run
+
+    run()
+
+
+def _start_processes(words: Sequence[str]) -> None:
+    """Start the processes that `cxr-fastai predict BUNDLE IMAGE...` needs, if the `words` are such a command.
+
+    This is a guess from the words, which nothing has checked yet: a process that is not needed ends with this one.
+    """
+    is_prediction = len(words) > 2 and words[0] == 'predict' and not words[1].startswith('-')
+    if not is_prediction or any(word.startswith(NEEDS_TORCH) or word in HELP for word in words):
+        return
+    from cxr_fastai.images.decoder_start import start_decoder
+    from cxr_fastai.inference.onnx_start import start_onnx
+
+    with suppress(OSError):  # the command reports it
+        if start_onnx(Path(words[1])):
+            start_decoder()
+
 
 if __name__ == '__main__':
     run()

@@ -41,6 +41,7 @@ from cxr_fastai.cli.output import (
 )
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import check_new
+from cxr_fastai.core.workers import open_standard_streams
 
 DEMO_STEPS = ('data demo', 'data audit', 'train', 'evaluate', 'explain', 'export', 'predict', 'report')
 
@@ -220,22 +221,11 @@ def _report_signal(number: signal.Signals) -> int:
 
 def run() -> None:
     """Run the console script: `main` with the arguments and exit code of this process."""
-    _open_standard_streams()
+    open_standard_streams()
     _correct_environment()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # the terminal's encoding may lack letters of a file name
     sys.exit(main())
-
-
-def _open_standard_streams() -> None:
-    """Connect streams that the caller closed to the null device, so that no file of this program takes their place."""
-    for number, name in enumerate(('stdin', 'stdout', 'stderr')):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is `number`
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, 'w' if number else 'r', encoding='utf-8', closefd=False))
 
 
 def _correct_environment() -> None:

@@ -124,14 +124,30 @@ _started_ahead: dict[tuple[str, ...], Worker] = {}
 
 
 def start_ahead(module: str, function: str, *arguments: str) -> None:
-    """Start a process that `Worker.take` will return, so that its imports run beside those of this process."""
-    _started_ahead[module, function, *arguments] = Worker(module, function, *arguments)
+    """Start a process that `Worker.take` will return, so that its imports run beside those of this process.
+
+    If it was started already, nothing is done.
+    """
+    worker = (module, function, *arguments)
+    if worker not in _started_ahead:
+        _started_ahead[worker] = Worker(*worker)
 
 
 def import_path() -> str:
     """Return the folders from which this process imports, without the current folder, as a value for PYTHONPATH."""
     package_folder = str(Path(cxr_fastai.__file__).parents[1])
     return os.pathsep.join([package_folder, *(path for path in sys.path if os.path.isabs(path))])
+
+
+def open_standard_streams() -> None:
+    """Connect streams that the caller closed to the null device, so that no file of this program takes their place."""
+    for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is `number`
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, 'w' if number else 'r', encoding='utf-8', closefd=False))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -25,14 +25,13 @@ from PIL import Image
 from cxr_fastai.core.errors import CXRError, ImageError
 from cxr_fastai.core.hardware import available_cores
 from cxr_fastai.images.decode import decode_image
+from cxr_fastai.images.decoder_start import DECODE_MEMORY
 from cxr_fastai.images.decoder_worker import NOT_STARTED, DecoderWorker
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 
 DECODE_SECONDS = 10.0
 """Default deadline of one image, from the moment when a process begins to decode it."""
-DECODE_MEMORY = 3 * 2**29
-"""Default limit of the memory of a process, 1.5 GiB (not on macOS and Windows)."""
 QUICK_SECONDS = 0.25
 """CPU time in which an image of usual size is decoded, with a wide margin."""
 BUSY_FACTOR = 3

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -16,8 +15,6 @@ import numpy as np
 
 from cxr_fastai.core.errors import CXRError, ImageError
 from cxr_fastai.core.schemas import Flag, Integer, ListOf, Number, Text, check_object
-from cxr_fastai.core.workers import import_path
-from cxr_fastai.images import decoder_process
 from cxr_fastai.images.decoder_process import (
     MAX_NOTES,
     MAX_TEXT,
@@ -27,6 +24,7 @@ from cxr_fastai.images.decoder_process import (
     read_facts,
     write_message,
 )
+from cxr_fastai.images.decoder_start import take_decoder
 from cxr_fastai.images.limits import MAX_PIXELS, DecodedImage
 
 ANSWER = {
@@ -51,8 +49,6 @@ NOT_STARTED = (
 )
 DICOM_MODULES = ('pydicom.pixels', 'jpeg_ls')
 """Modules that a process imports before its first DICOM image, if many clients wait."""
-SINGLE_THREADED = {'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
-"""Environment of the processes: threads of BLAS would only reserve memory."""
 
 
 class DecoderWorker:
@@ -60,15 +56,7 @@ class DecoderWorker:
 
     def __init__(self, memory: int, priority: int, with_dicom: bool) -> None:
         modules = DICOM_MODULES if with_dicom else ()
-        command = [sys.executable, '-P', '-m', decoder_process.__name__, str(memory), str(priority), *modules]
-        self.process = subprocess.Popen(
-            command,
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # decoders may quote the file
-            env=os.environ | {'PYTHONPATH': import_path()} | SINGLE_THREADED,
-        )
+        self.process = take_decoder(memory, priority, *modules)
         self.requests: Any = self.process.stdin
         self.answers: Any = self.process.stdout
         self.is_ready = False

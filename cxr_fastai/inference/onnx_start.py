@@ -31,15 +31,17 @@ def onnx_threads() -> int | None:
     return thread_limit(max(local_processes, 1))
 
 
-def start_onnx(model: Path, engine: str = 'auto', device: str = 'auto', precision: str = 'fp32') -> None:
+def start_onnx(model: Path, engine: str = 'auto', device: str = 'auto', precision: str = 'fp32') -> bool:
     """Start the process of ONNX Runtime if `Predictor.load` with these arguments will probably need it.
 
-    If it does not, the process ends with this one.
+    Returns whether it was started. If it is not needed, the process ends with this one.
     """
     has_onnx = (model / ONNX).is_file() or model.suffix.lower() == '.zip'
     is_on_cpu = device == 'cpu' or (device == 'auto' and not may_have_gpu())
-    if has_onnx and is_on_cpu and engine in ('auto', 'onnx') and precision == 'fp32' and find_spec('onnxruntime'):
-        # When NumPy is imported here, the threads of OpenBLAS wait actively for 65 ms, but the other process needs their
-        # core. With this they sleep at once.
-        os.environ.setdefault('OPENBLAS_THREAD_TIMEOUT', '4')
-        start_ahead(*onnx_worker(onnx_threads()))
+    if not (has_onnx and is_on_cpu and engine in ('auto', 'onnx') and precision == 'fp32' and find_spec('onnxruntime')):
+        return False
+    # When NumPy is imported here, the threads of OpenBLAS wait actively for 65 ms, but the other process needs their
+    # core. With this they sleep at once.
+    os.environ.setdefault('OPENBLAS_THREAD_TIMEOUT', '4')
+    start_ahead(*onnx_worker(onnx_threads()))
+    return True

@@ -13,7 +13,8 @@ from starlette.types import ASGIApp
 
 from cxr_fastai import __version__
 from cxr_fastai.core.errors import UsageError
-from cxr_fastai.images.decoder_pool import DECODE_MEMORY, DECODE_SECONDS
+from cxr_fastai.images.decoder_pool import DECODE_SECONDS
+from cxr_fastai.images.decoder_start import DECODE_MEMORY
 from cxr_fastai.images.dicom_header import parse_modalities
 from cxr_fastai.serving.api import ERROR_HANDLERS, NOTICE, check_token, protected_routes, public_routes
 from cxr_fastai.serving.middleware import (

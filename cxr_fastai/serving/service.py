@@ -22,7 +22,8 @@ from PIL import Image
 
 from cxr_fastai.core.errors import CXRError, ImageError, UsageError
 from cxr_fastai.core.files import StrPath
-from cxr_fastai.images.decoder_pool import DECODE_MEMORY, DECODE_SECONDS, QUICK_SECONDS, DecoderPool
+from cxr_fastai.images.decoder_pool import DECODE_SECONDS, QUICK_SECONDS, DecoderPool
+from cxr_fastai.images.decoder_start import DECODE_MEMORY
 from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.inference.bundle import MANIFEST, Bundle
 from cxr_fastai.inference.onnx_start import ONNX

@@ -20,26 +20,35 @@ HELP = ('-h', '--help')
 def run() -> None:
     """Run the command line with the arguments and exit code of this process."""
     open_standard_streams()
-    _start_processes(sys.argv[1:])
+    with_decoder = _start_onnx(sys.argv[1:])
     from cxr_fastai.cli import run
 
+    if with_decoder:  # now, because two cores do not import three times as fast
+        _start_decoder()
     run()
 
 
-def _start_processes(words: Sequence[str]) -> None:
-    """Start the processes that `cxr-fastai predict BUNDLE IMAGE...` needs, if the `words` are such a command.
+def _start_onnx(words: Sequence[str]) -> bool:
+    """Start ONNX Runtime if the `words` are `predict BUNDLE IMAGE...`, and return whether it was started.
 
     This is a guess from the words, which nothing has checked yet: a process that is not needed ends with this one.
     """
     is_prediction = len(words) > 2 and words[0] == 'predict' and not words[1].startswith('-')
     if not is_prediction or any(word.startswith(NEEDS_TORCH) or word in HELP for word in words):
-        return
-    from cxr_fastai.images.decoder_start import start_decoder
+        return False
     from cxr_fastai.inference.onnx_start import start_onnx
 
-    with suppress(OSError):  # the command reports it
-        if start_onnx(Path(words[1])):
-            start_decoder()
+    try:
+        return start_onnx(Path(words[1]))
+    except OSError:  # the command reports it
+        return False
+
+
+def _start_decoder() -> None:
+    from cxr_fastai.images.decoder_start import start_decoder
+
+    with suppress(OSError):  # the first image reports it
+        start_decoder()
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ from cxr_fastai.cli import options as opt
 from cxr_fastai.cli import sharing_options as share
 from cxr_fastai.cli.explain import print_explanations
 from cxr_fastai.cli.output import out, print_error, print_line
-from cxr_fastai.core.environment import Launch, is_main_process
+from cxr_fastai.core.environment import Launch, is_main_process, paused_collector
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_new
 from cxr_fastai.core.run import Run
@@ -86,8 +86,9 @@ def predict(
     from cxr_fastai.inference.onnx_start import start_onnx
 
     start_onnx(model, 'torch' if maps else engine, device, precision)
-    from cxr_fastai.data.find import list_images
-    from cxr_fastai.inference.tables import predict_to_table
+    with paused_collector():
+        from cxr_fastai.data.find import list_images
+        from cxr_fastai.inference.tables import predict_to_table
 
     map_folder = _map_folder(table) if maps else None
     paths = list_images(images) if Launch.from_environment().rank == 0 else []

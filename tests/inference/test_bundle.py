@@ -133,14 +133,55 @@ def test_a_run_without_a_model_is_a_usage_error(tmp_path):
         find_network(tmp_path)
 
 
-def test_prediction_with_a_bundle_loads_neither_torch_nor_fastai_nor_pandas(bundle, image):
+SLOW_IMPORTS = (
+    'torch', 'torchvision', 'fastai', 'fastcore', 'pandas', 'matplotlib', 'scipy', 'sklearn', 'accelerate', 'pydicom',
+    'onnxruntime', 'fastapi', 'uvicorn', 'huggingface_hub', 'requests', 'asyncio', 'tqdm',
+)  # fmt: skip
+"""Modules that a prediction of an image with a bundle does not need in its own process."""
+
+
+def test_prediction_with_a_bundle_imports_no_large_package(bundle, image):
     code = (
         'import sys; from cxr_fastai.cli import main; '
         f'code = main(["predict", {str(bundle)!r}, {str(image)!r}, "--no-gate"]); '
-        'print(code, {"torch", "fastai", "pandas", "matplotlib", "scipy", "accelerate"} & set(sys.modules))'
+        f'print(code, {set(SLOW_IMPORTS)} & set(sys.modules))'
     )
     process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=os.environ)
     assert process.stdout.strip().endswith('0 set()')
+
+
+@pytest.mark.parametrize(
+    ('module', 'unneeded'),
+    [
+        ('cxr_fastai.__main__', {'typer', 'rich', 'numpy', 'importlib.metadata'}),
+        ('cxr_fastai.inference.onnx_process', {'typer', 'rich', 'PIL', 'pandas', 'importlib.metadata'}),
+        ('cxr_fastai.images.decoder_process', {'typer', 'rich', 'pandas', 'pydicom', 'importlib.metadata'}),
+    ],
+)
+def test_the_processes_of_a_prediction_import_little(module, unneeded):
+    code = f'import sys; before = set(sys.modules); import {module}; print({unneeded} & set(sys.modules) - before)'
+    process = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == 'set()'
+
+
+def run_program(*words) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, '-m', 'cxr_fastai', *map(str, words)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('options', [[], ['--engine', 'torch'], ['--device=cpu'], ['--precision', 'bf16']])
+def test_the_program_predicts_whatever_it_started_ahead(bundle, image, options):
+    done = run_program('predict', bundle, image, '--no-gate', *options)
+    assert done.returncode == 0 and '1 images, ' in done.stdout and not done.stderr
+
+
+def test_a_process_that_was_started_for_nothing_changes_no_error(bundle, tmp_path):
+    missing = run_program('predict', bundle, tmp_path / 'missing.jpeg')
+    assert missing.returncode == 3 and 'missing.jpeg' in missing.stderr and 'Traceback' not in missing.stderr
+    too_long = run_program('predict', 'x' * 5000, tmp_path / 'missing.jpeg')
+    assert too_long.returncode > 0 and 'error' in too_long.stderr.lower() and 'Traceback' not in too_long.stderr
+    (tmp_path / 'model.zip').write_bytes(b'not a zip file')
+    no_zip = run_program('predict', tmp_path / 'model.zip', bundle / 'config.json')
+    assert no_zip.returncode > 0 and 'Traceback' not in no_zip.stderr
 
 
 def test_a_training_that_was_interrupted_is_named(tmp_path):

@@ -7,6 +7,12 @@ The clients are threads of this process, each with one persistent connection ove
 cores with the service. Each client posts one image and waits for the response. Rounds alternate between the Predictor
 (batches of 32, the same files) and each number of clients.
 
+The clients take time of the cores that a service has for itself if its clients are other computers. The CPU time of each
+kind of process is therefore printed too (Linux only): that of the service, by its web, decoder and ONNX processes, that
+of the Predictor, and that of the clients. `without clients` is the rate of the service if the CPU time of the clients,
+spread over all cores, is subtracted from the elapsed time. `CPU` is the CPU time of the Predictor per image as a
+fraction of that of the service: the largest fraction of the Predictor's rate that the service can reach.
+
 `--soak` posts for that many seconds with 8 clients, compares each response with the Predictor, and prints the memory of
 the service every minute.
 """
@@ -23,13 +29,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 
+from cxr_fastai.core.hardware import available_cores
 from cxr_fastai.data.find import list_images
 from cxr_fastai.inference.predictor import Predictor
 
@@ -39,6 +46,8 @@ HEADERS = {'Content-Type': f'multipart/form-data; boundary={BOUNDARY}'}
 TOLERANCE = 1e-6
 """Largest difference between a probability of the service and one of the Predictor."""
 MAX_MEMORY_GROWTH = 0.1
+KINDS = ('main', 'decoders', 'onnx')
+"""Kinds of processes: that of the service or the Predictor itself, those that decode images, and ONNX Runtime."""
 
 
 def make_form(image: bytes) -> bytes:
@@ -150,18 +159,35 @@ class Load:
 
 @dataclass
 class Round:
-    """Images per second of the service and of the Predictor, and latencies of the service in milliseconds."""
+    """Images per second of the service and of the Predictor, and latencies of the service in milliseconds.
+
+    The CPU times are in seconds per image, by kind of process; `client_cpu` is that of all clients.
+    """
 
     service_rate: float
     predictor_rate: float
     p50: float
     p95: float
     p99: float
+    service_cpu: Counter
+    predictor_cpu: Counter
+    client_cpu: float
 
     @property
     def ratio(self) -> float:
         """The rate of the service as a fraction of the rate of the Predictor."""
         return self.service_rate / self.predictor_rate
+
+    @property
+    def ratio_without_clients(self) -> float:
+        """The same if the clients had run on other computers."""
+        seconds = 1 / self.service_rate - self.client_cpu / available_cores()
+        return 1 / seconds / self.predictor_rate
+
+    @property
+    def cpu_ratio(self) -> float:
+        """The CPU time of the Predictor as a fraction of that of the service."""
+        return self.predictor_cpu.total() / max(self.service_cpu.total(), 1e-9)
 
 
 def compare(bundle: Path, paths: list[Path], rounds: int) -> None:
@@ -176,38 +202,88 @@ def compare(bundle: Path, paths: list[Path], rounds: int) -> None:
             Load(forms).post_once(service.port, clients)
         for _ in range(rounds):
             for clients in CLIENTS:
-                results[clients].append(measure_round(predictor, paths, forms, service.port, clients))
+                results[clients].append(measure_round(predictor, paths, forms, service, clients))
     print_results(results)
 
 
-def measure_round(predictor: Predictor, paths: list[Path], forms: list[bytes], port: int, clients: int) -> Round:
+def measure_round(
+    predictor: Predictor, paths: list[Path], forms: list[bytes], service: RunningService, clients: int
+) -> Round:
     """Measure the Predictor, and then the service."""
-    start = time.perf_counter()
+    own = os.getpid()
+    cpu, start = cpu_seconds(own, service.process.pid), time.perf_counter()
     list(predictor.predict(paths))
     predictor_rate = len(paths) / (time.perf_counter() - start)
+    predictor_cpu = cpu_seconds(own, service.process.pid) - cpu
     load = Load(forms)
-    start = time.perf_counter()
-    load.post_once(port, clients)
+    client_cpu, cpu, start = time.process_time(), cpu_seconds(service.process.pid), time.perf_counter()
+    load.post_once(service.port, clients)
     service_rate = len(load.seconds) / (time.perf_counter() - start)
+    service_cpu = cpu_seconds(service.process.pid) - cpu
+    client_cpu = time.process_time() - client_cpu
     if set(load.statuses) != {200}:
         print('statuses', dict(load.statuses))
     p50, p95, p99 = 1000 * np.percentile(load.seconds, (50, 95, 99))
-    return Round(service_rate, predictor_rate, p50, p95, p99)
+    return Round(
+        service_rate,
+        predictor_rate,
+        p50,
+        p95,
+        p99,
+        Counter({kind: seconds / len(paths) for kind, seconds in service_cpu.items()}),
+        Counter({kind: seconds / len(paths) for kind, seconds in predictor_cpu.items()}),
+        client_cpu / len(paths),
+    )
+
+
+def cpu_seconds(pid: int, other: int = 0) -> Counter:
+    """Return the CPU time of a process and its children, without the child `other`, by kind of process."""
+    seconds: Counter = Counter()
+    for folder in Path('/proc').glob('[0-9]*'):
+        with suppress(OSError):  # the process has ended
+            stat = (folder / 'stat').read_text().rpartition(')')[2].split()
+            number, parent = int(folder.name), int(stat[1])
+            if number == pid or (parent == pid and number != other):
+                seconds[kind_of_process(folder, number == pid)] += int(stat[11]) + int(stat[12])
+    ticks = os.sysconf('SC_CLK_TCK')
+    return Counter({kind: count / ticks for kind, count in seconds.items()})
+
+
+def kind_of_process(folder: Path, is_parent: bool) -> str:
+    """Return `main`, `decoders` or `onnx` for the process of a folder in `/proc`."""
+    if is_parent:
+        return 'main'
+    return 'decoders' if b'decoder_process' in (folder / 'cmdline').read_bytes() else 'onnx'
 
 
 def print_results(results: dict[int, list[Round]]) -> None:
     """Print the medians over the rounds."""
-    print('clients  images/s  of the Predictor (range)    p50 ms  p95 ms  p99 ms')
+    print('clients  images/s  of the Predictor (range)  without clients   CPU   p50 ms  p95 ms  p99 ms')
     for clients, rounds in results.items():
         ratios = [each.ratio for each in rounds]
         rate = np.median([each.service_rate for each in rounds])
+        without_clients = np.median([each.ratio_without_clients for each in rounds])
+        cpu_ratio = np.median([each.cpu_ratio for each in rounds])
         p50, p95, p99 = np.median([(each.p50, each.p95, each.p99) for each in rounds], axis=0)
         print(
-            f'{clients:7}  {rate:7.1f}  {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
-            f'{p50:16.0f}{p95:8.0f}{p99:8.0f}'
+            f'{clients:7}  {rate:8.1f}  {np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
+            f'{without_clients:20.2f}{cpu_ratio:10.2f}{p50:9.1f}{p95:8.1f}{p99:8.1f}'
         )
-    predictor_rate = np.median([each.predictor_rate for rounds in results.values() for each in rounds])
-    print(f'Predictor {predictor_rate:.1f} images/s')
+    print('CPU time per image')
+    for clients, rounds in results.items():
+        client_cpu = np.median([each.client_cpu for each in rounds])
+        service_cpu = describe_cpu([each.service_cpu for each in rounds])
+        print(f'{clients:7}  service {service_cpu}, clients {1000 * client_cpu:.1f} ms')
+    every = [each for rounds in results.values() for each in rounds]
+    predictor_rate = np.median([each.predictor_rate for each in every])
+    print(f'Predictor {predictor_rate:.1f} images/s, CPU {describe_cpu([each.predictor_cpu for each in every])}')
+
+
+def describe_cpu(seconds: list[Counter]) -> str:
+    """Return the medians of the total and of each kind of process in milliseconds."""
+    total = np.median([each.total() for each in seconds])
+    kinds = [f'{kind} {1000 * np.median([each[kind] for each in seconds]):.1f}' for kind in KINDS]
+    return f'{1000 * total:.1f} ms ({", ".join(kinds)})'
 
 
 def soak(bundle: Path, paths: list[Path], seconds: int) -> None:

@@ -61,9 +61,9 @@ class _Job:
 class Batcher:
     """Collects single images into batches of at most `max_batch` and runs `infer` on one batch at a time.
 
-    A batch starts `max_delay` seconds after its first image, or as soon as it is full; images that arrive during a
-    computation form the next batch. Images of cancelled requests are dropped. If a batch fails, each of its images is
-    tried alone. `observe` is called with the size of every batch.
+    A batch starts as soon as no other image is expected (see `expecting`), `max_delay` seconds after its first image, or
+    when it is full. Images that arrive during a computation form the next batch. Images of cancelled requests are
+    dropped. If a batch fails, each of its images is tried alone. `observe` is called with the size of every batch.
     """
 
     def __init__(
@@ -80,6 +80,16 @@ class Batcher:
         self.max_delay = max_delay
         self.observe = observe
         self.jobs: asyncio.Queue[_Job] = asyncio.Queue()
+        self.expected = 0
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Announce an image that is being decoded within this context, so that a batch waits for it."""
+        self.expected += 1
+        try:
+            yield
+        finally:
+            self.expected -= 1
 
     async def submit(self, image: np.ndarray) -> tuple[float, float]:
         """Return the probability and the distance of one image, grey uint8 (size, size). Raises what `infer` raises."""
@@ -98,7 +108,7 @@ class Batcher:
         jobs = [await self.jobs.get()]
         with suppress(TimeoutError):
             async with asyncio.timeout(self.max_delay):
-                while len(jobs) < self.max_batch:
+                while len(jobs) < self.max_batch and (self.expected or not self.jobs.empty()):
                     jobs.append(await self.jobs.get())
         return jobs
 
@@ -215,7 +225,8 @@ class Service:
 
     async def _predict_image(self, number: int, data: bytes, explain: bool) -> dict[str, Any]:
         try:
-            image: DecodedImage | ImageError = await asyncio.wrap_future(self._decode(data, explain, number))
+            with self.batcher.expecting():
+                image: DecodedImage | ImageError = await asyncio.wrap_future(self._decode(data, explain, number))
         except ImageError as error:
             image = error
         row = self.predictor.start_row(f'image-{number}', image)

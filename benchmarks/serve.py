@@ -3,15 +3,16 @@
     python benchmarks/serve.py BUNDLE IMAGES --rounds 3
     python benchmarks/serve.py BUNDLE IMAGES --soak 900
 
-The clients are threads of this process, each with one persistent connection over the loopback interface. They share the
-cores with the service. Each client posts one image and waits for the response. Rounds alternate between the Predictor
-(batches of 32, the same files) and each number of clients.
+The clients are threads of this process, each with one persistent connection over the loopback interface. They share
+the cores with the service. Each client posts one image and waits for the response. Rounds alternate between the
+Predictor (batches of 32, the same files) and each number of clients.
 
-The clients take time of the cores that a service has for itself if its clients are other computers. The CPU time of each
-kind of process is therefore printed too (Linux only): that of the service, by its web, decoder and ONNX processes, that
-of the Predictor, and that of the clients. `without clients` is the rate of the service if the CPU time of the clients,
-spread over all cores, is subtracted from the elapsed time. `CPU` is the CPU time of the Predictor per image as a
-fraction of that of the service: the largest fraction of the Predictor's rate that the service can reach.
+The clients take time of the cores that a service has for itself if its clients are other computers. The CPU time of
+each kind of process is therefore printed too (Linux only): that of the service, by its web, decoder and ONNX processes,
+that of the Predictor, and that of the clients. `without clients` is the fraction of the Predictor's rate if the CPU
+time of the clients, spread over all cores, is subtracted from the elapsed time. `CPU` is the CPU time of the Predictor
+per image as a fraction of that of the service. With `OPENBLAS_NUM_THREADS=1` in the environment, the Predictor computes
+its input gate in one thread, as the service does.
 
 `--soak` posts for that many seconds with 8 clients, compares each response with the Predictor, and prints the memory of
 the service every minute.

@@ -57,7 +57,7 @@ class Settings:
     decode_seconds, decode_memory
         Deadline and memory in bytes of the process that decodes an image.
     max_batch, batch_delay
-        Largest number of images per batch, and how long the first image of a batch waits for others.
+        Largest number of images per batch, and how long its first image waits at most for others.
     token
         Access token that clients must send, or None.
     hosts

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from io import BytesIO
 
 import numpy as np
@@ -75,6 +76,39 @@ def test_an_image_that_breaks_the_network_does_not_affect_the_rest_of_its_batch(
         first, broken, last = asyncio.run(submit_all(Batcher(infer, executor, max_delay=0.2)))
     assert batches == [3, 1, 1, 1]
     assert isinstance(broken, MemoryError) and first == (1, 0) and last == (2, 0)
+
+
+def collect_batches(announced: int, submitted: int) -> list[int]:
+    """Return the sizes of the batches of images that are submitted while others are announced; none waits for long."""
+    batches = []
+
+    def infer(images):
+        batches.append(len(images))
+        return images.mean(axis=(1, 2)), np.zeros(len(images))
+
+    async def submit(batcher: Batcher) -> None:
+        running = asyncio.create_task(batcher.run())
+        async with asyncio.timeout(60):
+            with ExitStack() as stack:
+                for _ in range(announced):
+                    stack.enter_context(batcher.expecting())
+                first = asyncio.create_task(batcher.submit(np.ones((2, 2), np.uint8)))
+                for _ in range(10):  # turns in which the batch could start
+                    await asyncio.sleep(0)
+            await asyncio.gather(first, *(batcher.submit(np.ones((2, 2), np.uint8)) for _ in range(submitted - 1)))
+        running.cancel()
+
+    with ThreadPoolExecutor(1) as executor:
+        asyncio.run(submit(Batcher(infer, executor, max_delay=3600)))
+    return batches
+
+
+def test_a_single_image_does_not_wait_for_others():
+    assert collect_batches(announced=0, submitted=1) == [1]
+
+
+def test_a_batch_waits_for_images_that_are_being_decoded():
+    assert collect_batches(announced=1, submitted=2) == [2]
 
 
 def decode_png(text: str) -> np.ndarray:

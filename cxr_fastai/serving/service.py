@@ -62,9 +62,9 @@ class Batcher:
     """Collects single images into batches of at most `max_batch` and runs `infer` on one batch at a time.
 
     A batch starts as soon as no other image is expected (see `expecting`) or it is full, and at the latest `max_delay`
-    seconds after its first image. Images that arrive during a computation form the next batch. Images of
-    cancelled requests are dropped. If a batch fails, each of its images is tried alone. `observe` is called with the
-    size of every batch.
+    seconds after its first image. Images that arrive during a computation form the next batch. Images of cancelled
+    requests are dropped. If a batch fails, each of its images is tried alone. `observe` is called with the size of every
+    batch.
     """
 
     def __init__(

@@ -63,8 +63,8 @@ class Batcher:
 
     A batch starts as soon as no other image is expected (see `expecting`) or it is full, and at the latest `max_delay`
     seconds after its first image. Images that arrive during a computation form the next batch. Images of cancelled
-    requests are dropped. If a batch fails, each of its images is tried alone. `observe` is called with the size of every
-    batch.
+    requests are dropped. If a batch fails, each of its images is tried alone. `observe` is called with the size of
+    every batch.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,7 +41,6 @@ def serve(
     missing = [name for name in REQUIRED_MODULES if not find_spec(name)]
     if missing:
         raise UsageError(f'serve needs {", ".join(missing)}. Install them with pip install "cxr_fastai[serve]".')
-    _use_one_blas_thread()
     from cxr_fastai.inference.onnx_start import start_onnx
 
     start_onnx(bundle, 'onnx', device)
@@ -64,15 +62,6 @@ def serve(
         modality=modality,
     )
     serve(settings, print_line)
-
-
-def _use_one_blas_thread() -> None:
-    """Let NumPy, which is not loaded yet, compute in one thread, unless the user has chosen a number.
-
-    The products of the input gate take less than 1 ms. The threads that OpenBLAS would start for them wait actively for
-    the next one, which took 26 ms of CPU time for each batch from the decoders and from ONNX Runtime.
-    """
-    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 
 def _read_token(file: Path | None) -> str | None:

@@ -1,6 +1,7 @@
 """Run the command line, by `python -m cxr_fastai` or as the console script.
 
-The processes of a prediction are started first, so that their imports run beside those of the command line.
+A prediction starts ONNX Runtime before the command line is imported, and the process that decodes images after it, so
+that their imports run beside others.
 """
 
 from __future__ import annotations

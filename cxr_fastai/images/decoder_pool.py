@@ -283,9 +283,9 @@ class _Lane:
         if not self.watcher.is_alive():
             self.watcher.start()
         thread = Thread(target=self._work, args=(with_process,), daemon=True, name='decoder')
+        thread.start()  # it counts itself out under the lock, which this thread holds
         self.threads.add(thread)
         self.idle += 1
-        thread.start()
 
     def close(self) -> None:
         """End all processes and threads, and cancel all tasks. The lane `slow` is closed too."""

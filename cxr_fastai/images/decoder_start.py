@@ -24,10 +24,14 @@ _started_ahead: dict[tuple[str, ...], Decoder] = {}
 
 
 def start_decoder(memory: int = DECODE_MEMORY, priority: int = 0, *modules: str) -> None:
-    """Start a process that `take_decoder` with these arguments will return. If nothing does, it ends with this one."""
-    process = _open(str(memory), str(priority), *modules)
-    _started_ahead[str(memory), str(priority), *modules] = process
-    atexit.register(process.kill)
+    """Start a process that `take_decoder` with these arguments will return. If nothing does, it ends with this one.
+
+    If it was started already, nothing is done.
+    """
+    arguments = str(memory), str(priority), *modules
+    if arguments not in _started_ahead:
+        _started_ahead[arguments] = process = _open(*arguments)
+        atexit.register(process.kill)
 
 
 def take_decoder(memory: int, priority: int, *modules: str) -> Decoder:
@@ -36,7 +40,10 @@ def take_decoder(memory: int, priority: int, *modules: str) -> Decoder:
     Raises `OSError` if the system does not start it.
     """
     arguments = str(memory), str(priority), *modules
-    return _started_ahead.pop(arguments, None) or _open(*arguments)
+    process = _started_ahead.pop(arguments, None)
+    if process is None or process.poll() is not None:
+        return _open(*arguments)
+    return process
 
 
 def _open(*arguments: str) -> Decoder:

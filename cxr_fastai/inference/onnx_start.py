@@ -5,13 +5,12 @@ This module imports little itself: it is the first that `cxr-fastai predict` loa
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
 from cxr_fastai.core.environment import process_count, read_integer
 from cxr_fastai.core.hardware import thread_limit
-from cxr_fastai.core.workers import QUIET_BLAS, start_ahead
+from cxr_fastai.core.workers import quiet_blas, start_ahead
 from cxr_fastai.models.devices import may_have_gpu
 
 CPU, GPU = 'CPUExecutionProvider', 'CUDAExecutionProvider'
@@ -34,16 +33,13 @@ def onnx_threads() -> int | None:
 def start_onnx(model: Path, engine: str = 'auto', device: str = 'auto', precision: str = 'fp32') -> bool:
     """Start the process of ONNX Runtime if `Predictor.load` with these arguments will probably need it.
 
-    Returns whether it was started. If it is not needed, the process ends with this one. NumPy, which is not loaded yet,
-    will compute in one thread in this process, unless the user has chosen a number of threads.
+    Returns whether it was started; then NumPy computes in one thread, see `quiet_blas`. A process that is not needed
+    ends with this one.
     """
-    # The products of the input gate take less than 1 ms. For them, and when NumPy is imported, the threads of OpenBLAS
-    # wait actively: in a service, that took 5 to 36 ms of CPU time for each image from the other processes.
-    for name, value in QUIET_BLAS.items():
-        os.environ.setdefault(name, value)
     has_onnx = (model / ONNX).is_file() or model.suffix.lower() == '.zip'
     is_on_cpu = device == 'cpu' or (device == 'auto' and not may_have_gpu())
     if not (has_onnx and is_on_cpu and engine in ('auto', 'onnx') and precision == 'fp32' and find_spec('onnxruntime')):
         return False
+    quiet_blas()
     start_ahead(*onnx_worker(onnx_threads()))
     return True

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
 from fastai.callback.core import Callback
 from fastai.data.load import DataLoader
-from fastai.data.transforms import IntToFloatTensor, ToTensor
+from fastai.data.transforms import Categorize, ColReader, IntToFloatTensor, ToTensor
 from fasttransform import Pipeline
 
-from cxr_fastai.data.transforms import NormalizeImage, PerImageTransform
+from cxr_fastai.data.transforms import AugmentImages, DegradeImages, NormalizeImage, OpenImage, PerImageTransform
 
-PREPARED_AHEAD = (IntToFloatTensor, NormalizeImage, PerImageTransform, ToTensor)
+PREPARED_AHEAD = (
+    AugmentImages,
+    Categorize,
+    ColReader,
+    DegradeImages,
+    IntToFloatTensor,
+    NormalizeImage,
+    OpenImage,
+    ToTensor,
+)
 """Transforms that do not draw from the generators that the training draws from."""
 
 
@@ -24,7 +32,7 @@ class PrepareAhead(Callback):
 
     A batch depends only on a seed, which the main thread draws from torch's generator. The batches are therefore those
     of a training without a second thread, and a resumed training continues with the same ones. Loaders with other
-    transforms than those of this package, which may draw random numbers, are left as they are.
+    transforms than `PREPARED_AHEAD`, which may draw random numbers, are left as they are.
 
     On a processor the main thread prepares each batch after the step, unless `overlap` is True: a step uses all cores,
     so that a second thread does not make it faster (`benchmarks/step_share.py`). The batches are the same.
@@ -48,13 +56,18 @@ class PrepareAhead(Callback):
 def can_prepare_ahead(loader: DataLoader) -> bool:
     """Return True if the batches of `loader` depend on no generator but the loader's own and that of its transforms."""
     loader = _inner_loader(loader)
-    steps = [getattr(loader, name, None) for name in ('after_item', 'before_batch', 'after_batch')]
-    return all(isinstance(step, Pipeline) and all(isinstance(f, PREPARED_AHEAD) for f in step.fs) for step in steps)
+    pipelines = [getattr(loader, name, None) for name in ('after_item', 'before_batch', 'after_batch')]
+    pipelines += [part.tfms for part in getattr(loader.dataset, 'tls', [])]
+    return all(
+        # Not of classes derived from them, which may draw other random numbers.
+        isinstance(pipeline, Pipeline) and all(type(step) in PREPARED_AHEAD for step in pipeline.fs)
+        for pipeline in pipelines
+    )
 
 
 def _inner_loader(loader: Any) -> Any:
     """Return the loader with the transforms, which that of a process of several contains."""
-    return getattr(loader, 'dl', loader)
+    return vars(loader).get('dl', loader)
 
 
 class BatchesAhead:
@@ -66,8 +79,7 @@ class BatchesAhead:
     def __init__(self, loader: DataLoader, overlap: bool) -> None:
         self.loader = loader
         self.overlap = overlap
-        self.take_next: Callable[[], Any] | None = None
-        self.transforms = [f for f in _inner_loader(loader).after_batch.fs if isinstance(f, PerImageTransform)]
+        self.iteration: _Iteration | None = None
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -78,23 +90,53 @@ class BatchesAhead:
         return getattr(self.loader, name)
 
     def __iter__(self) -> Iterator[Any]:
-        self.batches = iter(self.loader)
+        if self.iteration is not None:  # a callback looks at the batches during a step
+            self.iteration.wait()
+            yield from self.loader
+            return
         threads = torch.get_num_threads()
-        with ThreadPoolExecutor(1, 'prepare-batches', torch.set_num_threads, (1,)) as self.thread:
-            batch = self._prepare(_draw_seed())  # here, because worker processes belong to the main thread
-            while batch is not None:
-                self.seed = _draw_seed()
-                self.take_next = None
-                yield batch
-                if self.take_next is None:  # a callback cancelled the step before
-                    self.prepare_next()
-                batch = self.take_next()  # type: ignore[misc]
+        with ThreadPoolExecutor(1, 'prepare-batches', torch.set_num_threads, (1,)) as thread:
+            self.iteration = _Iteration(self.loader, thread if self.overlap else None)
+            try:
+                yield from self.iteration
+            finally:
+                self.iteration = None
                 torch.set_num_threads(threads)  # which the second thread has changed for threads that start later
 
     def prepare_next(self) -> None:
         """Start to prepare the next batch in the second thread if there is one."""
-        prepare = partial(self._prepare, self.seed)
-        self.take_next = self.thread.submit(prepare).result if self.overlap else prepare
+        if self.iteration is not None:
+            self.iteration.prepare_next()
+
+
+class _Iteration:
+    """The batches of one epoch of `loader`, prepared in `thread` if there is one."""
+
+    def __init__(self, loader: DataLoader, thread: ThreadPoolExecutor | None) -> None:
+        self.batches = iter(loader)
+        self.thread = thread
+        self.transforms = [f for f in _inner_loader(loader).after_batch.fs if isinstance(f, PerImageTransform)]
+        self.next: Future[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        batch = self._prepare(_draw_seed())  # here, because worker processes belong to the main thread
+        while batch is not None:
+            self.seed = _draw_seed()
+            yield batch
+            if self.next is None:  # without a second thread, or after a step that a callback cancelled early
+                batch = self._prepare(self.seed)
+            else:
+                batch = self.next.result()
+                self.next = None
+
+    def prepare_next(self) -> None:
+        if self.thread is not None:
+            self.next = self.thread.submit(self._prepare, self.seed)
+
+    def wait(self) -> None:
+        """Wait until no batch is being prepared."""
+        if self.next is not None:
+            wait([self.next])
 
     def _prepare(self, seed: int) -> Any:
         """Return the next batch, with augmentations from `seed`; None at the end of the epoch."""

@@ -41,7 +41,7 @@ def _convolve(
     groups: int = 1,
 ) -> Tensor:
     """Compute `torch.conv2d` with its own arguments; depthwise on a processor, the gradients are computed in fp32."""
-    is_depthwise = groups > 1 and weight.shape[1] == 1 and input.device.type == 'cpu'
+    is_depthwise = groups > 1 and weight.shape[1] == 1 and input.dim() == 4 and input.device.type == 'cpu'
     if not is_depthwise or isinstance(padding, str):
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
     geometry = [_pair(size) for size in (stride, padding, dilation)]
@@ -53,17 +53,24 @@ def _pair(size: int | tuple[int, ...]) -> Pair:
 
 
 class _DepthwiseConvolution(torch.autograd.Function):
-    """A convolution with one group per input channel, in the type of autocast; its gradients are computed in fp32."""
+    """A convolution with one group per input channel, in the type of autocast; its gradients are computed in fp32.
+
+    It has no second derivative.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
     ) -> Tensor:
-        images = images.to(torch.get_autocast_dtype('cpu'))
+        dtype = torch.get_autocast_dtype('cpu')
+        images, weight = (
+            images.to(dtype),
+            weight.to(dtype),
+        )  # as torch saves them, which gradient checkpointing compares
         ctx.save_for_backward(images, weight)
         ctx.geometry = stride, padding, dilation
         ctx.has_bias = bias is not None
-        return torch.conv2d(images, weight, bias, stride, padding, dilation, len(images[0]))  # autocast converts
+        return torch.conv2d(images, weight, bias, stride, padding, dilation, images.shape[1])
 
     @staticmethod
     @once_differentiable

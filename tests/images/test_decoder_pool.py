@@ -14,8 +14,10 @@ from imagefiles import GREY, dicom, encoded
 from services import wait_until
 
 from cxr_fastai.core.errors import CXRError, ImageError
+from cxr_fastai.images import decoder_start
 from cxr_fastai.images.decode import decode_image, open_image
 from cxr_fastai.images.decoder_pool import DecodeGroup, DecoderPool
+from cxr_fastai.images.decoder_start import start_decoder
 from cxr_fastai.images.preprocessing import Preprocessing
 
 FILES = {
@@ -217,6 +219,7 @@ def test_closing_ends_all_processes_and_cancels_what_waits(slow):
 PARENT = """
 import sys
 from pathlib import Path
+from cxr_fastai.images import decoder_start
 from cxr_fastai.images.decoder_pool import DecodeGroup, DecoderPool
 pool = DecoderPool(1, seconds=1)
 pool.decode(Path(sys.argv[1]).read_bytes())
@@ -305,3 +308,12 @@ def command_of(pid: int) -> bytes:
 def cpu_seconds(pid: int) -> float:
     fields = status(pid)
     return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK') if fields else 0
+
+
+def test_a_process_that_ended_before_it_was_needed_is_replaced():
+    start_decoder()
+    [process] = decoder_start._started_ahead.values()
+    process.kill()
+    process.wait()
+    with DecoderPool(1) as pool:
+        assert pool.decode(FILES['JPEG'], Preprocessing(64)).square.shape == (64, 64)

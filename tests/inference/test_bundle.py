@@ -174,6 +174,26 @@ def test_the_program_predicts_whatever_it_started_ahead(bundle, image, options):
     assert done.returncode == 0 and '1 images, ' in done.stdout and not done.stderr
 
 
+COUNT_PROCESSES = """
+import sys
+started = []
+sys.addaudithook(lambda event, details: started.append(details[1]) if event == 'subprocess.Popen' else None)
+from cxr_fastai.__main__ import run
+try:
+    run()
+finally:
+    names = ('onnx_process', 'decoder_process')
+    print(*(name for command in started for name in names if any(name in str(word) for word in command)))
+"""
+
+
+def test_a_prediction_starts_one_process_of_each_kind(bundle, image):
+    command = [sys.executable, '-c', COUNT_PROCESSES, 'predict', bundle, image, '--no-gate']
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == 'onnx_process decoder_process'
+
+
 def test_a_process_that_was_started_for_nothing_changes_no_error(bundle, tmp_path):
     missing = run_program('predict', bundle, tmp_path / 'missing.jpeg')
     assert missing.returncode == 3 and 'missing.jpeg' in missing.stderr and 'Traceback' not in missing.stderr

@@ -3,23 +3,24 @@
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.data.transforms import Transform
 from fastai.learner import load_learner
-from fastai.torch_core import TensorImageBW
 from fastai.vision.augment import RandomErasing
+from fastcore.basics import first
 from torch import Tensor, nn
 
 from cxr_fastai.core.errors import ImageError
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import CXRDataLoaders
-from cxr_fastai.data.transforms import PerImageTransform
+from cxr_fastai.data.transforms import AugmentImages, PerImageTransform
 from cxr_fastai.models.architectures import make_recipe
-from cxr_fastai.training.ahead import BatchesAhead, PrepareAhead
+from cxr_fastai.training.ahead import BatchesAhead, PrepareAhead, can_prepare_ahead
 from cxr_fastai.training.learner import CXRLearner, recipe_learner
 
 
@@ -73,17 +74,20 @@ def test_a_second_thread_changes_no_batch_and_no_step(make, workers):
     assert len(set(between.losses)) == len(between.losses)
 
 
-def test_the_second_thread_prepares_the_next_batch_during_the_step(make):
+def test_the_second_thread_prepares_the_next_batch_during_the_step(make, monkeypatch):
     learn = make(True)
     prepared = threading.Event()
     threads: list[str] = []
     was_prepared: list[bool] = []
 
-    class Watch(PerImageTransform):
-        def encodes(self, images: TensorImageBW) -> TensorImageBW:
-            threads.append(threading.current_thread().name)
-            prepared.set()
-            return images
+    draw = AugmentImages.draw
+
+    def watched_draw(self, *shape: int) -> dict[str, Tensor]:
+        threads.append(threading.current_thread().name)
+        prepared.set()
+        return draw(self, *shape)
+
+    monkeypatch.setattr(AugmentImages, 'draw', watched_draw)
 
     class BeforeAhead(Callback):
         order = PrepareAhead.order - 1
@@ -98,7 +102,6 @@ def test_the_second_thread_prepares_the_next_batch_during_the_step(make):
             if self.training and self.iter < 2:  # there is no batch after the third
                 was_prepared.append(prepared.wait(timeout=60))
 
-    learn.dls.train.after_batch.add(Watch())
     fit(learn, BeforeAhead(), Step())
     assert was_prepared == [True] * 4
     assert sum(name.startswith('prepare-batches') for name in threads) == 4  # the first of each epoch is not
@@ -117,10 +120,25 @@ def test_without_an_accelerator_the_main_thread_prepares_the_batches(make):
     assert overlaps == [False] * 6
 
 
-@pytest.mark.parametrize('step', [RandomErasing(p=0.5), Transform(lambda image: image)], ids=['fastai', 'own'])
-def test_loaders_with_other_transforms_are_left_as_they_are(make, step):
+class OwnAugmentation(AugmentImages):
+    """It may draw random numbers from anywhere."""
+
+
+@pytest.mark.parametrize('place', ['batch', 'item', 'dataset'])
+@pytest.mark.parametrize(
+    'step', [RandomErasing(p=0.5), Transform(lambda image: image), OwnAugmentation()], ids=['fastai', 'own', 'derived']
+)
+def test_loaders_with_other_transforms_are_left_as_they_are(make, step, place):
     learn = make(True)
-    learn.dls.train.after_batch.add(step)
+    train = learn.dls.train
+    assert can_prepare_ahead(train)
+    {'batch': train.after_batch, 'item': train.after_item, 'dataset': train.dataset.tls[1].tfms}[place].add(step)
+    assert not can_prepare_ahead(train)
+
+
+def test_a_learner_with_other_transforms_trains_with_its_loader(make):
+    learn = make(True)
+    learn.dls.train.after_batch.add(RandomErasing(p=0.5))
     seen: list[object] = []
 
     class Look(Callback):
@@ -128,7 +146,7 @@ def test_loaders_with_other_transforms_are_left_as_they_are(make, step):
             seen.append(self.dl)
 
     fit(learn, Look())
-    assert not any(isinstance(loader, BatchesAhead) for loader in seen)
+    assert seen and not any(isinstance(loader, BatchesAhead) for loader in seen)
 
 
 @pytest.mark.parametrize('overlap', [False, True])
@@ -177,12 +195,36 @@ def test_a_fit_that_is_cancelled_leaves_a_learner_that_can_be_trained_and_export
         assert isinstance(load_learner(path).model, nn.Module)
 
 
-def test_the_number_of_threads_stays_the_same(make):
+@pytest.mark.parametrize('error', [None, KeyboardInterrupt])
+def test_the_number_of_threads_stays_the_same(make, error):
+    class Stop(Callback):
+        def after_pred(self) -> None:
+            if error:
+                raise error
+
     learn = make(True)
     before = torch.get_num_threads()
-    fit(learn)
-    later: list[int] = []
-    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert torch.get_num_threads() == before and later == [before]
+    torch.set_num_threads(2)
+    try:
+        with suppress(KeyboardInterrupt):
+            fit(learn, Stop())
+        later: list[int] = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert torch.get_num_threads() == 2 and later == [2]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('overlap', [False, True])
+def test_a_callback_can_look_at_the_batches_during_a_step(make, overlap):
+    class Look(Callback):
+        def after_batch(self) -> None:
+            if self.training and self.iter == 0:
+                images, _ = first(self.dl)
+                assert len(images) == 8
+
+    batches = fit(make(overlap), Look()).images
+    assert [len(images) for images in batches] == 2 * [8, 8, 4]
+    assert not torch.equal(batches[0], batches[1])

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.training.depthwise import DepthwiseGradients
@@ -66,6 +67,26 @@ def test_other_convolutions_are_those_of_torch(layer, in_bf16):
         differentiate(layer, in_bf16, DepthwiseGradients()), differentiate(layer, in_bf16), strict=True
     ):
         assert torch.equal(ours, expected)
+
+
+def test_a_layer_can_be_checkpointed():
+    layer = nn.Conv2d(8, 8, 3, groups=8)
+    gradients = []
+    for is_checkpointed in (False, True):
+        layer.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16), DepthwiseGradients():
+            output = checkpoint(layer, IMAGES, use_reentrant=False) if is_checkpointed else layer(IMAGES)
+        output.float().sum().backward()
+        gradients.append(layer.weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
+def test_an_image_without_a_batch_is_that_of_torch():
+    layer = nn.Conv2d(8, 8, 3, groups=8)
+    with torch.autocast('cpu', torch.bfloat16):
+        expected = layer(IMAGES[0])
+        with DepthwiseGradients():
+            assert torch.equal(layer(IMAGES[0]), expected)
 
 
 def test_a_frozen_layer_gets_no_gradient():

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from html import escape
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import matplotlib
 from matplotlib import rc_context, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,6 +33,9 @@ LINES = (BLUE, ORANGE, GREEN, '#CC79A7', '#E69F00', '#56B4E9', GREY)
 
 CSS_VARIABLES = {BLUE: 'blue', ORANGE: 'orange', GREEN: 'green', GREY: 'soft', INK: 'ink', '#000000': 'ink'}
 """Colour to the CSS variable of `page.html` that replaces it in an SVG, so that it also suits the dark theme."""
+ADOPTING_PYPLOT = (3, 11)
+"""Version of matplotlib from which pyplot accepts a figure that it has not made."""
+Plot = TypeVar('Plot', bound=Callable[..., Figure])
 POINTS_PER_INCH = 72
 DOTS_PER_INCH = 130
 
@@ -57,6 +62,7 @@ class NotebookFigure(Figure):
 
     def _ipython_display_(self) -> None:
         """Tell IPython to display nothing, or, by an exception, to display the figure as it displays any other."""
+        _take_from_pyplot(self)  # which would display it again at the end of the cell
         if not self._is_shown:
             raise NotImplementedError
 
@@ -69,6 +75,38 @@ class NotebookFigure(Figure):
         buffer = BytesIO()
         self.savefig(buffer, format='png', bbox_inches='tight')
         return buffer.getvalue()
+
+
+def plotting(plot: Plot) -> Plot:
+    """Decorate a function that returns a new figure: it draws in `own_style`, and `plt.show()` displays the figure.
+
+    That holds in notebooks that use pyplot with pictures inside the notebook. There pyplot also displays the figure at
+    the end of the cell, as it does its own, unless it has been displayed before. `save_figure` and `to_svg` take a
+    figure from pyplot, so those of a report are not displayed.
+    """
+
+    @wraps(plot)
+    def plot_in_own_style(*args: Any, **options: Any) -> Any:
+        with own_style():
+            figure = plot(*args, **options)
+        _give_to_pyplot(figure)
+        return figure
+
+    return cast(Plot, plot_in_own_style)
+
+
+def _give_to_pyplot(figure: Figure) -> None:
+    pyplot = sys.modules.get('matplotlib.pyplot')
+    if pyplot is None or _notebook_shell() is None or matplotlib.__version_info__ < ADOPTING_PYPLOT:
+        return
+    if 'inline' in matplotlib.get_backend().lower():  # other backends would open a window for each figure of a report
+        pyplot.figure(figure)
+
+
+def _take_from_pyplot(figure: Figure) -> None:
+    pyplot = sys.modules.get('matplotlib.pyplot')
+    if pyplot is not None:
+        pyplot.close(figure)
 
 
 def show(figure: NotebookFigure) -> NotebookFigure:
@@ -122,6 +160,7 @@ def set_title(ax: Axes, title: str) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` to `path` as a PNG, atomically. Raises `OutputError`."""
+    _take_from_pyplot(figure)
     with atomic(path) as temporary:
         figure.savefig(temporary, format='png', dpi=DOTS_PER_INCH, metadata={'Software': SOFTWARE})
 
@@ -132,6 +171,7 @@ def to_svg(figure: Figure, alt: str) -> str:
     Colours follow the theme of the page. Text stays text, in a font that `page.html` sets. Two figures of one page need
     different `alt` texts, because their element ids are derived from it.
     """
+    _take_from_pyplot(figure)
     buffer = StringIO()
     with own_style(), rc_context({'svg.fonttype': 'none', 'svg.hashsalt': alt}):
         Figure.savefig(figure, buffer, format='svg', transparent=True)

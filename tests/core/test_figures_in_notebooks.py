@@ -20,6 +20,15 @@ def plot():
     ax.plot([0, 1])
     return show(figure)
 """
+PLOT = """
+from cxr_fastai.core.figures import axes, plotting, save_figure, to_svg
+
+@plotting
+def draw():
+    figure, ax = axes(1, 1)
+    ax.plot([0, 1])
+    return figure
+"""
 CELLS = {
     DEFINE: 0,
     'figure = plot()': 1,
@@ -35,6 +44,16 @@ CELLS = {
     'import matplotlib.pyplot': 0,
     'figure = plot(); figure': 1,
     'axes(1, 1)[0]': 1,  # a figure that is not shown, but the result of the cell
+    PLOT: 0,
+    'import matplotlib.pyplot as plt': 0,
+    'draw()': 1,
+    'draw()\nplt.show()': 1,
+    'figure = draw()': 1,  # at the end of the cell, as figures of pyplot
+    'figure = draw()\nfigure': 1,
+    'for _ in range(2):\n    draw()\n    plt.show()': 2,
+    'draw()\nplt.subplots()\nplt.show()': 2,
+    'figure = show(draw())': 1,
+    'to_svg(draw(), "x")': 0,
     '%config InlineBackend.figure_formats = ["svg"]\nplot()': 1,
 }
 """Code of a cell -> number of pictures in its outputs."""

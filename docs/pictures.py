@@ -181,7 +181,7 @@ def curves(demo: Path, out: Path) -> None:
         sheet.paste(part, (i % 2 * width, i // 2 * parts[0].height))
     sheet.save(out, optimize=True)
     save_figure(plot_scores(predictions, metrics, 'test'), out.with_name('scores.png'))
-    save_figure(plot_history(run.history), out.with_name('history.png'))
+    save_figure(plot_history(run.history, run.kept_epoch), out.with_name('history.png'))
 
 
 def report_screenshots(demo: Path) -> Image.Image:

@@ -131,6 +131,12 @@ class Run:
         return read_table(self / 'history.csv')
 
     @property
+    def kept_epoch(self) -> int | None:
+        """The epoch that the weights are from; None if it is not recorded, as for networks trained by hand."""
+        epoch = (self.last_event('end').get('best') or {}).get('epoch')
+        return epoch if isinstance(epoch, int) else None
+
+    @property
     def predictions(self) -> pd.DataFrame:
         """One row per image, for every split that was evaluated."""
         return read_table(self / 'predictions.csv')

@@ -202,8 +202,13 @@ def explain_recalibration(targs: np.ndarray, p: np.ndarray, slope: Estimate) -> 
     return notes
 
 
-def reliability(targs: np.ndarray, p: np.ndarray, patients: np.ndarray, bins: int = 10) -> pd.DataFrame:
+def reliability(
+    targs: np.ndarray, p: np.ndarray, patients: np.ndarray, bins: int = 10, min_distance: float = 0
+) -> pd.DataFrame:
     """Group the images into up to `bins` bins of equal size by probability, for a reliability diagram.
+
+    Adjacent bins are merged until their mean probabilities differ by at least `min_distance`, so that a diagram does
+    not draw several bins in one place.
 
     Returns:
         One row per bin: `n` images, mean probability `p`, and `share` of pneumonia with Wilson's interval `low` to
@@ -213,6 +218,7 @@ def reliability(targs: np.ndarray, p: np.ndarray, patients: np.ndarray, bins: in
     edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)))
     last_bin = max(len(edges) - 2, 0)
     bin_of_image = np.clip(np.searchsorted(edges, p, side='right') - 1, 0, last_bin)
+    bin_of_image = _merge_bins(p, bin_of_image, min_distance)
     rows = []
     for index in np.unique(bin_of_image):
         inside = bin_of_image == index
@@ -222,3 +228,16 @@ def reliability(targs: np.ndarray, p: np.ndarray, patients: np.ndarray, bins: in
         limits = (np.nan, np.nan) if size is None else (share['low'], share['high'])
         rows.append((total, p[inside].mean(), share['value'], *limits))
     return pd.DataFrame(rows, columns=['n', 'p', 'share', 'low', 'high'])
+
+
+def _merge_bins(p: np.ndarray, bin_of_image: np.ndarray, min_distance: float) -> np.ndarray:
+    """Merge the two closest adjacent bins until all mean probabilities differ by at least `min_distance`."""
+    merged = bin_of_image.copy()
+    while True:
+        indices = np.unique(merged)
+        means = [p[merged == index].mean() for index in indices]
+        distances = np.diff(means)
+        if not len(distances) or distances.min() >= min_distance:
+            return merged
+        closest = distances.argmin()
+        merged[merged == indices[closest + 1]] = indices[closest]

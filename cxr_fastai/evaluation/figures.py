@@ -83,7 +83,7 @@ def save_figures(run: Run, split: str) -> list[str]:
     title = _title(run, split)
     figures = {f'confusion_{split}': plot_confusion_matrix(metrics, title)}
     if (run / 'history.csv').exists():
-        figures['history'] = plot_history(run.history)
+        figures['history'] = plot_history(run.history, run.kept_epoch)
     if metrics['auc']['value'] is not None:
         for name, plot in CURVES.items():
             figures[f'{name}_{split}'] = plot(predictions, metrics, title)

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from cxr_fastai.core.figures import BLUE, GREEN, GREY, INK, ORANGE, NotebookFigure, axes, own_style, set_title, tidy
+from cxr_fastai.core.figures import BLUE, GREEN, GREY, INK, ORANGE, NotebookFigure, axes, plotting, set_title, tidy
 from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.evaluation.metrics import SPECIFICATION_THRESHOLD
 from cxr_fastai.images.corruptions import CLEAN, SHORTCUT
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ DARK_SHARE = 0.55
 """Share of a class above which the cell of a confusion matrix is dark, so that its text is white."""
 
 
-@own_style()
+@plotting
 def plot_confusion_matrix(metrics: dict[str, Any], title: str = '') -> Figure:
     """Plot the counts, and their shares of the true class, from a split's object of `metrics.json`."""
     cells = metrics['confusion']
@@ -44,7 +45,7 @@ def plot_confusion_matrix(metrics: dict[str, Any], title: str = '') -> Figure:
     return figure
 
 
-@own_style()
+@plotting
 def plot_robustness(robustness: pd.DataFrame, title: str = '', columns: int = 4) -> Figure:
     """Plot the AUC with its interval against the strength of each corruption.
 
@@ -80,48 +81,56 @@ def plot_robustness(robustness: pd.DataFrame, title: str = '', columns: int = 4)
     return figure
 
 
-@own_style()
-def plot_history(history: pd.DataFrame) -> Figure:
-    """Plot the losses and the validation metrics by epoch, with the training phases shaded."""
-    figure = NotebookFigure(figsize=(9, 3.6), layout='constrained')
+@plotting
+def plot_history(history: pd.DataFrame, kept_epoch: int | None = None) -> Figure:
+    """Plot the losses and the validation metrics by epoch, with the training phases shaded.
+
+    A line marks `kept_epoch`, the epoch that the saved weights are from: `Run.kept_epoch`.
+    """
+    figure = NotebookFigure(figsize=(9, 4.1), layout='constrained')
     for ax, draw in zip(figure.subplots(1, len(HISTORY_PANELS)), HISTORY_PANELS.values(), strict=True):
-        draw(ax, history)
+        draw(ax, history, kept_epoch)
     return figure
 
 
-@own_style()
-def plot_history_panel(history: pd.DataFrame, panel: str) -> Figure:
+@plotting
+def plot_history_panel(history: pd.DataFrame, panel: str, kept_epoch: int | None = None) -> Figure:
     """Plot one panel of `plot_history`, one of `HISTORY_PANELS`."""
-    figure, ax = axes(4.8, 3.4)
-    HISTORY_PANELS[panel](ax, history)
+    figure, ax = axes(4.8, 3.9)
+    HISTORY_PANELS[panel](ax, history, kept_epoch)
     return figure
 
 
-def _draw_losses(ax: Axes, history: pd.DataFrame) -> None:
+def _draw_losses(ax: Axes, history: pd.DataFrame, kept_epoch: int | None) -> None:
     ax.plot(history.epoch, history.train_loss, color=GREY, marker='.', label='train loss')
     ax.plot(history.epoch, history.valid_loss, color=BLUE, marker='.', label='valid loss')
-    ax.set(title='loss', ylim=(0, None))
-    _finish_history_panel(ax, history)
+    ax.set_ylim(0, None)
+    _finish_history_panel(ax, history, kept_epoch, 'loss')
 
 
-def _draw_validation(ax: Axes, history: pd.DataFrame) -> None:
+def _draw_validation(ax: Axes, history: pd.DataFrame, kept_epoch: int | None) -> None:
     ax.plot(history.epoch, history.roc_auc, color=BLUE, marker='.', label='AUC')
-    ax.plot(history.epoch, history.sensitivity, color=ORANGE, marker='.', label='sensitivity')
-    ax.plot(history.epoch, history.specificity, color=GREEN, marker='.', label='specificity')
-    ax.set(title='validation metrics', ylim=(None, 1.01))
-    _finish_history_panel(ax, history)
+    for name, colour in (('sensitivity', ORANGE), ('specificity', GREEN)):
+        label = f'{name} at threshold {SPECIFICATION_THRESHOLD:g}'  # training has not chosen a threshold yet
+        ax.plot(history.epoch, history[name], color=colour, marker='.', label=label)
+    ax.set_ylim(None, 1.01)
+    _finish_history_panel(ax, history, kept_epoch, 'validation metrics')
 
 
-HISTORY_PANELS: dict[str, Callable[[Axes, pd.DataFrame], None]] = {
+HISTORY_PANELS: dict[str, Callable[[Axes, pd.DataFrame, int | None], None]] = {
     'losses': _draw_losses,
     'validation': _draw_validation,
 }
 
 
-def _finish_history_panel(ax: Axes, history: pd.DataFrame) -> None:
+def _finish_history_panel(ax: Axes, history: pd.DataFrame, kept_epoch: int | None, title: str) -> None:
+    if kept_epoch is not None and kept_epoch in set(history.epoch):
+        ax.axvline(kept_epoch, color=INK, lw=1, ls='--', zorder=1, label=f'kept epoch: {kept_epoch}')
+    ax.set_title(title, pad=18)  # above the names of the phases
     tidy(ax).set_xlabel('epoch')
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(fontsize=8, frameon=False)
+    ax.set_xlim(history.epoch.min() - 0.5, history.epoch.max() + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize=8, frameon=False)
     _shade_phases(ax, history)
 
 
@@ -136,10 +145,11 @@ def _shade_phases(ax: Axes, history: pd.DataFrame) -> None:
         right = rows.epoch.max() + 0.5
         alpha = 0.12 if i % 2 == 0 else 0.03
         ax.axvspan(left, right, color=GREY, alpha=alpha, lw=0, zorder=0)
-        ax.text((left + right) / 2, 0.02, name, ha='center', color=GREY, fontsize=8, transform=ax.get_xaxis_transform())
+        middle = (left + right) / 2
+        ax.text(middle, 1.01, name, ha='center', color=GREY, fontsize=8, transform=ax.get_xaxis_transform())
 
 
-@own_style()
+@plotting
 def plot_rates(rates: Rates, title: str = '') -> Figure:
     """Plot the loss against the learning rate, and the suggested learning rate."""
     curve = rates.curve
@@ -157,7 +167,7 @@ def plot_rates(rates: Rates, title: str = '') -> Figure:
     return figure
 
 
-@own_style()
+@plotting
 def plot_cam_check(check: dict[str, Any], title: str = '') -> Figure:
     """Plot the contents of `cam_check.json`: all of `CAM_CHECK_PANELS` next to each other."""
     figure = NotebookFigure(figsize=(12, 3.8), layout='constrained')
@@ -169,7 +179,7 @@ def plot_cam_check(check: dict[str, Any], title: str = '') -> Figure:
     return figure
 
 
-@own_style()
+@plotting
 def plot_cam_check_panel(check: dict[str, Any], panel: str) -> Figure:
     """Plot one panel of `plot_cam_check`, one of `CAM_CHECK_PANELS`."""
     figure, ax = axes(4.8, 3.6)

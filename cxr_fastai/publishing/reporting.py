@@ -288,7 +288,7 @@ def draw(
     run: Run, predictions: pd.DataFrame, metrics: dict[str, Any], split: str, map_check: dict[str, Any] | None = None
 ) -> dict[str, Markup]:
     """Return the figures of the report as SVG, by name; `map_check` is the content of `cam_check.json`, if any."""
-    figures = {panel: plot_history_panel(run.history, panel) for panel in HISTORY_PANELS}
+    figures = {panel: plot_history_panel(run.history, panel, run.kept_epoch) for panel in HISTORY_PANELS}
     if metrics['auc']['value'] is not None:
         figures |= {name: plot(predictions, metrics, f'{split} split') for name, plot in CURVES.items()}
     robustness = _read_robustness(run, split)

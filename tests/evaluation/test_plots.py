@@ -3,9 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from cxr_fastai.core.figures import NotebookFigure
+from cxr_fastai.core.figures import NotebookFigure, to_svg
 from cxr_fastai.evaluation.curves import (
     plot_calibration,
     plot_comparison,
@@ -30,6 +32,27 @@ PREDICTIONS = pd.DataFrame(
 METRICS = measure(PREDICTIONS, 0.5, 'fixed:0.5')
 
 
+HISTORY = pd.DataFrame(
+    np.linspace(0.1, 0.9, 15).reshape(3, 5),
+    columns=['train_loss', 'valid_loss', 'roc_auc', 'sensitivity', 'specificity'],
+).assign(phase=['frozen', 'fine-tune', 'fine-tune'], epoch=[1, 2, 3])
+
+
+def scores(centre: float, width: float, shift: float = 1.5, n: int = 300) -> pd.DataFrame:
+    """Return predictions within `width` around `centre`; the AUC increases with `shift`."""
+    targs = np.arange(n) < 0.6 * n
+    raw = np.random.default_rng(0).normal(size=n) + shift * targs
+    p = centre + width * ((raw - raw.min()) / np.ptp(raw) - 0.5)
+    return pd.DataFrame({'label': np.where(targs, 'PNEUMONIA', 'NORMAL'), 'p_pneumonia': p})
+
+
+def draw(plot, predictions: pd.DataFrame, threshold: float = 0.5) -> Figure:
+    """Return a figure with the positions that constrained layout gives its parts."""
+    figure = plot(predictions, measure(predictions, threshold, f'fixed:{threshold}'), 'a run')
+    figure.draw_without_rendering()
+    return figure
+
+
 def words(figure: Figure) -> str:
     return ' '.join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, 'get_text')))
 
@@ -49,12 +72,25 @@ def test_the_roc_curve_shows_the_auc_and_the_operating_point():
 
 
 def test_the_history_names_its_phases():
-    columns = ['train_loss', 'valid_loss', 'roc_auc', 'sensitivity', 'specificity']
-    history = pd.DataFrame(np.linspace(0.1, 0.9, 15).reshape(3, 5), columns=columns).assign(
-        phase=['frozen', 'fine-tune', 'fine-tune'], epoch=[1, 2, 3]
-    )
-    shown = words(plot_history(history))
+    shown = words(plot_history(HISTORY))
     assert all(name in shown for name in ('frozen', 'fine-tune', 'valid loss', 'AUC'))
+
+
+def test_the_history_names_the_threshold_of_sensitivity_and_specificity():
+    shown = words(plot_history(HISTORY))
+    assert 'sensitivity at threshold 0.5' in shown and 'specificity at threshold 0.5' in shown
+
+
+def test_the_history_marks_the_kept_epoch_in_both_panels():
+    for ax in plot_history(HISTORY, kept_epoch=2).axes:
+        assert [line.get_xdata() for line in ax.lines if line.get_label() == 'kept epoch: 2'] == [[2, 2]]
+    for epoch in (None, 9):
+        assert 'kept epoch' not in words(plot_history(HISTORY, epoch))
+
+
+def test_the_history_of_one_epoch_has_ticks_at_whole_epochs():
+    for ax in plot_history(HISTORY.head(1), kept_epoch=1).axes:
+        assert 1 in ax.get_xticks() and all(tick.is_integer() for tick in ax.get_xticks())
 
 
 def test_a_phase_that_comes_again_is_shaded_again():
@@ -87,6 +123,74 @@ def test_a_figure_of_several_panels_is_a_picture_in_a_notebook_without_pyplot():
 def test_axes_and_lines_of_a_curve_are_labelled(plot, labels):
     shown = words(plot(PREDICTIONS, measure(PREDICTIONS, 0.4, 'fixed:0.4', temperature=2.0), 'a run'))
     assert all(label in shown for label in labels)
+
+
+@pytest.mark.parametrize('centre', [0.015, 0.3, 0.5, 0.62, 0.984])
+@pytest.mark.parametrize('width', [0.02, 0])
+def test_scores_that_lie_close_together_have_different_tick_labels(centre, width):
+    ax = draw(plot_scores, scores(centre, width)).axes[0]
+    low, high = ax.get_xlim()
+    labels = [label for label, tick in zip(ax.get_xticklabels(), ax.get_xticks(), strict=True) if low <= tick <= high]
+    assert len({label.get_text() for label in labels}) == len(labels) >= 3
+    boxes = [label.get_window_extent() for label in labels]
+    assert not any(box.overlaps(after) for box, after in zip(boxes, boxes[1:], strict=False))
+
+
+def test_the_scores_of_a_wide_range_keep_the_usual_tick_labels():
+    labels = [label.get_text() for label in draw(plot_scores, scores(0.5, 0.99)).axes[0].get_xticklabels()]
+    assert labels == ['0.01', '0.1', '0.5', '0.9', '0.99']
+
+
+@pytest.mark.parametrize('predictions', [PREDICTIONS, scores(0.5, 0.9), scores(0.5, 0.02)])
+def test_the_legend_of_the_scores_covers_no_bar_and_no_line(predictions):
+    figure = draw(plot_scores, predictions, 0.4)
+    legend = figure.legends[0].get_window_extent()
+    ax = figure.axes[0]
+    assert ax.patches and not any(legend.overlaps(bar.get_window_extent()) for bar in ax.patches)
+    assert not legend.overlaps(ax.bbox)
+
+
+def test_a_threshold_that_is_no_score_of_the_figure_is_named_as_such():
+    assert 'threshold 0.5, below all images' in words(draw(plot_scores, scores(0.98, 0.02)))
+    assert 'threshold 0.5, above all images' in words(draw(plot_scores, scores(0.02, 0.02)))
+
+
+@pytest.mark.parametrize('width', [0.02, 0.5, 0.99])
+def test_no_two_error_bars_of_a_calibration_are_in_one_place(width):
+    predictions = scores(0.5, width)
+    ax = draw(plot_calibration, predictions).axes[0]
+    positions = ax.containers[0].lines[0].get_xdata()
+    assert (np.diff(positions) >= 0.05).all()
+    assert len(positions) == (1 if width == 0.02 else len(positions)) <= 10
+
+
+@pytest.mark.parametrize(('shift', 'n_insets'), [(0.5, 0), (1.5, 0), (3.3, 1), (9, 1)])
+def test_the_roc_curve_of_a_good_model_has_an_inset_of_the_upper_left(shift, n_insets):
+    predictions = scores(0.5, 0.98, shift)
+    figure = draw(plot_roc, predictions)
+    insets = figure.axes[0].child_axes
+    assert len(insets) == n_insets
+    for inset in insets:
+        assert inset.get_xlim() == pytest.approx((-0.01, 0.2)) and inset.get_ylim() == pytest.approx((0.8, 1.01))
+        assert [line.get_marker() for line in inset.lines].count('o') == 1  # the operating point is in it
+        box = inset.get_tightbbox()
+        assert not box.overlaps(figure.axes[0].get_legend().get_window_extent())
+    assert '#ffffff' not in to_svg(figure, 'x')  # which would be a white box on the dark page of a report
+
+
+def test_the_legend_of_a_roc_curve_shows_markers_without_error_bars():
+    handles = draw(plot_roc, PREDICTIONS, 0.4).axes[0].get_legend().legend_handles
+    assert [handle.get_marker() for handle in handles if isinstance(handle, Line2D)] == ['None', 'o', 's']
+    assert not [handle for handle in handles if isinstance(handle, ErrorbarContainer)]
+
+
+@pytest.mark.parametrize('predictions', [PREDICTIONS, scores(0.5, 0.9, 0.2), scores(0.5, 0.9, 2), scores(0.5, 0.9, -2)])
+def test_the_labels_of_accuracy_by_coverage_are_not_on_the_line(predictions):
+    ax = draw(plot_risk_coverage, predictions).axes[0]
+    line = ax.lines[0].get_path().transformed(ax.transData)
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert len(boxes) == 3 and not any(line.intersects_bbox(box, filled=False) for box in boxes)
+    assert not any(box.overlaps(after) for box, after in zip(boxes, boxes[1:], strict=False))
 
 
 def test_a_comparison_shows_the_auc_and_the_metrics_of_every_run():

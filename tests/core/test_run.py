@@ -35,6 +35,16 @@ def test_the_journal_returns_the_last_line_about_an_event(tmp_path):
     assert run.last_event('start')['seed'] == 2
 
 
+def test_the_kept_epoch_is_that_of_the_finished_training(tmp_path):
+    run = Run.create(tmp_path / 'run')
+    assert run.kept_epoch is None
+    run.log_event('end', best={'epoch': 3})
+    assert run.kept_epoch == 3
+    for unknown in ({}, None, {'epoch': '3'}):  # trained by hand; a changed file
+        run.log_event('end', best=unknown)
+        assert run.kept_epoch is None
+
+
 def test_a_line_torn_by_a_crash_spoils_no_later_event(tmp_path):
     run = Run.create(tmp_path)
     run.log_event('start', seed=1)

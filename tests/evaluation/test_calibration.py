@@ -127,6 +127,16 @@ def test_equal_probabilities_are_in_the_same_bin_of_the_reliability_diagram():
     assert bins.n.to_list() == [3]
 
 
+def test_bins_of_the_reliability_diagram_that_are_close_are_merged():
+    p = np.repeat([0.1, 0.11, 0.5, 0.9, 0.93], 10)
+    targs = np.arange(50) % 2 == 0
+    apart = reliability(targs, p, np.arange(50), bins=5)
+    merged = reliability(targs, p, np.arange(50), bins=5, min_distance=0.05)
+    assert apart.n.sum() == merged.n.sum() == 50 and len(apart) > len(merged)
+    assert merged.p.to_list() == pytest.approx([0.105, 0.5, 0.915])
+    assert merged.share.to_list() == [0.5, 0.5, 0.5]
+
+
 def test_intervals_of_slope_and_intercept_are_those_of_statsmodels_with_quantiles_of_t():
     patients = np.arange(624) // 8
     z = logits(P)

@@ -384,3 +384,13 @@ def test_a_browser_that_fails_leaves_the_old_pdf(copy, tmp_path, monkeypatch, ca
     assert main(['report', str(copy.path), '--pdf']) == 1
     assert 'exit status 3' in capsys.readouterr().err
     assert (copy / 'report.pdf').read_text() == 'precious'
+
+
+def test_the_caption_of_an_image_says_what_the_probability_is_of_and_which_class_it_has(evaluated, page):
+    predictions = evaluated.predicted('test')
+    shown = pd.concat([worst_errors(predictions), typical_correct(predictions)])
+    captions = re.findall(r'<figcaption><b>(p\(pneumonia\).*?)</b>', page)
+    assert captions == [f'p(pneumonia) {row.p_pneumonia:.3f} · labelled {row.label}' for row in shown.itertuples()]
+    threshold = evaluated.metrics['test']['threshold']
+    if len(worst_errors(predictions)):
+        assert f'probability of at least {threshold:g}' in Page(page).text

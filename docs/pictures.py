@@ -28,7 +28,7 @@ from cxr_fastai.evaluation.curves import plot_calibration, plot_net_benefit, plo
 from cxr_fastai.evaluation.plots import plot_history
 from cxr_fastai.interpretation.explainer import Subject
 from cxr_fastai.interpretation.overlays import show_image, show_overlay
-from cxr_fastai.publishing.reporting import find_browser
+from cxr_fastai.publishing.printing import find_browser
 
 HERE = Path(__file__).parent
 KINDS = ('normal', 'normal', 'bacteria', 'bacteria', 'virus', 'virus')

@@ -136,7 +136,7 @@ def start_ahead(module: str, function: str, *arguments: str) -> None:
 
 
 def quiet_blas() -> None:
-    """Let NumPy, if it is not loaded yet, compute in one thread in this process. A number that the user chose counts."""
+    """Let NumPy, if it is not loaded yet, compute in one thread in this process, or in the number the user chose."""
     for name, value in QUIET_BLAS.items():
         os.environ.setdefault(name, value)
 

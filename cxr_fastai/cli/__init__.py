@@ -31,6 +31,7 @@ from cxr_fastai.cli import options as opt
 from cxr_fastai.cli import predict as predict_commands
 from cxr_fastai.cli import serve as serve_commands
 from cxr_fastai.cli import train as train_commands
+from cxr_fastai.cli.console import restored_consoles
 from cxr_fastai.cli.output import (
     LogLines,
     err,
@@ -68,9 +69,9 @@ def show_version(show: Annotated[bool, Option('--version', help='Print the versi
 
     Research software, not a medical device.
     """
-    from cxr_fastai import __version__
-
     if show:
+        from cxr_fastai import __version__  # a package that is not installed has no version
+
         out.print(f'cxr_fastai {__version__}', highlight=False)
         raise typer.Exit
 
@@ -146,7 +147,7 @@ def _train_demo(images: Path, run: Path, epochs: int, size: int, seed: int) -> N
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the arguments of this process) and return its exit code."""
-    with _own_warnings(), _logging_to_stdout(), _exit_on_sigterm():
+    with restored_consoles(), _own_warnings(), _logging_to_stdout(), _exit_on_sigterm():
         try:
             words = sys.argv[1:] if argv is None else argv
             _check_words(words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -12,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.output import out, print_columns, print_line
+from cxr_fastai.cli.console import move_messages_to_stderr
+from cxr_fastai.cli.documents import print_json
+from cxr_fastai.cli.output import print_columns, print_line
 from cxr_fastai.core.errors import CXRError
 from cxr_fastai.core.hardware import available_cores, available_memory, bf16_instructions, processor
 
@@ -29,9 +30,11 @@ def checks(as_json: opt.AsJson = False) -> None:
 
     Example: cxr-fastai checks
     """
+    if as_json:
+        move_messages_to_stderr()
     facts = describe_machine()
     if as_json:
-        out.print_json(json.dumps(facts))
+        print_json(facts)
         return
     width = max(map(len, facts)) + 2
     for name, value in facts.items():
@@ -46,12 +49,14 @@ def benchmark(
 
     Example: cxr-fastai benchmark bundle images/
     """
+    if as_json:
+        move_messages_to_stderr()
     from cxr_fastai.data.find import list_images
     from cxr_fastai.inference.benchmarking import benchmark
 
     rows = benchmark(model, list_images(images) if images else [], modality=modality)
     if as_json:
-        out.print_json(json.dumps(rows))
+        print_json(rows)
         return
     header = ('engine', 'device', 'precision', 'batch', 'images/s', 'ms per batch', 'largest change of p')
     print_columns(header, [_format_row(row) for row in rows])

@@ -1,8 +1,13 @@
-"""The consoles for stdout and stderr, which print in one process only and do not end with their reader."""
+"""The consoles for stdout and stderr, which print in one process only and do not end with their reader.
+
+With `--json`, stdout is reserved for `document`, and what `out` prints goes to stderr.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -34,4 +39,21 @@ class MainConsole(LastingConsole):
 
 
 out = MainConsole()
+document = MainConsole()
 err = LastingConsole(stderr=True)
+
+
+def move_messages_to_stderr() -> None:
+    """Print to stderr what `out` would print to stdout, until the end of `restored_consoles`."""
+    out.stderr = True
+    out.no_color = True  # the colors were chosen for stdout; stderr may be a file
+
+
+@contextmanager
+def restored_consoles() -> Iterator[None]:
+    """Restore at the end of the block what a command has changed in `out`."""
+    stderr, no_color = out.stderr, out.no_color
+    try:
+        yield
+    finally:
+        out.stderr, out.no_color = stderr, no_color

@@ -7,6 +7,8 @@ from pathlib import Path
 import typer
 
 from cxr_fastai.cli import options as opt
+from cxr_fastai.cli.console import move_messages_to_stderr
+from cxr_fastai.cli.documents import print_json
 from cxr_fastai.cli.output import choose_source, out, print_error, print_line
 from cxr_fastai.core.files import check_writable
 
@@ -84,13 +86,17 @@ def data_audit(
     workers: opt.Threads = None,
     hide_names: opt.HideNames = False,
     modality: opt.Modality = '',
+    as_json: opt.AsJson = False,
 ) -> None:
     """Find problems in a set of images before training: leakage, duplicates, unreadable images, shortcuts.
 
-    The exit code is 1 if there are errors, and 0 if there are only warnings.
+    The exit code is 1 if there are errors, and 0 if there are only warnings. With --json the contents of audit.json are
+    printed: data, images, identity, counts, probes, facts, findings.
 
     Example: cxr-fastai data audit data/chest_xray --out audit
     """
+    if as_json:
+        move_messages_to_stderr()
     from cxr_fastai.cli.output import audit_tables
     from cxr_fastai.data.auditing import audit, save_audit
     from cxr_fastai.data.items import data_root
@@ -98,7 +104,10 @@ def data_audit(
     check_writable(report)  # before all images are read
     result = audit(data_root(choose_source(folder, csv)), workers, hide_names, modality)
     save_audit(result, report)
-    out.print(audit_tables(result))
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        out.print(audit_tables(result))
     print_line(f'{report}: audit.json and audit.html')
     if any(finding.level == 'error' for finding in result.findings):
         raise typer.Exit(1)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.cli import options as opt
+from cxr_fastai.cli.console import move_messages_to_stderr
+from cxr_fastai.cli.documents import evaluated_run, evaluation_document, print_json
 from cxr_fastai.cli.output import choose_source, out, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_new
 from cxr_fastai.core.run import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cxr_fastai.evaluation.comparison import Comparison
 
 
 def evaluate(
@@ -26,14 +33,21 @@ def evaluate(
     robustness: opt.Robustness = False,
     folder: opt.NewComparison = None,
     device: opt.Device = 'auto',
+    as_json: opt.AsJson = False,
 ) -> None:
     """Evaluate a run on a split, and write predictions, metrics with 95% intervals, and figures into its folder.
     Several runs, or a folder of runs, are also compared on the same images.
 
-    Without --data the images are those that the run was trained on. Example: cxr-fastai evaluate runs/resnet50
+    Without --data the images are those that the run was trained on. The fields of --json: split, runs (each with run,
+    metrics, figures, robustness), comparison (folder, pairs, seeds; null for one run).
+
+    Example: cxr-fastai evaluate runs/resnet50
     """
-    from cxr_fastai.evaluation.comparison import find_runs
+    if as_json:
+        move_messages_to_stderr()
+    from cxr_fastai.evaluation.comparison import compare_runs, find_runs
     from cxr_fastai.evaluation.figures import evaluate_and_draw
+    from cxr_fastai.evaluation.robustness import evaluate_robustness
 
     images = choose_source(data, csv)
     run_list = find_runs(runs)
@@ -44,16 +58,28 @@ def evaluate(
         check_new(folder)  # before the runs are evaluated, which takes long
     prevalences = [parse_share(text) for text in prevalence] if prevalence else None
     groups = ['kind', *by] if by else None
+    documents = []
     for run in run_list:
         again = not is_comparison
         metrics, figures = evaluate_and_draw(
             run, images, split, batch_size, limit, threshold, prevalences, groups, again, device
         )
-        _print_evaluation(run, split, metrics, figures)
+        if not as_json:
+            _print_evaluation(run, split, metrics, figures)
+        corrupted = None
         if robustness:
-            _evaluate_robustness(run, images, split, batch_size, limit, device)
+            corrupted = evaluate_robustness(run, images, split, batch_size, limit, device)
+            if not as_json:
+                _print_robustness(run, split, corrupted)
+        documents.append(evaluated_run(run, metrics, figures, corrupted))
+    comparison = None
     if is_comparison:
-        _compare(run_list, split, folder or unused_path(Path('comparison')))
+        folder = folder or unused_path(Path('comparison'))
+        comparison = compare_runs(run_list, split, folder)
+        if not as_json:
+            _print_comparison(comparison, folder)
+    if as_json:
+        print_json(evaluation_document(split, documents, comparison, folder))
 
 
 def parse_share(text: str) -> float:
@@ -86,21 +112,16 @@ def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: li
     print_line(f'in {run.path}: {", ".join(files)}')
 
 
-def _evaluate_robustness(
-    run: Run, images: Path | None, split: str, batch_size: int, limit: int | None, device: str
-) -> None:
+def _print_robustness(run: Run, split: str, robustness: pd.DataFrame) -> None:
     from cxr_fastai.cli.output import robustness_table
-    from cxr_fastai.evaluation.robustness import evaluate_robustness
 
-    out.print(robustness_table(evaluate_robustness(run, images, split, batch_size, limit, device)))
+    out.print(robustness_table(robustness))
     print_line(f'in {run.path}: robustness.csv, figures/robustness_{split}.png')
 
 
-def _compare(runs: list[Run], split: str, folder: Path) -> None:
+def _print_comparison(comparison: Comparison, folder: Path) -> None:
     from cxr_fastai.cli.output import comparison_tables
-    from cxr_fastai.evaluation.comparison import compare_runs
 
-    comparison = compare_runs(runs, split, folder)
     out.print(comparison_tables(comparison.runs, comparison.pairs, comparison.seeds))
     if not comparison.pairs:
         print_line('The runs have too few images in common for paired tests.')

@@ -378,7 +378,10 @@ EngineKind = Annotated[
     str, Option('--engine', help='Run bundles with this engine: onnx, torch, or auto (ONNX Runtime if installed).')
 ]
 
-AsJson = Annotated[bool, Option('--json', help='Print JSON instead of a table.')]
+AsJson = Annotated[
+    bool,
+    Option('--json', help='Print one JSON document to standard output instead of text; messages go to standard error.'),
+]
 Device = Annotated[
     str, Option('--device', help='Compute on cpu, cuda, cuda:N, mps, or auto (the GPU if there is one).')
 ]

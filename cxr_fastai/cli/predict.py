@@ -10,8 +10,10 @@ import typer
 
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli import sharing_options as share
+from cxr_fastai.cli.console import move_messages_to_stderr
+from cxr_fastai.cli.documents import prediction_document, print_json
 from cxr_fastai.cli.explain import print_explanations
-from cxr_fastai.cli.output import out, print_error, print_line
+from cxr_fastai.cli.output import out, predictions_table, print_error, print_line
 from cxr_fastai.core.environment import Launch, is_main_process, paused_collector
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_new
@@ -78,11 +80,16 @@ def predict(
     workers: opt.Threads = None,
     device: opt.Device = 'auto',
     precision: opt.Precision = 'fp32',
+    as_json: opt.AsJson = False,
 ) -> None:
     """Predict the probability of pneumonia for each image. An image that cannot be used gets a row with the reason.
 
+    The fields of --json: model, threshold, threshold_rule, calibrated, images, positives, failures, table, maps, rows.
+
     Example: cxr-fastai predict bundle image.jpeg more_images/ --out predictions.csv
     """
+    if as_json:
+        move_messages_to_stderr()
     from cxr_fastai.inference.onnx_start import start_onnx
 
     start_onnx(model, 'torch' if maps else engine, device, precision)
@@ -114,7 +121,11 @@ def predict(
         from cxr_fastai.interpretation.explainer import explain_predictions
 
         print_explanations(explain_predictions(predictions, paths, map_folder))
-    _print_predictions(predictions, table)
+    if as_json:
+        print_json(prediction_document(predictions, model, table, map_folder))
+    else:
+        out.print(predictions_table(predictions.rows, ROWS_SHOWN))
+    _print_summary(predictions, table)
     if predictions.failures:
         raise typer.Exit(3)
 
@@ -128,11 +139,9 @@ def _map_folder(table: Path | None) -> Path:
     return folder
 
 
-def _print_predictions(predictions: Predictions, table: Path | None) -> None:
-    from cxr_fastai.cli.output import predictions_table
+def _print_summary(predictions: Predictions, table: Path | None) -> None:
     from cxr_fastai.inference.gate import OUT_OF_DISTRIBUTION
 
-    out.print(predictions_table(predictions.rows, ROWS_SHOWN))
     failures = predictions.failures
     for row in failures[:FAILURES_SHOWN]:
         print_error(f'{row["status"]}: {row["path"]}: {row["message"]}')

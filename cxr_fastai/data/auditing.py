@@ -86,6 +86,18 @@ class Audit:
     findings: tuple[Finding, ...]
     pictures: dict[str, bytes]
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the contents of `audit.json`: everything but the pictures."""
+        return {
+            'data': self.data,
+            'images': self.images,
+            'identity': self.identity,
+            'counts': self.counts.to_dict('records'),
+            'probes': self.probes.to_dict('records'),
+            'facts': self.facts,
+            'findings': [asdict(finding) for finding in self.findings],
+        }
+
 
 def audit(data: StrPath, workers: int | None = None, hide_names: bool = False, modality: str = '') -> Audit:
     """Examine every image of the folder or CSV file `data` with `workers` threads (default: the number of cores).
@@ -140,18 +152,7 @@ def save_audit(audit: Audit, folder: StrPath) -> None:
     folder = Path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_json(
-        folder / 'audit.json',
-        {
-            'data': audit.data,
-            'images': audit.images,
-            'identity': audit.identity,
-            'counts': audit.counts.to_dict('records'),
-            'probes': audit.probes.to_dict('records'),
-            'facts': audit.facts,
-            'findings': [asdict(finding) for finding in audit.findings],
-        },
-    )
+    write_json(folder / 'audit.json', audit.as_dict())
     write_text(folder / 'audit.html', render(audit))
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -42,6 +43,7 @@ from cxr_fastai.cli.output import (
     show_warning,
     unused_path,
 )
+from cxr_fastai.cli.verbosity import Command, Quiet, Verbose, log
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import check_new
 from cxr_fastai.core.workers import open_standard_streams
@@ -64,7 +66,11 @@ app.add_typer(data_commands.app, name='data')
 
 
 @app.callback(invoke_without_command=True)
-def show_version(show: Annotated[bool, Option('--version', help='Print the version and exit.')] = False) -> None:
+def show_version(
+    show: Annotated[bool, Option('--version', help='Print the version and exit.')] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
     """Train, evaluate, explain, export and serve classifiers of chest X-ray images.
 
     Research software, not a medical device.
@@ -76,23 +82,23 @@ def show_version(show: Annotated[bool, Option('--version', help='Print the versi
         raise typer.Exit
 
 
-app.command()(train_commands.train)
-app.command('lr-find')(train_commands.lr_find)
-app.command()(list_commands.archs)
-app.command()(list_commands.recipes)
-app.command()(evaluate_commands.evaluate)
-app.command()(evaluate_commands.report)
-app.command()(explain_commands.explain)
-app.command()(predict_commands.export)
-app.command()(predict_commands.predict)
-app.command()(predict_commands.trust)
-app.command()(serve_commands.serve)
-app.command()(check_commands.checks)
-app.command()(check_commands.benchmark)
-app.command('push-to-hub')(predict_commands.push_to_hub)
+app.command(cls=Command)(train_commands.train)
+app.command('lr-find', cls=Command)(train_commands.lr_find)
+app.command(cls=Command)(list_commands.archs)
+app.command(cls=Command)(list_commands.recipes)
+app.command(cls=Command)(evaluate_commands.evaluate)
+app.command(cls=Command)(evaluate_commands.report)
+app.command(cls=Command)(explain_commands.explain)
+app.command(cls=Command)(predict_commands.export)
+app.command(cls=Command)(predict_commands.predict)
+app.command(cls=Command)(predict_commands.trust)
+app.command(cls=Command)(serve_commands.serve)
+app.command(cls=Command)(check_commands.checks)
+app.command(cls=Command)(check_commands.benchmark)
+app.command('push-to-hub', cls=Command)(predict_commands.push_to_hub)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     folder: opt.NewFolder = None,
     images: opt.Images = 800,
@@ -160,9 +166,11 @@ def main(argv: list[str] | None = None) -> int:
                 return _report_signal(signal.Signals(code - 128))
             return code
         except CXRError as error:
+            log.debug(traceback.format_exc())
             print_error(f'error: {error_message(error)}')
             return error.exit_code
         except OSError as error:  # refused by the operating system, so not a bug of this package
+            log.debug(traceback.format_exc())
             print_error(f'error: {error.filename or "system"}: {error.strerror or error}')
             return OutputError.exit_code if error.errno in DISK_ERRORS else 1
     return 0
@@ -206,7 +214,6 @@ def _own_warnings() -> Iterator[None]:
 
 @contextmanager
 def _logging_to_stdout() -> Iterator[None]:
-    log = logging.getLogger('cxr_fastai')
     lines = LogLines()
     level = log.level
     log.addHandler(lines)

@@ -52,8 +52,8 @@ def move_messages_to_stderr() -> None:
 @contextmanager
 def restored_consoles() -> Iterator[None]:
     """Restore at the end of the block what a command has changed in `out`."""
-    stderr, no_color = out.stderr, out.no_color
+    stderr, no_color, quiet = out.stderr, out.no_color, out.quiet
     try:
         yield
     finally:
-        out.stderr, out.no_color = stderr, no_color
+        out.stderr, out.no_color, out.quiet = stderr, no_color, quiet

@@ -10,12 +10,13 @@ from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.console import move_messages_to_stderr
 from cxr_fastai.cli.documents import print_json
 from cxr_fastai.cli.output import choose_source, out, print_error, print_line
+from cxr_fastai.cli.verbosity import Command, CommandGroup
 from cxr_fastai.core.files import check_writable
 
-app = typer.Typer(no_args_is_help=True, help='Create, download, prepare and audit images.')
+app = typer.Typer(cls=CommandGroup, no_args_is_help=True, help='Create, download, prepare and audit images.')
 
 
-@app.command('demo')
+@app.command('demo', cls=Command)
 def data_demo(
     folder: opt.NewImageFolder,
     images: opt.Images = 480,
@@ -33,7 +34,7 @@ def data_demo(
     out.print(counts.unstack().to_string())
 
 
-@app.command('download')
+@app.command('download', cls=Command)
 def data_download(folder: opt.NewImageFolder, source: opt.Origin = 'mendeley') -> None:
     """Download the 5,856 real images in the Kaggle layout. Run the command again to resume an interrupted download.
 
@@ -46,7 +47,7 @@ def data_download(folder: opt.NewImageFolder, source: opt.Origin = 'mendeley') -
     print_line(f'{folder}: {describe_items(items)}. Licence {SOURCES[source].licence}, {SOURCES[source].page}')
 
 
-@app.command('prepare')
+@app.command('prepare', cls=Command)
 def data_prepare(
     folder: opt.ImageFolder = None,
     csv: opt.Csv = None,
@@ -78,7 +79,7 @@ def data_prepare(
         raise typer.Exit(3)
 
 
-@app.command('audit')
+@app.command('audit', cls=Command)
 def data_audit(
     folder: opt.ImageFolder = None,
     csv: opt.Csv = None,

@@ -52,11 +52,14 @@ def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 class LogLines(logging.Handler):
-    """Prints the log records of the library to stdout, one line each."""
+    """Prints the log records of the library: those of the level INFO to stdout, others to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the message of `record`."""
-        print_line(record.getMessage())
+        if record.levelno == logging.INFO:
+            print_line(record.getMessage())
+        else:
+            print_error(f'{record.levelname.lower()}: {record.getMessage()}')
 
 
 def print_error(text: str) -> None:

@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 def progress_bar(total: int | None, description: str = '', **options: Any) -> Any:
     """Return a `tqdm` bar that disappears when it is closed; `options` are passed to `tqdm`.
 
-    The bar is drawn only on a terminal or in a notebook, and only in the main process of a distributed run.
+    The bar is drawn only on a terminal or in a notebook, and only in the main process of a distributed run. None is
+    drawn if the level of the logger `cxr_fastai` is WARNING or higher, as with `--quiet`.
     """
     if 'IPython' in sys.modules:
         from tqdm.auto import tqdm  # a widget in a notebook; it loads asyncio, which slows the start of a command
@@ -39,7 +40,8 @@ def progress_bar(total: int | None, description: str = '', **options: Any) -> An
         from tqdm import tqdm
 
     # With None, tqdm draws the bar if its output is a terminal.
-    disable = None if is_main_process() else True
+    is_quiet = logging.getLogger('cxr_fastai').level >= logging.WARNING
+    disable = None if is_main_process() and not is_quiet else True
     return tqdm(total=total, desc=description or None, leave=False, disable=disable, **options)
 
 

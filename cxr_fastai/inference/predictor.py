@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,8 @@ Row = dict[str, Any]
 COLUMNS = ('path', 'status', 'p_pneumonia', 'prediction', 'threshold', 'code', 'message')
 MAX_MESSAGE = 200
 """Largest length of a message, in characters."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Predictor:
                 f'{model}: --calibrated needs a temperature, which `cxr-fastai evaluate RUN` fits to validation '
                 'images. Evaluate the run, and name its folder.'
             )
+        log.debug('%s: loaded into %s', model, predictor.engine)
         if not gate:
             predictor = replace(predictor, gate=None)
         if modality:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from cxr_fastai.cli import explanation_options as shown
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.output import choose_source, out, print_error, print_line, unused_path
 from cxr_fastai.core.errors import ImageError, UsageError
@@ -20,18 +21,18 @@ if TYPE_CHECKING:
 
 
 def explain(
-    run: opt.Explained,
+    run: shown.Explained,
     images: opt.SomeImages = None,
-    method: opt.Method = 'gradcam',
-    target: opt.Target = 'PNEUMONIA',
-    layer: opt.Layer = None,
-    folder: opt.ExplanationFolder = None,
-    top_losses: opt.TopLosses = None,
-    check: opt.CheckMaps = False,
+    method: shown.Method = 'gradcam',
+    target: shown.Target = 'PNEUMONIA',
+    layer: shown.Layer = None,
+    folder: shown.ExplanationFolder = None,
+    top_losses: shown.TopLosses = None,
+    check: shown.CheckMaps = False,
     split: opt.Split = 'test',
     data: opt.Data = None,
     csv: opt.Csv = None,
-    burned_in: opt.BurnedIn = False,
+    burned_in: shown.BurnedIn = False,
     modality: opt.Modality = '',
     batch_size: opt.BatchSize = 32,
     device: opt.Device = 'auto',

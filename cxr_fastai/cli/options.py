@@ -1,6 +1,6 @@
 """The arguments and options of commands, each defined once with its name, meaning, unit and default.
 
-Those of commands that share a finished model are in `sharing_options`.
+Those of `explain` are in `explanation_options`, those of commands that share a finished model in `sharing_options`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,6 @@ def _read_split(name: str) -> str:
     return split
 
 
-def _read_class(name: str) -> str:
-    """Return the class `name` in upper case; another name as it is, for the command to refuse."""
-    from cxr_fastai.data.layout import read_class
-
-    return read_class(name) or name
-
-
 # Images and how they are read
 
 Data = Annotated[
@@ -45,7 +38,7 @@ Data = Annotated[
 ]
 Csv = Annotated[
     Path | None,
-    Option('--csv', metavar='FILE', show_default='none', help='Read images from this CSV: path,label[,split,patient].'),
+    Option('--csv', metavar='FILE', show_default=False, help='Read images from this CSV: path,label[,split,patient].'),
 ]
 ImageFolder = Annotated[
     Path | None,
@@ -56,6 +49,7 @@ Origin = Annotated[
     str,
     Option(
         '--source',
+        metavar='mendeley|kaggle|medmnist',
         help='Download from mendeley (1.2 GB, no account), kaggle (2.3 GB, with a val folder), or medmnist (0.2 GB).',
     ),
 ]
@@ -66,14 +60,19 @@ ImageSize = Annotated[
     int, Option('--size', metavar='PX', min=64, max=4096, help='Draw images with this side, in pixels.')
 ]
 Resize = Annotated[
-    str, Option('--resize', help='Make images square: squish (ignore the aspect ratio), or pad or crop (keep it).')
+    str,
+    Option(
+        '--resize',
+        metavar='squish|pad|crop',
+        help='Make images square: squish (ignore the aspect ratio), or pad or crop (keep it).',
+    ),
 ]
 Modality = Annotated[
     str,
     Option(
         '--modality',
         metavar='CODES',
-        show_default='none',
+        show_default=False,
         help='Also accept DICOM images of these modalities, such as RG or CT,MR; always accepted are CR, DX and DR.',
     ),
 ]
@@ -111,12 +110,17 @@ AuditFolder = Annotated[Path, Option('--out', metavar='DIR', help='Write audit.j
 
 Arch = Annotated[
     str,
-    Option('--arch', help='Train this network: baseline, resnet50, efficientnet_lite0, or another that `archs` lists.'),
+    Option(
+        '--arch',
+        metavar='NAME',
+        help='Train this network: baseline, resnet50, efficientnet_lite0, or another that `archs` lists.',
+    ),
 ]
 RecipeName = Annotated[
     str,
     Option(
         '--recipe',
+        metavar='reference|tuned|FILE',
         help='Train by this recipe: reference (the specification), tuned (the most robust), or a RUN/recipe.json.',
     ),
 ]
@@ -125,7 +129,7 @@ Fields = Annotated[
     Option(
         '--set',
         metavar='FIELD=VALUE',
-        show_default='none',
+        show_default=False,
         help='Set a field of the recipe, for example ema=0. Repeat for more.',
     ),
 ]
@@ -143,6 +147,7 @@ LearningRate = Annotated[
     float | None,
     Option(
         '--lr',
+        metavar='RATE',
         show_default='from the recipe',
         help='Set the learning rate of the first phase. Later phases keep their ratio to it.',
     ),
@@ -151,29 +156,43 @@ Weights = Annotated[
     str | None,
     Option(
         '--weights',
+        metavar='imagenet|none|FILE',
         show_default='imagenet, if available',
         help='Start from these weights: imagenet, imagenet-v2, none, or the file of a state dict.',
     ),
 ]
 Valid = Annotated[
-    str, Option('--valid', help='Validate on official (the val folder) or on patients (10% of the patients).')
+    str,
+    Option(
+        '--valid',
+        metavar='official|patients',
+        help='Validate on official (the val folder) or on patients (10% of the patients).',
+    ),
 ]
 Leakage = Annotated[
     bool, Option('--allow-leakage', help='Train even if a patient is in two splits; the recipe records it.')
 ]
-BadImage = Annotated[str, Option('--on-bad-image', help='At an unreadable image, fail, or skip it with a warning.')]
+BadImage = Annotated[
+    str, Option('--on-bad-image', metavar='fail|skip', help='At an unreadable image, fail, or skip it with a warning.')
+]
 Precision = Annotated[
     str,
     Option(
         '--precision',
+        metavar='auto|fp32|bf16|fp16',
         help='Compute in fp32 or bf16; training also in fp16, or auto: a lower one if a trial shows that it is faster.',
     ),
 ]
-Compile = Annotated[str, Option('--compile', help='Compile training steps with torch.compile: on or off.')]
+Compile = Annotated[
+    str, Option('--compile', metavar='on|off', help='Compile training steps with torch.compile: on or off.')
+]
 Track = Annotated[
     str | None,
     Option(
-        '--track', metavar='NAME', show_default='none', help='Also log the history to tensorboard, wandb or mlflow.'
+        '--track',
+        metavar='tensorboard|wandb|mlflow',
+        show_default=False,
+        help='Also log the history to tensorboard, wandb or mlflow.',
     ),
 ]
 NewRun = Annotated[
@@ -218,7 +237,13 @@ RunFolders = Annotated[
     list[Path], Argument(metavar='RUN...', help='Run folders, as written by train, or a folder of run folders.')
 ]
 Split = Annotated[
-    str, Option('--split', callback=_read_split, help='Use the images of this split: train, valid or test.')
+    str,
+    Option(
+        '--split',
+        metavar='train|valid|test',
+        callback=_read_split,
+        help='Use the images of this split: train, valid or test.',
+    ),
 ]
 Rule = Annotated[
     str | None,
@@ -272,68 +297,16 @@ Audit = Annotated[
 Pdf = Annotated[bool, Option('--pdf', help='Also print the report to report.pdf, with Chromium or Chrome.')]
 HideNames = Annotated[bool, Option('--hide-names', help='Show numbers instead of the names of images.')]
 
-# explain
+# explain and benchmark
 
-Explained = Annotated[
-    Path, Argument(metavar='RUN', help='Run folder; to explain images by path, also a bundle or a trusted .pkl file.')
-]
 SomeImages = Annotated[
     list[Path] | None,
     Argument(
         metavar='IMAGE|DIR|CSV...',
-        show_default='none',
+        show_default=False,
         help='Images, folders of images, or CSV files with a column path.',
     ),
 ]
-Method = Annotated[
-    str,
-    Option(
-        '--method',
-        help='Compute maps by gradcam, gradcam++, cam (needs average pooling and one linear layer) or occlusion.',
-    ),
-]
-Target = Annotated[str, Option('--target', callback=_read_class, help='Explain this class: NORMAL or PNEUMONIA.')]
-Layer = Annotated[
-    str | None,
-    Option(
-        '--layer',
-        metavar='NAME',
-        show_default='the last before pooling',
-        help='Explain this layer, named as in the state dict.',
-    ),
-]
-ExplanationFolder = Annotated[
-    Path | None,
-    Option(
-        '--out',
-        metavar='DIR',
-        show_default='RUN/figures/explained',
-        help='Write the figures to this new folder. The default is numbered if it exists.',
-    ),
-]
-TopLosses = Annotated[
-    int | None,
-    Option(
-        '--top-losses',
-        metavar='N',
-        min=1,
-        show_default='none',
-        help='Explain the N images of the split with the highest loss.',
-    ),
-]
-CheckMaps = Annotated[
-    bool,
-    Option(
-        '--check', help='Check on images of the split whether the maps can be trusted; adds a section to the report.'
-    ),
-]
-BurnedIn = Annotated[
-    bool,
-    Option(
-        '--allow-burned-in', help='Also show images that are marked as containing text, which may name the patient.'
-    ),
-]
-
 # predict
 
 Model = Annotated[Path, Argument(metavar='MODEL', help='Bundle (folder or zip), run folder, or a trusted .pkl file.')]
@@ -375,7 +348,12 @@ NoGate = Annotated[
     bool, Option('--no-gate', help='Score rejected images too: switch off the input gate (out-of-distribution check).')
 ]
 EngineKind = Annotated[
-    str, Option('--engine', help='Run bundles with this engine: onnx, torch, or auto (ONNX Runtime if installed).')
+    str,
+    Option(
+        '--engine',
+        metavar='auto|onnx|torch',
+        help='Run bundles with this engine: onnx, torch, or auto (ONNX Runtime if installed).',
+    ),
 ]
 
 AsJson = Annotated[
@@ -383,5 +361,10 @@ AsJson = Annotated[
     Option('--json', help='Print one JSON document to standard output instead of text; messages go to standard error.'),
 ]
 Device = Annotated[
-    str, Option('--device', help='Compute on cpu, cuda, cuda:N, mps, or auto (the GPU if there is one).')
+    str,
+    Option(
+        '--device',
+        metavar='auto|cpu|cuda|cuda:N|mps',
+        help='Compute on cpu, cuda, cuda:N, mps, or auto (the GPU if there is one).',
+    ),
 ]

@@ -23,7 +23,7 @@ AsZip = Annotated[bool, Option('--zip', help='Write one zip file instead of a fo
 NewSpace = Annotated[
     Path | None,
     Option(
-        '--space', metavar='DIR', show_default='none', help='Also write a Hugging Face Space (Gradio) to this folder.'
+        '--space', metavar='DIR', show_default=False, help='Also write a Hugging Face Space (Gradio) to this folder.'
     ),
 ]
 Repo = Annotated[str, Argument(metavar='USER/NAME', help='Repository on the Hugging Face Hub; created if missing.')]
@@ -34,16 +34,18 @@ TrustWhat = Annotated[
 ]
 Hash = Annotated[
     str | None,
-    Option('--sha256', metavar='HEX', show_default='none', help='Compare the file with this SHA-256 from its author.'),
+    Option('--sha256', metavar='HEX', show_default=False, help='Compare the file with this SHA-256 from its author.'),
 ]
 
 # serve
 
-Host = Annotated[str, Option('--host', help='Listen on this address; 0.0.0.0 listens on all networks.')]
-Port = Annotated[int, Option('--port', min=0, max=65535, help='Listen on this port; 0 picks a free one.')]
+Host = Annotated[
+    str, Option('--host', metavar='ADDRESS', help='Listen on this address; 0.0.0.0 listens on all networks.')
+]
+Port = Annotated[int, Option('--port', metavar='N', min=0, max=65535, help='Listen on this port; 0 picks a free one.')]
 TokenFile = Annotated[
     Path | None,
-    Option('--token-file', metavar='FILE', show_default='none', help='Require the bearer token in this file.'),
+    Option('--token-file', metavar='FILE', show_default=False, help='Require the bearer token in this file.'),
 ]
 AllowHost = Annotated[
     list[str] | None,

@@ -17,6 +17,7 @@ Any other exception is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 REJECTED = ('E_TOO_SMALL', 'E_TOO_LARGE', 'E_BLANK', 'E_MULTIFRAME', 'E_DICOM_MODALITY')
@@ -91,3 +92,11 @@ def visible(text: str) -> str:
     are not valid text appear as escape sequences.
     """
     return ''.join(char if char.isprintable() else char.encode('unicode_escape').decode() for char in text)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return ` (did you mean X?)` with the one of `names` that is most like `name`; empty if none is."""
+    from difflib import get_close_matches
+
+    similar = get_close_matches(name, list(names), 1)
+    return f' (did you mean {similar[0]}?)' if similar else ''

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from cxr_fastai.core.environment import is_installed, require_package
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import UsageError, did_you_mean
 from cxr_fastai.core.recipe import CUSTOM, RECIPES, VOCAB, Recipe
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.models.libraries import find_library_arch, find_timm_arch, similar_in_timm, timm_model
@@ -112,18 +112,19 @@ def find_arch(arch: str) -> Arch:
 
 def _unknown_arch(arch: str) -> UsageError:
     arch = arch[:MAX_NAME]  # a model file can contain any text
-    choices = ', '.join((*ARCHS, *registered_names()))
+    names = (*ARCHS, *registered_names())
+    choices = ', '.join(names)
     own = (
         f"A network of your own is registered by add_arch('{arch}', ...) or {VARIABLE}={arch}=package.module:function."
     )
     if not is_installed('timm'):
         return UsageError(
-            f'--arch {arch}, which is not one of {choices}, needs the package timm, which is not installed. '
-            f'Install it: pip install "cxr_fastai[timm]". {own}'
+            f'--arch {arch}, which is not one of {choices}{did_you_mean(arch, names)}, needs the package timm, '
+            f'which is not installed. Install it: pip install "cxr_fastai[timm]". {own}'
         )
     return UsageError(
-        f'--arch {arch} is unknown: choose {choices}, torchvision.NAME, or a name that timm knows'
-        f'{similar_in_timm(arch)}. {own}'
+        f'--arch {arch} is unknown{did_you_mean(arch, names)}: choose {choices}, torchvision.NAME, or a name that timm '
+        f'knows{similar_in_timm(arch)}. {own}'
     )
 
 

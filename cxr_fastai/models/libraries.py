@@ -139,10 +139,10 @@ def _features(body: Any) -> Any:
 
 
 def similar_in_timm(arch: str) -> str:
-    """Return the words `, such as NAME, NAME` with names of timm that contain `arch`; empty without any."""
+    """Return the words `, such as NAME, NAME` with names of timm that contain `arch` or are like it; empty if none."""
     import timm
 
-    similar = timm.list_models(f'*{arch}*')[:3]
+    similar = timm.list_models(f'*{arch}*')[:3] or get_close_matches(arch, timm.list_models())
     return f', such as {", ".join(similar)}' if similar else ''
 
 

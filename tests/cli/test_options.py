@@ -1,5 +1,6 @@
 """The options of every command: help, examples, and one meaning for each name."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,11 @@ from click import Command, Group
 from typer.main import get_command
 
 from cxr_fastai.cli import app, main, options
+from cxr_fastai.data.sources import SOURCES
+from cxr_fastai.images.preprocessing import RESIZES
+from cxr_fastai.inference.bundle import ENGINES
 from cxr_fastai.models.architectures import ARCHS
+from cxr_fastai.training.tracking import TRACKERS
 
 README = (Path(__file__).parents[2] / 'README.md').read_text()
 PATH_OPTIONS = {'--out', '--resume', '--threshold', '--size', '--workers', '--epochs'}
@@ -56,11 +61,33 @@ def test_the_help_of_an_option_is_a_sentence():
             assert help_text.endswith('.'), help_text
 
 
-def test_every_option_without_a_default_value_says_what_happens():
-    for command in COMMANDS.values():
-        for parameter in command.params:
-            if parameter.opts[0].startswith('--') and parameter.default is None:
-                assert isinstance(parameter.show_default, str), parameter.name
+@pytest.mark.parametrize('name', COMMANDS, ids=' '.join)
+def test_the_help_says_what_an_option_takes_and_invents_no_default(name, capsys):
+    assert main([*name, '--help']) == 0
+    text = capsys.readouterr().out
+    assert not re.search(r'^│ --.*<(str|int|float)>|none\)\]|\[default: \]', text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ('option', 'choices'),
+    [
+        (options.Resize, RESIZES),
+        (options.EngineKind, ENGINES),
+        (options.Origin, SOURCES),
+        (options.Track, TRACKERS),
+    ],
+)
+def test_the_choices_in_the_help_are_those_of_the_library(option, choices):
+    assert option.__metadata__[0].metavar.split('|') == list(choices)
+
+
+def test_a_misspelt_option_command_or_network_gets_a_suggestion(capsys, images):
+    assert main(['train', '--epoch', '3']) == 2
+    assert '--epochs' in capsys.readouterr().err
+    assert main(['predit']) == 2
+    assert "'predict'" in capsys.readouterr().err
+    assert main(['train', '--data', str(images), '--arch', 'resnet5O']) == 2
+    assert '--arch resnet5O is unknown (did you mean resnet50?)' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('arch', ARCHS)

@@ -9,7 +9,8 @@ import typer
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.console import move_messages_to_stderr
 from cxr_fastai.cli.documents import print_json
-from cxr_fastai.cli.output import choose_source, out, print_error, print_line
+from cxr_fastai.cli.failures import Failure, print_failures
+from cxr_fastai.cli.output import choose_source, out, print_line
 from cxr_fastai.cli.verbosity import Command, CommandGroup
 from cxr_fastai.core.files import check_writable
 
@@ -72,8 +73,7 @@ def data_prepare(
     log_ignored(items, root)
     preprocessing = Preprocessing(size, resize, modality=modality)
     cache, added, errors = prepare(items.path, image_root(root), preprocessing, workers)
-    for error in errors:
-        print_error(f'error: {error}')
+    print_failures(map(Failure.from_error, errors))
     print_line(f'{cache}: {len(items) - len(errors):,} images, {added:,} of them new')
     if errors:
         raise typer.Exit(3)

@@ -24,11 +24,13 @@ from cxr_fastai.core.errors import CXRError, UsageError, visible
 if TYPE_CHECKING:
     import pandas as pd
 
-    from cxr_fastai.data.auditing import Audit
+    from cxr_fastai.data.auditing import Audit, Finding
 
 
 MAX_PROBES = 4
 """Probes shown for each target of the audit; audit.html has all of them."""
+MAX_EXAMPLES = 3
+"""Images shown for each finding of the audit."""
 
 
 def print_line(text: str) -> None:
@@ -159,8 +161,15 @@ def _findings_table(audit: Audit) -> Table:
     for finding in audit.findings:
         color = 'red' if finding.level == 'error' else 'yellow'
         count = '' if finding.count is None else f'{finding.count:,}'
-        table.add_row(f'[{color}]{finding.level}[/]', escape(finding.name), count, escape(finding.advice))
+        advice = finding.advice + _examples(finding)
+        table.add_row(f'[{color}]{finding.level}[/]', escape(finding.name), count, escape(visible(advice)))
     return table
+
+
+def _examples(finding: Finding) -> str:
+    """Return up to three of the images, or groups of images, of a finding; audit.json has all of them."""
+    groups = ['; '.join(group) for group in finding.images[:MAX_EXAMPLES]]
+    return f' Such as: {", ".join(groups)}.' if groups else ''
 
 
 def metrics_tables(metrics: dict[str, Any]) -> Group:

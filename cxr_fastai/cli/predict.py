@@ -13,6 +13,7 @@ from cxr_fastai.cli import sharing_options as share
 from cxr_fastai.cli.console import move_messages_to_stderr
 from cxr_fastai.cli.documents import prediction_document, print_json
 from cxr_fastai.cli.explain import print_explanations
+from cxr_fastai.cli.failures import EXAMPLES, Failure, print_failures
 from cxr_fastai.cli.output import out, predictions_table, print_error, print_line
 from cxr_fastai.core.environment import Launch, is_main_process, paused_collector
 from cxr_fastai.core.errors import UsageError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from cxr_fastai.inference.tables import Predictions
 
 ROWS_SHOWN = 20
-FAILURES_SHOWN = 20
 
 
 def export(
@@ -125,7 +125,7 @@ def predict(
         print_json(prediction_document(predictions, model, table, map_folder))
     else:
         out.print(predictions_table(predictions.rows, ROWS_SHOWN))
-    _print_summary(predictions, table)
+    _print_summary(predictions, table, as_json)
     if predictions.failures:
         raise typer.Exit(3)
 
@@ -139,21 +139,19 @@ def _map_folder(table: Path | None) -> Path:
     return folder
 
 
-def _print_summary(predictions: Predictions, table: Path | None) -> None:
+def _print_summary(predictions: Predictions, table: Path | None, as_json: bool) -> None:
     from cxr_fastai.inference.gate import OUT_OF_DISTRIBUTION
 
     failures = predictions.failures
-    for row in failures[:FAILURES_SHOWN]:
-        print_error(f'{row["status"]}: {row["path"]}: {row["message"]}')
-    if len(failures) > FAILURES_SHOWN:
-        where = f'{table} lists all' if table else '--out writes all of them to a table'
-        print_error(f'{len(failures) - FAILURES_SHOWN} more images failed; {where}')
+    print_failures(Failure(row['status'], row['path'], row['code'], row['message']) for row in failures)
     if any(row['code'] == OUT_OF_DISTRIBUTION for row in failures):
         print_error('With --no-gate the images that the input gate rejected get a probability too.')
     print_line(_describe_threshold(predictions.predictor))
     summary = f'{len(predictions.rows)} images, {predictions.positives} classified as PNEUMONIA, {len(failures)} failed'
     if table:
         summary += f'; rows in {table}'
+    elif len(failures) > EXAMPLES and not as_json:
+        summary += '; --out writes all reasons to a table'
     print_line(summary)
 
 
@@ -173,11 +171,14 @@ def trust(what: share.TrustWhat, sha256: share.Hash = None) -> None:
 
     Example: cxr-fastai trust learner.pkl --sha256 HEX
     """
-    from cxr_fastai.inference.pickles import distrust, trust_file, trusted
+    from cxr_fastai.inference.pickles import distrust, trust_file, trust_store, trusted
 
     match what:
         case ['list'] if not sha256:
-            for digest, entry in trusted().items():
+            hashes = trusted()
+            if not hashes:
+                print_line(f'{trust_store()}: no trusted hashes')
+            for digest, entry in sorted(hashes.items(), key=lambda item: item[1]['since']):
                 print_line(f'{digest}  {entry["since"]}  {entry["why"]}')
         case ['remove', digest] if not sha256:
             distrust(digest)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -217,10 +218,28 @@ def test_without_the_gate_a_rejected_image_gets_a_probability(bundle, image, tmp
     assert row['status'] == 'ok' and 0 <= row['p_pneumonia'] <= 1
 
 
-def test_many_failures_are_counted_and_not_all_printed(bundle, tmp_path, capsys):
-    (tmp_path / 'damaged').mkdir()
+def test_many_failures_of_one_kind_are_one_line_with_three_examples(bundle, tmp_path, capsys):
+    folder = tmp_path / 'damaged'
+    folder.mkdir()
     for number in range(25):
-        (tmp_path / f'damaged/{number}.png').write_bytes(b'')
-    assert main(['predict', str(bundle), str(tmp_path / 'damaged'), '--out', str(tmp_path / 'p.csv')]) == 3
-    error = capsys.readouterr().err
-    assert error.count('E_EMPTY') == 20 and '5 more images failed; ' in error and 'p.csv lists all' in error
+        (folder / f'{number:02}.png').write_bytes(b'')
+    (folder / 'other.png').write_bytes(b'text')
+    assert main(['predict', str(bundle), str(folder)]) == 3
+    printed = capsys.readouterr()
+    names = ', '.join(str(folder / f'0{number}.png') for number in range(3))
+    many, one = [line for line in printed.err.splitlines() if line.startswith('error: ')]
+    assert many == f'error: 25 images with E_EMPTY, such as {names}. The first: E_EMPTY: the file is empty'
+    assert one.startswith(f'error: {folder / "other.png"}: E_FORMAT: ')
+    assert '26 images, 0 classified as PNEUMONIA, 26 failed; --out writes all reasons to a table' in printed.out
+
+
+def test_prepare_and_audit_name_three_of_many_unusable_images(images, tmp_path, capsys):
+    copy = shutil.copytree(images, tmp_path / 'images')
+    for path in sorted((copy / 'train/NORMAL').iterdir())[:5]:
+        path.write_bytes(b'')
+    assert main(['data', 'prepare', str(copy), '--size', '48']) == 3
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
+    assert line.startswith('error: 5 images with E_EMPTY, such as ') and line.count('.jpeg') == 3
+    assert main(['data', 'audit', str(copy), '--out', str(tmp_path / 'audit'), '--hide-names']) == 1
+    words = re.findall(r'[\w:]+', capsys.readouterr().out)  # the column of the table wraps
+    assert 'Such as:' in ' '.join(words)

@@ -14,7 +14,7 @@ from cxr_fastai.core.progress import progress_bar
 def test_quiet_prints_nothing_where_nothing_is_wrong(line, capsys, tmp_path):
     argv = line.split()
     if 'demo' in argv:
-        argv += [str(tmp_path / 'images'), '--images', '12', '--size', '64']
+        argv += [str(tmp_path / 'images'), '--images', '24', '--size', '64']
     assert main(argv) == 0
     printed = capsys.readouterr()
     assert printed.out == printed.err == ''

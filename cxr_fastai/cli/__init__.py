@@ -23,6 +23,7 @@ import typer
 from typer import Option
 from typer.models import CommandInfo
 
+from cxr_fastai.cli import cache as cache_commands
 from cxr_fastai.cli import checks as check_commands
 from cxr_fastai.cli import data as data_commands
 from cxr_fastai.cli import evaluate as evaluate_commands
@@ -63,6 +64,7 @@ app = typer.Typer(
     context_settings={'help_option_names': ['-h', '--help']},
 )
 app.add_typer(data_commands.app, name='data')
+app.add_typer(cache_commands.app, name='cache')
 
 
 @app.callback(invoke_without_command=True)

@@ -109,6 +109,19 @@ class ImageCache:
         return self.preprocessing.fit(image)
 
 
+def cache_root() -> Path:
+    """Return the folder of all caches: `CXR_CACHE`, else `cxr_fastai` in the user's cache folder.
+
+    Raises `UsageError` if the user has no home folder.
+    """
+    user_cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+    folder = Path(os.environ.get('CXR_CACHE') or Path(user_cache, 'cxr_fastai'))
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        raise UsageError(f'{folder}: no such home folder. Name a folder for the cache by CXR_CACHE.') from None
+
+
 def cache_folder(root: Path, preprocessing: Preprocessing) -> Path:
     """Return the folder that caches the images below `root` in the squares of `preprocessing`.
 
@@ -116,16 +129,10 @@ def cache_folder(root: Path, preprocessing: Preprocessing) -> Path:
     consists of the name of `root`, a hash of its full path, size and resize method, and accepted modalities. Raises
     `UsageError` if the user has no home folder.
     """
-    user_cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-    cache_root = Path(os.environ.get('CXR_CACHE') or Path(user_cache, 'cxr_fastai'))
     root = root.resolve()
     path_hash = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
-    try:
-        cache_root = cache_root.expanduser()
-    except RuntimeError:
-        raise UsageError(f'{cache_root}: no such home folder. Name a folder for the cache by CXR_CACHE.') from None
     words = [str(preprocessing.size), preprocessing.resize, *parse_modalities(preprocessing.modality)]
-    return cache_root / f'{root.name}-{path_hash}' / '-'.join(words)
+    return cache_root() / f'{root.name}-{path_hash}' / '-'.join(words)
 
 
 def find_cache(root: StrPath, preprocessing: Preprocessing) -> ImageCache | None:

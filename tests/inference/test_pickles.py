@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from pathlib import Path
 
 import fastai.learner
@@ -186,8 +187,10 @@ def test_a_hash_is_trusted_until_it_is_removed(store, tmp_path, capsys):
     assert list(trusted()) == [digest]
     assert oct(store.stat().st_mode)[-3:] == '600'
     capsys.readouterr()
-    assert main(['trust', 'list']) == 0 and digest in capsys.readouterr().out
+    assert main(['trust', 'list']) == 0
+    assert capsys.readouterr().out == f'{digest}  {date.today().isoformat()}  hash confirmed: m.pkl\n'
     assert main(['trust', 'remove', digest]) == 0 and trusted() == {}
+    assert main(['trust', 'list']) == 0 and capsys.readouterr().out == f'{store}: no trusted hashes\n'
     with pytest.raises(UsageError, match='not a trusted hash'):
         distrust(digest)
 

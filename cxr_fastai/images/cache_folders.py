@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from cxr_fastai.core.errors import CXRError
+from cxr_fastai.core.errors import CXRError, OutputError
 from cxr_fastai.core.files import writing
 from cxr_fastai.core.foreign import read_bytes
 from cxr_fastai.images.cache import FILES, MAX_INDEX, cache_root
@@ -72,11 +72,13 @@ def delete_cache(cache: CacheFolder) -> None:
     from filelock import FileLock, Timeout
 
     try:
-        with writing(cache.path, 'CXR_CACHE'), FileLock(cache.path / 'lock', timeout=0):
+        with FileLock(cache.path / 'lock', timeout=0), writing(cache.path, 'CXR_CACHE'):
             for file in _own_files(cache.path):
                 file.unlink()
     except Timeout:
         raise CXRError(f'{cache.path}: `data prepare` is at work there. Wait until it ends.') from None
+    except OSError as error:
+        raise OutputError(f'{cache.path / "lock"}: cannot be opened ({error.strerror}).') from None
     with suppress(OSError):  # other files are not ours, and stay
         cache.path.rmdir()
         cache.path.parent.rmdir()

@@ -93,7 +93,7 @@ def test_clean_deletes_nothing_that_is_no_cache(name, names, tmp_path, fails):
     assert len(list_caches()) == 2 and (tmp_path / 'cache/foreign/folder/precious.txt').exists()
 
 
-def test_clean_waits_for_nobody(names, fails):
+def test_clean_refuses_a_cache_that_is_being_prepared(names, fails):
     folder: Path = list_caches()[0].path
     with FileLock(folder / 'lock'):
         fails(['cache', 'clean', '--all', '--yes'], 1, '`data prepare` is at work there')

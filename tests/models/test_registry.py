@@ -178,5 +178,5 @@ def test_an_entry_point_of_an_installed_package_declares_networks(module, tmp_pa
 
 
 def test_the_error_about_an_unknown_name_says_how_to_register_a_network():
-    with pytest.raises(UsageError, match=r'MyNet is unknown.*: choose baseline.*CXR_ARCHS=MyNet=package.module:function'):
+    with pytest.raises(UsageError, match=r'MyNet is unknown.*baseline.*CXR_ARCHS=MyNet=package.module:function'):
         find_arch('MyNet')

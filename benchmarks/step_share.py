@@ -15,27 +15,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from fastai.callback.core import Callback, CancelValidException
+from fastai.callback.core import Callback
 from fastai.learner import Learner
-from train_throughput import make_our_recipe, our_learner
+from train_throughput import NoValidation, add_step_options, make_our_recipe, our_learner
 
-from cxr_fastai.core.recipe import CHOICES
 from cxr_fastai.data.items import image_root, read_items
 from cxr_fastai.images.cache import find_cache, prepare
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.training.ahead import PrepareAhead
 from cxr_fastai.training.hardware import reuse_memory
-from cxr_fastai.training.precision import AUTO
-
-
-class NoValidation(Callback):
-    """Train an epoch without validation."""
-
-    order = 100  # after the callbacks that prepare it
-
-    def before_validate(self) -> None:
-        raise CancelValidException
 
 
 class SameBatch(Callback):
@@ -64,12 +53,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--arch', default='baseline')
     parser.add_argument('--recipe', default='tuned')
-    parser.add_argument('--precision', default=AUTO, choices=[AUTO, *CHOICES['precision']])
-    parser.add_argument('--data', type=Path, help='images (default: synthetic)')
+    add_step_options(parser)
     parser.add_argument('--cache', action='store_true', help='read the images from a cache, as after `data prepare`')
-    parser.add_argument('--size', type=int, default=224, help='side of the images in pixels')
-    parser.add_argument('--batch-size', type=int, default=32)
-    parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--batches', type=int, default=6, help='steps of each kind in a round')
     return parser.parse_args()
 

@@ -134,18 +134,23 @@ def make_plain(arch: str, items: pd.DataFrame, root: Path, size: int, bs: int) -
     return train
 
 
-class FirstBatches(Callback):
-    """End the epoch after `n` batches, without validation."""
+class NoValidation(Callback):
+    """Train an epoch without validation."""
 
     order = 100  # after the callbacks that prepare validation and clean up after it
+
+    def before_validate(self) -> None:
+        raise CancelValidException
+
+
+class FirstBatches(NoValidation):
+    """End the epoch after `n` batches, without validation."""
+
     n = 1
 
     def after_batch(self) -> None:
         if self.training and self.iter + 1 == self.n:
             raise CancelTrainException
-
-    def before_validate(self) -> None:
-        raise CancelValidException
 
 
 def our_learner(
@@ -266,16 +271,21 @@ def measure_matrix_rate(n: int = 2048, tries: int = 5) -> float:
     return 2 * n**3 / seconds / 1e9
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--arch', default='baseline', choices=list(PLAIN))
-    parser.add_argument('--recipe', default='reference', help='recipe of the Learner')
+def add_step_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options about the steps that are measured: their precision and images, and the number of rounds."""
     parser.add_argument('--precision', default=AUTO, choices=[AUTO, *CHOICES['precision']])
     parser.add_argument('--data', type=Path, help='images (default: synthetic)')
     parser.add_argument('--size', type=int, default=224, help='side of the images in pixels')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--rounds', type=int, default=7)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--arch', default='baseline', choices=list(PLAIN))
+    parser.add_argument('--recipe', default='reference', help='recipe of the Learner')
+    add_step_options(parser)
     parser.add_argument('--batches', type=int, default=4, help='batches of each side in a round')
     parser.add_argument('--compile', action='store_true', help='compile the steps of the Learner')
     parser.add_argument('--profile', action='store_true', help='also profile the Learner')

@@ -58,9 +58,10 @@ Verbose = Annotated[
 ]
 
 
-def _shared_options(context: typer.Context) -> list[Any]:
-    """Return the options `SHARED` of the whole program."""
-    return [option for option in context.find_root().command.params if option.name in SHARED]
+def _add_shared_options(params: list[Any], context: typer.Context) -> list[Any]:
+    """Return the parameters of a command, of which --help is the last, with the options `SHARED` before --help."""
+    shared = [option for option in context.find_root().command.params if option.name in SHARED]
+    return [*params[:-1], *shared, params[-1]]
 
 
 class Command(TyperCommand):
@@ -68,8 +69,7 @@ class Command(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters of the command, the shared options, and --help."""
-        *own, help_option = super().get_params(ctx)
-        return [*own, *_shared_options(ctx), help_option]
+        return _add_shared_options(super().get_params(ctx), ctx)
 
 
 class CommandGroup(TyperGroup):
@@ -77,5 +77,4 @@ class CommandGroup(TyperGroup):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the shared options and --help."""
-        *own, help_option = super().get_params(ctx)
-        return [*own, *_shared_options(ctx), help_option]
+        return _add_shared_options(super().get_params(ctx), ctx)

@@ -63,10 +63,8 @@ class _DepthwiseConvolution(torch.autograd.Function):
         ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
     ) -> Tensor:
         dtype = torch.get_autocast_dtype('cpu')
-        images, weight = (
-            images.to(dtype),
-            weight.to(dtype),
-        )  # as torch saves them, which gradient checkpointing compares
+        # As torch saves them: gradient checkpointing compares the two.
+        images, weight = images.to(dtype), weight.to(dtype)
         ctx.save_for_backward(images, weight)
         ctx.geometry = stride, padding, dilation
         ctx.has_bias = bias is not None

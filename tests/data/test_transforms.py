@@ -30,13 +30,6 @@ from cxr_fastai.images.decode import grey_array, read_image
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.models.architectures import make_recipe
 
-HEIGHT, WIDTH = 60, 48  # not square, so that mixing up the axes fails
-NO = torch.tensor([False])
-YES = torch.tensor([True])
-ZERO = torch.zeros(1)
-NO_SHIFT = torch.zeros(1, 2)
-MODES = ['nearest', 'bilinear']
-
 
 @pytest.fixture(scope='module')
 def learn(run) -> Learner:

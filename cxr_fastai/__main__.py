@@ -7,6 +7,7 @@ that their imports run beside others.
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,6 +24,14 @@ HELP = ('-h', '--help')
 def run() -> None:
     """Run the command line with the arguments and exit code of this process."""
     open_standard_streams()
+    try:
+        _run()
+    except KeyboardInterrupt:  # during the imports; after them, the command line reports it
+        print('error: stopped by SIGINT', file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _run() -> None:
     is_prediction = _start_onnx(sys.argv[1:])
     with paused_collector():
         from cxr_fastai.cli import run

@@ -9,14 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastcore.foundation import L
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from cxr_fastai.core.errors import UsageError
@@ -84,11 +82,12 @@ def check_precision(precision: str) -> None:
         raise UsageError(f'--precision {precision}: choose auto or {" or ".join(CHOICES["precision"])}.')
 
 
-def choose_precision(recipe: Recipe, device: torch.device, n_images: int) -> dict[str, Any]:
+def choose_precision(recipe: Recipe, device: torch.device, n_images: int, compiled: bool = False) -> dict[str, Any]:
     """Choose the precision in which `recipe` trains fastest on `device`, with `n_images` training images.
 
     A lower one is chosen if the processor or GPU has instructions for it, and if a trial of a few steps of this network
     is at least `MIN_GAIN` times as fast. A short training on a processor is not worth a trial, and is done in fp32.
+    The steps of the trial are not compiled, but compute what a `compiled` training does.
 
     Returns:
         Facts for the journal: the `precision`, the `reason`, and the milliseconds of a step in each.
@@ -100,7 +99,7 @@ def choose_precision(recipe: Recipe, device: torch.device, n_images: int) -> dic
     if n_steps < MIN_STEPS:
         short = f'a training of {n_steps} steps is too short for a trial'
         return _decide('fp32' if device.type == 'cpu' else candidate, short)
-    times = time_steps(recipe, device, ('fp32', candidate))
+    times = time_steps(recipe, device, ('fp32', candidate), compiled)
     gain = times['fp32'] / times[candidate]
     measured = f'a step in {candidate} is {gain:.2f} times as fast as in fp32'
     return _decide(candidate if gain >= MIN_GAIN else 'fp32', measured, times)
@@ -121,11 +120,15 @@ def lower_precision(device: torch.device) -> str | None:
     return None
 
 
-def time_steps(recipe: Recipe, device: torch.device, precisions: tuple[str, ...]) -> dict[str, float]:
+def time_steps(
+    recipe: Recipe, device: torch.device, precisions: tuple[str, ...], compiled: bool = False
+) -> dict[str, float]:
     """Return the seconds of a training step of `recipe` in each of `precisions`, on random images.
 
-    The steps alternate, after one of each that is not counted. Random numbers of the training are not used up.
+    The steps alternate, after one of each that is not counted. Random numbers of the training are not used up. As in
+    `Precision`, the gradients of depthwise convolutions are computed in fp32 unless the training is `compiled`.
     """
+    gradients = nullcontext if compiled else DepthwiseGradients
     with torch.random.fork_rng():
         network = create_network(recipe.arch, False, recipe.size).model
         network = network.to(device).to(memory_format=torch.channels_last).train()
@@ -135,23 +138,13 @@ def time_steps(recipe: Recipe, device: torch.device, precisions: tuple[str, ...]
         times: dict[str, list[float]] = {name: [] for name in precisions}
         for _ in range(ROUNDS + 1):
             for name in precisions:
-                times[name].append(_time(lambda name=name: _step(network, images, targets, name), device))  # type: ignore[misc]
+                autocast = torch.autocast(device.type, dtype=DTYPES.get(name), enabled=name in DTYPES)
+                start = time.perf_counter()
+                with autocast, gradients():
+                    loss = cross_entropy(network(images), targets)
+                loss.backward()
+                if device.type == 'cuda':
+                    torch.cuda.synchronize(device)
+                times[name].append(time.perf_counter() - start)
+                network.zero_grad(set_to_none=True)
     return {name: min(seconds[1:]) for name, seconds in times.items()}
-
-
-def _step(network: nn.Module, images: torch.Tensor, targets: torch.Tensor, precision: str) -> None:
-    dtype = DTYPES.get(precision)
-    with torch.autocast(images.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        with DepthwiseGradients():
-            scores = network(images)
-        loss = cross_entropy(scores, targets)
-    loss.backward()
-    network.zero_grad(set_to_none=True)
-
-
-def _time(work: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

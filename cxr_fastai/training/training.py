@@ -94,7 +94,7 @@ def train(
         readable = items[~items.path.isin(unreadable)]
         facts: dict[str, Any] = {}
         if precision == AUTO and not resume:
-            facts['precision_trial'] = _measure_precision(recipe, readable, device)
+            facts['precision_trial'] = _measure_precision(recipe, readable, device, compile == 'on')
             recipe = replace(recipe, precision=facts['precision_trial']['precision'])
         learn = _make_learner(readable, image_root(data), recipe, cache, state, device)
         check_space(out, learn.network)
@@ -107,10 +107,10 @@ def train(
     return run
 
 
-def _measure_precision(recipe: Recipe, items: pd.DataFrame, device: str | None) -> dict[str, Any]:
+def _measure_precision(recipe: Recipe, items: pd.DataFrame, device: str | None, compiled: bool) -> dict[str, Any]:
     """Return the precision that the main process measures to be the fastest, with the facts of the trial."""
     n_images = int((items.split == 'train').sum())
-    return call_once(choose_precision, recipe, choose_device(device or 'auto'), n_images)
+    return call_once(choose_precision, recipe, choose_device(device or 'auto'), n_images, compiled)
 
 
 def _check_items(items: pd.DataFrame, recipe: Recipe) -> None:

@@ -7,6 +7,8 @@ everything. `benchmarks/faults.py` measures how fast they end.
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -125,6 +127,18 @@ def check_images_slowly() -> None:
     training.find_unreadable = check
 
 
+INTERRUPTED_IMPORT = """
+import sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'cxr_fastai.cli':
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+"""
+
+
 @pytest.mark.parametrize(('number', 'code'), [SIGINT, slow(SIGTERM)])
 def test_a_signal_before_the_first_batch_leaves_one_line_and_no_folder(launch, images, tmp_path, number, code):
     process = launch(train_argv(images, tmp_path / 'run'), before=check_images_slowly)
@@ -141,3 +155,11 @@ def test_ctrl_c_ends_other_commands_with_one_line(monkeypatch, images):
 
     monkeypatch.setattr(items, 'read_items', interrupt)
     assert run_quietly(['data', 'prepare', str(images)]) == (130, 'error: stopped by SIGINT')
+
+
+def test_ctrl_c_during_the_imports_ends_with_one_line(tmp_path):
+    (tmp_path / 'sitecustomize.py').write_text(INTERRUPTED_IMPORT)
+    command = [sys.executable, '-m', 'cxr_fastai', 'predict', 'bundle', 'image.png']
+    environment = os.environ | {'PYTHONPATH': os.pathsep.join([str(tmp_path), *sys.path])}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (130, 'error: stopped by SIGINT\n')

@@ -58,6 +58,20 @@ def test_a_trial_times_both_and_uses_up_no_random_numbers():
     assert torch.equal(torch.rand(3), expected)
 
 
+@pytest.mark.parametrize(('compiled', 'entered'), [(False, 8), (True, 0)])
+def test_a_trial_computes_the_gradients_of_depthwise_convolutions_as_the_training_does(compiled, entered, monkeypatch):
+    modes = []
+
+    class Counted(module.DepthwiseGradients):
+        def __enter__(self):
+            modes.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr(module, 'DepthwiseGradients', Counted)
+    time_steps(RECIPE, CPU, ('fp32', 'bf16'), compiled)
+    assert len(modes) == entered
+
+
 def test_the_choice_is_in_the_recipe_and_the_journal_of_the_run(images, tmp_path, machine, monkeypatch):
     machine(['amx_bf16'], 2.0, 1.0)
     monkeypatch.setattr(module, 'MIN_STEPS', 1)

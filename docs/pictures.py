@@ -23,7 +23,7 @@ from cxr_fastai.all import Explainer, Predictor, Preprocessing, Run, list_images
 from cxr_fastai.core.figures import BLUE, GREY, INK, save_figure, tidy
 from cxr_fastai.data.auditing import audit, save_audit
 from cxr_fastai.data.items import read_items
-from cxr_fastai.data.transforms import augmentations
+from cxr_fastai.data.loaders import augmentations
 from cxr_fastai.evaluation.curves import plot_calibration, plot_net_benefit, plot_risk_coverage, plot_roc, plot_scores
 from cxr_fastai.evaluation.plots import plot_history
 from cxr_fastai.interpretation.explainer import Subject

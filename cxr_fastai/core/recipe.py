@@ -71,6 +71,8 @@ class Recipe:
     resolution: float = 1.0  # minimum factor of a random reduction of the resolution
     jpeg: int = 0  # minimum quality of a random JPEG compression
     erase: float = 0.0  # probability that a rectangle of the batch is replaced by noise
+    exchange: float = 0.0  # probability that what is around the lungs comes from another image
+    hide_lungs: float = 0.0  # probability that the lungs are hidden and the label is random
     mixup: float = 0.0  # alpha
     start_size: float = 1.0  # fraction of the size at which training starts; it grows to the full size
     # Optimisation.
@@ -162,6 +164,8 @@ RANGES = {
     'resolution': (0.05, 1),
     'jpeg': (0, 95),
     'erase': (0, 1),
+    'exchange': (0, 1),
+    'hide_lungs': (0, 0.9),
     'mixup': (0, 10),
     'start_size': (0.1, 1),
     'weight_decay': (0, 10),
@@ -208,6 +212,8 @@ AUGMENTATION_FIELDS = (
     'resolution',
     'jpeg',
     'erase',
+    'exchange',
+    'hide_lungs',
 )
 """Fields in which the named recipes prepare images differently."""
 DATA_FIELDS = (

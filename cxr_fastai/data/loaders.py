@@ -21,8 +21,9 @@ from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.transforms import ColReader, ColSplitter, IntToFloatTensor, Normalize
-from fastai.vision.augment import CropPad, RandomCrop, RandomResizedCrop, RatioResize, Resize
+from fastai.vision.augment import CropPad, RandomCrop, RandomErasing, RandomResizedCrop, RatioResize, Resize
 from fastcore.basics import listify
+from fasttransform import Transform
 
 from cxr_fastai.core.errors import CXRWarning, ImageError, UsageError, first_line
 from cxr_fastai.core.files import StrPath
@@ -33,7 +34,8 @@ from cxr_fastai.core.recipe import DATA_FIELDS, VOCAB, Recipe, data_recipe
 from cxr_fastai.data.items import image_root, read_recipe_items, read_table
 from cxr_fastai.data.listings import MAX_LISTING
 from cxr_fastai.data.splits import check_leakage, check_trainable, single_class_warning
-from cxr_fastai.data.transforms import NormalizeImage, OpenImage, augmentations
+from cxr_fastai.data.surroundings import ExchangeSurroundings, HideLungs
+from cxr_fastai.data.transforms import AugmentImages, DegradeImages, NormalizeImage, OpenImage
 from cxr_fastai.images.cache import ImageCache, find_cache
 from cxr_fastai.images.decode import read_image
 from cxr_fastai.images.preprocessing import Preprocessing
@@ -269,6 +271,33 @@ def cxr_block(
         item_tfms=item_tfms,
         batch_tfms=augmentations(recipe) if batch_tfms is None else batch_tfms,
     )
+
+
+def augmentations(recipe: Recipe) -> list[Transform]:
+    """Return the batch transforms of training images for `recipe`."""
+    # The transforms hold numbers and not the recipe: they are exported with a learner, and a recipe can name a folder.
+    transforms: list[Transform] = []
+    if recipe.exchange:
+        transforms.append(ExchangeSurroundings(recipe.exchange))
+    if recipe.hide_lungs:
+        transforms.append(HideLungs(recipe.hide_lungs))
+    transforms.append(
+        AugmentImages(
+            flip=recipe.flip,
+            degrees=recipe.degrees,
+            translate=recipe.translate,
+            brightness=recipe.brightness,
+            contrast=recipe.contrast,
+            interpolation=recipe.interpolation,
+            crop=recipe.crop,
+            crop_aspect=recipe.crop_aspect,
+        )
+    )
+    if recipe.resolution < 1 or recipe.blur or recipe.jpeg:
+        transforms.append(DegradeImages(resolution=recipe.resolution, blur=recipe.blur, jpeg=recipe.jpeg))
+    if recipe.erase:
+        transforms.append(RandomErasing(p=recipe.erase))
+    return transforms
 
 
 def _check_transforms(item_tfms: Any, batch_tfms: Any) -> None:

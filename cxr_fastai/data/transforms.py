@@ -18,12 +18,10 @@ import torch
 from fastai.data.load import SkipItemException
 from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorImage, TensorImageBW
-from fastai.vision.augment import RandomErasing
 from fasttransform import DisplayedTransform, Transform
 from torch import Tensor
 
 from cxr_fastai.core.errors import CXRWarning, ImageError
-from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.data.augment import blur, coarsen, jitter, recompress, warp
 from cxr_fastai.images.cache import ImageCache
 from cxr_fastai.images.decode import file_path
@@ -276,25 +274,3 @@ class DegradeImages(PerImageTransform):
         if self.jpeg:
             parameters['jpeg'] = torch.randint(self.jpeg, MAX_JPEG_QUALITY + 1, (n,), generator=self.generator)
         return parameters
-
-
-def augmentations(recipe: Recipe) -> list[Transform]:
-    """Return the batch transforms of training images for `recipe`."""
-    # The transforms hold numbers and not the recipe: they are exported with a learner, and a recipe can name a folder.
-    transforms = [
-        AugmentImages(
-            flip=recipe.flip,
-            degrees=recipe.degrees,
-            translate=recipe.translate,
-            brightness=recipe.brightness,
-            contrast=recipe.contrast,
-            interpolation=recipe.interpolation,
-            crop=recipe.crop,
-            crop_aspect=recipe.crop_aspect,
-        )
-    ]
-    if recipe.resolution < 1 or recipe.blur or recipe.jpeg:
-        transforms.append(DegradeImages(resolution=recipe.resolution, blur=recipe.blur, jpeg=recipe.jpeg))
-    if recipe.erase:
-        transforms.append(RandomErasing(p=recipe.erase))
-    return transforms

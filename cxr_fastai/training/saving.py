@@ -26,8 +26,8 @@ from cxr_fastai.core.files import write_csv
 from cxr_fastai.core.recipe import CUSTOM, DATA_FIELDS, POSITIVE, UNKNOWN, VOCAB, Phase, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_table
-from cxr_fastai.data.loaders import CXRDataLoaders, find_preprocessing
-from cxr_fastai.data.transforms import NormalizeImage, augmentations
+from cxr_fastai.data.loaders import CXRDataLoaders, augmentations, find_preprocessing
+from cxr_fastai.data.transforms import NormalizeImage
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, save_weights
 from cxr_fastai.inference.pickles import KEPT_CALLBACKS, save_learner

@@ -20,11 +20,11 @@ from imagefiles import DEEP, GREY, dicom, encoded, smooth
 from PIL import Image
 
 from cxr_fastai.core.errors import CXRWarning, ImageError
+from cxr_fastai.data.loaders import augmentations
 from cxr_fastai.data.transforms import (
     AugmentImages,
     DegradeImages,
     OpenImage,
-    augmentations,
 )
 from cxr_fastai.images.decode import grey_array, read_image
 from cxr_fastai.images.preprocessing import Preprocessing

@@ -1,0 +1,109 @@
+"""fastai transforms of training batches that keep a network from using what is around the lungs.
+
+Both work before any augmentation, while the lungs are still where `images.anatomy.LUNGS` expects them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fastai.torch_core import TensorCategory, TensorImageBW
+from fasttransform import ItemTransform
+from torch import Tensor
+
+from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.data.transforms import PerImageTransform
+from cxr_fastai.images.anatomy import FEATHER, LUNGS
+
+MOVE = 0.04
+"""Largest distance by which an edge of the box is moved at random, as a fraction of the side."""
+N_FILLS = 3
+"""Black, the mean of the image, and noise."""
+
+
+class _Surroundings(PerImageTransform, ItemTransform):
+    """A transform of whole batches, images (n, 1, h, w) in [0, 1] and categories (n,), before augmentation."""
+
+    order = 15
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def _draw_boxes(self, n: int) -> Tensor:
+        """Draw the top, bottom, left and right edges of `n` boxes, (n, 4), as fractions of the side."""
+        edges = torch.tensor([LUNGS.top, LUNGS.bottom, LUNGS.left, LUNGS.right])
+        return edges + self._uniform(4 * n, MOVE).view(n, 4)
+
+
+class ExchangeSurroundings(_Surroundings):
+    """Give an image the surroundings of another image of the batch, with the probability `p`.
+
+    What is around the lungs then says nothing about the label, which stays that of the lungs.
+    """
+
+    def encodes(self, batch: Any) -> Any:
+        x, *labels = batch
+        images = x.as_subclass(Tensor)
+        drawn = self.per_image(images, self.draw)
+        chosen = drawn['chosen']
+        others = (drawn['other'] * len(images)).long()
+        masks = soft_masks(drawn['box'][chosen], *images.shape[-2:])
+        mixed = images.clone()
+        mixed[chosen] = masks * images[chosen] + (1 - masks) * images[others[chosen]]
+        return TensorImageBW(mixed), *labels
+
+    def draw(self, n: int) -> dict[str, Tensor]:
+        """Draw which of `n` images are `chosen`, the `other` image, a proportion of the batch, and the `box`."""
+        return {'chosen': self._rand(n) < self.p, 'other': self._rand(n), 'box': self._draw_boxes(n)}
+
+
+class HideLungs(_Surroundings):
+    """Hide the lungs of an image, with the probability `p`, and give it a random label.
+
+    The best that a network can answer then is 0.5: what is around the lungs must not decide.
+    """
+
+    def encodes(self, batch: Any) -> Any:
+        x, labels, *rest = batch
+        images = x.as_subclass(Tensor)
+        drawn = self.per_image(images, self.draw)
+        chosen = drawn['chosen']
+        hidden = images.clone()
+        if chosen.any():
+            masks = soft_masks(drawn['box'][chosen], *images.shape[-2:])
+            fills = self._make_fills(images[chosen], drawn['fill'][chosen])
+            hidden[chosen] = (1 - masks) * images[chosen] + masks * fills
+        labels = TensorCategory(torch.where(chosen, drawn['label'], labels.as_subclass(Tensor)))
+        return TensorImageBW(hidden), labels, *rest
+
+    def draw(self, n: int) -> dict[str, Tensor]:
+        """Draw which of `n` images are `chosen`, the number of the `fill`, the `box`, and the random `label`."""
+        return {
+            'chosen': self._rand(n) < self.p,
+            'fill': torch.randint(N_FILLS, (n,), generator=self.generator),
+            'box': self._draw_boxes(n),
+            'label': torch.randint(len(VOCAB), (n,), generator=self.generator),
+        }
+
+    def _make_fills(self, images: Tensor, numbers: Tensor) -> Tensor:
+        mean = images.mean((1, 2, 3), keepdim=True)
+        noise = torch.randn(images.shape, generator=self.generator).to(images.device)
+        noise = (mean + images.std((1, 2, 3), keepdim=True) * noise).clamp_(0, 1)
+        fills = torch.stack([torch.zeros_like(images), mean.expand_as(images), noise])
+        return fills[numbers, torch.arange(len(images))]
+
+
+def soft_masks(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Return the share of each box (n, 4) in each pixel, (n, 1, height, width), which falls to 0 within `FEATHER`.
+
+    The columns of `boxes` are the top, bottom, left and right edges, as fractions of the height and width.
+    """
+    top, bottom, left, right = boxes[:, :, None].unbind(1)
+    y = (torch.arange(height, device=boxes.device) + 0.5) / height
+    x = (torch.arange(width, device=boxes.device) + 0.5) / width
+    rows = torch.minimum(y - top, bottom - y)
+    columns = torch.minimum(x - left, right - x)
+    distance = torch.minimum(rows[:, :, None], columns[:, None, :])
+    return (distance / FEATHER + 0.5).clamp(0, 1)[:, None]

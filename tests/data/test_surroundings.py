@@ -1,0 +1,72 @@
+"""What is around the lungs is exchanged between the images of a batch, or left alone with a random label."""
+
+import numpy as np
+import pytest
+import torch
+from fastai.torch_core import TensorCategory, TensorImageBW
+
+from cxr_fastai.data.loaders import CXRDataLoaders
+from cxr_fastai.data.surroundings import ExchangeSurroundings, HideLungs, soft_masks
+from cxr_fastai.images.anatomy import LUNGS
+
+SIDE = 64
+N = 400
+
+
+def constant_images(n: int = N) -> tuple[TensorImageBW, TensorCategory]:
+    """Images of one level each, and alternating labels."""
+    levels = torch.arange(n).div(n).view(-1, 1, 1, 1)
+    return TensorImageBW(levels.expand(n, 1, SIDE, SIDE).clone()), TensorCategory(torch.arange(n) % 2)
+
+
+def centre(images: torch.Tensor) -> torch.Tensor:
+    return images[:, 0, SIDE // 2, SIDE // 2]
+
+
+def corner(images: torch.Tensor) -> torch.Tensor:
+    return images[:, 0, 0, 0]
+
+
+def test_masks_equal_those_that_are_measured_with():
+    box = torch.tensor([[LUNGS.top, LUNGS.bottom, LUNGS.left, LUNGS.right]])
+    assert np.allclose(soft_masks(box, SIDE, SIDE)[0, 0], LUNGS.soft_mask(SIDE), atol=1e-5)
+
+
+def test_an_exchange_keeps_lungs_and_label_and_takes_the_rest_from_another_image():
+    x, y = constant_images()
+    mixed, labels = ExchangeSurroundings(0.5)((x, y), split_idx=0)
+    assert torch.equal(centre(mixed), centre(x)) and torch.equal(labels, y)
+    exchanged = (corner(mixed) != corner(x)).as_subclass(torch.Tensor)
+    assert 0.4 < exchanged.float().mean() < 0.6
+    assert set(corner(mixed).tolist()) <= set(corner(x).tolist())
+    sources = (corner(mixed)[exchanged] * N).round().long()
+    same_label = sources % 2 == y.as_subclass(torch.Tensor)[exchanged]
+    assert 0.35 < same_label.float().mean() < 0.65
+
+
+def test_hidden_lungs_have_a_random_label_and_the_others_keep_theirs():
+    x, y = constant_images()
+    x[:, :, ::2] *= 0.9  # otherwise the mean hides nothing
+    hidden, labels = HideLungs(0.5)((x, y), split_idx=0)
+    assert torch.equal(corner(hidden), corner(x))
+    same = (hidden == x).flatten(1).all(1).as_subclass(torch.Tensor)
+    assert torch.equal(labels.as_subclass(torch.Tensor)[same], y.as_subclass(torch.Tensor)[same])
+    assert 0.3 < (labels != y).float().sum() / (N / 2) < 0.7
+    assert isinstance(hidden, TensorImageBW) and isinstance(labels, TensorCategory)
+
+
+@pytest.mark.parametrize('transform', [ExchangeSurroundings(1), HideLungs(0.9)])
+def test_validation_images_stay_as_they_are(transform):
+    x, y = constant_images(8)
+    images, labels = transform((x, y), split_idx=1)
+    assert torch.equal(images, x) and torch.equal(labels, y)
+
+
+@pytest.mark.parametrize(('field', 'name'), [('exchange', 'ExchangeSurroundings'), ('hide_lungs', 'HideLungs')])
+def test_a_recipe_prepares_batches_with_them(field, name, images):
+    dls = CXRDataLoaders.from_folder(images, size=64, bs=8, num_workers=0, valid='official', **{field: 0.9})
+    assert name in [type(step).__name__ for step in dls.train.after_batch.fs]
+    x, y = dls.train.one_batch()
+    assert x.shape == (8, 3, 64, 64) and set(y.tolist()) <= {0, 1}
+    _, labels = dls.valid.one_batch()
+    assert labels.tolist() == [int(y) for _, y in list(dls.valid_ds)[:8]]

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_fastai.core.run import Run
-from cxr_fastai.images.corruptions import summarise
+from cxr_fastai.evaluation.robustness import summarise
 
 SENSITIVITY = 0.95
 TARGET_AUC = 0.985

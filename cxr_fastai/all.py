@@ -26,11 +26,11 @@ from cxr_fastai.evaluation.figures import typical_correct, worst_errors
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.evaluation.metrics import measure
 from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_robustness
-from cxr_fastai.evaluation.robustness import measure_robustness
+from cxr_fastai.evaluation.robustness import measure_robustness, summarise
 from cxr_fastai.evaluation.thresholds import decide
 from cxr_fastai.examples import example_images, example_run, hold_out, list_held_out
 from cxr_fastai.images.cache import find_cache, prepare
-from cxr_fastai.images.corruptions import CORRUPTIONS, corrupt, summarise
+from cxr_fastai.images.corruptions import CORRUPTIONS, corrupt
 from cxr_fastai.images.decode import open_image, read_image
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.images.synthetic import make_demo

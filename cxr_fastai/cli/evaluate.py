@@ -113,9 +113,10 @@ def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: li
 
 
 def _print_robustness(run: Run, split: str, robustness: pd.DataFrame) -> None:
-    from cxr_fastai.cli.output import robustness_table
+    from cxr_fastai.cli.robustness_tables import anatomy_table, robustness_table
 
     out.print(robustness_table(robustness))
+    out.print(anatomy_table(robustness))
     print_line(f'in {run.path}: robustness.csv, figures/robustness_{split}.png')
 
 

@@ -6,7 +6,6 @@ Functions import pandas and the evaluation room only when called, so that `--hel
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +21,6 @@ from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, UsageError, visible
 
 if TYPE_CHECKING:
-    import pandas as pd
 
     from cxr_fastai.data.auditing import Audit, Finding
 
@@ -349,34 +347,6 @@ def _seeds_table(seeds: dict[str, Any]) -> Table:
         if name != 'runs' and summary['mean'] is not None:
             table.add_row(name_metric(name), f'{summary["mean"]:.4f}', f'{summary["sd"]:.4f}')
     return table
-
-
-def robustness_table(robustness: pd.DataFrame) -> Table:
-    """Tabulate the AUC by kind and strength of corruption, on clean images, and on images without shortcuts."""
-    from cxr_fastai.images.corruptions import CLEAN, SHORTCUT, summarise
-
-    strengths = sorted(set(robustness.strength) - {0})
-    summary = summarise(robustness)
-    table = Table(title='AUC on corrupted images', title_justify='left', caption_justify='left')
-    table.add_column('corruption \\ strength')
-    for name in (*map(str, strengths), 'mean'):
-        table.add_column(name, justify='right')
-    for kind, rows in robustness.groupby('corruption', sort=False):
-        if kind not in (CLEAN, SHORTCUT):
-            table.add_row(kind, *[_format_auc(auc) for auc in rows.auc], _format_auc(rows.auc.mean()))
-    table.add_section()
-    for name, key in ((CLEAN, 'clean'), (SHORTCUT, 'shortcut')):
-        table.add_row(name, *[''] * len(strengths), _format_auc(summary[key]))
-    change = 'lower' if summary['loss'] >= 0 else 'higher'
-    table.caption = (
-        f'mean over the corruptions: {_format_auc(summary["corrupted"])}\n'
-        f'without the sharpness shortcut: {abs(summary["loss"]):.3f} {change} than on clean images'
-    )
-    return table
-
-
-def _format_auc(auc: float) -> str:
-    return 'undefined' if math.isnan(auc) else f'{auc:.3f}'
 
 
 def check_table(check: dict[str, Any]) -> Table:

@@ -5,7 +5,7 @@ from .figures import evaluate_and_draw, save_figures, typical_correct, worst_err
 from .intervals import auc_interval, format_estimate, wilson_interval
 from .metrics import measure
 from .plots import plot_confusion_matrix, plot_history, plot_robustness
-from .robustness import evaluate_robustness, measure_robustness
+from .robustness import evaluate_robustness, measure_robustness, summarise
 from .thresholds import decide, threshold_table
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     'plot_scores',
     'same_images',
     'save_figures',
+    'summarise',
     'threshold_table',
     'typical_correct',
     'wilson_interval',

@@ -1,4 +1,4 @@
-"""Robustness of a model: its AUC on corrupted images, and on images without the sharpness shortcut.
+"""Robustness of a model: its AUC on corrupted images, without the sharpness shortcut, and with parts hidden.
 
 Every image is read once and resized to a square of `SQUARE_SIZE` pixels (larger only for a network with a larger
 input). The square is corrupted and then preprocessed for the model, so models of different input sizes are measured on
@@ -24,7 +24,8 @@ from cxr_fastai.core.run_files import hash_rows
 from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.figures import save_robustness_figure
 from cxr_fastai.evaluation.metrics import ConfusionMatrix, Sample, measure_auc
-from cxr_fastai.images.corruptions import CLEAN, CORRUPTIONS, SHORTCUT, STRENGTHS, Equaliser, corrupt
+from cxr_fastai.images.anatomy import ANATOMY, EXCHANGED, FILLS, HIDINGS, PARTS, Hiding, exchange_surroundings
+from cxr_fastai.images.corruptions import CLEAN, CORRUPTIONS, SHORTCUT, STRENGTHS, Equaliser, corrupt, image_rng
 from cxr_fastai.images.decode import open_image
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import identify_network
@@ -70,11 +71,11 @@ def measure_robustness(
     seed: int = 0,
     workers: int | None = None,
 ) -> pd.DataFrame:
-    """Measure the AUC on clean images, on each kind and strength of corruption, and on images without shortcuts.
+    """Measure the AUC on clean and on corrupted images, without the sharpness shortcut, and with parts hidden.
 
     Args:
         predictor: the model.
-        items: table of the images with the columns `path` and `label`, and optionally `patient`.
+        items: table of the images with the columns `path` (unique) and `label`, and optionally `patient`.
         root: folder of the images.
         batch_size: number of images predicted at once.
         seed: seed of the corruptions.
@@ -93,6 +94,7 @@ def measure_robustness(
         items, root, Preprocessing(square_size, preprocessing.resize, modality=preprocessing.modality), workers
     )
     variants = _make_variants(Equaliser.of(squares, sides), seed)
+    variants[EXCHANGED, 0] = partial(_exchange, others=_find_others(items, squares, seed))
 
     def make_image(job: tuple[Variant, int]) -> np.ndarray:
         variant, index = job
@@ -150,6 +152,8 @@ def _make_variants(equaliser: Equaliser, seed: int) -> dict[tuple[str, int], Var
         for strength in STRENGTHS:
             variants[kind, strength] = partial(_corrupt, kind=kind, strength=strength, seed=seed)
     variants[SHORTCUT, 0] = partial(_equalise, equaliser=equaliser)
+    for name, hiding in HIDINGS.items():
+        variants[name, 0] = partial(_hide, name=name, hiding=hiding, seed=seed)
     return variants
 
 
@@ -165,9 +169,62 @@ def _equalise(square: np.ndarray, path: str, equaliser: Equaliser) -> np.ndarray
     return equaliser(square)
 
 
+def _hide(square: np.ndarray, path: str, name: str, hiding: Hiding, seed: int) -> np.ndarray:
+    return hiding(square, image_rng(seed, path, name))
+
+
+def _exchange(square: np.ndarray, path: str, others: dict[str, np.ndarray]) -> np.ndarray:
+    return exchange_surroundings(square, others[path])
+
+
+def _find_others(items: pd.DataFrame, squares: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Return an image of the other class for the path of each image; the image itself if there is none."""
+    labels = items.label.to_numpy()
+    others = {}
+    for index, (path, label) in enumerate(zip(items.path, labels, strict=True)):
+        candidates = np.flatnonzero(labels != label)
+        rng = image_rng(seed, path, EXCHANGED)
+        others[path] = squares[rng.choice(candidates) if len(candidates) else index]
+    return others
+
+
 def _batches(images: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
     while batch := list(islice(images, size)):
         yield np.stack(batch)
+
+
+def summarise(table: pd.DataFrame) -> dict[str, float]:
+    """Return the most important AUCs of a robustness table with the columns `corruption` and `auc`.
+
+    `clean` is the AUC on clean images, `corrupted` the mean over the kinds of corruption, `shortcut` the AUC on
+    equalised images, and `loss` the difference of `clean` and `shortcut`. `lungs_hidden`, `thorax_hidden` and
+    `lungs_only` are the greatest, and for `lungs_only` the smallest, over the ways to hide the pixels; `exchanged` is
+    the AUC with the surroundings of another image. Those that are not in the table, such as an old one, are missing.
+    """
+    auc = table.groupby('corruption', sort=False).auc.mean()
+    summary = {
+        'clean': float(auc[CLEAN]),
+        'corrupted': float(auc.drop([CLEAN, SHORTCUT, *ANATOMY], errors='ignore').mean()),
+        'shortcut': float(auc[SHORTCUT]),
+        'loss': float(auc[CLEAN] - auc[SHORTCUT]),
+    }
+    if EXCHANGED in auc:
+        for part in PARTS:
+            values = [auc[f'{part}, {fill}'] for fill in FILLS]
+            summary[part.replace(' ', '_')] = float(min(values) if part == 'lungs only' else max(values))
+        summary['exchanged'] = float(auc[EXCHANGED])
+    return summary
+
+
+def anatomy_aucs(table: pd.DataFrame) -> dict[str, list[float]]:
+    """Return the AUCs of a robustness table with parts hidden: a list in the order of `FILLS` for each of `PARTS`.
+
+    Empty if the table has none, because it was measured before they were.
+    """
+    auc = dict(zip(table.corruption, table.auc, strict=True))
+    if EXCHANGED not in auc:
+        return {}
+    return {part: [auc[f'{part}, {fill}'] for fill in FILLS] for part in PARTS}
 
 
 def _measure_variant(sample: Sample, threshold: float) -> dict[str, Any]:

@@ -1,11 +1,13 @@
+from .anatomy import ANATOMY, exchange_surroundings
 from .cache import ImageCache, find_cache, prepare
-from .corruptions import CORRUPTIONS, corrupt, summarise
+from .corruptions import CORRUPTIONS, corrupt
 from .decode import ImageLike, decode_image, grey_array, open_image, read_image
 from .limits import DecodedImage
 from .preprocessing import Preprocessing
 from .synthetic import make_demo
 
 __all__ = [
+    'ANATOMY',
     'CORRUPTIONS',
     'DecodedImage',
     'ImageCache',
@@ -13,11 +15,11 @@ __all__ = [
     'Preprocessing',
     'corrupt',
     'decode_image',
+    'exchange_surroundings',
     'find_cache',
     'grey_array',
     'make_demo',
     'open_image',
     'prepare',
     'read_image',
-    'summarise',
 ]

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
-import pandas as pd
 from PIL import Image, ImageFilter
 
 from cxr_fastai.images.preprocessing import BILINEAR
@@ -22,7 +21,7 @@ from cxr_fastai.images.preprocessing import BILINEAR
 STRENGTHS = (1, 2, 3, 4, 5)
 CLEAN = 'clean'
 SHORTCUT = 'shortcut'
-"""`CLEAN` and `SHORTCUT` are the rows of a robustness table that are not a corruption; their strength is 0."""
+"""`CLEAN` and `SHORTCUT` are rows of a robustness table that are not a corruption; their strength is 0."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +51,6 @@ def image_rng(seed: int, path: str, kind: str) -> np.random.Generator:
     text = '\0'.join((str(seed), path, kind))
     digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], 'little'))
-
-
-def summarise(table: pd.DataFrame) -> dict[str, float]:
-    """Return the mean AUCs of a robustness table with the columns `corruption` and `auc`.
-
-    `clean` is the AUC on clean images, `corrupted` the mean over the kinds of corruption, `shortcut` the AUC on
-    equalised images, and `loss` the difference of `clean` and `shortcut`.
-    """
-    auc = table.groupby('corruption', sort=False).auc.mean()
-    return {
-        'clean': float(auc[CLEAN]),
-        'corrupted': float(auc.drop([CLEAN, SHORTCUT]).mean()),
-        'shortcut': float(auc[SHORTCUT]),
-        'loss': float(auc[CLEAN] - auc[SHORTCUT]),
-    }
 
 
 def crop_and_scale(square: np.ndarray, area: float, rng: np.random.Generator) -> np.ndarray:

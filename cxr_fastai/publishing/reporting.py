@@ -50,8 +50,9 @@ from cxr_fastai.evaluation.plots import (
     plot_robustness,
 )
 from cxr_fastai.evaluation.results import check_results, is_of_network
+from cxr_fastai.evaluation.robustness import anatomy_aucs, summarise
 from cxr_fastai.evaluation.thresholds import threshold_table
-from cxr_fastai.images.corruptions import summarise
+from cxr_fastai.images.anatomy import FILLS
 from cxr_fastai.inference.decision import Decision
 from cxr_fastai.interpretation.check_targets import check_rows
 from cxr_fastai.publishing.checklist import TOPICS
@@ -102,6 +103,7 @@ CONSTANTS = {
     'too_few': too_few,
     'describe_suppressed': describe_suppressed,
     'name_metric': name_metric,
+    'fills': tuple(FILLS),
 }
 """The values and functions that the template uses for every run."""
 
@@ -340,9 +342,11 @@ def _read_robustness(run: Run, split: str) -> pd.DataFrame | None:
     return rows
 
 
-def _summarise_robustness(run: Run, split: str) -> dict[str, float] | None:
+def _summarise_robustness(run: Run, split: str) -> dict[str, Any] | None:
     rows = _read_robustness(run, split)
-    return None if rows is None else summarise(rows) | {'n': int(rows.n.iloc[0])}
+    if rows is None:
+        return None
+    return summarise(rows) | {'n': int(rows.n.iloc[0]), 'anatomy': anatomy_aucs(rows)}
 
 
 def _read_map_check(run: Run) -> dict[str, Any] | None:

@@ -20,11 +20,15 @@ from cxr_fastai.evaluation.robustness import (
     evaluate_robustness,
     measure_robustness,
     read_squares,
+    summarise,
 )
-from cxr_fastai.images.corruptions import CORRUPTIONS, STRENGTHS, sharpness, summarise
+from cxr_fastai.images.anatomy import ANATOMY, LUNGS
+from cxr_fastai.images.corruptions import CORRUPTIONS, STRENGTHS, sharpness
 from cxr_fastai.images.decode import open_image
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import ModelConfig
+
+SUMMARY = ('clean', 'corrupted', 'shortcut', 'loss', 'lungs_hidden', 'thorax_hidden', 'lungs_only', 'exchanged')
 
 
 @dataclass
@@ -65,7 +69,8 @@ def test_the_table_has_a_row_for_clean_images_each_corruption_and_strength_and_t
     root, items = few
     table = measure_robustness(model(mean), items.assign(patient=items.path), root)
     assert list(table) == ROBUSTNESS_COLUMNS and set(table.n) == {6}
-    expected = [('clean', 0), *((kind, s) for kind in CORRUPTIONS for s in STRENGTHS), ('shortcut', 0)]
+    corruptions = [(kind, s) for kind in CORRUPTIONS for s in STRENGTHS]
+    expected = [('clean', 0), *corruptions, ('shortcut', 0), *((name, 0) for name in ANATOMY)]
     assert list(zip(table.corruption, table.strength, strict=True)) == expected
     assert ((table.auc_low <= table.auc) & (table.auc <= table.auc_high)).all()
 
@@ -74,7 +79,7 @@ def test_a_constant_score_has_an_auc_of_one_half_on_all_images(few):
     root, items = few
     table = measure_robustness(model(constant), items, root)
     assert set(table.auc) == {0.5} and set(table.sensitivity) == {1} and set(table.specificity) == {0}
-    assert summarise(table) == {'clean': 0.5, 'corrupted': 0.5, 'shortcut': 0.5, 'loss': 0}
+    assert summarise(table) == dict.fromkeys(SUMMARY, 0.5) | {'loss': 0}
 
 
 def test_each_image_is_read_once(few, monkeypatch):
@@ -142,6 +147,31 @@ def test_kinds_of_corruption_have_equal_weight_in_the_mean():
     assert summary == pytest.approx({'clean': 0.9, 'corrupted': 0.6, 'shortcut': 0.6, 'loss': 0.3})
 
 
+def centre_of(image: np.ndarray) -> float:
+    return float(image[LUNGS.mask(len(image))].mean() / 255)
+
+
+def edge_of(image: np.ndarray) -> float:
+    return float(image[~LUNGS.mask(len(image))].mean() / 255)
+
+
+@pytest.mark.parametrize(('score', 'lungs'), [(centre_of, True), (edge_of, False)])
+def test_a_model_is_measured_by_where_it_looks(score, lungs, tmp_path):
+    rows = []
+    for i in range(12):  # the label is in the lungs and around them
+        square = np.full((64, 64), 60 + 10 * i, np.uint8)
+        square[::2] += 40  # a constant image would be refused
+        Image.fromarray(square).save(tmp_path / f'{i}.png')
+        rows.append((f'{i}.png', ('NORMAL', 'PNEUMONIA')[i // 6]))
+    table = measure_robustness(model(score), pd.DataFrame(rows, columns=['path', 'label']), tmp_path)
+    auc = dict(zip(table.corruption, table.auc, strict=True))
+    assert auc['clean'] == 1 and auc['surroundings exchanged'] == (1 if lungs else 0)
+    assert auc['lungs hidden, black'] == (0.5 if lungs else 1) and auc['lungs only, black'] == (1 if lungs else 0.5)
+    summary = summarise(table)
+    assert summary['exchanged'] == auc['surroundings exchanged'] and summary['lungs_hidden'] == 1  # by the mean level
+    assert summarise(table[table.corruption != 'surroundings exchanged']).keys() == {*SUMMARY[:4]}
+
+
 @pytest.fixture
 def copy(run, tmp_path) -> Run:
     shutil.copytree(run.path, tmp_path / 'run')
@@ -152,17 +182,20 @@ def test_the_command_prints_the_table_and_writes_a_csv_file_and_a_figure(copy, c
     monkeypatch.setattr(figures, 'save_figures', lambda *_: [])  # other figures take long and are tested elsewhere
     assert main(['evaluate', str(copy.path), '--split', 'valid', '--robustness', '--limit', '3']) == 0
     output = capsys.readouterr().out
-    assert all(word in output for word in (*CORRUPTIONS, 'shortcut', 'mean over the corruptions'))
+    assert all(
+        word in output
+        for word in (*CORRUPTIONS, 'shortcut', 'mean over the corruptions', 'lungs hidden', 'surroundings exchanged')
+    )
     assert 'robustness.csv, figures/robustness_valid.png' in output
     assert (copy / 'figures/robustness_valid.png').stat().st_size > 10_000
-    assert set(copy.robustness.split) == {'valid'} and len(copy.robustness) == 2 + 5 * len(CORRUPTIONS)
+    assert set(copy.robustness.split) == {'valid'} and len(copy.robustness) == 2 + 5 * len(CORRUPTIONS) + len(ANATOMY)
 
 
 def test_the_robustness_on_other_splits_is_kept(copy, monkeypatch):
     monkeypatch.setattr(robustness, 'save_robustness_figure', lambda *_: None)  # takes long
     for split in ('test', 'valid', 'test'):
         evaluate_robustness(copy, None, split, limit=1)
-    assert copy.robustness.split.value_counts().to_dict() == {'test': 42, 'valid': 42}
+    assert copy.robustness.split.value_counts().to_dict() == {'test': 52, 'valid': 52}
 
 
 def test_the_figure_shows_every_kind_of_corruption_and_the_auc_of_clean_images(few):

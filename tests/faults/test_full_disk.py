@@ -21,7 +21,7 @@ from faults import (
 )
 from matplotlib.figure import Figure
 
-from cxr_fastai.cli import output
+from cxr_fastai.cli import robustness_tables
 from cxr_fastai.core.errors import CXRError
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation import robustness
@@ -109,7 +109,8 @@ def test_a_full_disk_leaves_every_file_of_an_evaluation_intact(images, tmp_path,
     table = pd.DataFrame(rows, columns=['corruption', 'strength']).assign(n=2, auc=0.5)
     table = table.assign(auc_low=0.4, auc_high=0.6, sensitivity=1.0, specificity=1.0)
     monkeypatch.setattr(robustness, 'measure_robustness', lambda *_, **__: table)
-    monkeypatch.setattr(output, 'robustness_table', lambda _: '')
+    for table_name in ('robustness_table', 'anatomy_table'):
+        monkeypatch.setattr(robustness_tables, table_name, lambda _: '')
     evaluated = Path(shutil.copytree(run.path, tmp_path / 'run'))
     argv = ['evaluate', str(evaluated), '--data', str(images), '--robustness']
     assert run_quietly(argv)[0] == 0

@@ -34,22 +34,22 @@ HERE = Path(__file__).parent
 KINDS = ('normal', 'normal', 'bacteria', 'bacteria', 'virus', 'virus')
 SPEED = {
     'files to batches, training': {
-        'Pillow + torchvision': (52, 1),
-        'fastai DataBlock': (59, 1.17),
-        'cxr_fastai, decoding': (149, 2.9),
-        'cxr_fastai, cache': (1022, 18.9),
+        'Pillow + torchvision': (75, 1),
+        'fastai DataBlock': (68, 0.93),
+        'cxr_fastai, decoding': (177, 2.5),
+        'cxr_fastai, cache': (1951, 25.8),
     },
-    'a training step, baseline': {'plain PyTorch script': (13.9, 1), 'cxr_fastai': (32.8, 2.36)},
-    'file to probability, baseline': {
-        'learn.predict': (27, 1),
-        'learn.get_preds': (25, 0.92),
-        'cxr_fastai, torch': (30, 1.2),
-        'cxr_fastai, ONNX': (69, 2.8),
+    'a training step, baseline': {'plain PyTorch script': (11.9, 1), 'cxr_fastai': (53.9, 4.65)},
+    'file to probability, EfficientNet-Lite0': {
+        'learn.predict': (31, 1),
+        'learn.get_preds': (38, 1.2),
+        'cxr_fastai, torch': (43, 1.4),
+        'cxr_fastai, ONNX': (84, 2.7),
     },
-    'a training step, EfficientNet-Lite0': {'plain PyTorch script': (9.7, 1), 'cxr_fastai': (28.8, 3.06)},
+    'a training step, EfficientNet-Lite0': {'plain PyTorch script': (9.5, 1), 'cxr_fastai': (34.9, 3.59)},
 }
-"""Images per second at 224 pixels on two cores of an AMD EPYC, and the median ratio to the first row of each group. The
-values are those of docs/benchmarks.md."""
+"""Images per second at 224 pixels on two cores of an AMD EPYC with bf16, and the median ratio to the first row of each
+group. The values are those of docs/benchmarks.md."""
 
 
 def grid(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:

@@ -29,6 +29,7 @@ from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plo
 from cxr_fastai.evaluation.robustness import measure_robustness, summarise
 from cxr_fastai.evaluation.thresholds import decide
 from cxr_fastai.examples import example_images, example_run, hold_out, list_held_out
+from cxr_fastai.images.anatomy import ANATOMY
 from cxr_fastai.images.cache import find_cache, prepare
 from cxr_fastai.images.corruptions import CORRUPTIONS, corrupt
 from cxr_fastai.images.decode import open_image, read_image
@@ -52,6 +53,7 @@ from cxr_fastai.training.saving import save_run
 from cxr_fastai.training.training import train
 
 __all__ = [
+    'ANATOMY',
     'ARCHS',
     'AugmentImages',
     'BaselineCNN',

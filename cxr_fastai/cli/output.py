@@ -21,7 +21,6 @@ from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, UsageError, visible
 
 if TYPE_CHECKING:
-
     from cxr_fastai.data.auditing import Audit, Finding
 
 

@@ -19,6 +19,7 @@ from cxr_fastai.core.run import Run, as_run
 from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.plots import plot_cam_check
 from cxr_fastai.evaluation.robustness import read_squares
+from cxr_fastai.images.anatomy import LUNGS
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import identify_network
 from cxr_fastai.interpretation.cam import BODY, activation_maps
@@ -29,7 +30,7 @@ from cxr_fastai.models.inputs import to_input
 
 MAX_IMAGES = 64
 """Number of pneumonia images whose maps are checked, and of normal images in the mean normal image."""
-THORAX = (0.08, 0.06, 0.92, 0.94)
+CHEST = (0.08, 0.06, 0.92, 0.94)
 """Left, top, right and bottom of a box around the thorax in a frontal image, as fractions of its sides."""
 BORDER = 0.05
 """Width of the border of an image, as a fraction of its side."""
@@ -171,19 +172,21 @@ def stability(explainer: Explainer, images: np.ndarray, heat: np.ndarray) -> dic
 
 
 def outside(heat: np.ndarray) -> dict[str, Any]:
-    """Return the mean share of the maps `heat` (n, s, s) outside the box `THORAX` and in the border of the image.
+    """Return the mean share of the maps `heat` (n, s, s) outside the box `CHEST`, in the border of the image, and in `LUNGS`.
 
     `mean_map` is the mean of the maps at a low resolution, for the figure.
     """
     side = heat.shape[-1]
-    left, top, right, bottom = (round(fraction * side) for fraction in THORAX)
+    left, top, right, bottom = (round(fraction * side) for fraction in CHEST)
     border = max(round(BORDER * side), 1)
     total = heat.sum(axis=(1, 2))
+    in_lungs = heat[:, LUNGS.mask(side)].sum(axis=1)
     in_thorax = heat[:, top:bottom, left:right].sum(axis=(1, 2))
     in_centre = heat[:, border:-border, border:-border].sum(axis=(1, 2))
     return {
         'outside': float((1 - in_thorax / total).mean()),
         'border': float((1 - in_centre / total).mean()),
-        'thorax': THORAX,
+        'lungs': float((in_lungs / total).mean()),
+        'thorax': CHEST,
         'mean_map': shrink(heat.mean(axis=0)).round(3).tolist(),
     }

@@ -181,6 +181,8 @@ def test_energy_outside_the_thorax_is_measured():
     middle = np.zeros_like(edge)
     middle[:, 40:60, 40:60] = 1
     assert outside(middle)['outside'] == outside(middle)['border'] == 0
+    assert (outside(middle)['lungs'], outside(edge)['lungs']) == (1, 0)
+    assert outside(np.ones_like(edge))['lungs'] == pytest.approx(0.56)
 
 
 def test_a_wrong_grad_cam_is_detected(monkeypatch):

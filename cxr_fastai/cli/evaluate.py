@@ -13,6 +13,7 @@ from cxr_fastai.cli.output import choose_source, out, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_new
 from cxr_fastai.core.run import Run
+from cxr_fastai.core.series import Series, is_folds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +25,7 @@ def evaluate(
     runs: opt.RunFolders,
     data: opt.Data = None,
     csv: opt.Csv = None,
-    split: opt.Split = 'test',
+    split: opt.EvaluatedSplit = None,
     threshold: opt.Rule = None,
     prevalence: opt.Prevalences = None,
     by: opt.By = None,
@@ -36,27 +37,40 @@ def evaluate(
     as_json: opt.AsJson = False,
 ) -> None:
     """Evaluate a run on a split, and write predictions, metrics with 95% intervals, and figures into its folder.
-    Several runs, or a folder of runs, are also compared on the same images.
+    Several runs, or a folder of runs, are also compared on the same images. The folder of `train --folds` is evaluated
+    on its out-of-fold predictions, unless --split is test.
 
     Without --data the images are those that the run was trained on. The fields of --json: split, runs (each with run,
-    metrics, figures, robustness), comparison (folder, pairs, seeds; null for one run).
+    metrics, figures, robustness), comparison (folder, pairs, seeds; null for one run); for folds: metrics, decision,
+    folds, spread.
 
     Example: cxr-fastai evaluate runs/resnet50
     """
     if as_json:
         move_messages_to_stderr()
     from cxr_fastai.evaluation.comparison import compare_runs, find_runs
+    from cxr_fastai.evaluation.cross_validation import evaluate_folds
     from cxr_fastai.evaluation.figures import evaluate_and_draw
     from cxr_fastai.evaluation.robustness import evaluate_robustness
 
     images = choose_source(data, csv)
+    if split in (None, 'valid') and len(runs) == 1 and is_folds(runs[0]):
+        unused = {'--limit': limit, '--by': by, '--robustness': robustness, '--out': folder}
+        _refuse([name for name, value in unused.items() if value], runs[0])
+        results = evaluate_folds(Series.open(runs[0]), images, batch_size, threshold, _parse_shares(prevalence), device)
+        if as_json:
+            print_json(results)
+        else:
+            _print_folds(runs[0], results)
+        return
+    split = split or 'test'
     run_list = find_runs(runs)
     is_comparison = len(run_list) > 1
     if folder and not is_comparison:
         raise UsageError(f'--out {folder}: only the comparison of several runs has a folder of its own. Omit --out.')
     if folder:
         check_new(folder)  # before the runs are evaluated, which takes long
-    prevalences = [parse_share(text) for text in prevalence] if prevalence else None
+    prevalences = _parse_shares(prevalence)
     groups = ['kind', *by] if by else None
     documents = []
     for run in run_list:
@@ -80,6 +94,34 @@ def evaluate(
             _print_comparison(comparison, folder)
     if as_json:
         print_json(evaluation_document(split, documents, comparison, folder))
+
+
+def _refuse(options: list[str], folder: Path) -> None:
+    """Raise `UsageError` for `options` that out-of-fold predictions do not have."""
+    if options:
+        raise UsageError(
+            f'{", ".join(options)}: not available for the out-of-fold predictions of {folder}. Name one of its runs, '
+            'or add --split test.'
+        )
+
+
+def _print_folds(folder: Path, results: dict[str, Any]) -> None:
+    from cxr_fastai.cli.output import folds_table, metrics_tables
+    from cxr_fastai.evaluation.cross_validation import METRICS, PREDICTIONS
+
+    metrics, decision = results['metrics'], results['decision']
+    summary = (
+        f'{folder}, out-of-fold: {metrics["n"]:,} images, {metrics["positives"]:,} of them pneumonia; threshold '
+        f'{decision["threshold"]:g} (rule {decision["rule"]}).'
+    )
+    print_line(f'{summary} {decision["margin"]}'.rstrip())
+    out.print(metrics_tables(metrics))
+    out.print(folds_table(results['folds'], results['spread']))
+    print_line(f'in {folder}: {PREDICTIONS}, {METRICS}, figures/')
+
+
+def _parse_shares(texts: list[str] | None) -> list[float] | None:
+    return [parse_share(text) for text in texts] if texts else None
 
 
 def parse_share(text: str) -> float:

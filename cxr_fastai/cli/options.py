@@ -15,10 +15,12 @@ from cxr_fastai.core.errors import UsageError
 DATA_DEFAULT = 'CXR_DATA, else data/chest_xray'
 
 
-def _read_split(name: str) -> str:
+def _read_split(name: str | None) -> str | None:
     """Return the split that `name` stands for, such as `valid` for `val`. Raises `UsageError` for another name."""
     from cxr_fastai.data.layout import read_split
 
+    if name is None:
+        return None
     split = read_split(name)
     if split is None:
         raise UsageError(f'--split {name}: no such split. Choose train, valid or test.')
@@ -201,13 +203,35 @@ NewRun = Annotated[
         '--out', metavar='RUN', show_default='runs/ARCH', help='Create this run folder; it must be empty or not exist.'
     ),
 ]
+Folds = Annotated[
+    int | None,
+    Option(
+        '--folds',
+        metavar='K',
+        min=2,
+        max=100,
+        show_default='one training',
+        help='Train K networks, each validated on another one of K parts of the patients.',
+    ),
+]
+Seeds = Annotated[
+    int | None,
+    Option(
+        '--seeds',
+        metavar='N',
+        min=2,
+        max=100,
+        show_default='one training',
+        help='Train N networks with the seeds --seed, --seed + 1, ...',
+    ),
+]
 Resume = Annotated[
     Path | None,
     Option(
         '--resume',
         metavar='RUN',
         show_default='start a new run',
-        help='Resume an interrupted run with its own recipe and images.',
+        help='Resume an interrupted run, or the runs of --folds or --seeds, with their own recipe and images.',
     ),
 ]
 NewFolder = Annotated[
@@ -242,6 +266,16 @@ Split = Annotated[
         '--split',
         metavar='train|valid|test',
         callback=_read_split,
+        help='Use the images of this split: train, valid or test.',
+    ),
+]
+EvaluatedSplit = Annotated[
+    str | None,
+    Option(
+        '--split',
+        metavar='train|valid|test',
+        callback=_read_split,
+        show_default='test; for the folder of train --folds, the out-of-fold predictions',
         help='Use the images of this split: train, valid or test.',
     ),
 ]

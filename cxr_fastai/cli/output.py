@@ -328,6 +328,25 @@ def _pairs_table(pairs: list[dict[str, Any]]) -> Table:
     return table
 
 
+def folds_table(folds: dict[str, dict[str, Any]], spread: dict[str, dict[str, float | None]]) -> Table:
+    """Tabulate the metrics of each fold at the common threshold, and their mean and standard deviation (sd)."""
+    from cxr_fastai.evaluation.metrics import name_metric
+
+    table = _table('folds, at the common threshold', ('fold',))
+    for name in ('images', *map(name_metric, spread)):
+        table.add_column(name, justify='right')
+    for name, fold in folds.items():
+        table.add_row(name, f'{fold["n"]:,}', *[_format_number(fold[metric]) for metric in spread])
+    table.add_section()
+    for name in ('mean', 'sd'):
+        table.add_row(name, '', *[_format_number(values[name]) for values in spread.values()])
+    return table
+
+
+def _format_number(value: float | None) -> str:
+    return '' if value is None else f'{value:.3f}'
+
+
 def format_p(p: float | None) -> str:
     """Format a p value with three decimals; empty without one."""
     if p is None:

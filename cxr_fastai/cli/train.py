@@ -13,6 +13,7 @@ from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_writable, write_csv
 from cxr_fastai.core.recipe import Recipe, parse_fields
 from cxr_fastai.core.run import Run, read_recipe
+from cxr_fastai.core.series import FOLDS, Series, is_series
 
 RECIPE_OPTIONS = (
     'arch',
@@ -54,6 +55,8 @@ def train(
     allow_leakage: opt.Leakage = False,
     on_bad_image: opt.BadImage = 'fail',
     fields: opt.Fields = None,
+    folds: opt.Folds = None,
+    seeds: opt.Seeds = None,
     precision: opt.Precision = 'auto',
     compile: opt.Compile = 'off',
     track: opt.Track = None,
@@ -62,7 +65,8 @@ def train(
 ) -> None:
     """Train a network and write its run folder: recipe, items, history, journal, state and model.
 
-    With --recipe FILE, other options replace fields of the file.
+    With --recipe FILE, other options replace fields of the file. With --folds or --seeds, the folder contains several
+    runs.
 
     Example: cxr-fastai train --arch efficientnet_lite0 --recipe tuned --valid patients --out runs/lite
     """
@@ -74,20 +78,35 @@ def train(
 
     root = data_root(source)
     new_recipe = _choose_recipe(given, recipe)
+    is_given = _is_file(recipe) or 'precision' in parse_fields(fields or [])
+    options: dict[str, Any] = {
+        'compile': compile,
+        'track': track,
+        'device': _training_device(device),
+        'precision': 'auto' if precision == 'auto' and not is_given else None,
+    }
+    if folds or seeds:
+        _train_series(given, new_recipe, root, run, options)
+        return
     from cxr_fastai.training.training import train
 
     folder = run or unused_path(Path('runs', new_recipe.arch))
-    is_given = _is_file(recipe) or 'precision' in parse_fields(fields or [])
-    trained = train(
-        new_recipe,
-        root,
-        folder,
-        compile=compile,
-        track=track,
-        device=_training_device(device),
-        precision='auto' if precision == 'auto' and not is_given else None,
-    )
-    _print_next_step(trained)
+    _print_next_step(train(new_recipe, root, folder, **options))
+
+
+def _train_series(given: typer.Context, recipe: Recipe, root: Path, out: Path | None, options: dict[str, Any]) -> None:
+    from cxr_fastai.training.series import train_folds, train_seeds
+
+    folds, seeds = given.params['folds'], given.params['seeds']
+    if folds and seeds:
+        raise UsageError(f'--folds {folds} and --seeds {seeds}: choose one of them.')
+    if folds and _typed_options(given).get('valid') == 'official':
+        raise UsageError(f'--folds {folds} and --valid official: folds are parts of the patients. Omit --valid.')
+    folder = out or unused_path(Path('runs', f'{recipe.arch}-{"folds" if folds else "seeds"}'))
+    if folds:
+        _print_next_evaluation(train_folds(recipe, root, folder, folds, **options))
+    else:
+        _print_next_evaluation(train_seeds(recipe, root, folder, seeds, **options))
 
 
 def _resume(given: typer.Context, folder: Path, source: Path | None, out: Path | None) -> None:
@@ -99,6 +118,9 @@ def _resume(given: typer.Context, folder: Path, source: Path | None, out: Path |
         raise UsageError(
             f'--recipe {recipe_name} and --resume {folder}: a resumed run keeps its recipe. Omit --recipe.'
         )
+    if is_series(folder):
+        _resume_series(given, folder, source)
+        return
     run = Run.open(folder)
     from cxr_fastai.data.items import data_root
 
@@ -115,6 +137,22 @@ def _resume(given: typer.Context, folder: Path, source: Path | None, out: Path |
     device = _training_device(given.params['device'])
     train(recipe, root, folder, resume=True, compile=compile, track=track, device=device)
     _print_next_step(run)
+
+
+def _resume_series(given: typer.Context, folder: Path, source: Path | None) -> None:
+    from cxr_fastai.data.items import data_root
+    from cxr_fastai.training.series import resume_series
+
+    changed = _typed_options(given).keys() - {'resume', 'data', 'csv', 'compile', 'track', 'device', 'precision'}
+    if changed:
+        names = ', '.join(f'--{name.replace("_", "-")}' for name in sorted(changed))
+        raise UsageError(f'{names} and --resume {folder}: its trainings keep their recipe. Omit {names}.')
+    first = Series.open(folder).folder_of_first
+    started = Run(first).images if (first / 'recipe.json').is_file() else None
+    params = given.params
+    options = {name: params[name] for name in ('compile', 'track')} | {'device': _training_device(params['device'])}
+    precision = 'auto' if params['precision'] == 'auto' else params['precision']
+    _print_next_evaluation(resume_series(folder, data_root(source or started), precision=precision, **options))
 
 
 def _training_device(name: str) -> str | None:
@@ -152,6 +190,11 @@ def _typed_options(given: typer.Context) -> dict[str, Any]:
         if source is not None and source.name == 'COMMANDLINE':
             typed[name] = value
     return typed
+
+
+def _print_next_evaluation(series: Series) -> None:
+    split = '' if series.kind == FOLDS else ' --split valid'
+    print_line(f'{series.path}: {series.number} runs trained. Next: cxr-fastai evaluate {series.path}{split}')
 
 
 def _print_next_step(run: Run) -> None:

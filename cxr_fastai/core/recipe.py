@@ -50,6 +50,7 @@ class Recipe:
     # Images.
     valid: str = 'official'
     valid_pct: float = 0.1  # proportion of the patients that valid='patients' takes for validation
+    fold: int = 0  # which part of the patients that is, of 1 / valid_pct parts
     size: int = 224
     resize: str = 'squish'  # a key of `images.preprocessing.RESIZES`
     low_pass: float = 0.0  # standard deviation of the Gaussian filter that every image passes
@@ -153,6 +154,7 @@ def data_recipe(recipe: str | Recipe, **fields: Any) -> Recipe:
 
 RANGES = {
     'valid_pct': (0.01, 0.5),
+    'fold': (0, 99),
     'flip': (0, 1),
     'degrees': (0, 180),
     'translate': (0, 0.5),
@@ -219,6 +221,7 @@ AUGMENTATION_FIELDS = (
 DATA_FIELDS = (
     'valid',
     'valid_pct',
+    'fold',
     'size',
     'resize',
     'modality',

@@ -20,6 +20,7 @@ MEANINGS = {
     'weights': 'initial weights',
     'valid': 'validation images: the val folder, or those of some of the patients',
     'valid_pct': 'proportion of the patients that valid=patients takes',
+    'fold': 'which part of the patients valid=patients takes, of 1 / valid_pct parts; --folds takes each of them',
     'size': 'side of the images in pixels',
     'resize': 'how images become square',
     'low_pass': 'standard deviation of the Gaussian filter on every image, as a fraction of the side',

@@ -89,13 +89,14 @@ def read_items(
     limit: int | None = None,
     columns: Sequence[str] = (),
     valid_pct: float = 0.1,
+    fold: int = 0,
 ) -> pd.DataFrame:
     """Return the items table of the folder or CSV file `root`, sorted by path.
 
     `valid` is `official` (the folder `val`) or `patients` (the proportion `valid_pct` of the patients of train and val
-    together, drawn with the random `seed`). `limit` keeps the first images of each class and split. `columns` names
-    further columns of a CSV file to include. `.attrs['ignored']` counts ignored files by reason. Raises `CXRError` if
-    there are no images, `UsageError` for an unknown class, split, column or `valid`.
+    together, drawn with the random `seed`; `fold` is the number of that part). `limit` keeps the first images of each
+    class and split. `columns` names further columns of a CSV file to include. `.attrs['ignored']` counts ignored files
+    by reason. Raises `CXRError` if there are no images, `UsageError` for an unknown class, split, column or `valid`.
     """
     root = Path(root)
     _check_valid(valid)
@@ -106,12 +107,12 @@ def read_items(
             f'{root}: no column {" or ".join(missing)}. Choose one of {", ".join(items)}, or another column of a CSV '
             'file of images.'
         )
-    return _split_and_limit(items, valid, seed, limit, valid_pct)
+    return _split_and_limit(items, valid, seed, limit, valid_pct, fold)
 
 
 def read_recipe_items(root: Path, recipe: Recipe) -> pd.DataFrame:
     """Return the items table of `root` as `recipe` splits and limits it; see `read_items`."""
-    return read_items(root, recipe.valid, recipe.seed, recipe.limit, valid_pct=recipe.valid_pct)
+    return read_items(root, recipe.valid, recipe.seed, recipe.limit, valid_pct=recipe.valid_pct, fold=recipe.fold)
 
 
 def read_table(
@@ -121,6 +122,7 @@ def read_table(
     seed: int = 42,
     limit: int | None = None,
     valid_pct: float = 0.1,
+    fold: int = 0,
 ) -> pd.DataFrame:
     """Return the items table of the images in the rows of `table`, with paths relative to the folder `root`.
 
@@ -133,7 +135,7 @@ def read_table(
     if missing:
         raise UsageError(f'the table has no column {" or ".join(missing)}, but {", ".join(map(str, table))}.')
     texts = table.assign(path=correct_paths(root, map(str, table.path))).reset_index(drop=True)
-    return _split_and_limit(_read_rows(texts, root), valid, seed, limit, valid_pct)
+    return _split_and_limit(_read_rows(texts, root), valid, seed, limit, valid_pct, fold)
 
 
 def _check_valid(valid: str) -> None:
@@ -141,9 +143,11 @@ def _check_valid(valid: str) -> None:
         raise UsageError(f'--valid {valid}: choose {" or ".join(CHOICES["valid"])}.')
 
 
-def _split_and_limit(items: pd.DataFrame, valid: str, seed: int, limit: int | None, valid_pct: float) -> pd.DataFrame:
+def _split_and_limit(
+    items: pd.DataFrame, valid: str, seed: int, limit: int | None, valid_pct: float, fold: int
+) -> pd.DataFrame:
     if valid == 'patients':
-        items = split_patients(items, seed, valid_pct)
+        items = split_patients(items, seed, valid_pct, fold)
     if limit is not None:
         items = items.groupby(['split', 'label'], sort=False).head(limit).reset_index(drop=True)
     return items

@@ -152,7 +152,9 @@ class CXRDataLoaders(DataLoaders):
             valid = 'official'
         chosen = {'valid': valid, 'valid_pct': valid_pct, 'seed': seed, 'size': size}
         settings = _pop_settings(kwargs, recipe, **chosen, batch_size=bs, workers=num_workers)
-        items = read_table(table, Path(path), settings.valid, settings.seed, settings.limit, settings.valid_pct)
+        items = read_table(
+            table, Path(path), settings.valid, settings.seed, settings.limit, settings.valid_pct, settings.fold
+        )
         return cls._from_checked(items, Path(path), settings, item_tfms, batch_tfms, device, kwargs)
 
     @classmethod

@@ -68,12 +68,13 @@ def _describe_unknown(items: pd.DataFrame) -> str | None:
     return 'all images' if n == len(items) else f'{n:,} of {len(items):,} images'
 
 
-def split_patients(items: pd.DataFrame, seed: int, valid_pct: float = 0.1) -> pd.DataFrame:
+def split_patients(items: pd.DataFrame, seed: int, valid_pct: float = 0.1, fold: int = 0) -> pd.DataFrame:
     """Return `items` with the proportion `valid_pct` of the patients of train and valid in valid, others in train.
 
-    The proportion is rounded to one of 1/2, 1/3, 1/4 and so on. Both splits get about the same proportion of each
-    class. Test images stay test images. Images of unknown patients are drawn one by one, with a `CXRWarning`. Raises
-    `UsageError` if a class has fewer than two patients.
+    The proportion is rounded to one of 1/2, 1/3, 1/4 and so on, and `fold` is the number of the part of the patients
+    that is taken, from 0. Both splits get about the same proportion of each class. Test images stay test images. Images
+    of unknown patients are drawn one by one, with a `CXRWarning`. Raises `UsageError` if a class has fewer than two
+    patients, and if there is no such fold.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -91,9 +92,14 @@ def split_patients(items: pd.DataFrame, seed: int, valid_pct: float = 0.1) -> pd
         raise UsageError(
             f'--valid patients needs at least two patients of each class; found {describe_counts(patients)}.'
         )
-    folds = max(2, round(1 / valid_pct))
-    splitter = StratifiedGroupKFold(min(folds, patients.min()), shuffle=True, random_state=seed)
-    _, valid_rows = list(splitter.split(pool, pool.label, pool.patient))[0]
+    folds = min(max(2, round(1 / valid_pct)), patients.min())
+    if fold >= folds:
+        raise UsageError(
+            f'fold {fold}: there are {folds} parts of the patients ({describe_counts(patients)} patients, valid_pct '
+            f'{valid_pct:g}), with the numbers 0 to {folds - 1}. Use fewer folds.'
+        )
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    _, valid_rows = list(splitter.split(pool, pool.label, pool.patient))[fold]
     split = items.split.where(~items.index.isin(pool.index), 'train')
     split.loc[pool.index[valid_rows]] = 'valid'
     return items.assign(split=split)

@@ -38,9 +38,11 @@ class _Surroundings(PerImageTransform, ItemTransform):
 
 
 class ExchangeSurroundings(_Surroundings):
-    """Give an image the surroundings of another image of the batch, with the probability `p`.
+    """Give an image the surroundings of its neighbour in the batch, with the probability `p`.
 
-    What is around the lungs then says nothing about the label, which stays that of the lungs.
+    What is around the lungs then says nothing about the label, which stays that of the lungs. Neighbours are the first
+    and the second image, the third and the fourth, and so on; the order of training images is random. Processes that
+    share a batch in parts of an even number of images therefore make the same images as one process does.
     """
 
     def encodes(self, batch: Any) -> Any:
@@ -48,15 +50,15 @@ class ExchangeSurroundings(_Surroundings):
         images = x.as_subclass(Tensor)
         drawn = self.per_image(images, self.draw)
         chosen = drawn['chosen']
-        others = (drawn['other'] * len(images)).long()
+        neighbours = (torch.arange(len(images), device=images.device) ^ 1).clamp_(max=len(images) - 1)
         masks = soft_masks(drawn['box'][chosen], *images.shape[-2:])
         mixed = images.clone()
-        mixed[chosen] = masks * images[chosen] + (1 - masks) * images[others[chosen]]
+        mixed[chosen] = torch.lerp(images[neighbours[chosen]], images[chosen], masks)
         return TensorImageBW(mixed), *labels
 
     def draw(self, n: int) -> dict[str, Tensor]:
-        """Draw which of `n` images are `chosen`, the `other` image, a proportion of the batch, and the `box`."""
-        return {'chosen': self._rand(n) < self.p, 'other': self._rand(n), 'box': self._draw_boxes(n)}
+        """Draw which of `n` images are `chosen`, and the `box` of their lungs, (n, 4)."""
+        return {'chosen': self._rand(n) < self.p, 'box': self._draw_boxes(n)}
 
 
 class HideLungs(_Surroundings):
@@ -70,11 +72,12 @@ class HideLungs(_Surroundings):
         images = x.as_subclass(Tensor)
         drawn = self.per_image(images, self.draw)
         chosen = drawn['chosen']
+        noise = torch.randn(1, *images.shape[1:], generator=self.generator).to(images.device)
         hidden = images.clone()
         if chosen.any():
             masks = soft_masks(drawn['box'][chosen], *images.shape[-2:])
-            fills = self._make_fills(images[chosen], drawn['fill'][chosen])
-            hidden[chosen] = (1 - masks) * images[chosen] + masks * fills
+            fills = make_fills(images[chosen], noise, drawn['fill'][chosen])
+            hidden[chosen] = torch.lerp(images[chosen], fills, masks)
         labels = TensorCategory(torch.where(chosen, drawn['label'], labels.as_subclass(Tensor)))
         return TensorImageBW(hidden), labels, *rest
 
@@ -87,12 +90,16 @@ class HideLungs(_Surroundings):
             'label': torch.randint(len(VOCAB), (n,), generator=self.generator),
         }
 
-    def _make_fills(self, images: Tensor, numbers: Tensor) -> Tensor:
-        mean = images.mean((1, 2, 3), keepdim=True)
-        noise = torch.randn(images.shape, generator=self.generator).to(images.device)
-        noise = (mean + images.std((1, 2, 3), keepdim=True) * noise).clamp_(0, 1)
-        fills = torch.stack([torch.zeros_like(images), mean.expand_as(images), noise])
-        return fills[numbers, torch.arange(len(images))]
+
+def make_fills(images: Tensor, noise: Tensor, numbers: Tensor) -> Tensor:
+    """Return what hides the lungs of `images` (n, 1, h, w): black, their mean, or noise, by `numbers` (n,) from 0 to 2.
+
+    `noise` (1, 1, h, w), with mean 0 and deviation 1, is scaled to the mean and the deviation of each image.
+    """
+    mean = images.mean((1, 2, 3), keepdim=True)
+    deviation = images.std((1, 2, 3), keepdim=True)
+    fills = torch.stack([torch.zeros_like(images), mean.expand_as(images), (mean + deviation * noise).clamp(0, 1)])
+    return fills[numbers, torch.arange(len(images), device=images.device)]
 
 
 def soft_masks(boxes: Tensor, height: int, width: int) -> Tensor:

@@ -172,7 +172,7 @@ def stability(explainer: Explainer, images: np.ndarray, heat: np.ndarray) -> dic
 
 
 def outside(heat: np.ndarray) -> dict[str, Any]:
-    """Return the mean share of the maps `heat` (n, s, s) outside the box `CHEST`, in the border of the image, and in `LUNGS`.
+    """Return the mean share of the maps `heat` (n, s, s) outside the box `CHEST`, in the border, and in `LUNGS`.
 
     `mean_map` is the mean of the maps at a low resolution, for the figure.
     """

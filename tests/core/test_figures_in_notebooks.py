@@ -67,7 +67,8 @@ def count_pictures(outputs) -> int:
     return sum(map(bool, pictures))
 
 
-def test_jupyter_displays_a_figure_once():
+def test_jupyter_displays_a_figure_once(monkeypatch):
+    monkeypatch.delenv('MPLBACKEND', raising=False)  # commands of other tests set it
     nbclient = pytest.importorskip('nbclient')
     nbformat = pytest.importorskip('nbformat')
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in CELLS])

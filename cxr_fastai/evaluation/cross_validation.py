@@ -1,0 +1,132 @@
+"""Evaluate the folds of a cross-validation: out-of-fold predictions, their metrics, and the spread over the folds.
+
+Each image is predicted by the one network of the series that was not trained on any image of its patient. So the
+threshold and the temperature rest on all images and not on a tenth of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.figures import save_figure
+from cxr_fastai.core.files import StrPath, write_csv, write_json, writing
+from cxr_fastai.core.series import FOLDS, Series
+from cxr_fastai.data.items import parse_name
+from cxr_fastai.evaluation.evaluation import apply_threshold, evaluate
+from cxr_fastai.evaluation.figures import CURVES
+from cxr_fastai.evaluation.metrics import PREVALENCES, measure
+from cxr_fastai.evaluation.plots import plot_confusion_matrix
+from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, parse_rule
+
+PREDICTIONS = 'out_of_fold.csv'
+METRICS = 'out_of_fold.json'
+SPREAD = ('auc', 'average_precision', 'sensitivity', 'specificity')
+"""Metrics whose mean, standard deviation and range over the folds are computed."""
+
+
+def evaluate_folds(
+    series: Series,
+    data: StrPath | None = None,
+    batch_size: int = 32,
+    rule: str | None = None,
+    prevalences: Sequence[float] | None = None,
+    device: str = 'auto',
+    again: bool = True,
+) -> dict[str, Any]:
+    """Evaluate every network of a cross-validation on its own validation images, and all of these images together.
+
+    Writes `out_of_fold.csv`, a predictions table with the column `fold`, `out_of_fold.json` and figures into the folder
+    of the series, and the usual files into its runs.
+
+    Args:
+        series: a finished series of the kind `folds`.
+        data, batch_size, device: as in `evaluate`.
+        rule: rule for the threshold, which is chosen on all out-of-fold predictions (default: `DEFAULT_RULE`).
+        prevalences: as in `measure`.
+        again: predict also what was predicted before.
+
+    Returns:
+        The contents of `out_of_fold.json`: `metrics` as `measure` returns them, on all images at one threshold; the
+        `decision`; `folds`, the most important metrics of each fold at that threshold; and their `spread`.
+
+    Raises `UsageError` for a series of another kind, and if trainings are missing.
+    """
+    if series.kind != FOLDS:
+        raise UsageError(
+            f'{series.path}: its runs differ in the seed, so there are no folds. Evaluate them by --split.'
+        )
+    if rule:
+        parse_rule(rule)
+    tables = {}
+    for name, run in zip(series.recipes, series.runs, strict=True):
+        evaluate(run, data, 'valid', batch_size, rule=rule, again=again, device=device)
+        tables[name] = run.predicted('valid')
+    together = pd.concat([table.assign(fold=name) for name, table in tables.items()], ignore_index=True)
+    decision = decide(together, rule or DEFAULT_RULE, _identify(series))
+    predictions = apply_threshold(together, decision.threshold).sort_values('path', ignore_index=True)
+    kinds = [parse_name(path, label).kind for path, label in zip(predictions.path, predictions.label, strict=True)]
+    metrics = measure(
+        predictions.assign(kind=kinds),
+        decision.threshold,
+        decision.rule,
+        decision.temperature,
+        prevalences or PREVALENCES,
+        ['kind'],
+    )
+    folds = {name: _measure_fold(table, decision.threshold) for name, table in tables.items()}
+    results = {
+        'metrics': metrics,
+        'decision': asdict(decision),
+        'folds': folds,
+        'spread': {metric: _spread([fold[metric] for fold in folds.values()]) for metric in SPREAD},
+    }
+    write_csv(series.path / PREDICTIONS, predictions)
+    write_json(series.path / METRICS, results)
+    _draw(series, predictions, metrics)
+    return results
+
+
+def _identify(series: Series) -> str:
+    """Return a SHA-256 of the networks of all folds."""
+    networks = [run.metrics['valid']['model'] for run in series.runs]
+    return hashlib.sha256(' '.join(networks).encode()).hexdigest()
+
+
+def _measure_fold(predictions: pd.DataFrame, threshold: float) -> dict[str, Any]:
+    metrics = measure(predictions, threshold, f'fixed:{threshold:g}')
+    return {'n': metrics['n'], 'positives': metrics['positives'], **{name: _value(metrics[name]) for name in SPREAD}}
+
+
+def _value(metric: Any) -> float | None:
+    return metric['value'] if isinstance(metric, dict) else metric
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Return the mean, the standard deviation and the range of the `values`; None if one of them is undefined."""
+    defined = [value for value in values if value is not None]
+    if len(defined) < len(values):
+        return dict.fromkeys(('mean', 'sd', 'low', 'high'))
+    return {
+        'mean': float(np.mean(defined)),
+        'sd': float(np.std(defined, ddof=1)),
+        'low': min(defined),
+        'high': max(defined),
+    }
+
+
+def _draw(series: Series, predictions: pd.DataFrame, metrics: dict[str, Any]) -> None:
+    title = f'{series.recipe.arch}, {series.number} folds'
+    figures = {'confusion': plot_confusion_matrix(metrics, title)}
+    if metrics['auc']['value'] is not None:
+        figures |= {name: plot(predictions, metrics, title) for name, plot in CURVES.items()}
+    with writing(series.path):
+        (series.path / 'figures').mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        save_figure(figure, series.path / 'figures' / f'{name}.png')

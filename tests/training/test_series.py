@@ -1,0 +1,168 @@
+"""Folds and seeds are trained one after the other, are ordinary runs, and continue where they were stopped."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cxr_fastai.cli import main
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.run import Run
+from cxr_fastai.core.series import FOLDS, Series, is_folds, is_series
+from cxr_fastai.data.items import read_items
+from cxr_fastai.data.splits import split_patients
+from cxr_fastai.evaluation.cross_validation import evaluate_folds
+from cxr_fastai.evaluation.metrics import Sample, measure_auc
+from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.training import series as module
+from cxr_fastai.training.series import resume_series, train_folds, train_seeds
+
+RECIPE = make_recipe('baseline', epochs=1, size=48, batch_size=8, seed=3, workers=0)
+
+
+@pytest.fixture(scope='module')
+def folds(once, images) -> Series:
+    """A cross-validation with three folds; not to be changed by a test."""
+    folder = once('folds', lambda folder: train_folds(RECIPE, images, folder, 3))
+    return Series.open(folder)
+
+
+def copy_of(series: Series, folder) -> Series:
+    shutil.copytree(series.path, folder)
+    return Series.open(folder)
+
+
+def test_every_image_is_in_the_validation_of_one_fold_apart_from_all_images_of_its_patient(folds):
+    valid = [run.items[run.items.split == 'valid'] for run in folds.runs]
+    together = pd.concat(valid)
+    assert together.path.is_unique
+    pool = folds.runs[0].items
+    assert set(together.path) == set(pool[pool.split != 'test'].path)
+    for one in valid:
+        others = together[~together.path.isin(one.path)]
+        assert not set(one.patient) & set(others.patient)
+
+
+def test_a_fold_is_an_ordinary_run_with_the_number_in_its_recipe(folds):
+    assert is_series(folds.path) and is_folds(folds.path) and not is_series(folds.runs[0].path)
+    assert [run.path.name for run in folds.runs] == ['fold-0', 'fold-1', 'fold-2']
+    assert [(run.recipe.fold, run.recipe.valid) for run in folds.runs] == [(n, 'patients') for n in range(3)]
+    assert all((run.path / 'model.safetensors').is_file() for run in folds.runs)
+
+
+def test_folds_are_drawn_alike_and_their_number_is_limited_by_the_patients(images):
+    items = read_items(images)
+    first, again = split_patients(items, 1, 0.25, 2), split_patients(items, 1, 0.25, 2)
+    assert first.split.equals(again.split) and not first.split.equals(split_patients(items, 1, 0.25, 1).split)
+    with pytest.raises(UsageError, match='fold 99: there are .* parts of the patients'):
+        split_patients(items, 1, 0.01, 99)
+
+
+def test_seeds_differ_in_the_seed_alone(images, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(module, '_train_one', lambda folder, recipe, *_: trained.append((folder.name, recipe.seed)))
+    monkeypatch.setattr(module.Run, 'open', lambda folder: type('Run', (), {'recipe': RECIPE}))
+    train_seeds(RECIPE, images, tmp_path / 'seeds', 3)
+    assert trained == [('seed-3', 3), ('seed-4', 4), ('seed-5', 5)]
+
+
+def test_the_precision_of_the_first_training_is_that_of_the_others(images, tmp_path, monkeypatch):
+    trained = []
+
+    def train_one(folder, recipe, data, precision, options):
+        trained.append((recipe.precision, precision))
+        Run.create(folder).start(module.replace(recipe, precision='bf16'), read_items(images))
+
+    monkeypatch.setattr(module, '_train_one', train_one)
+    train_folds(RECIPE, images, tmp_path / 'folds', 3, precision='auto')
+    assert trained == [('fp32', 'auto'), ('bf16', None), ('bf16', None)]
+
+
+def test_an_interrupted_series_continues_with_the_missing_trainings(folds, images, tmp_path, monkeypatch):
+    series = copy_of(folds, tmp_path / 'folds')
+    shutil.rmtree(series.folder('fold-2'))
+    journal = series.folder('fold-1') / 'journal.jsonl'
+    journal.write_text(''.join(line for line in journal.read_text().splitlines(True) if '"event": "end"' not in line))
+    assert series.missing == ['fold-1', 'fold-2']
+    with pytest.raises(UsageError, match=r'fold-1, fold-2 of 3 trainings not finished.*--resume'):
+        _ = series.runs
+    calls = []
+    monkeypatch.setattr(module, 'train', lambda *args, **options: calls.append((args[2].name, options)))
+    monkeypatch.setattr(module.Run, 'open', lambda folder: type('Run', (), {'recipe': RECIPE}))
+    resume_series(series.path, images, precision='auto')
+    assert calls == [('fold-1', {'resume': True}), ('fold-2', {'precision': None})]
+
+
+def test_out_of_fold_metrics_are_those_of_the_predictions_of_all_folds(folds, tmp_path):
+    series = copy_of(folds, tmp_path / 'folds')
+    results = evaluate_folds(series)
+    table = pd.read_csv(series.path / 'out_of_fold.csv')
+    expected = pd.concat([run.predicted('valid') for run in series.runs]).sort_values('path', ignore_index=True)
+    assert table.path.to_list() == expected.path.to_list()
+    assert np.allclose(table.p_pneumonia, expected.p_pneumonia) and set(table.fold) == set(series.recipes)
+    assert results['metrics']['auc'] == measure_auc(Sample.from_predictions(expected))
+    assert results['metrics']['n'] == len(table) == sum(fold['n'] for fold in results['folds'].values())
+    aucs = [fold['auc'] for fold in results['folds'].values()]
+    assert results['spread']['auc'] == pytest.approx(
+        {'mean': np.mean(aucs), 'sd': np.std(aucs, ddof=1), 'low': min(aucs), 'high': max(aucs)}
+    )
+    stored = json.loads((series.path / 'out_of_fold.json').read_text())
+    assert stored['decision']['valid']['n'] == len(table)
+    assert {'roc.png', 'confusion.png'} <= {path.name for path in (series.path / 'figures').iterdir()}
+
+
+def test_seeds_have_no_folds(images, tmp_path):
+    series = Series.create(tmp_path / 'seeds', 'seeds', 2, RECIPE)
+    with pytest.raises(UsageError, match='there are no folds'):
+        evaluate_folds(series)
+
+
+@pytest.mark.parametrize('number', [1, 101])
+def test_the_number_of_folds_is_limited(number, tmp_path):
+    with pytest.raises(UsageError, match=f'--folds {number}: a whole number from 2 to 100'):
+        Series.create(tmp_path / 'folds', FOLDS, number, RECIPE)
+    assert not (tmp_path / 'folds').exists()
+
+
+def test_a_damaged_series_is_refused(tmp_path):
+    Series.create(tmp_path / 'folds', FOLDS, 2, RECIPE)
+    (tmp_path / 'folds/series.json').write_text('{"kind": "folds", "number": "2", "recipe": {}}')
+    with pytest.raises(UsageError, match='number'):
+        Series.open(tmp_path / 'folds')
+    with pytest.raises(UsageError, match='not a series of trainings'):
+        Series.open(tmp_path)
+
+
+def test_the_commands_train_continue_and_evaluate_folds(images, tmp_path, capsys):
+    out = tmp_path / 'folds'
+    options = ['--data', str(images), '--size', '48', '--epochs', '1', '--batch-size', '8', '--workers', '0']
+    assert main(['train', *options, '--folds', '2', '--out', str(out)]) == 0
+    assert f'2 runs trained. Next: cxr-fastai evaluate {out}' in capsys.readouterr().out
+    assert main(['train', '--resume', str(out)]) == 0
+    assert capsys.readouterr().out.count('trained already') == 2
+    assert main(['evaluate', str(out)]) == 0
+    output = capsys.readouterr().out
+    assert 'out-of-fold' in output and 'fold-1' in output and 'sd' in output
+    assert main(['evaluate', str(out), '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['folds'].keys() == {'fold-0', 'fold-1'}
+
+
+@pytest.mark.parametrize(
+    ('options', 'reason'),
+    [
+        (['--folds', '2', '--seeds', '2'], 'choose one of them'),
+        (['--folds', '2', '--valid', 'official'], 'Omit --valid'),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, reason, images, tmp_path, capsys):
+    assert main(['train', '--data', str(images), '--out', str(tmp_path / 'run'), *options]) == 2
+    assert reason in capsys.readouterr().err and not (tmp_path / 'run').exists()
+
+
+def test_options_that_folds_do_not_have_are_refused(folds, capsys):
+    assert main(['evaluate', str(folds.path), '--limit', '3', '--robustness']) == 2
+    assert '--limit, --robustness: not available for the out-of-fold' in capsys.readouterr().err
+    assert main(['train', '--resume', str(folds.path), '--epochs', '3']) == 2
+    assert '--epochs' in capsys.readouterr().err

@@ -3,6 +3,7 @@ from .progress import in_threads, progress_bar
 from .recipe import POSITIVE, VOCAB, Phase, Recipe
 from .recipe_fields import list_fields
 from .run import Run, read_recipe
+from .series import Series
 
 __all__ = [
     'CXRError',
@@ -13,6 +14,7 @@ __all__ = [
     'Phase',
     'Recipe',
     'Run',
+    'Series',
     'Stopped',
     'UsageError',
     'VOCAB',

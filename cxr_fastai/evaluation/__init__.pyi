@@ -1,4 +1,5 @@
 from .comparison import compare, compare_runs, same_images
+from .cross_validation import evaluate_folds
 from .curves import plot_calibration, plot_net_benefit, plot_precision_recall, plot_risk_coverage, plot_roc, plot_scores
 from .evaluation import evaluate
 from .figures import evaluate_and_draw, save_figures, typical_correct, worst_errors
@@ -15,6 +16,7 @@ __all__ = [
     'decide',
     'evaluate',
     'evaluate_and_draw',
+    'evaluate_folds',
     'evaluate_robustness',
     'format_estimate',
     'measure',

@@ -64,7 +64,8 @@ class ExchangeSurroundings(_Surroundings):
 class HideLungs(_Surroundings):
     """Hide the lungs of an image, with the probability `p`, and give it a random label.
 
-    The best that a network can answer then is 0.5: what is around the lungs must not decide.
+    The best that a network can answer then is 0.5: what is around the lungs must not decide. In every batch, the labels
+    of the hidden images are as balanced as their number allows, so that they disturb the training less.
     """
 
     def encodes(self, batch: Any) -> Any:
@@ -83,11 +84,13 @@ class HideLungs(_Surroundings):
 
     def draw(self, n: int) -> dict[str, Tensor]:
         """Draw which of `n` images are `chosen`, the number of the `fill`, the `box`, and the random `label`."""
+        chosen = self._rand(n) < self.p
+        first_label = torch.randint(len(VOCAB), (1,), generator=self.generator)
         return {
-            'chosen': self._rand(n) < self.p,
+            'chosen': chosen,
             'fill': torch.randint(N_FILLS, (n,), generator=self.generator),
             'box': self._draw_boxes(n),
-            'label': torch.randint(len(VOCAB), (n,), generator=self.generator),
+            'label': (chosen.cumsum(0) + first_label) % len(VOCAB),
         }
 
 

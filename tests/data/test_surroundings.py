@@ -74,6 +74,7 @@ def test_hidden_lungs_have_a_random_label_and_the_others_keep_theirs():
     same = (hidden == x).flatten(1).all(1).as_subclass(torch.Tensor)
     assert torch.equal(labels.as_subclass(torch.Tensor)[same], y.as_subclass(torch.Tensor)[same])
     assert 0.3 < (labels != y).float().sum() / (N / 2) < 0.7
+    assert abs(float(labels[~same].float().mean()) - 0.5) < 0.01
     assert isinstance(hidden, TensorImageBW) and isinstance(labels, TensorCategory)
 
 

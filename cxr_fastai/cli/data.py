@@ -87,6 +87,7 @@ def data_audit(
     workers: opt.Threads = None,
     hide_names: opt.HideNames = False,
     modality: opt.Modality = '',
+    anatomy: opt.Anatomy = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Find problems in a set of images before training: leakage, duplicates, unreadable images, shortcuts.
@@ -103,7 +104,7 @@ def data_audit(
     from cxr_fastai.data.items import data_root
 
     check_writable(report)  # before all images are read
-    result = audit(data_root(choose_source(folder, csv)), workers, hide_names, modality)
+    result = audit(data_root(choose_source(folder, csv)), workers, hide_names, modality, anatomy)
     save_audit(result, report)
     if as_json:
         print_json(result.as_dict())

@@ -108,6 +108,15 @@ Seed = Annotated[int, Option('--seed', metavar='N', min=0, help='Seed all random
 
 AuditFolder = Annotated[Path, Option('--out', metavar='DIR', help='Write audit.json and audit.html to this folder.')]
 
+Anatomy = Annotated[
+    bool,
+    Option(
+        '--anatomy',
+        help='Also train a small network on images without their lungs, and report how well it tells the label. Takes '
+        'minutes.',
+    ),
+]
+
 # train, lr-find and demo
 
 Arch = Annotated[

@@ -100,8 +100,13 @@ def _train_series(given: typer.Context, recipe: Recipe, root: Path, out: Path | 
     folds, seeds = given.params['folds'], given.params['seeds']
     if folds and seeds:
         raise UsageError(f'--folds {folds} and --seeds {seeds}: choose one of them.')
-    if folds and _typed_options(given).get('valid') == 'official':
-        raise UsageError(f'--folds {folds} and --valid official: folds are parts of the patients. Omit --valid.')
+    if folds:
+        typed = _typed_options(given)
+        if typed.get('valid') == 'official':
+            raise UsageError(f'--folds {folds} and --valid official: folds are parts of the patients. Omit --valid.')
+        for field in parse_fields(typed.get('fields') or []):
+            if field in ('fold', 'valid_pct'):
+                raise UsageError(f'--folds {folds} and --set {field}: --folds sets it. Omit --set {field}.')
     folder = out or unused_path(Path('runs', f'{recipe.arch}-{"folds" if folds else "seeds"}'))
     if folds:
         _print_next_evaluation(train_folds(recipe, root, folder, folds, **options))
@@ -121,6 +126,9 @@ def _resume(given: typer.Context, folder: Path, source: Path | None, out: Path |
     if is_series(folder):
         _resume_series(given, folder, source)
         return
+    for option in ('folds', 'seeds'):
+        if given.params[option]:
+            raise UsageError(f'--{option} and --resume {folder}: it is the folder of one training. Omit --{option}.')
     run = Run.open(folder)
     from cxr_fastai.data.items import data_root
 
@@ -143,16 +151,22 @@ def _resume_series(given: typer.Context, folder: Path, source: Path | None) -> N
     from cxr_fastai.data.items import data_root
     from cxr_fastai.training.series import resume_series
 
-    changed = _typed_options(given).keys() - {'resume', 'data', 'csv', 'compile', 'track', 'device', 'precision'}
-    if changed:
-        names = ', '.join(f'--{name.replace("_", "-")}' for name in sorted(changed))
-        raise UsageError(f'{names} and --resume {folder}: its trainings keep their recipe. Omit {names}.')
-    first = Series.open(folder).folder_of_first
-    started = Run(first).images if (first / 'recipe.json').is_file() else None
-    params = given.params
-    options = {name: params[name] for name in ('compile', 'track')} | {'device': _training_device(params['device'])}
-    precision = 'auto' if params['precision'] == 'auto' else params['precision']
-    _print_next_evaluation(resume_series(folder, data_root(source or started), precision=precision, **options))
+    _refuse_typed(given, f'--resume {folder}', 'its trainings keep their settings', {'resume', 'data', 'csv', 'device'})
+    first = Run(Series.open(folder).folder_of_first)
+    started = first.images if (first / 'recipe.json').is_file() else None
+    device = _training_device(given.params['device'])
+    _print_next_evaluation(resume_series(folder, data_root(source or started), device))
+
+
+def _refuse_typed(given: typer.Context, where: str, reason: str, allowed: set[str]) -> None:
+    """Raise `UsageError` for options on the command line that are not among those `allowed`."""
+    names = [
+        option.opts[0]
+        for option in given.command.params
+        if option.name in _typed_options(given).keys() - allowed and option.opts
+    ]
+    if names:
+        raise UsageError(f'{", ".join(names)} and {where}: {reason}. Omit {", ".join(names)}.')
 
 
 def _training_device(name: str) -> str | None:

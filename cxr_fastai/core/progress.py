@@ -83,8 +83,12 @@ class ShownProgress:
 
 
 def plural(unit: str) -> str:
-    """Return the plural of a word such as `image` or `batch`."""
-    return f'{unit}es' if unit.endswith('ch') else f'{unit}s'
+    """Return the plural of a word such as `image` or `batch`.
+
+    >>> plural('epoch'), plural('batch')
+    ('epochs', 'batches')
+    """
+    return f'{unit}es' if unit == 'batch' else f'{unit}s'
 
 
 def format_seconds(seconds: float) -> str:

@@ -42,7 +42,7 @@ MEANINGS = {
     'jpeg': 'minimum quality of a random JPEG compression; 0: none',
     'erase': 'probability that a rectangle is replaced by noise',
     'exchange': 'probability that what is around the lungs comes from another image',
-    'hide_lungs': 'probability that the lungs are hidden and the label is random',
+    'hide_lungs': 'probability that the lungs are hidden, with a label that says nothing',
     'mixup': 'alpha of MixUp; 0: none',
     'start_size': 'fraction of the size at which training starts; 1: full size from the start',
     'optimizer': 'adam: weight decay as an L2 penalty; adamw: decoupled',

@@ -1,14 +1,13 @@
 """A series: several trainings of one recipe in one folder, one for each fold of the patients or for each seed.
 
 The folder contains `series.json`, with the recipe and the number of trainings, and a run folder for each of them. A
-series may be unfinished: `missing` names the trainings that have not ended.
+series may be unfinished: `find_missing` returns the names of the trainings that have not ended.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import StrPath, check_new, write_json, writing
@@ -16,40 +15,41 @@ from cxr_fastai.core.foreign import read_json
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.recipe_fields import parse_recipe
 from cxr_fastai.core.run import Run
-from cxr_fastai.core.schemas import Anything, Choice, Integer, check_object
+from cxr_fastai.core.schemas import Anything, Choice, Integer, Text, check_object
 
 SERIES = 'series.json'
 FOLDS = 'folds'
 SEEDS = 'seeds'
 MIN_RUNS = 2
 MAX_RUNS = 100
-CONTENTS = {'kind': Choice((FOLDS, SEEDS)), 'number': Integer(MIN_RUNS, MAX_RUNS), 'recipe': Anything()}
+CONTENTS = {
+    'kind': Choice((FOLDS, SEEDS)),
+    'number': Integer(MIN_RUNS, MAX_RUNS),
+    'recipe': Anything(),
+    'images': Text(64),
+    'precision': Text(10, optional=True),
+    'compile': Text(10),
+    'track': Text(100, optional=True),
+}
 """The fields of `series.json`."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """A folder of a `number` of trainings of one `recipe`, of the `kind` `folds` or `seeds`."""
+    """A folder of a `number` of trainings of one `recipe`, of the `kind` `folds` or `seeds`.
+
+    `images` is the identity of the images (`data.items.identify_images`). `precision`, `compile` and `track` are those
+    of `training.train`.
+    """
 
     path: Path
     kind: str
     number: int
     recipe: Recipe
-
-    @classmethod
-    def create(cls, path: StrPath, kind: str, number: int, recipe: Recipe) -> Series:
-        """Create the folder `path` with `series.json`.
-
-        Raises `UsageError` if it is not empty, and for a `number` below 2 or above 100.
-        """
-        if not MIN_RUNS <= number <= MAX_RUNS:
-            raise UsageError(f'--{kind} {number}: a whole number from {MIN_RUNS} to {MAX_RUNS} is needed.')
-        path = Path(path)
-        check_new(path)
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-        write_json(path / SERIES, {'kind': kind, 'number': number, 'recipe': asdict(recipe)})
-        return cls(path, kind, number, recipe)
+    images: str
+    precision: str | None = None
+    compile: str = 'off'
+    track: str | None = None
 
     @classmethod
     def open(cls, path: StrPath) -> Series:
@@ -59,9 +59,19 @@ class Series:
             raise UsageError(
                 f'{path}: not a series of trainings. Create one: `cxr-fastai train --folds 5 --out {path}`.'
             )
-        facts: dict[str, Any] = read_json(path / SERIES)
-        check_object(facts, CONTENTS, path / SERIES, 'Train again into another --out', UsageError)
-        return cls(path, facts['kind'], facts['number'], parse_recipe(facts['recipe']))
+        facts = check_object(
+            read_json(path / SERIES), CONTENTS, path / SERIES, 'Train again into another --out', UsageError
+        )
+        return cls(path, **facts | {'recipe': parse_recipe(facts['recipe'])})
+
+    def create(self) -> None:
+        """Create the folder with `series.json`. Raises `UsageError` if it is not empty."""
+        check_new(self.path)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        facts = asdict(self)
+        del facts['path']
+        write_json(self.path / SERIES, facts)
 
     @property
     def recipes(self) -> dict[str, Recipe]:
@@ -84,17 +94,16 @@ class Series:
         """The run folder of the first training."""
         return self.folder(next(iter(self.recipes)))
 
-    @property
-    def missing(self) -> list[str]:
-        """The names of the trainings that have not ended."""
+    def find_missing(self) -> list[str]:
+        """Return the names of the trainings that have not ended."""
         return [name for name in self.recipes if not has_ended(self.folder(name))]
 
-    @property
-    def runs(self) -> list[Run]:
-        """The runs, in order. Raises `UsageError` if some have not ended."""
-        if self.missing:
+    def open_runs(self) -> list[Run]:
+        """Return the runs, in order. Raises `UsageError` if some have not ended."""
+        missing = self.find_missing()
+        if missing:
             raise UsageError(
-                f'{self.path}: {", ".join(self.missing)} of {self.number} trainings not finished. Continue: '
+                f'{self.path}: {", ".join(missing)} of {self.number} trainings not finished. Continue: '
                 f'`cxr-fastai train --resume {self.path}`.'
             )
         return [Run.open(self.folder(name)) for name in self.recipes]

@@ -17,7 +17,7 @@ from cxr_fastai.core.templates import data_uri, render_template
 from cxr_fastai.data.find import describe_ignored, short_path, shown_path
 from cxr_fastai.data.image_stats import MAX_PAIRS, MIN_CORRELATION, find_duplicates, measure_images
 from cxr_fastai.data.items import identify_images, image_root, read_items
-from cxr_fastai.data.probes import LABEL, SHORTCUT_AUC, probe_label, probe_shift
+from cxr_fastai.data.probes import ANATOMY, LABEL, SHORTCUT_AUC, probe_label, probe_shift
 from cxr_fastai.data.splits import (
     check_trainable,
     count_patients,
@@ -99,12 +99,15 @@ class Audit:
         }
 
 
-def audit(data: StrPath, workers: int | None = None, hide_names: bool = False, modality: str = '') -> Audit:
+def audit(
+    data: StrPath, workers: int | None = None, hide_names: bool = False, modality: str = '', anatomy: bool = False
+) -> Audit:
     """Examine every image of the folder or CSV file `data` with `workers` threads (default: the number of cores).
 
     With `hide_names` the result contains numbers instead of the names of images, patients and the folder, because names
     can identify a patient. `modality` has the codes of DICOM modalities, such as `RG,CT`, that are accepted besides
-    those of radiographs. Raises `CXRError` if there are no images, and `UsageError` for a wrong `modality`.
+    those of radiographs. With `anatomy`, a small network is trained on images without their lungs, which takes minutes:
+    see `probe_anatomy`. Raises `CXRError` if there are no images, and `UsageError` for a wrong `modality`.
     """
     parse_modalities(modality)
     data = Path(data)
@@ -115,7 +118,12 @@ def audit(data: StrPath, workers: int | None = None, hide_names: bool = False, m
     images.attrs['ignored'] = items.attrs['ignored']
     images['name'] = [shown_path(path, number, hide_names) for number, path in enumerate(items.path, 1)]
     usable = images[images.code.isna()]
-    probes = pd.concat([probe_label(usable), probe_shift(usable)], ignore_index=True)
+    probes = [probe_label(usable), probe_shift(usable)]
+    if anatomy:
+        from cxr_fastai.data.anatomy_probe import probe_anatomy
+
+        probes.insert(1, probe_anatomy(usable, root, workers, modality))
+    table = pd.concat(probes, ignore_index=True)
     duplicates = find_duplicates(thumbnails, max_pairs=MAX_PAIRS)
     pairs = _describe_pairs(images, duplicates)
     findings = [
@@ -128,7 +136,7 @@ def audit(data: StrPath, workers: int | None = None, hide_names: bool = False, m
         *_find_repeated_rows(images),
         *_find_left_out(images),
         *_find_small_splits(items),
-        *_find_shortcuts(probes),
+        *_find_shortcuts(table),
     ]
     return Audit(
         data='images' if hide_names else data.resolve().name,
@@ -136,7 +144,7 @@ def audit(data: StrPath, workers: int | None = None, hide_names: bool = False, m
         identity=identify_images(items),
         counts=_count_kinds(items),
         facts=_summarise_files(images, usable),
-        probes=probes,
+        probes=table,
         findings=tuple(sorted(findings, key=lambda finding: finding.level != 'error')),
         pictures=_draw_pictures(images, pairs, root, modality),
     )
@@ -292,14 +300,23 @@ def _find_shortcuts(probes: pd.DataFrame) -> list[Finding]:
     findings = []
     for probe, group in probes[probes.auc > SHORTCUT_AUC].groupby('probe', sort=False):
         aucs = ', '.join(f'{trait} {auc:.3f}' for trait, auc in zip(group.trait, group.auc, strict=True))
-        if probe == LABEL:
-            name = 'shortcuts to the label'
-            effect = 'A network can learn these properties instead of the disease.'
-        else:
-            name = f'shift between {probe}'
-            effect = 'Results on one split may not hold on the other.'
-        findings.append(Finding('warning', name, len(group), f'AUC of each property alone: {aucs}. {effect}'))
+        name, measured, effect = _describe_probe(str(probe))
+        findings.append(Finding('warning', name, len(group), f'{measured}: {aucs}. {effect}'))
     return findings
+
+
+def _describe_probe(probe: str) -> tuple[str, str, str]:
+    """Return the name of the finding of a probe, what was measured, and what it means."""
+    if probe == LABEL:
+        effect = 'A network can learn these properties instead of the disease.'
+        return 'shortcuts to the label', 'AUC of each property alone', effect
+    if probe == ANATOMY:
+        effect = (
+            'What is around the lungs tells the label, and a network can learn that instead of the disease. Train with '
+            '--set exchange=0.5 --set hide_lungs=0.3, and look at evaluate --robustness.'
+        )
+        return 'the label without the lungs', 'AUC of a small network', effect
+    return f'shift between {probe}', 'AUC of each property alone', 'Results on one split may not hold on the other.'
 
 
 def _summarise_files(images: pd.DataFrame, usable: pd.DataFrame) -> dict[str, Any]:

@@ -15,6 +15,8 @@ MIN_PROBED = 20
 FOLDS = 5
 LABEL = 'label'
 """The name of the probe that separates the classes; the other probes separate two splits."""
+ANATOMY = 'label, by a network'
+"""The name of the probe of `anatomy_probe`, which separates the classes by images without their lungs."""
 
 
 def probe_label(images: pd.DataFrame) -> pd.DataFrame:
@@ -48,7 +50,7 @@ def _probe(name: str, images: pd.DataFrame, targs: np.ndarray) -> pd.DataFrame:
     """Return the columns `probe trait auc` for the boolean `targs` (n,) of the images."""
     rows = []
     if _enough(images, targs) and _enough(images, ~targs):
-        folds = _assign_folds(images, targs)
+        folds = assign_folds(images, targs)
         for trait in TRAITS:
             if images[trait].nunique() > 1:
                 rows.append((name, trait, _cross_validated_auc(images[trait].to_numpy(float), targs, folds)))
@@ -60,15 +62,15 @@ def _enough(images: pd.DataFrame, mask: np.ndarray) -> bool:
     return mask.sum() >= MIN_PROBED and images.patient[mask].nunique() >= MIN_PROBED
 
 
-def _assign_folds(images: pd.DataFrame, targs: np.ndarray) -> np.ndarray:
+def assign_folds(images: pd.DataFrame, targs: np.ndarray, folds: int = FOLDS) -> np.ndarray:
     """Return the number of the fold (n,) of each image; the images of a patient are in the same fold."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
-    folds = np.empty(len(images), int)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+    numbers = np.empty(len(images), int)
     for number, (_, held_out) in enumerate(splitter.split(images, targs, images.patient.to_numpy())):
-        folds[held_out] = number
-    return folds
+        numbers[held_out] = number
+    return numbers
 
 
 def _cross_validated_auc(values: np.ndarray, targs: np.ndarray, folds: np.ndarray) -> float:

@@ -5,9 +5,12 @@ Both work before any augmentation, while the lungs are still where `images.anato
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from fastai.data.load import DataLoader
 from fastai.torch_core import TensorCategory, TensorImageBW
 from fasttransform import ItemTransform
 from torch import Tensor
@@ -23,9 +26,14 @@ N_FILLS = 3
 
 
 class _Surroundings(PerImageTransform, ItemTransform):
-    """A transform of whole batches, images (n, 1, h, w) in [0, 1] and categories (n,), before augmentation."""
+    """A transform of whole batches, images (n, 1, h, w) in [0, 1] and categories (n,), before augmentation.
+
+    It is for training only: `keep_surroundings` turns it off where fastai augments images to predict them. A batch
+    without categories stays as it is.
+    """
 
     order = 15
+    is_on = True
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -40,12 +48,15 @@ class _Surroundings(PerImageTransform, ItemTransform):
 class ExchangeSurroundings(_Surroundings):
     """Give an image the surroundings of its neighbour in the batch, with the probability `p`.
 
-    What is around the lungs then says nothing about the label, which stays that of the lungs. Neighbours are the first
-    and the second image, the third and the fourth, and so on; the order of training images is random. Processes that
-    share a batch in parts of an even number of images therefore make the same images as one process does.
+    In these images, what is around the lungs says nothing about the label, which stays that of the lungs. Neighbours
+    are the first and the second image, the third and the fourth, and so on; the order of training images is random.
+    Processes that share a batch in parts of an even number of images therefore make the same images as one process
+    does; a process with a single image exchanges nothing.
     """
 
     def encodes(self, batch: Any) -> Any:
+        if not self.is_on or len(batch) < 2:
+            return batch
         x, *labels = batch
         images = x.as_subclass(Tensor)
         drawn = self.per_image(images, self.draw)
@@ -62,13 +73,15 @@ class ExchangeSurroundings(_Surroundings):
 
 
 class HideLungs(_Surroundings):
-    """Hide the lungs of an image, with the probability `p`, and give it a random label.
+    """Hide the lungs of an image, with the probability `p`, and give it either label.
 
     The best that a network can answer then is 0.5: what is around the lungs must not decide. In every batch, the labels
     of the hidden images are as balanced as their number allows, so that they disturb the training less.
     """
 
     def encodes(self, batch: Any) -> Any:
+        if not self.is_on or len(batch) < 2:
+            return batch
         x, labels, *rest = batch
         images = x.as_subclass(Tensor)
         drawn = self.per_image(images, self.draw)
@@ -83,7 +96,7 @@ class HideLungs(_Surroundings):
         return TensorImageBW(hidden), labels, *rest
 
     def draw(self, n: int) -> dict[str, Tensor]:
-        """Draw which of `n` images are `chosen`, the number of the `fill`, the `box`, and the random `label`."""
+        """Draw which of `n` images are `chosen`, the number of the `fill`, the `box`, and the `label`."""
         chosen = self._rand(n) < self.p
         first_label = torch.randint(len(VOCAB), (1,), generator=self.generator)
         return {
@@ -92,6 +105,19 @@ class HideLungs(_Surroundings):
             'box': self._draw_boxes(n),
             'label': (chosen.cumsum(0) + first_label) % len(VOCAB),
         }
+
+
+@contextmanager
+def keep_surroundings(loader: DataLoader) -> Iterator[None]:
+    """Turn the transforms of this module off in all loaders that share those of `loader`."""
+    transforms = [transform for transform in loader.after_batch.fs if isinstance(transform, _Surroundings)]
+    try:
+        for transform in transforms:
+            transform.is_on = False
+        yield
+    finally:
+        for transform in transforms:
+            transform.is_on = True
 
 
 def make_fills(images: Tensor, noise: Tensor, numbers: Tensor) -> Tensor:

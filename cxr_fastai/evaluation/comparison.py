@@ -16,6 +16,7 @@ from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import StrPath, check_new, write_json, writing
 from cxr_fastai.core.folders import describe_own_folder
 from cxr_fastai.core.run import Run
+from cxr_fastai.core.series import Series, is_series
 from cxr_fastai.data.items import identify_images
 from cxr_fastai.data.splits import unknown_patients
 from cxr_fastai.evaluation.clusters import compare_clustered_auc
@@ -71,11 +72,14 @@ def compare_runs(runs: Sequence[Run], split: str, folder: StrPath) -> Comparison
 def find_runs(folders: Sequence[Path]) -> list[Run]:
     """Return the runs in `folders`, each a run folder or a folder of run folders.
 
-    Raises `UsageError` for a folder without a run, and for a run that is named twice.
+    Raises `UsageError` for a folder without a run, for an unfinished series, and for a run that is named twice.
     """
     _check_order(folders)
     runs: list[Run] = []
     for folder in folders:
+        if is_series(folder):
+            runs.extend(Series.open(folder).open_runs())
+            continue
         inside = sorted(path.parent for path in folder.glob('*/recipe.json'))
         is_run = (folder / 'recipe.json').is_file()
         paths = [folder] if is_run or not inside else inside

@@ -7,8 +7,9 @@ threshold and the temperature rest on all images and not on a tenth of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ import pandas as pd
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import StrPath, write_csv, write_json, writing
+from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import FOLDS, Series
-from cxr_fastai.data.items import parse_name
-from cxr_fastai.evaluation.evaluation import apply_threshold, evaluate
+from cxr_fastai.evaluation.evaluation import apply_threshold, evaluate, find_kinds, find_split
 from cxr_fastai.evaluation.figures import CURVES
 from cxr_fastai.evaluation.metrics import PREVALENCES, measure
 from cxr_fastai.evaluation.plots import plot_confusion_matrix
@@ -64,16 +65,18 @@ def evaluate_folds(
         )
     if rule:
         parse_rule(rule)
-    tables = {}
-    for name, run in zip(series.recipes, series.runs, strict=True):
+    runs = dict(zip(series.recipes, series.open_runs(), strict=True))
+    _check_images(series, runs, data)
+    for run in runs.values():
         evaluate(run, data, 'valid', batch_size, rule=rule, again=again, device=device)
-        tables[name] = run.predicted('valid')
+    tables = {name: run.predicted('valid') for name, run in runs.items()}
     together = pd.concat([table.assign(fold=name) for name, table in tables.items()], ignore_index=True)
-    decision = decide(together, rule or DEFAULT_RULE, _identify(series))
+    networks = ' '.join(run.metrics['valid']['model'] for run in runs.values())
+    model = hashlib.sha256(networks.encode()).hexdigest()
+    decision = decide(together, rule or DEFAULT_RULE, model)
     predictions = apply_threshold(together, decision.threshold).sort_values('path', ignore_index=True)
-    kinds = [parse_name(path, label).kind for path, label in zip(predictions.path, predictions.label, strict=True)]
     metrics = measure(
-        predictions.assign(kind=kinds),
+        predictions.assign(kind=find_kinds(predictions)),
         decision.threshold,
         decision.rule,
         decision.temperature,
@@ -93,10 +96,23 @@ def evaluate_folds(
     return results
 
 
-def _identify(series: Series) -> str:
-    """Return a SHA-256 of the networks of all folds."""
-    networks = [run.metrics['valid']['model'] for run in series.runs]
-    return hashlib.sha256(' '.join(networks).encode()).hexdigest()
+def _check_images(series: Series, runs: Mapping[str, Run], data: StrPath | None) -> None:
+    """Raise `UsageError` unless the validation images of each fold are found, and are of no other fold."""
+    fold_of: dict[str, str] = {}
+    for name, run in runs.items():
+        _, found = find_split(run, Path(data) if data is not None else None, 'valid')
+        own = run.used_items.query('split == "valid"')
+        if found.path.to_list() != own.path.to_list():
+            raise UsageError(
+                f'{series.path}: the validation images of {name} are not in {data or run.images}. Name the folder that '
+                'the folds were trained on with --data.'
+            )
+        for path in own.path:
+            if fold_of.setdefault(path, name) != name:
+                raise UsageError(
+                    f'{series.path}: {path} is a validation image of {fold_of[path]} and of {name}, so the folds were '
+                    'trained on different images. Train again into another --out.'
+                )
 
 
 def _measure_fold(predictions: pd.DataFrame, threshold: float) -> dict[str, Any]:

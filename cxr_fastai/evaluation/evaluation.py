@@ -313,6 +313,12 @@ def predict_items(predictor: Predictor, items: pd.DataFrame, root: Path, batch_s
     return table[PREDICTION_COLUMNS]
 
 
+def find_kinds(predictions: pd.DataFrame) -> np.ndarray:
+    """Return the kind (n,) of each image of a predictions table, by its file name."""
+    kinds = [parse_name(path, label).kind for path, label in zip(predictions.path, predictions.label, strict=True)]
+    return np.array(kinds)
+
+
 def apply_threshold(predictions: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Return `predictions` with the column `prediction` according to `threshold`."""
     is_positive = (predictions.p_pneumonia >= threshold).to_numpy()
@@ -405,6 +411,5 @@ def _update_metrics(
             CXRWarning,
             stacklevel=3,
         )
-    kinds = [parse_name(path, label).kind for path, label in zip(predictions.path, predictions.label, strict=True)]
-    groups = {'kind': np.array(kinds)}
+    groups = {'kind': find_kinds(predictions)}
     return _measure(predictions, decision, groups, _stored_prevalences(stored), stamp or stored.get('images'))

@@ -51,8 +51,7 @@ def evaluate_robustness(
     """Measure the robustness of a run on a split as `measure_robustness` does.
 
     Writes the table into the run's `robustness.csv` with the SHA-256 of the network, where the rows of other splits
-    stay, and draws its figure. Raises
-    `UsageError` for a split without images, `ImageError` for an unreadable image.
+    stay, and draws its figure. Raises `UsageError` for a split without images, `ImageError` for an unreadable image.
     """
     data = Path(data) if data is not None else None
     root, items = find_split(run, data, split, limit)
@@ -179,10 +178,10 @@ def _exchange(square: np.ndarray, path: str, others: dict[str, np.ndarray]) -> n
 
 def _find_others(items: pd.DataFrame, squares: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Return an image of the other class for the path of each image; the image itself if there is none."""
-    labels = items.label.to_numpy()
+    of_other_class = {label: np.flatnonzero(items.label != label) for label in items.label.unique()}
     others = {}
-    for index, (path, label) in enumerate(zip(items.path, labels, strict=True)):
-        candidates = np.flatnonzero(labels != label)
+    for index, (path, label) in enumerate(zip(items.path, items.label, strict=True)):
+        candidates = of_other_class[label]
         rng = image_rng(seed, path, EXCHANGED)
         others[path] = squares[rng.choice(candidates) if len(candidates) else index]
     return others
@@ -197,9 +196,9 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
     """Return the most important AUCs of a robustness table with the columns `corruption` and `auc`.
 
     `clean` is the AUC on clean images, `corrupted` the mean over the kinds of corruption, `shortcut` the AUC on
-    equalised images, and `loss` the difference of `clean` and `shortcut`. `lungs_hidden`, `thorax_hidden` and
-    `lungs_only` are the greatest, and for `lungs_only` the smallest, over the ways to hide the pixels; `exchanged` is
-    the AUC with the surroundings of another image. Those that are not in the table, such as an old one, are missing.
+    equalised images, and `loss` the difference of `clean` and `shortcut`. `exchanged` is the AUC with the surroundings
+    of another image. `lungs_hidden` and `thorax_hidden` are the greatest AUC over the ways to hide the pixels, and
+    `lungs_only` is the smallest. A table of an earlier version has none of the last four.
     """
     auc = table.groupby('corruption', sort=False).auc.mean()
     summary = {

@@ -12,6 +12,7 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import Categorize, ColReader, IntToFloatTensor, ToTensor
 from fasttransform import Pipeline
 
+from cxr_fastai.data.surroundings import ExchangeSurroundings, HideLungs
 from cxr_fastai.data.transforms import AugmentImages, DegradeImages, NormalizeImage, OpenImage, PerImageTransform
 
 PREPARED_AHEAD = (
@@ -19,6 +20,8 @@ PREPARED_AHEAD = (
     Categorize,
     ColReader,
     DegradeImages,
+    ExchangeSurroundings,
+    HideLungs,
     IntToFloatTensor,
     NormalizeImage,
     OpenImage,

@@ -51,20 +51,24 @@ def check_compile(compile: str) -> None:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Return True if `torch.compile` has the compiler that it needs for `device`; warn if not."""
-    compiler = 'triton' if device.type == 'cuda' else 'C++ compiler'
-    if device.type == 'cuda':
-        installed = find_spec('triton') is not None
-    else:
-        names = (os.environ.get('CXX'), 'g++', 'clang++', 'cl')
-        installed = any(name and shutil.which(name) for name in names)
+    """Return whether `torch.compile` has the compiler that it needs for `device`; warn if not."""
+    installed = has_compiler(device)
     if not installed:
+        compiler = 'triton' if device.type == 'cuda' else 'C++ compiler'
         warnings.warn(
             f'no {compiler} was found, so training is not compiled. Install one, or pass --compile off.',
             CXRWarning,
             stacklevel=2,
         )
     return installed
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Return whether `torch.compile` has the compiler that it needs for `device`."""
+    if device.type == 'cuda':
+        return find_spec('triton') is not None
+    names = (os.environ.get('CXX'), 'g++', 'clang++', 'cl')
+    return any(name and shutil.which(name) for name in names)
 
 
 class CompileSteps(Callback):

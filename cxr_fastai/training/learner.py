@@ -27,6 +27,7 @@ from cxr_fastai.core.environment import forget_blank_variables
 from cxr_fastai.core.errors import OutputError, UsageError
 from cxr_fastai.core.recipe import POSITIVE, UNKNOWN, VOCAB, Recipe
 from cxr_fastai.data.loaders import find_preprocessing
+from cxr_fastai.data.surroundings import keep_surroundings
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.models.networks import create_network, unwrap_network
@@ -171,6 +172,11 @@ class CXRLearner(Learner):
         finally:
             if 'precision' in vars(self):
                 self.precision.leave()
+
+    def tta(self, *args: Any, **kwargs: Any) -> Any:
+        """Return fastai's predictions with augmentation, without that which hides or exchanges parts of an image."""
+        with keep_surroundings(self.dls.train):
+            return super().tta(*args, **kwargs)
 
     def to_fp16(self) -> CXRLearner:
         """Train with 16-bit floats, on a GPU or a CPU. Validation and prediction keep 32 bits."""

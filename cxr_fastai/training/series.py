@@ -6,51 +6,110 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from cxr_fastai.core.files import StrPath, writing
+import pandas as pd
+
+from cxr_fastai.core.environment import Launch
+from cxr_fastai.core.errors import Stopped, UsageError
+from cxr_fastai.core.files import writing
 from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.core.recipe_fields import LIMITS
 from cxr_fastai.core.run import Run
-from cxr_fastai.core.series import FOLDS, SEEDS, Series, has_ended
-from cxr_fastai.data.items import read_recipe_items
+from cxr_fastai.core.series import FOLDS, MAX_RUNS, MIN_RUNS, SEEDS, Series, has_ended
+from cxr_fastai.data.items import identify_images, read_items, read_recipe_items
 from cxr_fastai.training.training import train
 
 log = logging.getLogger(__name__)
 
 
-def train_folds(recipe: Recipe, data: str | Path, out: StrPath, folds: int, **options: Any) -> Series:
+def train_folds(
+    recipe: Recipe,
+    data: str | Path,
+    out: str | Path,
+    folds: int,
+    *,
+    precision: str | None = None,
+    compile: str = 'off',
+    track: str | None = None,
+    device: str | None = None,
+) -> Series:
     """Train a network for each of `folds` parts of the patients, and validate it on that part.
 
-    Every image of train and valid is then a validation image of exactly one network, which was trained on none of that
-    patient's images. The runs are `out/fold-0`, `out/fold-1` and so on; `options` are those of `train`. With the
-    `precision` `auto`, the trial of the first training decides for all of them.
+    Every image of train and valid (without `recipe.limit`) is then a validation image of exactly one network, which was
+    trained on none of that patient's images. The runs are `out/fold-0`, `out/fold-1` and so on; the other arguments are
+    those of `train`. With the `precision` `auto`, the trial of the first training decides for all of them.
 
-    Raises `CXRError` as `train` does. What was trained until then can be continued by `resume_series`.
+    Raises `CXRError` as `train` does, and `UsageError` in several processes and if a class has fewer patients than
+    folds. What was trained until then can be continued by `resume_series`.
     """
-    return _train_missing(Series.create(out, FOLDS, folds, recipe), data, options)
+    _check('--folds', folds)
+    items = read_items(data)
+    patients = items[items.split != 'test'].groupby('label').patient.nunique()
+    if patients.min() < folds:
+        raise UsageError(
+            f'--folds {folds}: {patients.idxmin()} has only {patients.min()} patients. Choose at most '
+            f'{patients.min()} folds.'
+        )
+    series = Series(Path(out), FOLDS, folds, recipe, identify_images(items), precision, compile, track)
+    return _train_new(series, data, device)
 
 
-def train_seeds(recipe: Recipe, data: str | Path, out: StrPath, seeds: int, **options: Any) -> Series:
+def train_seeds(
+    recipe: Recipe,
+    data: str | Path,
+    out: str | Path,
+    seeds: int,
+    *,
+    precision: str | None = None,
+    compile: str = 'off',
+    track: str | None = None,
+    device: str | None = None,
+) -> Series:
     """Train networks that differ in the seed only, from that of `recipe` on; see `train_folds`.
 
     With `valid='patients'` the seed also chooses the validation patients.
     """
-    return _train_missing(Series.create(out, SEEDS, seeds, recipe), data, options)
+    _check('--seeds', seeds)
+    last, (_, highest) = recipe.seed + seeds - 1, LIMITS['seed']
+    if last > highest:
+        raise UsageError(f'--seeds {seeds}: the last seed would be {last}. Choose a --seed so that it is below 2**32.')
+    images = identify_images(read_items(data))
+    series = Series(Path(out), SEEDS, seeds, recipe, images, precision, compile, track)
+    return _train_new(series, data, device)
 
 
-def resume_series(path: StrPath, data: str | Path, **options: Any) -> Series:
+def resume_series(path: str | Path, data: str | Path, device: str | None = None) -> Series:
     """Continue the series in the folder `path`: an interrupted training first, then those that have not begun.
 
-    Raises `CXRError` as `train` does.
+    Raises `CXRError` as `train` does, and `UsageError` if `data` contains other images than those of the series.
     """
-    return _train_missing(Series.open(path), data, options)
+    series = Series.open(path)
+    _check(f'--resume {path}', series.number)
+    if identify_images(read_items(data)) != series.images:
+        raise UsageError(
+            f'{series.path}: its trainings so far have other images than {data} contains. Name the folder that they '
+            'were trained on, or train with another --out.'
+        )
+    return _train_missing(series, data, device)
 
 
-def _train_missing(series: Series, data: str | Path, options: dict[str, Any]) -> Series:
-    for recipe in series.recipes.values():
-        read_recipe_items(Path(data), recipe)  # raises before the first training if a later one has no images
-    options = dict(options)
-    precision = options.pop('precision', None)
+def _check(option: str, number: int) -> None:
+    if Launch.from_environment().processes > 1:
+        raise UsageError(f'{option} trains in a single process. Start each training with the launcher instead.')
+    if not MIN_RUNS <= number <= MAX_RUNS:
+        raise UsageError(f'{option} {number}: a whole number from {MIN_RUNS} to {MAX_RUNS} is needed.')
+
+
+def _train_new(series: Series, data: str | Path, device: str | None) -> Series:
+    first = next(iter(series.recipes.values()))
+    splits: pd.DataFrame = read_recipe_items(Path(data), first)
+    if not (splits.split == 'valid').any():
+        raise UsageError(f'{data}: no validation images. Use --valid patients.')
+    series.create()
+    return _train_missing(series, data, device)
+
+
+def _train_missing(series: Series, data: str | Path, device: str | None) -> Series:
     first = series.folder_of_first
     for number, (name, recipe) in enumerate(series.recipes.items(), 1):
         folder = series.folder(name)
@@ -58,18 +117,25 @@ def _train_missing(series: Series, data: str | Path, options: dict[str, Any]) ->
             log.info('%s: trained already', folder)
             continue
         log.info('%s: training %d of %d', folder, number, series.number)
-        if folder == first:
-            _train_one(folder, recipe, data, precision, options)
-        else:
-            _train_one(folder, replace(recipe, precision=Run.open(first).recipe.precision), data, None, options)
+        precision = series.precision
+        if folder != first:  # the trial of the first training decides
+            recipe, precision = replace(recipe, precision=Run.open(first).recipe.precision), None
+        try:
+            _train_one(series, folder, recipe, data, precision, device)
+        except Stopped as error:
+            advice = f'Continue: `cxr-fastai train --resume {series.path}`.'
+            raise Stopped(error.number, f'stopped in {folder}. {advice}') from None
     return series
 
 
-def _train_one(folder: Path, recipe: Recipe, data: str | Path, precision: str | None, options: dict[str, Any]) -> None:
+def _train_one(
+    series: Series, folder: Path, recipe: Recipe, data: str | Path, precision: str | None, device: str | None
+) -> None:
     if (folder / 'recipe.json').is_file():
-        train(Run.open(folder).recipe, data, folder, resume=True, **options)
+        recipe = Run.open(folder).recipe
+        train(recipe, data, folder, resume=True, compile=series.compile, track=series.track, device=device)
         return
     if folder.exists():  # it was stopped before there was anything to continue
         with writing(folder):
             shutil.rmtree(folder)
-    train(recipe, data, folder, precision=precision, **options)
+    train(recipe, data, folder, compile=series.compile, track=series.track, device=device, precision=precision)

@@ -41,7 +41,7 @@ from cxr_fastai.training.checkpoint import (
 )
 from cxr_fastai.training.checks import check_place, check_space
 from cxr_fastai.training.distributed import call_once, check_batch_size, share_batches, training_processes
-from cxr_fastai.training.hardware import CompileSteps, can_compile, check_compile, describe_environment
+from cxr_fastai.training.hardware import CompileSteps, can_compile, check_compile, describe_environment, has_compiler
 from cxr_fastai.training.learner import CXRLearner, Diverged, recipe_learner
 from cxr_fastai.training.precision import AUTO, check_precision, choose_precision
 from cxr_fastai.training.tracking import check_tracker, tracking
@@ -94,7 +94,7 @@ def train(
         readable = items[~items.path.isin(unreadable)]
         facts: dict[str, Any] = {}
         if precision == AUTO and not resume:
-            facts['precision_trial'] = _measure_precision(recipe, readable, device, compile == 'on')
+            facts['precision_trial'] = _measure_precision(recipe, readable, device, compile)
             recipe = replace(recipe, precision=facts['precision_trial']['precision'])
         learn = _make_learner(readable, image_root(data), recipe, cache, state, device)
         check_space(out, learn.network)
@@ -107,10 +107,12 @@ def train(
     return run
 
 
-def _measure_precision(recipe: Recipe, items: pd.DataFrame, device: str | None, compiled: bool) -> dict[str, Any]:
+def _measure_precision(recipe: Recipe, items: pd.DataFrame, device: str | None, compile: str) -> dict[str, Any]:
     """Return the precision that the main process measures to be the fastest, with the facts of the trial."""
     n_images = int((items.split == 'train').sum())
-    return call_once(choose_precision, recipe, choose_device(device or 'auto'), n_images, compiled)
+    chosen = choose_device(device or 'auto')
+    compiled = compile == 'on' and has_compiler(chosen)
+    return call_once(choose_precision, recipe, chosen, n_images, compiled)
 
 
 def _check_items(items: pd.DataFrame, recipe: Recipe) -> None:

@@ -8,8 +8,10 @@ import torch
 from fastai.torch_core import TensorCategory, TensorImageBW
 
 from cxr_fastai.data.loaders import CXRDataLoaders
-from cxr_fastai.data.surroundings import ExchangeSurroundings, HideLungs, soft_masks
+from cxr_fastai.data.surroundings import ExchangeSurroundings, HideLungs, keep_surroundings, soft_masks
 from cxr_fastai.images.anatomy import LUNGS
+from cxr_fastai.training.ahead import can_prepare_ahead
+from cxr_fastai.training.learner import cxr_learner
 
 SIDE = 64
 N = 400
@@ -17,7 +19,7 @@ N = 400
 
 def constant_images(n: int = N) -> tuple[TensorImageBW, TensorCategory]:
     """Images of one level each, and alternating labels."""
-    levels = torch.arange(n).div(n).view(-1, 1, 1, 1)
+    levels = torch.arange(1, n + 1).div(n + 1).view(-1, 1, 1, 1)  # none is black
     return TensorImageBW(levels.expand(n, 1, SIDE, SIDE).clone()), TensorCategory(torch.arange(n) % 2)
 
 
@@ -76,6 +78,29 @@ def test_hidden_lungs_have_a_random_label_and_the_others_keep_theirs():
     assert 0.3 < (labels != y).float().sum() / (N / 2) < 0.7
     assert abs(float(labels[~same].float().mean()) - 0.5) < 0.01
     assert isinstance(hidden, TensorImageBW) and isinstance(labels, TensorCategory)
+
+
+@pytest.mark.parametrize('kind', [ExchangeSurroundings, HideLungs])
+def test_predictions_with_augmentation_keep_the_images(kind, images):
+    dls = CXRDataLoaders.from_folder(images, size=64, bs=8, num_workers=0, valid='official', exchange=0.9)
+    transform = kind(1)
+    dls.train.after_batch.add(transform)
+    x, y = constant_images(8)
+    with keep_surroundings(dls.train):
+        assert torch.equal(transform((x, y), split_idx=0)[0], x)
+    assert not torch.equal(transform((x, y), split_idx=0)[0], x)
+    (alone,) = transform((x,), split_idx=0)  # test images have no labels
+    assert torch.equal(alone, x)
+
+
+@pytest.mark.parametrize('fields', [{'exchange': 0.9, 'hide_lungs': 0.9}])
+def test_a_learner_predicts_with_augmentation(fields, images):
+    dls = CXRDataLoaders.from_folder(images, size=64, bs=8, num_workers=0, valid='official', **fields)
+    learn = cxr_learner(dls, 'baseline')
+    with learn.no_bar():
+        p, _ = learn.tta(dl=dls.test_dl(sorted(images.glob('test/*/*.jpeg'))[:3]), n=2)
+    assert p.shape == (3, 2)
+    assert can_prepare_ahead(dls.train)
 
 
 @pytest.mark.parametrize('transform', [ExchangeSurroundings(1), HideLungs(0.9)])

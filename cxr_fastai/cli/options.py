@@ -1,6 +1,7 @@
 """The arguments and options of commands, each defined once with its name, meaning, unit and default.
 
-Those of `explain` are in `explanation_options`, those of commands that share a finished model in `sharing_options`.
+Those of `train` and `lr-find` alone are in `training_options`, those of `explain` in `explanation_options`, and those
+of commands that share a finished model in `sharing_options`.
 """
 
 from __future__ import annotations
@@ -80,16 +81,6 @@ Modality = Annotated[
 ]
 Images = Annotated[int, Option('--images', metavar='N', help='Draw this number of synthetic images.')]
 BatchSize = Annotated[int, Option('--batch-size', metavar='N', min=1, help='Process this number of images per batch.')]
-Workers = Annotated[
-    int | None,
-    Option(
-        '--workers',
-        metavar='N',
-        min=0,
-        show_default='number of cores; 0 with a cache',
-        help='Load images in this number of processes; 0 uses the main process.',
-    ),
-]
 Threads = Annotated[
     int | None,
     Option(
@@ -117,75 +108,9 @@ Anatomy = Annotated[
     ),
 ]
 
-# train, lr-find and demo
+# demo
 
-Arch = Annotated[
-    str,
-    Option(
-        '--arch',
-        metavar='NAME',
-        help='Train this network: baseline, resnet50, efficientnet_lite0, or another that `archs` lists.',
-    ),
-]
-RecipeName = Annotated[
-    str,
-    Option(
-        '--recipe',
-        metavar='reference|tuned|FILE',
-        help='Train by this recipe: reference (the specification), tuned (the most robust), or a RUN/recipe.json.',
-    ),
-]
-Fields = Annotated[
-    list[str] | None,
-    Option(
-        '--set',
-        metavar='FIELD=VALUE',
-        show_default=False,
-        help='Set a field of the recipe, for example ema=0. Repeat for more.',
-    ),
-]
-Epochs = Annotated[
-    int | None,
-    Option(
-        '--epochs',
-        metavar='N',
-        show_default='reference 15, tuned 6',
-        help='Train for this number of epochs, over all phases.',
-    ),
-]
 DemoEpochs = Annotated[int, Option('--epochs', metavar='N', help='Train for this number of epochs.')]
-LearningRate = Annotated[
-    float | None,
-    Option(
-        '--lr',
-        metavar='RATE',
-        show_default='from the recipe',
-        help='Set the learning rate of the first phase. Later phases keep their ratio to it.',
-    ),
-]
-Weights = Annotated[
-    str | None,
-    Option(
-        '--weights',
-        metavar='imagenet|none|FILE',
-        show_default='imagenet, if available',
-        help='Start from these weights: imagenet, imagenet-v2, none, or the file of a state dict.',
-    ),
-]
-Valid = Annotated[
-    str,
-    Option(
-        '--valid',
-        metavar='official|patients',
-        help='Validate on official (the val folder) or on patients (10% of the patients).',
-    ),
-]
-Leakage = Annotated[
-    bool, Option('--allow-leakage', help='Train even if a patient is in two splits; the recipe records it.')
-]
-BadImage = Annotated[
-    str, Option('--on-bad-image', metavar='fail|skip', help='At an unreadable image, fail, or skip it with a warning.')
-]
 Precision = Annotated[
     str,
     Option(
@@ -194,62 +119,9 @@ Precision = Annotated[
         help='Compute in fp32 or bf16; training also in fp16, or auto: a lower one if a trial shows that it is faster.',
     ),
 ]
-Compile = Annotated[
-    str, Option('--compile', metavar='on|off', help='Compile training steps with torch.compile: on or off.')
-]
-Track = Annotated[
-    str | None,
-    Option(
-        '--track',
-        metavar='tensorboard|wandb|mlflow',
-        show_default=False,
-        help='Also log the history to tensorboard, wandb or mlflow.',
-    ),
-]
-NewRun = Annotated[
-    Path | None,
-    Option(
-        '--out', metavar='RUN', show_default='runs/ARCH', help='Create this run folder; it must be empty or not exist.'
-    ),
-]
-Folds = Annotated[
-    int | None,
-    Option(
-        '--folds',
-        metavar='K',
-        min=2,
-        max=100,
-        show_default='one training',
-        help='Train K networks, each validated on another one of K parts of the patients.',
-    ),
-]
-Seeds = Annotated[
-    int | None,
-    Option(
-        '--seeds',
-        metavar='N',
-        min=2,
-        max=100,
-        show_default='one training',
-        help='Train N networks with the seeds --seed, --seed + 1, ...',
-    ),
-]
-Resume = Annotated[
-    Path | None,
-    Option(
-        '--resume',
-        metavar='RUN',
-        show_default='start a new run',
-        help='Resume an interrupted run, or the runs of --folds or --seeds, with their own recipe and images.',
-    ),
-]
 NewFolder = Annotated[
     Path | None,
     Option('--out', metavar='DIR', show_default='demo', help='Create this folder; it must be empty or not exist.'),
-]
-Steps = Annotated[int, Option('--steps', metavar='N', min=20, help='Train for at most this number of batches.')]
-NewCurve = Annotated[
-    Path, Option('--out', metavar='FILE', help='Write the plot to this PNG file, and the numbers to a CSV next to it.')
 ]
 
 # archs

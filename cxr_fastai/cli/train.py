@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from cxr_fastai.cli import options as opt
+from cxr_fastai.cli import training_options as how
 from cxr_fastai.cli.output import choose_source, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_writable, write_csv
@@ -38,35 +39,35 @@ def train(
     given: typer.Context,
     data: opt.Data = None,
     csv: opt.Csv = None,
-    arch: opt.Arch = 'baseline',
-    recipe: opt.RecipeName = 'reference',
-    run: opt.NewRun = None,
-    epochs: opt.Epochs = None,
-    lr: opt.LearningRate = None,
-    weights: opt.Weights = None,
-    valid: opt.Valid = 'official',
+    arch: how.Arch = 'baseline',
+    recipe: how.RecipeName = 'reference',
+    run: how.NewRun = None,
+    epochs: how.Epochs = None,
+    lr: how.LearningRate = None,
+    weights: how.Weights = None,
+    valid: how.Valid = 'official',
     size: opt.Size = 224,
     resize: opt.Resize = 'squish',
     modality: opt.Modality = '',
     batch_size: opt.BatchSize = 32,
-    workers: opt.Workers = None,
+    workers: how.Workers = None,
     limit: opt.Limit = None,
     seed: opt.Seed = 42,
-    allow_leakage: opt.Leakage = False,
-    on_bad_image: opt.BadImage = 'fail',
-    fields: opt.Fields = None,
-    folds: opt.Folds = None,
-    seeds: opt.Seeds = None,
+    allow_leakage: how.Leakage = False,
+    on_bad_image: how.BadImage = 'fail',
+    fields: how.Fields = None,
+    folds: how.Folds = None,
+    seeds: how.Seeds = None,
     precision: opt.Precision = 'auto',
-    compile: opt.Compile = 'off',
-    track: opt.Track = None,
+    compile: how.Compile = 'off',
+    track: how.Track = None,
     device: opt.Device = 'auto',
-    resume: opt.Resume = None,
+    resume: how.Resume = None,
 ) -> None:
     """Train a network and write its run folder: recipe, items, history, journal, state and model.
 
-    With --recipe FILE, other options replace fields of the file. With --folds or --seeds, the folder contains several
-    runs.
+    With --recipe FILE, other options replace fields of the file. With --folds or --seeds, the folder contains
+    several runs.
 
     Example: cxr-fastai train --arch efficientnet_lite0 --recipe tuned --valid patients --out runs/lite
     """
@@ -219,20 +220,20 @@ def lr_find(
     given: typer.Context,
     data: opt.Data = None,
     csv: opt.Csv = None,
-    arch: opt.Arch = 'baseline',
-    recipe: opt.RecipeName = 'reference',
-    weights: opt.Weights = None,
-    valid: opt.Valid = 'official',
+    arch: how.Arch = 'baseline',
+    recipe: how.RecipeName = 'reference',
+    weights: how.Weights = None,
+    valid: how.Valid = 'official',
     size: opt.Size = 224,
     resize: opt.Resize = 'squish',
     modality: opt.Modality = '',
     batch_size: opt.BatchSize = 32,
-    workers: opt.Workers = None,
+    workers: how.Workers = None,
     limit: opt.Limit = None,
     seed: opt.Seed = 42,
-    fields: opt.Fields = None,
-    steps: opt.Steps = 100,
-    curve: opt.NewCurve = Path('lr_find.png'),
+    fields: how.Fields = None,
+    steps: how.Steps = 100,
+    curve: how.NewCurve = Path('lr_find.png'),
     device: opt.Device = 'auto',
 ) -> None:
     """Suggest a learning rate for the first phase of a recipe, and plot the loss against the learning rate.

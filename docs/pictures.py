@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from fastai.torch_core import TensorImageBW
+from fastai.torch_core import TensorCategory, TensorImageBW
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -82,16 +82,18 @@ def images(demo: Path) -> Figure:
 
 def augmentation(demo: Path) -> Figure:
     """Draw one image as augmented by both recipes."""
-    path = next((demo / 'images/train/PNEUMONIA').glob('*bacteria*'))
+    train = demo / 'images/train'
+    paths = next((train / 'PNEUMONIA').glob('*bacteria*')), next((train / 'NORMAL').iterdir())
     figure, panels = grid(2, 7, 9, 3)
-    torch.manual_seed(0)
+    torch.manual_seed(4)
     for row, name in zip(panels, ('reference', 'tuned'), strict=True):
         recipe = make_recipe('baseline', name)
-        seen = Preprocessing.of(recipe).load(path)
-        batch = TensorImageBW(torch.tensor(seen)[None, None].repeat(len(row) - 1, 1, 1, 1).float() / 255)
+        pair = np.stack([Preprocessing.of(recipe).load(path) for path in paths])  # the other one is the neighbour
+        images = TensorImageBW(torch.tensor(pair)[:, None].repeat(len(row) - 1, 1, 1, 1).float() / 255)
+        batch = images, TensorCategory(torch.zeros(len(images), dtype=torch.int64))
         for step in augmentations(recipe):
             batch = step(batch, split_idx=0)
-        shown = [seen / 255, *np.asarray(batch)[:, 0]]
+        shown = [pair[0] / 255, *np.asarray(batch[0])[::2, 0]]
         for ax, image in zip(row, shown, strict=True):
             show_image(ax, 255 * np.clip(image, 0, 1))
         row[0].set_title(f'{name}: validation', fontsize=8, loc='left')

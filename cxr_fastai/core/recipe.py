@@ -129,6 +129,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         'resolution': 0.4,
         'blur': 0.012,
         'jpeg': 30,
+        'exchange': 0.5,
+        'hide_lungs': 0.4,
         'start_size': 0.5,
         'optimizer': 'adamw',
         'weight_decay': 0.01,

@@ -313,7 +313,7 @@ def _describe_probe(probe: str) -> tuple[str, str, str]:
     if probe == ANATOMY:
         effect = (
             'What is around the lungs tells the label, and a network can learn that instead of the disease. Train with '
-            '--set exchange=0.5 --set hide_lungs=0.3, and look at evaluate --robustness.'
+            '--set exchange=0.5 --set hide_lungs=0.4, and look at evaluate --robustness.'
         )
         return 'the label without the lungs', 'AUC of a small network', effect
     return f'shift between {probe}', 'AUC of each property alone', 'Results on one split may not hold on the other.'

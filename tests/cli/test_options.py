@@ -9,7 +9,7 @@ import pytest
 from click import Command, Group
 from typer.main import get_command
 
-from cxr_fastai.cli import app, main, options
+from cxr_fastai.cli import app, main, options, training_options
 from cxr_fastai.data.sources import SOURCES
 from cxr_fastai.images.preprocessing import RESIZES
 from cxr_fastai.inference.bundle import ENGINES
@@ -74,7 +74,7 @@ def test_the_help_says_what_an_option_takes_and_invents_no_default(name, capsys)
         (options.Resize, RESIZES),
         (options.EngineKind, ENGINES),
         (options.Origin, SOURCES),
-        (options.Track, TRACKERS),
+        (training_options.Track, TRACKERS),
     ],
 )
 def test_the_choices_in_the_help_are_those_of_the_library(option, choices):
@@ -92,7 +92,7 @@ def test_a_misspelt_option_command_or_network_gets_a_suggestion(capsys, images):
 
 @pytest.mark.parametrize('arch', ARCHS)
 def test_the_help_of_arch_names_every_architecture(arch):
-    assert arch in options.Arch.__metadata__[0].help
+    assert arch in training_options.Arch.__metadata__[0].help
 
 
 @pytest.mark.parametrize('words', [['-h'], ['evaluate', '-h'], ['data', 'audit', '-h']])

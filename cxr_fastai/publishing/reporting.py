@@ -295,7 +295,7 @@ def draw(
         figures |= {name: plot(predictions, metrics, f'{split} split') for name, plot in CURVES.items()}
     robustness = _read_robustness(run, split)
     if robustness is not None:
-        figures['robustness'] = plot_robustness(robustness, f'{split} split', columns=2)
+        figures['robustness'] = plot_robustness(robustness, f'{split} split')
     if map_check and 'stages' in map_check:
         figures |= {panel: plot_cam_check_panel(map_check, panel) for panel in CAM_CHECK_PANELS}
     return {name: Markup(to_svg(figure, describe_plot(name, metrics))) for name, figure in figures.items()}

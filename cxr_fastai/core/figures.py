@@ -35,7 +35,7 @@ CSS_VARIABLES = {BLUE: 'blue', ORANGE: 'orange', GREEN: 'green', GREY: 'soft', I
 """Colour to the CSS variable of `page.html` that replaces it in an SVG, so that it also suits the dark theme."""
 ADOPTING_PYPLOT = (3, 11)
 """Version of matplotlib from which pyplot accepts a figure that it has not made."""
-Plot = TypeVar('Plot', bound=Callable[..., Figure])
+T = TypeVar('T', bound=Callable[..., Figure])
 POINTS_PER_INCH = 72
 DOTS_PER_INCH = 130
 
@@ -77,7 +77,7 @@ class NotebookFigure(Figure):
         return buffer.getvalue()
 
 
-def plotting(plot: Plot) -> Plot:
+def plotting(plot: T) -> T:
     """Decorate a function that returns a new figure: it draws in `own_style`, and `plt.show()` displays the figure.
 
     That holds in notebooks that use pyplot with pictures inside the notebook. There pyplot also displays the figure at
@@ -92,7 +92,7 @@ def plotting(plot: Plot) -> Plot:
         _give_to_pyplot(figure)
         return figure
 
-    return cast(Plot, plot_in_own_style)
+    return cast(T, plot_in_own_style)
 
 
 def _give_to_pyplot(figure: Figure) -> None:

@@ -57,7 +57,7 @@ class PredictionRow(BaseModel):
     explanation: Explanation | None = Field(None, description='only with `explain=true`')
 
 
-class Predictions(BaseModel):
+class PredictionRows(BaseModel):
     """One row per image, in the order of the images in the request."""
 
     images: list[PredictionRow] = Field(description='rows')
@@ -170,7 +170,7 @@ def get_service(request: Request) -> Service:
     responses=error_responses(400, 401, 408, 413, 415, 422, 503),
     tags=['predict'],
 )
-async def predict(request: Request, explain: bool = False) -> Predictions:
+async def predict(request: Request, explain: bool = False) -> PredictionRows:
     """Predict the probability of pneumonia for each image.
 
     The body is a form with one or more files in the field `images`: JPEG, PNG, TIFF or DICOM. An image that cannot be
@@ -189,7 +189,7 @@ async def predict(request: Request, explain: bool = False) -> Predictions:
     metrics.seconds.observe(time.monotonic() - start)
     for row in rows:
         metrics.images.labels(row['status'], row['code'] or '').inc()
-    return Predictions(images=[PredictionRow(**row) for row in rows])
+    return PredictionRows(images=[PredictionRow(**row) for row in rows])
 
 
 async def _finish_in_time(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:

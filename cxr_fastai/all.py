@@ -5,6 +5,7 @@ from pathlib import Path
 from cxr_fastai.core.errors import CXRError
 from cxr_fastai.core.recipe import POSITIVE, VOCAB, Phase, Recipe
 from cxr_fastai.core.run import Run
+from cxr_fastai.core.series import Series
 from cxr_fastai.data.auditing import audit, save_audit
 from cxr_fastai.data.find import list_images
 from cxr_fastai.data.items import data_root, image_root, read_items, read_table
@@ -13,6 +14,7 @@ from cxr_fastai.data.sources import download
 from cxr_fastai.data.splits import count_images, split_patients
 from cxr_fastai.data.transforms import AugmentImages
 from cxr_fastai.evaluation.comparison import compare, same_images
+from cxr_fastai.evaluation.cross_validation import evaluate_folds
 from cxr_fastai.evaluation.curves import (
     plot_calibration,
     plot_net_benefit,
@@ -50,6 +52,7 @@ from cxr_fastai.publishing.reporting import report
 from cxr_fastai.training.learner import CXRLearner, cxr_learner, recipe_learner
 from cxr_fastai.training.restoring import load_learner
 from cxr_fastai.training.saving import save_run
+from cxr_fastai.training.series import resume_series, train_folds, train_seeds
 from cxr_fastai.training.training import train
 
 __all__ = [
@@ -72,6 +75,7 @@ __all__ = [
     'Preprocessing',
     'Recipe',
     'Run',
+    'Series',
     'Subject',
     'VOCAB',
     'add_arch',
@@ -89,6 +93,7 @@ __all__ = [
     'decide',
     'download',
     'evaluate',
+    'evaluate_folds',
     'example_images',
     'example_run',
     'export',
@@ -125,6 +130,7 @@ __all__ = [
     'read_table',
     'recipe_learner',
     'report',
+    'resume_series',
     'same_images',
     'save_audit',
     'save_learner',
@@ -132,6 +138,8 @@ __all__ = [
     'split_patients',
     'summarise',
     'train',
+    'train_folds',
+    'train_seeds',
     'typical_correct',
     'worst_errors',
 ]

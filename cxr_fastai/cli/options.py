@@ -103,8 +103,8 @@ Anatomy = Annotated[
     bool,
     Option(
         '--anatomy',
-        help='Also train a small network on images without their lungs, and report how well it tells the label. Takes '
-        'minutes.',
+        help='Also train a small network on images without their lungs, and report how well it tells the label; 0.5 is '
+        'good. Takes one to three minutes.',
     ),
 ]
 

@@ -140,7 +140,11 @@ def _probes_table(audit: Audit) -> Table:
     from cxr_fastai.data.probes import SHORTCUT_AUC
 
     caption = 'too few images or patients of each class' if audit.probes.empty else None
-    table = _table('probes: how well a single number predicts the class or the split', ('target', 'number'), caption)
+    table = _table(
+        'probes: how well a single number, or a network without the lungs, predicts the class or the split',
+        ('target', 'number'),
+        caption,
+    )
     table.add_column('AUC', justify='right')
     best = audit.probes.groupby('probe', sort=False).head(MAX_PROBES)
     for row in best.itertuples():

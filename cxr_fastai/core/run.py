@@ -304,6 +304,10 @@ def _describe_no_run(path: Path) -> str:
     """Return why `path`, which contains no recipe, is not a run, and how to get one."""
     if not path.exists():
         return f'{path}: no such run folder. Check the name, or create one: `cxr-fastai train --out {path}`.'
+    runs = sorted(recipe.parent.name for recipe in path.glob('*/recipe.json'))
+    if runs:
+        names = ', '.join(runs[:3]) + (', ...' if len(runs) > 3 else '')
+        return f'{path} is a folder of runs and not a run itself. Name one of them: {names}.'
     if path.is_dir() and not any(path.iterdir()):
         return f'{path} is not a run folder: it is empty. Fill it: `cxr-fastai train --out {path}`.'
     return (

@@ -118,7 +118,12 @@ def find_split(
         in_split = in_split.groupby('label', sort=False).head(limit)
     if in_split.empty:
         counts = ', '.join(f'{name} {n}' for name, n in count_images(items).sum(axis=1).items())
-        raise UsageError(f'{root}: the split {split} has no images (found {counts}). Choose another --split.')
+        advice = (
+            'Evaluate the validation images of the run: --split valid.'
+            if split == 'test'
+            else 'Choose another --split.'
+        )
+        raise UsageError(f'{root}: the split {split} has no images (found {counts}). {advice}')
     return image_root(root), in_split.reset_index(drop=True)
 
 

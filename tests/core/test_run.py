@@ -21,6 +21,16 @@ def test_an_empty_folder_can_become_a_run(tmp_path):
     assert (Run.create(tmp_path) / 'figures').is_dir()
 
 
+def test_a_folder_of_runs_is_refused_with_their_names(tmp_path):
+    for number in range(4):
+        (tmp_path / f'fold-{number}').mkdir()
+        (tmp_path / f'fold-{number}/recipe.json').touch()
+    with pytest.raises(
+        UsageError, match='a folder of runs and not a run itself. Name one of them: fold-0, fold-1, fold-2, ...'
+    ):
+        Run.open(tmp_path)
+
+
 def test_a_folder_without_a_recipe_is_not_a_run(tmp_path):
     with pytest.raises(UsageError, match='is not a run folder.*cxr-fastai train'):
         Run.open(tmp_path)

@@ -25,6 +25,7 @@ from cxr_fastai.evaluation.figures import CURVES
 from cxr_fastai.evaluation.metrics import PREVALENCES, measure
 from cxr_fastai.evaluation.plots import plot_confusion_matrix
 from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, parse_rule
+from cxr_fastai.inference.decision import Decision
 
 PREDICTIONS = 'out_of_fold.csv'
 METRICS = 'out_of_fold.json'
@@ -69,31 +70,30 @@ def evaluate_folds(
     _check_images(series, runs, data)
     for run in runs.values():
         evaluate(run, data, 'valid', batch_size, rule=rule, again=again, device=device)
-    tables = {name: run.predicted('valid') for name, run in runs.items()}
-    together = pd.concat([table.assign(fold=name) for name, table in tables.items()], ignore_index=True)
     networks = ' '.join(run.metrics['valid']['model'] for run in runs.values())
-    model = hashlib.sha256(networks.encode()).hexdigest()
-    decision = decide(together, rule or DEFAULT_RULE, model)
-    predictions = apply_threshold(together, decision.threshold).sort_values('path', ignore_index=True)
-    metrics = measure(
-        predictions.assign(kind=find_kinds(predictions)),
-        decision.threshold,
-        decision.rule,
-        decision.temperature,
-        prevalences or PREVALENCES,
-        ['kind'],
-    )
-    folds = {name: _measure_fold(table, decision.threshold) for name, table in tables.items()}
-    results = {
-        'metrics': metrics,
-        'decision': asdict(decision),
+    tables = [run.predicted('valid').assign(fold=name) for name, run in runs.items()]
+    together = pd.concat(tables, ignore_index=True).sort_values('path', ignore_index=True)
+    decision = decide(together, rule or DEFAULT_RULE, hashlib.sha256(networks.encode()).hexdigest())
+    predictions = apply_threshold(together, decision.threshold)
+    results = {'decision': asdict(decision), **_measure(predictions, list(runs), decision, prevalences or PREVALENCES)}
+    write_csv(series.path / PREDICTIONS, predictions)
+    write_json(series.path / METRICS, results)
+    _draw(series, predictions, results['metrics'])
+    return results
+
+
+def _measure(
+    predictions: pd.DataFrame, names: Sequence[str], decision: Decision, prevalences: Sequence[float]
+) -> dict[str, Any]:
+    """Return the metrics of all images together, those of each fold of the `names`, and their spread."""
+    with_kinds = predictions.assign(kind=find_kinds(predictions))
+    threshold, rule = decision.threshold, decision.rule
+    folds = {name: _measure_fold(predictions[predictions.fold == name], threshold) for name in names}
+    return {
+        'metrics': measure(with_kinds, threshold, rule, decision.temperature, prevalences, ['kind']),
         'folds': folds,
         'spread': {metric: _spread([fold[metric] for fold in folds.values()]) for metric in SPREAD},
     }
-    write_csv(series.path / PREDICTIONS, predictions)
-    write_json(series.path / METRICS, results)
-    _draw(series, predictions, metrics)
-    return results
 
 
 def _check_images(series: Series, runs: Mapping[str, Run], data: StrPath | None) -> None:

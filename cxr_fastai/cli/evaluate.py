@@ -49,7 +49,6 @@ def evaluate(
     if as_json:
         move_messages_to_stderr()
     from cxr_fastai.evaluation.comparison import compare_runs, find_runs
-    from cxr_fastai.evaluation.cross_validation import evaluate_folds
     from cxr_fastai.evaluation.figures import evaluate_and_draw
     from cxr_fastai.evaluation.robustness import evaluate_robustness
 
@@ -57,11 +56,7 @@ def evaluate(
     if split in (None, 'valid') and len(runs) == 1 and is_folds(runs[0]):
         unused = {'--limit': limit, '--by': by, '--robustness': robustness, '--out': folder}
         _refuse([name for name, value in unused.items() if value], runs[0])
-        results = evaluate_folds(Series.open(runs[0]), images, batch_size, threshold, _parse_shares(prevalence), device)
-        if as_json:
-            print_json(results)
-        else:
-            _print_folds(runs[0], results)
+        _evaluate_folds(runs[0], images, batch_size, threshold, _parse_shares(prevalence), device, as_json)
         return
     split = split or 'test'
     run_list = find_runs(runs)
@@ -103,6 +98,24 @@ def _refuse(options: list[str], folder: Path) -> None:
             f'{", ".join(options)}: not available for the out-of-fold predictions of {folder}. Name one of its runs, '
             'or add --split test.'
         )
+
+
+def _evaluate_folds(
+    folder: Path,
+    images: Path | None,
+    batch_size: int,
+    rule: str | None,
+    prevalences: list[float] | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    from cxr_fastai.evaluation.cross_validation import evaluate_folds
+
+    results = evaluate_folds(Series.open(folder), images, batch_size, rule, prevalences, device)
+    if as_json:
+        print_json(results)
+    else:
+        _print_folds(folder, results)
 
 
 def _print_folds(folder: Path, results: dict[str, Any]) -> None:

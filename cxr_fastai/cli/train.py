@@ -161,11 +161,8 @@ def _resume_series(given: typer.Context, folder: Path, source: Path | None) -> N
 
 def _refuse_typed(given: typer.Context, where: str, reason: str, allowed: set[str]) -> None:
     """Raise `UsageError` for options on the command line that are not among those `allowed`."""
-    names = [
-        option.opts[0]
-        for option in given.command.params
-        if option.name in _typed_options(given).keys() - allowed and option.opts
-    ]
+    refused = _typed_options(given).keys() - allowed
+    names = [option.opts[0] for option in given.command.params if option.name in refused]
     if names:
         raise UsageError(f'{", ".join(names)} and {where}: {reason}. Omit {", ".join(names)}.')
 

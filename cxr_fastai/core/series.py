@@ -92,7 +92,7 @@ class Series:
     @property
     def folder_of_first(self) -> Path:
         """The run folder of the first training."""
-        return self.folder(next(iter(self.recipes)))
+        return self.folder(list(self.recipes)[0])
 
     def find_missing(self) -> list[str]:
         """Return the names of the trainings that have not ended."""

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.data.transforms import PerImageTransform
-from cxr_fastai.images.anatomy import FEATHER, LUNGS
+from cxr_fastai.images.anatomy import FEATHER, FILLS, LUNGS
 
 MOVE = 0.04
 """Largest distance by which an edge of the box is moved at random, as a fraction of the side."""
-N_FILLS = 3
-"""Black, the mean of the image, and noise."""
 
 
 class _Surroundings(PerImageTransform, ItemTransform):
@@ -101,7 +99,7 @@ class HideLungs(_Surroundings):
         first_label = torch.randint(len(VOCAB), (1,), generator=self.generator)
         return {
             'chosen': chosen,
-            'fill': torch.randint(N_FILLS, (n,), generator=self.generator),
+            'fill': torch.randint(len(FILLS), (n,), generator=self.generator),
             'box': self._draw_boxes(n),
             'label': (chosen.cumsum(0) + first_label) % len(VOCAB),
         }
@@ -121,7 +119,7 @@ def keep_surroundings(loader: DataLoader) -> Iterator[None]:
 
 
 def make_fills(images: Tensor, noise: Tensor, numbers: Tensor) -> Tensor:
-    """Return what hides the lungs of `images` (n, 1, h, w): black, their mean, or noise, by `numbers` (n,) from 0 to 2.
+    """Return what hides the lungs of `images` (n, 1, h, w): by `numbers` (n,) in the order of `FILLS`.
 
     `noise` (1, 1, h, w), with mean 0 and deviation 1, is scaled to the mean and the deviation of each image.
     """

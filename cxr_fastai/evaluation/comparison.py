@@ -231,7 +231,7 @@ def summarise_seeds(runs: Mapping[str, Run], split: str) -> list[dict[str, Any]]
         seeds = {runs[name].recipe.seed for name in names}
         if len(seeds) > 1:
             metrics = [runs[name].metrics[split] for name in names]
-            spread = {metric: _mean_and_sd([_value(of_run[metric]) for of_run in metrics]) for metric in SEED_METRICS}
+            spread = {metric: mean_and_sd([_value(of_run[metric]) for of_run in metrics]) for metric in SEED_METRICS}
             summaries.append({'runs': names, **spread})
     return summaries
 
@@ -241,7 +241,8 @@ def _value(metric: float | dict[str, float | None]) -> float | None:
     return metric['value'] if isinstance(metric, dict) else metric
 
 
-def _mean_and_sd(values: list[float | None]) -> dict[str, float | None]:
+def mean_and_sd(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Return the `mean` and the standard deviation `sd` of the `values`; None if one of them is undefined."""
     defined = [value for value in values if value is not None]
     if len(defined) < len(values):
         return {'mean': None, 'sd': None}

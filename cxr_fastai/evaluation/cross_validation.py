@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from cxr_fastai.core.errors import UsageError
@@ -20,9 +19,17 @@ from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import StrPath, write_csv, write_json, writing
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import FOLDS, Series
+from cxr_fastai.evaluation.comparison import mean_and_sd
 from cxr_fastai.evaluation.evaluation import apply_threshold, evaluate, find_kinds, find_split
 from cxr_fastai.evaluation.figures import CURVES
-from cxr_fastai.evaluation.metrics import PREVALENCES, measure
+from cxr_fastai.evaluation.metrics import (
+    PREVALENCES,
+    ConfusionMatrix,
+    Sample,
+    measure,
+    measure_auc,
+    measure_average_precision,
+)
 from cxr_fastai.evaluation.plots import plot_confusion_matrix
 from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, parse_rule
 from cxr_fastai.inference.decision import Decision
@@ -68,12 +75,13 @@ def evaluate_folds(
         parse_rule(rule)
     runs = dict(zip(series.recipes, series.open_runs(), strict=True))
     _check_images(series, runs, data)
-    for run in runs.values():
-        evaluate(run, data, 'valid', batch_size, rule=rule, again=again, device=device)
-    networks = ' '.join(run.metrics['valid']['model'] for run in runs.values())
+    networks = [
+        evaluate(run, data, 'valid', batch_size, rule=rule, again=again, device=device)['model']
+        for run in runs.values()
+    ]
     tables = [run.predicted('valid').assign(fold=name) for name, run in runs.items()]
     together = pd.concat(tables, ignore_index=True).sort_values('path', ignore_index=True)
-    decision = decide(together, rule or DEFAULT_RULE, hashlib.sha256(networks.encode()).hexdigest())
+    decision = decide(together, rule or DEFAULT_RULE, hashlib.sha256(' '.join(networks).encode()).hexdigest())
     predictions = apply_threshold(together, decision.threshold)
     results = {'decision': asdict(decision), **_measure(predictions, list(runs), decision, prevalences or PREVALENCES)}
     write_csv(series.path / PREDICTIONS, predictions)
@@ -116,25 +124,23 @@ def _check_images(series: Series, runs: Mapping[str, Run], data: StrPath | None)
 
 
 def _measure_fold(predictions: pd.DataFrame, threshold: float) -> dict[str, Any]:
-    metrics = measure(predictions, threshold, f'fixed:{threshold:g}')
-    return {'n': metrics['n'], 'positives': metrics['positives'], **{name: _value(metrics[name]) for name in SPREAD}}
-
-
-def _value(metric: Any) -> float | None:
-    return metric['value'] if isinstance(metric, dict) else metric
+    sample = Sample.from_predictions(predictions)
+    confusion = ConfusionMatrix(sample, threshold)
+    return {
+        'n': len(sample.p),
+        'positives': int(sample.targs.sum()),
+        'auc': measure_auc(sample)['value'],
+        'average_precision': measure_average_precision(sample)['value'],
+        'sensitivity': confusion.rate('sensitivity')['value'],
+        'specificity': confusion.rate('specificity')['value'],
+    }
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
     """Return the mean, the standard deviation and the range of the `values`; None if one of them is undefined."""
     defined = [value for value in values if value is not None]
-    if len(defined) < len(values):
-        return dict.fromkeys(('mean', 'sd', 'low', 'high'))
-    return {
-        'mean': float(np.mean(defined)),
-        'sd': float(np.std(defined, ddof=1)),
-        'low': min(defined),
-        'high': max(defined),
-    }
+    extremes = (min(defined), max(defined)) if len(defined) == len(values) else (None, None)
+    return {**mean_and_sd(values), 'low': extremes[0], 'high': extremes[1]}
 
 
 def _draw(series: Series, predictions: pd.DataFrame, metrics: dict[str, Any]) -> None:

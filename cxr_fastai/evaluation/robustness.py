@@ -207,10 +207,9 @@ def summarise(table: pd.DataFrame) -> dict[str, float]:
         'shortcut': float(auc[SHORTCUT]),
         'loss': float(auc[CLEAN] - auc[SHORTCUT]),
     }
+    for part, values in anatomy_aucs(table).items():
+        summary[part.replace(' ', '_')] = float(min(values) if part == 'lungs only' else max(values))
     if EXCHANGED in auc:
-        for part in PARTS:
-            values = [auc[f'{part}, {fill}'] for fill in FILLS]
-            summary[part.replace(' ', '_')] = float(min(values) if part == 'lungs only' else max(values))
         summary['exchanged'] = float(auc[EXCHANGED])
     return summary
 

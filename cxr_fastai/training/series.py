@@ -7,8 +7,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
-
 from cxr_fastai.core.environment import Launch
 from cxr_fastai.core.errors import Stopped, UsageError
 from cxr_fastai.core.files import writing
@@ -17,6 +15,7 @@ from cxr_fastai.core.recipe_fields import LIMITS
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import FOLDS, MAX_RUNS, MIN_RUNS, SEEDS, Series, has_ended
 from cxr_fastai.data.items import identify_images, read_items, read_recipe_items
+from cxr_fastai.data.splits import check_trainable
 from cxr_fastai.training.training import train
 
 log = logging.getLogger(__name__)
@@ -101,10 +100,8 @@ def _check(option: str, number: int) -> None:
 
 
 def _train_new(series: Series, data: str | Path, device: str | None) -> Series:
-    first = next(iter(series.recipes.values()))
-    splits: pd.DataFrame = read_recipe_items(Path(data), first)
-    if not (splits.split == 'valid').any():
-        raise UsageError(f'{data}: no validation images. Use --valid patients.')
+    first, *_ = series.recipes.values()
+    check_trainable(read_recipe_items(Path(data), first))
     series.create()
     return _train_missing(series, data, device)
 

@@ -131,6 +131,11 @@ def _check_unknown(items: pd.DataFrame, run: Run, split: str, root: Path) -> Non
     if split == 'test':
         return
     shared = items.path[items.split == split].isin(run.items.path).sum()
+    if shared and split == 'valid' and run.recipe.valid == 'none':
+        raise UsageError(
+            f'{run.path}: trained on all images, so it has no validation images. Give it the predictions of a '
+            'cross-validation: `cxr-fastai evaluate RUN --out-of-fold FOLDS`.'
+        )
     if shared:
         raise UsageError(
             f'{root}: {shared} images of its {split} split belong to the run, but other images of the run are missing '

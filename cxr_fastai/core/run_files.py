@@ -32,9 +32,10 @@ WRITERS = {
     'history.csv': 'train',
     'predictions.csv': 'evaluate',
     'robustness.csv': 'evaluate --robustness',
+    'out_of_fold.csv': 'evaluate',
 }
 """Table to the command that writes it."""
-TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase', 'model', 'sha256')
+TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase', 'model', 'sha256', 'fold')
 """Columns that are read as text: the patient `007` is not the number 7, and the patient `NA` is not missing."""
 EXACT_COLUMNS = ('p_pneumonia', 'loss')
 """Columns of the predictions that are read to the last digit: a probability may lie next to the threshold."""
@@ -44,6 +45,7 @@ NUMBERS = {
     + ('seconds',),
     'predictions.csv': ('p_pneumonia', 'loss'),
     'robustness.csv': ('strength', 'n', 'auc', 'auc_low', 'auc_high', 'sensitivity', 'specificity'),
+    'out_of_fold.csv': ('p_pneumonia', 'loss'),
 }
 """Table to the columns of numbers that it must have. Cells may be empty."""
 TEXTS = {
@@ -51,11 +53,12 @@ TEXTS = {
     'history.csv': ('phase',),
     'predictions.csv': ('path', 'label', 'split', 'patient', 'prediction'),
     'robustness.csv': ('corruption', 'split', 'model', 'sha256'),
+    'out_of_fold.csv': ('path', 'label', 'split', 'patient', 'prediction', 'fold'),
 }
 """Table to the columns of texts that it must have."""
 CHOICES = {'label': VOCAB, 'prediction': VOCAB, 'split': SPLITS}
 """Column to the values that it may have."""
-UNIQUE_COLUMNS = {'items.csv': ['path', 'split'], 'predictions.csv': ['path', 'split']}
+UNIQUE_COLUMNS = {'items.csv': ['path', 'split'], 'predictions.csv': ['path', 'split'], 'out_of_fold.csv': ['path']}
 """Table to the columns that identify a row."""
 TRAINING_FACTS = ('recipe.json', 'items.csv', 'history.csv')
 """The files of a training that predictions and reports depend on, beside the network itself."""

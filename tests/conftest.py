@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from PIL import Image
+from runfiles import COPY
 
 os.environ['OMP_NUM_THREADS'] = '1'  # small arrays gain nothing by more, and lose much where the cores are busy
 from cxr_fastai.cli import main
 from cxr_fastai.core.environment import Launch, join_launch
 from cxr_fastai.core.run import Run
+from cxr_fastai.core.series import Series
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.inference.pickles import trust
 
@@ -152,3 +155,26 @@ def evaluated(once, run, images) -> Run:
 def bundle(once, evaluated) -> Path:
     """That run as a bundle, exported through the command line; not to be changed by a test."""
     return once('bundle', lambda folder: command('export', evaluated.path, '--out', folder))
+
+
+@pytest.fixture(scope='session')
+def images_with_a_copy(once) -> Path:
+    """Sixty synthetic images, and a copy of a normal one among those of pneumonia; not to be changed by a test."""
+
+    def make(folder: Path) -> None:
+        make_demo(folder, images=60, size=96, seed=0)
+        original = sorted((folder / 'train/NORMAL').iterdir())[0]
+        Image.open(original).resize((90, 90)).save(folder / COPY, quality=90)
+
+    return once('images-with-a-copy', make)
+
+
+@pytest.fixture(scope='session')
+def folds_with_a_copy(once, images_with_a_copy) -> Series:
+    """Two folds of these images, not evaluated; not to be changed by a test."""
+
+    def train(folder: Path) -> None:
+        options = ('--epochs', 1, '--size', 48, '--batch-size', 8, '--workers', 0, '--folds', 2)
+        command('train', '--data', images_with_a_copy, '--out', folder, *options)
+
+    return Series.open(once('folds-with-a-copy', train))

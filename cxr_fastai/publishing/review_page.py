@@ -125,10 +125,10 @@ def _explain(
 
 
 def _draw(explanation: Explanation) -> Pictures:
-    return Pictures(_compress(explanation.image), None if explanation.is_empty else _compress(blend(explanation)))
+    return Pictures(compress(explanation.image), None if explanation.is_empty else compress(blend(explanation)))
 
 
-def _compress(pixels: np.ndarray) -> bytes:
+def compress(pixels: np.ndarray) -> bytes:
     """Return a small JPEG file of uint8 `pixels` (h, w) or (h, w, 3)."""
     picture = Image.fromarray(pixels)
     picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))

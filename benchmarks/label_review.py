@@ -10,6 +10,7 @@ trained again, so the command continues after an interruption. Takes about 5 min
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from cxr_fastai.core.series import Series, is_series
 from cxr_fastai.data.items import data_root, image_root, read_items
 from cxr_fastai.evaluation.cross_validation import PREDICTIONS, evaluate_folds
 from cxr_fastai.evaluation.intervals import wilson_interval
-from cxr_fastai.evaluation.label_review import RANKINGS, count_shown, rank_labels
+from cxr_fastai.evaluation.label_review import calibrate_folds, label_probabilities, rank_labels
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training.series import resume_series, train_folds
 
@@ -68,14 +69,29 @@ def check_patients(series: Series) -> None:
         raise UsageError(f'{series.path}: {(folds > 1).sum()} patients have validation images in two folds.')
 
 
+def score(predictions: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return the scores (n,) of the images by the name of the ranking; the lowest are listed first.
+
+    The first is that of `data review`. The last is the self-confidence minus the mean one of the images with the same
+    label in the fold, the thresholds of confident learning.
+    """
+    p_label = pd.Series(label_probabilities(predictions.label, predictions.p_pneumonia.to_numpy()), predictions.index)
+    classes = p_label.groupby([predictions.fold, predictions.label])
+    return {
+        'calibrated in the fold': label_probabilities(predictions.label, calibrate_folds(predictions)),
+        'self-confidence': p_label.to_numpy(),
+        'rank in the fold': p_label.groupby(predictions.fold).rank(pct=True).to_numpy(),
+        'self-confidence minus mean': (p_label - classes.transform('mean')).to_numpy(),
+    }
+
+
 def measure(predictions: pd.DataFrame, planted: pd.Series) -> pd.DataFrame:
-    """Return the recall among the first images, a row for each ranking and share."""
+    """Return the recall among the first images with its 95% interval (Wilson), a row for each ranking and share."""
     rows = []
-    for ranking in RANKINGS:
-        ranked = rank_labels(predictions, ranking)
-        is_planted = ranked.path.map(planted).to_numpy()
+    for ranking, scores in score(predictions).items():
+        is_planted = predictions.path.map(planted).to_numpy(bool)[np.argsort(scores, kind='stable')]
         for share in LISTED_SHARES:
-            n = count_shown(len(ranked), share)
+            n = math.ceil(share * len(predictions))
             recall = wilson_interval(int(is_planted[:n].sum()), int(is_planted.sum()))
             rows.append((ranking, share, n, int(is_planted[:n].sum()), *recall.values()))
     return pd.DataFrame(rows, columns=['ranking', 'first', 'images', 'found', 'recall', 'low', 'high'])
@@ -84,7 +100,7 @@ def measure(predictions: pd.DataFrame, planted: pd.Series) -> pd.DataFrame:
 def print_ranks(predictions: pd.DataFrame, planted: pd.Series) -> None:
     """Print the quantiles of the ranks of the planted labels, and those that are ranked last."""
     ranked = rank_labels(predictions)
-    ranks = ranked[ranked.path.map(planted).to_numpy()]
+    ranks = ranked[ranked.path.map(planted).to_numpy(bool)]
     quantiles = ranks['rank'].quantile([0.25, 0.5, 0.75, 0.9, 0.95, 1])
     print(f'\nranks of {len(ranks)} planted labels among {len(ranked):,} images')
     print(', '.join(f'{share:.0%} up to {rank:.0f}' for share, rank in quantiles.items()))

@@ -4,12 +4,14 @@ from .curves import plot_calibration, plot_net_benefit, plot_precision_recall, p
 from .evaluation import evaluate
 from .figures import evaluate_and_draw, save_figures, typical_correct, worst_errors
 from .intervals import auc_interval, format_estimate, wilson_interval
+from .label_review import LabelReview, rank_labels, review_labels
 from .metrics import measure
 from .plots import plot_confusion_matrix, plot_history, plot_robustness
 from .robustness import evaluate_robustness, measure_robustness, summarise
 from .thresholds import decide, threshold_table
 
 __all__ = [
+    'LabelReview',
     'auc_interval',
     'compare',
     'compare_runs',
@@ -30,6 +32,8 @@ __all__ = [
     'plot_robustness',
     'plot_roc',
     'plot_scores',
+    'rank_labels',
+    'review_labels',
     'same_images',
     'save_figures',
     'summarise',

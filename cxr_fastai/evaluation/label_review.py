@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import minimize
+from scipy.special import expit
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import StrPath
@@ -19,6 +21,7 @@ from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.series import Series, is_series
 from cxr_fastai.data.image_stats import find_duplicates, measure_images
 from cxr_fastai.evaluation.cross_validation import find_folder, read_out_of_fold
+from cxr_fastai.inference.config import logits
 
 REVIEW_COLUMNS = [
     'rank',
@@ -52,12 +55,14 @@ class LabelReview:
     root : folder that the paths of the images are relative to.
     predictions : the out-of-fold predictions of all images, by path.
     table : columns `REVIEW_COLUMNS`, a row for each listed image, the images to look at first in front.
+    contradictions : number of all images, listed or not, whose prediction contradicts the label.
     """
 
     series: Series
     root: Path
     predictions: pd.DataFrame
     table: pd.DataFrame
+    contradictions: int
 
     def count(self, reason: str) -> int:
         """Return the number of images that are listed for `reason`."""
@@ -97,7 +102,8 @@ def review_labels(
     duplicates = list_conflicts(ranked, find_conflicts(predictions, thumbnails))
     others = ranked[~ranked.path.isin(duplicates.path)].head(top or default_top(len(ranked)))
     table = pd.concat([duplicates, others], ignore_index=True)
-    return LabelReview(series, root, predictions, table.assign(rank=range(1, len(table) + 1))[REVIEW_COLUMNS])
+    table = table.assign(rank=range(1, len(table) + 1))[REVIEW_COLUMNS]
+    return LabelReview(series, root, predictions, table, int((ranked.reason == CONTRADICTS).sum()))
 
 
 def open_folds(path: StrPath) -> Series:
@@ -122,20 +128,54 @@ def default_top(n: int) -> int:
 def rank_labels(predictions: pd.DataFrame) -> pd.DataFrame:
     """Return the out-of-fold `predictions` with the columns `REVIEW_COLUMNS`, the most contradicted label first.
 
-    The score is the self-confidence of confident learning, the probability `p_label` that the prediction gives to the
-    label. Images of equal scores are sorted by path.
+    The score `p_label` is the self-confidence of confident learning, the probability of the label, after
+    `calibrate_folds`. Images of equal scores are sorted by path.
     """
-    p_label = label_probabilities(predictions)
+    p_label = label_probabilities(predictions.label, calibrate_folds(predictions))
     reasons = np.where(p_label < 0.5, CONTRADICTS, WEAK)
     table = predictions.assign(p_label=p_label, reason=reasons, duplicate_of='')
     ranked = table.sort_values(['p_label', 'path'], ignore_index=True)
     return ranked.assign(rank=range(1, len(ranked) + 1))[REVIEW_COLUMNS]
 
 
-def label_probabilities(predictions: pd.DataFrame) -> np.ndarray:
-    """Return the probability (n,) that the prediction of each image gives to its label."""
+def label_probabilities(labels: pd.Series, p: np.ndarray) -> np.ndarray:
+    """Return the probability (n,) of each of the `labels`, from the probabilities of pneumonia `p` (n,)."""
+    return np.where(labels == VOCAB[POSITIVE], p, 1 - p)
+
+
+def calibrate_folds(predictions: pd.DataFrame) -> np.ndarray:
+    """Return the probabilities of pneumonia (n,), on one scale for the networks of all folds.
+
+    The networks differ in how extreme their scores are and in which class they prefer. So the logits of each fold get a
+    slope and an intercept by logistic regression on its labels (Platt 1999), which are wrong for few images only. The
+    order of the images of a fold stays.
+    """
     p = predictions.p_pneumonia.to_numpy(float)
-    return np.where(predictions.label == VOCAB[POSITIVE], p, 1 - p)
+    targs = (predictions.label == VOCAB[POSITIVE]).to_numpy()
+    calibrated = np.empty(len(p))
+    for fold in predictions.fold.unique():
+        rows = (predictions.fold == fold).to_numpy()
+        z = logits(p[rows])
+        slope, intercept = fit_scale(targs[rows], z)
+        calibrated[rows] = expit(slope * z + intercept)
+    return calibrated
+
+
+def fit_scale(targs: np.ndarray, z: np.ndarray) -> tuple[float, float]:
+    """Return the slope > 0 and the intercept for the logits `z` (n,) that explain the targets `targs` (n,) best.
+
+    Standard normal priors of the intercept and of the logarithm of the slope keep them finite for few images, for
+    classes that are separated completely, and for a single class.
+    """
+    signs = np.where(targs, 1, -1)
+
+    def loss(parameters: np.ndarray) -> float:
+        log_slope, intercept = parameters
+        log_losses = np.logaddexp(0, -signs * (np.exp(log_slope) * z + intercept))
+        return float(log_losses.sum() + 0.5 * (log_slope**2 + intercept**2))
+
+    log_slope, intercept = minimize(loss, [0.0, 0.0], bounds=[(-3, 3), (-20, 20)]).x
+    return float(np.exp(log_slope)), float(intercept)
 
 
 def find_conflicts(items: pd.DataFrame, thumbnails: np.ndarray) -> list[tuple[str, str, float]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
-from collections.abc import Iterator
+import warnings
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -15,13 +14,13 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from cxr_fastai.core.errors import ImageError, UsageError
+from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath, check_writable, csv_text, write_text, writing
 from cxr_fastai.core.foreign import read_bytes
 from cxr_fastai.core.templates import data_uri, render_template
 from cxr_fastai.data.find import shown_path
 from cxr_fastai.data.splits import UNKNOWN_PATIENT
-from cxr_fastai.evaluation.label_review import CONTRADICTS, DUPLICATE, WEAK, LabelReview, label_probabilities
+from cxr_fastai.evaluation.label_review import CONTRADICTS, DUPLICATE, WEAK, LabelReview
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.interpretation.explainer import Explainer, Subject, read_subjects
 from cxr_fastai.interpretation.overlays import Explanation, blend
@@ -45,15 +44,17 @@ SECTIONS = {
 }
 """Reason to the title of its images on the page."""
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Pictures:
-    """Small JPEG files of an image, and of it with its map; `overlay` is None if there is no map to show."""
+    """Small JPEG files of an image, and of it with its map.
+
+    `overlay` is None if the map contains no evidence, or if the network has no maps (`has_map`).
+    """
 
     image: bytes
     overlay: bytes | None
+    has_map: bool = True
 
 
 def save_review(
@@ -105,27 +106,29 @@ def draw_pictures(review: LabelReview, device: str = 'auto', batch_size: int = 3
     pictures = {}
     for fold, rows in shown.groupby('fold', sort=True):
         subjects = [Subject(review.root / row.path, row.path, row.label, row.p_pneumonia) for row in rows.itertuples()]
-        explanations = _explain(review, str(fold), subjects, device, batch_size)
+        explainer = _load_explainer(review.series.folder(str(fold)), device)
+        if explainer:
+            explanations = explainer.explain(subjects, batch_size)
+        else:
+            explanations = read_subjects(subjects, 0.5, Preprocessing.of(review.series.recipe))
         for path, explanation in zip(rows.path, explanations, strict=True):
             if isinstance(explanation, Explanation):
-                pictures[path] = _draw(explanation)
+                pictures[path] = _draw(explanation, explainer is not None)
     return pictures
 
 
-def _explain(
-    review: LabelReview, fold: str, subjects: list[Subject], device: str, batch_size: int
-) -> Iterator[Explanation | ImageError]:
-    """Explain the scores of the network of `fold`; without maps if its architecture has none."""
+def _load_explainer(run: Path, device: str) -> Explainer | None:
+    """Return the explainer of the network of a `run`; None, with a warning, if its architecture has no maps."""
     try:
-        explainer = Explainer.load(review.series.folder(fold), device=device)
+        return Explainer.load(run, device=device)
     except UsageError as error:
-        log.warning('%s: no maps: %s', fold, error)
-        return read_subjects(subjects, 0.5, Preprocessing.of(review.series.recipe))
-    return explainer.explain(subjects, batch_size)
+        warnings.warn(f'{run.name}: the page has no maps of this network ({error})', CXRWarning, stacklevel=3)
+        return None
 
 
-def _draw(explanation: Explanation) -> Pictures:
-    return Pictures(compress(explanation.image), None if explanation.is_empty else compress(blend(explanation)))
+def _draw(explanation: Explanation, has_map: bool) -> Pictures:
+    overlay = None if explanation.is_empty else compress(blend(explanation))
+    return Pictures(compress(explanation.image), overlay, has_map)
 
 
 def compress(pixels: np.ndarray) -> bytes:
@@ -156,7 +159,6 @@ def render(review: LabelReview, pictures: dict[str, Pictures], table_hash: str, 
         },
         counts={title: review.count(reason) for reason, title in SECTIONS.items()},
         not_shown=len(review.table) - len(shown),
-        n_contradictions=int((label_probabilities(review.predictions) < 0.5).sum()),
         not_a_device=NOT_A_DEVICE,
     )
 
@@ -174,6 +176,7 @@ def _describe(row: Any, names: dict[str, str], pictures: Pictures | None, hide_n
         'reason': row.reason,
         'duplicate_of': names[row.duplicate_of] if row.duplicate_of else '',
         'image': data_uri(pictures.image, 'image/jpeg') if pictures else None,
+        'has_map': pictures.has_map if pictures else False,
         'overlay': data_uri(overlay, 'image/jpeg') if overlay else None,
     }
 

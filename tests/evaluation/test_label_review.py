@@ -17,6 +17,7 @@ from cxr_fastai.evaluation.label_review import (
     REVIEW_COLUMNS,
     WEAK,
     LabelReview,
+    calibrate_folds,
     default_top,
     find_conflicts,
     list_conflicts,
@@ -34,16 +35,21 @@ def review(folds_with_a_copy, tmp_path_factory) -> LabelReview:
     return review_labels(folder, top=7)
 
 
-def scores(n: int = 2000, share: float = 0.02, scales: tuple[float, ...] = (1, 1, 1)) -> tuple[pd.DataFrame, set[str]]:
+def scores(
+    n: int = 2000,
+    share: float = 0.02,
+    scales: tuple[float, ...] = (1, 1, 1),
+    shifts: tuple[float, ...] = (0, 0, 0),
+) -> tuple[pd.DataFrame, set[str]]:
     """Simulated out-of-fold predictions with an AUC of 0.98, and the paths of which the label is flipped.
 
-    The networks of the folds have logits of different `scales`.
+    The logits of the network of each fold are multiplied by its scale, and its shift is added.
     """
     rng = np.random.default_rng(0)
     positive = rng.random(n) < 0.7
     fold = rng.integers(len(scales), size=n)
     logit = np.where(positive, 3, -3) + 2 * rng.normal(size=n)
-    p = 1 / (1 + np.exp(-logit * np.array(scales)[fold]))
+    p = 1 / (1 + np.exp(-logit * np.array(scales)[fold] - np.array(shifts)[fold]))
     flipped = rng.permutation(n) < share * n
     table = pd.DataFrame(
         {
@@ -69,12 +75,30 @@ def test_the_ranking_has_every_image_once_with_the_probability_of_its_label_and_
     ranked = rank_labels(predictions)
     assert ranked.columns.to_list() == REVIEW_COLUMNS and ranked['rank'].to_list() == list(range(1, 101))
     assert set(ranked.path) == set(predictions.path) and ranked.p_label.is_monotonic_increasing
-    pneumonia = ranked.label == 'PNEUMONIA'
-    assert np.allclose(ranked.p_label, np.where(pneumonia, ranked.p_pneumonia, 1 - ranked.p_pneumonia))
+    for (_, label), rows in ranked.groupby(['fold', 'label']):
+        ordered = rows.p_pneumonia if label == 'PNEUMONIA' else -rows.p_pneumonia
+        assert ordered.is_monotonic_increasing
     assert ((ranked.p_label < 0.5) == (ranked.reason == CONTRADICTS)).all() and set(ranked.reason) == {
         CONTRADICTS,
         WEAK,
     }
+
+
+def test_the_scores_of_all_folds_are_brought_to_one_scale():
+    plain, flipped = scores(scales=(1, 1, 1))
+    scaled, _ = scores(scales=(0.5, 1, 2), shifts=(2, 0, -2))
+    assert np.allclose(calibrate_folds(plain), calibrate_folds(scaled), atol=0.05)
+    raw = np.where(scaled.label == 'PNEUMONIA', scaled.p_pneumonia, 1 - scaled.p_pneumonia)
+    first_by_raw = set(scaled.path[np.argsort(raw)[:80]])
+    assert len(flipped & set(rank_labels(scaled).path[:80])) > len(flipped & first_by_raw)
+
+
+@pytest.mark.parametrize('label', ['NORMAL', 'PNEUMONIA'])
+def test_separated_and_single_classes_have_finite_scores(label):
+    predictions, _ = scores(20, share=0)
+    separated = predictions.assign(p_pneumonia=np.where(predictions.label == label, 0.9, 0.1))
+    for table in (separated, predictions.assign(label=label), predictions.head(1)):
+        assert rank_labels(table).p_label.between(0, 1, inclusive='neither').all()
 
 
 def test_the_default_number_of_images_is_a_share_with_limits():

@@ -18,7 +18,7 @@ from scipy.special import expit
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
-from cxr_fastai.core.series import Series, is_series
+from cxr_fastai.core.series import Series, is_folds
 from cxr_fastai.data.image_stats import find_duplicates, measure_images
 from cxr_fastai.evaluation.cross_validation import find_folder, read_out_of_fold
 from cxr_fastai.inference.config import logits
@@ -101,14 +101,14 @@ def review_labels(
     ranked = rank_labels(predictions)
     duplicates = list_conflicts(ranked, find_conflicts(predictions, thumbnails))
     others = ranked[~ranked.path.isin(duplicates.path)].head(top or default_top(len(ranked)))
-    table = pd.concat([duplicates, others], ignore_index=True)
+    table = pd.concat([part for part in (duplicates, others) if len(part)], ignore_index=True)
     table = table.assign(rank=range(1, len(table) + 1))[REVIEW_COLUMNS]
     return LabelReview(series, root, predictions, table, int((ranked.reason == CONTRADICTS).sum()))
 
 
 def open_folds(path: StrPath) -> Series:
     """Return the cross-validation in the folder `path`. Raises `UsageError` if it is none."""
-    if not is_series(path):
+    if not is_folds(path):
         raise UsageError(
             f'{path}: not the folder of `train --folds`. A label is reviewed by a network that was not trained on it, '
             'so several are needed: `cxr-fastai train --folds 5 --out DIR`.'

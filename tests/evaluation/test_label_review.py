@@ -10,6 +10,7 @@ from runfiles import COPY
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.series import Series
 from cxr_fastai.data.items import read_items
+from cxr_fastai.evaluation import label_review
 from cxr_fastai.evaluation.cross_validation import evaluate_folds, read_out_of_fold
 from cxr_fastai.evaluation.label_review import (
     CONTRADICTS,
@@ -123,6 +124,12 @@ def test_each_conflicting_image_is_listed_once_next_to_its_duplicate():
     assert list_conflicts(ranked, []).empty
 
 
+def test_without_conflicts_only_contradictions_are_listed(review, monkeypatch):
+    monkeypatch.setattr(label_review, 'find_conflicts', lambda *_: [])
+    table = review_labels(review.series, top=4).table
+    assert len(table) == 4 and DUPLICATE not in set(table.reason)
+
+
 def test_the_review_lists_the_copy_first_and_then_the_most_contradicted_labels(review, images_with_a_copy):
     table = review.table
     paths = read_items(images_with_a_copy).path
@@ -165,7 +172,10 @@ def test_only_folds_can_be_reviewed(folds_with_a_copy, images_with_a_copy, tmp_p
     for folder in (folds_with_a_copy.path / 'fold-0', tmp_path):
         with pytest.raises(UsageError, match='not the folder of `train --folds`'):
             review_labels(folder)
+    seeds = train_seeds(folds_with_a_copy.recipe, images_with_a_copy, tmp_path / 'seeds', 2)
     with pytest.raises(UsageError, match='there are no folds'):
-        review_labels(train_seeds(folds_with_a_copy.recipe, images_with_a_copy, tmp_path / 'seeds', 2))
+        review_labels(seeds)
+    with pytest.raises(UsageError, match='not the folder of `train --folds`'):
+        review_labels(seeds.path)
     with pytest.raises(UsageError, match='--top 0'):
         review_labels(folds_with_a_copy, top=0)

@@ -8,6 +8,7 @@ from io import BytesIO
 import numpy as np
 import pandas as pd
 import pytest
+from imagefiles import dicom
 from PIL import Image
 from runfiles import COPY
 
@@ -99,6 +100,12 @@ def test_an_image_without_a_picture_and_a_map_without_evidence_say_so(review):
     text = render(review, {path: Pictures(image.getvalue(), None)}, '0' * 64)
     assert text.count('no positive evidence for pneumonia</div>') == 1
     assert text.count('not shown: unreadable, or may show a name') == len(review.table) - 1
+
+
+def test_an_image_that_may_show_a_name_is_listed_but_not_shown(review, tmp_path):
+    (tmp_path / 'a.dcm').write_bytes(dicom(BurnedInAnnotation='YES'))
+    table = review.table.head(1).assign(path='a.dcm')
+    assert draw_pictures(replace(review, root=tmp_path, table=table)) == {}
 
 
 def test_hidden_names_are_not_on_the_page(review):

@@ -34,7 +34,7 @@ MAX_BYTES = 2**28
 """Largest table or page that is read, in bytes."""
 MAX_PICTURES = 400
 """Number of images that the page shows; the table lists all."""
-PICTURE_SIZE = 224
+PICTURE_SIZE = 256
 """Longer side of a picture in pixels."""
 JPEG_QUALITY = 78
 SECTIONS = {

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from label_review import plant
 from runfiles import COPY
 
 from cxr_fastai.core.errors import UsageError
@@ -179,3 +180,11 @@ def test_only_folds_can_be_reviewed(folds_with_a_copy, images_with_a_copy, tmp_p
         review_labels(seeds.path)
     with pytest.raises(UsageError, match='--top 0'):
         review_labels(folds_with_a_copy, top=0)
+
+
+def test_planted_labels_keep_their_patients(images):
+    items = read_items(images)
+    planted = plant(items, 0.1, seed=0)
+    assert planted.planted.sum() == round(0.1 * len(items)) and planted.patient.equals(items.patient)
+    assert (planted.label != items.label).equals(planted.planted)
+    assert planted.equals(plant(items, 0.1, seed=0)) and not planted.equals(plant(items, 0.1, seed=1))

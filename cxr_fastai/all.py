@@ -26,6 +26,7 @@ from cxr_fastai.evaluation.curves import (
 from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.evaluation.figures import typical_correct, worst_errors
 from cxr_fastai.evaluation.intervals import format_estimate
+from cxr_fastai.evaluation.label_review import review_labels
 from cxr_fastai.evaluation.metrics import measure
 from cxr_fastai.evaluation.out_of_fold import adopt_out_of_fold
 from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_robustness
@@ -51,6 +52,7 @@ from cxr_fastai.models.architectures import ARCHS, BaselineCNN, add_arch, build_
 from cxr_fastai.models.networks import create_network
 from cxr_fastai.publishing.exporting import export
 from cxr_fastai.publishing.reporting import report
+from cxr_fastai.publishing.review_page import save_review
 from cxr_fastai.training.learner import CXRLearner, cxr_learner, recipe_learner
 from cxr_fastai.training.restoring import load_learner
 from cxr_fastai.training.saving import save_run
@@ -135,9 +137,11 @@ __all__ = [
     'recipe_learner',
     'report',
     'resume_series',
+    'review_labels',
     'same_images',
     'save_audit',
     'save_learner',
+    'save_review',
     'save_run',
     'split_patients',
     'summarise',

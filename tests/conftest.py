@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from PIL import Image
+from runfiles import COPY
 
 os.environ['OMP_NUM_THREADS'] = '1'  # small arrays gain nothing by more, and lose much where the cores are busy
 from cxr_fastai.cli import main
@@ -163,3 +165,26 @@ def folds(once, images) -> Series:
 def bundle(once, evaluated) -> Path:
     """That run as a bundle, exported through the command line; not to be changed by a test."""
     return once('bundle', lambda folder: command('export', evaluated.path, '--out', folder))
+
+
+@pytest.fixture(scope='session')
+def images_with_a_copy(once) -> Path:
+    """Sixty synthetic images, and a copy of a normal one among those of pneumonia; not to be changed by a test."""
+
+    def make(folder: Path) -> None:
+        make_demo(folder, images=60, size=96, seed=0)
+        original = sorted((folder / 'train/NORMAL').iterdir())[0]
+        Image.open(original).resize((90, 90)).save(folder / COPY, quality=90)
+
+    return once('images-with-a-copy', make)
+
+
+@pytest.fixture(scope='session')
+def folds_with_a_copy(once, images_with_a_copy) -> Series:
+    """Two folds of these images, not evaluated; not to be changed by a test."""
+
+    def train(folder: Path) -> None:
+        options = ('--epochs', 1, '--size', 48, '--batch-size', 8, '--workers', 0, '--folds', 2)
+        command('train', '--data', images_with_a_copy, '--out', folder, *options)
+
+    return Series.open(once('folds-with-a-copy', train))

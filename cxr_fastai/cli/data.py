@@ -1,4 +1,4 @@
-"""The commands `cxr-fastai data ...`: create, download, prepare and audit images."""
+"""The commands `cxr-fastai data ...`: create, download, prepare and audit images, and review labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from cxr_fastai.cli.output import choose_source, out, print_line
 from cxr_fastai.cli.verbosity import Command, CommandGroup
 from cxr_fastai.core.files import check_writable
 
-app = typer.Typer(cls=CommandGroup, no_args_is_help=True, help='Create, download, prepare and audit images.')
+app = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, help='Create, download, prepare and audit images; review labels.'
+)
 
 
 @app.command('demo', cls=Command)
@@ -113,3 +115,38 @@ def data_audit(
     print_line(f'{report}: audit.json and audit.html')
     if any(finding.level == 'error' for finding in result.findings):
         raise typer.Exit(1)
+
+
+@app.command('review', cls=Command)
+def data_review(
+    run: opt.FoldsFolder,
+    data: opt.Data = None,
+    csv: opt.Csv = None,
+    top: opt.Top = None,
+    folder: opt.ReviewFolder = None,
+    workers: opt.Threads = None,
+    hide_names: opt.HideNames = False,
+    batch_size: opt.BatchSize = 32,
+    device: opt.Device = 'auto',
+) -> None:
+    """List the images whose label a human should look at again, with pictures and maps. Nothing is relabelled.
+
+    RUN is the folder of train --folds, so that each image is scored by a network that was not trained on it. The list
+    has the duplicates with another label, and then the images whose label the prediction contradicts most. The folds
+    are evaluated first if they have not been.
+
+    Example: cxr-fastai data review runs/folds --top 100
+    """
+    from cxr_fastai.evaluation.label_review import CONTRADICTS, DUPLICATE, open_folds, review_labels
+    from cxr_fastai.publishing.review_page import check_replaceable, save_review
+
+    folder = folder or run
+    series = open_folds(run)
+    check_replaceable(folder)  # before all images are read
+    review = review_labels(series, choose_source(data, csv), top, batch_size, workers, device)
+    save_review(review, folder, hide_names, device, batch_size)
+    print_line(
+        f'{run}: {len(review.table):,} of {len(review.predictions):,} images listed: {review.count(DUPLICATE):,} '
+        f'duplicates with another label, {review.count(CONTRADICTS):,} whose label the prediction contradicts'
+    )
+    print_line(f'{folder}: review.csv and review.html. No label was changed.')

@@ -109,6 +109,24 @@ Anatomy = Annotated[
     ),
 ]
 
+# data review
+
+FoldsFolder = Annotated[Path, Argument(metavar='RUN', help='Folder of train --folds, with its finished trainings.')]
+Top = Annotated[
+    int | None,
+    Option(
+        '--top',
+        metavar='N',
+        min=1,
+        show_default='4% of the images, from 20 to 250',
+        help='List this number of images, besides the duplicates with other labels.',
+    ),
+]
+ReviewFolder = Annotated[
+    Path | None,
+    Option('--out', metavar='DIR', show_default='RUN', help='Write review.csv and review.html to this folder.'),
+]
+
 # demo
 
 DemoEpochs = Annotated[int, Option('--epochs', metavar='N', help='Train for this number of epochs.')]

@@ -34,7 +34,7 @@ WRITERS = {
     'history.csv': 'train',
     'predictions.csv': 'evaluate',
     'robustness.csv': 'evaluate --robustness',
-    OUT_OF_FOLD: 'evaluate --out-of-fold',
+    OUT_OF_FOLD: 'evaluate',
 }
 """Table to the command that writes it."""
 TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase', 'model', 'sha256', 'fold')

@@ -4,6 +4,7 @@ from .curves import plot_calibration, plot_net_benefit, plot_precision_recall, p
 from .evaluation import evaluate
 from .figures import evaluate_and_draw, save_figures, typical_correct, worst_errors
 from .intervals import auc_interval, format_estimate, wilson_interval
+from .label_review import LabelReview, rank_labels, review_labels
 from .metrics import measure
 from .out_of_fold import adopt_out_of_fold
 from .plots import plot_confusion_matrix, plot_history, plot_robustness
@@ -13,6 +14,7 @@ from .thresholds import decide, threshold_table
 
 __all__ = [
     'adopt_out_of_fold',
+    'LabelReview',
     'auc_interval',
     'compare',
     'compare_runs',
@@ -35,6 +37,8 @@ __all__ = [
     'plot_robustness',
     'plot_roc',
     'plot_scores',
+    'rank_labels',
+    'review_labels',
     'same_images',
     'save_figures',
     'summarise',

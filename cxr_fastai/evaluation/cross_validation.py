@@ -18,7 +18,7 @@ from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import StrPath, write_csv, write_json, writing
 from cxr_fastai.core.run import Run
-from cxr_fastai.core.run_files import OUT_OF_FOLD
+from cxr_fastai.core.run_files import OUT_OF_FOLD, read_json, read_table
 from cxr_fastai.core.series import FOLDS, Series
 from cxr_fastai.evaluation.comparison import mean_and_sd
 from cxr_fastai.evaluation.evaluation import apply_threshold, evaluate, find_kinds
@@ -34,6 +34,7 @@ from cxr_fastai.evaluation.metrics import (
 from cxr_fastai.evaluation.plots import plot_confusion_matrix
 from cxr_fastai.evaluation.split_images import find_split
 from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, parse_rule
+from cxr_fastai.inference.config import identify_network
 from cxr_fastai.inference.decision import Decision
 
 PREDICTIONS = OUT_OF_FOLD
@@ -83,13 +84,51 @@ def evaluate_folds(
     ]
     tables = [run.predicted('valid').assign(fold=name) for name, run in runs.items()]
     together = pd.concat(tables, ignore_index=True).sort_values('path', ignore_index=True)
-    decision = decide(together, rule or DEFAULT_RULE, hashlib.sha256(' '.join(networks).encode()).hexdigest())
+    decision = decide(together, rule or DEFAULT_RULE, _identify(networks))
     predictions = apply_threshold(together, decision.threshold)
     results = {'decision': asdict(decision), **_measure(predictions, list(runs), decision, prevalences or PREVALENCES)}
     write_csv(series.path / PREDICTIONS, predictions)
     write_json(series.path / METRICS, results)
     _draw(series, predictions, results['metrics'])
     return results
+
+
+def read_out_of_fold(
+    series: Series, data: StrPath | None = None, batch_size: int = 32, device: str = 'auto'
+) -> pd.DataFrame:
+    """Return the out-of-fold predictions of `series`, sorted by path: a predictions table with the column `fold`.
+
+    They are those that `evaluate_folds` wrote. If there are none, or if a network has changed since, the folds are
+    evaluated first. The arguments and errors are those of `evaluate_folds`.
+    """
+    if not _is_evaluated(series):
+        evaluate_folds(series, data, batch_size, device=device, again=False)
+    return read_table(series.path / PREDICTIONS)
+
+
+def find_folder(series: Series, data: StrPath | None = None) -> Path:
+    """Return the folder that the paths of the images are relative to.
+
+    Raises `UsageError` if the validation images of a fold are not there.
+    """
+    runs = dict(zip(series.recipes, series.open_runs(), strict=True))
+    _check_images(series, runs, data)
+    folder, _ = find_split(runs[list(runs)[0]], Path(data) if data is not None else None, 'valid')
+    return folder
+
+
+def _is_evaluated(series: Series) -> bool:
+    """Return whether the stored out-of-fold predictions are of the networks that are in the folder now."""
+    if series.kind != FOLDS or not all((series.path / name).is_file() for name in (PREDICTIONS, METRICS)):
+        return False
+    decision = read_json(series.path / METRICS).get('decision')
+    networks = [identify_network(run.path) for run in series.open_runs()]
+    return isinstance(decision, dict) and decision.get('model') == _identify(networks)
+
+
+def _identify(networks: Sequence[str]) -> str:
+    """Return one SHA-256 for those of the `networks` of all folds."""
+    return hashlib.sha256(' '.join(networks).encode()).hexdigest()
 
 
 def _measure(

@@ -12,9 +12,9 @@ from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import StrPath, write_csv
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.run import Run, as_run
-from cxr_fastai.core.run_files import OUT_OF_FOLD, read_table
+from cxr_fastai.core.run_files import OUT_OF_FOLD
 from cxr_fastai.core.series import Series
-from cxr_fastai.evaluation.cross_validation import evaluate_folds
+from cxr_fastai.evaluation.cross_validation import read_out_of_fold
 
 FIELDS_OF_FOLDS = ('valid', 'valid_pct', 'fold', 'workers', 'precision', 'threshold')
 """Fields of the recipe in which a run on all images may differ from the folds."""
@@ -38,8 +38,7 @@ def adopt_out_of_fold(
             f'{run.path}: the run has validation images of its own, so it needs no out-of-fold predictions. Train it '
             'with --valid none.'
         )
-    evaluate_folds(series, data, batch_size, again=False, device=device)
-    predictions = read_table(series.path / OUT_OF_FOLD)
+    predictions = read_out_of_fold(series, data, batch_size, device)
     trained_on = items[items.split == 'train']
     if set(predictions.path) != set(trained_on.path):
         raise UsageError(

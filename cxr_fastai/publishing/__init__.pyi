@@ -4,6 +4,7 @@ from .model_card import render_card
 from .onnx import to_onnx
 from .printing import print_pdf
 from .reporting import report
+from .review_page import save_review
 
 __all__ = [
     'export',
@@ -11,6 +12,7 @@ __all__ = [
     'push',
     'render_card',
     'report',
+    'save_review',
     'to_onnx',
     'write_space',
 ]

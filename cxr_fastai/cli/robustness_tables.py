@@ -10,23 +10,12 @@ from rich.table import Table
 
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.evaluation.robustness import anatomy_aucs, summarise
-from cxr_fastai.evaluation.shift import COMPARED
+from cxr_fastai.evaluation.shift import COMPARED, SHIFT_NAMES
 from cxr_fastai.images.anatomy import ANATOMY, EXCHANGED, FILLS
 from cxr_fastai.images.corruptions import CLEAN, SHORTCUT
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SHIFT_NAMES = {
-    'n': 'images',
-    'auc': 'AUC',
-    'specificity_at_95': 'specificity at sensitivity 0.95',
-    'sensitivity': 'sensitivity at the threshold',
-    'specificity': 'specificity at the threshold',
-    'intercept': 'calibration intercept',
-    'slope': 'calibration slope',
-}
-"""Key of a figure of `measure_shift` to its name."""
 
 
 def robustness_table(robustness: pd.DataFrame) -> Table:
@@ -77,7 +66,7 @@ def shift_tables(results: dict[str, Any]) -> Group:
     for name in first:
         values = [results['splits'][split][name] for split in COMPARED]
         cells = [f'{value:,}' if name == 'n' else format_estimate(value) for value in values]
-        figures.add_row(SHIFT_NAMES.get(name, name), *cells)
+        figures.add_row(SHIFT_NAMES[name], *cells)
     trade = Table(title=f'threshold by {results["rule"]}', title_justify='left', caption_justify='left')
     for column in ('chosen on', 'threshold', 'images', 'sensitivity', 'specificity'):
         trade.add_column(column)

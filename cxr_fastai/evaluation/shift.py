@@ -25,6 +25,16 @@ from cxr_fastai.evaluation.thresholds import ON_SHIFT, decide
 SENSITIVITY = 0.95
 """The sensitivity at which specificities are compared."""
 COMPARED = ('valid', SHIFT)
+SHIFT_NAMES = {
+    'n': 'images',
+    'auc': 'AUC',
+    'specificity_at_95': 'specificity at sensitivity 0.95',
+    'sensitivity': 'sensitivity at the threshold',
+    'specificity': 'specificity at the threshold',
+    'intercept': 'calibration intercept',
+    'slope': 'calibration slope',
+}
+"""Key of a figure of `measure_shift` to its name."""
 
 
 def evaluate_shift(
@@ -69,6 +79,11 @@ def measure_shift(run: Run) -> dict[str, Any]:
     rule = metrics[SHIFT]['threshold_rule'].removesuffix(ON_SHIFT)
     thresholds = {split: _compare_threshold(run, split, rule, samples) for split in COMPARED}
     return {'rule': rule, 'splits': splits, 'thresholds': thresholds}
+
+
+def has_shift(run: Run) -> bool:
+    """Return whether `run` was evaluated on both splits."""
+    return set(COMPARED) <= run.metrics.keys()
 
 
 def _describe(sample: Sample, metrics: dict[str, Any]) -> dict[str, Any]:

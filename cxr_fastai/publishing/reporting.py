@@ -51,6 +51,8 @@ from cxr_fastai.evaluation.plots import (
 )
 from cxr_fastai.evaluation.results import check_results, is_of_network
 from cxr_fastai.evaluation.robustness import anatomy_aucs, summarise
+from cxr_fastai.evaluation.shift import SHIFT_NAMES, has_shift, measure_shift
+from cxr_fastai.evaluation.split_images import own_images
 from cxr_fastai.evaluation.thresholds import threshold_table
 from cxr_fastai.images.anatomy import FILLS
 from cxr_fastai.inference.decision import Decision
@@ -77,6 +79,7 @@ SECTIONS = {
     'thresholds': 'Thresholds',
     'groups': 'Subgroups',
     'robustness': 'Robustness',
+    'shift': 'Soft images',
     'images': 'Images',
     'maps': 'Reliability of the maps',
     'card': 'Model card',
@@ -102,6 +105,7 @@ CONSTANTS = {
     'too_few': too_few,
     'describe_suppressed': describe_suppressed,
     'name_metric': name_metric,
+    'shift_names': SHIFT_NAMES,
     'fills': tuple(FILLS),
 }
 """The values and functions that the template uses for every run."""
@@ -143,7 +147,6 @@ def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names
     metrics = run.metrics[split]
     predictions = run.predicted(split)
     map_check = _read_map_check(run)
-    split_items = run.items[run.items.split == split]
     values = {
         'run': run,
         'split': split,
@@ -161,11 +164,12 @@ def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names
         'limits': describe_limits(split, metrics),
         'same_images': note_same_images(run),
         'validation_warning': validation_warning(run.items) if run.recipe.valid != 'none' else None,
-        'has_other_images': not set(predictions.path) <= set(split_items.path),
+        'has_other_images': not set(predictions.path) <= set(own_images(run, split).path),
         'audit': audit,
         'plots': draw(run, predictions, metrics, split, map_check),
         'thresholds': threshold_table(predictions, [metrics['threshold']]).to_dict('records'),
         'robustness': _summarise_robustness(run, split),
+        'shift': measure_shift(run) if has_shift(run) else None,
         'images': select_images(run, predictions, metrics['model'], hide_names),
         'maps': map_check,
         'check_rows': check_rows(map_check) if map_check else [],

@@ -15,6 +15,7 @@ from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.evaluation.metrics import Sample
 from cxr_fastai.evaluation.shift import evaluate_shift, measure_shift, shift_table, specificity_at
 from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.publishing.reporting import render
 from cxr_fastai.training.training import train
 
 
@@ -80,6 +81,14 @@ def test_the_command_prints_both_splits_and_the_trade(copy, capsys):
     main(['evaluate', str(copy.path), '--shift'])
     text = capsys.readouterr().out
     assert 'specificity at' in text and 'chosen on' in text and 'held out of training' in text
+
+
+def test_the_report_has_a_section_once_both_splits_are_evaluated(copy, images):
+    assert 'Soft images</h2>' in render(copy, SHIFT)
+    evaluate(copy, split='valid')
+    predictions, metrics = copy.predicted('valid'), copy.metrics
+    copy.write_results(predictions, {'valid': metrics['valid']}, copy.decision)
+    assert 'Soft images</h2>' not in render(copy, 'valid')
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,6 @@ from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath, atomic, writing
 from cxr_fastai.core.folders import replaced_folder, sweep, temporary_folder
 from cxr_fastai.core.run import Run, as_run
-from cxr_fastai.data.splits import split_patients
 from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.results import check_results
 from cxr_fastai.evaluation.robustness import read_squares
@@ -215,8 +214,8 @@ def _write_half(network: Predictor, path: Path) -> Predictor:
 def read_gate_samples(run: Run, predictor: Predictor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return mean features (n, c) and images, grey uint8 (n, s, s), of random images of train and valid of `run`.
 
-    At most `inference.gate.MAX_IMAGES` images of each split are used. Of a run without validation images, half of the
-    training patients take their place. If the images are not found, this warns and returns an empty dict.
+    At most `inference.gate.MAX_IMAGES` images of each split are used. If the images are not found, this warns and
+    returns an empty dict.
     """
     try:
         return {split: _read_sample(run, predictor, split) for split in ('train', 'valid')}
@@ -230,15 +229,10 @@ def read_gate_samples(run: Run, predictor: Predictor) -> dict[str, tuple[np.ndar
 
 
 def _read_sample(run: Run, predictor: Predictor, split: str) -> tuple[np.ndarray, np.ndarray]:
-    has_valid = (run.items.split == 'valid').any()
-    split_of_run = split if has_valid else 'train'
-    root, items = find_split(run, None, split_of_run)
-    items_of_run = run.items[run.items.split == split_of_run]
+    root, items = find_split(run, None, split)
+    items_of_run = run.items[run.items.split == split]
     if not set(items.path) <= set(items_of_run.path):
-        raise UsageError(f'{root}: not the {split_of_run} images of the run. They were in {run.images}; set CXR_DATA.')
-    if not has_valid:
-        items = split_patients(items, seed=0, valid_pct=0.5)
-        items = items[items.split == split]
+        raise UsageError(f'{root}: not the {split} images of the run. They were in {run.images}; set CXR_DATA.')
     items = items.sample(min(MAX_IMAGES, len(items)), random_state=0)
     images, _ = read_squares(items, root, predictor.preprocessing)
     batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]

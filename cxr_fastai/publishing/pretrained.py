@@ -81,23 +81,29 @@ def publish_pretrained(run: Run | StrPath, series: Series | StrPath, out: StrPat
             f'{out}: {size:,} bytes, but the model of the package may have {MAX_BUNDLE:,}. Train a smaller network, or '
             'one for smaller images.'
         )
-    facts = {
+    facts = _describe(run, series, bundle) | {
+        'out_of_fold': _record(metrics),
+        'test': _record(run.metrics['test']) if 'test' in run.metrics else None,
+        'bytes': size,
+        'licences': licences,
+    }
+    write_json(out.with_suffix('.json'), facts)
+    return out
+
+
+def _describe(run: Run, series: Series, bundle: Bundle) -> dict[str, Any]:
+    """Return how the `bundle` of `run` was made, and the hashes by which its parts are recognised."""
+    return {
         'made': datetime.now(UTC).date().isoformat(),
         'commands': _commands(run.recipe, series),
         'recipe': asdict(run.recipe),
         'versions': {name: version(name) for name in PACKAGES},
         'images': _describe_images(run, series),
-        'out_of_fold': _record(metrics),
-        'test': _record(run.metrics['test']) if 'test' in run.metrics else None,
         'weights': bundle.facts['weights'],
-        'bytes': size,
         'network_sha256': identify_network(run.path),
         'onnx_sha256': bundle.manifest[ONNX]['sha256'],
         'manifest_sha256': bundle.identity,
-        'licences': licences,
     }
-    write_json(out.with_suffix('.json'), facts)
-    return out
 
 
 def _check_out_of_fold(run: Run, series: Series) -> None:
@@ -116,10 +122,10 @@ def _check_out_of_fold(run: Run, series: Series) -> None:
 def _weights_licence(recipe: Recipe) -> str:
     if recipe.weights == 'none':
         return 'Initial weights: random numbers.'
-    if recipe.arch not in WEIGHTS:
+    if recipe.arch not in WEIGHTS or recipe.weights != 'imagenet':
         raise UsageError(
             f'{recipe.arch}: the licence of its initial weights is not recorded. Add it to '
-            'publishing.pretrained.WEIGHTS, or train one of ' + ', '.join(WEIGHTS) + '.'
+            f'publishing.pretrained.WEIGHTS, or train one of {", ".join(WEIGHTS)} from ImageNet weights.'
         )
     return WEIGHTS[recipe.arch]
 

@@ -120,7 +120,10 @@ def test_the_licence_of_initial_weights_must_be_known():
     recipe = make_recipe('resnet50')
     with pytest.raises(UsageError, match='resnet50: the licence of its initial weights is not recorded'):
         publishing._weights_licence(recipe)
-    assert 'Apache License 2.0' in publishing._weights_licence(replace(recipe, arch='efficientnet_lite0'))
+    recipe = replace(recipe, arch='efficientnet_lite0', weights='imagenet')
+    assert 'Apache License 2.0' in publishing._weights_licence(recipe)
+    with pytest.raises(UsageError, match='from ImageNet weights'):
+        publishing._weights_licence(replace(recipe, weights='mine.pth'))
 
 
 def test_every_file_of_the_model_is_in_the_wheel_and_in_the_source_archive(published, monkeypatch):

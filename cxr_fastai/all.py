@@ -27,8 +27,10 @@ from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.evaluation.figures import typical_correct, worst_errors
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.evaluation.metrics import measure
+from cxr_fastai.evaluation.out_of_fold import adopt_out_of_fold
 from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_robustness
 from cxr_fastai.evaluation.robustness import measure_robustness, summarise
+from cxr_fastai.evaluation.shift import evaluate_shift
 from cxr_fastai.evaluation.thresholds import decide
 from cxr_fastai.examples import example_images, example_run, hold_out, list_held_out
 from cxr_fastai.images.anatomy import ANATOMY
@@ -56,6 +58,7 @@ from cxr_fastai.training.series import resume_series, train_folds, train_seeds
 from cxr_fastai.training.training import train
 
 __all__ = [
+    'adopt_out_of_fold',
     'ANATOMY',
     'ARCHS',
     'AugmentImages',
@@ -94,6 +97,7 @@ __all__ = [
     'download',
     'evaluate',
     'evaluate_folds',
+    'evaluate_shift',
     'example_images',
     'example_run',
     'export',

@@ -15,6 +15,7 @@ os.environ['OMP_NUM_THREADS'] = '1'  # small arrays gain nothing by more, and lo
 from cxr_fastai.cli import main
 from cxr_fastai.core.environment import Launch, join_launch
 from cxr_fastai.core.run import Run
+from cxr_fastai.core.series import Series
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.inference import pretrained
 from cxr_fastai.inference.pickles import trust
@@ -163,6 +164,16 @@ def boxed(half_bundle, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(pretrained, 'FOLDER', folder)
     monkeypatch.setattr(pretrained, 'FACTS', folder.with_suffix('.json'))
     return folder
+
+
+@pytest.fixture(scope='session')
+def folds(once, images) -> Series:
+    """A cross-validation with three folds; not to be changed by a test."""
+    from cxr_fastai.models.architectures import make_recipe
+    from cxr_fastai.training.series import train_folds
+
+    recipe = make_recipe('baseline', epochs=1, size=48, batch_size=8, seed=3, workers=0)
+    return Series.open(once('folds', lambda folder: train_folds(recipe, images, folder, 3)))
 
 
 @pytest.fixture(scope='session')

@@ -65,7 +65,11 @@ def _with_numbers(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluated_run(
-    run: Run, metrics: dict[str, Any], figures: list[str], robustness: pd.DataFrame | None
+    run: Run,
+    metrics: dict[str, Any],
+    figures: list[str],
+    robustness: pd.DataFrame | None,
+    shift: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the part of the document of `evaluate` about one run."""
     return {
@@ -73,6 +77,7 @@ def evaluated_run(
         'metrics': metrics,
         'figures': figures,
         'robustness': None if robustness is None else robustness.to_dict('records'),
+        'shift': shift,
     }
 
 

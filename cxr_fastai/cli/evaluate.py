@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from cxr_fastai.cli.documents import evaluated_run, evaluation_document, print_j
 from cxr_fastai.cli.output import choose_source, out, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_new
+from cxr_fastai.core.recipe import SHIFT
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series, is_folds
 
@@ -32,6 +34,9 @@ def evaluate(
     batch_size: opt.BatchSize = 32,
     limit: opt.Limit = None,
     robustness: opt.Robustness = False,
+    shift: opt.Shift = False,
+    choose_on: opt.ChooseOn = None,
+    out_of_fold: opt.OutOfFold = None,
     folder: opt.NewComparison = None,
     device: opt.Device = 'auto',
     as_json: opt.AsJson = False,
@@ -41,46 +46,40 @@ def evaluate(
     on its out-of-fold predictions, unless --split is test.
 
     Without --data the images are those that the run was trained on. The fields of --json: split, runs (each with run,
-    metrics, figures, robustness), comparison (folder, pairs, seeds; null for one run); for folds: metrics, decision,
-    folds, spread.
+    metrics, figures, robustness, shift), comparison (folder, pairs, seeds; null for one run); for folds: metrics,
+    decision, folds, spread.
 
     Example: cxr-fastai evaluate runs/resnet50
     """
     if as_json:
         move_messages_to_stderr()
-    from cxr_fastai.evaluation.comparison import compare_runs, find_runs
-    from cxr_fastai.evaluation.figures import evaluate_and_draw
-    from cxr_fastai.evaluation.robustness import evaluate_robustness
-
     images = choose_source(data, csv)
+    rule = _compose_rule(threshold, choose_on)
+    prevalences = _parse_shares(prevalence)
     if split in (None, 'valid') and len(runs) == 1 and is_folds(runs[0]):
-        unused = {'--limit': limit, '--by': by, '--robustness': robustness, '--out': folder}
+        unused = {'--limit': limit, '--by': by, '--robustness': robustness, '--out': folder, '--shift': shift}
+        unused |= {'--choose-on': choose_on, '--out-of-fold': out_of_fold}
         _refuse([name for name, value in unused.items() if value], runs[0])
-        _evaluate_folds(runs[0], images, batch_size, threshold, _parse_shares(prevalence), device, as_json)
+        _evaluate_folds(runs[0], images, batch_size, rule, prevalences, device, as_json)
         return
-    split = split or 'test'
+    from cxr_fastai.evaluation.comparison import compare_runs, find_runs
+
     run_list = find_runs(runs)
     is_comparison = len(run_list) > 1
+    split = _choose_split(split, shift, out_of_fold, is_comparison)
     if folder and not is_comparison:
         raise UsageError(f'--out {folder}: only the comparison of several runs has a folder of its own. Omit --out.')
     if folder:
         check_new(folder)  # before the runs are evaluated, which takes long
-    prevalences = _parse_shares(prevalence)
+    if out_of_fold:
+        from cxr_fastai.evaluation.out_of_fold import adopt_out_of_fold
+
+        adopt_out_of_fold(run_list[0], Series.open(out_of_fold), images, batch_size, device)
     groups = ['kind', *by] if by else None
-    documents = []
-    for run in run_list:
-        again = not is_comparison
-        metrics, figures = evaluate_and_draw(
-            run, images, split, batch_size, limit, threshold, prevalences, groups, again, device
-        )
-        if not as_json:
-            _print_evaluation(run, split, metrics, figures)
-        corrupted = None
-        if robustness:
-            corrupted = evaluate_robustness(run, images, split, batch_size, limit, device)
-            if not as_json:
-                _print_robustness(run, split, corrupted)
-        documents.append(evaluated_run(run, metrics, figures, corrupted))
+    how = _Evaluation(
+        images, split, batch_size, limit, rule, prevalences, groups, robustness, shift, not is_comparison, device
+    )
+    documents = [_evaluate_run(run, how, as_json) for run in run_list]
     comparison = None
     if is_comparison:
         folder = folder or unused_path(Path('comparison'))
@@ -89,6 +88,82 @@ def evaluate(
             _print_comparison(comparison, folder)
     if as_json:
         print_json(evaluation_document(split, documents, comparison, folder))
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """How each run is evaluated."""
+
+    images: Path | None
+    split: str
+    batch_size: int
+    limit: int | None
+    rule: str | None
+    prevalences: list[float] | None
+    groups: list[str] | None
+    robustness: bool
+    shift: bool
+    again: bool
+    device: str
+
+
+def _evaluate_run(run: Run, how: _Evaluation, as_json: bool) -> dict[str, Any]:
+    """Evaluate one run, print its tables unless the output is JSON, and return its part of the document."""
+    from cxr_fastai.evaluation.figures import evaluate_and_draw
+    from cxr_fastai.evaluation.robustness import evaluate_robustness
+    from cxr_fastai.evaluation.shift import evaluate_shift
+
+    metrics, figures = evaluate_and_draw(
+        run,
+        how.images,
+        how.split,
+        how.batch_size,
+        how.limit,
+        how.rule,
+        how.prevalences,
+        how.groups,
+        how.again,
+        how.device,
+    )
+    if not as_json:
+        _print_evaluation(run, how.split, metrics, figures)
+    corrupted = shifted = None
+    if how.robustness:
+        corrupted = evaluate_robustness(run, how.images, how.split, how.batch_size, how.limit, how.device)
+        if not as_json:
+            _print_robustness(run, how.split, corrupted)
+    if how.shift:
+        shifted = evaluate_shift(run, how.images, how.batch_size, again=False, device=how.device)
+        if not as_json:
+            _print_shift(shifted)
+    return evaluated_run(run, metrics, figures, corrupted, shifted)
+
+
+def _choose_split(split: str | None, shift: bool, out_of_fold: Path | None, is_comparison: bool) -> str:
+    """Return the split to evaluate. Raises `UsageError` for options that do not go together."""
+    if out_of_fold and is_comparison:
+        raise UsageError(f'--out-of-fold {out_of_fold}: the predictions are for one run. Name a single run.')
+    if shift and split not in (None, SHIFT):
+        raise UsageError(f'--shift and --split {split}: --shift evaluates the split {SHIFT}. Omit one of them.')
+    if shift:
+        return SHIFT
+    return split or ('valid' if out_of_fold else 'test')
+
+
+def _compose_rule(rule: str | None, choose_on: str | None) -> str | None:
+    """Return `rule` with the split that `--choose-on` names; None to choose as before."""
+    from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, ON_SHIFT
+
+    if choose_on is None:
+        return rule
+    if choose_on not in ('valid', SHIFT):
+        raise UsageError(f'--choose-on {choose_on}: choose valid or {SHIFT}.')
+    base = (rule or DEFAULT_RULE).removesuffix(ON_SHIFT)
+    if choose_on == 'valid':
+        return base
+    if base.startswith('fixed:'):
+        raise UsageError(f'--threshold {base} and --choose-on {SHIFT}: a fixed threshold is not chosen. Omit one.')
+    return base + ON_SHIFT
 
 
 def _refuse(options: list[str], folder: Path) -> None:
@@ -151,7 +226,7 @@ def parse_share(text: str) -> float:
 
 def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: list[str]) -> None:
     from cxr_fastai.cli.output import metrics_tables
-    from cxr_fastai.evaluation.metrics import OPTIMISTIC
+    from cxr_fastai.evaluation.metrics import describe_limits
     from cxr_fastai.inference.decision import Decision
 
     decision = Decision.from_metrics(run, metrics)
@@ -161,8 +236,9 @@ def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: li
     )
     print_line(f'{summary} {decision.margin}'.rstrip() if decision else summary)
     out.print(metrics_tables(metrics))
-    if split in OPTIMISTIC:
-        print_line(OPTIMISTIC[split])
+    limits = describe_limits(split, metrics)
+    if limits:
+        print_line(limits)
     files = ['predictions.csv', 'metrics.json', 'decision.json', *figures]
     print_line(f'in {run.path}: {", ".join(files)}')
 
@@ -173,6 +249,12 @@ def _print_robustness(run: Run, split: str, robustness: pd.DataFrame) -> None:
     out.print(robustness_table(robustness))
     out.print(anatomy_table(robustness))
     print_line(f'in {run.path}: robustness.csv, figures/robustness_{split}.png')
+
+
+def _print_shift(results: dict[str, Any]) -> None:
+    from cxr_fastai.cli.robustness_tables import shift_tables
+
+    out.print(shift_tables(results))
 
 
 def _print_comparison(comparison: Comparison, folder: Path) -> None:

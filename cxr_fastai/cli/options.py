@@ -12,6 +12,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.recipe import SHIFT, SPLITS
 
 DATA_DEFAULT = 'CXR_DATA, else data/chest_xray'
 
@@ -29,9 +30,9 @@ def _read_split(name: str | None) -> str | None:
 
     if name is None:
         return None
-    split = read_split(name)
+    split = SHIFT if name.strip().lower() == SHIFT else read_split(name)
     if split is None:
-        raise UsageError(f'--split {name}: no such split. Choose train, valid or test.')
+        raise UsageError(f'--split {name}: no such split. Choose {", ".join(SPLITS)}.')
     return split
 
 
@@ -152,19 +153,19 @@ Split = Annotated[
     str,
     Option(
         '--split',
-        metavar='train|valid|test',
+        metavar='train|valid|test|shift',
         callback=_read_split,
-        help='Use the images of this split: train, valid or test.',
+        help='Use the images of this split: train, valid, test or shift.',
     ),
 ]
 EvaluatedSplit = Annotated[
     str | None,
     Option(
         '--split',
-        metavar='train|valid|test',
+        metavar='train|valid|test|shift',
         callback=_read_split,
         show_default='test; for the folder of train --folds, the out-of-fold predictions',
-        help='Use the images of this split: train, valid or test.',
+        help='Use the images of this split: train, valid, test or shift.',
     ),
 ]
 Rule = Annotated[
@@ -174,6 +175,31 @@ Rule = Annotated[
         metavar='RULE',
         show_default='as before, else sensitivity:0.95',
         help='Choose the threshold on validation images by this rule: fixed:T, sensitivity:S, youden, or cost:FN/FP.',
+    ),
+]
+ChooseOn = Annotated[
+    str | None,
+    Option(
+        '--choose-on',
+        metavar='valid|shift',
+        show_default='as before, else valid',
+        help='Choose the threshold on the validation images, or on the soft images that the training held out.',
+    ),
+]
+Shift = Annotated[
+    bool,
+    Option(
+        '--shift',
+        help='Evaluate the soft images that the training held out (--set shift_pct=0.2), beside the validation images.',
+    ),
+]
+OutOfFold = Annotated[
+    Path | None,
+    Option(
+        '--out-of-fold',
+        metavar='FOLDS',
+        show_default=False,
+        help='Use the out-of-fold predictions of train --folds as the validation of a run with --valid none.',
     ),
 ]
 Prevalences = Annotated[

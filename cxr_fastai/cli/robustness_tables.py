@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich.console import Group
 from rich.table import Table
 
+from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.evaluation.robustness import anatomy_aucs, summarise
+from cxr_fastai.evaluation.shift import COMPARED
 from cxr_fastai.images.anatomy import ANATOMY, EXCHANGED, FILLS
 from cxr_fastai.images.corruptions import CLEAN, SHORTCUT
 
 if TYPE_CHECKING:
     import pandas as pd
+
+SHIFT_NAMES = {
+    'n': 'images',
+    'auc': 'AUC',
+    'specificity_at_95': 'specificity at sensitivity 0.95',
+    'sensitivity': 'sensitivity at the threshold',
+    'specificity': 'specificity at the threshold',
+    'intercept': 'calibration intercept',
+    'slope': 'calibration slope',
+}
+"""Key of a figure of `measure_shift` to its name."""
 
 
 def robustness_table(robustness: pd.DataFrame) -> Table:
@@ -51,6 +65,28 @@ def anatomy_table(robustness: pd.DataFrame) -> Table:
         'A network that looks at the lungs is near 0.5 with lungs hidden,\nand loses little in the other rows.'
     )
     return table
+
+
+def shift_tables(results: dict[str, Any]) -> Group:
+    """Tabulate what `measure_shift` returned: the figures of both splits, and the trade of the two thresholds."""
+    figures = Table(title='validation images and soft images (shift)', title_justify='left')
+    figures.add_column('')
+    for split in COMPARED:
+        figures.add_column(split, justify='right')
+    first, *_ = results['splits'].values()
+    for name in first:
+        values = [results['splits'][split][name] for split in COMPARED]
+        cells = [f'{value:,}' if name == 'n' else format_estimate(value) for value in values]
+        figures.add_row(SHIFT_NAMES.get(name, name), *cells)
+    trade = Table(title=f'threshold by {results["rule"]}', title_justify='left', caption_justify='left')
+    for column in ('chosen on', 'threshold', 'images', 'sensitivity', 'specificity'):
+        trade.add_column(column)
+    for split, row in results['thresholds'].items():
+        for on in COMPARED:
+            rates = [format_estimate(row[on][rate]) for rate in ('sensitivity', 'specificity')]
+            trade.add_row(split, f'{row["threshold"]:g}', on, *rates)
+    trade.caption = '--choose-on valid or --choose-on shift decides which threshold the run has.'
+    return Group(figures, trade)
 
 
 def _format_auc(auc: float) -> str:

@@ -73,8 +73,8 @@ Valid = Annotated[
     str,
     Option(
         '--valid',
-        metavar='official|patients',
-        help='Validate on official (the val folder) or on patients (10% of the patients).',
+        metavar='official|patients|none',
+        help='Validate on official (the val folder), on patients (10% of the patients), or not at all (none).',
     ),
 ]
 Leakage = Annotated[

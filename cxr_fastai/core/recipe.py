@@ -14,7 +14,9 @@ from cxr_fastai.core.errors import UsageError
 VOCAB = ('NORMAL', 'PNEUMONIA')
 """The classes in the order of the network's outputs; the last one is the positive class."""
 POSITIVE = VOCAB.index('PNEUMONIA')
-SPLITS = ('train', 'valid', 'test')
+SHIFT = 'shift'
+"""The split of the images that a recipe with `shift_pct` holds out of training; see `data.shift`."""
+SPLITS = ('train', 'valid', 'test', SHIFT)
 CUSTOM = 'custom'
 """Name of the recipe of a network that was not trained by a named recipe."""
 UNKNOWN = 'unknown'
@@ -51,6 +53,7 @@ class Recipe:
     valid: str = 'official'
     valid_pct: float = 0.1  # proportion of the patients that valid='patients' takes for validation
     fold: int = 0  # which part of the patients that is, of 1 / valid_pct parts
+    shift_pct: float = 0.0  # proportion of the patients, of the softest normal images, that is held out of training
     size: int = 224
     resize: str = 'squish'  # a key of `images.preprocessing.RESIZES`
     low_pass: float = 0.0  # standard deviation of the Gaussian filter that every image passes
@@ -157,6 +160,7 @@ def data_recipe(recipe: str | Recipe, **fields: Any) -> Recipe:
 RANGES = {
     'valid_pct': (0.01, 0.5),
     'fold': (0, 99),
+    'shift_pct': (0, 0.5),
     'flip': (0, 1),
     'degrees': (0, 180),
     'translate': (0, 0.5),
@@ -185,7 +189,7 @@ RANGES = {
 CHOICES = {
     'interpolation': ('nearest', 'bilinear'),
     'optimizer': ('adam', 'adamw'),
-    'valid': ('official', 'patients'),
+    'valid': ('official', 'patients', 'none'),
     'schedule': ('plateau', 'one-cycle'),
     'precision': ('fp32', 'fp16', 'bf16'),
     'on_bad_image': ('fail', 'skip'),
@@ -224,6 +228,7 @@ DATA_FIELDS = (
     'valid',
     'valid_pct',
     'fold',
+    'shift_pct',
     'size',
     'resize',
     'modality',

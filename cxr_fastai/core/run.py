@@ -21,6 +21,7 @@ from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.recipe_fields import parse_recipe
 from cxr_fastai.core.run_files import (
     MISMATCHES,
+    OUT_OF_FOLD,
     hash_results,
     read_decision,
     read_json,
@@ -42,7 +43,9 @@ TRAINING_FILES = (
     'learner.pkl',
 )
 """Files that `train` writes atomically."""
-RESULT_FILES = ('predictions.csv', 'decision.json', 'metrics.json', 'robustness.csv', 'report.html', 'model_card.md')
+RESULT_FILES = ('predictions.csv', 'decision.json', 'metrics.json', 'robustness.csv', OUT_OF_FOLD, 'report.html') + (
+    'model_card.md',
+)
 """Files that `evaluate` and `report` write atomically."""
 
 JOURNAL = {
@@ -145,6 +148,20 @@ class Run:
         """Return the predictions of one `split`: one row per image."""
         predictions = self.predictions
         return predictions[predictions.split == split].reset_index(drop=True)
+
+    @property
+    def has_out_of_fold(self) -> bool:
+        """Whether the run has out-of-fold predictions in the place of those for validation images of its own."""
+        return (self / OUT_OF_FOLD).is_file()
+
+    @property
+    def out_of_fold(self) -> pd.DataFrame:
+        """The predictions of other networks, trained in the same way, each for the images that it was not trained on.
+
+        One row per image, as in `predictions`, and the column `fold`. They take the place of predictions for validation
+        images in a run that was trained on all images.
+        """
+        return read_table(self / OUT_OF_FOLD)
 
     @property
     def decision(self) -> dict[str, Any]:

@@ -27,14 +27,17 @@ if TYPE_CHECKING:
 
 MAX_TABLE = 2**29
 """Largest CSV file of a run, in bytes."""
+OUT_OF_FOLD = 'out_of_fold.csv'
+"""Predictions for the training images of a run by networks that were not trained on them; see `Run.out_of_fold`."""
 WRITERS = {
     'items.csv': 'train',
     'history.csv': 'train',
     'predictions.csv': 'evaluate',
     'robustness.csv': 'evaluate --robustness',
+    OUT_OF_FOLD: 'evaluate --out-of-fold',
 }
 """Table to the command that writes it."""
-TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase', 'model', 'sha256')
+TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase', 'model', 'sha256', 'fold')
 """Columns that are read as text: the patient `007` is not the number 7, and the patient `NA` is not missing."""
 EXACT_COLUMNS = ('p_pneumonia', 'loss')
 """Columns of the predictions that are read to the last digit: a probability may lie next to the threshold."""
@@ -43,6 +46,7 @@ NUMBERS = {
     'history.csv': ('epoch', 'lr', 'train_loss', 'valid_loss', 'accuracy', 'roc_auc', 'sensitivity', 'specificity')
     + ('seconds',),
     'predictions.csv': ('p_pneumonia', 'loss'),
+    OUT_OF_FOLD: ('p_pneumonia', 'loss'),
     'robustness.csv': ('strength', 'n', 'auc', 'auc_low', 'auc_high', 'sensitivity', 'specificity'),
 }
 """Table to the columns of numbers that it must have. Cells may be empty."""
@@ -50,12 +54,13 @@ TEXTS = {
     'items.csv': ('path', 'label', 'split', 'patient', 'kind'),
     'history.csv': ('phase',),
     'predictions.csv': ('path', 'label', 'split', 'patient', 'prediction'),
+    OUT_OF_FOLD: ('path', 'label', 'split', 'patient', 'prediction', 'fold'),
     'robustness.csv': ('corruption', 'split', 'model', 'sha256'),
 }
 """Table to the columns of texts that it must have."""
 CHOICES = {'label': VOCAB, 'prediction': VOCAB, 'split': SPLITS}
 """Column to the values that it may have."""
-UNIQUE_COLUMNS = {'items.csv': ['path', 'split'], 'predictions.csv': ['path', 'split']}
+UNIQUE_COLUMNS = {'items.csv': ['path', 'split'], 'predictions.csv': ['path', 'split'], OUT_OF_FOLD: ['path']}
 """Table to the columns that identify a row."""
 TRAINING_FACTS = ('recipe.json', 'items.csv', 'history.csv')
 """The files of a training that predictions and reports depend on, beside the network itself."""

@@ -34,6 +34,7 @@ from cxr_fastai.data.layout import (
     read_split,
 )
 from cxr_fastai.data.listings import check_files, describe_rows, drop_repeated_rows, read_listing
+from cxr_fastai.data.shift import hold_out_soft
 from cxr_fastai.data.splits import (
     UNKNOWN_PATIENT,
     count_images,
@@ -93,10 +94,11 @@ def read_items(
 ) -> pd.DataFrame:
     """Return the items table of the folder or CSV file `root`, sorted by path.
 
-    `valid` is `official` (the folder `val`) or `patients` (the proportion `valid_pct` of the patients of train and val
-    together, drawn with the random `seed`; `fold` is the number of that part). `limit` keeps the first images of each
-    class and split. `columns` names further columns of a CSV file to include. `.attrs['ignored']` counts ignored files
-    by reason. Raises `CXRError` if there are no images, `UsageError` for an unknown class, split, column or `valid`.
+    `valid` is `official` (the folder `val`), `patients` (the proportion `valid_pct` of the patients of train and val
+    together, drawn with the random `seed`; `fold` is the number of that part), or `none` (the images of val join those
+    of train). `limit` keeps the first images of each class and split. `columns` names further columns of a CSV file to
+    include. `.attrs['ignored']` counts ignored files by reason. Raises `CXRError` if there are no images, `UsageError`
+    for an unknown class, split, column or `valid`.
     """
     root = Path(root)
     _check_valid(valid)
@@ -111,8 +113,18 @@ def read_items(
 
 
 def read_recipe_items(root: Path, recipe: Recipe) -> pd.DataFrame:
-    """Return the items table of `root` as `recipe` splits and limits it; see `read_items`."""
-    return read_items(root, recipe.valid, recipe.seed, recipe.limit, valid_pct=recipe.valid_pct, fold=recipe.fold)
+    """Return the items table of `root` as `recipe` splits and limits it; see `read_items` and `split_items`."""
+    return split_items(read_items(root), image_root(root), recipe)
+
+
+def split_items(items: pd.DataFrame, root: Path, recipe: Recipe) -> pd.DataFrame:
+    """Return `items`, with paths relative to the folder `root`, as `recipe` splits and limits them.
+
+    With `recipe.shift_pct`, images are held out of training first; see `data.shift`.
+    """
+    if recipe.shift_pct:
+        items = hold_out_soft(items, root, recipe.shift_pct, recipe.modality)
+    return _split_and_limit(items, recipe.valid, recipe.seed, recipe.limit, recipe.valid_pct, recipe.fold)
 
 
 def read_table(
@@ -148,6 +160,8 @@ def _split_and_limit(
 ) -> pd.DataFrame:
     if valid == 'patients':
         items = split_patients(items, seed, valid_pct, fold)
+    elif valid == 'none':
+        items = items.assign(split=items.split.replace('valid', 'train'))
     if limit is not None:
         items = items.groupby(['split', 'label'], sort=False).head(limit).reset_index(drop=True)
     return items

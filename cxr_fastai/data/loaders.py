@@ -31,7 +31,7 @@ from cxr_fastai.core.foreign import read_text
 from cxr_fastai.core.hardware import available_cores
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import DATA_FIELDS, VOCAB, Recipe, data_recipe
-from cxr_fastai.data.items import image_root, read_recipe_items, read_table
+from cxr_fastai.data.items import image_root, read_recipe_items, read_table, split_items
 from cxr_fastai.data.listings import MAX_LISTING
 from cxr_fastai.data.splits import check_leakage, check_trainable, single_class_warning
 from cxr_fastai.data.surroundings import ExchangeSurroundings, HideLungs
@@ -152,9 +152,7 @@ class CXRDataLoaders(DataLoaders):
             valid = 'official'
         chosen = {'valid': valid, 'valid_pct': valid_pct, 'seed': seed, 'size': size}
         settings = _pop_settings(kwargs, recipe, **chosen, batch_size=bs, workers=num_workers)
-        items = read_table(
-            table, Path(path), settings.valid, settings.seed, settings.limit, settings.valid_pct, settings.fold
-        )
+        items = split_items(read_table(table, Path(path)), Path(path), settings)
         return cls._from_checked(items, Path(path), settings, item_tfms, batch_tfms, device, kwargs)
 
     @classmethod
@@ -168,10 +166,10 @@ class CXRDataLoaders(DataLoaders):
         device: Any,
         kwargs: dict[str, Any],
     ) -> Self:
-        check_trainable(items)
+        check_trainable(items, recipe.valid)
         if not recipe.allow_leakage:
             check_leakage(items)
-        warning = single_class_warning(items)
+        warning = single_class_warning(items) if recipe.valid != 'none' else None
         if warning:
             warnings.warn(warning, CXRWarning, stacklevel=3)
         cache = find_cache(root, Preprocessing.of(recipe))

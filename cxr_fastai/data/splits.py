@@ -7,7 +7,7 @@ import warnings
 import pandas as pd
 
 from cxr_fastai.core.errors import CXRWarning, UsageError
-from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.core.recipe import SHIFT, SPLITS, VOCAB
 
 MIN_VALID_IMAGES = 50
 """Validation images of each class below which the choice of an epoch is mostly chance."""
@@ -105,15 +105,18 @@ def split_patients(items: pd.DataFrame, seed: int, valid_pct: float = 0.1, fold:
     return items.assign(split=split)
 
 
-def check_trainable(items: pd.DataFrame) -> None:
-    """Raise `UsageError` unless train has at least two images of each class and valid has at least one image."""
+def check_trainable(items: pd.DataFrame, valid: str = 'official') -> None:
+    """Raise `UsageError` unless train has at least two images of each class, and valid at least one image.
+
+    With `valid` `none`, a field of the recipe, no validation images are needed.
+    """
     counts = count_images(items)
     if (counts.loc['train'] < 2).any():
         raise UsageError(
             f'train holds {describe_counts(counts.loc["train"])}. Training needs at least two images of each class. '
             'Add images of that class, or leave out --limit.'
         )
-    if not counts.loc['valid'].sum():
+    if valid != 'none' and not counts.loc['valid'].sum():
         raise UsageError(
             'valid holds no image, so the best epoch cannot be selected. Use --valid patients, which takes a tenth '
             'of the patients of train.'
@@ -181,6 +184,10 @@ def describe_counts(counts: pd.Series) -> str:
 
 
 def count_images(items: pd.DataFrame) -> pd.DataFrame:
-    """Return the number of images by split (rows train, valid, test) and class (columns in the order of `VOCAB`)."""
+    """Return the number of images by split (rows train, valid, test) and class (columns in the order of `VOCAB`).
+
+    The split `shift` has a row if there are images in it.
+    """
     counts = pd.crosstab(items.split, items.label)
-    return counts.reindex(index=['train', 'valid', 'test'], columns=list(VOCAB), fill_value=0)
+    rows = [split for split in SPLITS if split != SHIFT or split in counts.index]
+    return counts.reindex(index=rows, columns=list(VOCAB), fill_value=0)

@@ -5,11 +5,14 @@ from .evaluation import evaluate
 from .figures import evaluate_and_draw, save_figures, typical_correct, worst_errors
 from .intervals import auc_interval, format_estimate, wilson_interval
 from .metrics import measure
+from .out_of_fold import adopt_out_of_fold
 from .plots import plot_confusion_matrix, plot_history, plot_robustness
 from .robustness import evaluate_robustness, measure_robustness, summarise
+from .shift import evaluate_shift, measure_shift
 from .thresholds import decide, threshold_table
 
 __all__ = [
+    'adopt_out_of_fold',
     'auc_interval',
     'compare',
     'compare_runs',
@@ -18,9 +21,11 @@ __all__ = [
     'evaluate_and_draw',
     'evaluate_folds',
     'evaluate_robustness',
+    'evaluate_shift',
     'format_estimate',
     'measure',
     'measure_robustness',
+    'measure_shift',
     'plot_calibration',
     'plot_confusion_matrix',
     'plot_history',

@@ -18,9 +18,10 @@ from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import StrPath, write_csv, write_json, writing
 from cxr_fastai.core.run import Run
+from cxr_fastai.core.run_files import OUT_OF_FOLD
 from cxr_fastai.core.series import FOLDS, Series
 from cxr_fastai.evaluation.comparison import mean_and_sd
-from cxr_fastai.evaluation.evaluation import apply_threshold, evaluate, find_kinds, find_split
+from cxr_fastai.evaluation.evaluation import apply_threshold, evaluate, find_kinds
 from cxr_fastai.evaluation.figures import CURVES
 from cxr_fastai.evaluation.metrics import (
     PREVALENCES,
@@ -31,10 +32,11 @@ from cxr_fastai.evaluation.metrics import (
     measure_average_precision,
 )
 from cxr_fastai.evaluation.plots import plot_confusion_matrix
+from cxr_fastai.evaluation.split_images import find_split
 from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, parse_rule
 from cxr_fastai.inference.decision import Decision
 
-PREDICTIONS = 'out_of_fold.csv'
+PREDICTIONS = OUT_OF_FOLD
 METRICS = 'out_of_fold.json'
 SPREAD = ('auc', 'average_precision', 'sensitivity', 'specificity')
 """Metrics whose mean, standard deviation and range over the folds are computed."""

@@ -15,14 +15,15 @@ import pandas as pd
 
 from cxr_fastai.core.errors import CXRWarning, ImageError, UsageError
 from cxr_fastai.core.files import StrPath, check_writable
-from cxr_fastai.core.recipe import POSITIVE, VOCAB
+from cxr_fastai.core.recipe import POSITIVE, SHIFT, VOCAB
 from cxr_fastai.core.run import Run, as_run
-from cxr_fastai.data.items import data_root, image_root, log_ignored, parse_name, read_items
-from cxr_fastai.data.splits import count_images
+from cxr_fastai.core.run_files import OUT_OF_FOLD
+from cxr_fastai.data.items import log_ignored, parse_name
 from cxr_fastai.evaluation.calibration import log_losses
 from cxr_fastai.evaluation.metrics import PREVALENCES, is_complete, measure
-from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, parse_rule
-from cxr_fastai.inference.config import identify_network
+from cxr_fastai.evaluation.split_images import NO_IMAGES, find_images, folder_with, own_images
+from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, deciding_split, parse_rule
+from cxr_fastai.inference.config import identify_network, sha256
 from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.predictor import Predictor, load_undecided
 
@@ -46,12 +47,13 @@ def evaluate(
 
     Writes `predictions.csv`, `decision.json` and `metrics.json` into the run. Other splits that were evaluated before
     stay in these files, with metrics at the same threshold. The validation images of the run are predicted too if that
-    was not done before, because the threshold and the temperature are chosen on them alone.
+    was not done before, because the threshold and the temperature are chosen on them alone. With a rule that ends in
+    `@shift`, the split `shift` takes their place. A run with out-of-fold predictions is evaluated on `valid` by these.
 
     Args:
         run: the run, or its folder.
         data: folder or CSV file of the images; by default the one that the run was trained on.
-        split: `train`, `valid` or `test`.
+        split: `train`, `valid`, `test` or `shift`.
         batch_size: number of images predicted at once.
         limit: only the first images of each class, for trials.
         rule: rule for the threshold; by default the one used last, else `DEFAULT_RULE`.
@@ -74,11 +76,13 @@ def evaluate(
     stored = known.get(split, {})
     if prevalences is None:
         prevalences = _stored_prevalences(stored)
-    root, items, columns = _find_images(run, data, split, limit, by, stored)
+    root, items, columns = find_images(run, data, split, limit, by, stored)
     log_ignored(items, data or root)
     model = identify_network(run.path)
-    predicted = _predict_missing(run, model, known, _Images(split, items, root), data, batch_size, again, device)
-    decision = _decide(run, predicted.valid, rule, model)
+    deciding = deciding_split(_rule_or_previous(run, rule, model))
+    images = _Images(split, items, root)
+    predicted = _predict_missing(run, model, known, images, deciding, data, batch_size, again, device)
+    decision = _decide(run, predicted.deciding, rule, model)
     groups = {column: items[column].to_numpy() for column in columns}
     tables = {name: apply_threshold(table, decision.threshold) for name, table in predicted.tables.items()}
     metrics = {}
@@ -88,127 +92,14 @@ def evaluate(
             metrics[name] = _measure(table, decision, groups, prevalences, stamp or stored.get('images'))
         else:
             metrics[name] = _update_metrics(known.get(name, {}), table, decision, stamp)
+    if run.has_out_of_fold and 'valid' in metrics:
+        metrics['valid']['out_of_fold'] = run.out_of_fold.fold.nunique()
     run.write_results(pd.concat(tables.values(), ignore_index=True), metrics, asdict(decision))
     return metrics[split]
 
 
-def find_split(
-    run: Run, data: Path | None, split: str, limit: int | None = None, by: Sequence[str] = ()
-) -> tuple[Path, pd.DataFrame]:
-    """Find the images of a split; return their folder, and their items with the additional columns `by`.
-
-    `train` and `valid` mean the splits of the run's training if `data` contains these images, which may be a copy of
-    the original folder. So no image that the network was trained on counts as a validation image.
-
-    Raises `UsageError` for a split without images, and if only some of the run's images are in `data`.
-    """
-    trained_on = run.images if run.images and run.images.exists() else None
-    root = data_root(data or trained_on)
-    is_own_split = split != 'test' or run.is_from_table
-    own = _own_images(run, split) if is_own_split else run.items[:0]
-    if data is None and run.is_from_table and own.empty:
-        items = run.used_items  # the table lists no image of the split, and its folder need not be a data set
-    elif _folder_with(own, root):
-        items = _add_columns(own, root, by)
-    else:
-        items = read_items(root, columns=by)
-        _check_unknown(items, run, split, root)
-    in_split = items[items.split == split]
-    if limit is not None:
-        in_split = in_split.groupby('label', sort=False).head(limit)
-    if in_split.empty:
-        counts = ', '.join(f'{name} {n}' for name, n in count_images(items).sum(axis=1).items())
-        advice = (
-            'Evaluate the validation images of the run: --split valid.'
-            if split == 'test'
-            else 'Choose another --split.'
-        )
-        raise UsageError(f'{root}: the split {split} has no images (found {counts}). {advice}')
-    return image_root(root), in_split.reset_index(drop=True)
-
-
 def _stored_prevalences(stored: Mapping[str, Any]) -> Sequence[float]:
     return [row['prevalence'] for row in stored.get('prevalences', ())] or PREVALENCES
-
-
-def _stored_columns(stored: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(group['column'] for group in stored.get('subgroups', ()))) or ['kind']
-
-
-def _find_images(
-    run: Run, data: Path | None, split: str, limit: int | None, by: Sequence[str] | None, stored: Mapping[str, Any]
-) -> tuple[Path, pd.DataFrame, list[str]]:
-    """Find the images of a split as `find_split` does; return also the columns `by`, or those of `stored` metrics."""
-    if by is not None:
-        columns = [column.strip().lower() for column in by]  # as in the header of a CSV file of images
-        return *find_split(run, data, split, limit, columns), columns
-    columns = _stored_columns(stored)
-    root, items = _find_with_stored_columns(run, data, split, limit, columns)
-    return root, items, [column for column in columns if column in items]
-
-
-def _find_with_stored_columns(
-    run: Run, data: Path | None, split: str, limit: int | None, columns: Sequence[str]
-) -> tuple[Path, pd.DataFrame]:
-    """Find the images of a split as `find_split` does, without those of `columns` that they do not have any more."""
-    try:
-        return find_split(run, data, split, limit, columns)
-    except UsageError:
-        find_split(run, data, split, limit)  # raises if the columns are not the reason
-    found = [column for column in columns if _has_column(run, data, split, column)]
-    warnings.warn(
-        f'the images have no column {" or ".join(column for column in columns if column not in found)} any more, by '
-        'which the last evaluation of this split reported subgroups. Name the CSV file that has it, or choose --by.',
-        CXRWarning,
-        stacklevel=3,
-    )
-    return find_split(run, data, split, limit, found)
-
-
-def _has_column(run: Run, data: Path | None, split: str, column: str) -> bool:
-    try:
-        find_split(run, data, split, by=[column])
-    except UsageError:
-        return False
-    return True
-
-
-def _own_images(run: Run, split: str) -> pd.DataFrame:
-    """Return the items of `split` in the training, without images that it skipped as unreadable."""
-    items = run.used_items
-    return items[items.split == split]
-
-
-def _folder_with(items: pd.DataFrame, *roots: Path | None) -> Path | None:
-    """Return the image folder of the first of `roots` that contains all `items`; None for none, and without items."""
-    if items.empty:
-        return None
-    for root in roots:
-        if root is None:
-            continue
-        folder = image_root(root)
-        if all((folder / path).exists() for path in items.path):
-            return folder
-    return None
-
-
-def _add_columns(items: pd.DataFrame, root: Path, columns: Sequence[str]) -> pd.DataFrame:
-    missing = [column for column in columns if column not in items]
-    if not missing:
-        return items
-    return items.merge(read_items(root, columns=missing)[['path', *missing]], on='path')
-
-
-def _check_unknown(items: pd.DataFrame, run: Run, split: str, root: Path) -> None:
-    """Raise `UsageError` if images of a foreign train or valid split belong to the run, perhaps to another split."""
-    if split == 'test':
-        return
-    shared = items.path[items.split == split].isin(run.items.path).sum()
-    if shared:
-        raise UsageError(
-            f'{root}: {shared} images of its {split} split belong to the run, but other images of the run are missing '
-            'there. Name the complete folder that the run was trained on.'
-        )
 
 
 @dataclass(frozen=True)
@@ -222,11 +113,14 @@ class _Images:
 
 @dataclass(frozen=True)
 class _Predicted:
-    """Predictions of one network: `tables` by split, `stamps` of the splits predicted just now, complete `valid`."""
+    """Predictions of one network: `tables` by split, and `stamps` of the splits whose predictions may be new.
+
+    `deciding` are those of the complete split that the threshold is chosen on; None if its images were not found.
+    """
 
     tables: dict[str, pd.DataFrame]
     stamps: dict[str, str]
-    valid: pd.DataFrame | None
+    deciding: pd.DataFrame | None
 
 
 def _predict_missing(
@@ -234,12 +128,13 @@ def _predict_missing(
     model: str,
     known: Mapping[str, Any],
     images: _Images,
+    deciding: str,
     data: Path | None,
     batch_size: int,
     again: bool,
     device: str,
 ) -> _Predicted:
-    """Predict `images`, and the validation images of the run, unless the same files were predicted before.
+    """Predict `images`, and those of the run's split `deciding`, unless the same files were predicted before.
 
     `known` are the metrics by split of the predictions that are stored unchanged.
     """
@@ -247,20 +142,29 @@ def _predict_missing(
     missing = []
     if again or not _is_current(known, tables, images.split, images.items, images.root):
         missing.append(images)
-    valid = _own_images(run, 'valid')
-    folder = _folder_with(valid, run.images, data)
-    if images.split != 'valid' and not _is_current(known, tables, 'valid', valid, folder):
-        tables.pop('valid', None)
+    own = own_images(run, deciding)
+    folder = folder_with(own, run.images, data)
+    if images.split != deciding and not _is_current(known, tables, deciding, own, folder):
+        tables.pop(deciding, None)
         if folder:
-            missing.append(_Images('valid', valid, folder))
+            missing.append(_Images(deciding, own, folder))
     stamps = {}
-    if missing:
-        predictor = load_undecided(run, device)
-        for part in missing:
-            tables[part.split] = predict_items(predictor, part.items, part.root, batch_size)
-            stamps[part.split] = stamp_images(part.items, part.root)
-    has_all_valid = 'valid' in tables and _have_same_paths(tables['valid'], valid)
-    return _Predicted(tables, stamps, tables['valid'] if has_all_valid else None)
+    predictor = None
+    for part in missing:
+        if part.split == 'valid' and run.has_out_of_fold:
+            tables['valid'], stamps['valid'] = _read_out_of_fold(run, part.items), sha256(run / OUT_OF_FOLD)
+            continue
+        predictor = predictor or load_undecided(run, device)
+        tables[part.split] = predict_items(predictor, part.items, part.root, batch_size)
+        stamps[part.split] = stamp_images(part.items, part.root)
+    is_complete_split = deciding in tables and _have_same_paths(tables[deciding], own)
+    return _Predicted(tables, stamps, tables[deciding] if is_complete_split else None)
+
+
+def _read_out_of_fold(run: Run, items: pd.DataFrame) -> pd.DataFrame:
+    """Return the out-of-fold predictions for `items`, in their order, with the columns of a predictions table."""
+    predictions = run.out_of_fold.set_index('path', drop=False).loc[items.path]
+    return predictions.assign(split='valid')[PREDICTION_COLUMNS].reset_index(drop=True)
 
 
 def _known_predictions(run: Run, model: str, known: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
@@ -349,18 +253,26 @@ def _measure(
     return metrics
 
 
-def _decide(run: Run, valid: pd.DataFrame | None, rule: str | None, model: str) -> Decision:
-    """Choose the threshold by `rule` (default: the one used last) on the predictions of all validation images.
+def _previous_decision(run: Run, model: str) -> Decision | None:
+    """Return the decision of `run` for the network `model`, if a rule was given or could be followed."""
+    previous = Decision.from_run(run, model)
+    return None if previous and previous.is_default else previous
+
+
+def _rule_or_previous(run: Run, rule: str | None, model: str) -> str:
+    previous = _previous_decision(run, model)
+    return rule or (previous.rule if previous else DEFAULT_RULE)
+
+
+def _decide(run: Run, deciding: pd.DataFrame | None, rule: str | None, model: str) -> Decision:
+    """Choose the threshold by `rule` (default: the one used last) on the predictions of the images that decide.
 
     Without them it is the stored decision, a fixed threshold, or that of the recipe with a warning. Raises `UsageError`
     if the stored decision is not that of the stored metrics.
     """
-    previous = Decision.from_run(run, model)
-    if previous and previous.is_default:
-        previous = None
-    if valid is not None:
-        default_rule = previous.rule if previous else DEFAULT_RULE
-        return decide(valid, rule or default_rule, model)
+    previous = _previous_decision(run, model)
+    if deciding is not None:
+        return decide(deciding, _rule_or_previous(run, rule, model), model)
     if previous and rule in (None, previous.rule) and not (rule or '').startswith('fixed:'):
         _check_stored_decision(run)
         return previous
@@ -373,6 +285,8 @@ def _decide(run: Run, valid: pd.DataFrame | None, rule: str | None, model: str) 
         )
         return Decision(threshold, f'fixed:{threshold:g}', model=model, is_default=True)
     if not rule.startswith('fixed:'):
+        if deciding_split(rule) == SHIFT and own_images(run, SHIFT).empty:
+            raise UsageError(f'--threshold {rule}: the run has no images of the split {SHIFT}. {NO_IMAGES[SHIFT]}')
         raise UsageError(
             f'--threshold {rule}: this rule requires all validation images of the run, and not all were found. '
             'Evaluate with the folder that the run was trained on and without --limit, or choose fixed:T.'

@@ -25,8 +25,9 @@ from cxr_fastai.evaluation.curves import (
     plot_roc,
     plot_scores,
 )
-from cxr_fastai.evaluation.evaluation import evaluate, find_split
+from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_robustness
+from cxr_fastai.evaluation.split_images import find_split
 from cxr_fastai.images.decode import open_image
 from cxr_fastai.images.formats import png_mark
 

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.run_files import hash_rows
-from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.figures import save_robustness_figure
 from cxr_fastai.evaluation.metrics import ConfusionMatrix, Sample, measure_auc
+from cxr_fastai.evaluation.split_images import find_split
 from cxr_fastai.images.anatomy import ANATOMY, EXCHANGED, FILLS, HIDINGS, PARTS, Hiding, exchange_surroundings
 from cxr_fastai.images.corruptions import CLEAN, CORRUPTIONS, SHORTCUT, STRENGTHS, Equaliser, corrupt, image_rng
 from cxr_fastai.images.decode import open_image
@@ -54,6 +55,11 @@ def evaluate_robustness(
     stay, and draws its figure. Raises `UsageError` for a split without images, `ImageError` for an unreadable image.
     """
     data = Path(data) if data is not None else None
+    if split == 'valid' and run.has_out_of_fold:
+        raise UsageError(
+            f'{run.path}: the network was trained on the images of its out-of-fold predictions, so its robustness on '
+            'them says nothing. Measure it on --split test, or measure a run of the folds.'
+        )
     root, items = find_split(run, data, split, limit)
     table = measure_robustness(Predictor.load(run.path, device=device), items, root, batch_size)
     rows = table.assign(split=split, model=identify_network(run.path))

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_fastai.core.errors import CXRWarning, UsageError
+from cxr_fastai.core.recipe import SHIFT
 from cxr_fastai.data.splits import UNKNOWN_PATIENT, count_patients, unknown_patients
 from cxr_fastai.evaluation.calibration import explain_temperature, fit_temperature
 from cxr_fastai.evaluation.intervals import draw_patients, roc_draws
@@ -36,7 +37,8 @@ def decide(valid: pd.DataFrame, rule: str, model: str = '') -> Decision:
 
     The rules are `fixed:0.5` (the number itself), `sensitivity:0.95` (the highest threshold that keeps this
     sensitivity, with a margin for the number of patients), `youden` (the greatest sensitivity + specificity) and
-    `cost:10/1` (the least cost, where a missed pneumonia costs 10 and a false alarm 1).
+    `cost:10/1` (the least cost, where a missed pneumonia costs 10 and a false alarm 1). With the ending `@shift` the
+    predictions are those of the split `shift`.
 
     Args:
         valid: predictions table of the validation images.
@@ -54,6 +56,8 @@ def decide(valid: pd.DataFrame, rule: str, model: str = '') -> Decision:
             f'{valid.label.iloc[0]}. Use validation images of both classes, or fixed:T.'
         )
     threshold, margin = choose(sample, *numbers)
+    if deciding_split(rule) == SHIFT:
+        margin = margin.replace('validation images', 'soft images')
     confusion = ConfusionMatrix(sample, threshold)
     performance = {
         'n': len(p),
@@ -213,9 +217,18 @@ RULES = {
 }
 
 
+ON_SHIFT = f'@{SHIFT}'
+"""Ending of a rule whose threshold is chosen on the split `shift`, such as `sensitivity:0.95@shift`."""
+
+
+def deciding_split(rule: str) -> str:
+    """Return the split that the threshold of `rule` is chosen on: `valid`, or `shift` if the rule ends in `@shift`."""
+    return SHIFT if rule.endswith(ON_SHIFT) else 'valid'
+
+
 def parse_rule(rule: str) -> tuple[Callable[..., tuple[float, str]], tuple[float, ...]]:
     """Return the function and the numbers of a rule such as `cost:10/1`. Raises `UsageError` for an invalid one."""
-    name, _, text = rule.partition(':')
+    name, _, text = rule.removesuffix(ON_SHIFT).partition(':')
     if name not in RULES:
         raise UsageError(
             f'--threshold {rule}: unknown rule. Choose one of {", ".join(map(_spell, RULES))}{_suggest_fixed(rule)}.'

@@ -16,9 +16,9 @@ from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import StrPath, write_json
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run, as_run
-from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.plots import plot_cam_check
 from cxr_fastai.evaluation.robustness import read_squares
+from cxr_fastai.evaluation.split_images import find_split
 from cxr_fastai.images.anatomy import LUNGS
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import identify_network

@@ -23,9 +23,9 @@ from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath, atomic, writing
 from cxr_fastai.core.folders import replaced_folder, sweep, temporary_folder
 from cxr_fastai.core.run import Run, as_run
-from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.results import check_results
 from cxr_fastai.evaluation.robustness import read_squares
+from cxr_fastai.evaluation.split_images import find_split, own_images
 from cxr_fastai.inference.bundle import (
     CARD,
     CONFIG,
@@ -230,9 +230,12 @@ def read_gate_samples(run: Run, predictor: Predictor) -> dict[str, tuple[np.ndar
 
 def _read_sample(run: Run, predictor: Predictor, split: str) -> tuple[np.ndarray, np.ndarray]:
     root, items = find_split(run, None, split)
-    items_of_run = run.items[run.items.split == split]
+    items_of_run = own_images(run, split)
     if not set(items.path) <= set(items_of_run.path):
         raise UsageError(f'{root}: not the {split} images of the run. They were in {run.images}; set CXR_DATA.')
+    if run.has_out_of_fold:  # it has no images that the network was not trained on
+        half = items.sample(len(items), random_state=0)
+        items = half[::2] if split == 'train' else half[1::2]
     items = items.sample(min(MAX_IMAGES, len(items)), random_state=0)
     images, _ = read_squares(items, root, predictor.preprocessing)
     batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]

@@ -9,8 +9,8 @@ import numpy as np
 from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.run import Run
-from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.robustness import read_squares
+from cxr_fastai.evaluation.split_images import find_split
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.selftest import ParityError
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cxr_fastai.core.recipe import CUSTOM, VOCAB, Recipe, command_line
+from cxr_fastai.core.recipe import CUSTOM, SHIFT, SPLITS, VOCAB, Recipe, command_line
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.templates import render_template
 from cxr_fastai.data.splits import count_patients, describe_patients, unknown_patients, unknown_patients_warning
 from cxr_fastai.evaluation.calibration import explain_temperature
 from cxr_fastai.evaluation.intervals import describe_suppressed, format_estimate
 from cxr_fastai.evaluation.metrics import (
-    OPTIMISTIC,
+    describe_limits,
     describe_sample,
     interval_warnings,
     name_metric,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from cxr_fastai.publishing.half import Parity
 
-BY_IMPORTANCE = ('test', 'valid', 'train')
+BY_IMPORTANCE = ('test', 'valid', SHIFT, 'train')
 """The splits in the order in which a report or a model card prefers them."""
 NOT_A_DEVICE = 'Research software, not a medical device. It must not be used to diagnose anyone.'
 EXTERNAL_VALIDITY = (
@@ -205,10 +205,10 @@ def render_card(run: Run, split: str, texts: CardTexts = PLAIN, parity: Parity |
         counts=count_kinds(run),
         sample=describe_sample(metrics),
         notes=[*interval_warnings(metrics), *explain_temperature(metrics['calibrated']['temperature'])],
-        optimistic=OPTIMISTIC.get(split),
+        limits=describe_limits(split, metrics),
         patients_warning=unknown_patients_warning(run.items),
         margin=decision.margin if decision else '',
-        same_images=SAME_IMAGES if run.recipe.name != CUSTOM else '',
+        same_images=note_same_images(run),
         groups=describe_groups(metrics['subgroups']),
         command=reproduce(run, split),
         not_a_device=NOT_A_DEVICE,
@@ -221,6 +221,12 @@ def _describe_half(parity: Parity) -> str:
         f'stored as float16, computed in float32. On the {parity.images:,} {parity.split} images, no decision changed, '
         f'and a probability by at most {parity.largest_change:.1g}'
     )
+
+
+def note_same_images(run: Run) -> str:
+    """Return `SAME_IMAGES` if the validation images of `run` selected its epoch, else nothing."""
+    is_selected = run.recipe.name != CUSTOM and not run.has_out_of_fold
+    return SAME_IMAGES if is_selected else ''
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> str:
@@ -258,13 +264,12 @@ def count_kinds(run: Run) -> list[dict[str, Any]]:
 
     `patients` is a text, which also gives the number of images of unknown patients.
     """
-    order = {'train': 0, 'valid': 1, 'test': 2}
     groups = run.used_items.groupby(['split', 'label', 'kind'])
     rows = [
         {'split': split, 'label': label, 'kind': kind, 'images': len(items), 'patients': _count_in_words(items)}
         for (split, label, kind), items in groups
     ]
-    return sorted(rows, key=lambda row: order[row['split']])
+    return sorted(rows, key=lambda row: SPLITS.index(row['split']))
 
 
 def _count_in_words(items: pd.DataFrame) -> str:

@@ -34,10 +34,10 @@ from cxr_fastai.data.splits import (
 from cxr_fastai.evaluation.figures import CURVES, cam_picture, image_picture, typical_correct, worst_errors
 from cxr_fastai.evaluation.intervals import MIN_GROUP_SIZE, Estimate, describe_suppressed, format_estimate, too_few
 from cxr_fastai.evaluation.metrics import (
-    OPTIMISTIC,
     RANKING_METRICS,
     TARGETS,
     THRESHOLD_METRICS,
+    describe_limits,
     describe_sample,
     interval_warnings,
     name_metric,
@@ -59,10 +59,10 @@ from cxr_fastai.publishing.checklist import TOPICS
 from cxr_fastai.publishing.model_card import (
     EXTERNAL_VALIDITY,
     NOT_A_DEVICE,
-    SAME_IMAGES,
     count_kinds,
     describe_run,
     main_split,
+    note_same_images,
     render_card,
     reproduce,
 )
@@ -87,6 +87,7 @@ SECTIONS = {
 VALIDATION_SPLITS = {
     'official': 'the images of the folder val',
     'patients': '{share:.0%} of the {units} of train and val, drawn at random with the same class balance',
+    'none': 'none, so that the network was trained on all images; its validation metrics are those of other networks',
     UNKNOWN: 'chosen before the run was saved; how is not recorded',
 }
 """How validation images are chosen, by the field `valid` of the recipe; see `_describe_validation`."""
@@ -97,8 +98,6 @@ CONSTANTS = {
     'min_group_size': MIN_GROUP_SIZE,
     'not_a_device': NOT_A_DEVICE,
     'external_validity': EXTERNAL_VALIDITY,
-    'same_images': SAME_IMAGES,
-    'optimistic': OPTIMISTIC,
     'format_estimate': format_estimate,
     'too_few': too_few,
     'describe_suppressed': describe_suppressed,
@@ -159,7 +158,9 @@ def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names
         'calibration_notes': dict.fromkeys([*metrics['calibration']['notes'], *metrics['calibrated']['notes']]),
         'leaking_patients': len(leaking_patients(run.items)),
         'patients_warning': unknown_patients_warning(run.items),
-        'validation_warning': validation_warning(run.items),
+        'limits': describe_limits(split, metrics),
+        'same_images': note_same_images(run),
+        'validation_warning': validation_warning(run.items) if run.recipe.valid != 'none' else None,
         'has_other_images': not set(predictions.path) <= set(split_items.path),
         'audit': audit,
         'plots': draw(run, predictions, metrics, split, map_check),

@@ -143,9 +143,17 @@ def validation_metrics(learn: Learner) -> dict[str, float]:
 
 
 def name_metrics(names: Iterable[str], values: Iterable[float]) -> dict[str, float]:
-    """Return the values by the names of `history.csv`, for those of fastai's metrics that have another name."""
+    """Return the values by the names of `history.csv`, for those of fastai's metrics that have another name.
+
+    Without validation images fastai's values are None, and NaN here.
+    """
     metrics = dict(zip(names, values, strict=False))
-    return {FASTAI_NAMES.get(name, name): value for name, value in metrics.items()}
+    return {FASTAI_NAMES.get(name, name): math.nan if value is None else value for name, value in metrics.items()}
+
+
+def has_validation(learn: Learner) -> bool:
+    """Return whether `learn` has validation images; a recipe with `valid='none'` has none."""
+    return getattr(learn.dls.valid, 'n', None) != 0
 
 
 class DivergenceGuard(Callback):
@@ -162,7 +170,7 @@ class DivergenceGuard(Callback):
 
     def after_epoch(self) -> None:
         loss = float(validation_metrics(self.learn)['valid_loss'])
-        if not math.isfinite(loss):
+        if has_validation(self.learn) and not math.isfinite(loss):
             self._fail('validation', loss)
 
     def _fail(self, where: str, loss: float, batch: int | None = None) -> None:
@@ -181,7 +189,8 @@ class DivergenceGuard(Callback):
 class KeepBest(Callback):
     """Keep the weights of the best epoch over all phases: highest validation AUC, then lowest validation loss.
 
-    An undefined AUC counts as 0. `row` is the epoch's row of `history.csv` and `weights` the state dict of the network.
+    An undefined AUC counts as 0. Without validation images the last epoch is kept. `row` is the epoch's row of
+    `history.csv` and `weights` the state dict of the network.
     """
 
     order = 56
@@ -203,7 +212,7 @@ class KeepBest(Callback):
         row = self.history.rows[-1]
         auc = row['roc_auc'] if math.isfinite(row['roc_auc']) else 0.0
         score = (auc, -row['valid_loss'])
-        if score > self.score:
+        if score > self.score or not has_validation(self.learn):
             self.score = score
             self.row = row
             self.weights = deepcopy(self._measured_weights())
@@ -217,6 +226,8 @@ class KeepBest(Callback):
 
 class ReduceOnPlateau(Callback):
     """Reduce the learning rate when the validation loss stops decreasing, with torch's `ReduceLROnPlateau`.
+
+    Without validation images it is the training loss.
 
     The recipes use it because it is what the specification names, and because its state can be saved and restored.
     fastai's callback of that name works too. It counts every small decrease as one, waits one epoch less, and does not
@@ -246,7 +257,8 @@ class ReduceOnPlateau(Callback):
         self.scheduler.load_state_dict(state)
 
     def after_epoch(self) -> None:
-        self.scheduler.step(self.history.rows[-1]['valid_loss'])
+        row = self.history.rows[-1]
+        self.scheduler.step(row['valid_loss' if has_validation(self.learn) else 'train_loss'])
         if not hasattr(self.opt, 'opt'):
             self.opt.set_hyper('lr', [group['lr'] for group in self.optimizer.param_groups])
 
@@ -337,7 +349,8 @@ class ShowEpochs(Callback):
         self._open_bar(f'{self.history.phase} {len(self.history.rows) + 1}', len(self.dls.train))
 
     def before_validate(self) -> None:
-        self._open_bar('validation', len(self.dls.valid))
+        if has_validation(self.learn):
+            self._open_bar('validation', len(self.dls.valid))
 
     def _open_bar(self, description: str, batches: int) -> None:
         self.bar = ShownProgress(batches, description, unit='batch')
@@ -354,12 +367,14 @@ class ShowEpochs(Callback):
 
     def after_epoch(self) -> None:
         row = self.history.rows[-1]
-        line = (
-            f'{row["phase"]:>9} {row["epoch"]:>2}  lr {row["lr"]:.0e}  train {row["train_loss"]:.4f}  '
-            f'valid {row["valid_loss"]:.4f}  AUC {row["roc_auc"]:.4f}  sens {row["sensitivity"]:.3f}  '
-            f'spec {row["specificity"]:.3f}  {row["seconds"]:.0f} s'
-        )
-        if row is self.keep_best.row:
+        line = f'{row["phase"]:>9} {row["epoch"]:>2}  lr {row["lr"]:.0e}  train {row["train_loss"]:.4f}  '
+        if has_validation(self.learn):
+            line += (
+                f'valid {row["valid_loss"]:.4f}  AUC {row["roc_auc"]:.4f}  sens {row["sensitivity"]:.3f}  '
+                f'spec {row["specificity"]:.3f}  '
+            )
+        line += f'{row["seconds"]:.0f} s'
+        if row is self.keep_best.row and has_validation(self.learn):
             line += '  best'
         log.info(line)
 

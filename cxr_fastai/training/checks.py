@@ -28,15 +28,21 @@ def check_loaders(dls: DataLoaders) -> None:
     """Raise `UsageError` if `dls` has no batch to train on, or none to validate on."""
     for split, dl in (('training', dls.train), ('validation', dls.valid)):
         n = getattr(dl, 'n', None)  # None for an iterable of unknown length
-        if n == 0:
+        if n == 0 and not (split == 'validation' and trains_on_all(dls)):
             raise UsageError(
                 f'the learner has no {split} images. Give it DataLoaders with images first: learn.dls = dls.'
             )
-        if n is not None and len(dl) == 0:
+        if n and len(dl) == 0:
             raise UsageError(
                 f'the {n} {split} images are fewer than a batch of {dl.bs}, and incomplete batches are dropped. '
                 f'Choose a batch size (bs) of at most {n}, or drop_last=False.'
             )
+
+
+def trains_on_all(dls: DataLoaders) -> bool:
+    """Return whether `dls` are those of a recipe without validation images, `valid='none'`."""
+    recipe = getattr(dls, 'recipe', None)
+    return recipe is not None and recipe.valid == 'none'
 
 
 def check_labels(dls: DataLoaders) -> None:

@@ -47,7 +47,7 @@ def find_rates(recipe: Recipe, data: StrPath, steps: int = 100, device: str | No
     data = Path(data)
     items = read_recipe_items(data, recipe)
     log_ignored(items, data)
-    check_trainable(items)
+    check_trainable(items, recipe.valid)
     reuse_memory()
     set_seed(recipe.seed, reproducible=True)
     root = image_root(data)

@@ -101,7 +101,7 @@ def _check(option: str, number: int) -> None:
 
 def _train_new(series: Series, data: str | Path, device: str | None) -> Series:
     first, *_ = series.recipes.values()
-    check_trainable(read_recipe_items(Path(data), first))
+    check_trainable(read_recipe_items(Path(data), first), first.valid)
     series.create()
     return _train_missing(series, data, device)
 

@@ -118,10 +118,10 @@ def _measure_precision(recipe: Recipe, items: pd.DataFrame, device: str | None, 
 def _check_items(items: pd.DataFrame, recipe: Recipe) -> None:
     """Log a summary of the images and warn of an unreliable validation. Raises `CXRError` if they do not suffice."""
     log.info(describe_items(items))
-    check_trainable(items)
+    check_trainable(items, recipe.valid)
     if not recipe.allow_leakage:
         check_leakage(items)
-    warning = validation_warning(items)
+    warning = validation_warning(items) if recipe.valid != 'none' else None
     if warning and recipe.valid == 'official':
         warning += ' --valid patients is more reliable.'
     if warning:
@@ -160,7 +160,7 @@ def _make_learner(
     device: str | None,
 ) -> CXRLearner:
     """Return the seeded learner of `recipe`. Pretrained weights are not loaded if the weights come from a `state`."""
-    check_trainable(items)
+    check_trainable(items, recipe.valid)
     set_seed(recipe.seed, reproducible=True)
     dls = CXRDataLoaders.from_items(items, root, recipe, cache, device=device)
     return recipe_learner(dls, replace(recipe, weights='none') if state else recipe)

@@ -13,7 +13,6 @@ from PIL import Image, ImageFilter
 from cxr_fastai.cli import main
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation import figures, robustness
-from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.plots import plot_robustness
 from cxr_fastai.evaluation.robustness import (
     ROBUSTNESS_COLUMNS,
@@ -22,6 +21,7 @@ from cxr_fastai.evaluation.robustness import (
     read_squares,
     summarise,
 )
+from cxr_fastai.evaluation.split_images import find_split
 from cxr_fastai.images.anatomy import ANATOMY, LUNGS
 from cxr_fastai.images.corruptions import CORRUPTIONS, STRENGTHS, sharpness
 from cxr_fastai.images.decode import open_image

@@ -12,8 +12,8 @@ from cxr_fastai.cli import main
 from cxr_fastai.core import environment
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.run import Run
-from cxr_fastai.evaluation.evaluation import find_split
 from cxr_fastai.evaluation.robustness import read_squares
+from cxr_fastai.evaluation.split_images import find_split
 from cxr_fastai.inference.bundle import CARD, CONFIG, FILES, GATE, MANIFEST, ONNX, SELFTEST, Bundle
 from cxr_fastai.inference.engines import OnnxEngine
 from cxr_fastai.inference.onnx_format import check_onnx

@@ -25,13 +25,6 @@ from cxr_fastai.training.series import resume_series, train_folds, train_seeds
 RECIPE = make_recipe('baseline', epochs=1, size=48, batch_size=8, seed=3, workers=0)
 
 
-@pytest.fixture(scope='module')
-def folds(once, images) -> Series:
-    """A cross-validation with three folds; not to be changed by a test."""
-    folder = once('folds', lambda folder: train_folds(RECIPE, images, folder, 3))
-    return Series.open(folder)
-
-
 def copy_of(series: Series, folder) -> Series:
     shutil.copytree(series.path, folder)
     return Series.open(folder)

@@ -1,0 +1,119 @@
+"""A run on all images takes the out-of-fold predictions of a cross-validation for its threshold and its metrics."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cxr_fastai.cli import main
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.run import Run
+from cxr_fastai.core.series import Series
+from cxr_fastai.evaluation.cross_validation import evaluate_folds
+from cxr_fastai.evaluation.evaluation import evaluate
+from cxr_fastai.evaluation.out_of_fold import adopt_out_of_fold
+from cxr_fastai.evaluation.robustness import evaluate_robustness
+from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.publishing.exporting import read_gate_samples
+from cxr_fastai.publishing.model_card import render_card
+from cxr_fastai.training.training import train
+
+
+@pytest.fixture(scope='module')
+def series(folds, tmp_path_factory) -> Series:
+    """A copy of the folds, which adopting their predictions evaluates."""
+    folder = tmp_path_factory.mktemp('series') / 'folds'
+    shutil.copytree(folds.path, folder)
+    return Series.open(folder)
+
+
+@pytest.fixture(scope='module')
+def final(once, folds, images) -> Run:
+    """A run on all images by the recipe of the folds; not to be changed by a test."""
+    recipe = replace(folds.recipe, valid='none')
+    return Run(once('final', lambda folder: train(recipe, images, folder)))
+
+
+@pytest.fixture
+def copy(final, series, tmp_path) -> Run:
+    """A copy of the run with the predictions of the folds."""
+    shutil.copytree(final.path, tmp_path / 'run')
+    adopt_out_of_fold(tmp_path / 'run', series)
+    return Run(tmp_path / 'run')
+
+
+def test_a_run_without_validation_trains_on_all_images_and_keeps_the_last_epoch(final, images):
+    counts = final.items.split.value_counts()
+    assert 'valid' not in counts and counts['train'] == 48
+    assert final.kept_epoch == final.recipe.epochs and final.history.valid_loss.isna().all()
+    with pytest.raises(UsageError, match='trained on all images'):
+        evaluate(final, images, 'valid')
+
+
+def test_its_validation_metrics_and_its_threshold_are_those_of_the_folds(copy, series):
+    metrics = evaluate(copy, split='valid', rule='sensitivity:0.8')
+    expected = evaluate_folds(series, rule='sensitivity:0.8', again=False)
+    assert metrics['out_of_fold'] == 3 and metrics['n'] == 48
+    assert metrics['auc'] == expected['metrics']['auc'] and metrics['threshold'] == expected['decision']['threshold']
+    assert metrics['calibrated']['temperature'] == expected['decision']['temperature']
+    assert Predictor.load(copy.path).threshold == metrics['threshold']
+
+
+def test_the_test_images_are_predicted_by_the_run_itself(copy, images):
+    metrics = evaluate(copy, images, 'test', rule='youden')
+    paths = [images / path for path in copy.predicted('test').path]
+    own = [row['p_pneumonia'] for row in Predictor.load(copy.path).predict(paths)]
+    assert np.allclose(copy.predicted('test').p_pneumonia, own)
+    assert 'out_of_fold' not in metrics and copy.metrics['valid']['out_of_fold'] == 3
+    oof = copy.out_of_fold.set_index('path').p_pneumonia
+    assert (copy.predicted('valid').set_index('path').p_pneumonia == oof).all()
+
+
+def test_other_out_of_fold_predictions_give_other_metrics(copy):
+    first = evaluate(copy, split='valid')
+    table = copy.out_of_fold
+    table.p_pneumonia = 1 - table.p_pneumonia
+    table.to_csv(copy / 'out_of_fold.csv', index=False)
+    second = evaluate(copy, split='valid', again=False)
+    assert second['auc']['value'] == pytest.approx(1 - first['auc']['value'])
+
+
+def test_card_and_gate_say_and_do_what_is_possible_without_validation_images(copy):
+    evaluate(copy, split='valid')
+    card = ' '.join(render_card(copy, 'valid').split())
+    assert 'those of 3 other networks' in card and 'selected the epoch' not in card
+    samples = read_gate_samples(copy, Predictor.load(copy.path))
+    train_images, valid_images = [images.reshape(len(images), -1) for _, images in samples.values()]
+    assert len(train_images) + len(valid_images) == 48
+    assert not {row.tobytes() for row in train_images} & {row.tobytes() for row in valid_images}
+
+
+def test_robustness_on_images_of_the_training_is_refused(copy):
+    with pytest.raises(UsageError, match='the network was trained on the images'):
+        evaluate_robustness(copy)
+
+
+def test_another_recipe_other_images_and_own_validation_images_are_refused(final, series, run, tmp_path):
+    with pytest.raises(UsageError, match='trained by another recipe than the folds'):
+        adopt_out_of_fold(run, series)
+    shutil.copytree(final.path, tmp_path / 'fewer')
+    items = pd.read_csv(tmp_path / 'fewer/items.csv', dtype=str)
+    items.iloc[:-1].to_csv(tmp_path / 'fewer/items.csv', index=False)
+    with pytest.raises(UsageError, match='48 images, and .* was trained on 47'):
+        adopt_out_of_fold(tmp_path / 'fewer', series)
+    with pytest.raises(UsageError, match='validation images of its own'):
+        adopt_out_of_fold(series.open_runs()[0], series)
+
+
+def test_the_command_evaluates_with_the_folds(final, series, tmp_path, capsys):
+    shutil.copytree(final.path, tmp_path / 'run')
+    assert main(['evaluate', str(tmp_path / 'run'), '--out-of-fold', str(series.path), '--json']) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document['split'] == 'valid' and document['runs'][0]['metrics']['out_of_fold'] == 3
+    assert main(['evaluate', str(tmp_path / 'run'), '--split', 'valid']) == 0
+    assert 'those of 3 other networks' in ' '.join(capsys.readouterr().out.split())
+    assert main(['evaluate', str(tmp_path / 'run'), str(final.path), '--out-of-fold', str(series.path)]) == 2
+    assert 'Name a single run' in capsys.readouterr().err

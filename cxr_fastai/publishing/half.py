@@ -15,8 +15,8 @@ from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.selftest import ParityError
 
 MIN_VALUES = 5000
-"""Smallest number of values of a tensor that is stored as float16. Smaller ones, such as those of the first layers, cause
-most of the change: exact, they divide it by 4 for EfficientNet-Lite0, and take 0.1 MB."""
+"""Smallest number of values of a tensor that is stored as float16. Smaller ones, such as those of the first layers,
+cause most of the change: exact, they divide it by 4 for EfficientNet-Lite0, and take 0.1 MB."""
 MAX_CHANGE = 1e-3
 """Largest change of a probability by the storage as float16."""
 HALF_BANK = 192

@@ -3,9 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 FUZZ_MINUTES ?= 10
+PRETRAINED_RUNS ?= runs/pretrained
+PRETRAINED_OPTIONS ?= --arch efficientnet_lite0 --recipe tuned
+PRETRAINED_FOLDS ?= 5
 PYTEST := $(BIN)/python -m pytest -n logical --dist worksteal --durations 10
 
-.PHONY: demo test test-all test-plain test-floors fuzz lint docs notebooks clean
+.PHONY: demo test test-all test-plain test-floors fuzz lint docs notebooks pretrained clean
 
 demo: $(INSTALLED)
 	$(BIN)/cxr-fastai demo
@@ -61,6 +64,17 @@ notebooks: .venv/.docs
 .venv/.docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
+
+# Trains the model that the package contains on the real images (CXR_DATA, else data/chest_xray): folds for the threshold
+# and the metrics, then one network on all images of train and valid, which is measured once on the test images.
+pretrained: $(INSTALLED)
+	$(BIN)/cxr-fastai train $(PRETRAINED_OPTIONS) --folds $(PRETRAINED_FOLDS) --out $(PRETRAINED_RUNS)/folds
+	$(BIN)/cxr-fastai evaluate $(PRETRAINED_RUNS)/folds
+	$(BIN)/cxr-fastai train $(PRETRAINED_OPTIONS) --valid none --out $(PRETRAINED_RUNS)/final
+	$(BIN)/cxr-fastai evaluate $(PRETRAINED_RUNS)/final --out-of-fold $(PRETRAINED_RUNS)/folds
+	$(BIN)/cxr-fastai evaluate $(PRETRAINED_RUNS)/final --split test
+	$(BIN)/python -c "from cxr_fastai.publishing import publish_pretrained; \
+	    publish_pretrained('$(PRETRAINED_RUNS)/final', '$(PRETRAINED_RUNS)/folds')"
 
 clean:
 	rm -rf .venv demo build dist *.egg-info docs/_build

@@ -26,6 +26,8 @@ setup(
     packages=find_packages(include=[settings['lib_name'], f'{settings["lib_name"]}.*']),
     install_requires=settings['requirements'].split(),
     extras_require=extras,
-    package_data={settings['lib_name']: ['py.typed', '*/*.pyi', '*/templates/*', '*/static/*']},
+    package_data={
+        settings['lib_name']: ['py.typed', '*/*.pyi', '*/templates/*', '*/static/*', 'pretrained/*', 'pretrained.json']
+    },
     entry_points={'console_scripts': settings['console_scripts'].split()},
 )

@@ -19,6 +19,7 @@ from cxr_fastai.core.environment import Launch, join_launch
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series
 from cxr_fastai.images.synthetic import make_demo
+from cxr_fastai.inference import pretrained
 from cxr_fastai.inference.pickles import trust
 
 REAL = os.environ.pop('CXR_DATA', None) or os.environ.get('CXR_REAL_IMAGES')
@@ -149,6 +150,22 @@ def evaluated(once, run, images) -> Run:
         command('evaluate', folder, '--data', images)
 
     return Run.open(once('evaluated', evaluate))
+
+
+@pytest.fixture(scope='session')
+def half_bundle(once, evaluated) -> Path:
+    """That run as a bundle with weights in float16, for ONNX Runtime only; not to be changed by a test."""
+    pytest.importorskip('onnx', reason='needs pip install "cxr_fastai[onnx]"')
+    return once('half_bundle', lambda folder: command('export', evaluated.path, '--half', '--out', folder))
+
+
+@pytest.fixture
+def boxed(half_bundle, tmp_path, monkeypatch) -> Path:
+    """A copy of that bundle in place of the one that the package contains."""
+    folder = Path(shutil.copytree(half_bundle, tmp_path / 'package' / 'pretrained'))
+    monkeypatch.setattr(pretrained, 'FOLDER', folder)
+    monkeypatch.setattr(pretrained, 'FACTS', folder.with_suffix('.json'))
+    return folder
 
 
 @pytest.fixture(scope='session')

@@ -49,6 +49,7 @@ def explain(
     if modality and not images:
         raise UsageError(f'--modality {modality}: images of a split are read as in the training. Omit --modality.')
     data = choose_source(data, csv)
+    check_weights(run, 'explain')
     if check:
         _check(Run.open(run), split, data, folder, target, method, layer, device)
         return
@@ -70,6 +71,14 @@ def explain(
         n_errors = print_explanations(explain_images(explainer, images or [], folder, batch_size, burned_in))
     if n_errors:
         raise typer.Exit(3)
+
+
+def check_weights(model: Path, feature: str) -> None:
+    """Raise `UsageError` if `model` is a bundle without the weights for torch, which the `feature` needs."""
+    from cxr_fastai.inference.bundle import Bundle, is_bundle
+
+    if is_bundle(model):
+        Bundle.open(model).check_weights(feature)
 
 
 def _explain_split(

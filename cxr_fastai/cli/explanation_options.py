@@ -7,6 +7,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from cxr_fastai.cli.options import find_model
+
 
 def _read_class(name: str) -> str:
     """Return the class `name` in upper case; another name as it is, for the command to refuse."""
@@ -16,7 +18,12 @@ def _read_class(name: str) -> str:
 
 
 Explained = Annotated[
-    Path, Argument(metavar='RUN', help='Run folder; to explain images by path, also a bundle or a trusted .pkl file.')
+    Path,
+    Argument(
+        metavar='RUN',
+        parser=find_model,
+        help='Run folder; to explain images by path, also a bundle or a trusted .pkl file.',
+    ),
 ]
 Method = Annotated[
     str,

@@ -17,6 +17,13 @@ from cxr_fastai.core.recipe import SHIFT, SPLITS
 DATA_DEFAULT = 'CXR_DATA, else data/chest_xray'
 
 
+def find_model(text: str) -> Path:
+    """Return the path of the model that `text` names: a path, or `pretrained`. Imported when a command is parsed."""
+    from cxr_fastai.inference import pretrained
+
+    return pretrained.find_model(text)
+
+
 def _read_split(name: str | None) -> str | None:
     """Return the split that `name` stands for, such as `valid` for `val`. Raises `UsageError` for another name."""
     from cxr_fastai.data.layout import read_split
@@ -268,7 +275,14 @@ SomeImages = Annotated[
 ]
 # predict
 
-Model = Annotated[Path, Argument(metavar='MODEL', help='Bundle (folder or zip), run folder, or a trusted .pkl file.')]
+Model = Annotated[
+    Path,
+    Argument(
+        metavar='MODEL',
+        parser=find_model,
+        help='Bundle (folder or zip), run folder, a trusted .pkl file, or pretrained for the model in the package.',
+    ),
+]
 PredictImages = Annotated[
     list[Path],
     Argument(

@@ -12,7 +12,7 @@ from cxr_fastai.cli import options as opt
 from cxr_fastai.cli import sharing_options as share
 from cxr_fastai.cli.console import move_messages_to_stderr
 from cxr_fastai.cli.documents import prediction_document, print_json
-from cxr_fastai.cli.explain import print_explanations
+from cxr_fastai.cli.explain import check_weights, print_explanations
 from cxr_fastai.cli.failures import EXAMPLES, Failure, print_failures
 from cxr_fastai.cli.output import out, predictions_table, print_error, print_line
 from cxr_fastai.core.environment import Launch, is_main_process, paused_collector
@@ -28,7 +28,11 @@ ROWS_SHOWN = 20
 
 
 def export(
-    run: opt.RunFolder, bundle: share.NewBundle = None, as_zip: share.AsZip = False, space: share.NewSpace = None
+    run: opt.RunFolder,
+    bundle: share.NewBundle = None,
+    half: share.Half = False,
+    as_zip: share.AsZip = False,
+    space: share.NewSpace = None,
 ) -> None:
     """Export an evaluated run as a bundle: weights, threshold, model card and input gate, safe to share.
 
@@ -42,7 +46,7 @@ def export(
     from cxr_fastai.inference.bundle import Bundle
     from cxr_fastai.publishing.exporting import export
 
-    exported = Bundle.open(export(source, bundle, as_zip))
+    exported = Bundle.open(export(source, bundle, as_zip, half))
     files = ', '.join(exported.manifest)
     print_line(f'{exported.path}: {files}. Next: cxr-fastai predict {quote(str(exported.path))} IMAGE...')
     if space:
@@ -92,6 +96,8 @@ def predict(
         move_messages_to_stderr()
     from cxr_fastai.inference.onnx_start import start_onnx
 
+    if maps:
+        check_weights(model, '--explain')
     start_onnx(model, 'torch' if maps else engine, device, precision)
     with paused_collector():
         from cxr_fastai.data.find import list_images

@@ -7,9 +7,18 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from cxr_fastai.cli.options import find_model
+
 # export, push-to-hub and trust
 
-BundlePath = Annotated[Path, Argument(metavar='BUNDLE', help='Bundle (folder or zip), as written by export.')]
+BundlePath = Annotated[
+    Path,
+    Argument(
+        metavar='BUNDLE',
+        parser=find_model,
+        help='Bundle (folder or zip), as written by export, or pretrained for the model in the package.',
+    ),
+]
 NewBundle = Annotated[
     Path | None,
     Option(
@@ -17,6 +26,13 @@ NewBundle = Annotated[
         metavar='DIR',
         show_default='RUN/bundle',
         help='Write the bundle to this folder (with --zip: file), and replace an older bundle.',
+    ),
+]
+Half = Annotated[
+    bool,
+    Option(
+        '--half',
+        help='Write half the size: weights as float16 in model.onnx alone, computed in float32. For ONNX Runtime only.',
     ),
 ]
 AsZip = Annotated[bool, Option('--zip', help='Write one zip file instead of a folder.')]

@@ -21,6 +21,7 @@ from cxr_fastai.inference.bundle import Bundle, is_bundle
 from cxr_fastai.inference.engines import PRECISIONS
 from cxr_fastai.inference.onnx_start import ONNX
 from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.inference.pretrained import find_model
 from cxr_fastai.inference.selftest import draw_images
 
 BATCH_SIZES = (1, 8, 32)
@@ -52,7 +53,7 @@ class Setting:
 
 
 REFERENCE = Setting('torch', 'cpu', 'fp32')
-"""The setting whose probabilities the others are compared with."""
+"""The setting whose probabilities the others are compared with, if the model has weights for torch."""
 
 
 def benchmark(
@@ -72,14 +73,16 @@ def benchmark(
 
     Returns:
         A row with the keys `COLUMNS` for each setting and size: the rate and time of the fastest batch, and the largest
-        change of a probability of the images compared with torch in fp32 on the processor.
+        change of a probability of the images compared with torch in fp32 on the processor, or with ONNX Runtime if the
+        bundle has no weights for torch.
 
     Raises `CXRError` if the model cannot be loaded, or if no image can be used.
     """
-    model = Path(model)
+    model = find_model(model)
     predictors = {setting: setting.load(model, modality) for setting in find_settings(model)}
-    squares = _read_squares(predictors[REFERENCE], [Path(image) for image in images[:MAX_IMAGES]])
-    expected = predictors[REFERENCE].scores(squares)
+    reference = next(iter(predictors.values()))
+    squares = _read_squares(reference, [Path(image) for image in images[:MAX_IMAGES]])
+    expected = reference.scores(squares)
     changes = {
         name: float(np.abs(predictor.scores(squares) - expected).max()) for name, predictor in predictors.items()
     }
@@ -100,13 +103,16 @@ def benchmark(
 
 
 def find_settings(model: Path) -> list[Setting]:
-    """Return the settings with which `model` can be run on this machine, `REFERENCE` first."""
+    """Return the settings with which `model` can be run on this machine; the others are compared with the first."""
     from cxr_fastai.models.devices import choose_device
 
+    onnx = Setting('onnx', 'cpu', 'fp32')
+    if is_bundle(model) and not Bundle.open(model).has_weights:
+        return [onnx]
     devices = dict.fromkeys(['cpu', str(choose_device('auto'))])
     settings = [Setting('torch', device, precision) for device in devices for precision in PRECISIONS]
     if is_bundle(model) and ONNX in Bundle.open(model) and find_spec('onnxruntime'):
-        settings.append(Setting('onnx', 'cpu', 'fp32'))
+        settings.append(onnx)
     return settings
 
 

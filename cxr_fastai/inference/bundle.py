@@ -1,7 +1,7 @@
 """The bundle: a folder, or one zip file, with everything that prediction needs. Opening it never runs code from it.
 
 config.json           architecture, image size, threshold, temperature
-model.safetensors     weights
+model.safetensors     weights; missing after `export --half`
 model.onnx            the same network for ONNX Runtime, if the extra `onnx` was installed at export
 selftest.safetensors  eight reference images and the probabilities that the network predicted for them
 gate.safetensors      input gate (out-of-distribution check)
@@ -35,6 +35,7 @@ from cxr_fastai.inference.config import LEARNER, SCHEMA, WEIGHTS, ModelConfig, c
 from cxr_fastai.inference.engines import OnnxEngine, TorchEngine, check_precision
 from cxr_fastai.inference.networks import load_network
 from cxr_fastai.inference.onnx_start import GPU, ONNX, onnx_threads
+from cxr_fastai.inference.pretrained import find_model
 from cxr_fastai.inference.selftest import SelfTest
 from cxr_fastai.inference.tensors import MAX_BYTES, load_tensors
 from cxr_fastai.models.devices import choose_device, may_have_gpu
@@ -79,8 +80,11 @@ class Bundle:
 
     @classmethod
     def open(cls, path: StrPath) -> Bundle:
-        """Open the bundle `path`. Raises `UsageError` if there is none, and `CXRError` if it is damaged or outdated."""
-        path = Path(path)
+        """Open the bundle `path`, or `pretrained` (see `find_model`).
+
+        Raises `UsageError` if there is none, and `CXRError` if it is damaged or outdated.
+        """
+        path = find_model(path)
         if not path.exists():
             raise UsageError(f'{path}: no such file or folder. Name a bundle, which `cxr-fastai export RUN` makes.')
         if not is_bundle(path):
@@ -171,8 +175,9 @@ class Bundle:
         """Return the engine `onnx` or `torch` on a `device` of `models.devices`, with a `precision` of `PRECISIONS`.
 
         `auto` is torch on a GPU or with another precision than fp32; else ONNX Runtime, if it is installed and the
-        bundle has its file. Raises `ParityError` if the engine does not reproduce the first reference images (in fp32),
-        `UsageError` if device, precision and engine do not fit each other.
+        bundle has its file. A bundle of `export --half` has no other engine than ONNX Runtime. Raises `ParityError` if
+        the engine does not reproduce the first reference images (in fp32), `UsageError` if device, precision and engine
+        do not fit each other or the bundle.
         """
         check_precision(precision)
         if kind not in ENGINES:
@@ -180,13 +185,30 @@ class Bundle:
         if kind == 'auto':
             has_onnx = ONNX in self and find_spec('onnxruntime') is not None
             kind = 'onnx' if has_onnx and precision == 'fp32' and not self._computes_on_gpu(device) else 'torch'
+            if not self.has_weights and precision == 'fp32':
+                kind = 'onnx'
         if kind == 'onnx' and precision != 'fp32':
             raise UsageError(f'--engine onnx --precision {precision}: ONNX files compute in fp32. Use --engine torch.')
+        if precision != 'fp32':
+            self.check_weights(f'--precision {precision}')
         engine = self._onnx_engine(device) if kind == 'onnx' else self._torch_engine(device)
         self.selftest.check(engine, self.path, IMAGES_AT_OPEN)
         if isinstance(engine, TorchEngine):
             engine.precision = precision
         return engine
+
+    @property
+    def has_weights(self) -> bool:
+        """Return whether the bundle has the weights for torch, and not only an ONNX file, as after `export --half`."""
+        return WEIGHTS in self or ONNX not in self
+
+    def check_weights(self, feature: str) -> None:
+        """Raise `UsageError`, which says that the `feature` needs them, if the bundle has no weights for torch."""
+        if not self.has_weights:
+            raise UsageError(
+                f'{feature} needs the weights for torch ({WEIGHTS}), but {self.path} has only {ONNX}, for '
+                'predictions by ONNX Runtime in fp32. Use a run folder, or a bundle that was exported without --half.'
+            )
 
     @staticmethod
     def _computes_on_gpu(device: str) -> bool:
@@ -195,7 +217,8 @@ class Bundle:
         return device != 'cpu'
 
     def _onnx_engine(self, device: str) -> OnnxEngine:
-        require_package('onnxruntime', '--engine onnx', 'onnx')
+        feature = '--engine onnx' if self.has_weights else f'{self.path}, which has only {ONNX},'
+        require_package('onnxruntime', feature, 'onnx')
         if device not in ('auto', 'cpu', 'cuda'):
             raise UsageError(
                 f'--engine onnx --device {device}: ONNX Runtime computes on cpu or cuda. Use --engine torch.'
@@ -205,6 +228,7 @@ class Bundle:
         return OnnxEngine(self.read(ONNX), self.path / ONNX, onnx_threads(), self.config.size, gpu=device == 'cuda')
 
     def _torch_engine(self, device: str) -> TorchEngine:
+        self.check_weights('--engine torch')
         return TorchEngine(load_network(self.config, self.read(WEIGHTS), self.path / WEIGHTS), device)
 
     @cached_property

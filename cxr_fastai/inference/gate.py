@@ -86,13 +86,19 @@ class Gate:
     limits: np.ndarray
 
     @classmethod
-    def fit(cls, train: tuple[np.ndarray, np.ndarray], valid: tuple[np.ndarray, np.ndarray]) -> Gate:
+    def fit(
+        cls,
+        train: tuple[np.ndarray, np.ndarray],
+        valid: tuple[np.ndarray, np.ndarray],
+        max_bank: int = MAX_IMAGES,
+    ) -> Gate:
         """Return a gate for `train` that rejects the fraction `REJECTED_FRACTION` of `valid`.
 
-        Both are mean features (n, c) and images, grey uint8 (n, s, s). Each distance rejects the same number of images.
+        Both are mean features (n, c) and images, grey uint8 (n, s, s). The bank has the features of at most `max_bank`
+        images. Each distance rejects the same number of images.
         """
         features, images = train
-        bank = np.asarray(unit(features), np.float16)
+        bank = np.asarray(unit(features[:max_bank]), np.float16)
         gate = cls(bank, Space.fit(thumbnails(images)), limits=np.ones(3, np.float32))
         limits = np.quantile(gate.distances(*valid), 1 - REJECTED_FRACTION / 3, axis=1)
         return replace(gate, limits=limits.astype(np.float32))

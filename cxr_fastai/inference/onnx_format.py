@@ -1,7 +1,8 @@
 """`check_onnx` refuses every ONNX file that is not a plain image classifier, before ONNX Runtime sees it.
 
 The file is judged by what it contains, field by field. It may contain one graph of the operators in `OPERATORS` with
-all tensors inside the file. It must not refer to other files, contain functions, subgraphs or operators of other
+all tensors inside the file. Weights may be stored as float16 if each is converted to float32 before it is used: a file
+of `export --half`. It must not refer to other files, contain functions, subgraphs or operators of other
 domains, or anything that this reader does not know.
 """
 
@@ -11,7 +12,16 @@ import math
 from pathlib import Path
 
 from cxr_fastai.core.errors import CXRError
-from cxr_fastai.inference.onnx_operators import DOUBLE, FLOAT, OPERATORS, TENSOR_TYPES, UINT8, WINDOW
+from cxr_fastai.inference.onnx_operators import (
+    DOUBLE,
+    FLOAT,
+    FLOAT16,
+    OPERATORS,
+    TENSOR_TYPES,
+    UINT8,
+    VALUE_TYPES,
+    WINDOW,
+)
 from cxr_fastai.inference.protobuf import Field, Message, Reader, Refused, Schema
 
 INPUT = 'images'
@@ -183,6 +193,7 @@ def _check_model(model: Message, size: int | None) -> None:
         _check_type(value)
     _check_interface(graph, size)
     _check_order(graph)
+    _check_half(graph)
 
 
 def _check_version(what: str, version: int, known: range) -> None:
@@ -208,6 +219,8 @@ def _check_tensor(tensor: Message) -> None:
     count = math.prod(dims)
     width, typed_field = TENSOR_TYPES[tensor['data_type']]
     sources = [field for field in DATA_FIELDS if tensor[field]]
+    if tensor['data_type'] == FLOAT16 and 'raw_data' not in tensor:
+        raise ValueError(f'the float16 tensor {name!r:.80} has no raw_data')
     if 'raw_data' in tensor:
         is_complete = not sources and len(tensor['raw_data']) == count * width
     else:
@@ -239,6 +252,10 @@ def _check_attribute(attribute: Message, operator: str) -> None:
         raise ValueError(f'the attribute {name} of {operator} has another type than it says')
     if 't' in present:
         _check_tensor(attribute['t'])
+        if attribute['t']['data_type'] == FLOAT16:
+            raise ValueError(f'the attribute {name} of {operator} is a float16 tensor, which only weights may be')
+    if operator == 'Cast' and name == 'to' and attribute.get('i', 0) not in VALUE_TYPES:
+        raise ValueError(f'Cast converts to the type {attribute.get("i", 0)}')
     if 's' in present and len(attribute['s']) > MAX_TEXT:
         raise ValueError(f'the attribute {name} of {operator} has {len(attribute["s"]):,} bytes')
     is_window = name in WINDOW and name != 'auto_pad'
@@ -249,7 +266,7 @@ def _check_attribute(attribute: Message, operator: str) -> None:
 def _check_type(value: Message) -> list[int | str]:
     """Return the shape that the name and type `value` declare. Raises `ValueError` if it is not a tensor's."""
     tensor = value.get('type', {}).get('tensor_type')
-    if tensor is None or tensor.get('elem_type') not in TENSOR_TYPES:
+    if tensor is None or tensor.get('elem_type') not in VALUE_TYPES:
         raise ValueError(f'{value.get("name", "")!r:.80} is not a tensor of numbers')
     dims = tensor.get('shape', {'dim': []})['dim']
     shape = [dim.get('dim_value', dim.get('dim_param', '')) for dim in dims]
@@ -301,3 +318,18 @@ def _check_order(graph: Message) -> None:
         known.update(outputs)
     if not {value.get('name', '') for value in graph['output']} <= known:
         raise ValueError('an output is not computed')
+
+
+def _check_half(graph: Message) -> None:
+    """Raise `ValueError` unless each float16 tensor is used by nothing but conversions to float32."""
+    half = {tensor.get('name', '') for tensor in graph['initializer'] if tensor['data_type'] == FLOAT16}
+    for node in graph['node']:
+        used = half.intersection(node['input'])
+        types = [attribute.get('i', 0) for attribute in node['attribute'] if attribute.get('name', '') == 'to']
+        if used and (node['op_type'] != 'Cast' or types != [FLOAT]):
+            raise ValueError(
+                f'{node["op_type"]} uses the float16 tensor {min(used)!r:.80}, which only a Cast to float32 may use'
+            )
+    for value in graph['output']:
+        if value.get('name', '') in half:
+            raise ValueError(f'the output {value["name"]!r:.80} is a float16 tensor')

@@ -113,4 +113,6 @@ TENSOR_TYPES: dict[int, tuple[int, str]] = {
 
 1 is FLOAT, then UINT8, INT8, UINT16, INT16, INT32, INT64; 9 is BOOL, then FLOAT16, DOUBLE, UINT32, UINT64.
 """
-FLOAT, UINT8, DOUBLE = 1, 2, 11
+FLOAT, UINT8, FLOAT16, DOUBLE = 1, 2, 10, 11
+VALUE_TYPES = TENSOR_TYPES.keys() - {FLOAT16}
+"""Types of inputs, outputs and computed values. Weights may be stored as float16, but nothing is computed in it."""

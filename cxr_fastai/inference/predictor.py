@@ -33,6 +33,7 @@ from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.engines import Engine, TorchEngine, check_precision
 from cxr_fastai.inference.gate import REJECTION, Gate
 from cxr_fastai.inference.networks import load_network
+from cxr_fastai.inference.pretrained import find_model
 from cxr_fastai.inference.tensors import MAX_BYTES, load_tensors
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class Predictor:
     ) -> Predictor:
         """Load a bundle with the `engine` (see `Bundle.engine`), a run folder, or an exported `.pkl` that is trusted.
 
+        The text `pretrained` means the bundle that the package contains; see `inference.pretrained.find_model`.
+
         The network computes on the `device`, `auto`, `cpu`, `cuda`, `cuda:N` or `mps`, with the `precision` `fp32` or
         `bf16`, which is faster on some processors and changes the probabilities slightly.
 
@@ -86,7 +89,7 @@ class Predictor:
         are accepted besides those of the training. Raises `CXRError` if the model cannot be loaded, and `UsageError`
         for a wrong `modality`, or if the model has no temperature for `calibrated`.
         """
-        model = Path(model)
+        model = find_model(model)
         parse_modalities(modality)
         if is_bundle(model):
             predictor = _load_bundle(model, engine, device, precision)

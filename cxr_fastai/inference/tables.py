@@ -25,6 +25,7 @@ from cxr_fastai.images.decode import ImageLike
 from cxr_fastai.images.decoder_pool import default_pool
 from cxr_fastai.inference.distributed import broadcast, map_in_processes, process_group
 from cxr_fastai.inference.predictor import COLUMNS, Predictor, Row, name_images
+from cxr_fastai.inference.pretrained import find_model
 
 MAX_BYTES = 2**31
 """Largest table that is read to be resumed, in bytes."""
@@ -84,7 +85,7 @@ def predict_to_table(
     cannot be written; `CXRError` if the model cannot be loaded.
     """
     table = Path(table) if table is not None else None
-    model = Path(model)
+    model = find_model(model)
     with process_group():
         writer = None
         finished: list[Row] = []

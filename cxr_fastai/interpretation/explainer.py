@@ -25,6 +25,7 @@ from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.engines import TorchEngine, to_probabilities
 from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.inference.pretrained import find_model
 from cxr_fastai.inference.tables import Predictions
 from cxr_fastai.interpretation.cam import (
     METHODS,
@@ -105,7 +106,7 @@ class Explainer:
 
         `modality` has the codes of other DICOM modalities to accept (see `Predictor.load`).
         """
-        model = Path(model)
+        model = find_model(model)
         return cls(Predictor.load(model, engine='torch', device=device, modality=modality), target, method, layer)
 
     @classmethod

@@ -2,6 +2,7 @@ from .exporting import export
 from .hub import push, write_space
 from .model_card import render_card
 from .onnx import to_onnx
+from .pretrained import publish_pretrained
 from .printing import print_pdf
 from .reporting import report
 from .review_page import save_review
@@ -9,6 +10,7 @@ from .review_page import save_review
 __all__ = [
     'export',
     'print_pdf',
+    'publish_pretrained',
     'push',
     'render_card',
     'report',

@@ -9,13 +9,16 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath, atomic, writing
 from cxr_fastai.core.folders import replaced_folder, sweep, temporary_folder
@@ -34,19 +37,20 @@ from cxr_fastai.inference.bundle import (
     is_bundle,
     manifest_text,
 )
-from cxr_fastai.inference.config import LEARNER, WEIGHTS, config_text, save_weights, sha256
-from cxr_fastai.inference.engines import TorchEngine
+from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, config_text, save_weights, sha256
+from cxr_fastai.inference.engines import OnnxEngine, TorchEngine
 from cxr_fastai.inference.gate import MAX_IMAGES, Gate
 from cxr_fastai.inference.learner_files import read_learner
 from cxr_fastai.inference.onnx_format import check_onnx
-from cxr_fastai.inference.onnx_start import ONNX
+from cxr_fastai.inference.onnx_start import ONNX, onnx_threads
 from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.selftest import ParityError, SelfTest
 from cxr_fastai.inference.tensors import tensor_bytes
 from cxr_fastai.models.inputs import MEAN, STD
 from cxr_fastai.models.registry import check_declared
-from cxr_fastai.publishing.model_card import main_split, render_card
+from cxr_fastai.publishing.half import HALF_BANK, Parity, measure_parity, store_half
+from cxr_fastai.publishing.model_card import PLAIN, CardTexts, main_split, render_card
 from cxr_fastai.training.restoring import load_learner
 
 VERSIONED_PACKAGES = ('cxr_fastai', 'torch', 'safetensors', 'onnxruntime')
@@ -69,15 +73,23 @@ INTENSITY = (
 """How grey levels are converted to 8 bits; a note in `config.json` for users of other software."""
 
 
-def export(run: Run | StrPath, out: StrPath | None = None, as_zip: bool = False) -> Path:
+def export(
+    run: Run | StrPath,
+    out: StrPath | None = None,
+    as_zip: bool = False,
+    half: bool = False,
+    texts: CardTexts = PLAIN,
+) -> Path:
     """Write the bundle of `run` to `out` and return its path.
 
     `out` is `bundle/` in the run by default; an existing bundle is replaced, also one of schema 1. With `as_zip`, the
     bundle is one zip file, and `out` must end in `.zip`. The bundle contains an ONNX file if the extra `onnx` is
-    installed.
+    installed. With `half` it contains only an ONNX file, whose weights are stored as float16 and computed in float32.
+    `texts` are those of the model card.
 
     Raises `UsageError` if the run has not been evaluated or `out` is not a bundle, and `ParityError` if the bundle does
-    not reproduce the predictions of the run in a new process; an existing bundle is then unchanged.
+    not reproduce the predictions of the run in a new process, or if `half` changes them (see `half.measure_parity`); an
+    existing bundle is then unchanged.
     """
     run = as_run(run)
     out = Path(out) if out is not None else None
@@ -93,18 +105,18 @@ def export(run: Run | StrPath, out: StrPath | None = None, as_zip: bool = False)
     check_destination(out, as_zip)
     if as_zip:
         with temporary_folder(out) as folder:
-            _build(run, folder, out)
+            _build(run, folder, out, half, texts)
             _zip(folder, out)
     else:
         with replaced_folder(out) as folder:
-            _build(run, folder, out)
+            _build(run, folder, out, half, texts)
     return out
 
 
-def _build(run: Run, folder: Path, out: Path) -> None:
+def _build(run: Run, folder: Path, out: Path, half: bool, texts: CardTexts) -> None:
     """Write the bundle of `run` that will be `out` into the empty `folder`, and verify it."""
     with writing(out):
-        write_files(run, folder)
+        write_files(run, folder, half, texts)
     verify_in_new_process(folder)
 
 
@@ -148,30 +160,55 @@ def _file_names(path: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def write_files(run: Run, folder: Path) -> None:
-    """Write the files of the bundle of `run` to `folder`, the manifest last."""
-    predictor = Predictor.load(run.path, device='cpu')  # the stored probabilities are those of a processor
-    config = predictor.config
-    save_weights(predictor.model, folder / WEIGHTS)
+def write_files(run: Run, folder: Path, half: bool = False, texts: CardTexts = PLAIN) -> None:
+    """Write the files of the bundle of `run` to `folder`, the manifest last. `half` and `texts` as in `export`."""
+    network = Predictor.load(run.path, device='cpu')  # the stored probabilities are those of a processor
+    config = network.config
+    parity = None
+    if half:
+        predictor = _write_half(network, folder / ONNX)
+        parity = measure_parity(run, network, predictor)
+    else:
+        predictor = network
+        save_weights(network.model, folder / WEIGHTS)
+        _write_onnx(network, folder / ONNX)
     selftest = SelfTest.create(predictor.engine, config.size)
     (folder / SELFTEST).write_bytes(tensor_bytes({'images': selftest.images, 'p': selftest.p}))
     samples = read_gate_samples(run, predictor)
     if samples:
-        gate = Gate.fit(samples['train'], samples['valid'])
+        gate = Gate.fit(samples['train'], samples['valid'], HALF_BANK if half else MAX_IMAGES)
         (folder / GATE).write_bytes(tensor_bytes(gate.as_tensors()))
-    _write_onnx(predictor, folder / ONNX)
-    (folder / CARD).write_text(render_card(run, main_split(run)), encoding='utf-8')
-    text = config_text(
-        config,
-        normalisation={'mean': _rounded(MEAN), 'std': _rounded(STD)},
-        intensity=INTENSITY,
-        versions={name: version(name) for name in VERSIONED_PACKAGES if find_spec(name)},
-        items_sha256=sha256(run / 'items.csv'),
-    )
-    (folder / CONFIG).write_text(text, encoding='utf-8')
-    _write_learner(run, folder, predictor)
+    (folder / CARD).write_text(render_card(run, main_split(run), texts, parity), encoding='utf-8')
+    (folder / CONFIG).write_text(_config_text(run, config, parity), encoding='utf-8')
+    if not half:
+        _write_learner(run, folder, network)
     files = {path.name: {'sha256': sha256(path), 'size': path.stat().st_size} for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(manifest_text(files), encoding='utf-8')
+
+
+def _config_text(run: Run, config: ModelConfig, parity: Parity | None) -> str:
+    extra: dict[str, Any] = {
+        'normalisation': {'mean': _rounded(MEAN), 'std': _rounded(STD)},
+        'intensity': INTENSITY,
+        'versions': {name: version(name) for name in VERSIONED_PACKAGES if find_spec(name)},
+        'items_sha256': sha256(run / 'items.csv'),
+    }
+    if parity:
+        extra['weights'] = {'stored': 'float16', 'computed': 'float32', **asdict(parity)}
+    return config_text(config, **extra)
+
+
+def _write_half(network: Predictor, path: Path) -> Predictor:
+    """Write the ONNX file of `network` with float16 weights to `path` and return its predictor. Raises `CXRError`."""
+    require_package('onnx', 'export --half', 'onnx')
+    require_package('onnxruntime', 'export --half', 'onnx')
+    from cxr_fastai.publishing.onnx import to_onnx
+
+    config = network.config
+    data = store_half(to_onnx(network.model, config.size, config.temperature))
+    engine = OnnxEngine(data, path, onnx_threads(), config.size)
+    path.write_bytes(data)
+    return replace(network, engine=engine)
 
 
 def read_gate_samples(run: Run, predictor: Predictor) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -262,10 +299,12 @@ def verify(path: Path) -> None:
     bundle = Bundle.open(path)
     for name in bundle.manifest:
         bundle.read(name)
-    bundle.selftest.check(bundle.engine('torch'), path)
+    if bundle.has_weights:
+        bundle.selftest.check(bundle.engine('torch'), path)
     if ONNX in bundle and find_spec('onnxruntime'):
         bundle.selftest.check(bundle.engine('onnx'), path)
-    Predictor.load(path, engine='torch', device='cpu')  # raises if the gate does not fit the network
+    engine_kind = 'torch' if bundle.has_weights else 'onnx'
+    Predictor.load(path, engine=engine_kind, device='cpu')  # raises if the gate does not fit the network
     if LEARNER in bundle and path.is_dir():
         engine = TorchEngine(read_learner(path / LEARNER).network)
         bundle.selftest.check(engine, path)

@@ -14,6 +14,7 @@ from cxr_fastai.core.files import StrPath, check_new, write_text, writing
 from cxr_fastai.core.templates import render_template
 from cxr_fastai.inference.bundle import CARD, MANIFEST, Bundle, is_bundle, manifest_text
 from cxr_fastai.inference.config import LEARNER
+from cxr_fastai.inference.pretrained import FACTS, FOLDER, find_model
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 SPACE_PACKAGES = (
@@ -48,7 +49,7 @@ def push(path: StrPath, repo: str, private: bool = False, with_pickle: bool = Fa
     could run code when it is loaded, is uploaded only with `with_pickle`. Raises `CXRError` if the bundle is damaged or
     the Hub rejects the upload.
     """
-    path = Path(path)
+    path = find_model(path)
     require_package('huggingface_hub', 'push-to-hub', 'hub')
     from huggingface_hub import HfApi
 
@@ -105,7 +106,7 @@ def write_space(bundle: Bundle, out: StrPath) -> Path:
     with writing(out):
         (out / 'bundle').mkdir(parents=True)
         copy_bundle(out / 'bundle', bundle)
-        ignore = shutil.ignore_patterns('__pycache__')
+        ignore = shutil.ignore_patterns('__pycache__', FOLDER.name, FACTS.name)  # the Space has its own bundle
         shutil.copytree(PACKAGE_FOLDER, out / PACKAGE_FOLDER.name, ignore=ignore, dirs_exist_ok=True)
     card = FRONT_MATTER.sub('', bundle.read(CARD).decode('utf-8-sig', 'replace'))
     write_text(out / 'app.py', render_template('space_app.py'))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.recipe import CUSTOM, SHIFT, SPLITS, VOCAB, Recipe, command_line
@@ -22,6 +23,8 @@ from cxr_fastai.inference.decision import Decision
 if TYPE_CHECKING:
     import pandas as pd
 
+    from cxr_fastai.publishing.half import Parity
+
 BY_IMPORTANCE = ('test', 'valid', SHIFT, 'train')
 """The splits in the order in which a report or a model card prefers them."""
 NOT_A_DEVICE = 'Research software, not a medical device. It must not be used to diagnose anyone.'
@@ -40,6 +43,22 @@ HUB_NAMES = {'auc': 'roc_auc', 'sensitivity': 'recall', 'ppv': 'precision'}
 """Metrics that have another name on the Hub."""
 SHOWN_PACKAGES = ('cxr_fastai', 'fastai', 'torch', 'torchvision', 'python')
 UNKNOWN = 'not recorded'
+
+
+@dataclass(frozen=True)
+class CardTexts:
+    """The texts of a model card that do not follow from its run. `sections` are titles and texts in Markdown."""
+
+    developers: str = 'to be written by a human'
+    license: str = 'to be chosen by a human'
+    intended_use: str = (
+        'To be written by a human: the patients, the images, and how a radiologist stays responsible for the diagnosis.'
+    )
+    sections: tuple[tuple[str, str], ...] = ()
+
+
+PLAIN = CardTexts()
+"""The texts of a card that its reader has to complete."""
 
 
 def main_split(run: Run) -> str:
@@ -157,13 +176,18 @@ def _augmentation(recipe: Recipe) -> str:
 
 def _final_model(recipe: Recipe, epoch: int | str) -> str:
     text = f'a single network, from epoch {epoch} of {recipe.epochs} (highest validation AUC)'
+    if recipe.valid == 'none':
+        text = f'a single network, from the last of {recipe.epochs} epochs'
     if recipe.ema:
         text += f'; an exponential moving average of the weights with decay {recipe.ema:g}'
     return text
 
 
-def render_card(run: Run, split: str) -> str:
-    """Return the text of `model_card.md`: the facts of `describe_run` and the metrics of `split`."""
+def render_card(run: Run, split: str, texts: CardTexts = PLAIN, parity: Parity | None = None) -> str:
+    """Return the text of `model_card.md`: the facts of `describe_run`, the metrics of `split`, and the `texts`.
+
+    `parity` is what storing the weights as float16 changed, if they are.
+    """
     metrics = run.metrics[split]
     decision = Decision.from_metrics(run, metrics)
     results = {name: metrics[name] for name in CARD_METRICS if metrics[name]['value'] is not None}
@@ -176,7 +200,8 @@ def render_card(run: Run, split: str) -> str:
         hub_names=HUB_NAMES,
         name_metric=name_metric,
         format_estimate=format_estimate,
-        facts=describe_run(run),
+        facts=describe_run(run) | ({'Weights': _describe_half(parity)} if parity else {}),
+        texts=texts,
         counts=count_kinds(run),
         sample=describe_sample(metrics),
         notes=[*interval_warnings(metrics), *explain_temperature(metrics['calibrated']['temperature'])],
@@ -188,6 +213,13 @@ def render_card(run: Run, split: str) -> str:
         command=reproduce(run, split),
         not_a_device=NOT_A_DEVICE,
         external_validity=EXTERNAL_VALIDITY,
+    )
+
+
+def _describe_half(parity: Parity) -> str:
+    return (
+        f'stored as float16, computed in float32. On the {parity.images:,} {parity.split} images, no decision changed, '
+        f'and a probability by at most {parity.largest_change:.1g}'
     )
 
 

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp
 
 from cxr_fastai import __version__
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.images.decoder_pool import DECODE_SECONDS
 from cxr_fastai.images.decoder_start import DECODE_MEMORY
 from cxr_fastai.images.dicom_header import parse_modalities
@@ -41,7 +41,7 @@ class Settings:
     Parameters
     ----------
     bundle
-        Folder or zip file, or the `model.onnx` in a folder.
+        Folder or zip file, the `model.onnx` in a folder, or the text `pretrained` for the model in the package.
     host, port
         Address to listen on; port 0 picks a free port.
     limits
@@ -68,7 +68,7 @@ class Settings:
         Codes of DICOM modalities, such as `RG,CT`, that are accepted besides those of the training.
     """
 
-    bundle: Path
+    bundle: StrPath
     host: str = '127.0.0.1'
     port: int = 8000
     limits: Limits = field(default_factory=Limits)

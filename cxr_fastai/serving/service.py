@@ -28,6 +28,7 @@ from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.inference.bundle import MANIFEST, Bundle
 from cxr_fastai.inference.onnx_start import ONNX
 from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.inference.pretrained import find_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +39,7 @@ DISPLAY_SIDE = 640
 """Longer side of the images in explanations, in pixels."""
 BURNED_IN = 'the file says that its picture contains text, which may name the patient, so it is not shown'
 NEEDS_TORCH = 'maps need PyTorch, which is not installed here'
+NO_WEIGHTS = 'maps need the weights for PyTorch, which this bundle does not contain'
 EMPTY_MAP = 'no part of the image raises the score for pneumonia'
 INTERNAL_ERROR = {'status': 'error', 'code': 'E_INTERNAL', 'message': 'internal error; contact the operator'}
 """Row of an image for which the network failed."""
@@ -167,12 +169,12 @@ class Service:
     def open(cls, path: StrPath, device: str = 'cpu', modality: str = '', **options: Any) -> Service:
         """Open the bundle `path` and verify it on all of its reference images.
 
-        ONNX Runtime computes on the device `cpu`, torch on others. `path` may also be the `model.onnx` in a bundle.
-        `modality` has the codes of other DICOM modalities to accept (see `Predictor.load`); `options` are those of the
-        constructor. Raises `UsageError` if `path` is not a bundle or the device is missing, `ParityError` if the bundle
-        fails its self-test, and `CXRError` if it is damaged.
+        ONNX Runtime computes on the device `cpu`, torch on others. `path` may also be the `model.onnx` in a bundle, or
+        the text `pretrained` for the bundle in the package. `modality` has the codes of other DICOM modalities to
+        accept (see `Predictor.load`); `options` are those of the constructor. Raises `UsageError` if `path` is not a
+        bundle or the device is missing, `ParityError` if the bundle fails its self-test, and `CXRError` if it is
+        damaged.
         """
-        path = Path(path)
         bundle = Bundle.open(find_bundle(path))
         engine = 'onnx' if device == 'cpu' else 'torch'
         predictor = Predictor.load(bundle.path, engine=engine, device=device, modality=modality)
@@ -307,7 +309,9 @@ class Service:
 
     @cached_property
     def network(self) -> nn.Sequential:
-        """The torch network, loaded for the first map. Raises `UsageError` if PyTorch is not installed."""
+        """The torch network, loaded for the first map. Raises `UsageError` without PyTorch, or without its weights."""
+        if not self.bundle.has_weights:
+            raise UsageError(NO_WEIGHTS)
         try:
             import torch
         except ImportError:
@@ -317,8 +321,12 @@ class Service:
         return engine.model
 
 
-def find_bundle(path: Path) -> Path:
-    """Return the bundle `path`, or the bundle of the `model.onnx` at `path`. Raises `UsageError` for other files."""
+def find_bundle(path: StrPath) -> Path:
+    """Return the bundle `path`, that of the `model.onnx` at `path`, or that of the package for the text `pretrained`.
+
+    Raises `UsageError` for other files.
+    """
+    path = find_model(path)
     if path.name == ONNX and (path.parent / MANIFEST).is_file():
         return path.parent
     if path.suffix in ('.pkl', '.onnx', '.safetensors'):

@@ -99,7 +99,57 @@ HUGE_DIMS = onnx.TensorProto(dims=[2**40, 2**20], data_type=1, name='huge')
 BOTH = onnx.TensorProto(dims=[1], data_type=1, name='both', raw_data=b'abcd', float_data=[1.0])
 FUNCTION = helper.make_function('own', 'f', ['x'], ['y'], [node('Relu', 'y', ('x',))], [helper.make_opsetid('', 17)])
 
+
+def half(raw_data: bytes = b'\0' * 8, **fields: object) -> TensorProto:
+    """A float16 tensor `half`, of four values by default."""
+    return TensorProto(**{'dims': [4], 'data_type': TensorProto.FLOAT16, 'name': 'half', 'raw_data': raw_data} | fields)
+
+
+def with_half(tensor: TensorProto, *nodes: onnx.NodeProto) -> bytes:
+    """The plain file with the initializer `tensor` and with `nodes`."""
+    return with_graph(program(*nodes, P, FEATURES), lambda graph: member(5, tensor.SerializeToString()))
+
+
+def cast(to: int, source: str = 'half') -> onnx.NodeProto:
+    return node('Cast', inputs=(source,), to=to)
+
+
+HALF_DATA = TensorProto(dims=[4], data_type=TensorProto.FLOAT16, name='half', int32_data=[2**20, 0, 0, 0])
+
 REFUSED = {
+    'float16 with too few bytes': (with_half(half(b'\0' * 6), cast(1)), 'does not contain the values'),
+    'float16 with the bytes of float32': (with_half(half(b'\0' * 16), cast(1)), 'does not contain the values'),
+    'float16 with huge dimensions': (with_half(half(dims=[2**31, 2**31]), cast(1)), 'does not contain the values'),
+    'float16 as integers beyond 16 bits': (with_half(HALF_DATA, cast(1)), 'has no raw_data'),
+    'float16 in a computation': (with_half(half(), node('Relu', inputs=('half',))), 'only a Cast to float32'),
+    'float16 as a second input': (with_half(half(), node('Add', inputs=('images', 'half'))), 'only a Cast to float32'),
+    'float16 cast to double': (with_half(half(), cast(TensorProto.DOUBLE)), 'only a Cast to float32'),
+    'float16 cast to integers': (with_half(half(), cast(TensorProto.INT64)), 'only a Cast to float32'),
+    'float16 cast without a type': (with_half(half(), node('Cast', inputs=('half',))), 'only a Cast to float32'),
+    'float16 cast and computed with': (
+        with_half(half(), cast(1), node('Identity', 'y', ('half',))),
+        'only a Cast to float32',
+    ),
+    'float16 as a constant': (
+        program(node('Constant', value=half()), P, FEATURES),
+        'which only weights may be',
+    ),
+    'float16 as a fill value': (
+        program(constant('s', [4]), node('ConstantOfShape', inputs=('s',), value=half(dims=[1], raw_data=b'\0\0')), P),
+        'which only weights may be',
+    ),
+    'cast of images to float16': (program(cast(TensorProto.FLOAT16, 'images'), P, FEATURES), 'Cast converts to'),
+    'cast to bfloat16': (program(cast(TensorProto.BFLOAT16, 'images'), P, FEATURES), 'Cast converts to'),
+    'cast to texts': (program(cast(TensorProto.STRING, 'images'), P, FEATURES), 'Cast converts to'),
+    'cast to an unknown type': (program(cast(2**40, 'images'), P, FEATURES), 'Cast converts to'),
+    'a computed value of the type float16': (
+        with_graph(
+            program(cast(1, 'images'), P, FEATURES),
+            lambda graph: member(13, helper.make_tensor_value_info('x', TensorProto.FLOAT16, None).SerializeToString()),
+        ),
+        'not a tensor of numbers',
+    ),
+    'float16 as an output': (with_half(half(name='p_pneumonia'), FEATURES), 'exists already'),
     'external initializer': (with_graph(PLAIN, lambda graph: member(5, external('/etc/passwd'))), 'other files'),
     'external attribute': (program(external_attribute('../secret'), P, FEATURES), 'other files'),
     'external sparse values': (program(sparse_external('secret'), P, FEATURES), 'sparse'),
@@ -187,6 +237,31 @@ def test_a_message_nested_without_end_is_refused():
         data = member(7, data)
     with pytest.raises(CXRError, match='refused'):
         check_onnx(data, Path('m.onnx'))
+
+
+@pytest.mark.parametrize('nodes', [(cast(1),), (cast(1), node('Cast', 'y', ('half',), to=1))], ids=['once', 'twice'])
+def test_float16_weights_that_are_converted_to_float32_are_accepted(nodes):
+    p, _ = OnnxEngine(with_half(half(), *nodes), Path('m.onnx'))(np.zeros((2, 64, 64), np.uint8))
+    assert p.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize('number', [np.nan, np.inf], ids=str)
+def test_float16_weights_that_are_no_numbers_fail_the_self_test(number, changed, refused):
+    weights = half(np.array([number, 0, 0, 0], np.float16).tobytes())
+    nodes = [
+        cast(1),
+        node('ReduceSum', 's', ('x',)),
+        constant('zero', np.float32(0)),
+        node('Mul', 'nothing', ('s', 'zero')),
+        node('Cast', 'd', ('nothing',), to=TensorProto.DOUBLE),
+        constant('half_p', [0.5, 0.5]),
+        node('Add', 'p_pneumonia', ('half_p', 'd')),
+    ]
+    data = with_graph(program(*nodes, FEATURES), lambda graph: member(5, weights.SerializeToString()))
+    check_onnx(data, Path('m.onnx'))
+    (changed / ONNX).write_bytes(data)
+    seal(changed)
+    assert refused(changed) == 5
 
 
 def test_the_plain_file_of_these_tests_is_accepted():

@@ -1,0 +1,53 @@
+"""The trained model that the package contains: its folder, its facts, and the name `pretrained` by which it is used."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from cxr_fastai.core.errors import CXRWarning, UsageError
+from cxr_fastai.core.files import StrPath
+from cxr_fastai.core.foreign import read_json
+
+PRETRAINED = 'pretrained'
+"""The name of the model in every command and function that takes a model."""
+FOLDER = Path(__file__).parents[1] / PRETRAINED
+"""The bundle, a part of the installed package."""
+FACTS = FOLDER.with_suffix('.json')
+"""How the bundle was made: a file next to it, because a bundle contains only the files of its manifest."""
+MAX_FACTS = 2**20
+"""Largest file of facts, in bytes."""
+
+
+def find_model(model: StrPath) -> Path:
+    """Return the path of `model`: that of the bundle in the package for the text `pretrained`, else the path itself.
+
+    A `Path`, and a text with a separator such as `./pretrained`, is always a file or folder. Raises `UsageError` if the
+    package contains no trained model. Warns if there is also a file or folder of this name.
+    """
+    if model != PRETRAINED:  # a Path is never equal to a text
+        return Path(model)
+    if not (FOLDER / 'manifest.json').is_file():
+        raise UsageError(
+            f'{PRETRAINED}: this copy of the package contains no trained model ({FOLDER} is missing). Install a '
+            f'released version, or name a bundle or a run. A folder of this name is written as ./{PRETRAINED}.'
+        )
+    if Path(PRETRAINED).exists():
+        warnings.warn(
+            f'{PRETRAINED} means the trained model of the package. The file or folder here is ./{PRETRAINED}.',
+            CXRWarning,
+            stacklevel=2,
+        )
+    return FOLDER
+
+
+def pretrained_facts() -> dict[str, Any]:
+    """Return how the trained model of the package was made, as `publishing.pretrained` wrote it.
+
+    Raises `UsageError` if the package contains no trained model.
+    """
+    if not FACTS.is_file():
+        find_model(PRETRAINED)
+    facts: dict[str, Any] = read_json(FACTS, MAX_FACTS)
+    return facts

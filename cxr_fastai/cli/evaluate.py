@@ -57,7 +57,13 @@ def evaluate(
     rule = _compose_rule(threshold, choose_on)
     prevalences = _parse_shares(prevalence)
     if split in (None, 'valid') and len(runs) == 1 and is_folds(runs[0]):
-        unused = {'--limit': limit, '--by': by, '--robustness': robustness, '--out': folder, '--shift': shift}
+        unused: dict[str, object] = {
+            '--limit': limit,
+            '--by': by,
+            '--robustness': robustness,
+            '--out': folder,
+            '--shift': shift,
+        }
         unused |= {'--choose-on': choose_on, '--out-of-fold': out_of_fold}
         _refuse([name for name, value in unused.items() if value], runs[0])
         _evaluate_folds(runs[0], images, batch_size, rule, prevalences, device, as_json)

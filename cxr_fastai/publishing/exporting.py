@@ -23,6 +23,7 @@ from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath, atomic, writing
 from cxr_fastai.core.folders import replaced_folder, sweep, temporary_folder
 from cxr_fastai.core.run import Run, as_run
+from cxr_fastai.data.splits import split_patients
 from cxr_fastai.evaluation.results import check_results
 from cxr_fastai.evaluation.robustness import read_squares
 from cxr_fastai.evaluation.split_images import find_split, own_images
@@ -233,9 +234,9 @@ def _read_sample(run: Run, predictor: Predictor, split: str) -> tuple[np.ndarray
     items_of_run = own_images(run, split)
     if not set(items.path) <= set(items_of_run.path):
         raise UsageError(f'{root}: not the {split} images of the run. They were in {run.images}; set CXR_DATA.')
-    if run.has_out_of_fold:  # it has no images that the network was not trained on
-        half = items.sample(len(items), random_state=0)
-        items = half[::2] if split == 'train' else half[1::2]
+    if run.has_out_of_fold:  # the network was trained on all images, so they are divided by patient
+        halves = split_patients(items.assign(split='train'), seed=0, valid_pct=0.5)
+        items = items[halves.split == split]
     items = items.sample(min(MAX_IMAGES, len(items)), random_state=0)
     images, _ = read_squares(items, root, predictor.preprocessing)
     batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]

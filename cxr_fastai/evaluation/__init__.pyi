@@ -1,3 +1,4 @@
+from .combining import Combination, combine
 from .comparison import compare, compare_runs, same_images
 from .cross_validation import evaluate_folds
 from .curves import plot_calibration, plot_net_benefit, plot_precision_recall, plot_risk_coverage, plot_roc, plot_scores
@@ -10,7 +11,9 @@ from .robustness import evaluate_robustness, measure_robustness, summarise
 from .thresholds import decide, threshold_table
 
 __all__ = [
+    'Combination',
     'auc_interval',
+    'combine',
     'compare',
     'compare_runs',
     'decide',

@@ -13,6 +13,7 @@ from cxr_fastai.data.loaders import CXRDataLoaders, cxr_block, find_preprocessin
 from cxr_fastai.data.sources import download
 from cxr_fastai.data.splits import count_images, split_patients
 from cxr_fastai.data.transforms import AugmentImages
+from cxr_fastai.evaluation.combining import combine
 from cxr_fastai.evaluation.comparison import compare, same_images
 from cxr_fastai.evaluation.cross_validation import evaluate_folds
 from cxr_fastai.evaluation.curves import (
@@ -88,6 +89,7 @@ __all__ = [
     'build_model',
     'check_maps',
     'check_run',
+    'combine',
     'compare',
     'corrupt',
     'count_images',

@@ -25,6 +25,7 @@ from typer.models import CommandInfo
 
 from cxr_fastai.cli import cache as cache_commands
 from cxr_fastai.cli import checks as check_commands
+from cxr_fastai.cli import combine as combine_commands
 from cxr_fastai.cli import data as data_commands
 from cxr_fastai.cli import evaluate as evaluate_commands
 from cxr_fastai.cli import explain as explain_commands
@@ -90,6 +91,7 @@ app.command(cls=Command)(list_commands.archs)
 app.command(cls=Command)(list_commands.recipes)
 app.command(cls=Command)(evaluate_commands.evaluate)
 app.command(cls=Command)(evaluate_commands.report)
+app.command(cls=Command)(combine_commands.combine)
 app.command(cls=Command)(explain_commands.explain)
 app.command(cls=Command)(predict_commands.export)
 app.command(cls=Command)(predict_commands.predict)

@@ -263,6 +263,22 @@ Audit = Annotated[
 Pdf = Annotated[bool, Option('--pdf', help='Also print the report to report.pdf, with Chromium or Chrome.')]
 HideNames = Annotated[bool, Option('--hide-names', help='Show numbers instead of the names of images.')]
 
+# combine
+
+CombinedRuns = Annotated[
+    list[Path],
+    Argument(metavar='RUN...', help='Run folders of one architecture, or the folder of train --folds or --seeds.'),
+]
+How = Annotated[
+    str,
+    Option(
+        '--how',
+        metavar='auto|soup|ensemble',
+        help='Average the weights (soup) or the logits (ensemble) of all runs, or choose on validation images (auto).',
+    ),
+]
+NewRun = Annotated[Path, Option('--out', metavar='DIR', help='Create this run folder; it must be empty or not exist.')]
+
 # explain and benchmark
 
 SomeImages = Annotated[

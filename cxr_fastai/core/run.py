@@ -22,6 +22,7 @@ from cxr_fastai.core.recipe_fields import parse_recipe
 from cxr_fastai.core.run_files import (
     MISMATCHES,
     OUT_OF_FOLD,
+    SHA256,
     hash_results,
     read_decision,
     read_json,
@@ -55,6 +56,8 @@ JOURNAL = {
     'callbacks': ListOf(Text(200), required=False),
     'parameters': Integer(0, optional=True, required=False),
     'best': Fields({}, optional=True, required=False),
+    'how': Text(20, required=False),
+    'members': ListOf(Fields({'model': Text(64, SHA256), 'recipe': Fields({})}), required=False),
 }
 """The fields of a line of `journal.jsonl` that are read."""
 MAX_JOURNAL = 2**28

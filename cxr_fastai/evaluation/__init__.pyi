@@ -1,3 +1,4 @@
+from .combining import Combination, combine
 from .comparison import compare, compare_runs, same_images
 from .cross_validation import evaluate_folds
 from .curves import plot_calibration, plot_net_benefit, plot_precision_recall, plot_risk_coverage, plot_roc, plot_scores
@@ -15,7 +16,9 @@ from .thresholds import decide, threshold_table
 __all__ = [
     'adopt_out_of_fold',
     'LabelReview',
+    'Combination',
     'auc_interval',
+    'combine',
     'compare',
     'compare_runs',
     'decide',

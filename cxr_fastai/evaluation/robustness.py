@@ -7,7 +7,7 @@ the same corrupted images. For a network with a smaller input the image is resam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -92,28 +92,50 @@ def measure_robustness(
 
     Raises `ImageError` for an unreadable image.
     """
-    root = Path(root)
     preprocessing = Preprocessing.of(predictor.config)
+    names, images = make_images(items, Path(root), preprocessing, seed, workers)
+    scores = score_images(predictor, images, batch_size).reshape(len(names), -1)
+    rows = []
+    for (corruption, strength), p in zip(names, scores, strict=True):
+        sample = Sample.from_predictions(items.assign(p_pneumonia=p))
+        metrics = _measure_variant(sample, predictor.config.threshold)
+        rows.append({'corruption': corruption, 'strength': strength, 'n': len(items), **metrics})
+    return pd.DataFrame(rows, columns=ROBUSTNESS_COLUMNS)
+
+
+def make_images(
+    items: pd.DataFrame,
+    root: Path,
+    preprocessing: Preprocessing,
+    seed: int = 0,
+    workers: int | None = None,
+    hidden: bool = True,
+) -> tuple[list[tuple[str, int]], Iterator[np.ndarray]]:
+    """Return the names of the variants, kind and strength, and an iterator over their images.
+
+    The other arguments are those of `measure_robustness`. The images are grey uint8 (size, size): those of `items` as
+    they are, then those with each corruption, and without the sharpness shortcut. With `hidden`, also with parts hidden
+    or exchanged. Raises `ImageError` for an unreadable image.
+    """
     square_size = max(SQUARE_SIZE, preprocessing.size)
     squares, sides = read_squares(
         items, root, Preprocessing(square_size, preprocessing.resize, modality=preprocessing.modality), workers
     )
     variants = _make_variants(Equaliser.of(squares, sides), seed)
-    variants[EXCHANGED, 0] = partial(_exchange, others=_find_others(items, squares, seed))
+    if hidden:
+        variants |= _make_hidden_variants(items, squares, seed)
 
-    def make_image(job: tuple[Variant, int]) -> np.ndarray:
+    def make(job: tuple[Variant, int]) -> np.ndarray:
         variant, index = job
         return preprocessing.fit(variant(squares[index], items.path.iloc[index]))
 
     jobs = [(variant, index) for variant in variants.values() for index in range(len(items))]
-    images = in_threads(make_image, jobs, workers)
-    scores = np.concatenate([predictor.scores(batch) for batch in _batches(images, batch_size)])
-    rows = []
-    for (corruption, strength), p in zip(variants, scores.reshape(len(variants), -1), strict=True):
-        sample = Sample.from_predictions(items.assign(p_pneumonia=p))
-        metrics = _measure_variant(sample, predictor.config.threshold)
-        rows.append({'corruption': corruption, 'strength': strength, 'n': len(items), **metrics})
-    return pd.DataFrame(rows, columns=ROBUSTNESS_COLUMNS)
+    return list(variants), in_threads(make, jobs, workers)
+
+
+def score_images(predictor: Predictor, images: Iterable[np.ndarray], batch_size: int = 32) -> np.ndarray:
+    """Return the probabilities (n,) of grey uint8 `images` (size, size), predicted `batch_size` at once."""
+    return np.concatenate([predictor.scores(batch) for batch in _batches(iter(images), batch_size)])
 
 
 def read_squares(
@@ -130,19 +152,22 @@ def read_squares(
 
     Raises `ImageError` for an unreadable image.
     """
-    shape = (len(items), preprocessing.size, preprocessing.size)
-    squares: np.ndarray
-    if np.prod(shape) <= MAX_IN_MEMORY:
-        squares = np.empty(shape, np.uint8)
-    else:
-        with TemporaryFile() as file:  # the mapping keeps the file open
-            squares = np.memmap(file, np.uint8, shape=shape)
+    squares = empty_squares(len(items), preprocessing.size)
     sides = np.empty(len(items), int)
     paths = [root / path for path in items.path]
     for i, (square, side) in enumerate(in_threads(partial(_read, preprocessing=preprocessing), paths, workers)):
         squares[i] = square
         sides[i] = side
     return squares, sides
+
+
+def empty_squares(number: int, size: int) -> np.ndarray:
+    """Return memory for squares, uint8 (number, size, size), in a temporary file where they would need much."""
+    shape = (number, size, size)
+    if np.prod(shape) <= MAX_IN_MEMORY:
+        return np.empty(shape, np.uint8)
+    with TemporaryFile() as file:  # the mapping keeps the file open
+        return np.memmap(file, np.uint8, shape=shape)
 
 
 def _read(path: Path, preprocessing: Preprocessing) -> tuple[np.ndarray, int]:
@@ -157,8 +182,15 @@ def _make_variants(equaliser: Equaliser, seed: int) -> dict[tuple[str, int], Var
         for strength in STRENGTHS:
             variants[kind, strength] = partial(_corrupt, kind=kind, strength=strength, seed=seed)
     variants[SHORTCUT, 0] = partial(_equalise, equaliser=equaliser)
+    return variants
+
+
+def _make_hidden_variants(items: pd.DataFrame, squares: np.ndarray, seed: int) -> dict[tuple[str, int], Variant]:
+    """Return the functions that hide or exchange parts of an image, by their name."""
+    variants: dict[tuple[str, int], Variant] = {}
     for name, hiding in HIDINGS.items():
         variants[name, 0] = partial(_hide, name=name, hiding=hiding, seed=seed)
+    variants[EXCHANGED, 0] = partial(_exchange, others=_find_others(items, squares, seed))
     return variants
 
 

@@ -67,15 +67,17 @@ def _check_tensors(arch: str, facts: Arch, tensors: Mapping[str, TensorFacts], p
     import torch
 
     from cxr_fastai.models.catalog import torchvision_facts
+    from cxr_fastai.models.ensembles import split_name
     from cxr_fastai.models.registry import registered_names
 
-    if arch in registered_names():
+    number, member = split_name(arch)
+    if member in registered_names():
         return
     try:
         with torch.device('meta'):  # tensors without contents
             expected = tensor_facts(facts.build().state_dict())
     except RuntimeError:  # it computes with numbers, which this device does not have
-        published = torchvision_facts(arch).get('num_params', 0)
+        published = number * torchvision_facts(member).get('num_params', 0)
         weights = sum(math.prod(tensor.shape) for tensor in tensors.values())
         if weights < published / 2:
             _refuse(arch, [f'it has {weights:,} numbers, and the network about {published:,}'], path)

@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import POSITIVE
+from cxr_fastai.models.bodies import POOLINGS
 
 PATCHES = 8
 """An occluding patch is one eighth of the side of the image."""
@@ -31,7 +32,6 @@ EPSILON = 1e-6
 """Avoids division by zero in Grad-CAM++, as in its authors' code."""
 BODY = '0'
 """The name of the body in the state dict of every `Sequential(body, head)`."""
-POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
 @contextmanager

@@ -9,9 +9,11 @@ from .architectures import (
     revise_recipe,
 )
 from .bodies import cut_body
+from .ensembles import make_ensemble
 from .inputs import denormalize, normalize, to_input
 from .networks import Network, create_network
 from .registry import Arch
+from .soups import average_networks
 
 __all__ = [
     'ARCHS',
@@ -19,12 +21,14 @@ __all__ = [
     'BaselineCNN',
     'Network',
     'add_arch',
+    'average_networks',
     'build_model',
     'create_network',
     'cut_body',
     'denormalize',
     'describe_network',
     'find_arch',
+    'make_ensemble',
     'make_recipe',
     'normalize',
     'revise_recipe',

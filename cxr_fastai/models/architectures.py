@@ -16,6 +16,7 @@ from cxr_fastai.core.environment import is_installed, require_package
 from cxr_fastai.core.errors import UsageError, did_you_mean
 from cxr_fastai.core.recipe import CUSTOM, RECIPES, VOCAB, Recipe
 from cxr_fastai.images.preprocessing import Preprocessing
+from cxr_fastai.models.ensembles import check_not_ensemble, ensemble_arch, split_name
 from cxr_fastai.models.libraries import find_library_arch, find_timm_arch, similar_in_timm, timm_model
 from cxr_fastai.models.phases import EPOCHS, FROM_SCRATCH, PRETRAINED, PhaseShare, distribute
 from cxr_fastai.models.registry import (
@@ -98,8 +99,12 @@ ARCHS = {
 def find_arch(arch: str) -> Arch:
     """Return the facts about `arch`: a name of `ARCHS`, a registered one, `torchvision.NAME`, or a name of timm.
 
-    Raises `UsageError` for an unknown name, and for a declared network that cannot be imported.
+    `ensembleN.NAME` is the ensemble of N networks of one of these (see `models.ensembles`). Raises `UsageError` for an
+    unknown name, and for a declared network that cannot be imported.
     """
+    number, member = split_name(arch)
+    if number > 1:
+        return ensemble_arch(number, find_arch(member))
     if arch == 'efficientnet_lite0':
         require_package('timm', f'--arch {arch}', 'lite')
     facts = find_registered(arch, reserved=ARCHS) or ARCHS.get(arch) or find_library_arch(arch)
@@ -165,6 +170,7 @@ def make_recipe(
     epochs = EPOCHS[name] if epochs is None else epochs
     if epochs < 1:
         raise UsageError(f'--epochs {epochs}: at least 1 is needed.')
+    check_not_ensemble(arch)
     facts = find_arch(arch)
     shares = facts.phases.get(name)
     if not shares:
@@ -198,6 +204,7 @@ def check_recipe(recipe: Recipe) -> None:
                 f'the phase {phase.name} has {phase.epochs} epochs at the learning rate {phase.lr:g}: at least 1 epoch '
                 'and a positive rate are needed.'
             )
+    check_not_ensemble(recipe.arch)
     facts = find_arch(recipe.arch)
     check_weights(recipe.arch, facts.weights, recipe.weights)
     if facts.size and (recipe.size, recipe.start_size) != (facts.size, 1):

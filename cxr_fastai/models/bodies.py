@@ -30,6 +30,8 @@ TORCHVISION_CUTS = {
     'shufflenetv2': -1,
 }
 """Module in `torchvision.models` to the index of the first child of its networks that is not part of the body."""
+POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
+"""Layers at the end of a body that only reduce the resolution of its feature maps."""
 TEST_SIZE = 224
 """Side in pixels of the image on which a network is tested."""
 SMALL_SIZE = 64

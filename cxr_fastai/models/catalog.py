@@ -14,6 +14,7 @@ from cxr_fastai.core.environment import is_installed
 from cxr_fastai.core.errors import UsageError, first_line
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.models.architectures import ARCHS, find_arch
+from cxr_fastai.models.ensembles import split_name
 from cxr_fastai.models.libraries import NOT_CUT_BY_FASTAI, TORCHVISION, VISION_LEARNER, torchvision_names
 from cxr_fastai.models.registry import is_timm_name, registered_names
 from cxr_fastai.models.weights import timm_body
@@ -134,6 +135,7 @@ def torchvision_facts(name: str) -> dict[str, Any]:
 
 def _pretrained_size(name: str) -> int:
     """Return the side in pixels of the images for which the default weights of `name` were trained, or 224."""
+    _, name = split_name(name)
     size = torchvision_facts(name).get('size')
     if size is not None or name in ARCHS or name in registered_names():
         return size or DEFAULT_SIZE

@@ -48,6 +48,7 @@ from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.selftest import ParityError, SelfTest
 from cxr_fastai.inference.tensors import tensor_bytes
+from cxr_fastai.models.ensembles import split_name
 from cxr_fastai.models.inputs import MEAN, STD
 from cxr_fastai.models.registry import check_declared
 from cxr_fastai.publishing.half import HALF_BANK, Parity, measure_parity, store_half
@@ -100,7 +101,8 @@ def export(
             f'Run `{run.evaluation()}` first.'
         )
     check_results(run, main_split(run))
-    check_declared(run.recipe.arch)  # the bundle is verified in a new process
+    _, member = split_name(run.recipe.arch)
+    check_declared(member)  # the bundle is verified in a new process
     out = out or run / ('bundle.zip' if as_zip else 'bundle')
     sweep(out)
     check_destination(out, as_zip)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.recipe import CUSTOM, SHIFT, SPLITS, VOCAB, Recipe, command_line
+from cxr_fastai.core.recipe_fields import parse_recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.templates import render_template
 from cxr_fastai.data.splits import count_patients, describe_patients, unknown_patients, unknown_patients_warning
@@ -43,6 +44,14 @@ HUB_NAMES = {'auc': 'roc_auc', 'sensitivity': 'recall', 'ppv': 'precision'}
 """Metrics that have another name on the Hub."""
 SHOWN_PACKAGES = ('cxr_fastai', 'fastai', 'torch', 'torchvision', 'python')
 UNKNOWN = 'not recorded'
+COMBINATIONS = {
+    'single': 'a single network, chosen among those of several runs',
+    'soup': 'a single network with the mean weights of {number} networks that started from the same weights',
+    'ensemble': 'an ensemble with the mean logits of {number} networks',
+}
+"""How `combine` made a network, in words."""
+SHOWN_DIGITS = 12
+"""Number of digits of the SHA-256 of a member that are shown."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ def describe_run(run: Run) -> dict[str, str]:
         'Initial weights': start.get('origin', recipe.weights if recipe.weights == 'none' else UNKNOWN),
         'Input': _input(recipe),
         **(_custom_training(recipe, start) if recipe.name == CUSTOM else _recipe_training(recipe, start, best)),
+        **_combination(run),
         'Trained on': f'{len(train_items):,} images of {_describe_patients(train_items)}',
         'SHA-256 of items.csv': sha256(run / 'items.csv'),
         'Hardware': f'{start.get("hardware", UNKNOWN)}, device {start.get("device", UNKNOWN)}',
@@ -87,6 +97,26 @@ def describe_run(run: Run) -> dict[str, str]:
         'Versions': ', '.join(versions) or UNKNOWN,
         'Date': str(start.get('time', UNKNOWN))[:10],
     }
+
+
+def _combination(run: Run) -> dict[str, str]:
+    """Return the facts that a run of `combine` has instead of those of a training; none for other runs.
+
+    The networks are named by their hashes, because the name of a run folder can be private.
+    """
+    combination = run.last_event('combine')
+    if not combination:
+        return {}
+    members = combination['members']
+    hashes = ', '.join(member['model'][:SHOWN_DIGITS] for member in members)
+    made = COMBINATIONS.get(combination['how'], UNKNOWN).format(number=len(members))
+    seeds = dict.fromkeys(str(recipe.seed) for recipe in _member_recipes(combination))
+    return {'Final model': f'{made}; SHA-256 {hashes}', 'Seed': ', '.join(seeds)}
+
+
+def _member_recipes(combination: dict[str, Any]) -> list[Recipe]:
+    """Return the recipes of the members of a `combine` event of the journal."""
+    return [parse_recipe(member['recipe']) for member in combination['members']]
 
 
 def _describe_patients(items: pd.DataFrame) -> str:
@@ -252,11 +282,22 @@ def reproduce(run: Run, split: str) -> str:
     for row in metrics['prevalences']:
         options.append(f'--prevalence {100 * row["prevalence"]:g}%')
     commands = [
-        f'{command_line(run.recipe)} --out RUN',
+        *_trainings(run),
         f'cxr-fastai evaluate RUN {" ".join(options)}',
         'cxr-fastai report RUN',
     ]
     return '\n'.join(commands)
+
+
+def _trainings(run: Run) -> list[str]:
+    """Return the command that trained the run, or those that trained its members and combined them."""
+    combination = run.last_event('combine')
+    recipes = _member_recipes(combination) if combination else [run.recipe]
+    if len(recipes) == 1:
+        return [f'{command_line(recipes[0])} --out RUN']
+    folders = [f'RUN-{number}' for number in range(1, len(recipes) + 1)]
+    trainings = [f'{command_line(recipe)} --out {folder}' for recipe, folder in zip(recipes, folders, strict=True)]
+    return [*trainings, f'cxr-fastai combine {" ".join(folders)} --how {combination["how"]} --out RUN']
 
 
 def count_kinds(run: Run) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from torch import nn
 
 from cxr_fastai.core.recipe import UNKNOWN, VOCAB, data_recipe
 from cxr_fastai.data.loaders import CXRDataLoaders, cxr_block, follow_parent
@@ -29,9 +30,18 @@ def load_learner(path: str | Path) -> CXRLearner:
     `add_arch`), and `ParityError` if it fails its self-test.
     """
     saved = read_learner(Path(path))
-    learn = cxr_learner(_empty_loaders(saved.config), saved.network, pretrained=False)
-    learn.arch, learn.pretrained = saved.config.arch, UNKNOWN
+    learn = network_learner(saved.network, saved.config)
     learn.config = {'schema': SCHEMA, **asdict(saved.config), 'selftest': saved.selftest.as_dict()}
+    return learn
+
+
+def network_learner(network: nn.Module, config: ModelConfig) -> CXRLearner:
+    """Return the learner of `network`, a trained `Sequential(body, head)` on the CPU, with loaders without images.
+
+    The loaders prepare any image as `config` says. The loss, the optimiser and the metrics are those of `cxr_learner`.
+    """
+    learn = cxr_learner(_empty_loaders(config), network, pretrained=False)
+    learn.arch, learn.pretrained = config.arch, UNKNOWN
     return learn
 
 

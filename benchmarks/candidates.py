@@ -3,9 +3,10 @@
     python benchmarks/candidates.py runs/candidates --data data/chest_xray --seeds 1 2 3
 
 Trains every candidate with every seed, each seed with other validation patients. A fifth of the patients, of the
-softest normal images, is held out of all trainings (`shift_pct`). A training or a measurement that is complete in the
-folder is not repeated, so the command continues after an interruption. Takes about 8 minutes for each candidate and
-seed on two cores; `--candidates` chooses some of them.
+softest normal images, is held out of all trainings (`shift_pct`). With `--combine`, the runs of the seeds of a candidate
+are also combined, and measured on these images. A training or a measurement that is complete in the folder is not
+repeated, so the command continues after an interruption. Takes about 8 minutes for each candidate and seed on two
+cores; `--candidates` chooses some of them.
 """
 
 import argparse
@@ -19,8 +20,10 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import has_ended
 from cxr_fastai.data.items import data_root
 from cxr_fastai.evaluation import robustness
+from cxr_fastai.evaluation.combining import combine
 from cxr_fastai.evaluation.evaluation import evaluate
-from cxr_fastai.evaluation.shift import measure_shift
+from cxr_fastai.evaluation.metrics import Sample, measure_auc
+from cxr_fastai.evaluation.shift import SENSITIVITY, measure_shift, specificity_at
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training.training import train
 
@@ -88,6 +91,21 @@ def measure(run: Run) -> dict[str, float]:
     return row | {name: value for name, value in robustness.summarise(run.robustness).items() if name in COLUMNS}
 
 
+def combine_seeds(folders: list[Path], out: Path, name: str) -> pd.DataFrame:
+    """Return the figures on the split `shift` of the ensemble and the soup of the runs `folders`, which `out` keeps."""
+    rows = []
+    for how in ('ensemble', 'soup'):
+        folder = out / f'{folders[0].name.rsplit("-", 1)[0]}-{how}'
+        if not folder.exists():
+            combine(folders, folder, how)
+        evaluate(Run.open(folder), split='shift', rule='fixed:0.5', again=False)
+        sample = Sample.from_predictions(Run.open(folder).predicted('shift'))
+        figures = {'auc': measure_auc(sample), 'specificity_at_95': specificity_at(sample, SENSITIVITY)}
+        values = {f'shift {figure}': estimate['value'] for figure, estimate in figures.items()}
+        rows.append({'candidate': name, 'combination': how, **values})
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
     """Train and measure what is missing, print a row for each run, and then the means over the seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,18 +117,23 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
     parser.add_argument('--shift', type=float, default=0.2, help='proportion of the patients that is held out')
     parser.add_argument('--candidates', nargs='+', default=list(CANDIDATES), choices=CANDIDATES, metavar='NAME')
+    parser.add_argument('--combine', action='store_true', help='also combine the runs of the seeds')
     parser.add_argument('--limit', type=int, help='images of each class and split, for a trial')
     parser.add_argument('--strengths', type=int, nargs='+', default=[3], help='strengths of the corruptions')
     args = parser.parse_args()
     robustness.STRENGTHS = tuple(args.strengths)
     rows = []
     for name in args.candidates:
+        folders = []
         for seed in args.seeds:
             folder = args.out / f'{name.replace(", ", "-").replace(" ", "-").replace("/", "_")}-{seed}'
             if not has_ended(folder):
                 train_or_resume(folder, make_candidate(name, args, seed), data_root(args.data))
+            folders.append(folder)
             rows.append({'candidate': name, 'seed': seed, **measure(Run.open(folder))})
             print(pd.DataFrame(rows[-1:]).round(3).to_string(index=False, header=len(rows) == 1), flush=True)
+        if args.combine:
+            print(combine_seeds(folders, args.out, name).round(3).to_string(index=False), flush=True)
     table = pd.DataFrame(rows).drop(columns='seed').groupby('candidate', sort=False)
     args.out.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(args.out / 'candidates.csv', index=False)

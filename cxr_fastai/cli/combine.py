@@ -36,7 +36,7 @@ def combine(
     auto keeps the simplest of the best single network, the best soup and the best ensemble, judged by the AUC on clean,
     corrupted and equally sharp validation images that all runs share. Test images are never used.
 
-    Example: cxr-fastai combine runs/lite-seeds --out runs/lite-combined
+    Example: cxr-fastai combine runs/folds --how ensemble --out runs/ensemble
     """
     from cxr_fastai.evaluation.combining import combine
 

@@ -3,9 +3,9 @@
     python benchmarks/candidates.py runs/candidates --data data/chest_xray --seeds 1 2 3
 
 Trains every candidate with every seed, each seed with other validation patients. A fifth of the patients, of the
-softest normal images, is held out of all trainings (`shift_pct`). With `--combine`, the runs of the seeds of a candidate
-are also combined, and measured on these images. A training or a measurement that is complete in the folder is not
-repeated, so the command continues after an interruption. Takes about 8 minutes for each candidate and seed on two
+softest normal images, is held out of all trainings (`shift_pct`). With `--combine`, the runs of the seeds of a
+candidate are also combined, and measured on these images. A training or a measurement that is complete in the folder is
+not repeated, so the command continues after an interruption. Takes about 8 minutes for each candidate and seed on two
 cores; `--candidates` chooses some of them.
 """
 

@@ -23,7 +23,7 @@ from cxr_fastai.evaluation import robustness
 from cxr_fastai.evaluation.combining import combine
 from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.evaluation.metrics import Sample, measure_auc
-from cxr_fastai.evaluation.shift import SENSITIVITY, measure_shift, specificity_at
+from cxr_fastai.evaluation.shift import SENSITIVITY, evaluate_shift, specificity_at
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training.training import train
 
@@ -52,7 +52,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     'efficientnet_lite2': {'arch': 'efficientnet_lite2'},
 }
 """Name of a candidate to the fields of the recipe, and the arguments of this script, in which it differs."""
-COLUMNS = ('corrupted', 'shortcut', 'lungs_hidden', 'lungs_only', 'exchanged')
+COLUMNS = ('clean', 'corrupted', 'shortcut', 'lungs_hidden', 'lungs_only', 'exchanged')
 
 
 def make_candidate(name: str, args: argparse.Namespace, seed: int) -> Recipe:
@@ -80,14 +80,13 @@ def train_or_resume(folder: Path, recipe: Recipe, data: Path) -> None:
 
 def measure(run: Run) -> dict[str, float]:
     """Return the columns of the table for a trained run."""
-    for split in ('valid', 'shift'):
-        evaluate(run, split=split, again=False)
+    row = {}
+    if run.recipe.shift_pct:
+        for split, figures in evaluate_shift(run, again=False)['splits'].items():
+            for figure in ('auc', 'specificity_at_95', 'specificity', 'intercept'):
+                row[f'{split} {figure}'] = figures[figure]['value']
     if not (run / 'robustness.csv').is_file():
         robustness.evaluate_robustness(run, split='valid')
-    row = {}
-    for split, figures in measure_shift(run).items():
-        for figure in ('auc', 'specificity_at_95', 'specificity', 'intercept'):
-            row[f'{split} {figure}'] = figures[figure]['value']
     return row | {name: value for name, value in robustness.summarise(run.robustness).items() if name in COLUMNS}
 
 

@@ -61,7 +61,6 @@ from cxr_fastai.training.series import resume_series, train_folds, train_seeds
 from cxr_fastai.training.training import train
 
 __all__ = [
-    'adopt_out_of_fold',
     'ANATOMY',
     'ARCHS',
     'AugmentImages',
@@ -85,6 +84,7 @@ __all__ = [
     'Subject',
     'VOCAB',
     'add_arch',
+    'adopt_out_of_fold',
     'audit',
     'build_model',
     'check_maps',

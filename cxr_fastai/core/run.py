@@ -238,7 +238,8 @@ class Run:
 
     def first_evaluation(self) -> str:
         """Return the command to evaluate the run for the first time: with a fixed threshold if none can be chosen."""
-        if self.recipe.valid == 'none' and not self.has_out_of_fold:
+        has_recipe = (self / 'recipe.json').is_file()
+        if has_recipe and self.recipe.valid == 'none' and not self.has_out_of_fold:
             return f'cxr-fastai evaluate {quote(str(self.path))} --out-of-fold FOLDS'
         items = self.items if (self / 'items.csv').is_file() else None
         has_one_class = items is not None and items[items.split == 'valid'].label.nunique() == 1

@@ -32,9 +32,10 @@ SEED = 0
 def hold_out_soft(items: pd.DataFrame, root: Path, share: float, modality: str = '') -> pd.DataFrame:
     """Return `items` with the softest `share` of the normal patients of train and valid in the split `shift`.
 
-    The same share of the patients with pneumonia, drawn at random, joins them. The softness of a patient is the mean
-    `detail` of the images, which are below the folder `root`. Neither labels nor a network nor a random `seed` of a
-    training decide about it. `modality` has the codes of other DICOM modalities to accept.
+    The same share of the patients with pneumonia, drawn at random among those without normal images, joins them. All
+    images of a patient are held out together. The softness of a patient is the mean `detail` of the normal images,
+    which are below the folder `root`; no network and no seed of a training decides about it. `modality` has the codes
+    of other DICOM modalities to accept.
 
     Raises `UsageError` if a class has too few patients to hold out one and to keep two.
     """
@@ -46,11 +47,12 @@ def hold_out_soft(items: pd.DataFrame, root: Path, share: float, modality: str =
             f'shift_pct {share:g}: at least one patient of each class has to be held out and two have to stay; found '
             f'{describe_counts(patients)} patients. Choose another share, or add images.'
         )
-    normal, pneumonia = (pool[pool.label == name] for name in VOCAB)
+    normal = pool[pool.label == VOCAB[1 - POSITIVE]]
+    pneumonia = pool[~pool.patient.isin(normal.patient)]
     details = pd.Series(measure_detail(normal.path.to_list(), root, modality), normal.index)
     softest = details.groupby(normal.patient).mean().sort_values(kind='stable').index[: numbers.iloc[0]]
     drawn = np.random.default_rng(SEED).permutation(np.sort(pneumonia.patient.unique()))[: numbers.iloc[POSITIVE]]
-    held_out = normal.index[normal.patient.isin(softest)].union(pneumonia.index[pneumonia.patient.isin(drawn)])
+    held_out = pool.index[pool.patient.isin([*softest, *drawn])]
     return items.assign(split=items.split.where(~items.index.isin(held_out), SHIFT))
 
 

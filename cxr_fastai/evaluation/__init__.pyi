@@ -14,9 +14,9 @@ from .shift import evaluate_shift, measure_shift
 from .thresholds import decide, threshold_table
 
 __all__ = [
-    'adopt_out_of_fold',
-    'LabelReview',
     'Combination',
+    'LabelReview',
+    'adopt_out_of_fold',
     'auc_interval',
     'combine',
     'compare',

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -20,7 +21,7 @@ from fastai.torch_core import set_seed
 from cxr_fastai.core.environment import is_main_process, process_count
 from cxr_fastai.core.errors import CXRWarning, ImageError, Stopped
 from cxr_fastai.core.files import check_new, write_json
-from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.core.recipe import SHIFT, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import describe_items, image_root, read_recipe_items
 from cxr_fastai.data.loaders import CXRDataLoaders, describe_unreadable, find_unreadable
@@ -85,7 +86,9 @@ def train(
     with ExitStack() as stack:
         if resume:
             stack.enter_context(run.locked())
-        items = read_recipe_items(data, recipe)
+        # One process measures which images are held out, so that all hold out the same.
+        read = partial(call_once, read_recipe_items) if recipe.shift_pct else read_recipe_items
+        items = read(data, recipe)
         state = load_matching_state(run, recipe, items) if resume else None
         _check_items(items, recipe)
         cache, unreadable = _check_images(items, image_root(data), recipe)
@@ -134,7 +137,7 @@ def _check_images(items: pd.DataFrame, root: Path, recipe: Recipe) -> tuple[Imag
     Raises `ImageError` if images are unreadable and the recipe does not skip them.
     """
     cache = find_cache(root, Preprocessing.of(recipe))
-    paths = [root / path for path in items[items.split.isin(['train', 'valid'])].path]
+    paths = [root / path for path in items[items.split.isin(['train', 'valid', SHIFT])].path]
     uncached = paths
     if cache is not None:
         uncached = [path for path in paths if path not in cache]

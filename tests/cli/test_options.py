@@ -103,7 +103,7 @@ def test_the_help_has_a_short_option(words, capsys):
 
 def test_other_spellings_of_splits_and_classes_are_understood(evaluated, images, tmp_path, capsys):
     assert main(['evaluate', str(evaluated.path), '--split', 'nowhere']) == 2
-    assert '--split nowhere: no such split. Choose train, valid or test' in capsys.readouterr().err
+    assert '--split nowhere: no such split. Choose train, valid, test, shift' in capsys.readouterr().err
     image = next(images.rglob('*.jpeg'))
     assert main(['explain', str(evaluated.path), str(image), '--target', 'normal', '--out', str(tmp_path / 'e')]) == 0
 

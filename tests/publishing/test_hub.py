@@ -73,7 +73,7 @@ def test_a_folder_that_is_not_empty_is_not_changed(bundle, tmp_path):
 
 
 def test_export_can_write_a_space(evaluated, bundle, tmp_path, monkeypatch):
-    def copy_bundle(_run: object, folder: Path) -> None:
+    def copy_bundle(_run: object, folder: Path, *_: object) -> None:
         shutil.copytree(bundle, folder, dirs_exist_ok=True)
 
     # Writing and verifying a bundle is slow, and tested in test_exporting.py.

@@ -72,14 +72,16 @@ def evaluate(
 
     run_list = find_runs(runs)
     is_comparison = len(run_list) > 1
-    split = _choose_split(split, shift, out_of_fold, is_comparison)
+    split = _choose_split(split, shift, limit, out_of_fold, is_comparison)
     if folder and not is_comparison:
         raise UsageError(f'--out {folder}: only the comparison of several runs has a folder of its own. Omit --out.')
     if folder:
         check_new(folder)  # before the runs are evaluated, which takes long
     if out_of_fold:
         from cxr_fastai.evaluation.out_of_fold import adopt_out_of_fold
+        from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, parse_rule
 
+        parse_rule(rule or DEFAULT_RULE)  # before the predictions of the run are replaced
         adopt_out_of_fold(run_list[0], Series.open(out_of_fold), images, batch_size, device)
     groups = ['kind', *by] if by else None
     how = _Evaluation(
@@ -145,12 +147,16 @@ def _evaluate_run(run: Run, how: _Evaluation, as_json: bool) -> dict[str, Any]:
     return evaluated_run(run, metrics, figures, corrupted, shifted)
 
 
-def _choose_split(split: str | None, shift: bool, out_of_fold: Path | None, is_comparison: bool) -> str:
+def _choose_split(
+    split: str | None, shift: bool, limit: int | None, out_of_fold: Path | None, is_comparison: bool
+) -> str:
     """Return the split to evaluate. Raises `UsageError` for options that do not go together."""
     if out_of_fold and is_comparison:
         raise UsageError(f'--out-of-fold {out_of_fold}: the predictions are for one run. Name a single run.')
     if shift and split not in (None, SHIFT):
         raise UsageError(f'--shift and --split {split}: --shift evaluates the split {SHIFT}. Omit one of them.')
+    if shift and limit:
+        raise UsageError(f'--shift and --limit {limit}: both splits are measured whole. Omit --limit.')
     if shift:
         return SHIFT
     return split or ('valid' if out_of_fold else 'test')
@@ -232,7 +238,7 @@ def parse_share(text: str) -> float:
 
 def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: list[str]) -> None:
     from cxr_fastai.cli.output import metrics_tables
-    from cxr_fastai.evaluation.metrics import describe_limits
+    from cxr_fastai.evaluation.results import describe_limits
     from cxr_fastai.inference.decision import Decision
 
     decision = Decision.from_metrics(run, metrics)

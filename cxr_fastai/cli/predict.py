@@ -167,7 +167,8 @@ def _describe_threshold(predictor: Predictor) -> str:
     text = f'An image is classified as PNEUMONIA at a probability of {predictor.threshold:.3g} or more'
     if rule.startswith('fixed:'):
         return f'{text}: a fixed threshold, not chosen on validation images (`cxr-fastai evaluate RUN` chooses one).'
-    return f'{text}: chosen on validation images by the rule {rule}.'
+    images = 'soft images' if rule.endswith('@shift') else 'validation images'
+    return f'{text}: chosen on {images} by the rule {rule}.'
 
 
 def trust(what: share.TrustWhat, sha256: share.Hash = None) -> None:

@@ -103,8 +103,10 @@ def _train_series(given: typer.Context, recipe: Recipe, root: Path, out: Path | 
         raise UsageError(f'--folds {folds} and --seeds {seeds}: choose one of them.')
     if folds:
         typed = _typed_options(given)
-        if typed.get('valid') == 'official':
-            raise UsageError(f'--folds {folds} and --valid official: folds are parts of the patients. Omit --valid.')
+        if typed.get('valid') in ('official', 'none'):
+            raise UsageError(
+                f'--folds {folds} and --valid {typed["valid"]}: folds are parts of the patients. Omit --valid.'
+            )
         for field in parse_fields(typed.get('fields') or []):
             if field in ('fold', 'valid_pct'):
                 raise UsageError(f'--folds {folds} and --set {field}: --folds sets it. Omit --set {field}.')

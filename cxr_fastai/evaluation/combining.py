@@ -328,8 +328,9 @@ def _write(
     """Write the run of the combined network `model`, and return it."""
     (first, *_) = members.values()
     arch = name_ensemble(len(members), first.recipe.arch) if how == ENSEMBLE else first.recipe.arch
-    recipe = replace(first.recipe, arch=arch)
     items = merge_items([run.items for run in members.values()])
+    has_valid = (items.split == 'valid').any()
+    recipe = replace(first.recipe, arch=arch, valid=first.recipe.valid if has_valid else 'none')
     with temporary_folder(out) as folder:
         run = Run.create(folder / 'run')
         run.log_event('start', **_describe_start(members, model, recipe, data))

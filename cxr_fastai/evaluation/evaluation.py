@@ -140,14 +140,14 @@ def _predict_missing(
     """
     tables = _known_predictions(run, model, known)
     missing = []
-    if again or not _is_current(known, tables, images.split, images.items, images.root):
+    if again or not _is_current(run, known, tables, images.split, images.items, images.root):
         missing.append(images)
     own = own_images(run, deciding)
     folder = folder_with(own, run.images, data)
-    if images.split != deciding and not _is_current(known, tables, deciding, own, folder):
+    if images.split != deciding and not _is_current(run, known, tables, deciding, own, folder):
         tables.pop(deciding, None)
-        if folder:
-            missing.append(_Images(deciding, own, folder))
+        if folder or (deciding == 'valid' and run.has_out_of_fold):
+            missing.append(_Images(deciding, own, folder or images.root))
     stamps = {}
     predictor = None
     for part in missing:
@@ -176,18 +176,22 @@ def _known_predictions(run: Run, model: str, known: Mapping[str, Any]) -> dict[s
 
 
 def _is_current(
+    run: Run,
     known: Mapping[str, Any],
     tables: Mapping[str, pd.DataFrame],
     split: str,
     items: pd.DataFrame,
     root: Path | None,
 ) -> bool:
-    """Return whether `tables` has the predictions of `items`, and their files below `root` have not changed since.
+    """Return whether `tables` has the predictions of `items`, and what they were made from has not changed since.
 
-    Without `root` the files are no longer there, and the stored predictions count.
+    These are the files below `root`, or the out-of-fold predictions. Without `root` the files are no longer there, and
+    the stored predictions count.
     """
     if split not in tables or not _have_same_paths(tables[split], items):
         return False
+    if split == 'valid' and run.has_out_of_fold:
+        return bool(known[split].get('images') == sha256(run / OUT_OF_FOLD))
     return root is None or known[split].get('images') == stamp_images(items, root)
 
 
@@ -285,6 +289,11 @@ def _decide(run: Run, deciding: pd.DataFrame | None, rule: str | None, model: st
         )
         return Decision(threshold, f'fixed:{threshold:g}', model=model, is_default=True)
     if not rule.startswith('fixed:'):
+        if run.recipe.valid == 'none':
+            raise UsageError(
+                f'--threshold {rule}: the run has no validation images. Give it the predictions of a cross-validation, '
+                '`cxr-fastai evaluate RUN --out-of-fold FOLDS`, or choose fixed:T.'
+            )
         if deciding_split(rule) == SHIFT and own_images(run, SHIFT).empty:
             raise UsageError(f'--threshold {rule}: the run has no images of the split {SHIFT}. {NO_IMAGES[SHIFT]}')
         raise UsageError(

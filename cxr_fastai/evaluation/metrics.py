@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t
 
-from cxr_fastai.core.recipe import POSITIVE, SHIFT, VOCAB
+from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.data.splits import UNKNOWN_PATIENT, count_patients, describe_patients, unknown_patients
 from cxr_fastai.evaluation.calibration import explain_temperature, measure_calibration
 from cxr_fastai.evaluation.clusters import MIN_PATIENTS, clustered_auc, effective_size
@@ -33,21 +33,6 @@ from cxr_fastai.evaluation.intervals import (
 )
 from cxr_fastai.inference.config import temper
 
-OPTIMISTIC = {
-    'valid': 'These images were also used to select the epoch and the threshold, so all metrics are optimistic.',
-    'train': 'The network was trained on these images, so all metrics are optimistic.',
-    SHIFT: (
-        'These images were held out of training: the softest normal ones, and random ones of pneumonia. They imitate '
-        'images of other days; the metrics are not those of a random sample.'
-    ),
-}
-"""What limits the metrics of a split that is not the test split."""
-OF_OTHER_NETWORKS = (
-    'The network of this run was trained on all of these images. The predictions are those of {n} other networks, '
-    'trained in the same way, each for the images of patients that it was not trained on. They were also used to '
-    'choose the threshold.'
-)
-"""What limits the metrics of out-of-fold predictions."""
 TARGETS = {'sensitivity': 0.95, 'specificity': 0.90}
 """Minimum values that the specification requires."""
 PREVALENCES = (0.02, 0.10, 0.30)
@@ -68,13 +53,6 @@ RATES: dict[str, tuple[Cells, Cells]] = {
 """Metrics that are proportions: the cells that count as correct, and those that count as incorrect."""
 METRIC_NAMES = {'auc': 'AUC', 'ppv': 'PPV', 'npv': 'NPV', 'f1': 'F1', 'mcc': 'MCC', 'brier': 'Brier score'}
 """Names of metrics that differ from their keys."""
-
-
-def describe_limits(split: str, metrics: dict[str, Any]) -> str:
-    """Return what limits the `metrics` of a split; empty for the test split."""
-    if metrics.get('out_of_fold'):
-        return OF_OTHER_NETWORKS.format(n=metrics['out_of_fold'])
-    return OPTIMISTIC.get(split, '')
 
 
 def name_metric(key: str) -> str:

@@ -1,10 +1,12 @@
-"""`check_results` refuses the results of a run that do not belong together, before anything is published from them."""
+"""What the results of a run are worth: `check_results` refuses those that do not belong together, before anything is
+published from them, and `describe_limits` says what limits them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.recipe import SHIFT
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.run_files import ESTIMATE, MISMATCHES
 from cxr_fastai.core.schemas import Fields, Flag, Integer, ListOf, Number, Table, Text, check_object
@@ -12,6 +14,21 @@ from cxr_fastai.evaluation.metrics import RANKING_METRICS, THRESHOLD_METRICS, Co
 from cxr_fastai.inference.config import find_network, identify_network
 from cxr_fastai.inference.decision import Decision
 
+OPTIMISTIC = {
+    'valid': 'These images were also used to select the epoch and the threshold, so all metrics are optimistic.',
+    'train': 'The network was trained on these images, so all metrics are optimistic.',
+    SHIFT: (
+        'These images were held out of training: the softest normal ones, and random ones of pneumonia. They imitate '
+        'images of other days; the metrics are not those of a random sample.'
+    ),
+}
+"""What limits the metrics of a split that is not the test split."""
+OF_OTHER_NETWORKS = (
+    'The network of this run was trained on all of these images. The predictions are those of {n} other networks, '
+    'trained in the same way, each for the images of patients that it was not trained on. They were also used to '
+    'choose the threshold.'
+)
+"""What limits the metrics of out-of-fold predictions."""
 TOLERANCE = 1e-6
 """Largest difference of a metric that is computed again."""
 METRICS = {
@@ -26,6 +43,13 @@ METRICS = {
     'confusion': Fields(dict.fromkeys(('tn', 'fp', 'fn', 'tp'), Integer(0))),
 } | dict.fromkeys((*RANKING_METRICS, *THRESHOLD_METRICS), ESTIMATE)
 """The fields of the metrics of a split that reports read."""
+
+
+def describe_limits(split: str, metrics: dict[str, Any]) -> str:
+    """Return what limits the `metrics` of a split; empty for the test split."""
+    if metrics.get('out_of_fold'):
+        return OF_OTHER_NETWORKS.format(n=metrics['out_of_fold'])
+    return OPTIMISTIC.get(split, '')
 
 
 def check_results(run: Run, split: str) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def measure_shift(run: Run) -> dict[str, Any]:
         raise UsageError(f'{run.path}: not evaluated on {" and ".join(missing)}. Run `cxr-fastai evaluate --shift`.')
     splits = {split: _describe(sample, metrics[split]) for split, sample in samples.items()}
     rule = metrics[SHIFT]['threshold_rule'].removesuffix(ON_SHIFT)
-    thresholds = {split: _compare_threshold(run, split, rule, samples) for split in COMPARED}
+    decidable = [split for split, sample in samples.items() if sample.targs.any() and not sample.targs.all()]
+    thresholds = {split: _compare_threshold(run, split, rule, samples) for split in decidable}
     return {'rule': rule, 'splits': splits, 'thresholds': thresholds}
 
 

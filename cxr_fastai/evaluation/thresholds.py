@@ -226,6 +226,11 @@ def deciding_split(rule: str) -> str:
     return SHIFT if rule.endswith(ON_SHIFT) else 'valid'
 
 
+def describe_deciding(rule: str) -> str:
+    """Return the images that the threshold of `rule` was chosen on, in words."""
+    return 'soft images (the split shift)' if deciding_split(rule) == SHIFT else 'validation images'
+
+
 def parse_rule(rule: str) -> tuple[Callable[..., tuple[float, str]], tuple[float, ...]]:
     """Return the function and the numbers of a rule such as `cost:10/1`. Raises `UsageError` for an invalid one."""
     name, _, text = rule.removesuffix(ON_SHIFT).partition(':')
@@ -237,6 +242,8 @@ def parse_rule(rule: str) -> tuple[Callable[..., tuple[float, str]], tuple[float
         numbers = tuple(float(number) for number in text.split('/')) if text else ()
     except ValueError:
         numbers = (math.nan,)
+    if name == 'fixed' and deciding_split(rule) == SHIFT:
+        raise UsageError(f'--threshold {rule}: a fixed threshold is not chosen on images. Omit {ON_SHIFT}.')
     if len(numbers) != RULES[name].n_numbers() or not RULES[name].allows(*numbers):
         raise UsageError(f'--threshold {rule}: {name} requires {RULES[name].requirement}. Write {_spell(name)}.')
     return RULES[name].choose, numbers

@@ -321,7 +321,8 @@ def _check_order(graph: Message) -> None:
 
 
 def _check_half(graph: Message) -> None:
-    """Raise `ValueError` unless each float16 tensor is used by nothing but conversions to float32."""
+    """Raise `ValueError` unless each float16 tensor is used by nothing but one conversion to float32."""
+    converted: set[str] = set()
     half = {tensor.get('name', '') for tensor in graph['initializer'] if tensor['data_type'] == FLOAT16}
     for node in graph['node']:
         used = half.intersection(node['input'])
@@ -330,6 +331,9 @@ def _check_half(graph: Message) -> None:
             raise ValueError(
                 f'{node["op_type"]} uses the float16 tensor {min(used)!r:.80}, which only a Cast to float32 may use'
             )
+        if used & converted:
+            raise ValueError(f'the float16 tensor {min(used)!r:.80} is converted more than once')
+        converted |= used
     for value in graph['output']:
         if value.get('name', '') in half:
             raise ValueError(f'the output {value["name"]!r:.80} is a float16 tensor')

@@ -13,11 +13,12 @@ from cxr_fastai.data.splits import count_patients, describe_patients, unknown_pa
 from cxr_fastai.evaluation.calibration import explain_temperature
 from cxr_fastai.evaluation.intervals import describe_suppressed, format_estimate
 from cxr_fastai.evaluation.metrics import (
-    describe_limits,
     describe_sample,
     interval_warnings,
     name_metric,
 )
+from cxr_fastai.evaluation.results import describe_limits
+from cxr_fastai.evaluation.thresholds import describe_deciding
 from cxr_fastai.inference.config import sha256
 from cxr_fastai.inference.decision import Decision
 
@@ -236,6 +237,7 @@ def render_card(run: Run, split: str, texts: CardTexts = PLAIN, parity: Parity |
         sample=describe_sample(metrics),
         notes=[*interval_warnings(metrics), *explain_temperature(metrics['calibrated']['temperature'])],
         limits=describe_limits(split, metrics),
+        describe_deciding=describe_deciding,
         patients_warning=unknown_patients_warning(run.items),
         margin=decision.margin if decision else '',
         same_images=note_same_images(run),

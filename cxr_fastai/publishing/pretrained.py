@@ -13,6 +13,7 @@ import pandas as pd
 
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import StrPath, write_json
+from cxr_fastai.core.folders import replace_folder, temporary_folder
 from cxr_fastai.core.foreign import read_json
 from cxr_fastai.core.recipe import Recipe, command_line
 from cxr_fastai.core.run import Run, as_run
@@ -73,14 +74,17 @@ def publish_pretrained(run: Run | StrPath, series: Series | StrPath, out: StrPat
     _check_out_of_fold(run, series)
     metrics: dict[str, Any] = read_json(series.path / METRICS, MAX_METRICS)['metrics']
     licences = [CODE, IMAGES, _weights_licence(run.recipe)]
-    out = export(run, out, half=True, texts=_card_texts(series, metrics, licences))
+    out = Path(out)
+    with temporary_folder(out) as folder:
+        exported = export(run, folder / 'bundle', half=True, texts=_card_texts(series, metrics, licences))
+        size = sum(path.stat().st_size for path in exported.iterdir())
+        if size > MAX_BUNDLE:
+            raise CXRError(
+                f'{out}: {size:,} bytes, but the model of the package may have {MAX_BUNDLE:,}. Train a smaller '
+                'network, or one for smaller images.'
+            )
+        replace_folder(exported, out)
     bundle = Bundle.open(out)
-    size = sum(path.stat().st_size for path in out.iterdir())
-    if size > MAX_BUNDLE:
-        raise CXRError(
-            f'{out}: {size:,} bytes, but the model of the package may have {MAX_BUNDLE:,}. Train a smaller network, or '
-            'one for smaller images.'
-        )
     facts = _describe(run, series, bundle) | {
         'out_of_fold': _record(metrics),
         'test': _record(run.metrics['test']) if 'test' in run.metrics else None,
@@ -111,12 +115,20 @@ def _check_out_of_fold(run: Run, series: Series) -> None:
     files = [run / PREDICTIONS, series.path / PREDICTIONS]
     if (series.path / METRICS).is_file() and all(file.is_file() for file in files):
         own, others = (pd.read_csv(file, usecols=COMPARED).sort_values('path') for file in files)
-        if own.path.to_list() == others.path.to_list() and np.allclose(own.p_pneumonia, others.p_pneumonia):
+        is_same = own.path.to_list() == others.path.to_list() and np.allclose(own.p_pneumonia, others.p_pneumonia)
+        if is_same and _is_evaluated_with(run, read_json(series.path / METRICS, MAX_METRICS)['metrics']):
             return
     raise UsageError(
         f'{run.path}: does not have the out-of-fold predictions of {series.path}. Run `cxr-fastai evaluate {run.path} '
         f'--out-of-fold {series.path}` first.'
     )
+
+
+def _is_evaluated_with(run: Run, metrics: dict[str, Any]) -> bool:
+    """Return whether `run` was evaluated with its present predictions, at the threshold of the folds' `metrics`."""
+    own = run.metrics.get('valid', {})
+    is_present = own.get('images') == sha256(run / PREDICTIONS)
+    return is_present and own.get('threshold') == metrics['threshold']
 
 
 def _weights_licence(recipe: Recipe) -> str:

@@ -37,7 +37,6 @@ from cxr_fastai.evaluation.metrics import (
     RANKING_METRICS,
     TARGETS,
     THRESHOLD_METRICS,
-    describe_limits,
     describe_sample,
     interval_warnings,
     name_metric,
@@ -49,11 +48,11 @@ from cxr_fastai.evaluation.plots import (
     plot_history_panel,
     plot_robustness,
 )
-from cxr_fastai.evaluation.results import check_results, is_of_network
+from cxr_fastai.evaluation.results import check_results, describe_limits, is_of_network
 from cxr_fastai.evaluation.robustness import anatomy_aucs, summarise
 from cxr_fastai.evaluation.shift import SHIFT_NAMES, has_shift, measure_shift
 from cxr_fastai.evaluation.split_images import own_images
-from cxr_fastai.evaluation.thresholds import threshold_table
+from cxr_fastai.evaluation.thresholds import describe_deciding, threshold_table
 from cxr_fastai.images.anatomy import FILLS
 from cxr_fastai.inference.decision import Decision
 from cxr_fastai.interpretation.check_targets import check_rows
@@ -106,6 +105,7 @@ CONSTANTS = {
     'describe_suppressed': describe_suppressed,
     'name_metric': name_metric,
     'shift_names': SHIFT_NAMES,
+    'describe_deciding': describe_deciding,
     'fills': tuple(FILLS),
 }
 """The values and functions that the template uses for every run."""

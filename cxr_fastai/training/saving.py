@@ -257,9 +257,14 @@ def _save_pickle(learn: Learner, recipe: Recipe, path: Path) -> None:
 
 
 def _largest_difference(learn: Learner, run: Run, source: ImageSource) -> float:
-    """Return the largest difference of a probability between `learn` and `run` on validation images."""
-    valid = source.items[source.items.split == 'valid'].head(COMPARED_IMAGES)
-    paths = [source.root / path for path in valid.path]
+    """Return the largest difference of a probability between `learn` and `run` on validation images.
+
+    Without any, it is that on training images.
+    """
+    items = source.items
+    splits = [items[items.split == split] for split in ('valid', 'train')]
+    compared = next(rows for rows in splits if len(rows)).head(COMPARED_IMAGES)
+    paths = [source.root / path for path in compared.path]
     dl = learn.dls.test_dl(paths, num_workers=0)
     act = None if hasattr(learn.loss_func, 'activation') else partial(torch.softmax, dim=1)
     expected, _ = learn.get_preds(dl=dl, act=act)

@@ -15,6 +15,7 @@ from cxr_fastai.core.files import write_csv, write_json
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series
 from cxr_fastai.evaluation.cross_validation import METRICS, PREDICTIONS
+from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.inference import pretrained
 from cxr_fastai.inference.bundle import CARD, FILES, MANIFEST, Bundle
@@ -36,7 +37,7 @@ def series(evaluated, tmp_path_factory) -> Series:
     series = Series(folder, 'folds', 5, evaluated.recipe, 'f' * 64)
     series.create()
     write_csv(folder / PREDICTIONS, evaluated.predicted('valid').assign(fold='fold-0'))
-    write_json(folder / METRICS, {'metrics': evaluated.metrics['test']})
+    write_json(folder / METRICS, {'metrics': evaluated.metrics['valid']})
     return series
 
 
@@ -46,6 +47,7 @@ def final(evaluated, series, tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp('final') / 'run'
     shutil.copytree(evaluated.path, folder)
     shutil.copy(series.path / PREDICTIONS, folder)
+    evaluate(folder, split='valid', again=False)
     return Run(folder)
 
 
@@ -95,7 +97,7 @@ def test_the_facts_say_how_the_model_was_made(published, final, series, monkeypa
     assert facts['network_sha256'] == identify_network(final.path) == sha256(final / WEIGHTS)
     assert facts['images']['images_sha256'] == series.images
     assert facts['images']['trained_on'] == (final.items.split == 'train').sum()
-    assert facts['out_of_fold']['auc']['value'] == final.metrics['test']['auc']['value']
+    assert facts['out_of_fold']['auc']['value'] == final.metrics['valid']['auc']['value']
     assert facts['licences'] == [CODE, IMAGES, 'Initial weights: random numbers.']
 
 

@@ -23,7 +23,7 @@ from cxr_fastai.evaluation import robustness
 from cxr_fastai.evaluation.combining import combine
 from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.evaluation.metrics import Sample, measure_auc
-from cxr_fastai.evaluation.shift import SENSITIVITY, evaluate_shift, specificity_at
+from cxr_fastai.evaluation.shift import SENSITIVITY, evaluate_shift, shift_table, specificity_at
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training.training import train
 
@@ -48,8 +48,6 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     'epochs 12, ema 0.999': {'epochs': 12, 'ema': 0.999},
     'size 192': {'size': 192},
     'resize pad': {'resize': 'pad'},
-    'efficientnet_lite1': {'arch': 'efficientnet_lite1'},
-    'efficientnet_lite2': {'arch': 'efficientnet_lite2'},
 }
 """Name of a candidate to the fields of the recipe, and the arguments of this script, in which it differs."""
 COLUMNS = ('clean', 'corrupted', 'shortcut', 'lungs_hidden', 'lungs_only', 'exchanged')
@@ -82,9 +80,9 @@ def measure(run: Run) -> dict[str, float]:
     """Return the columns of the table for a trained run."""
     row = {}
     if run.recipe.shift_pct:
-        for split, figures in evaluate_shift(run, again=False)['splits'].items():
+        for figures in shift_table(evaluate_shift(run, again=False)).to_dict('records'):
             for figure in ('auc', 'specificity_at_95', 'specificity', 'intercept'):
-                row[f'{split} {figure}'] = figures[figure]['value']
+                row[f'{figures["split"]} {figure}'] = figures[figure]
     if not (run / 'robustness.csv').is_file():
         robustness.evaluate_robustness(run, split='valid')
     return row | {name: value for name, value in robustness.summarise(run.robustness).items() if name in COLUMNS}

@@ -20,7 +20,7 @@ from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.core.series import Series, is_series
 from cxr_fastai.data.items import data_root, image_root, read_items
-from cxr_fastai.evaluation.cross_validation import PREDICTIONS, evaluate_folds
+from cxr_fastai.evaluation.cross_validation import read_out_of_fold
 from cxr_fastai.evaluation.intervals import wilson_interval
 from cxr_fastai.evaluation.label_review import calibrate_folds, label_probabilities, rank_labels
 from cxr_fastai.models.architectures import make_recipe
@@ -126,8 +126,7 @@ def main() -> None:
     listing = write_listing(args)
     series = train(args)
     check_patients(series)
-    evaluate_folds(series, again=False)
-    predictions = pd.read_csv(series.path / PREDICTIONS)
+    predictions = read_out_of_fold(series)
     folder = args.out.resolve()
     planted = pd.Series(listing.planted.to_numpy(), [str(folder / path) for path in listing.path])
     predictions['path'] = [str(folder / path) for path in predictions.path]

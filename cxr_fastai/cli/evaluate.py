@@ -63,8 +63,9 @@ def evaluate(
             '--robustness': robustness,
             '--out': folder,
             '--shift': shift,
+            '--choose-on': choose_on,
+            '--out-of-fold': out_of_fold,
         }
-        unused |= {'--choose-on': choose_on, '--out-of-fold': out_of_fold}
         _refuse([name for name, value in unused.items() if value], runs[0])
         _evaluate_folds(runs[0], images, batch_size, rule, prevalences, device, as_json)
         return
@@ -207,7 +208,8 @@ def _evaluate_folds(
 
 def _print_folds(folder: Path, results: dict[str, Any]) -> None:
     from cxr_fastai.cli.output import folds_table, metrics_tables
-    from cxr_fastai.evaluation.cross_validation import METRICS, PREDICTIONS
+    from cxr_fastai.core.run_files import OUT_OF_FOLD
+    from cxr_fastai.evaluation.cross_validation import METRICS
 
     metrics, decision = results['metrics'], results['decision']
     summary = (
@@ -217,7 +219,7 @@ def _print_folds(folder: Path, results: dict[str, Any]) -> None:
     print_line(f'{summary} {decision["margin"]}'.rstrip())
     out.print(metrics_tables(metrics))
     out.print(folds_table(results['folds'], results['spread']))
-    print_line(f'in {folder}: {PREDICTIONS}, {METRICS}, figures/')
+    print_line(f'in {folder}: {OUT_OF_FOLD}, {METRICS}, figures/')
 
 
 def _parse_shares(texts: list[str] | None) -> list[float] | None:

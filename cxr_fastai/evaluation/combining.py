@@ -287,6 +287,7 @@ def merge_items(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     An image on which a run was trained is in `train`. One that is in `valid` or `shift` of all runs stays there, and
     one that is in `test` wherever it is listed. Any other image helped to choose the epoch of a run, so that it is in
     `train`, too.
+
     Raises `UsageError` if an image has several labels.
     """
     together = pd.concat(tables, ignore_index=True)

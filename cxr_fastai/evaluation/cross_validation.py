@@ -37,7 +37,6 @@ from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, parse_rule
 from cxr_fastai.inference.config import identify_network
 from cxr_fastai.inference.decision import Decision
 
-PREDICTIONS = OUT_OF_FOLD
 METRICS = 'out_of_fold.json'
 SPREAD = ('auc', 'average_precision', 'sensitivity', 'specificity')
 """Metrics whose mean, standard deviation and range over the folds are computed."""
@@ -87,7 +86,7 @@ def evaluate_folds(
     decision = decide(together, rule or DEFAULT_RULE, _identify(networks))
     predictions = apply_threshold(together, decision.threshold)
     results = {'decision': asdict(decision), **_measure(predictions, list(runs), decision, prevalences or PREVALENCES)}
-    write_csv(series.path / PREDICTIONS, predictions)
+    write_csv(series.path / OUT_OF_FOLD, predictions)
     write_json(series.path / METRICS, results)
     _draw(series, predictions, results['metrics'])
     return results
@@ -103,7 +102,7 @@ def read_out_of_fold(
     """
     if not _is_evaluated(series):
         evaluate_folds(series, data, batch_size, device=device, again=False)
-    return read_table(series.path / PREDICTIONS)
+    return read_table(series.path / OUT_OF_FOLD)
 
 
 def find_folder(series: Series, data: StrPath | None = None) -> Path:
@@ -119,7 +118,7 @@ def find_folder(series: Series, data: StrPath | None = None) -> Path:
 
 def _is_evaluated(series: Series) -> bool:
     """Return whether the stored out-of-fold predictions are of the networks that are in the folder now."""
-    if series.kind != FOLDS or not all((series.path / name).is_file() for name in (PREDICTIONS, METRICS)):
+    if series.kind != FOLDS or not all((series.path / name).is_file() for name in (OUT_OF_FOLD, METRICS)):
         return False
     decision = read_json(series.path / METRICS).get('decision')
     networks = [identify_network(run.path) for run in series.open_runs()]

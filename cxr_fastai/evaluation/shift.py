@@ -20,7 +20,7 @@ from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.evaluation.intervals import Estimate, make_estimate
 from cxr_fastai.evaluation.metrics import ConfusionMatrix, Sample
 from cxr_fastai.evaluation.split_images import NO_IMAGES
-from cxr_fastai.evaluation.thresholds import ON_SHIFT, decide
+from cxr_fastai.evaluation.thresholds import ON_SHIFT, parse_rule
 
 SENSITIVITY = 0.95
 """The sensitivity at which specificities are compared."""
@@ -78,7 +78,7 @@ def measure_shift(run: Run) -> dict[str, Any]:
     splits = {split: _describe(sample, metrics[split]) for split, sample in samples.items()}
     rule = metrics[SHIFT]['threshold_rule'].removesuffix(ON_SHIFT)
     decidable = [split for split, sample in samples.items() if sample.targs.any() and not sample.targs.all()]
-    thresholds = {split: _compare_threshold(run, split, rule, samples) for split in decidable}
+    thresholds = {split: _compare_threshold(samples[split], rule, samples) for split in decidable}
     return {'rule': rule, 'splits': splits, 'thresholds': thresholds}
 
 
@@ -99,9 +99,10 @@ def _describe(sample: Sample, metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _compare_threshold(run: Run, split: str, rule: str, samples: dict[str, Sample]) -> dict[str, Any]:
-    """Return the threshold that `rule` chooses on the images of `split`, and its rates on each of the `samples`."""
-    threshold = decide(run.predicted(split), rule).threshold
+def _compare_threshold(deciding: Sample, rule: str, samples: dict[str, Sample]) -> dict[str, Any]:
+    """Return the threshold that `rule` chooses on the images `deciding`, and its rates on each of the `samples`."""
+    choose, numbers = parse_rule(rule)
+    threshold, _ = choose(deciding, *numbers)
     row: dict[str, Any] = {'threshold': threshold}
     for name, sample in samples.items():
         confusion = ConfusionMatrix(sample, threshold)

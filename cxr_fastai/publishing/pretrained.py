@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import StrPath, write_json
@@ -17,9 +16,10 @@ from cxr_fastai.core.folders import replace_folder, temporary_folder
 from cxr_fastai.core.foreign import read_json
 from cxr_fastai.core.recipe import Recipe, command_line
 from cxr_fastai.core.run import Run, as_run
+from cxr_fastai.core.run_files import OUT_OF_FOLD, read_table
 from cxr_fastai.core.series import Series
 from cxr_fastai.data.splits import count_patients
-from cxr_fastai.evaluation.cross_validation import METRICS, PREDICTIONS
+from cxr_fastai.evaluation.cross_validation import METRICS
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.inference.bundle import Bundle
 from cxr_fastai.inference.config import identify_network, sha256
@@ -32,8 +32,6 @@ MAX_BUNDLE = 8_000_000
 """Largest size of all files of the bundle together, in bytes."""
 MAX_METRICS = 2**24
 """Largest `out_of_fold.json`, in bytes."""
-COMPARED = ['path', 'p_pneumonia']
-"""Columns by which out-of-fold predictions are recognised."""
 RECORDED = ('auc', 'average_precision', 'sensitivity', 'specificity', 'accuracy')
 """Metrics with their intervals in the facts."""
 PACKAGES = ('cxr_fastai', 'fastai', 'torch', 'onnx', 'onnxruntime')
@@ -112,9 +110,9 @@ def _describe(run: Run, series: Series, bundle: Bundle) -> dict[str, Any]:
 
 def _check_out_of_fold(run: Run, series: Series) -> None:
     """Raise `UsageError` unless the run has the out-of-fold predictions of `series`, as its validation images."""
-    files = [run / PREDICTIONS, series.path / PREDICTIONS]
+    files = [run / OUT_OF_FOLD, series.path / OUT_OF_FOLD]
     if (series.path / METRICS).is_file() and all(file.is_file() for file in files):
-        own, others = (pd.read_csv(file, usecols=COMPARED).sort_values('path') for file in files)
+        own, others = (read_table(file).sort_values('path') for file in files)
         is_same = own.path.to_list() == others.path.to_list() and np.allclose(own.p_pneumonia, others.p_pneumonia)
         if is_same and _is_evaluated_with(run, read_json(series.path / METRICS, MAX_METRICS)['metrics']):
             return
@@ -127,7 +125,7 @@ def _check_out_of_fold(run: Run, series: Series) -> None:
 def _is_evaluated_with(run: Run, metrics: dict[str, Any]) -> bool:
     """Return whether `run` was evaluated with its present predictions, at the threshold of the folds' `metrics`."""
     own = run.metrics.get('valid', {})
-    is_present = own.get('images') == sha256(run / PREDICTIONS)
+    is_present = own.get('images') == sha256(run / OUT_OF_FOLD)
     return is_present and own.get('threshold') == metrics['threshold']
 
 

@@ -13,8 +13,9 @@ import setuptools
 from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import write_csv, write_json
 from cxr_fastai.core.run import Run
+from cxr_fastai.core.run_files import OUT_OF_FOLD
 from cxr_fastai.core.series import Series
-from cxr_fastai.evaluation.cross_validation import METRICS, PREDICTIONS
+from cxr_fastai.evaluation.cross_validation import METRICS
 from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.inference import pretrained
@@ -36,7 +37,7 @@ def series(evaluated, tmp_path_factory) -> Series:
     folder = tmp_path_factory.mktemp('series') / 'folds'
     series = Series(folder, 'folds', 5, evaluated.recipe, 'f' * 64)
     series.create()
-    write_csv(folder / PREDICTIONS, evaluated.predicted('valid').assign(fold='fold-0'))
+    write_csv(folder / OUT_OF_FOLD, evaluated.predicted('valid').assign(fold='fold-0'))
     write_json(folder / METRICS, {'metrics': evaluated.metrics['valid']})
     return series
 
@@ -46,7 +47,7 @@ def final(evaluated, series, tmp_path_factory) -> Run:
     """A run with the out-of-fold predictions of that series."""
     folder = tmp_path_factory.mktemp('final') / 'run'
     shutil.copytree(evaluated.path, folder)
-    shutil.copy(series.path / PREDICTIONS, folder)
+    shutil.copy(series.path / OUT_OF_FOLD, folder)
     evaluate(folder, split='valid', again=False)
     return Run(folder)
 
@@ -105,7 +106,7 @@ def test_a_run_without_the_out_of_fold_predictions_is_refused(evaluated, final, 
     with pytest.raises(UsageError, match=r'does not have the out-of-fold predictions.*--out-of-fold'):
         publish_pretrained(evaluated, series, tmp_path / 'pretrained')
     other = Run(Path(shutil.copytree(final.path, tmp_path / 'run')))
-    write_csv(other / PREDICTIONS, evaluated.predicted('valid').assign(p_pneumonia=0.5, fold='fold-0'))
+    write_csv(other / OUT_OF_FOLD, evaluated.predicted('valid').assign(p_pneumonia=0.5, fold='fold-0'))
     with pytest.raises(UsageError, match='does not have the out-of-fold predictions'):
         publish_pretrained(other, series, tmp_path / 'pretrained')
     assert not (tmp_path / 'pretrained').exists()

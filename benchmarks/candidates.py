@@ -68,12 +68,12 @@ def make_candidate(name: str, args: argparse.Namespace, seed: int) -> Recipe:
     return make_recipe(**settings | CANDIDATES[name])
 
 
-def train_or_resume(folder: Path, recipe: Recipe, data: Path) -> None:
+def train_or_resume(folder: Path, recipe: Recipe, data: Path, precision: str) -> None:
     """Train by `recipe` into `folder`, or continue there."""
     if (folder / 'recipe.json').is_file():
         train(Run.open(folder).recipe, data, folder, resume=True)
     else:
-        train(recipe, data, folder, precision='auto')
+        train(recipe, data, folder, precision=precision)
 
 
 def measure(run: Run) -> dict[str, float]:
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument('--arch', default='efficientnet_lite0')
     parser.add_argument('--size', type=int, default=128, help='side of the images in pixels')
     parser.add_argument('--epochs', type=int, default=3)
+    parser.add_argument('--precision', default='auto', choices=('auto', 'fp32', 'fp16', 'bf16'))
     parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
     parser.add_argument('--shift', type=float, default=0.2, help='proportion of the patients that is held out')
     parser.add_argument('--candidates', nargs='+', default=list(CANDIDATES), choices=CANDIDATES, metavar='NAME')
@@ -125,7 +126,7 @@ def main() -> None:
         for seed in args.seeds:
             folder = args.out / f'{name.replace(", ", "-").replace(" ", "-").replace("/", "_")}-{seed}'
             if not has_ended(folder):
-                train_or_resume(folder, make_candidate(name, args, seed), data_root(args.data))
+                train_or_resume(folder, make_candidate(name, args, seed), data_root(args.data), args.precision)
             folders.append(folder)
             rows.append({'candidate': name, 'seed': seed, **measure(Run.open(folder))})
             print(pd.DataFrame(rows[-1:]).round(3).to_string(index=False, header=len(rows) == 1), flush=True)

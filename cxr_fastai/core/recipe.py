@@ -76,7 +76,7 @@ class Recipe:
     jpeg: int = 0  # minimum quality of a random JPEG compression
     erase: float = 0.0  # probability that a rectangle of the batch is replaced by noise
     exchange: float = 0.0  # probability that what is around the lungs comes from another image
-    hide_lungs: float = 0.0  # probability that the lungs are hidden, and the label is either
+    hide_lungs: float = 0.0  # probability that the lungs are hidden, and the label is random
     mixup: float = 0.0  # alpha
     start_size: float = 1.0  # fraction of the size at which training starts; it grows to the full size
     # Optimisation.

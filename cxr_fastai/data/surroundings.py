@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from fastai.data.core import TfmdDL
 from fastai.data.load import DataLoader
 from fastai.torch_core import TensorCategory, TensorImageBW
 from fasttransform import ItemTransform
 from torch import Tensor
 
-from cxr_fastai.core.recipe import VOCAB
+from cxr_fastai.core.recipe import POSITIVE
 from cxr_fastai.data.transforms import PerImageTransform
 from cxr_fastai.images.anatomy import FEATHER, FILLS, LUNGS
 
@@ -71,11 +72,23 @@ class ExchangeSurroundings(_Surroundings):
 
 
 class HideLungs(_Surroundings):
-    """Hide the lungs of an image, with the probability `p`, and give it either label.
+    """Hide the lungs of an image, with the probability `p`, and give it a random label.
 
-    The best that a network can answer then is 0.5: what is around the lungs must not decide. In every batch, the labels
-    of the hidden images are as balanced as their number allows, so that they disturb the training less.
+    The label is pneumonia as often as among the training images, `share`, which `setups` measures if it is not given.
+    The best that a network can answer then is this share: what is around the lungs must not decide, and the
+    probabilities of whole images stay calibrated. In every batch, the number of hidden images with pneumonia is as near
+    to its expectation as it can be, so that they disturb the training less.
     """
+
+    def __init__(self, p: float, share: float | None = None) -> None:
+        super().__init__(p)
+        self.share = share
+
+    def setups(self, dl: TfmdDL) -> None:
+        """Measure `share` on the labels of `dl`, the loader of the training images."""
+        if self.share is None:
+            labels = [int(label) for label in dl.dataset.tls[-1]]
+            self.share = labels.count(POSITIVE) / len(labels) if labels else 1 / 2
 
     def encodes(self, batch: Any) -> Any:
         if not self.is_on or len(batch) < 2:
@@ -96,13 +109,20 @@ class HideLungs(_Surroundings):
     def draw(self, n: int) -> dict[str, Tensor]:
         """Draw which of `n` images are `chosen`, the number of the `fill`, the `box`, and the `label`."""
         chosen = self._rand(n) < self.p
-        first_label = torch.randint(len(VOCAB), (1,), generator=self.generator)
         return {
             'chosen': chosen,
             'fill': torch.randint(len(FILLS), (n,), generator=self.generator),
             'box': self._draw_boxes(n),
-            'label': (chosen.cumsum(0) + first_label) % len(VOCAB),
+            'label': self._draw_labels(chosen.cumsum(0)),
         }
+
+    def _draw_labels(self, numbers: Tensor) -> Tensor:
+        """Draw the labels of the hidden images with these `numbers`, 1, 2, ..., by systematic sampling.
+
+        Each is pneumonia with the probability `share`. Of m images, m * `share` are, rounded up or down.
+        """
+        is_positive = (numbers * self.share + self._rand(1)) % 1 < self.share
+        return torch.where(is_positive, POSITIVE, 1 - POSITIVE)
 
 
 @contextmanager

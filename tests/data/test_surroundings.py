@@ -1,6 +1,7 @@
 """What is around the lungs is exchanged between the images of a batch, or left alone with a random label."""
 
 from collections import deque
+from functools import partial
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_the_last_image_of_an_odd_batch_has_no_neighbour_and_stays():
     assert torch.equal(mixed[4], x[4]) and not torch.equal(mixed[3], x[3])
 
 
-@pytest.mark.parametrize('kind', [ExchangeSurroundings, HideLungs])
+@pytest.mark.parametrize('kind', [ExchangeSurroundings, partial(HideLungs, share=0.5)])
 def test_processes_that_share_a_batch_make_the_images_of_one_process(kind):
     x, y = constant_images(8)
 
@@ -71,16 +72,34 @@ def test_processes_that_share_a_batch_make_the_images_of_one_process(kind):
 def test_hidden_lungs_have_a_random_label_and_the_others_keep_theirs():
     x, y = constant_images()
     x[:, :, ::2] *= 0.9  # otherwise the mean hides nothing
-    hidden, labels = HideLungs(0.5)((x, y), split_idx=0)
+    hidden, labels = HideLungs(0.5, 0.5)((x, y), split_idx=0)
     assert torch.equal(corner(hidden), corner(x))
     same = (hidden == x).flatten(1).all(1).as_subclass(torch.Tensor)
     assert torch.equal(labels.as_subclass(torch.Tensor)[same], y.as_subclass(torch.Tensor)[same])
-    assert 0.3 < (labels != y).float().sum() / (N / 2) < 0.7
-    assert abs(float(labels[~same].float().mean()) - 0.5) < 0.01
     assert isinstance(hidden, TensorImageBW) and isinstance(labels, TensorCategory)
 
 
-@pytest.mark.parametrize('kind', [ExchangeSurroundings, HideLungs])
+@pytest.mark.parametrize('share', [0.5, 0.74])
+def test_labels_of_hidden_lungs_are_drawn_by_the_share_of_pneumonia_and_not_by_their_own(share):
+    transform = HideLungs(1, share)
+    x, _ = constant_images()
+    own = torch.arange(N) < N / 2
+    _, labels = transform((x, TensorCategory(own.long())), split_idx=0)
+    drawn = labels.as_subclass(torch.Tensor).float()
+    assert abs(drawn.sum() - share * N) < 1
+    assert abs(drawn[own].mean() - drawn[~own].mean()) < 0.1
+    first = torch.cat([transform.draw(3)['label'][:1] for _ in range(2000)])
+    assert abs(first.float().mean() - share) < 0.05
+
+
+def test_the_share_of_pneumonia_is_measured_on_the_training_images(images):
+    dls = CXRDataLoaders.from_folder(images, size=64, bs=8, num_workers=0, valid='official', hide_lungs=0.4)
+    (transform,) = [step for step in dls.train.after_batch.fs if isinstance(step, HideLungs)]
+    labels = [int(y) for _, y in dls.train_ds]
+    assert transform.share == np.mean(labels)
+
+
+@pytest.mark.parametrize('kind', [ExchangeSurroundings, partial(HideLungs, share=0.5)])
 def test_predictions_with_augmentation_keep_the_images(kind, images):
     dls = CXRDataLoaders.from_folder(images, size=64, bs=8, num_workers=0, valid='official', exchange=0.9)
     transform = kind(1)
@@ -103,7 +122,7 @@ def test_a_learner_predicts_with_augmentation(fields, images):
     assert can_prepare_ahead(dls.train)
 
 
-@pytest.mark.parametrize('transform', [ExchangeSurroundings(1), HideLungs(0.9)])
+@pytest.mark.parametrize('transform', [ExchangeSurroundings(1), HideLungs(0.9, 0.5)])
 def test_validation_images_stay_as_they_are(transform):
     x, y = constant_images(8)
     images, labels = transform((x, y), split_idx=1)

@@ -68,6 +68,7 @@ class Recipe:
     translate: float = 0.1
     brightness: float = 0.2  # b: factors from 1 - b to 1 + b
     contrast: float = 0.2
+    gamma: float = 0.0  # g: exponents from 1 / (1 + g) to 1 + g
     interpolation: str = 'nearest'  # or bilinear
     crop: float = 1.0  # minimum fraction of the area that a random crop keeps
     crop_aspect: float = 1.0  # maximum aspect ratio of a random crop, in either direction
@@ -75,6 +76,8 @@ class Recipe:
     resolution: float = 1.0  # minimum factor of a random reduction of the resolution
     jpeg: int = 0  # minimum quality of a random JPEG compression
     erase: float = 0.0  # probability that a rectangle of the batch is replaced by noise
+    match_histogram: float = 0.0  # probability that the histogram of grey levels comes from another image
+    match_detail: float = 0.0  # probability that an image has at most the detail of another one
     exchange: float = 0.0  # probability that what is around the lungs comes from another image
     hide_lungs: float = 0.0  # probability that the lungs are hidden, and the label is random
     mixup: float = 0.0  # alpha
@@ -166,12 +169,15 @@ RANGES = {
     'translate': (0, 0.5),
     'brightness': (0, 1),
     'contrast': (0, 1),
+    'gamma': (0, 3),
     'crop': (0.01, 1),
     'crop_aspect': (1, 4),
     'blur': (0, 0.1),
     'resolution': (0.05, 1),
     'jpeg': (0, 95),
     'erase': (0, 1),
+    'match_histogram': (0, 1),
+    'match_detail': (0, 1),
     'exchange': (0, 1),
     'hide_lungs': (0, 0.9),
     'mixup': (0, 10),
@@ -213,6 +219,7 @@ AUGMENTATION_FIELDS = (
     'translate',
     'brightness',
     'contrast',
+    'gamma',
     'interpolation',
     'crop',
     'crop_aspect',
@@ -220,6 +227,8 @@ AUGMENTATION_FIELDS = (
     'resolution',
     'jpeg',
     'erase',
+    'match_histogram',
+    'match_detail',
     'exchange',
     'hide_lungs',
 )

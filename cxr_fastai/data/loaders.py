@@ -33,6 +33,7 @@ from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.recipe import DATA_FIELDS, VOCAB, Recipe, data_recipe
 from cxr_fastai.data.items import image_root, read_recipe_items, read_table, split_items
 from cxr_fastai.data.listings import MAX_LISTING
+from cxr_fastai.data.matching import MatchDetails, MatchHistograms
 from cxr_fastai.data.splits import check_leakage, check_trainable, single_class_warning
 from cxr_fastai.data.surroundings import ExchangeSurroundings, HideLungs
 from cxr_fastai.data.transforms import AugmentImages, DegradeImages, NormalizeImage, OpenImage
@@ -277,6 +278,10 @@ def augmentations(recipe: Recipe) -> list[Transform]:
     """Return the batch transforms of training images for `recipe`."""
     # The transforms hold numbers and not the recipe: they are exported with a learner, and a recipe can name a folder.
     transforms: list[Transform] = []
+    if recipe.match_histogram:
+        transforms.append(MatchHistograms(recipe.match_histogram))
+    if recipe.match_detail:
+        transforms.append(MatchDetails(recipe.match_detail))
     if recipe.exchange:
         transforms.append(ExchangeSurroundings(recipe.exchange))
     if recipe.hide_lungs:
@@ -288,6 +293,7 @@ def augmentations(recipe: Recipe) -> list[Transform]:
             translate=recipe.translate,
             brightness=recipe.brightness,
             contrast=recipe.contrast,
+            gamma=recipe.gamma,
             interpolation=recipe.interpolation,
             crop=recipe.crop,
             crop_aspect=recipe.crop_aspect,

@@ -162,6 +162,7 @@ class AugmentImages(PerImageTransform):
     interpolation : `nearest` or `bilinear`.
     crop : smallest area of a crop, as a proportion of the image; 1 does not crop.
     crop_aspect : largest change of the aspect ratio by a crop; 1 keeps it.
+    gamma : grey levels are raised to exponents from 1 / (1 + gamma) to 1 + gamma, before brightness and contrast.
 
     The attribute `share`, from 0 to 1, makes the output images smaller, for training that starts with small images.
     """
@@ -178,6 +179,7 @@ class AugmentImages(PerImageTransform):
         interpolation: str = 'nearest',
         crop: float = 1.0,
         crop_aspect: float = 1.0,
+        gamma: float = 0.0,
     ) -> None:
         super().__init__()
         self.flip = flip
@@ -188,12 +190,16 @@ class AugmentImages(PerImageTransform):
         self.interpolation = interpolation
         self.crop = crop
         self.crop_aspect = crop_aspect
+        self.gamma = gamma
         self.share = 1.0
 
     def encodes(self, x: TensorImageBW) -> TensorImageBW:
         height, width = x.shape[-2:]
         p = self.per_image(x, lambda n: self.draw(n, height, width))
-        images = jitter(x.as_subclass(Tensor), p['brightness'], p['contrast'], p['brighter_first'])
+        images = x.as_subclass(Tensor)
+        if 'gamma' in p:
+            images = images ** p['gamma'].view(-1, 1, 1, 1)
+        images = jitter(images, p['brightness'], p['contrast'], p['brighter_first'])
         side = self.output_side(width)
         return TensorImageBW(warp(images, p['flip'], p['angle'], p['shift'], self.interpolation, p['scale'], side))
 
@@ -215,6 +221,8 @@ class AugmentImages(PerImageTransform):
             'shift': shift,
             'scale': torch.ones(n, 2),
         }
+        if self.gamma:
+            parameters['gamma'] = torch.exp(self._uniform(n, math.log(1 + self.gamma)))
         if self.crop == self.crop_aspect == 1:
             return parameters
         area = self.crop + self._rand(n) * (1 - self.crop)

@@ -4,6 +4,7 @@ Every kind of image is opened, in every call of fastai that takes images. Augmen
 each by parameters of its own.
 """
 
+import math
 import os
 import warnings
 from collections import deque
@@ -234,6 +235,14 @@ def test_without_crops_the_parameters_are_those_of_the_specification():
     without_crops = AugmentImages(crop=1.0, crop_aspect=1.0).draw(5, 64, 64)
     assert all(torch.equal(default[name], without_crops[name]) for name in default)
     assert (default['scale'] == 1).all()
+
+
+def test_gamma_raises_grey_levels_to_an_exponent_between_its_limits():
+    augment = AugmentImages(flip=0, degrees=0, translate=0, brightness=0, contrast=0, gamma=0.5)
+    x = TensorImageBW(torch.full((400, 1, 4, 4), 0.25))
+    exponents = augment(x, split_idx=0).as_subclass(torch.Tensor)[:, 0, 0, 0].log() / math.log(0.25)
+    assert 1 / 1.5 - 1e-4 <= exponents.min() < 0.75 and 1.4 < exponents.max() <= 1.5 + 1e-4
+    assert abs(exponents.log().mean()) < 0.05
 
 
 @pytest.mark.parametrize(('share', 'side'), [(0.5, 64), (0.7, 96), (0.99, 128), (1.0, 128), (0.01, 64)])

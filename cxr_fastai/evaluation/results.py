@@ -24,9 +24,9 @@ OPTIMISTIC = {
 }
 """What limits the metrics of a split that is not the test split."""
 OF_OTHER_NETWORKS = (
-    'The network of this run was trained on all of these images. The predictions are those of {n} other networks, '
-    'trained in the same way, each for the images of patients that it was not trained on. They were also used to '
-    'choose the threshold.'
+    'The network of this run was trained on all of these images; maps show this network. The predictions are those '
+    'of {n} other networks, trained in the same way, each for the images of patients that it was not trained on. They '
+    'were also used to choose the threshold.'
 )
 """What limits the metrics of out-of-fold predictions."""
 TOLERANCE = 1e-6

@@ -6,6 +6,8 @@ FUZZ_MINUTES ?= 10
 PRETRAINED_RUNS ?= runs/pretrained
 PRETRAINED_OPTIONS ?= --arch efficientnet_lite0 --recipe tuned
 PRETRAINED_FOLDS ?= 5
+# Empty for a copy of the data set without test images.
+PRETRAINED_SPLITS ?= test
 PYTEST := $(BIN)/python -m pytest -n logical --dist worksteal --durations 10
 
 .PHONY: demo test test-all test-plain test-floors fuzz lint docs notebooks pretrained clean
@@ -72,7 +74,7 @@ pretrained: $(INSTALLED)
 	$(BIN)/cxr-fastai evaluate $(PRETRAINED_RUNS)/folds
 	$(BIN)/cxr-fastai train $(PRETRAINED_OPTIONS) --valid none --out $(PRETRAINED_RUNS)/final
 	$(BIN)/cxr-fastai evaluate $(PRETRAINED_RUNS)/final --out-of-fold $(PRETRAINED_RUNS)/folds
-	$(BIN)/cxr-fastai evaluate $(PRETRAINED_RUNS)/final --split test
+	$(foreach split,$(PRETRAINED_SPLITS),$(BIN)/cxr-fastai evaluate $(PRETRAINED_RUNS)/final --split $(split) &&) true
 	$(BIN)/python -c "from cxr_fastai.publishing import publish_pretrained; \
 	    publish_pretrained('$(PRETRAINED_RUNS)/final', '$(PRETRAINED_RUNS)/folds')"
 

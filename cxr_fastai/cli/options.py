@@ -18,7 +18,7 @@ DATA_DEFAULT = 'CXR_DATA, else data/chest_xray'
 
 
 def find_model(text: str) -> Path:
-    """Return the path of the model that `text` names: a path, or `pretrained`. Imported when a command is parsed."""
+    """Return the path of the model that `text` names: a path, `pretrained` or `hf:USER/NAME`."""
     from cxr_fastai.inference import pretrained
 
     return pretrained.find_model(text)
@@ -296,7 +296,8 @@ Model = Annotated[
     Argument(
         metavar='MODEL',
         parser=find_model,
-        help='Bundle (folder or zip), run folder, a trusted .pkl file, or pretrained for the model in the package.',
+        help='Bundle (folder or zip), run folder, a trusted .pkl file, pretrained for the model in the package, or '
+        'hf:USER/NAME[@REVISION] for a bundle on the Hugging Face Hub.',
     ),
 ]
 PredictImages = Annotated[

@@ -35,6 +35,15 @@ def print_line(text: str) -> None:
     out.print(visible(text), soft_wrap=True, markup=False)
 
 
+def print_hub_model(model: Path) -> None:
+    """Print the name and commit of a model of the Hugging Face Hub, and nothing for another one."""
+    from cxr_fastai.inference.hub_bundles import name_model
+
+    name = name_model(model)
+    if name != str(model):
+        print_line(f'model: {name}')
+
+
 def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print `rows` in aligned columns. A terminal wraps the last column; elsewhere each row is one line."""
     if out.is_terminal:

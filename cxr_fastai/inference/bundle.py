@@ -80,7 +80,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: StrPath) -> Bundle:
-        """Open the bundle `path`, or `pretrained` (see `find_model`).
+        """Open the bundle `path`, `pretrained` or `hf:USER/NAME` (see `find_model`).
 
         Raises `UsageError` if there is none, and `CXRError` if it is damaged or outdated.
         """

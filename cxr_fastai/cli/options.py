@@ -251,8 +251,12 @@ NewComparison = Annotated[
         '--out',
         metavar='DIR',
         show_default='comparison',
-        help='Write the comparison of several runs to this folder. The default is numbered if it exists.',
+        help='Write the comparison of several runs to this folder. One of the same runs is replaced; the default is '
+        'numbered if it has something else.',
     ),
+]
+Each = Annotated[
+    bool, Option('--each', help='Also print the tables of each run, after the comparison of several runs.')
 ]
 Audit = Annotated[
     Path | None,

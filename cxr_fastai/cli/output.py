@@ -6,7 +6,7 @@ Functions import pandas and the evaluation room only when called, so that `--hel
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,11 +98,11 @@ def choose_source(folder: Path | None, csv: Path | None) -> Path | None:
     return folder or csv
 
 
-def unused_path(path: Path) -> Path:
-    """Return `path`, or the first of path-2, path-3, ... that does not exist, if `path` exists."""
+def unused_path(path: Path, may_replace: Callable[[Path], bool] = lambda _: False) -> Path:
+    """Return the first of `path`, path-2, path-3, ... that does not exist, or that the caller may replace."""
     candidate = path
     number = 2
-    while candidate.exists():
+    while candidate.exists() and not may_replace(candidate):
         candidate = path.with_name(f'{path.name}-{number}')
         number += 1
     return candidate

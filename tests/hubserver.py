@@ -60,6 +60,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f'{self.command} {unquote(path)}')
         words = [unquote(word) for word in path.strip('/').split('/')]
         is_api = words[:2] == ['api', 'models']
+        if len(words) < 4:
+            return self._fail(404, '')  # something else of the Hub, such as its telemetry
         user, name, _, revision, *rest = words[2:] if is_api else words
         repository = self.server.repositories.get(f'{user}/{name}')
         if self.server.failure:

@@ -13,7 +13,7 @@ from typing import Any
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.console import move_messages_to_stderr
 from cxr_fastai.cli.documents import print_json
-from cxr_fastai.cli.output import print_columns, print_line
+from cxr_fastai.cli.output import print_columns, print_hub_model, print_line
 from cxr_fastai.core.errors import CXRError
 from cxr_fastai.core.hardware import available_cores, available_memory, bf16_instructions, processor
 
@@ -55,6 +55,7 @@ def benchmark(
     from cxr_fastai.inference.benchmarking import benchmark
 
     rows = benchmark(model, list_images(images) if images else [], modality=modality)
+    print_hub_model(model)
     if as_json:
         print_json(rows)
         return

@@ -40,9 +40,11 @@ def prediction_document(
     predictions: Predictions, model: Path, table: Path | None, map_folder: Path | None
 ) -> dict[str, Any]:
     """Return the document of `predict`: the model and its threshold, the counts, and the rows of all images."""
+    from cxr_fastai.inference.hub_bundles import name_model
+
     predictor = predictions.predictor
     return {
-        'model': str(model),
+        'model': name_model(model),
         'threshold': predictor.threshold,
         'threshold_rule': predictor.config.threshold_rule,
         'calibrated': predictor.calibrated,

@@ -12,7 +12,6 @@ from cxr_fastai.cli.console import move_messages_to_stderr
 from cxr_fastai.cli.documents import evaluated_run, evaluation_document, print_json
 from cxr_fastai.cli.output import choose_source, out, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
-from cxr_fastai.core.files import check_new
 from cxr_fastai.core.recipe import SHIFT
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series, is_folds
@@ -38,12 +37,13 @@ def evaluate(
     choose_on: opt.ChooseOn = None,
     out_of_fold: opt.OutOfFold = None,
     folder: opt.NewComparison = None,
+    each: opt.Each = False,
     device: opt.Device = 'auto',
     as_json: opt.AsJson = False,
 ) -> None:
     """Evaluate a run on a split, and write predictions, metrics with 95% intervals, and figures into its folder.
-    Several runs, or a folder of runs, are also compared on the same images. The folder of `train --folds` is evaluated
-    on its out-of-fold predictions, unless --split is test.
+    Several runs, or a folder of runs, are compared on the same images, and the comparison is printed. The folder of
+    `train --folds` is evaluated on its out-of-fold predictions, unless --split is test.
 
     Without --data the images are those that the run was trained on. The fields of --json: split, runs (each with run,
     metrics, figures, robustness, shift), comparison (folder, pairs, seeds; null for one run); for folds: metrics,
@@ -62,6 +62,7 @@ def evaluate(
             '--by': by,
             '--robustness': robustness,
             '--out': folder,
+            '--each': each,
             '--shift': shift,
             '--choose-on': choose_on,
             '--out-of-fold': out_of_fold,
@@ -69,15 +70,15 @@ def evaluate(
         _refuse([name for name, value in unused.items() if value], runs[0])
         _evaluate_folds(runs[0], images, batch_size, rule, prevalences, device, as_json)
         return
-    from cxr_fastai.evaluation.comparison import compare_runs, find_runs
+    from cxr_fastai.evaluation.comparison import find_runs
 
     run_list = find_runs(runs)
     is_comparison = len(run_list) > 1
     split = _choose_split(split, shift, limit, out_of_fold, is_comparison)
     if folder and not is_comparison:
         raise UsageError(f'--out {folder}: only the comparison of several runs has a folder of its own. Omit --out.')
-    if folder:
-        check_new(folder)  # before the runs are evaluated, which takes long
+    if each and not is_comparison:
+        raise UsageError('--each: the tables of a single run are always printed. Omit --each, or name several runs.')
     if out_of_fold:
         from cxr_fastai.evaluation.out_of_fold import adopt_out_of_fold
         from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, parse_rule
@@ -88,15 +89,12 @@ def evaluate(
     how = _Evaluation(
         images, split, batch_size, limit, rule, prevalences, groups, robustness, shift, not is_comparison, device
     )
-    documents = [_evaluate_run(run, how, as_json) for run in run_list]
-    comparison = None
     if is_comparison:
-        folder = folder or unused_path(Path('comparison'))
-        comparison = compare_runs(run_list, split, folder)
-        if not as_json:
-            _print_comparison(comparison, folder)
+        _compare(run_list, how, folder, each, as_json)
+        return
+    results = _evaluate_run(run_list[0], how, is_shown=not as_json)
     if as_json:
-        print_json(evaluation_document(split, documents, comparison, folder))
+        print_json(evaluation_document(split, [results.document()], None, None))
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,62 @@ class _Evaluation:
     device: str
 
 
-def _evaluate_run(run: Run, how: _Evaluation, as_json: bool) -> dict[str, Any]:
-    """Evaluate one run, print its tables unless the output is JSON, and return its part of the document."""
+@dataclass(frozen=True)
+class _Results:
+    """The results of one run: its metrics, the figures that were drawn, and those of --robustness and --shift."""
+
+    run: Run
+    metrics: dict[str, Any]
+    figures: list[str]
+    robustness: pd.DataFrame | None
+    shift: dict[str, Any] | None
+
+    def document(self) -> dict[str, Any]:
+        """Return the part of the document of --json about this run."""
+        return evaluated_run(self.run, self.metrics, self.figures, self.robustness, self.shift)
+
+
+def _compare(runs: list[Run], how: _Evaluation, folder: Path | None, each: bool, as_json: bool) -> None:
+    """Evaluate and compare several runs, and print the comparison, then what was asked for of each run."""
+    from cxr_fastai.evaluation.comparison import check_comparison_folder, compare_runs
+
+    folder = folder or _choose_folder(runs, how.split)
+    check_comparison_folder(folder, runs, how.split)  # before the runs are evaluated, which takes long
+    print_line(f'comparing {len(runs)} runs on the {how.split} split, in the folder {folder}')
+    results = [_evaluate_run(run, how, is_shown=False) for run in runs]
+    comparison = compare_runs(runs, how.split, folder)
+    if as_json:
+        print_json(evaluation_document(how.split, [result.document() for result in results], comparison, folder))
+        return
+    _print_comparison(comparison, folder)
+    for result in results:
+        if each:
+            _print_evaluation(result.run, how.split, result.metrics, result.figures)
+        else:
+            _print_files(result.run, result.figures)
+        if result.robustness is not None:
+            _print_robustness(result.run, how.split, result.robustness)
+        if result.shift is not None:
+            _print_shift(result.shift)
+    if not each:
+        print_line('--each prints the tables of each run, too')
+
+
+def _choose_folder(runs: list[Run], split: str) -> Path:
+    """Return the folder of the comparison where none was given, and print why if it is not a new `comparison`."""
+    from cxr_fastai.evaluation.comparison import is_comparison_of
+
+    default = Path('comparison')
+    folder = unused_path(default, lambda path: is_comparison_of(path, runs, split))
+    if folder.exists():
+        print_line(f'{folder}: replaces the earlier comparison of these runs')
+    elif folder != default:
+        print_line(f'{default}: exists, and is not a comparison of these runs on the {split} split, so it stays')
+    return folder
+
+
+def _evaluate_run(run: Run, how: _Evaluation, is_shown: bool) -> _Results:
+    """Evaluate one run, and print its tables one by one if `is_shown`."""
     from cxr_fastai.evaluation.figures import evaluate_and_draw
     from cxr_fastai.evaluation.robustness import evaluate_robustness
     from cxr_fastai.evaluation.shift import evaluate_shift
@@ -134,18 +186,18 @@ def _evaluate_run(run: Run, how: _Evaluation, as_json: bool) -> dict[str, Any]:
         how.again,
         how.device,
     )
-    if not as_json:
+    if is_shown:
         _print_evaluation(run, how.split, metrics, figures)
     corrupted = shifted = None
     if how.robustness:
         corrupted = evaluate_robustness(run, how.images, how.split, how.batch_size, how.limit, how.device)
-        if not as_json:
+        if is_shown:
             _print_robustness(run, how.split, corrupted)
     if how.shift:
         shifted = evaluate_shift(run, how.images, how.batch_size, again=False, device=how.device)
-        if not as_json:
+        if is_shown:
             _print_shift(shifted)
-    return evaluated_run(run, metrics, figures, corrupted, shifted)
+    return _Results(run, metrics, figures, corrupted, shifted)
 
 
 def _choose_split(
@@ -253,6 +305,10 @@ def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: li
     limits = describe_limits(split, metrics)
     if limits:
         print_line(limits)
+    _print_files(run, figures)
+
+
+def _print_files(run: Run, figures: list[str]) -> None:
     files = ['predictions.csv', 'metrics.json', 'decision.json', *figures]
     print_line(f'in {run.path}: {", ".join(files)}')
 

@@ -10,7 +10,7 @@ import typer
 
 from cxr_fastai.cli import explanation_options as shown
 from cxr_fastai.cli import options as opt
-from cxr_fastai.cli.output import choose_source, out, print_error, print_line, unused_path
+from cxr_fastai.cli.output import choose_source, out, print_error, print_hub_model, print_line, unused_path
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.files import check_new
 from cxr_fastai.core.run import Run
@@ -68,6 +68,7 @@ def explain(
         from cxr_fastai.interpretation.explainer import Explainer, explain_images
 
         explainer = Explainer.load(run, target, method, layer, device, modality)
+        print_hub_model(run)
         n_errors = print_explanations(explain_images(explainer, images or [], folder, batch_size, burned_in))
     if n_errors:
         raise typer.Exit(3)

@@ -22,7 +22,7 @@ Explained = Annotated[
     Argument(
         metavar='RUN',
         parser=find_model,
-        help='Run folder; to explain images by path, also a bundle or a trusted .pkl file.',
+        help='Run folder; to explain images by path, also a bundle, hf:USER/NAME, or a trusted .pkl file.',
     ),
 ]
 Method = Annotated[

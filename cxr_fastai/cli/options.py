@@ -18,7 +18,7 @@ DATA_DEFAULT = 'CXR_DATA, else data/chest_xray'
 
 
 def find_model(text: str) -> Path:
-    """Return the path of the model that `text` names: a path, or `pretrained`. Imported when a command is parsed."""
+    """Return the path of the model that `text` names: a path, `pretrained` or `hf:USER/NAME`."""
     from cxr_fastai.inference import pretrained
 
     return pretrained.find_model(text)
@@ -251,8 +251,12 @@ NewComparison = Annotated[
         '--out',
         metavar='DIR',
         show_default='comparison',
-        help='Write the comparison of several runs to this folder. The default is numbered if it exists.',
+        help='Write the comparison of several runs to this folder. One of the same runs is replaced; the default is '
+        'numbered if it has something else.',
     ),
+]
+Each = Annotated[
+    bool, Option('--each', help='Also print the tables of each run, after the comparison of several runs.')
 ]
 Audit = Annotated[
     Path | None,
@@ -296,7 +300,8 @@ Model = Annotated[
     Argument(
         metavar='MODEL',
         parser=find_model,
-        help='Bundle (folder or zip), run folder, a trusted .pkl file, or pretrained for the model in the package.',
+        help='Bundle (folder or zip), run folder, a trusted .pkl file, pretrained for the model in the package, or '
+        'hf:USER/NAME[@REVISION] for a bundle on the Hugging Face Hub.',
     ),
 ]
 PredictImages = Annotated[

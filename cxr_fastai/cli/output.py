@@ -6,7 +6,7 @@ Functions import pandas and the evaluation room only when called, so that `--hel
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,15 @@ MAX_EXAMPLES = 3
 def print_line(text: str) -> None:
     """Print `text` to stdout without wrapping it."""
     out.print(visible(text), soft_wrap=True, markup=False)
+
+
+def print_hub_model(model: Path) -> None:
+    """Print the name and commit of a model of the Hugging Face Hub, and nothing for another one."""
+    from cxr_fastai.inference.hub_bundles import name_model
+
+    name = name_model(model)
+    if name != str(model):
+        print_line(f'model: {name}')
 
 
 def print_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -89,11 +98,11 @@ def choose_source(folder: Path | None, csv: Path | None) -> Path | None:
     return folder or csv
 
 
-def unused_path(path: Path) -> Path:
-    """Return `path`, or the first of path-2, path-3, ... that does not exist, if `path` exists."""
+def unused_path(path: Path, may_replace: Callable[[Path], bool] = lambda _: False) -> Path:
+    """Return the first of `path`, path-2, path-3, ... that does not exist, or that the caller may replace."""
     candidate = path
     number = 2
-    while candidate.exists():
+    while candidate.exists() and not may_replace(candidate):
         candidate = path.with_name(f'{path.name}-{number}')
         number += 1
     return candidate

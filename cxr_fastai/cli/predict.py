@@ -14,7 +14,7 @@ from cxr_fastai.cli.console import move_messages_to_stderr
 from cxr_fastai.cli.documents import prediction_document, print_json
 from cxr_fastai.cli.explain import check_weights, print_explanations
 from cxr_fastai.cli.failures import EXAMPLES, Failure, print_failures
-from cxr_fastai.cli.output import out, predictions_table, print_error, print_line
+from cxr_fastai.cli.output import out, predictions_table, print_error, print_hub_model, print_line
 from cxr_fastai.core.environment import Launch, is_main_process, paused_collector
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_new
@@ -127,6 +127,7 @@ def predict(
         from cxr_fastai.interpretation.explainer import explain_predictions
 
         print_explanations(explain_predictions(predictions, paths, map_folder))
+    print_hub_model(model)
     if as_json:
         print_json(prediction_document(predictions, model, table, map_folder))
     else:

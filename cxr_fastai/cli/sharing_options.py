@@ -16,7 +16,8 @@ BundlePath = Annotated[
     Argument(
         metavar='BUNDLE',
         parser=find_model,
-        help='Bundle (folder or zip), as written by export, or pretrained for the model in the package.',
+        help='Bundle (folder or zip), as written by export, pretrained for the model in the package, or '
+        'hf:USER/NAME[@REVISION] for one on the Hugging Face Hub.',
     ),
 ]
 NewBundle = Annotated[

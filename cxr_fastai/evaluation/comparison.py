@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import StrPath, check_new, write_json, writing
 from cxr_fastai.core.folders import describe_own_folder
+from cxr_fastai.core.foreign import read_json
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series, is_series
 from cxr_fastai.data.items import identify_images
@@ -24,7 +25,10 @@ from cxr_fastai.evaluation.curves import plot_comparison
 from cxr_fastai.evaluation.intervals import compare_auc
 from cxr_fastai.evaluation.metrics import Sample
 from cxr_fastai.evaluation.results import check_results
+from cxr_fastai.inference.config import identify_network
 
+RESULTS = 'comparison.json'
+"""The file in the folder of a comparison that has its results."""
 SEED_METRICS = (
     'auc',
     'average_precision',
@@ -51,10 +55,11 @@ class Comparison:
 def compare_runs(runs: Sequence[Run], split: str, folder: StrPath) -> Comparison:
     """Compare runs that were evaluated on `split`; write `comparison.json` and `comparison.png` into a new `folder`.
 
-    `pairs` is empty where the runs have too few images in common. Raises `UsageError` if `folder` is not empty.
+    An earlier comparison of the same runs is replaced (see `is_comparison_of`). `pairs` is empty where the runs have
+    too few images in common. Raises `UsageError` if `folder` has other files.
     """
     folder = Path(folder)
-    check_new(folder)
+    check_comparison_folder(folder, runs, split)
     named_runs = name_runs(runs)
     metrics = {name: check_results(run, split) for name, run in named_runs.items()}
     tables = {name: run.predicted(split) for name, run in named_runs.items()}
@@ -64,9 +69,31 @@ def compare_runs(runs: Sequence[Run], split: str, folder: StrPath) -> Comparison
     comparison = Comparison(split, metrics, pairs, summarise_seeds(named_runs, split))
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / 'comparison.json', asdict(comparison))
+    write_json(folder / RESULTS, asdict(comparison))
     save_figure(plot_comparison(shared or tables, metrics, f'{split} split'), folder / 'comparison.png')
     return comparison
+
+
+def check_comparison_folder(folder: Path, runs: Sequence[Run], split: str) -> None:
+    """Raise what `check_new` raises, unless `folder` has a comparison of the same runs on `split`."""
+    if not is_comparison_of(folder, runs, split):
+        check_new(folder)
+
+
+def is_comparison_of(folder: Path, runs: Sequence[Run], split: str) -> bool:
+    """Return whether `folder` has a comparison of the networks of `runs`, in this order and by these names, on `split`.
+
+    Raises `UsageError` if a run has no network.
+    """
+    networks = [(name, identify_network(run.path)) for name, run in name_runs(runs).items()]
+    if not (folder / RESULTS).is_file():
+        return False
+    try:
+        contents = read_json(folder / RESULTS)
+        compared = [(name, metrics['model']) for name, metrics in contents['runs'].items()]
+        return bool(contents['split'] == split and compared == networks)
+    except (CXRError, TypeError, AttributeError, KeyError):  # not written by `compare_runs`
+        return False
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -29,9 +30,10 @@ from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import CXRError, UsageError, first_line
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import FIX, IS_LFS_POINTER, LFS_POINTER, open_regular, parse_json
+from cxr_fastai.core.run import Run
 from cxr_fastai.core.schemas import Fields, Integer, Table, Text
 from cxr_fastai.core.zips import check_zip
-from cxr_fastai.inference.config import LEARNER, SCHEMA, WEIGHTS, ModelConfig, check_schema
+from cxr_fastai.inference.config import LEARNER, RECIPE, SCHEMA, WEIGHTS, ModelConfig, check_schema, find_network
 from cxr_fastai.inference.engines import OnnxEngine, TorchEngine, check_precision
 from cxr_fastai.inference.networks import load_network
 from cxr_fastai.inference.onnx_start import GPU, ONNX, onnx_threads
@@ -42,6 +44,8 @@ from cxr_fastai.models.devices import choose_device, may_have_gpu
 
 CONFIG = 'config.json'
 MANIFEST = 'manifest.json'
+BUNDLE = 'bundle'
+"""The folder of the bundle in a run folder."""
 SELFTEST = 'selftest.safetensors'
 GATE = 'gate.safetensors'
 CARD = 'MODEL_CARD.md'
@@ -80,7 +84,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: StrPath) -> Bundle:
-        """Open the bundle `path`, or `pretrained` (see `find_model`).
+        """Open the bundle `path`, `pretrained` or `hf:USER/NAME` (see `find_model`).
 
         Raises `UsageError` if there is none, and `CXRError` if it is damaged or outdated.
         """
@@ -88,7 +92,7 @@ class Bundle:
         if not path.exists():
             raise UsageError(f'{path}: no such file or folder. Name a bundle, which `cxr-fastai export RUN` makes.')
         if not is_bundle(path):
-            raise UsageError(f'{path}: not a bundle. `cxr-fastai export RUN` makes one.')
+            raise _explain_other(path)
         bundle = cls(path)
         check_schema(bundle.schema, path)
         check_schema(bundle.facts.get('schema'), path / CONFIG)
@@ -303,6 +307,25 @@ class Bundle:
         if not isinstance(facts, dict):
             raise CXRError(f'{self.path / name}: not a JSON object, so the bundle is damaged. {FIX}')
         return facts
+
+
+def _explain_other(path: Path) -> UsageError:
+    """Return the error about a file or folder that is not a bundle; for a run folder, with the commands that help.
+
+    Raises `UsageError` if the training of the run has not finished.
+    """
+    if not (path / RECIPE).is_file():
+        return UsageError(f'{path}: not a bundle. `cxr-fastai export RUN` makes one.')
+    find_network(path)
+    bundle = path / BUNDLE
+    if is_bundle(bundle):
+        return UsageError(f'{path}: a run folder, not a bundle. Name the bundle in it: {quote(str(bundle))}.')
+    run = Run(path)
+    first = '' if (run / 'metrics.json').is_file() else f'`{run.first_evaluation()}`, then '
+    return UsageError(
+        f'{path}: a run folder, not a bundle. Make a bundle by {first}`cxr-fastai export {quote(str(path))}`, and name '
+        f'{quote(str(bundle))}.'
+    )
 
 
 def _check_gpu_build() -> None:

@@ -78,7 +78,8 @@ class Predictor:
     ) -> Predictor:
         """Load a bundle with the `engine` (see `Bundle.engine`), a run folder, or an exported `.pkl` that is trusted.
 
-        The text `pretrained` means the bundle that the package contains; see `inference.pretrained.find_model`.
+        The text `pretrained` means the bundle that the package contains, and `hf:USER/NAME` one on the Hugging Face
+        Hub; see `inference.pretrained.find_model`.
 
         The network computes on the `device`, `auto`, `cpu`, `cuda`, `cuda:N` or `mps`, with the `precision` `fp32` or
         `bf16`, which is faster on some processors and changes the probabilities slightly.

@@ -1,4 +1,4 @@
-"""The trained model that the package contains: its folder, its facts, and the name `pretrained` by which it is used."""
+"""Models by name: `pretrained`, the trained model that the package contains, and `hf:USER/NAME` from the Hub."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from cxr_fastai.core.foreign import read_json
 
 PRETRAINED = 'pretrained'
 """The name of the model in every command and function that takes a model."""
+HUB_PREFIX = 'hf:'
+"""The start of the name of a bundle on the Hugging Face Hub."""
 FOLDER = Path(__file__).parents[1] / PRETRAINED
 """The bundle, a part of the installed package."""
 FACTS = FOLDER.with_suffix('.json')
@@ -23,9 +25,15 @@ MAX_FACTS = 2**20
 def find_model(model: StrPath) -> Path:
     """Return the path of `model`: that of the bundle in the package for the text `pretrained`, else the path itself.
 
-    A `Path`, and a text with a separator such as `./pretrained`, is always a file or folder. Raises `UsageError` if the
-    package contains no trained model. Warns if there is also a file or folder of this name.
+    A text such as `hf:USER/NAME` or `hf:USER/NAME@REVISION` means a bundle on the Hugging Face Hub, which is downloaded
+    into its cache (see `hub_bundles.download_bundle`). A `Path`, and a text with a separator in front such as
+    `./pretrained`, is always a file or folder. Raises `UsageError` if the package contains no trained model, and what
+    `download_bundle` raises. Warns if there is also a file or folder with the name `pretrained`.
     """
+    if isinstance(model, str) and model.startswith(HUB_PREFIX):
+        from cxr_fastai.inference.hub_bundles import download_bundle
+
+        return download_bundle(model)
     if model != PRETRAINED:  # a Path is never equal to a text
         return Path(model)
     if not (FOLDER / 'manifest.json').is_file():

@@ -28,6 +28,7 @@ from cxr_fastai.evaluation.results import check_results
 from cxr_fastai.evaluation.robustness import read_squares
 from cxr_fastai.evaluation.split_images import find_split, own_images
 from cxr_fastai.inference.bundle import (
+    BUNDLE,
     CARD,
     CONFIG,
     FILES,
@@ -103,7 +104,7 @@ def export(
     check_results(run, main_split(run))
     _, member = split_name(run.recipe.arch)
     check_declared(member)  # the bundle is verified in a new process
-    out = out or run / ('bundle.zip' if as_zip else 'bundle')
+    out = out or run / (f'{BUNDLE}.zip' if as_zip else BUNDLE)
     sweep(out)
     check_destination(out, as_zip)
     if as_zip:

@@ -14,6 +14,7 @@ from cxr_fastai.core.files import StrPath, check_new, write_text, writing
 from cxr_fastai.core.templates import render_template
 from cxr_fastai.inference.bundle import CARD, MANIFEST, Bundle, is_bundle, manifest_text
 from cxr_fastai.inference.config import LEARNER
+from cxr_fastai.inference.hub_bundles import is_unreachable
 from cxr_fastai.inference.pretrained import FACTS, FOLDER, find_model
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
@@ -38,8 +39,6 @@ TORCH_INDEX = '--extra-index-url https://download.pytorch.org/whl/cpu'
 """Makes pip install torch without the CUDA libraries, which take 2 GB."""
 FRONT_MATTER = re.compile(r'\A---\n.*?\n---\n', re.DOTALL)
 """The metadata at the start of a model card."""
-UNREACHABLE = ('ConnectionError', 'TransportError', 'Timeout')
-"""Exceptions of Python, httpx and requests that mean that there was no answer."""
 
 
 def push(path: StrPath, repo: str, private: bool = False, with_pickle: bool = False) -> str:
@@ -68,7 +67,7 @@ def push(path: StrPath, repo: str, private: bool = False, with_pickle: bool = Fa
                 delete_patterns=None if with_pickle else [LEARNER],
             )
         except Exception as error:  # includes the errors of the HTTP client, which have no common base
-            if _is_unreachable(error):
+            if is_unreachable(error):
                 raise CXRError(
                     f'{repo}: the Hub cannot be reached ({first_line(error, 200)}). Check the network connection, and '
                     'that HF_HUB_OFFLINE is not set.'
@@ -78,11 +77,6 @@ def push(path: StrPath, repo: str, private: bool = False, with_pickle: bool = Fa
                 'name a repository of your own as user/name.'
             ) from None
     return f'https://huggingface.co/{repo}'
-
-
-def _is_unreachable(error: Exception) -> bool:
-    """Return whether there was no answer of the Hub, by the names of the exceptions of all HTTP clients in use."""
-    return any(kind.__name__ in UNREACHABLE for kind in type(error).__mro__)
 
 
 def copy_bundle(folder: Path, bundle: Bundle, with_pickle: bool = False) -> None:

@@ -41,7 +41,7 @@ class Settings:
     Parameters
     ----------
     bundle
-        Folder or zip file, the `model.onnx` in a folder, or the text `pretrained` for the model in the package.
+        Folder or zip file, the `model.onnx` in a folder, or the text `pretrained` or `hf:USER/NAME` (see `find_model`).
     host, port
         Address to listen on; port 0 picks a free port.
     limits

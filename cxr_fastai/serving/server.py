@@ -18,6 +18,9 @@ from starlette.types import ASGIApp
 
 from cxr_fastai.core.errors import UsageError, first_line
 from cxr_fastai.inference.bundle import Bundle
+from cxr_fastai.inference.config import WEIGHTS
+from cxr_fastai.inference.hub_bundles import name_model
+from cxr_fastai.inference.onnx_start import ONNX
 from cxr_fastai.serving.app import Settings, make_app
 from cxr_fastai.serving.service import find_bundle
 
@@ -38,11 +41,12 @@ def serve(settings: Settings, announce: Callable[[str], None] | None = None) -> 
     `announce` is called with a line that contains the address. Raises `UsageError` if the address cannot be used, or if
     there is no bundle; `ParityError` if the bundle fails its self-test; and `CXRError` if it is damaged.
     """
-    Bundle.open(find_bundle(settings.bundle))  # before anything is announced
+    bundle = Bundle.open(find_bundle(settings.bundle))
+    bundle.read(ONNX if settings.device == 'cpu' else WEIGHTS)  # before anything is announced
     server = Server(settings)
     with _log_to_stderr(), _stop_on_signals(server):
         if announce:
-            announce(f'serving {settings.bundle} at {server.url} (stop with Ctrl-C)')
+            announce(f'serving {name_model(bundle.path)} at {server.url} (stop with Ctrl-C)')
         server.run()
 
 

@@ -170,8 +170,8 @@ class Service:
         """Open the bundle `path` and verify it on all of its reference images.
 
         ONNX Runtime computes on the device `cpu`, torch on others. `path` may also be the `model.onnx` in a bundle, or
-        the text `pretrained` for the bundle in the package. `modality` has the codes of other DICOM modalities to
-        accept (see `Predictor.load`); `options` are those of the constructor. Raises `UsageError` if `path` is not a
+        the text `pretrained` or `hf:USER/NAME` (see `find_model`). `modality` has the codes of other DICOM modalities
+        to accept (see `Predictor.load`); `options` are those of the constructor. Raises `UsageError` if `path` is not a
         bundle or the device is missing, `ParityError` if the bundle fails its self-test, and `CXRError` if it is
         damaged.
         """
@@ -322,7 +322,7 @@ class Service:
 
 
 def find_bundle(path: StrPath) -> Path:
-    """Return the bundle `path`, that of the `model.onnx` at `path`, or that of the package for the text `pretrained`.
+    """Return the bundle `path`, that of the `model.onnx` at `path`, or that of a name such as `pretrained`.
 
     Raises `UsageError` for other files.
     """

@@ -9,6 +9,7 @@ import pytest
 from filelock import FileLock
 
 from cxr_fastai.cli import main
+from cxr_fastai.core.environment import is_installed
 from cxr_fastai.images.cache_folders import list_caches
 
 
@@ -17,6 +18,13 @@ class Answer(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+@pytest.fixture(autouse=True)
+def no_bundles(tmp_path, monkeypatch) -> None:
+    """No test meets bundles of the Hugging Face Hub in the user's own cache."""
+    if is_installed('huggingface_hub'):
+        monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'hub'))
 
 
 @pytest.fixture

@@ -138,8 +138,9 @@ def test_compare_runs_writes_the_comparison_into_a_new_folder(two_runs, images, 
     auc = contents['runs']['a']['auc']['value']
     assert comparison.seeds[0]['auc'] == {'mean': pytest.approx(auc), 'sd': 0}
     assert (tmp_path / 'comparison/comparison.png').read_bytes().startswith(b'\x89PNG')
-    with pytest.raises(UsageError, match='comparison'):
-        compare_runs(runs, 'test', tmp_path / 'comparison')
+    assert compare_runs(runs, 'test', tmp_path / 'comparison') == comparison  # in place of the earlier one
+    with pytest.raises(UsageError, match='comparison exists already and nothing in it was overwritten'):
+        compare_runs(runs[::-1], 'test', tmp_path / 'comparison')
 
 
 def test_the_command_compares_runs_and_predicts_no_image_twice(two_runs, images, tmp_path, capsys, monkeypatch):
@@ -149,14 +150,41 @@ def test_the_command_compares_runs_and_predicts_no_image_twice(two_runs, images,
     assert main(argv) == 0
     output = capsys.readouterr().out
     assert 'a, on the same 12 images' in output and '2 seeds: a, b' in output
+    assert output.startswith('comparing 2 runs on the test split, in the folder comparison\n')
+    assert 'targets:' not in output and output.count('in comparison: comparison.json, comparison.png') == 1
 
     def refuse(*_):
         raise AssertionError('predicted again')
 
     monkeypatch.setattr(Predictor, 'scores', refuse)
-    assert main(argv) == 0
-    first, second = (tmp_path / name / 'comparison.json' for name in ('comparison', 'comparison-2'))
-    assert first.read_text() == second.read_text()
+    results = (tmp_path / 'comparison/comparison.json').read_text()
+    assert main([*argv, '--each']) == 0
+    output = capsys.readouterr().out
+    assert 'comparison: replaces the earlier comparison of these runs' in output
+    assert output.index('2 seeds: a, b') < output.index('targets:') and output.count('targets:') == 2
+    assert (tmp_path / 'comparison/comparison.json').read_text() == results
+    assert not (tmp_path / 'comparison-2').exists()
+
+
+def test_a_comparison_of_other_runs_or_another_file_is_not_replaced(two_runs, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, 'save_figures', lambda *_: [])
+    first, second = (str(two_runs / name) for name in 'ab')
+    (tmp_path / 'comparison').mkdir()
+    (tmp_path / 'comparison/comparison.json').write_text('[]')
+    for runs in ([first, second], [second, first]):
+        assert main(['evaluate', *runs, '--data', str(images)]) == 0
+        assert 'comparison: exists, and is not a comparison of these runs' in capsys.readouterr().out
+    assert (tmp_path / 'comparison/comparison.json').read_text() == '[]'
+    compared = [json.loads((tmp_path / f'comparison-{n}/comparison.json').read_text())['runs'] for n in (2, 3)]
+    assert [list(runs) for runs in compared] == [['a', 'b'], ['b', 'a']]
+    assert main(['evaluate', first, second, '--data', str(images), '--out', 'comparison-3']) == 2
+    assert 'comparison-3 exists already' in capsys.readouterr().err
+
+
+def test_the_tables_of_each_run_are_for_several_runs(run, capsys):
+    assert main(['evaluate', str(run.path), '--each']) == 2
+    assert '--each: the tables of a single run are always printed' in capsys.readouterr().err
 
 
 def test_a_folder_for_the_comparison_of_one_run_is_refused(run, tmp_path, capsys):

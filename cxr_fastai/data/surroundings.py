@@ -82,13 +82,14 @@ class HideLungs(_Surroundings):
 
     def __init__(self, p: float, share: float | None = None) -> None:
         super().__init__(p)
-        self.share = share
+        self.share = 1 / 2 if share is None else share
+        self.is_measured = share is None
 
     def setups(self, dl: TfmdDL) -> None:
         """Measure `share` on the labels of `dl`, the loader of the training images."""
-        if self.share is None:
-            labels = [int(label) for label in dl.dataset.tls[-1]]
-            self.share = labels.count(POSITIVE) / len(labels) if labels else 1 / 2
+        labels = [int(label) for label in dl.dataset.tls[-1]] if self.is_measured else []
+        if labels:
+            self.share = labels.count(POSITIVE) / len(labels)
 
     def encodes(self, batch: Any) -> Any:
         if not self.is_on or len(batch) < 2:

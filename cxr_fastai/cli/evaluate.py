@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from cxr_fastai.evaluation.comparison import Comparison
+    from cxr_fastai.evaluation.evaluation import Evaluation
 
 
 def evaluate(
@@ -39,6 +40,7 @@ def evaluate(
     out_of_fold: opt.OutOfFold = None,
     folder: opt.NewComparison = None,
     device: opt.Device = 'auto',
+    tta: opt.Views = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Evaluate a run on a split, and write predictions, metrics with 95% intervals, and figures into its folder.
@@ -56,96 +58,68 @@ def evaluate(
     images = choose_source(data, csv)
     rule = _compose_rule(threshold, choose_on)
     prevalences = _parse_shares(prevalence)
-    if split in (None, 'valid') and len(runs) == 1 and is_folds(runs[0]):
-        unused: dict[str, object] = {
-            '--limit': limit,
-            '--by': by,
-            '--robustness': robustness,
-            '--out': folder,
-            '--shift': shift,
-            '--choose-on': choose_on,
-            '--out-of-fold': out_of_fold,
-        }
-        _refuse([name for name, value in unused.items() if value], runs[0])
-        _evaluate_folds(runs[0], images, batch_size, rule, prevalences, device, as_json)
-        return
-    from cxr_fastai.evaluation.comparison import compare_runs, find_runs
+    groups = ['kind', *by] if by else None
+    from cxr_fastai.evaluation.comparison import find_runs
+    from cxr_fastai.evaluation.evaluation import Evaluation
 
+    how = Evaluation(images, split or 'test', batch_size, limit, rule, prevalences, groups, device=device, tta=tta)
+    if split in (None, 'valid') and len(runs) == 1 and is_folds(runs[0]):
+        unused = {'limit': limit, 'by': by, 'robustness': robustness, 'out': folder, 'shift': shift}
+        _refuse(unused | {'choose-on': choose_on, 'out-of-fold': out_of_fold}, runs[0])
+        _evaluate_folds(runs[0], how, as_json)
+        return
     run_list = find_runs(runs)
     is_comparison = len(run_list) > 1
     split = _choose_split(split, shift, limit, out_of_fold, is_comparison)
-    if folder and not is_comparison:
-        raise UsageError(f'--out {folder}: only the comparison of several runs has a folder of its own. Omit --out.')
-    if folder:
-        check_new(folder)  # before the runs are evaluated, which takes long
+    how = replace(how, split=split, again=not is_comparison)
+    _check_folder(folder, is_comparison)
     if out_of_fold:
-        from cxr_fastai.evaluation.out_of_fold import adopt_out_of_fold
-        from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, parse_rule
-
-        parse_rule(rule or DEFAULT_RULE)  # before the predictions of the run are replaced
-        adopt_out_of_fold(run_list[0], Series.open(out_of_fold), images, batch_size, device)
-    groups = ['kind', *by] if by else None
-    how = _Evaluation(
-        images, split, batch_size, limit, rule, prevalences, groups, robustness, shift, not is_comparison, device
-    )
-    documents = [_evaluate_run(run, how, as_json) for run in run_list]
+        _adopt_out_of_fold(run_list[0], out_of_fold, how)
+    documents = [_evaluate_run(run, how, robustness, shift, as_json) for run in run_list]
     comparison = None
     if is_comparison:
         folder = folder or unused_path(Path('comparison'))
-        comparison = compare_runs(run_list, split, folder)
-        if not as_json:
-            _print_comparison(comparison, folder)
+        comparison = _compare(run_list, split, folder, as_json)
     if as_json:
         print_json(evaluation_document(split, documents, comparison, folder))
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    """How each run is evaluated."""
-
-    images: Path | None
-    split: str
-    batch_size: int
-    limit: int | None
-    rule: str | None
-    prevalences: list[float] | None
-    groups: list[str] | None
-    robustness: bool
-    shift: bool
-    again: bool
-    device: str
-
-
-def _evaluate_run(run: Run, how: _Evaluation, as_json: bool) -> dict[str, Any]:
+def _evaluate_run(run: Run, how: Evaluation, robustness: bool, shift: bool, as_json: bool) -> dict[str, Any]:
     """Evaluate one run, print its tables unless the output is JSON, and return its part of the document."""
     from cxr_fastai.evaluation.figures import evaluate_and_draw
     from cxr_fastai.evaluation.robustness import evaluate_robustness
     from cxr_fastai.evaluation.shift import evaluate_shift
 
-    metrics, figures = evaluate_and_draw(
-        run,
-        how.images,
-        how.split,
-        how.batch_size,
-        how.limit,
-        how.rule,
-        how.prevalences,
-        how.groups,
-        how.again,
-        how.device,
-    )
+    metrics, figures = evaluate_and_draw(run, how)
     if not as_json:
         _print_evaluation(run, how.split, metrics, figures)
     corrupted = shifted = None
-    if how.robustness:
-        corrupted = evaluate_robustness(run, how.images, how.split, how.batch_size, how.limit, how.device)
+    if robustness:
+        corrupted = evaluate_robustness(run, how.data, how.split, how.batch_size, how.limit, how.device)
         if not as_json:
             _print_robustness(run, how.split, corrupted)
-    if how.shift:
-        shifted = evaluate_shift(run, how.images, how.batch_size, again=False, device=how.device)
+    if shift:
+        shifted = evaluate_shift(run, how.data, how.batch_size, again=False, device=how.device)
         if not as_json:
             _print_shift(shifted)
     return evaluated_run(run, metrics, figures, corrupted, shifted)
+
+
+def _adopt_out_of_fold(run: Run, folds: Path, how: Evaluation) -> None:
+    """Give `run` the out-of-fold predictions of the series in the folder `folds`."""
+    from cxr_fastai.evaluation.out_of_fold import adopt_out_of_fold
+    from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, parse_rule
+
+    parse_rule(how.rule or DEFAULT_RULE)  # before the predictions of the run are replaced
+    adopt_out_of_fold(run, Series.open(folds), how.data, how.batch_size, how.device, how.tta)
+
+
+def _check_folder(folder: Path | None, is_comparison: bool) -> None:
+    """Raise `UsageError` if the comparison cannot be written to `folder`, before the runs are evaluated."""
+    if folder and not is_comparison:
+        raise UsageError(f'--out {folder}: only the comparison of several runs has a folder of its own. Omit --out.')
+    if folder:
+        check_new(folder)
 
 
 def _choose_split(
@@ -171,6 +145,8 @@ def _compose_rule(rule: str | None, choose_on: str | None) -> str | None:
         return rule
     if choose_on not in ('valid', SHIFT):
         raise UsageError(f'--choose-on {choose_on}: choose valid or {SHIFT}.')
+    if rule is None:
+        print_line(f'--choose-on {choose_on} without --threshold: the rule is {DEFAULT_RULE}.')
     base = (rule or DEFAULT_RULE).removesuffix(ON_SHIFT)
     if choose_on == 'valid':
         return base
@@ -179,27 +155,21 @@ def _compose_rule(rule: str | None, choose_on: str | None) -> str | None:
     return base + ON_SHIFT
 
 
-def _refuse(options: list[str], folder: Path) -> None:
-    """Raise `UsageError` for `options` that out-of-fold predictions do not have."""
-    if options:
+def _refuse(options: dict[str, object], folder: Path) -> None:
+    """Raise `UsageError` for those of the `options` that have a value: out-of-fold predictions do not have them."""
+    names = [f'--{name}' for name, value in options.items() if value]
+    if names:
         raise UsageError(
-            f'{", ".join(options)}: not available for the out-of-fold predictions of {folder}. Name one of its runs, '
+            f'{", ".join(names)}: not available for the out-of-fold predictions of {folder}. Name one of its runs, '
             'or add --split test.'
         )
 
 
-def _evaluate_folds(
-    folder: Path,
-    images: Path | None,
-    batch_size: int,
-    rule: str | None,
-    prevalences: list[float] | None,
-    device: str,
-    as_json: bool,
-) -> None:
+def _evaluate_folds(folder: Path, how: Evaluation, as_json: bool) -> None:
     from cxr_fastai.evaluation.cross_validation import evaluate_folds
 
-    results = evaluate_folds(Series.open(folder), images, batch_size, rule, prevalences, device)
+    series = Series.open(folder)
+    results = evaluate_folds(series, how.data, how.batch_size, how.rule, how.prevalences, how.device, tta=how.tta)
     if as_json:
         print_json(results)
     else:
@@ -214,12 +184,17 @@ def _print_folds(folder: Path, results: dict[str, Any]) -> None:
     metrics, decision = results['metrics'], results['decision']
     summary = (
         f'{folder}, out-of-fold: {metrics["n"]:,} images, {metrics["positives"]:,} of them pneumonia; threshold '
-        f'{decision["threshold"]:g} (rule {decision["rule"]}).'
+        f'{decision["threshold"]:g} ({_describe_rule(decision["rule"], decision["tta"])}).'
     )
     print_line(f'{summary} {decision["margin"]}'.rstrip())
     out.print(metrics_tables(metrics))
     out.print(folds_table(results['folds'], results['spread']))
     print_line(f'in {folder}: {OUT_OF_FOLD}, {METRICS}, figures/')
+
+
+def _describe_rule(rule: str, tta: bool) -> str:
+    """Return by which rule the threshold was chosen, and whether on probabilities with test-time views."""
+    return f'rule {rule}, with test-time views' if tta else f'rule {rule}'
 
 
 def _parse_shares(texts: list[str] | None) -> list[float] | None:
@@ -246,7 +221,7 @@ def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: li
     decision = Decision.from_metrics(run, metrics)
     summary = (
         f'{run.path}, {split} split: {metrics["n"]} images, {metrics["positives"]} of them pneumonia; '
-        f'threshold {metrics["threshold"]:g} (rule {metrics["threshold_rule"]}).'
+        f'threshold {metrics["threshold"]:g} ({_describe_rule(metrics["threshold_rule"], metrics["tta"])}).'
     )
     print_line(f'{summary} {decision.margin}'.rstrip() if decision else summary)
     out.print(metrics_tables(metrics))
@@ -271,13 +246,19 @@ def _print_shift(results: dict[str, Any]) -> None:
     out.print(shift_tables(results))
 
 
-def _print_comparison(comparison: Comparison, folder: Path) -> None:
+def _compare(runs: list[Run], split: str, folder: Path, as_json: bool) -> Comparison:
+    """Compare evaluated runs, write the comparison to `folder`, and print it unless the output is JSON."""
     from cxr_fastai.cli.output import comparison_tables
+    from cxr_fastai.evaluation.comparison import compare_runs
 
+    comparison = compare_runs(runs, split, folder)
+    if as_json:
+        return comparison
     out.print(comparison_tables(comparison.runs, comparison.pairs, comparison.seeds))
     if not comparison.pairs:
         print_line('The runs have too few images in common for paired tests.')
     print_line(f'in {folder}: comparison.json, comparison.png')
+    return comparison
 
 
 def report(

@@ -97,7 +97,7 @@ def _describe(run: Run, series: Series, bundle: Bundle) -> dict[str, Any]:
     """Return how the `bundle` of `run` was made, and the hashes by which its parts are recognised."""
     return {
         'made': datetime.now(UTC).date().isoformat(),
-        'commands': _commands(run.recipe, series),
+        'commands': _commands(run, series),
         'recipe': asdict(run.recipe),
         'versions': {name: version(name) for name in PACKAGES},
         'images': _describe_images(run, series),
@@ -161,12 +161,13 @@ def _card_texts(series: Series, metrics: dict[str, Any], licences: list[str]) ->
     )
 
 
-def _commands(recipe: Recipe, series: Series) -> list[str]:
+def _commands(run: Run, series: Series) -> list[str]:
+    views = ' --tta' if run.metrics['valid'].get('tta') else ''
     return [
         f'{command_line(series.recipe)} --folds {series.number} --out FOLDS',
-        'cxr-fastai evaluate FOLDS',
-        f'{command_line(recipe)} --out RUN',
-        'cxr-fastai evaluate RUN --out-of-fold FOLDS',
+        f'cxr-fastai evaluate FOLDS{views}',
+        f'{command_line(run.recipe)} --out RUN',
+        f'cxr-fastai evaluate RUN --out-of-fold FOLDS{views}',
         "python -c \"from cxr_fastai.publishing import publish_pretrained; publish_pretrained('RUN', 'FOLDS')\"",
     ]
 

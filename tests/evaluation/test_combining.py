@@ -13,7 +13,8 @@ from cxr_fastai.core.errors import OutputError, UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series
 from cxr_fastai.evaluation import combining, robustness, selection
-from cxr_fastai.evaluation.combining import combine, merge_histories, merge_items
+from cxr_fastai.evaluation.combined_runs import merge_histories, merge_items
+from cxr_fastai.evaluation.combining import combine
 from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import identify_network, logits

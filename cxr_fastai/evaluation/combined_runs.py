@@ -74,8 +74,8 @@ def write_combined_run(
 ) -> Run:
     """Write the run of the network `model`, which combines those of `members` as `how` says, to `out`, and return it.
 
-    `data` is the folder or CSV file of the images, if it is another than that of the training. `selection` is the choice
-    that led to the `members`, and `out_of_fold` has predictions that stand for those of validation images.
+    `data` is the folder or CSV file of the images, if it is another than that of the training. `selection` is the
+    choice that led to the `members`, and `out_of_fold` has predictions that stand for those of validation images.
 
     Raises `OutputError` if the run cannot be written, and `UsageError` as `merge_items`.
     """

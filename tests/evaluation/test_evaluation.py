@@ -39,7 +39,7 @@ def test_evaluate_writes_predictions_metrics_and_decision(copy, images):
     test['kind'] = test.path.str.extract('(bacteria|virus)', expand=False).fillna('normal')
     decision = Decision(**copy.decision)
     expected = measure(test, decision.threshold, 'sensitivity:0.95', decision.temperature, by=['kind'])
-    stamps = ('images', 'hashes')
+    stamps = ('images', 'tta', 'hashes')
     assert metrics == expected | {'model': decision.model} | {name: metrics[name] for name in stamps}
 
 

@@ -126,7 +126,7 @@ def test_folds_and_the_run_that_adopts_their_predictions_are_evaluated_with_view
     assert main(['evaluate', str(run.path), '--out-of-fold', str(series.path), '--tta']) == 0
     averaged = evaluate_folds(series, again=False)  # with the views of before
     assert averaged['decision']['tta'] and not plain['decision']['tta']
-    assert averaged['metrics']['brier']['value'] != plain['metrics']['brier']['value']
+    assert averaged['metrics']['calibration']['brier'] != plain['metrics']['calibration']['brier']
     assert run.decision['tta'] and run.decision['threshold'] == averaged['decision']['threshold']
     assert Predictor.load(run.path).tta and run.out_of_fold.tta.all()
     assert main(['evaluate', str(series.path)]) == 0

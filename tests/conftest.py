@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -114,6 +115,28 @@ def alone() -> Iterator[None]:
     """Each test starts and ends as a process that works alone."""
     yield
     join_launch(Launch())
+
+
+@pytest.fixture(autouse=True)
+def same_variables() -> Iterator[None]:
+    """No test leaves other environment variables behind, such as another trust store."""
+    variables = dict(os.environ)
+    yield
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
+
+
+@pytest.fixture(autouse=True)
+def same_architectures() -> Iterator[None]:
+    """No test leaves architectures behind that it registered."""
+    registry = sys.modules.get('cxr_fastai.models.registry')
+    registered = dict(registry._registered) if registry else {}
+    yield
+    registry = sys.modules.get('cxr_fastai.models.registry')
+    if registry:
+        registry._registered.clear()
+        registry._registered.update(registered)
 
 
 @pytest.fixture

@@ -101,6 +101,15 @@ def test_a_run_and_its_bundle_predict_with_the_views_of_their_threshold(viewed, 
     assert json.loads((viewed_bundle / 'config.json').read_text())['tta'] is True
 
 
+def test_a_service_averages_and_says_so(viewed_bundle, bundle):
+    pytest.importorskip('fastapi', reason='needs pip install "cxr_fastai[serve]"')
+    from cxr_fastai.serving.service import Service
+
+    for path, tta in ((viewed_bundle, True), (bundle, False)):
+        service = Service.open(path)
+        assert service.predictor.tta is tta and service.model_facts()['tta'] is tta
+
+
 def test_card_report_and_commands_say_it(viewed, viewed_bundle, evaluated):
     card = (viewed_bundle / 'MODEL_CARD.md').read_text()
     assert VIEWS in card and VIEWS in render(viewed, 'test')

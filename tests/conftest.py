@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -137,6 +137,17 @@ def same_architectures() -> Iterator[None]:
     if registry:
         registry._registered.clear()
         registry._registered.update(registered)
+
+
+@pytest.fixture(autouse=True)
+def same_figure_settings() -> Iterator[None]:
+    """No test leaves settings of matplotlib or open figures behind."""
+    matplotlib = sys.modules.get('matplotlib')
+    with matplotlib.rc_context() if matplotlib else nullcontext():
+        yield
+    pyplot = sys.modules.get('matplotlib.pyplot')
+    if pyplot:
+        pyplot.close('all')
 
 
 @pytest.fixture

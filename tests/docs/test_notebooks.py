@@ -74,7 +74,6 @@ def restore_settings(monkeypatch):
     monkeypatch.setattr(InteractiveShell, '_instance', InteractiveShell._instance)
     with matplotlib.rc_context():
         yield
-    plt.close('all')
     plt.switch_backend(backend)
     pd.set_option('display.max_colwidth', max_width)
     log.setLevel(level)

@@ -4,8 +4,9 @@ import hashlib
 import io
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,39 @@ def alone() -> Iterator[None]:
     """Each test starts and ends as a process that works alone."""
     yield
     join_launch(Launch())
+
+
+@pytest.fixture(autouse=True)
+def same_variables() -> Iterator[None]:
+    """No test leaves other environment variables behind, such as another trust store."""
+    variables = dict(os.environ)
+    yield
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]
+    os.environ.update(variables)
+
+
+@pytest.fixture(autouse=True)
+def same_architectures() -> Iterator[None]:
+    """No test leaves architectures behind that it registered."""
+    registry = sys.modules.get('cxr_fastai.models.registry')
+    registered = dict(registry._registered) if registry else {}
+    yield
+    registry = sys.modules.get('cxr_fastai.models.registry')
+    if registry:
+        registry._registered.clear()
+        registry._registered.update(registered)
+
+
+@pytest.fixture(autouse=True)
+def same_figure_settings() -> Iterator[None]:
+    """No test leaves settings of matplotlib or open figures behind."""
+    matplotlib = sys.modules.get('matplotlib')
+    with matplotlib.rc_context() if matplotlib else nullcontext():
+        yield
+    pyplot = sys.modules.get('matplotlib.pyplot')
+    if pyplot:
+        pyplot.close('all')
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def _train_demo(images: Path, run: Path, epochs: int, size: int, seed: int) -> N
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the arguments of this process) and return its exit code."""
-    with restored_consoles(), _own_warnings(), _logging_to_stdout(), _exit_on_sigterm():
+    with restored_consoles(), _own_warnings(), _logging_to_stdout(), _stop_on_signals() as received:
         try:
             words = sys.argv[1:] if argv is None else argv
             _check_words(words)
@@ -169,15 +169,23 @@ def main(argv: list[str] | None = None) -> int:
             if code > 128:
                 return _report_signal(signal.Signals(code - 128))
             return code
-        except CXRError as error:
+        except Exception as error:
             log.debug(traceback.format_exc())
-            print_error(f'error: {error_message(error)}')
-            return error.exit_code
-        except OSError as error:  # refused by the operating system, so not a bug of this package
-            log.debug(traceback.format_exc())
-            print_error(f'error: {error.filename or "system"}: {error.strerror or error}')
-            return OutputError.exit_code if error.errno in DISK_ERRORS else 1
+            if received:  # a library turned the exception of the signal into another one
+                return _report_signal(received[0])
+            return _report_error(error)
     return 0
+
+
+def _report_error(error: Exception) -> int:
+    """Print an expected failure in one line and return its exit code. Raises any other `error`, which is a bug."""
+    if isinstance(error, CXRError):
+        print_error(f'error: {error_message(error)}')
+        return error.exit_code
+    if isinstance(error, OSError):  # refused by the operating system
+        print_error(f'error: {error.filename or "system"}: {error.strerror or error}')
+        return OutputError.exit_code if error.errno in DISK_ERRORS else 1
+    raise error
 
 
 def _check_words(words: Sequence[str]) -> None:
@@ -230,21 +238,32 @@ def _logging_to_stdout() -> Iterator[None]:
 
 
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """Exit on SIGTERM as on Ctrl-C, so that files are closed and temporary files are removed."""
+def _stop_on_signals() -> Iterator[list[signal.Signals]]:
+    """Stop on SIGTERM as on Ctrl-C, so that files are closed and temporary files are removed; yield what was received.
+
+    A command that a shell script starts in the background ignores SIGINT, and keeps ignoring it.
+    """
+    received: list[signal.Signals] = []
 
     def stop(number: int, _: object) -> None:
+        received.append(signal.Signals(number))
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         sys.exit(128 + number)
 
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        numbers.append(signal.SIGINT)
     try:
-        previous = signal.signal(signal.SIGTERM, stop)
+        previous = {number: signal.signal(number, stop) for number in numbers}
     except ValueError:  # only the main thread may handle signals
-        yield
+        yield received
         return
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _report_signal(number: signal.Signals) -> int:

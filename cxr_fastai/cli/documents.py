@@ -48,6 +48,7 @@ def prediction_document(
         'threshold': predictor.threshold,
         'threshold_rule': predictor.config.threshold_rule,
         'calibrated': predictor.calibrated,
+        'tta': predictor.tta,
         'images': len(predictions.rows),
         'positives': predictions.positives,
         'failures': len(predictions.failures),

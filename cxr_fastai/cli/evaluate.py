@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from cxr_fastai.evaluation.comparison import Comparison
+    from cxr_fastai.evaluation.evaluation import Evaluation
 
 
 def evaluate(
@@ -39,6 +40,7 @@ def evaluate(
     folder: opt.NewComparison = None,
     each: opt.Each = False,
     device: opt.Device = 'auto',
+    tta: opt.Views = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Evaluate a run on a split, and write predictions, metrics with 95% intervals, and figures into its folder.
@@ -56,62 +58,42 @@ def evaluate(
     images = choose_source(data, csv)
     rule = _compose_rule(threshold, choose_on)
     prevalences = _parse_shares(prevalence)
-    if split in (None, 'valid') and len(runs) == 1 and is_folds(runs[0]):
-        unused: dict[str, object] = {
-            '--limit': limit,
-            '--by': by,
-            '--robustness': robustness,
-            '--out': folder,
-            '--each': each,
-            '--shift': shift,
-            '--choose-on': choose_on,
-            '--out-of-fold': out_of_fold,
-        }
-        _refuse([name for name, value in unused.items() if value], runs[0])
-        _evaluate_folds(runs[0], images, batch_size, rule, prevalences, device, as_json)
-        return
+    groups = ['kind', *by] if by else None
     from cxr_fastai.evaluation.comparison import find_runs
+    from cxr_fastai.evaluation.evaluation import Evaluation
 
+    how = Evaluation(images, split or 'test', batch_size, limit, rule, prevalences, groups, device=device, tta=tta)
+    if split in (None, 'valid') and len(runs) == 1 and is_folds(runs[0]):
+        unused = {'limit': limit, 'by': by, 'robustness': robustness, 'out': folder, 'each': each}
+        _refuse(unused | {'shift': shift, 'choose-on': choose_on, 'out-of-fold': out_of_fold}, runs[0])
+        _evaluate_folds(runs[0], how, as_json)
+        return
     run_list = find_runs(runs)
     is_comparison = len(run_list) > 1
     split = _choose_split(split, shift, limit, out_of_fold, is_comparison)
+    how = replace(how, split=split, again=not is_comparison)
     if folder and not is_comparison:
         raise UsageError(f'--out {folder}: only the comparison of several runs has a folder of its own. Omit --out.')
     if each and not is_comparison:
         raise UsageError('--each: the tables of a single run are always printed. Omit --each, or name several runs.')
     if out_of_fold:
-        from cxr_fastai.evaluation.out_of_fold import adopt_out_of_fold
-        from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, parse_rule
-
-        parse_rule(rule or DEFAULT_RULE)  # before the predictions of the run are replaced
-        adopt_out_of_fold(run_list[0], Series.open(out_of_fold), images, batch_size, device)
-    groups = ['kind', *by] if by else None
-    how = _Evaluation(
-        images, split, batch_size, limit, rule, prevalences, groups, robustness, shift, not is_comparison, device
-    )
+        _adopt_out_of_fold(run_list[0], out_of_fold, how)
+    request = _Request(how, robustness, shift)
     if is_comparison:
-        _compare(run_list, how, folder, each, as_json)
+        _compare(run_list, request, folder, each, as_json)
         return
-    results = _evaluate_run(run_list[0], how, is_shown=not as_json)
+    results = _evaluate_run(run_list[0], request, is_shown=not as_json)
     if as_json:
         print_json(evaluation_document(split, [results.document()], None, None))
 
 
 @dataclass(frozen=True)
-class _Evaluation:
-    """How each run is evaluated."""
+class _Request:
+    """What is measured of each run: `how` it is evaluated, and whether also for --robustness and --shift."""
 
-    images: Path | None
-    split: str
-    batch_size: int
-    limit: int | None
-    rule: str | None
-    prevalences: list[float] | None
-    groups: list[str] | None
+    how: Evaluation
     robustness: bool
     shift: bool
-    again: bool
-    device: str
 
 
 @dataclass(frozen=True)
@@ -129,26 +111,27 @@ class _Results:
         return evaluated_run(self.run, self.metrics, self.figures, self.robustness, self.shift)
 
 
-def _compare(runs: list[Run], how: _Evaluation, folder: Path | None, each: bool, as_json: bool) -> None:
+def _compare(runs: list[Run], request: _Request, folder: Path | None, each: bool, as_json: bool) -> None:
     """Evaluate and compare several runs, and print the comparison, then what was asked for of each run."""
     from cxr_fastai.evaluation.comparison import check_comparison_folder, compare_runs
 
-    folder = folder or _choose_folder(runs, how.split)
-    check_comparison_folder(folder, runs, how.split)  # before the runs are evaluated, which takes long
-    print_line(f'comparing {len(runs)} runs on the {how.split} split, in the folder {folder}')
-    results = [_evaluate_run(run, how, is_shown=False) for run in runs]
-    comparison = compare_runs(runs, how.split, folder)
+    split = request.how.split
+    folder = folder or _choose_folder(runs, split)
+    check_comparison_folder(folder, runs, split)  # before the runs are evaluated, which takes long
+    print_line(f'comparing {len(runs)} runs on the {split} split, in the folder {folder}')
+    results = [_evaluate_run(run, request, is_shown=False) for run in runs]
+    comparison = compare_runs(runs, split, folder)
     if as_json:
-        print_json(evaluation_document(how.split, [result.document() for result in results], comparison, folder))
+        print_json(evaluation_document(split, [result.document() for result in results], comparison, folder))
         return
     _print_comparison(comparison, folder)
     for result in results:
         if each:
-            _print_evaluation(result.run, how.split, result.metrics, result.figures)
+            _print_evaluation(result.run, split, result.metrics, result.figures)
         else:
             _print_files(result.run, result.figures)
         if result.robustness is not None:
-            _print_robustness(result.run, how.split, result.robustness)
+            _print_robustness(result.run, split, result.robustness)
         if result.shift is not None:
             _print_shift(result.shift)
     if not each:
@@ -168,36 +151,35 @@ def _choose_folder(runs: list[Run], split: str) -> Path:
     return folder
 
 
-def _evaluate_run(run: Run, how: _Evaluation, is_shown: bool) -> _Results:
+def _evaluate_run(run: Run, request: _Request, is_shown: bool) -> _Results:
     """Evaluate one run, and print its tables one by one if `is_shown`."""
     from cxr_fastai.evaluation.figures import evaluate_and_draw
     from cxr_fastai.evaluation.robustness import evaluate_robustness
     from cxr_fastai.evaluation.shift import evaluate_shift
 
-    metrics, figures = evaluate_and_draw(
-        run,
-        how.images,
-        how.split,
-        how.batch_size,
-        how.limit,
-        how.rule,
-        how.prevalences,
-        how.groups,
-        how.again,
-        how.device,
-    )
+    how = request.how
+    metrics, figures = evaluate_and_draw(run, how)
     if is_shown:
         _print_evaluation(run, how.split, metrics, figures)
     corrupted = shifted = None
-    if how.robustness:
-        corrupted = evaluate_robustness(run, how.images, how.split, how.batch_size, how.limit, how.device)
+    if request.robustness:
+        corrupted = evaluate_robustness(run, how.data, how.split, how.batch_size, how.limit, how.device)
         if is_shown:
             _print_robustness(run, how.split, corrupted)
-    if how.shift:
-        shifted = evaluate_shift(run, how.images, how.batch_size, again=False, device=how.device)
+    if request.shift:
+        shifted = evaluate_shift(run, how.data, how.batch_size, again=False, device=how.device)
         if is_shown:
             _print_shift(shifted)
     return _Results(run, metrics, figures, corrupted, shifted)
+
+
+def _adopt_out_of_fold(run: Run, folds: Path, how: Evaluation) -> None:
+    """Give `run` the out-of-fold predictions of the series in the folder `folds`."""
+    from cxr_fastai.evaluation.out_of_fold import adopt_out_of_fold
+    from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, parse_rule
+
+    parse_rule(how.rule or DEFAULT_RULE)  # before the predictions of the run are replaced
+    adopt_out_of_fold(run, Series.open(folds), how.data, how.batch_size, how.device, how.tta)
 
 
 def _choose_split(
@@ -223,6 +205,8 @@ def _compose_rule(rule: str | None, choose_on: str | None) -> str | None:
         return rule
     if choose_on not in ('valid', SHIFT):
         raise UsageError(f'--choose-on {choose_on}: choose valid or {SHIFT}.')
+    if rule is None:
+        print_line(f'--choose-on {choose_on} without --threshold: the rule is {DEFAULT_RULE}.')
     base = (rule or DEFAULT_RULE).removesuffix(ON_SHIFT)
     if choose_on == 'valid':
         return base
@@ -231,27 +215,21 @@ def _compose_rule(rule: str | None, choose_on: str | None) -> str | None:
     return base + ON_SHIFT
 
 
-def _refuse(options: list[str], folder: Path) -> None:
-    """Raise `UsageError` for `options` that out-of-fold predictions do not have."""
-    if options:
+def _refuse(options: dict[str, object], folder: Path) -> None:
+    """Raise `UsageError` for those of the `options` that have a value: out-of-fold predictions do not have them."""
+    names = [f'--{name}' for name, value in options.items() if value]
+    if names:
         raise UsageError(
-            f'{", ".join(options)}: not available for the out-of-fold predictions of {folder}. Name one of its runs, '
+            f'{", ".join(names)}: not available for the out-of-fold predictions of {folder}. Name one of its runs, '
             'or add --split test.'
         )
 
 
-def _evaluate_folds(
-    folder: Path,
-    images: Path | None,
-    batch_size: int,
-    rule: str | None,
-    prevalences: list[float] | None,
-    device: str,
-    as_json: bool,
-) -> None:
+def _evaluate_folds(folder: Path, how: Evaluation, as_json: bool) -> None:
     from cxr_fastai.evaluation.cross_validation import evaluate_folds
 
-    results = evaluate_folds(Series.open(folder), images, batch_size, rule, prevalences, device)
+    series = Series.open(folder)
+    results = evaluate_folds(series, how.data, how.batch_size, how.rule, how.prevalences, how.device, tta=how.tta)
     if as_json:
         print_json(results)
     else:
@@ -266,12 +244,17 @@ def _print_folds(folder: Path, results: dict[str, Any]) -> None:
     metrics, decision = results['metrics'], results['decision']
     summary = (
         f'{folder}, out-of-fold: {metrics["n"]:,} images, {metrics["positives"]:,} of them pneumonia; threshold '
-        f'{decision["threshold"]:g} (rule {decision["rule"]}).'
+        f'{decision["threshold"]:g} ({_describe_rule(decision["rule"], decision["tta"])}).'
     )
     print_line(f'{summary} {decision["margin"]}'.rstrip())
     out.print(metrics_tables(metrics))
     out.print(folds_table(results['folds'], results['spread']))
     print_line(f'in {folder}: {OUT_OF_FOLD}, {METRICS}, figures/')
+
+
+def _describe_rule(rule: str, tta: bool) -> str:
+    """Return by which rule the threshold was chosen, and whether on probabilities with test-time views."""
+    return f'rule {rule}, with test-time views' if tta else f'rule {rule}'
 
 
 def _parse_shares(texts: list[str] | None) -> list[float] | None:
@@ -298,7 +281,7 @@ def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: li
     decision = Decision.from_metrics(run, metrics)
     summary = (
         f'{run.path}, {split} split: {metrics["n"]} images, {metrics["positives"]} of them pneumonia; '
-        f'threshold {metrics["threshold"]:g} (rule {metrics["threshold_rule"]}).'
+        f'threshold {metrics["threshold"]:g} ({_describe_rule(metrics["threshold_rule"], metrics["tta"])}).'
     )
     print_line(f'{summary} {decision.margin}'.rstrip() if decision else summary)
     out.print(metrics_tables(metrics))

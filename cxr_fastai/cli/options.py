@@ -201,7 +201,16 @@ ChooseOn = Annotated[
         '--choose-on',
         metavar='valid|shift',
         show_default='as before, else valid',
-        help='Choose the threshold on the validation images, or on the soft images that the training held out.',
+        help='Choose the threshold on the validation images, or on the soft images that the training held out; by the '
+        'rule of --threshold, or by sensitivity:0.95 without it.',
+    ),
+]
+Views = Annotated[
+    bool | None,
+    Option(
+        '--tta/--no-tta',
+        show_default='as the threshold was chosen',
+        help='Average the probabilities of each image and its mirror image (test-time views), or do not.',
     ),
 ]
 Shift = Annotated[
@@ -336,7 +345,6 @@ Calibrated = Annotated[
         help='Scale probabilities and threshold by the temperature of the model; predictions stay the same.',
     ),
 ]
-Mirrored = Annotated[bool, Option('--tta', help='Average the probabilities of each image and its mirror image.')]
 Maps = Annotated[bool, Option('--explain', help='Also draw what influenced each score, in a folder next to --out.')]
 NoGate = Annotated[
     bool, Option('--no-gate', help='Score rejected images too: switch off the input gate (out-of-distribution check).')

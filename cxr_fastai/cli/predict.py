@@ -76,7 +76,7 @@ def predict(
     batch_size: opt.BatchSize = 32,
     calibrated: opt.Calibrated = False,
     threshold: opt.Cut = None,
-    tta: opt.Mirrored = False,
+    tta: opt.Views = None,
     maps: opt.Maps = False,
     no_gate: opt.NoGate = False,
     engine: opt.EngineKind = 'auto',
@@ -88,7 +88,8 @@ def predict(
 ) -> None:
     """Predict the probability of pneumonia for each image. An image that cannot be used gets a row with the reason.
 
-    The fields of --json: model, threshold, threshold_rule, calibrated, images, positives, failures, table, maps, rows.
+    The fields of --json: model, threshold, threshold_rule, calibrated, tta, images, positives, failures, table, maps,
+    rows.
 
     Example: cxr-fastai predict bundle image.jpeg more_images/ --out predictions.csv
     """
@@ -166,10 +167,13 @@ def _describe_threshold(predictor: Predictor) -> str:
     """Return the threshold of `predictor` and where it is from."""
     rule = predictor.config.threshold_rule
     text = f'An image is classified as PNEUMONIA at a probability of {predictor.threshold:.3g} or more'
+    views = ' Each probability is the mean over the image and its mirror image (--tta).' if predictor.tta else ''
     if rule.startswith('fixed:'):
-        return f'{text}: a fixed threshold, not chosen on validation images (`cxr-fastai evaluate RUN` chooses one).'
+        source = 'a fixed threshold, not chosen on validation images (`cxr-fastai evaluate RUN` chooses one)'
+        return f'{text}: {source}.{views}'
     images = 'soft images' if rule.endswith('@shift') else 'validation images'
-    return f'{text}: chosen on {images} by the rule {rule}.'
+    manner = ' with the same test-time views' if predictor.config.tta else ''
+    return f'{text}: chosen on {images}{manner} by the rule {rule}.{views}'
 
 
 def trust(what: share.TrustWhat, sha256: share.Hash = None) -> None:

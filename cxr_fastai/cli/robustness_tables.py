@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.evaluation.robustness import anatomy_aucs, summarise
-from cxr_fastai.evaluation.shift import COMPARED, SHIFT_NAMES
+from cxr_fastai.evaluation.shift import COMPARED_SPLITS, SHIFT_NAMES
 from cxr_fastai.images.anatomy import ANATOMY, EXCHANGED, FILLS
 from cxr_fastai.images.corruptions import CLEAN, SHORTCUT
 
@@ -60,18 +60,18 @@ def shift_tables(results: dict[str, Any]) -> Group:
     """Tabulate what `measure_shift` returned: the figures of both splits, and the trade of the two thresholds."""
     figures = Table(title='validation images and soft images (shift)', title_justify='left')
     figures.add_column('')
-    for split in COMPARED:
+    for split in COMPARED_SPLITS:
         figures.add_column(split, justify='right')
     first, *_ = results['splits'].values()
     for name in first:
-        values = [results['splits'][split][name] for split in COMPARED]
+        values = [results['splits'][split][name] for split in COMPARED_SPLITS]
         cells = [f'{value:,}' if name == 'n' else format_estimate(value) for value in values]
         figures.add_row(SHIFT_NAMES[name], *cells)
     trade = Table(title=f'threshold by {results["rule"]}', title_justify='left', caption_justify='left')
     for column in ('chosen on', 'threshold', 'images', 'sensitivity', 'specificity'):
         trade.add_column(column)
     for split, row in results['thresholds'].items():
-        for on in COMPARED:
+        for on in COMPARED_SPLITS:
             rates = [format_estimate(row[on][rate]) for rate in ('sensitivity', 'specificity')]
             trade.add_row(split, f'{row["threshold"]:g}', on, *rates)
     trade.caption = '--choose-on valid or --choose-on shift decides which threshold the run has.'

@@ -161,8 +161,8 @@ class Run:
     def out_of_fold(self) -> pd.DataFrame:
         """The predictions of other networks, trained in the same way, each for the images that it was not trained on.
 
-        One row per image, as in `predictions`, and the column `fold`. They take the place of predictions for validation
-        images in a run that was trained on all images.
+        One row per image, as in `predictions`, and the column `fold`; with test-time views also `tta`, always True.
+        They take the place of predictions for validation images in a run that was trained on all images.
         """
         return read_table(self / OUT_OF_FOLD)
 

@@ -58,7 +58,7 @@ TEXTS = {
     'robustness.csv': ('corruption', 'split', 'model', 'sha256'),
 }
 """Table to the columns of texts that it must have."""
-CHOICES = {'label': VOCAB, 'prediction': VOCAB, 'split': SPLITS}
+CHOICES = {'label': VOCAB, 'prediction': VOCAB, 'split': SPLITS, 'tta': (True, False)}
 """Column to the values that it may have."""
 UNIQUE_COLUMNS = {'items.csv': ['path', 'split'], 'predictions.csv': ['path', 'split'], OUT_OF_FOLD: ['path']}
 """Table to the columns that identify a row."""
@@ -87,6 +87,7 @@ DECISION: dict[str, Rule] = {
     'model': Text(64, f'({SHA256})?', required=False),
     'margin': Text(2000, required=False),
     'is_default': Flag(required=False),
+    'tta': Flag(required=False),
     'valid': Fields({'n': Integer(0, required=False)} | dict.fromkeys(RATES, ESTIMATE), required=False),
 }
 """The fields of `decision.json`."""
@@ -95,6 +96,7 @@ METRICS: dict[str, Rule] = {
     'threshold': Number(0, MAX_THRESHOLD, required=False),
     'threshold_rule': Text(200, required=False),
     'model': Text(64, f'({SHA256})?', required=False),
+    'tta': Flag(required=False),
     'hashes': Fields(dict.fromkeys(MISMATCHES, Text(64, SHA256, required=False)), required=False),
 }
 """The fields of a split in `metrics.json` that say what the metrics are of. Other fields are the metrics."""
@@ -193,7 +195,9 @@ def _check_table(table: pd.DataFrame, name: str) -> None:
     for column, values in CHOICES.items():
         unknown = ~table[column].isin(values) if column in table and len(table) else []
         if any(unknown):
-            raise ValueError(f'{column} {table[column][unknown].iloc[0]!r:.80} is not one of {", ".join(values)}')
+            raise ValueError(
+                f'{column} {table[column][unknown].iloc[0]!r:.80} is not one of {", ".join(map(str, values))}'
+            )
     if 'p_pneumonia' in table and not table.p_pneumonia.between(0, 1).all():
         p = table.p_pneumonia[~table.p_pneumonia.between(0, 1)].iloc[0]
         raise ValueError(f'the probability {p:g} is not between 0 and 1')
@@ -216,11 +220,19 @@ def hash_results(
     """
     hashes = {
         'predictions': lambda: _hash_table(predictions, 'predictions.csv', 'split', lambda number: float(number).hex()),
-        'decision': lambda: _hash([decision.get(name) for name in DECISION]),
+        'decision': lambda: _hash(_list_decision(decision)),
         'training': lambda: _hash([_hash_file(folder / name) for name in TRAINING_FACTS]),
         'metrics': lambda: _hash({name: value for name, value in metrics.items() if name != 'hashes'}),
     }
     return {part: hashes[part]() for part in parts}
+
+
+def _list_decision(decision: Mapping[str, Any]) -> list[Any]:
+    """Return the values of a decision that its hash covers.
+
+    `tta` is covered where it is true, so that decisions from before this field existed keep their hash.
+    """
+    return [decision.get(name) for name in DECISION if name != 'tta' or decision.get(name)]
 
 
 def _hash_table(rows: Any, table: str, left_out: str, write: Callable[[float], str]) -> str:

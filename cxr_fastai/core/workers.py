@@ -37,7 +37,11 @@ QUIET_BLAS = {'OPENBLAS_NUM_THREADS': '1'}
 """Environment in which NumPy computes in one thread. The threads that OpenBLAS would start wait actively: when NumPy is
 imported for 65 ms of CPU time, and after each product of the input gate, which itself takes less than 1 ms.
 """
-CODE = 'import sys; from {module} import {function}; {function}(*sys.argv[1:])'
+CODE = (
+    'import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); '
+    'from {module} import {function}; {function}(*sys.argv[1:])'
+)
+"""What the process runs. It ignores Ctrl-C, which reaches all processes, before it imports: the other side decides."""
 
 
 class WorkerError(Exception):
@@ -178,7 +182,6 @@ def serve(handle: Callable[[Parts], Parts]) -> NoReturn:
 
     An exception of `handle` is the answer `WorkerError` with its first line. Whatever libraries print is discarded.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the other side decides
     receiving = os.fdopen(os.dup(0), 'rb')
     sending = os.fdopen(os.dup(1), 'wb')
     null = os.open(os.devnull, os.O_RDWR)

@@ -122,8 +122,18 @@ def split_items(items: pd.DataFrame, root: Path, recipe: Recipe) -> pd.DataFrame
 
     With `recipe.shift_pct`, images are held out of training first; see `data.shift`.
     """
-    if recipe.shift_pct:
-        items = hold_out_soft(items, root, recipe.shift_pct, recipe.modality)
+    return divide_items(hold_out_items(items, root, recipe), recipe)
+
+
+def hold_out_items(items: pd.DataFrame, root: Path, recipe: Recipe) -> pd.DataFrame:
+    """Return `items` with the images that `recipe` holds out in the split `shift`. For this, images are read."""
+    if not recipe.shift_pct:
+        return items
+    return hold_out_soft(items, root, recipe.shift_pct, recipe.modality)
+
+
+def divide_items(items: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
+    """Return the `items` that are not held out as `recipe` divides them into train and valid, and limits them."""
     return _split_and_limit(items, recipe.valid, recipe.seed, recipe.limit, recipe.valid_pct, recipe.fold)
 
 

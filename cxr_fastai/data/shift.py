@@ -25,7 +25,7 @@ from cxr_fastai.images.preprocessing import Preprocessing
 
 DETAIL_SIZE = 224
 """Side of the squares, in pixels, whose detail is measured."""
-SEED = 0
+PNEUMONIA_SEED = 0
 """Seed of the choice of the patients with pneumonia. It is fixed, so that runs of any seed have the same images."""
 
 
@@ -51,7 +51,8 @@ def hold_out_soft(items: pd.DataFrame, root: Path, share: float, modality: str =
     pneumonia = pool[~pool.patient.isin(normal.patient)]
     details = pd.Series(measure_detail(normal.path.to_list(), root, modality), normal.index)
     softest = details.groupby(normal.patient).mean().sort_values(kind='stable').index[: numbers.iloc[0]]
-    drawn = np.random.default_rng(SEED).permutation(np.sort(pneumonia.patient.unique()))[: numbers.iloc[POSITIVE]]
+    shuffled = np.random.default_rng(PNEUMONIA_SEED).permutation(np.sort(pneumonia.patient.unique()))
+    drawn = shuffled[: numbers.iloc[POSITIVE]]
     held_out = pool.index[pool.patient.isin([*softest, *drawn])]
     return items.assign(split=items.split.where(~items.index.isin(held_out), SHIFT))
 

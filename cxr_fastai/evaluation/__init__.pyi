@@ -2,7 +2,7 @@ from .combining import Combination, combine
 from .comparison import compare, compare_runs, same_images
 from .cross_validation import evaluate_folds
 from .curves import plot_calibration, plot_net_benefit, plot_precision_recall, plot_risk_coverage, plot_roc, plot_scores
-from .evaluation import evaluate
+from .evaluation import Evaluation, evaluate
 from .figures import evaluate_and_draw, save_figures, typical_correct, worst_errors
 from .intervals import auc_interval, format_estimate, wilson_interval
 from .label_review import LabelReview, rank_labels, review_labels
@@ -15,6 +15,7 @@ from .thresholds import decide, threshold_table
 
 __all__ = [
     'Combination',
+    'Evaluation',
     'LabelReview',
     'adopt_out_of_fold',
     'auc_interval',

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,12 @@ def evaluate_folds(
     prevalences: Sequence[float] | None = None,
     device: str = 'auto',
     again: bool = True,
+    tta: bool | None = None,
 ) -> dict[str, Any]:
     """Evaluate every network of a cross-validation on its own validation images, and all of these images together.
 
     Writes `out_of_fold.csv`, a predictions table with the column `fold`, `out_of_fold.json` and figures into the folder
-    of the series, and the usual files into its runs.
+    of the series, and the usual files into its runs. With test-time views the table has the column `tta`, always True.
 
     Args:
         series: a finished series of the kind `folds`.
@@ -62,6 +64,7 @@ def evaluate_folds(
         rule: rule for the threshold, which is chosen on all out-of-fold predictions (default: `DEFAULT_RULE`).
         prevalences: as in `measure`.
         again: predict also what was predicted before.
+        tta: as in `evaluate`, and the same for all folds.
 
     Returns:
         The contents of `out_of_fold.json`: `metrics` as `measure` returns them, on all images at one threshold; the
@@ -77,31 +80,38 @@ def evaluate_folds(
         parse_rule(rule)
     runs = dict(zip(series.recipes, series.open_runs(), strict=True))
     _check_images(series, runs, data)
+    if tta is None:
+        tta = bool(_stored_decision(series).get('tta'))
     networks = [
-        evaluate(run, data, 'valid', batch_size, rule=rule, again=again, device=device)['model']
+        evaluate(run, data, 'valid', batch_size, rule=rule, again=again, device=device, tta=tta)['model']
         for run in runs.values()
     ]
     tables = [run.predicted('valid').assign(fold=name) for name, run in runs.items()]
     together = pd.concat(tables, ignore_index=True).sort_values('path', ignore_index=True)
-    decision = decide(together, rule or DEFAULT_RULE, _identify(networks))
+    decision = decide(together, rule or DEFAULT_RULE, _identify(networks), tta)
     predictions = apply_threshold(together, decision.threshold)
     results = {'decision': asdict(decision), **_measure(predictions, list(runs), decision, prevalences or PREVALENCES)}
-    write_csv(series.path / OUT_OF_FOLD, predictions)
+    write_csv(series.path / OUT_OF_FOLD, predictions.assign(tta=True) if tta else predictions)
     write_json(series.path / METRICS, results)
     _draw(series, predictions, results['metrics'])
     return results
 
 
 def read_out_of_fold(
-    series: Series, data: StrPath | None = None, batch_size: int = 32, device: str = 'auto'
+    series: Series,
+    data: StrPath | None = None,
+    batch_size: int = 32,
+    device: str = 'auto',
+    tta: bool | None = None,
 ) -> pd.DataFrame:
     """Return the out-of-fold predictions of `series`, sorted by path: a predictions table with the column `fold`.
 
-    They are those that `evaluate_folds` wrote. If there are none, or if a network has changed since, the folds are
-    evaluated first. The arguments and errors are those of `evaluate_folds`.
+    They are those that `evaluate_folds` wrote. If there are none, or if a network has changed since, or if they were
+    made with other views than `tta` says, the folds are evaluated first. The arguments and errors are those of
+    `evaluate_folds`.
     """
-    if not _is_evaluated(series):
-        evaluate_folds(series, data, batch_size, device=device, again=False)
+    if not _is_evaluated(series, tta):
+        evaluate_folds(series, data, batch_size, device=device, again=False, tta=tta)
     return read_table(series.path / OUT_OF_FOLD)
 
 
@@ -116,13 +126,24 @@ def find_folder(series: Series, data: StrPath | None = None) -> Path:
     return folder
 
 
-def _is_evaluated(series: Series) -> bool:
-    """Return whether the stored out-of-fold predictions are of the networks that are in the folder now."""
-    if series.kind != FOLDS or not all((series.path / name).is_file() for name in (OUT_OF_FOLD, METRICS)):
+def _is_evaluated(series: Series, tta: bool | None) -> bool:
+    """Return whether the stored out-of-fold predictions are of the networks that are in the folder now.
+
+    With `tta`, they must have been made with test-time views, or without.
+    """
+    if series.kind != FOLDS or not (series.path / OUT_OF_FOLD).is_file():
         return False
-    decision = read_json(series.path / METRICS).get('decision')
+    decision = _stored_decision(series)
     networks = [identify_network(run.path) for run in series.open_runs()]
-    return isinstance(decision, dict) and decision.get('model') == _identify(networks)
+    return decision.get('model') == _identify(networks) and tta in (None, decision.get('tta', False))
+
+
+def _stored_decision(series: Series) -> dict[str, Any]:
+    """Return the decision of the last evaluation of `series`; empty if there is none, or if its file is damaged."""
+    decision = None
+    with suppress(UsageError):
+        decision = read_json(series.path / METRICS).get('decision')
+    return decision if isinstance(decision, dict) else {}
 
 
 def _identify(networks: Sequence[str]) -> str:

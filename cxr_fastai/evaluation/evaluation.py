@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,22 +12,40 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cxr_fastai.core.errors import CXRWarning, ImageError, UsageError
+from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath, check_writable
-from cxr_fastai.core.recipe import POSITIVE, SHIFT, VOCAB
+from cxr_fastai.core.recipe import SHIFT, VOCAB
 from cxr_fastai.core.run import Run, as_run
-from cxr_fastai.core.run_files import OUT_OF_FOLD
 from cxr_fastai.data.items import log_ignored, parse_name
-from cxr_fastai.evaluation.calibration import log_losses
 from cxr_fastai.evaluation.metrics import PREVALENCES, is_complete, measure
-from cxr_fastai.evaluation.split_images import NO_IMAGES, find_images, folder_with, own_images
+from cxr_fastai.evaluation.split_images import NO_IMAGES, find_images, own_images
+from cxr_fastai.evaluation.split_predictions import (
+    OutOfFold,
+    Predicted,
+    Source,
+    SplitImages,
+    choose_tta,
+    predict_missing,
+)
 from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, deciding_split, parse_rule
-from cxr_fastai.inference.config import identify_network, sha256
+from cxr_fastai.inference.config import identify_network
 from cxr_fastai.inference.decision import Decision
-from cxr_fastai.inference.predictor import Predictor, load_undecided
 
-PREDICTION_COLUMNS = ['path', 'label', 'split', 'patient', 'p_pneumonia', 'prediction', 'loss']
-"""Columns of `predictions.csv`."""
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a run is evaluated: the arguments of `evaluate`."""
+
+    data: Path | None = None
+    split: str = 'test'
+    batch_size: int = 32
+    limit: int | None = None
+    rule: str | None = None
+    prevalences: Sequence[float] | None = None
+    by: Sequence[str] | None = None
+    again: bool = True
+    device: str = 'auto'
+    tta: bool | None = None
 
 
 def evaluate(
@@ -42,6 +59,7 @@ def evaluate(
     by: Sequence[str] | None = None,
     again: bool = True,
     device: str = 'auto',
+    tta: bool | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run on a split, and return the metrics of the split.
 
@@ -63,167 +81,72 @@ def evaluate(
             such a column now, a `CXRWarning` says so.
         again: predict the split again even if this network has predicted the same files before.
         device: where the network computes; see `models.devices`.
+        tta: average the probabilities of each image and its mirror image, as `Predictor` does; by default as before,
+            else not. Splits that were evaluated the other way are dropped, and a `CXRWarning` says so.
 
     Raises `UsageError` for a split without images and for an invalid rule, `ImageError` for an unreadable image.
     """
-    run = as_run(run)
     data = Path(data) if data is not None else None
-    if rule:
-        parse_rule(rule)
+    how = Evaluation(data, split, batch_size, limit, rule, prevalences, by, again, device, tta)
+    metrics, _ = evaluate_split(as_run(run), how)
+    return metrics
+
+
+def evaluate_split(run: Run, how: Evaluation) -> tuple[dict[str, Any], Path]:
+    """Evaluate a run as `evaluate` does; return the metrics of the split, and the folder of its images."""
+    if how.rule:
+        parse_rule(how.rule)
     check_writable(run.path)
     run.remove_partial_files()
     known = run.intact_metrics('predictions', 'training', 'metrics')  # with whatever decision
-    stored = known.get(split, {})
-    if prevalences is None:
-        prevalences = _stored_prevalences(stored)
-    root, items, columns = find_images(run, data, split, limit, by, stored)
-    log_ignored(items, data or root)
+    stored = known.get(how.split, {})
+    out_of_fold = OutOfFold.read(run)
+    others = out_of_fold.table if out_of_fold else None
+    root, items, columns = find_images(run, how.data, how.split, how.limit, how.by, stored, others)
+    log_ignored(items, how.data or root)
     model = identify_network(run.path)
-    deciding = deciding_split(_rule_or_previous(run, rule, model))
-    images = _Images(split, items, root)
-    predicted = _predict_missing(run, model, known, images, deciding, data, batch_size, again, device)
-    decision = _decide(run, predicted.deciding, rule, model)
+    tta = choose_tta(run, how.tta, model, out_of_fold)
+    source = Source(run, model, tta, out_of_fold, how.batch_size, how.device)
+    images = SplitImages(how.split, items, root)
+    deciding = deciding_split(_rule_or_previous(run, how.rule, model))
+    predicted = predict_missing(source, known, images, deciding, how.data, how.again)
+    _warn_of_dropped(known, predicted, source)
+    decision = _decide(run, predicted.deciding, how.rule, source)
     groups = {column: items[column].to_numpy() for column in columns}
+    prevalences = _stored_prevalences(stored) if how.prevalences is None else how.prevalences
     tables = {name: apply_threshold(table, decision.threshold) for name, table in predicted.tables.items()}
     metrics = {}
     for name, table in tables.items():
         stamp = predicted.stamps.get(name)
-        if name == split:
+        if name == how.split:
             metrics[name] = _measure(table, decision, groups, prevalences, stamp or stored.get('images'))
         else:
             metrics[name] = _update_metrics(known.get(name, {}), table, decision, stamp)
-    if run.has_out_of_fold and 'valid' in metrics:
-        metrics['valid']['out_of_fold'] = run.out_of_fold.fold.nunique()
+    if out_of_fold and 'valid' in metrics:
+        metrics['valid']['out_of_fold'] = out_of_fold.table.fold.nunique()
     run.write_results(pd.concat(tables.values(), ignore_index=True), metrics, asdict(decision))
-    return metrics[split]
+    return metrics[how.split], root
+
+
+def _warn_of_dropped(known: Mapping[str, Any], predicted: Predicted, source: Source) -> None:
+    """Warn of stored splits whose predictions were made by the same network, but with other views."""
+    dropped = [
+        split
+        for split, metrics in known.items()
+        if split not in predicted.tables and metrics.get('model') == source.model and not source.made(metrics)
+    ]
+    if dropped:
+        manner = 'without' if source.tta else 'with'
+        warnings.warn(
+            f'the metrics of {", ".join(dropped)} were computed {manner} test-time views, so they are dropped. '
+            'Evaluate these splits again.',
+            CXRWarning,
+            stacklevel=4,
+        )
 
 
 def _stored_prevalences(stored: Mapping[str, Any]) -> Sequence[float]:
     return [row['prevalence'] for row in stored.get('prevalences', ())] or PREVALENCES
-
-
-@dataclass(frozen=True)
-class _Images:
-    """The images of a split."""
-
-    split: str
-    items: pd.DataFrame
-    root: Path
-
-
-@dataclass(frozen=True)
-class _Predicted:
-    """Predictions of one network: `tables` by split, and `stamps` of the splits whose predictions may be new.
-
-    `deciding` are those of the complete split that the threshold is chosen on; None if its images were not found.
-    """
-
-    tables: dict[str, pd.DataFrame]
-    stamps: dict[str, str]
-    deciding: pd.DataFrame | None
-
-
-def _predict_missing(
-    run: Run,
-    model: str,
-    known: Mapping[str, Any],
-    images: _Images,
-    deciding: str,
-    data: Path | None,
-    batch_size: int,
-    again: bool,
-    device: str,
-) -> _Predicted:
-    """Predict `images`, and those of the run's split `deciding`, unless the same files were predicted before.
-
-    `known` are the metrics by split of the predictions that are stored unchanged.
-    """
-    tables = _known_predictions(run, model, known)
-    missing = []
-    if again or not _is_current(run, known, tables, images.split, images.items, images.root):
-        missing.append(images)
-    own = own_images(run, deciding)
-    folder = folder_with(own, run.images, data)
-    if images.split != deciding and not _is_current(run, known, tables, deciding, own, folder):
-        tables.pop(deciding, None)
-        if folder or (deciding == 'valid' and run.has_out_of_fold):
-            missing.append(_Images(deciding, own, folder or images.root))
-    stamps = {}
-    predictor = None
-    for part in missing:
-        if part.split == 'valid' and run.has_out_of_fold:
-            tables['valid'], stamps['valid'] = _read_out_of_fold(run, part.items), sha256(run / OUT_OF_FOLD)
-            continue
-        predictor = predictor or load_undecided(run, device)
-        tables[part.split] = predict_items(predictor, part.items, part.root, batch_size)
-        stamps[part.split] = stamp_images(part.items, part.root)
-    is_complete_split = deciding in tables and _have_same_paths(tables[deciding], own)
-    return _Predicted(tables, stamps, tables[deciding] if is_complete_split else None)
-
-
-def _read_out_of_fold(run: Run, items: pd.DataFrame) -> pd.DataFrame:
-    """Return the out-of-fold predictions for `items`, in their order, with the columns of a predictions table."""
-    predictions = run.out_of_fold.set_index('path', drop=False).loc[items.path]
-    return predictions.assign(split='valid')[PREDICTION_COLUMNS].reset_index(drop=True)
-
-
-def _known_predictions(run: Run, model: str, known: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """Return the stored predictions by split of those `known` that the network with the SHA-256 `model` made."""
-    splits = [split for split, metrics in known.items() if metrics.get('model') == model]
-    if not splits:
-        return {}
-    return {str(split): rows for split, rows in run.predictions.groupby('split', sort=False) if split in splits}
-
-
-def _is_current(
-    run: Run,
-    known: Mapping[str, Any],
-    tables: Mapping[str, pd.DataFrame],
-    split: str,
-    items: pd.DataFrame,
-    root: Path | None,
-) -> bool:
-    """Return whether `tables` has the predictions of `items`, and what they were made from has not changed since.
-
-    These are the files below `root`, or the out-of-fold predictions. Without `root` the files are no longer there, and
-    the stored predictions count.
-    """
-    if split not in tables or not _have_same_paths(tables[split], items):
-        return False
-    if split == 'valid' and run.has_out_of_fold:
-        return bool(known[split].get('images') == sha256(run / OUT_OF_FOLD))
-    return root is None or known[split].get('images') == stamp_images(items, root)
-
-
-def _have_same_paths(predictions: pd.DataFrame, items: pd.DataFrame) -> bool:
-    return predictions.path.to_list() == items.path.to_list()
-
-
-def stamp_images(items: pd.DataFrame, root: Path) -> str:
-    """Return a SHA-256 of the paths, sizes and modification times of the image files."""
-    facts = []
-    for path in items.path:
-        stat = (root / path).stat()
-        facts.append((path, stat.st_size, stat.st_mtime_ns))
-    return hashlib.sha256(repr(facts).encode(errors='surrogateescape')).hexdigest()
-
-
-def predict_items(predictor: Predictor, items: pd.DataFrame, root: Path, batch_size: int = 32) -> pd.DataFrame:
-    """Predict the images of `items`; return a table with `PREDICTION_COLUMNS`, where `loss` is the cross-entropy.
-
-    Raises `ImageError` with the name of an unreadable image: metrics of the others would be those of another set.
-    """
-    rows = pd.DataFrame(predictor.predict([root / path for path in items.path], batch_size))
-    failed = rows[rows.status != 'ok']
-    if len(failed):
-        first = failed.iloc[0]
-        others = f' ({len(failed) - 1} more; `cxr-fastai predict` lists them)' if len(failed) > 1 else ''
-        raise ImageError(f'{first.path}: {first.message}{others}. Remove or fix it, then evaluate again.', first.code)
-    p = rows.p_pneumonia.astype(float)
-    targs = (items.label == VOCAB[POSITIVE]).to_numpy()
-    losses = log_losses(targs, p.to_numpy())
-    table = items.reset_index(drop=True).assign(p_pneumonia=p, prediction=rows.prediction, loss=losses)
-    return table[PREDICTION_COLUMNS]
 
 
 def find_kinds(predictions: pd.DataFrame) -> np.ndarray:
@@ -253,6 +176,7 @@ def _measure(
         predictions.assign(**groups), decision.threshold, decision.rule, decision.temperature, prevalences, list(groups)
     )
     metrics['model'] = decision.model
+    metrics['tta'] = decision.tta
     metrics['images'] = stamp
     return metrics
 
@@ -268,15 +192,19 @@ def _rule_or_previous(run: Run, rule: str | None, model: str) -> str:
     return rule or (previous.rule if previous else DEFAULT_RULE)
 
 
-def _decide(run: Run, deciding: pd.DataFrame | None, rule: str | None, model: str) -> Decision:
+def _decide(run: Run, deciding: pd.DataFrame | None, rule: str | None, source: Source) -> Decision:
     """Choose the threshold by `rule` (default: the one used last) on the predictions of the images that decide.
 
     Without them it is the stored decision, a fixed threshold, or that of the recipe with a warning. Raises `UsageError`
-    if the stored decision is not that of the stored metrics.
+    if the stored decision is not that of the stored metrics, or was made for probabilities of other views.
     """
+    model, tta = source.model, source.tta
     previous = _previous_decision(run, model)
     if deciding is not None:
-        return decide(deciding, _rule_or_previous(run, rule, model), model)
+        return decide(deciding, _rule_or_previous(run, rule, model), model, tta)
+    if previous and previous.tta != tta:
+        _refuse_other_views(rule, tta)
+        previous = None
     if previous and rule in (None, previous.rule) and not (rule or '').startswith('fixed:'):
         _check_stored_decision(run)
         return previous
@@ -287,7 +215,7 @@ def _decide(run: Run, deciding: pd.DataFrame | None, rule: str | None, model: st
             CXRWarning,
             stacklevel=3,
         )
-        return Decision(threshold, f'fixed:{threshold:g}', model=model, is_default=True)
+        return Decision(threshold, f'fixed:{threshold:g}', model=model, is_default=True, tta=tta)
     if not rule.startswith('fixed:'):
         if run.recipe.valid == 'none':
             raise UsageError(
@@ -301,7 +229,17 @@ def _decide(run: Run, deciding: pd.DataFrame | None, rule: str | None, model: st
             'Evaluate with the folder that the run was trained on and without --limit, or choose fixed:T.'
         )
     _, (threshold,) = parse_rule(rule)
-    return Decision(threshold, rule, _fitted_temperature(run, previous), model)
+    return Decision(threshold, rule, _fitted_temperature(run, previous), model, tta=tta)
+
+
+def _refuse_other_views(rule: str | None, tta: bool) -> None:
+    """Raise `UsageError` unless the `rule` is a fixed threshold, which fits the probabilities of any views."""
+    option = '--tta' if tta else '--no-tta'
+    if not (rule or '').startswith('fixed:'):
+        raise UsageError(
+            f'{option}: the threshold has to be chosen again, and not all validation images of the run were found. '
+            f'Name the folder that the run was trained on, omit {option}, or choose --threshold fixed:T.'
+        )
 
 
 def _fitted_temperature(run: Run, previous: Decision | None) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from cxr_fastai.core.errors import ImageError
 from cxr_fastai.core.figures import save_figure
-from cxr_fastai.core.files import StrPath, atomic
+from cxr_fastai.core.files import atomic
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.curves import (
@@ -25,9 +25,8 @@ from cxr_fastai.evaluation.curves import (
     plot_roc,
     plot_scores,
 )
-from cxr_fastai.evaluation.evaluation import evaluate
+from cxr_fastai.evaluation.evaluation import Evaluation, evaluate_split
 from cxr_fastai.evaluation.plots import plot_confusion_matrix, plot_history, plot_robustness
-from cxr_fastai.evaluation.split_images import find_split
 from cxr_fastai.images.decode import open_image
 from cxr_fastai.images.formats import png_mark
 
@@ -46,35 +45,22 @@ PICTURE_SIZE = 192
 """Longer side of these images in pixels."""
 
 
-def evaluate_and_draw(
-    run: Run,
-    data: StrPath | None = None,
-    split: str = 'test',
-    batch_size: int = 32,
-    limit: int | None = None,
-    rule: str | None = None,
-    prevalences: Sequence[float] | None = None,
-    by: Sequence[str] | None = None,
-    again: bool = True,
-    device: str = 'auto',
-) -> tuple[dict[str, Any], list[str]]:
+def evaluate_and_draw(run: Run, how: Evaluation) -> tuple[dict[str, Any], list[str]]:
     """Evaluate a run as `evaluate` does, and write its figures and the small images of its report.
 
     The figures of other splits are drawn again where their metrics have changed, for example by another threshold.
 
     Returns:
-        The metrics of `split`, and the names of its figures relative to the run folder.
+        The metrics of the split, and the names of its figures relative to the run folder.
     """
-    data = Path(data) if data is not None else None
     previous_metrics = run.intact_metrics()
-    metrics = evaluate(run, data, split, batch_size, limit, rule, prevalences, by, again, device)
+    metrics, root = evaluate_split(run, how)
     current_metrics = run.metrics
-    for other in previous_metrics.keys() & current_metrics.keys() - {split}:
+    for other in previous_metrics.keys() & current_metrics.keys() - {how.split}:
         if current_metrics[other] != previous_metrics[other]:
             save_figures(run, other)
-    root, _ = find_split(run, data, split, limit)
-    save_images(run, split, root)
-    return metrics, save_figures(run, split)
+    save_images(run, how.split, root)
+    return metrics, save_figures(run, how.split)
 
 
 def save_figures(run: Run, split: str) -> list[str]:

@@ -21,11 +21,17 @@ FIELDS_OF_FOLDS = ('valid', 'valid_pct', 'fold', 'workers', 'precision', 'thresh
 
 
 def adopt_out_of_fold(
-    run: Run | StrPath, series: Series, data: StrPath | None = None, batch_size: int = 32, device: str = 'auto'
+    run: Run | StrPath,
+    series: Series,
+    data: StrPath | None = None,
+    batch_size: int = 32,
+    device: str = 'auto',
+    tta: bool | None = None,
 ) -> None:
     """Write the out-of-fold predictions of `series` into `run`, where they stand for those of validation images.
 
-    The folds are evaluated first where that was not done; `data`, `batch_size` and `device` are those of `evaluate`.
+    The folds are evaluated first where that was not done, or not with these test-time views; `data`, `batch_size`,
+    `device` and `tta` are those of `evaluate`.
 
     Raises `UsageError` if the run has validation images of its own, if it was trained by another recipe than the folds,
     or on other images.
@@ -38,7 +44,7 @@ def adopt_out_of_fold(
             f'{run.path}: the run has validation images of its own, so it needs no out-of-fold predictions. Train it '
             'with --valid none.'
         )
-    predictions = read_out_of_fold(series, data, batch_size, device)
+    predictions = read_out_of_fold(series, data, batch_size, device, tta)
     trained_on = items[items.split == 'train']
     if set(predictions.path) != set(trained_on.path):
         raise UsageError(

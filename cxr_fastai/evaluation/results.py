@@ -29,6 +29,11 @@ OF_OTHER_NETWORKS = (
     'were also used to choose the threshold.'
 )
 """What limits the metrics of out-of-fold predictions."""
+VIEWS = (
+    'Each probability is the mean over an image and its mirror image (test-time views), also those that the threshold '
+    'and the temperature were chosen on. Prediction with this model averages in the same way.'
+)
+"""What metrics with test-time views are of."""
 TOLERANCE = 1e-6
 """Largest difference of a metric that is computed again."""
 METRICS = {
@@ -50,6 +55,11 @@ def describe_limits(split: str, metrics: dict[str, Any]) -> str:
     if metrics.get('out_of_fold'):
         return OF_OTHER_NETWORKS.format(n=metrics['out_of_fold'])
     return OPTIMISTIC.get(split, '')
+
+
+def describe_views(metrics: dict[str, Any]) -> str:
+    """Return `VIEWS` if the `metrics` of a split were computed with test-time views, else nothing."""
+    return VIEWS if metrics.get('tta') else ''
 
 
 def check_results(run: Run, split: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from cxr_fastai.evaluation.thresholds import ON_SHIFT, parse_rule
 
 SENSITIVITY = 0.95
 """The sensitivity at which specificities are compared."""
-COMPARED = ('valid', SHIFT)
+COMPARED_SPLITS = ('valid', SHIFT)
 SHIFT_NAMES = {
     'n': 'images',
     'auc': 'AUC',
@@ -71,8 +71,8 @@ def measure_shift(run: Run) -> dict[str, Any]:
     Raises `UsageError` if a split was not evaluated.
     """
     metrics = run.metrics
-    samples = {split: Sample.from_predictions(run.predicted(split)) for split in COMPARED if split in metrics}
-    missing = [split for split in COMPARED if split not in samples]
+    samples = {split: Sample.from_predictions(run.predicted(split)) for split in COMPARED_SPLITS if split in metrics}
+    missing = [split for split in COMPARED_SPLITS if split not in samples]
     if missing:
         raise UsageError(f'{run.path}: not evaluated on {" and ".join(missing)}. Run `cxr-fastai evaluate --shift`.')
     splits = {split: _describe(sample, metrics[split]) for split, sample in samples.items()}
@@ -84,7 +84,7 @@ def measure_shift(run: Run) -> dict[str, Any]:
 
 def has_shift(run: Run) -> bool:
     """Return whether `run` was evaluated on both splits."""
-    return set(COMPARED) <= run.metrics.keys()
+    return set(COMPARED_SPLITS) <= run.metrics.keys()
 
 
 def _describe(sample: Sample, metrics: dict[str, Any]) -> dict[str, Any]:

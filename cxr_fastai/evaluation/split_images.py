@@ -23,19 +23,25 @@ NO_IMAGES = {
 
 
 def find_split(
-    run: Run, data: Path | None, split: str, limit: int | None = None, by: Sequence[str] = ()
+    run: Run,
+    data: Path | None,
+    split: str,
+    limit: int | None = None,
+    by: Sequence[str] = (),
+    out_of_fold: pd.DataFrame | None = None,
 ) -> tuple[Path, pd.DataFrame]:
     """Find the images of a split; return their folder, and their items with the additional columns `by`.
 
     `train` and `valid` mean the splits of the run's training if `data` contains these images, which may be a copy of
-    the original folder. So no image that the network was trained on counts as a validation image.
+    the original folder. So no image that the network was trained on counts as a validation image. `out_of_fold` is as
+    in `own_images`.
 
     Raises `UsageError` for a split without images, and if only some of the run's images are in `data`.
     """
     trained_on = run.images if run.images and run.images.exists() else None
     root = data_root(data or trained_on)
     is_own_split = split != 'test' or run.is_from_table
-    own = own_images(run, split) if is_own_split else run.items[:0]
+    own = own_images(run, split, out_of_fold) if is_own_split else run.items[:0]
     if data is None and run.is_from_table and own.empty:
         items = run.used_items  # the table lists no image of the split, and its folder need not be a data set
     elif folder_with(own, root):
@@ -58,52 +64,65 @@ def _stored_columns(stored: Mapping[str, Any]) -> list[str]:
 
 
 def find_images(
-    run: Run, data: Path | None, split: str, limit: int | None, by: Sequence[str] | None, stored: Mapping[str, Any]
+    run: Run,
+    data: Path | None,
+    split: str,
+    limit: int | None,
+    by: Sequence[str] | None,
+    stored: Mapping[str, Any],
+    out_of_fold: pd.DataFrame | None = None,
 ) -> tuple[Path, pd.DataFrame, list[str]]:
     """Find the images of a split as `find_split` does; return also the columns `by`, or those of `stored` metrics."""
     if by is not None:
         columns = [column.strip().lower() for column in by]  # as in the header of a CSV file of images
-        return *find_split(run, data, split, limit, columns), columns
+        return *find_split(run, data, split, limit, columns, out_of_fold), columns
     columns = _stored_columns(stored)
-    root, items = _find_with_stored_columns(run, data, split, limit, columns)
+    root, items = _find_with_stored_columns(run, data, split, limit, columns, out_of_fold)
     return root, items, [column for column in columns if column in items]
 
 
 def _find_with_stored_columns(
-    run: Run, data: Path | None, split: str, limit: int | None, columns: Sequence[str]
+    run: Run,
+    data: Path | None,
+    split: str,
+    limit: int | None,
+    columns: Sequence[str],
+    out_of_fold: pd.DataFrame | None,
 ) -> tuple[Path, pd.DataFrame]:
     """Find the images of a split as `find_split` does, without those of `columns` that they do not have any more."""
     try:
-        return find_split(run, data, split, limit, columns)
+        return find_split(run, data, split, limit, columns, out_of_fold)
     except UsageError:
-        find_split(run, data, split, limit)  # raises if the columns are not the reason
-    found = [column for column in columns if _has_column(run, data, split, column)]
+        find_split(run, data, split, limit, out_of_fold=out_of_fold)  # raises if the columns are not the reason
+    found = [column for column in columns if _has_column(run, data, split, column, out_of_fold)]
     warnings.warn(
         f'the images have no column {" or ".join(column for column in columns if column not in found)} any more, by '
         'which the last evaluation of this split reported subgroups. Name the CSV file that has it, or choose --by.',
         CXRWarning,
         stacklevel=3,
     )
-    return find_split(run, data, split, limit, found)
+    return find_split(run, data, split, limit, found, out_of_fold)
 
 
-def _has_column(run: Run, data: Path | None, split: str, column: str) -> bool:
+def _has_column(run: Run, data: Path | None, split: str, column: str, out_of_fold: pd.DataFrame | None) -> bool:
     try:
-        find_split(run, data, split, by=[column])
+        find_split(run, data, split, by=[column], out_of_fold=out_of_fold)
     except UsageError:
         return False
     return True
 
 
-def own_images(run: Run, split: str) -> pd.DataFrame:
+def own_images(run: Run, split: str, out_of_fold: pd.DataFrame | None = None) -> pd.DataFrame:
     """Return the items of `split` in the training, without images that it skipped as unreadable.
 
-    With out-of-fold predictions the split `valid` are the images that have one.
+    With out-of-fold predictions the split `valid` are the images that have one. They are read from the run unless the
+    caller has read them, and passes them as `out_of_fold`.
     """
     items = run.used_items
-    if split == 'valid' and run.has_out_of_fold:
-        return items[items.path.isin(run.out_of_fold.path)].assign(split='valid')
-    return items[items.split == split]
+    if split != 'valid' or not run.has_out_of_fold:
+        return items[items.split == split]
+    predictions = run.out_of_fold if out_of_fold is None else out_of_fold
+    return items[items.path.isin(predictions.path)].assign(split='valid')
 
 
 def folder_with(items: pd.DataFrame, *roots: Path | None) -> Path | None:

@@ -32,7 +32,7 @@ TOLERANCE = 1e-9
 """Rounding error of sums that are compared."""
 
 
-def decide(valid: pd.DataFrame, rule: str, model: str = '') -> Decision:
+def decide(valid: pd.DataFrame, rule: str, model: str = '', tta: bool = False) -> Decision:
     """Choose the threshold by `rule`, and fit the temperature, on the predictions of the validation images.
 
     The rules are `fixed:0.5` (the number itself), `sensitivity:0.95` (the highest threshold that keeps this
@@ -44,6 +44,7 @@ def decide(valid: pd.DataFrame, rule: str, model: str = '') -> Decision:
         valid: predictions table of the validation images.
         rule: name and numbers of the rule.
         model: SHA-256 of the network, which is stored with the decision.
+        tta: whether the predictions are means over test-time views, which is stored, too.
 
     Raises `UsageError` for an unknown rule, and for a rule that needs images of both classes where one is missing.
     """
@@ -70,7 +71,7 @@ def decide(valid: pd.DataFrame, rule: str, model: str = '') -> Decision:
     temperature = fit_temperature(targs, p)
     for sentence in explain_temperature(temperature):
         warnings.warn(sentence, CXRWarning, stacklevel=2)
-    return Decision(threshold, rule, temperature, model, margin, performance)
+    return Decision(threshold, rule, temperature, model, margin, performance, tta=tta)
 
 
 def fixed(sample: Sample, threshold: float) -> tuple[float, str]:

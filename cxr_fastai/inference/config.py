@@ -16,7 +16,7 @@ from cxr_fastai.core.files import atomic
 from cxr_fastai.core.foreign import open_regular
 from cxr_fastai.core.recipe import VOCAB, Recipe
 from cxr_fastai.core.run_files import MAX_TEMPERATURE, MAX_THRESHOLD, MIN_TEMPERATURE
-from cxr_fastai.core.schemas import Choice, Integer, Number, Rule, Text, check_object
+from cxr_fastai.core.schemas import Choice, Flag, Integer, Number, Rule, Text, check_object
 from cxr_fastai.images.dicom_header import MODALITY_LIST
 from cxr_fastai.images.preprocessing import MAX_LOW_PASS, RESIZES
 
@@ -42,6 +42,7 @@ FIELDS: dict[str, Rule] = {
     'low_pass': Number(0, MAX_LOW_PASS, required=False),
     'modality': Text(200, MODALITY_LIST, required=False),
     'temperature': Number(MIN_TEMPERATURE, MAX_TEMPERATURE, optional=True, required=False),
+    'tta': Flag(required=False),
 }
 """The fields of `ModelConfig` in a file, and their permitted values. ASCII, because they are printed."""
 EDGE = 1e-15
@@ -53,7 +54,8 @@ class ModelConfig:
     """The settings that prediction needs in addition to the weights. Every model file contains them.
 
     `size` is in pixels, `low_pass` a fraction of the side; `modality` has the codes of DICOM modalities that are
-    accepted besides those of radiographs. `temperature` is None before the run was evaluated.
+    accepted besides those of radiographs. `temperature` is None before the run was evaluated. `tta` says whether
+    threshold and temperature were chosen on means over test-time views (see `Predictor`).
     """
 
     arch: str
@@ -64,6 +66,7 @@ class ModelConfig:
     low_pass: float = 0.0
     modality: str = ''
     temperature: float | None = None
+    tta: bool = False
 
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> ModelConfig:

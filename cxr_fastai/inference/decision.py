@@ -15,7 +15,8 @@ class Decision:
     `rule` is the rule that chose the threshold, `margin` the safety margin that it added for the number of images, in
     words. `temperature` is None if there were no validation images to fit it to. `model` is the SHA-256 of the network.
     `valid` describes the validation images that were used; it is empty if they were not found. `is_default` is True if
-    no rule was given either, so that the threshold is that of the recipe.
+    no rule was given either, so that the threshold is that of the recipe. `tta` is True if the probabilities were means
+    over test-time views (see `Predictor`).
     """
 
     threshold: float
@@ -25,6 +26,7 @@ class Decision:
     margin: str = ''
     valid: dict[str, Any] = field(default_factory=dict)
     is_default: bool = False
+    tta: bool = False
 
     @classmethod
     def from_run(cls, run: Run, model: str) -> Decision | None:
@@ -53,5 +55,6 @@ class Decision:
             metrics.get('threshold') == self.threshold
             and metrics.get('threshold_rule') == self.rule
             and metrics.get('model') == self.model
+            and metrics.get('tta', False) == self.tta
             and metrics.get('calibrated', {}).get('temperature') == self.temperature
         )

@@ -56,7 +56,7 @@ class Predictor:
 
     If `calibrated`, probabilities and threshold are scaled by the temperature that was fitted to validation images. A
     `gate` rejects images that are unlike the training images. With `tta` (test-time augmentation) the probability is
-    the mean of that of the image and that of its mirror image.
+    the mean over two views of the image: itself and its mirror image.
     """
 
     engine: Engine
@@ -85,8 +85,9 @@ class Predictor:
         `bf16`, which is faster on some processors and changes the probabilities slightly.
 
         A run folder, or the `learner.pkl` in one, is loaded with the threshold and temperature that `evaluate` chose.
-        Other `.pkl` files have the threshold that they were exported with, which is 0.5 for `Learner.export`. With
-        `gate=False` every image gets a probability. `modality` has the codes of DICOM modalities, such as `RG,CT`, that
+        Other `.pkl` files have the threshold that they were exported with, which is 0.5 for `Learner.export`. Images
+        are predicted with test-time views if the threshold was chosen so. With `gate=False` every image gets a
+        probability. `modality` has the codes of DICOM modalities, such as `RG,CT`, that
         are accepted besides those of the training. Raises `CXRError` if the model cannot be loaded, and `UsageError`
         for a wrong `modality`, or if the model has no temperature for `calibrated`.
         """
@@ -111,12 +112,37 @@ class Predictor:
         if modality:
             accepted = ','.join(filter(None, [predictor.config.modality, modality]))
             predictor = replace(predictor, config=replace(predictor.config, modality=accepted))
-        return replace(predictor, calibrated=calibrated)
+        return replace(predictor, calibrated=calibrated, tta=predictor.config.tta)
 
     def with_threshold(self, threshold: float) -> Predictor:
         """Return a predictor with another threshold, on the scale of the probabilities that this one shows."""
         raw = temper(threshold, 1 / self._temperature)
         return replace(self, config=replace(self.config, threshold=raw, threshold_rule=f'fixed:{threshold:g}'))
+
+    def with_tta(self, tta: bool) -> Predictor:
+        """Return a predictor that averages over test-time views, or does not.
+
+        Raises `UsageError` if the threshold, or the temperature of a calibrated predictor, was chosen the other way. A
+        fixed threshold fits both.
+        """
+        if tta != self.config.tta:
+            self._refuse_other_views(tta)
+        return replace(self, tta=tta)
+
+    def _refuse_other_views(self, tta: bool) -> None:
+        """Raise `UsageError` if a value that the predictor uses was chosen on other views than `tta` says."""
+        option, manner = ('--tta', 'without') if tta else ('--no-tta', 'with')
+        advice = f'Omit {option}, or choose both again: `cxr-fastai evaluate RUN {option}`, then export the run again'
+        if not self.config.threshold_rule.startswith('fixed:'):
+            raise UsageError(
+                f'{option}: the threshold {self.threshold:.3g} of this model was chosen on probabilities {manner} '
+                f'test-time views, so it does not fit others. {advice}; or set another one by --threshold T.'
+            )
+        if self.calibrated:
+            raise UsageError(
+                f'{option} and --calibrated: the temperature {self._temperature:.3g} of this model was fitted to '
+                f'probabilities {manner} test-time views, so it does not fit others. {advice}.'
+            )
 
     @property
     def model(self) -> nn.Module:
@@ -295,7 +321,11 @@ def _apply_decision(run: Run, config: ModelConfig) -> ModelConfig:
     decision = Decision.from_run(run, identify_network(run.path))
     if decision:
         return replace(
-            config, threshold=decision.threshold, threshold_rule=decision.rule, temperature=decision.temperature
+            config,
+            threshold=decision.threshold,
+            threshold_rule=decision.rule,
+            temperature=decision.temperature,
+            tta=decision.tta,
         )
     if run.decision:
         warnings.warn(

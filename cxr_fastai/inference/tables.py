@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from itertools import islice
@@ -64,7 +64,7 @@ def predict_to_table(
     workers: int | None = None,
     calibrated: bool = False,
     threshold: float | None = None,
-    tta: bool = False,
+    tta: bool | None = None,
     use_gate: bool = True,
     engine: str = 'auto',
     device: str = 'auto',
@@ -74,10 +74,12 @@ def predict_to_table(
     """Predict `images` with `model` and write a row for each image to `table`, batch by batch.
 
     `model` and the options are those of `Predictor.load`, `images` those of `Predictor.predict`; `threshold` replaces
-    that of the model. `table` is a new `.csv`, `.json` or `.parquet` file with the columns `COLUMNS`; None writes
-    nothing. If the process is interrupted, the rows of all finished batches are in the file, and `resume=True`
-    continues it with the same model, options and images. An image that cannot be used gets a row with a code and a
-    message.
+    that of the model. `tta` says whether images are predicted with test-time views (see `Predictor.with_tta`); None
+    means with those that the threshold of the model was chosen with.
+
+    `table` is a new `.csv`, `.json` or `.parquet` file with the columns `COLUMNS`; None writes nothing. If the process
+    is interrupted, the rows of all finished batches are in the file, and `resume=True` continues it with the same
+    model, options and images. An image that cannot be used gets a row with a code and a message.
 
     In a distributed run each process predicts a part of the images, and only the main process writes and returns rows.
 
@@ -95,9 +97,10 @@ def predict_to_table(
         _check_same_images(finished, [name for name, _ in named], table)
         default_pool().start(len(named) - len(finished))  # the processes start while the model is loaded
         predictor = Predictor.load(model, calibrated, engine, use_gate, device, precision, modality)
-        predictor = replace(predictor, tta=tta)
         if threshold is not None:
             predictor = predictor.with_threshold(threshold)
+        if tta is not None:
+            predictor = predictor.with_tta(tta)
         _check_same_model(finished, named, predictor, table)
         if use_gate and predictor.gate is None and is_main_process():
             _warn_of_missing_gate(model)

@@ -24,9 +24,10 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.core.run_files import MAX_THRESHOLD
 from cxr_fastai.data.loaders import describe_unreadable, find_preprocessing, find_unreadable, locate
 from cxr_fastai.data.transforms import OpenImage
-from cxr_fastai.evaluation.evaluation import PREDICTION_COLUMNS, apply_threshold, evaluate
+from cxr_fastai.evaluation.evaluation import apply_threshold, evaluate
 from cxr_fastai.evaluation.metrics import measure
 from cxr_fastai.evaluation.split_images import find_split
+from cxr_fastai.evaluation.split_predictions import PREDICTION_COLUMNS
 from cxr_fastai.images.decode import file_path
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import LEARNER

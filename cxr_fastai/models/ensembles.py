@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.models.bodies import POOLINGS
-from cxr_fastai.models.registry import ENSEMBLE, Arch
+from cxr_fastai.models.registry import ENSEMBLE_NAME, Arch
 
 MIN_MEMBERS = 2
 MAX_MEMBERS = 20
@@ -91,7 +91,7 @@ def split_name(arch: str) -> tuple[int, str]:
 
     Raises `UsageError` for a number that is not from `MIN_MEMBERS` to `MAX_MEMBERS`, and for an ensemble of ensembles.
     """
-    match = ENSEMBLE.fullmatch(arch)
+    match = ENSEMBLE_NAME.fullmatch(arch)
     if not match:
         return 1, arch
     digits, member = match.groups()
@@ -99,7 +99,7 @@ def split_name(arch: str) -> tuple[int, str]:
     if digits.startswith('0'):
         raise UsageError(f'--arch {shown}: write the number of members without a zero at the start.')
     check_number(int(digits), f'--arch {shown}')
-    if ENSEMBLE.fullmatch(member):
+    if ENSEMBLE_NAME.fullmatch(member):
         raise UsageError(f'--arch {shown}: an ensemble of ensembles. Combine the runs of single networks instead.')
     return int(digits), member
 

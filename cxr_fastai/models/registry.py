@@ -33,7 +33,7 @@ OWN_WEIGHTS = 'own'
 NAME = re.compile(r'[A-Za-z0-9][\w.-]*', re.ASCII)
 LIBRARIES = ('torchvision', 'vision_learner')
 """Prefixes of names that `models.libraries` looks up."""
-ENSEMBLE = re.compile(r'ensemble(\d+)\.(.+)', re.ASCII)
+ENSEMBLE_NAME = re.compile(r'ensemble(\d+)\.(.+)', re.ASCII)
 """The name of an ensemble: the number of its members and their architecture (see `models.ensembles`)."""
 
 
@@ -162,7 +162,7 @@ def _check_name(name: str, reserved: Collection[str], where: str) -> None:
     """Raise `UsageError`, which starts with `where` the name is declared, if no architecture can have this `name`."""
     if not NAME.fullmatch(name):
         raise UsageError(f'{where}: {name!r} is no name of an architecture. Use letters, digits, dots, - and _.')
-    if name in reserved or name.split('.')[0] in LIBRARIES or ENSEMBLE.fullmatch(name):
+    if name in reserved or name.split('.')[0] in LIBRARIES or ENSEMBLE_NAME.fullmatch(name):
         raise UsageError(f'{where}: {name} is an architecture of this package already. Choose another name.')
 
 

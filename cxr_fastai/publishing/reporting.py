@@ -48,7 +48,7 @@ from cxr_fastai.evaluation.plots import (
     plot_history_panel,
     plot_robustness,
 )
-from cxr_fastai.evaluation.results import check_results, describe_limits, is_of_network
+from cxr_fastai.evaluation.results import check_results, describe_limits, describe_views, is_of_network
 from cxr_fastai.evaluation.robustness import anatomy_aucs, summarise
 from cxr_fastai.evaluation.shift import SHIFT_NAMES, has_shift, measure_shift
 from cxr_fastai.evaluation.split_images import own_images
@@ -162,6 +162,7 @@ def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names
         'leaking_patients': len(leaking_patients(run.items)),
         'patients_warning': unknown_patients_warning(run.items),
         'limits': describe_limits(split, metrics),
+        'views': describe_views(metrics),
         'same_images': note_same_images(run),
         'validation_warning': validation_warning(run.items) if run.recipe.valid != 'none' else None,
         'has_other_images': not set(predictions.path) <= set(own_images(run, split).path),

@@ -83,6 +83,7 @@ class ModelFacts(BaseModel):
     size: int = Field(description='side of the square input of the network, in pixels')
     threshold: float = Field(description='an image is classified as PNEUMONIA at this probability or above')
     threshold_rule: str = Field(description='rule by which the threshold was chosen')
+    tta: bool = Field(description='True if each probability is the mean over the image and its mirror image')
     sha256: str = Field(description='SHA-256 of the manifest of the bundle, which has the hash of every file')
     gate: bool = Field(description='True if an input gate (out-of-distribution check) rejects unusual images')
     version: str = Field(description='version of cxr_fastai')

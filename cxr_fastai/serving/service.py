@@ -189,6 +189,7 @@ class Service:
             'size': config.size,
             'threshold': self.predictor.threshold,
             'threshold_rule': config.threshold_rule,
+            'tta': self.predictor.tta,
             'sha256': self.bundle.identity,
             'gate': self.predictor.gate is not None,
         }

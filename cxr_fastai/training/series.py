@@ -7,6 +7,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
+
 from cxr_fastai.core.environment import Launch
 from cxr_fastai.core.errors import Stopped, UsageError
 from cxr_fastai.core.files import writing
@@ -14,7 +16,7 @@ from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.recipe_fields import LIMITS
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import FOLDS, MAX_RUNS, MIN_RUNS, SEEDS, Series, has_ended
-from cxr_fastai.data.items import identify_images, read_items, read_recipe_items
+from cxr_fastai.data.items import divide_items, hold_out_items, identify_images, image_root, read_items
 from cxr_fastai.data.splits import check_trainable
 from cxr_fastai.training.training import train
 
@@ -42,15 +44,15 @@ def train_folds(
     folds. What was trained until then can be continued by `resume_series`.
     """
     _check('--folds', folds)
-    items = read_items(data)
-    patients = items[items.split != 'test'].groupby('label').patient.nunique()
+    items = hold_out_items(read_items(data), image_root(data), recipe)
+    patients = items[items.split.isin(['train', 'valid'])].groupby('label').patient.nunique()
     if patients.min() < folds:
         raise UsageError(
             f'--folds {folds}: {patients.idxmin()} has only {patients.min()} patients. Choose at most '
             f'{patients.min()} folds.'
         )
     series = Series(Path(out), FOLDS, folds, recipe, identify_images(items), precision, compile, track)
-    return _train_new(series, data, device)
+    return _train_new(series, data, items, device)
 
 
 def train_seeds(
@@ -72,9 +74,9 @@ def train_seeds(
     last, (_, highest) = recipe.seed + seeds - 1, LIMITS['seed']
     if last > highest:
         raise UsageError(f'--seeds {seeds}: the last seed would be {last}. Choose a --seed so that it is below 2**32.')
-    images = identify_images(read_items(data))
-    series = Series(Path(out), SEEDS, seeds, recipe, images, precision, compile, track)
-    return _train_new(series, data, device)
+    items = hold_out_items(read_items(data), image_root(data), recipe)
+    series = Series(Path(out), SEEDS, seeds, recipe, identify_images(items), precision, compile, track)
+    return _train_new(series, data, items, device)
 
 
 def resume_series(path: str | Path, data: str | Path, device: str | None = None) -> Series:
@@ -84,12 +86,15 @@ def resume_series(path: str | Path, data: str | Path, device: str | None = None)
     """
     series = Series.open(path)
     _check(f'--resume {path}', series.number)
-    if identify_images(read_items(data)) != series.images:
+    items = read_items(data)
+    if identify_images(items) != series.images:
         raise UsageError(
             f'{series.path}: its trainings so far have other images than {data} contains. Name the folder that they '
             'were trained on, or train with another --out.'
         )
-    return _train_missing(series, data, device)
+    if series.find_missing():
+        items = hold_out_items(items, image_root(data), series.recipe)
+    return _train_missing(series, data, items, device)
 
 
 def _check(option: str, number: int) -> None:
@@ -99,14 +104,15 @@ def _check(option: str, number: int) -> None:
         raise UsageError(f'{option} {number}: a whole number from {MIN_RUNS} to {MAX_RUNS} is needed.')
 
 
-def _train_new(series: Series, data: str | Path, device: str | None) -> Series:
+def _train_new(series: Series, data: str | Path, items: pd.DataFrame, device: str | None) -> Series:
     first, *_ = series.recipes.values()
-    check_trainable(read_recipe_items(Path(data), first), first.valid)
+    check_trainable(divide_items(items, first), first.valid)
     series.create()
-    return _train_missing(series, data, device)
+    return _train_missing(series, data, items, device)
 
 
-def _train_missing(series: Series, data: str | Path, device: str | None) -> Series:
+def _train_missing(series: Series, data: str | Path, items: pd.DataFrame, device: str | None) -> Series:
+    """Train what is missing. `items` are those of `data`, from which images were held out, but not yet divided."""
     first = series.folder_of_first
     for number, (name, recipe) in enumerate(series.recipes.items(), 1):
         folder = series.folder(name)
@@ -118,7 +124,7 @@ def _train_missing(series: Series, data: str | Path, device: str | None) -> Seri
         if folder != first:  # the trial of the first training decides
             recipe, precision = replace(recipe, precision=Run.open(first).recipe.precision), None
         try:
-            _train_one(series, folder, recipe, data, precision, device)
+            _train_one(series, folder, recipe, data, items, precision, device)
         except Stopped as error:
             advice = f'Continue: `cxr-fastai train --resume {series.path}`.'
             raise Stopped(error.number, f'stopped in {folder}. {advice}') from None
@@ -126,13 +132,28 @@ def _train_missing(series: Series, data: str | Path, device: str | None) -> Seri
 
 
 def _train_one(
-    series: Series, folder: Path, recipe: Recipe, data: str | Path, precision: str | None, device: str | None
+    series: Series,
+    folder: Path,
+    recipe: Recipe,
+    data: str | Path,
+    items: pd.DataFrame,
+    precision: str | None,
+    device: str | None,
 ) -> None:
-    if (folder / 'recipe.json').is_file():
-        recipe = Run.open(folder).recipe
-        train(recipe, data, folder, resume=True, compile=series.compile, track=series.track, device=device)
-        return
-    if folder.exists():  # it was stopped before there was anything to continue
+    resume = (folder / 'recipe.json').is_file()
+    if resume:
+        recipe, precision = Run.open(folder).recipe, None
+    elif folder.exists():  # it was stopped before there was anything to continue
         with writing(folder):
             shutil.rmtree(folder)
-    train(recipe, data, folder, compile=series.compile, track=series.track, device=device, precision=precision)
+    train(
+        recipe,
+        data,
+        folder,
+        resume=resume,
+        compile=series.compile,
+        track=series.track,
+        device=device,
+        precision=precision,
+        items=divide_items(items, recipe),
+    )

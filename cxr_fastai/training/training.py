@@ -62,6 +62,7 @@ def train(
     track: str | None = None,
     device: str | None = None,
     precision: str | None = None,
+    items: pd.DataFrame | None = None,
 ) -> Run:
     """Train by `recipe` on the images of `data` and return the run in the new folder `out`.
 
@@ -70,7 +71,8 @@ def train(
     weights are those of an uninterrupted run. `compile` is one of `hardware.COMPILE` and `track` one of
     `tracking.TRACKERS`. The network is trained on `device` (see `models.devices`; default: the GPU if there is one,
     and in several processes one for each). The `precision` `auto` replaces that of the recipe by the fastest one; see
-    `precision.choose_precision`. Several processes train one network, and only the first of them writes.
+    `precision.choose_precision`. `items` is what `read_recipe_items` returns for `data` and `recipe`, if it was read
+    before. Several processes train one network, and only the first of them writes.
 
     Raises `CXRError`. Everything that can be checked is checked before the folder is made.
     """
@@ -86,9 +88,10 @@ def train(
     with ExitStack() as stack:
         if resume:
             stack.enter_context(run.locked())
-        # One process measures which images are held out, so that all hold out the same.
-        read = partial(call_once, read_recipe_items) if recipe.shift_pct else read_recipe_items
-        items = read(data, recipe)
+        if items is None:
+            # One process measures which images are held out, so that all hold out the same.
+            read = partial(call_once, read_recipe_items) if recipe.shift_pct else read_recipe_items
+            items = read(data, recipe)
         state = load_matching_state(run, recipe, items) if resume else None
         _check_items(items, recipe)
         cache, unreadable = _check_images(items, image_root(data), recipe)

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -84,14 +85,41 @@ def test_a_bug_keeps_its_traceback(monkeypatch, images):
         main(['train', '--data', str(images)])
 
 
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """In the test, Ctrl-C interrupts this process, also if it was started in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 @pytest.mark.parametrize(('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_command_with_one_error_line(fails, monkeypatch, images, number, code):
+def test_a_signal_ends_a_command_with_one_error_line(fails, foreground, monkeypatch, images, number, code):
     def interrupt(*_):
         signal.raise_signal(number)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
     monkeypatch.setattr(items, 'data_root', interrupt)
     fails(['data', 'audit', images], code, f'stopped by {number.name}')
+
+
+def test_a_signal_counts_that_a_library_turns_into_another_error(fails, foreground, monkeypatch, images):
+    def interrupt(*_):
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise RuntimeError('Error calling __set_name__')  # as the creation of a class in Python 3.11
+
+    monkeypatch.setattr(items, 'data_root', interrupt)
+    fails(['data', 'audit', images], 130, 'stopped by SIGINT')
+
+
+def test_a_command_in_the_background_ignores_ctrl_c(foreground, monkeypatch, images, tmp_path):
+    def interrupt(*_):
+        signal.raise_signal(signal.SIGINT)
+        return images
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(items, 'data_root', interrupt)
+    assert main(['data', 'audit', '--out', str(tmp_path / 'audit')]) == 0
 
 
 def test_the_demo_runs_every_stage(fails, tmp_path, monkeypatch, capsys):

@@ -186,7 +186,7 @@ def test_maps_are_named_by_the_number_of_the_row(bundle, odd, tmp_path, monkeypa
 
 
 def test_the_line_of_a_map_has_the_probability_of_the_table(bundle, image, tmp_path):
-    argv = ['predict', bundle, image, '--no-gate', '--calibrated', '--threshold', '0.3', '--explain', '--tta']
+    argv = ['predict', bundle, image, '--no-gate', '--threshold', '0.3', '--explain', '--tta']
     code, output, _ = run_command(*argv, '--out', tmp_path / 'p.json')
     (row,) = json.loads((tmp_path / 'p.json').read_text())
     assert code == 0

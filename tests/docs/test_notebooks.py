@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 from fastcore.nbio import NbCell, nb_frontmatter, read_nb
+from IPython.core.interactiveshell import InteractiveShell
 from nbdev.clean import nbdev_clean
 from nbdev.doclinks import nbdev_export
 from nbdev.test import test_nb as run_nbdev_test
@@ -59,13 +61,20 @@ def example_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def restore_settings(monkeypatch):
-    """Restore what a notebook or nbdev changes: settings of matplotlib, pandas, logging and warnings, and Ctrl-C."""
+    """Restore what a notebook or nbdev changes: settings of matplotlib, pandas, logging and warnings, and Ctrl-C.
+
+    nbdev also makes its shell that of the process, which then displays every figure that a later test draws.
+    """
     log = logging.getLogger('cxr_fastai')
     level, on_interrupt = log.level, signal.getsignal(signal.SIGINT)
     max_width = pd.get_option('display.max_colwidth')
+    backend = matplotlib.get_backend()
     monkeypatch.setattr(sys, 'path', sys.path.copy())
+    monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])
+    monkeypatch.setattr(InteractiveShell, '_instance', InteractiveShell._instance)
     with matplotlib.rc_context():
         yield
+    plt.switch_backend(backend)
     pd.set_option('display.max_colwidth', max_width)
     log.setLevel(level)
     signal.signal(signal.SIGINT, on_interrupt)

@@ -12,8 +12,9 @@ import torch
 from cxr_fastai.core.errors import OutputError, UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series
-from cxr_fastai.evaluation import combining, robustness, selection
-from cxr_fastai.evaluation.combining import combine, merge_histories, merge_items
+from cxr_fastai.evaluation import combined_runs, combining, robustness, selection
+from cxr_fastai.evaluation.combined_runs import merge_histories, merge_items
+from cxr_fastai.evaluation.combining import combine
 from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import identify_network, logits
@@ -266,7 +267,7 @@ def test_nothing_is_left_if_the_run_cannot_be_written(members, tmp_path, monkeyp
     def fail(*_):
         raise OutputError('the disk is full.')
 
-    monkeypatch.setattr(combining, 'save_learner', fail)
+    monkeypatch.setattr(combined_runs, 'save_learner', fail)
     with pytest.raises(OutputError, match='full'):
         combine(members, tmp_path / 'out', 'ensemble')
     assert list(tmp_path.iterdir()) == []

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, ImageError, UsageError
 from cxr_fastai.core.run import Run
-from cxr_fastai.evaluation.evaluation import PREDICTION_COLUMNS, apply_threshold, evaluate
+from cxr_fastai.evaluation.evaluation import apply_threshold, evaluate
 from cxr_fastai.evaluation.metrics import measure
 from cxr_fastai.evaluation.split_images import find_split
+from cxr_fastai.evaluation.split_predictions import PREDICTION_COLUMNS
 from cxr_fastai.inference.config import logits
 from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.predictor import Predictor
@@ -38,7 +39,7 @@ def test_evaluate_writes_predictions_metrics_and_decision(copy, images):
     test['kind'] = test.path.str.extract('(bacteria|virus)', expand=False).fillna('normal')
     decision = Decision(**copy.decision)
     expected = measure(test, decision.threshold, 'sensitivity:0.95', decision.temperature, by=['kind'])
-    stamps = ('images', 'hashes')
+    stamps = ('images', 'tta', 'hashes')
     assert metrics == expected | {'model': decision.model} | {name: metrics[name] for name in stamps}
 
 

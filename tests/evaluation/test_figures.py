@@ -9,6 +9,7 @@ from PIL import Image
 
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation import figures
+from cxr_fastai.evaluation.evaluation import Evaluation
 from cxr_fastai.evaluation.figures import (
     PICTURE_SIZE,
     cam_picture,
@@ -71,9 +72,9 @@ def test_an_evaluation_draws_its_split_and_other_splits_with_changed_metrics(eva
         return [f'figures/roc_{split}.png']
 
     monkeypatch.setattr(figures, 'save_figures', record_split)  # drawing takes long
-    metrics, names = evaluate_and_draw(run, images, 'test')
+    metrics, names = evaluate_and_draw(run, Evaluation(images))
     assert drawn == ['test'] and names == ['figures/roc_test.png'] and metrics == run.metrics['test']
-    evaluate_and_draw(run, images, 'test', rule='fixed:0.2')
+    evaluate_and_draw(run, Evaluation(images, rule='fixed:0.2'))
     assert drawn == ['test', 'valid', 'test']
     for path in shown_images(run.predicted('test')).path:
         assert image_picture(run, path).is_file()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -117,3 +118,28 @@ def test_the_command_evaluates_with_the_folds(final, series, tmp_path, capsys):
     assert 'those of 3 other networks' in ' '.join(capsys.readouterr().out.split())
     assert main(['evaluate', str(tmp_path / 'run'), str(final.path), '--out-of-fold', str(series.path)]) == 2
     assert 'Name a single run' in capsys.readouterr().err
+
+
+def test_folds_and_the_run_that_adopts_their_predictions_are_evaluated_with_views(final, series, tmp_path, capsys):
+    plain = evaluate_folds(series, again=False, tta=False)
+    run = Run(Path(shutil.copytree(final.path, tmp_path / 'run')))
+    assert main(['evaluate', str(run.path), '--out-of-fold', str(series.path), '--tta']) == 0
+    averaged = evaluate_folds(series, again=False)  # with the views of before
+    assert averaged['decision']['tta'] and not plain['decision']['tta']
+    assert averaged['metrics']['calibration']['brier'] != plain['metrics']['calibration']['brier']
+    assert run.decision['tta'] and run.decision['threshold'] == averaged['decision']['threshold']
+    assert Predictor.load(run.path).tta and run.out_of_fold.tta.all()
+    assert main(['evaluate', str(series.path)]) == 0
+    assert 'sensitivity:0.95, with test-time views' in ' '.join(capsys.readouterr().out.split())
+    with pytest.raises(UsageError, match='--no-tta: the out-of-fold predictions .* were made with test-time views'):
+        evaluate(run, split='valid', tta=False)
+
+
+def test_out_of_fold_predictions_are_read_once(copy, images, monkeypatch):
+    table = copy.out_of_fold
+    reads = []
+    monkeypatch.setattr(Run, 'out_of_fold', property(lambda run: reads.append(run) or table))
+    for split in ('valid', 'test'):
+        reads.clear()
+        evaluate(copy, images, split)
+        assert len(reads) == 1

@@ -104,6 +104,11 @@ def test_options_that_do_not_go_together_are_refused(shifted, capsys, words, mes
     assert message in ' '.join(capsys.readouterr().err.split())
 
 
+def test_the_rule_of_choose_on_without_a_threshold_is_said(shifted, capsys):
+    assert main(['evaluate', str(shifted.path), '--choose-on', 'shift', '--shift', '--limit', '3']) == 2
+    assert '--choose-on shift without --threshold: the rule is sensitivity:0.95.' in capsys.readouterr().out
+
+
 def test_a_run_without_such_images_says_how_to_get_them(run, images):
     for split, rule in ((SHIFT, None), ('valid', 'youden@shift')):
         with pytest.raises(UsageError, match='shift_pct=0.2'):

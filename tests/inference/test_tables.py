@@ -436,7 +436,7 @@ def test_tta_is_the_mean_of_an_image_and_its_mirror_image(bundle, good_paths, tm
     paths = sorted(tmp_path.iterdir())
     plain, averaged = {}, {}
     for probabilities, tta in ((plain, False), (averaged, True)):
-        for row in predict_to_table(bundle, paths, use_gate=False, tta=tta).rows:
+        for row in predict_to_table(bundle, paths, use_gate=False, tta=tta, threshold=0.5).rows:
             probabilities[Path(row['path']).stem] = row['p_pneumonia']
     for number in range(3):
         p, mirrored = plain[f'{number}'], plain[f'{number}-mirrored']

@@ -353,6 +353,7 @@ def test_a_signal_ends_a_command_that_waits_for_a_model(number, changed, image):
     seal(changed)
     code = (
         'import os, signal, sys; from cxr_fastai.cli import main;'
+        'signal.signal(signal.SIGINT, signal.default_int_handler);'  # a process in the background may ignore it
         'signal.signal(signal.SIGALRM, lambda *args: os.kill(os.getpid(), int(sys.argv[1])));'
         'signal.setitimer(signal.ITIMER_REAL, 2);'
         'sys.exit(main(["predict", *sys.argv[2:]]))'

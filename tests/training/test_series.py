@@ -12,13 +12,15 @@ from cxr_fastai.cli import main
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series, is_folds, is_series
-from cxr_fastai.data.items import read_items
+from cxr_fastai.data import shift
+from cxr_fastai.data.items import read_items, read_recipe_items
 from cxr_fastai.data.splits import split_patients
 from cxr_fastai.evaluation.comparison import find_runs
 from cxr_fastai.evaluation.cross_validation import evaluate_folds
 from cxr_fastai.evaluation.metrics import Sample, measure_auc
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.training import series as training_series
 from cxr_fastai.training import training
 from cxr_fastai.training.series import resume_series, train_folds, train_seeds
 
@@ -215,3 +217,26 @@ def test_options_that_folds_do_not_have_are_refused(folds, run, capsys):
     }.items():
         assert main([str(word) for word in argv]) == 2
         assert reason in capsys.readouterr().err
+
+
+def test_the_images_are_listed_and_their_detail_is_measured_once_for_all_folds(images, tmp_path, monkeypatch):
+    measured, listed = [], []
+
+    def measure(paths, *args):
+        measured.append(paths)
+        return np.arange(len(paths), dtype=float)
+
+    def read(root):
+        listed.append(root)
+        return read_items(root)
+
+    def train_nothing(recipe, data, out, *, items, **options):
+        Run.create(out).start(recipe, items)
+
+    monkeypatch.setattr(shift, 'measure_detail', measure)
+    monkeypatch.setattr(training_series, 'read_items', read)
+    monkeypatch.setattr(training_series, 'train', train_nothing)
+    series = train_folds(replace(RECIPE, shift_pct=0.2), images, tmp_path / 'folds', 3)
+    assert len(measured) == len(listed) == 1
+    for name, recipe in series.recipes.items():
+        assert Run(series.folder(name)).items.equals(pd.DataFrame(read_recipe_items(images, recipe)))

@@ -23,7 +23,8 @@ export function connectDetails(findImage) {
     if (event.target === dialog) dialog.close();  // the space around it
   });
   dialog.addEventListener('keydown', event => {
-    if (event.target.type === 'range') return;  // these keys move its handle
+    const isTaken = event.target.type === 'range' || event.altKey || event.metaKey;  // by its handle, or by the browser
+    if (isTaken) return;
     if (event.key === 'ArrowLeft') step(-1);
     if (event.key === 'ArrowRight') step(1);
   });

@@ -198,9 +198,9 @@ function showImages() {
   find('#save').disabled = running === images.length;
 }
 
-/** Show the decisions at another threshold. */
+/** Show the decisions at another threshold. Images without a prediction stay as they are. */
 function showDecisions() {
-  for (const image of images) {
+  for (const image of images.filter(({row}) => row?.prediction)) {
     showCard(image);
     showRow(image);
   }

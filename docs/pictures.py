@@ -251,13 +251,13 @@ def serve_screenshots(demo: Path) -> tuple[Image.Image, Image.Image]:
     thread = Thread(target=server.run)
     thread.start()
     try:
-        with open_tab(1000, 940) as tab:
+        with open_tab(1000, 850) as tab:
             tab.goto(server.url)
             tab.locator('#chooser:enabled').set_input_files(files)
             tab.wait_for_function('() => !document.querySelector("#count").textContent.includes("progress")')
             table = capture(tab)
-            tab.locator('#rows tr', has_text='Pneumonia').first.click()
-            tab.set_viewport_size({'width': 1000, 'height': 620})
+            tab.locator('#rows tr', has_text=files[-2].name).click()
+            tab.set_viewport_size({'width': 1000, 'height': 680})
             return table, capture(tab)
     finally:
         server.stop()

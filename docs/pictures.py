@@ -3,15 +3,20 @@
     cxr-fastai demo --out demo
     python docs/pictures.py demo
 
-`report.png` and `audit.png` are screenshots and need Playwright with Chromium or Chrome. The pictures of real images
-(`robustness_*.png`, `cam_check_real.png`) are written by the commands on their pages.
+`report.png`, `audit.png` and `serve*.png` are screenshots and need Playwright with Chromium or Chrome; `serve*.png`
+also need the extra `serve`. The pictures of real images (`robustness_*.png`, `cam_check_real.png`) are written by the
+commands on their pages.
 """
 
 import argparse
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import torch
@@ -230,15 +235,49 @@ def shrink(source: Path, copy: Path) -> None:
 
 def screenshot(page: Path, width: int, height: int, anchor: str = '') -> Image.Image:
     """Return the HTML file `page` as shown by a browser, from its section `anchor` on."""
+    with open_tab(width, height) as tab:
+        tab.goto(f'{page.resolve().as_uri()}#{anchor}')
+        return capture(tab)
+
+
+def serve_screenshots(demo: Path) -> tuple[Image.Image, Image.Image]:
+    """Return the served page with test images and a file that is refused, and with the details of an image."""
+    from cxr_fastai.serving import Settings
+    from cxr_fastai.serving.server import Server
+
+    images = demo / 'images/test'
+    files = [*sorted(images.glob('NORMAL/*'))[:4], *sorted(images.glob('PNEUMONIA/*'))[:4], demo / 'run/recipe.json']
+    server = Server(Settings(demo / 'run/bundle', port=0))
+    thread = Thread(target=server.run)
+    thread.start()
+    try:
+        with open_tab(1000, 850) as tab:
+            tab.goto(server.url)
+            tab.locator('#chooser:enabled').set_input_files(files)
+            tab.wait_for_function('() => !document.querySelector("#count").textContent.includes("progress")')
+            table = capture(tab)
+            tab.locator('#rows tr', has_text=files[-2].name).click()
+            tab.set_viewport_size({'width': 1000, 'height': 680})
+            return table, capture(tab)
+    finally:
+        server.stop()
+        thread.join()
+
+
+@contextmanager
+def open_tab(width: int, height: int) -> Iterator[Any]:
+    """Open a page of this size in a browser, without transitions."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_browser(), args=['--no-sandbox', '--disable-gpu'])
-        tab = browser.new_page(viewport={'width': width, 'height': height})
-        tab.goto(f'{page.resolve().as_uri()}#{anchor}')
-        png = tab.screenshot()
+        yield browser.new_page(viewport={'width': width, 'height': height}, reduced_motion='reduce')
         browser.close()
-    return Image.open(BytesIO(png)).convert('RGB')
+
+
+def capture(tab: Any) -> Image.Image:
+    """Return what a page in a browser shows."""
+    return Image.open(BytesIO(tab.screenshot())).convert('RGB')
 
 
 def main() -> None:
@@ -256,6 +295,9 @@ def main() -> None:
     curves(args.demo, args.out / 'curves.png')
     report_screenshots(args.demo).quantize(200).save(args.out / 'report.png', optimize=True)
     audit_screenshot(args.demo).quantize(200).save(args.out / 'audit.png', optimize=True)
+    table, details = serve_screenshots(args.demo)
+    table.quantize(200).save(args.out / 'serve.png', optimize=True)
+    details.save(args.out / 'serve_details.png', optimize=True)  # 200 colors distort the map
 
 
 if __name__ == '__main__':

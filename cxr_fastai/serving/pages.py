@@ -25,6 +25,8 @@ THUMBNAIL_SIDE = 96
 """Longer side of the pictures of the examples, in pixels."""
 FRONT_MATTER = re.compile(r'\A---\n.*?^---\n', re.DOTALL | re.MULTILINE)
 """The YAML at the top of a model card, which is meant for programs."""
+HEADING = re.compile('<h2>(.*?)</h2>')
+"""A heading of a model card that its table of contents lists."""
 MAX_CARD = 50_000
 """Longest model card that is converted from Markdown, in characters. The conversion can take 20 µs for each."""
 MESSAGES = {
@@ -99,15 +101,31 @@ def card(request: Request) -> HTMLResponse:
     if service is None:
         return HTMLResponse(render_template('card.html', **_page_values(request), card=None), 503, {'retry-after': '1'})
     text = service.bundle.read(CARD).decode('utf-8-sig', 'replace').replace('\r\n', '\n')
-    return HTMLResponse(render_template('card.html', **_page_values(request), card=_render_card(text)))
+    html, contents = _render_card(text)
+    return HTMLResponse(render_template('card.html', **_page_values(request), card=html, contents=contents))
 
 
 @lru_cache(maxsize=1)
-def _render_card(text: str) -> Markup:
-    """Return the Markdown `text` as HTML; one that is too long to be converted in a short time stays as it is."""
+def _render_card(text: str) -> tuple[Markup, dict[str, str]]:
+    """Return the Markdown `text` as HTML, and its table of contents: titles by the ids of their headings.
+
+    A text that is too long to be converted in a short time stays as it is, without contents.
+    """
     if len(text) > MAX_CARD:
-        return Markup('<pre tabindex="0">{}</pre>').format(text)
-    return _make_scrollable(markdown(FRONT_MATTER.sub('', text)))
+        return Markup('<pre tabindex="0">{}</pre>').format(text), {}
+    return _add_contents(_make_scrollable(markdown(FRONT_MATTER.sub('', text))))
+
+
+def _add_contents(page: Markup) -> tuple[Markup, dict[str, str]]:
+    """Give each heading of `page` an id, and return the page with the titles by these ids."""
+    contents: dict[str, str] = {}
+
+    def add_id(heading: re.Match[str]) -> str:
+        name = f'section-{len(contents) + 1}'
+        contents[name] = Markup(heading[1]).striptags()
+        return f'<h2 id="{name}">{heading[1]}</h2>'
+
+    return Markup(HEADING.sub(add_id, str(page))), contents
 
 
 @pages.get('/docs')

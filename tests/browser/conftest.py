@@ -1,13 +1,18 @@
-"""One headless browser for all tests of a file, and a record of what its pages print and request."""
+"""One headless browser and one service for all tests of a file, and a record of what the pages print and request."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
+from servedpages import RequestRecorder
 
+from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.publishing.printing import find_browser
 
 PATIENCE_MS = 60_000
 """Time limit for anything that a page does, in milliseconds, on a busy machine."""
+HTTP_ERROR = 'Failed to load resource'
+"""What a browser prints for every response with a status of 400 or above."""
 ARGUMENTS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update']
 
 
@@ -64,6 +69,64 @@ def open_page(browser):
 @pytest.fixture
 def log() -> PageLog:
     return PageLog()
+
+
+@pytest.fixture(scope='module')
+def recorder(bundle):
+    """A server that is ready and keeps the bodies of requests; `recorder.url` is its address."""
+    for module in ('fastapi', 'hypercorn', 'python_multipart', 'prometheus_client', 'onnxruntime'):
+        pytest.importorskip(module, reason='pip install "cxr_fastai[serve]" runs this test')
+    from services import running_server
+
+    from cxr_fastai.serving.app import Settings
+    from cxr_fastai.serving.server import Server
+
+    server = Server(Settings(bundle, port=0, drain_seconds=1))
+    server.app = recorder = RequestRecorder(server.app)
+    recorder.url = server.url
+    with running_server(server):
+        yield recorder
+
+
+@pytest.fixture(scope='module')
+def address(recorder) -> str:
+    return recorder.url
+
+
+@pytest.fixture
+def page(open_page, log):
+    """A page that must run without errors, dialogs, violations of its policy and requests to other sites."""
+    page = open_page()
+    log.watch(page)
+    yield page
+    assert log.messages == [] and log.dialogs == []
+    assert all(url.startswith(('http://127.0.0.1:', 'data:image/', 'blob:http://127.0.0.1:')) for url in log.urls)
+
+
+@pytest.fixture
+def failing_page(page, log):
+    """The same, where error responses are part of the test."""
+    yield page
+    log.messages = [message for message in log.messages if HTTP_ERROR not in message]
+
+
+@pytest.fixture(scope='module')
+def rows(bundle, images) -> dict[Path, dict]:
+    """The rows of the Predictor for the test images, by path."""
+    paths = sorted((images / 'test').rglob('*.jpeg'))
+    return dict(zip(paths, Predictor.load(bundle, engine='onnx').predict(paths), strict=True))
+
+
+@pytest.fixture(scope='module')
+def pneumonia(bundle, rows) -> Path:
+    """An image that is classified as pneumonia and has a map."""
+    from cxr_fastai.serving.service import Service
+
+    service = Service.open(bundle)
+    for path, row in rows.items():
+        if row['prediction'] == 'PNEUMONIA' and service.explain(path.read_bytes())['explanation']['overlay']:
+            return path
+    pytest.fail('no image has a map')
 
 
 APPEARANCES = [

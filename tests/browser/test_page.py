@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from imagefiles import GREY, encoded
+from servedpages import choose, expect, finished, finished_card, names, tab_to, upload, wait_for_opacity
 
 import cxr_fastai
-from cxr_fastai.inference.predictor import COLUMNS, Predictor
+from cxr_fastai.inference.predictor import COLUMNS
 
 for module in ('fastapi', 'hypercorn', 'python_multipart', 'prometheus_client', 'onnxruntime'):
     pytest.importorskip(module, reason='pip install "cxr_fastai[serve]" runs this test')
@@ -24,8 +25,6 @@ from cxr_fastai.serving.service import Service  # noqa: E402
 from cxr_fastai.serving.uploads import Limits  # noqa: E402
 
 TOKEN = 'a token of a test'
-HTTP_ERROR = 'Failed to load resource'
-"""What a browser prints for every response with a status of 400 or above."""
 FORMULA = '=HYPERLINK("http://elsewhere.example")<img src=x onerror=alert(1)>.png'
 NOISE = np.random.default_rng(0).integers(0, 256, (96, 96), np.uint8)
 DROP_FILE = """bytes => {
@@ -39,37 +38,6 @@ FIND_BROKEN_LINKS = """() => [...document.querySelectorAll("main a[href^='#']")]
     .filter(id => !document.getElementById(id))"""
 
 
-class RequestRecorder:
-    """ASGI middleware that keeps the bodies of all requests."""
-
-    def __init__(self, app) -> None:
-        self.app = app
-        self.bodies: list[bytes] = []
-
-    async def __call__(self, scope, receive, send) -> None:
-        async def record():
-            message = await receive()
-            self.bodies.append(message.get('body', b''))
-            return message
-
-        await self.app(scope, record if scope['type'] == 'http' else receive, send)
-
-
-@pytest.fixture(scope='module')
-def recorder(bundle):
-    """A server that is ready and keeps the bodies of requests; `recorder.url` is its address."""
-    server = Server(Settings(bundle, port=0, drain_seconds=1))
-    server.app = recorder = RequestRecorder(server.app)
-    recorder.url = server.url
-    with running_server(server):
-        yield recorder
-
-
-@pytest.fixture(scope='module')
-def address(recorder) -> str:
-    return recorder.url
-
-
 @pytest.fixture(scope='module')
 def protected(bundle):
     """The address of a server with an access token and small limits."""
@@ -78,73 +46,10 @@ def protected(bundle):
         yield server.url
 
 
-@pytest.fixture
-def page(open_page, log):
-    """A page that must run without errors, dialogs, violations of its policy and requests to other sites."""
-    page = open_page()
-    log.watch(page)
-    yield page
-    assert log.messages == [] and log.dialogs == []
-    assert all(url.startswith(('http://127.0.0.1:', 'data:image/', 'blob:http://127.0.0.1:')) for url in log.urls)
-
-
-@pytest.fixture
-def failing_page(page, log):
-    """The same, where error responses are part of the test."""
-    yield page
-    log.messages = [message for message in log.messages if HTTP_ERROR not in message]
-
-
-@pytest.fixture(scope='module')
-def rows(bundle, images) -> dict[Path, dict]:
-    """The rows of the Predictor for the test images, by path."""
-    paths = sorted((images / 'test').rglob('*.jpeg'))
-    return dict(zip(paths, Predictor.load(bundle, engine='onnx').predict(paths), strict=True))
-
-
-@pytest.fixture(scope='module')
-def pneumonia(bundle, rows) -> Path:
-    """An image that is classified as pneumonia and has a map."""
-    service = Service.open(bundle)
-    for path, row in rows.items():
-        if row['prediction'] == 'PNEUMONIA' and service.explain(path.read_bytes())['explanation']['overlay']:
-            return path
-    pytest.fail('no image has a map')
-
-
-def upload(content: Path | bytes, name: str = 'image.png') -> dict:
-    """A file for the file chooser."""
-    data = content.read_bytes() if isinstance(content, Path) else content
-    return {'name': name, 'mimeType': 'application/octet-stream', 'buffer': data}
-
-
-def expect(locator):
-    from playwright.sync_api import expect
-
-    return expect(locator)
-
-
-def choose(page, address: str, *uploads) -> None:
-    page.goto(address)
-    page.set_input_files('#chooser', list(uploads))
-
-
-def finished(page, count: int = 1):
-    """The cards of `count` images, when all of them have a prediction or an error."""
-    expect(page.locator('.image:is([data-state=done], [data-state=refused])')).to_have_count(count)
-    return page.locator('.image')
-
-
-def wait_for_opacity(page, opacity: float) -> None:
-    """Wait until the map has this opacity, which a transition changes slowly."""
-    script = 'expected => Math.abs(getComputedStyle(document.querySelector(".map")).opacity - expected) < 1e-3'
-    page.wait_for_function(script, arg=opacity)
-
-
 def test_a_prediction_is_shown_in_words_and_on_a_scale_with_the_threshold(page, address, rows, pneumonia):
     row = rows[pneumonia]
     choose(page, address, upload(pneumonia, 'Doe Jane.jpeg'))
-    card = finished(page)
+    card = finished_card(page)
     decision = ' '.join(card.locator('.decision').inner_text().split())
     numbers = re.fullmatch(r'Pneumonia Probability of pneumonia ([01]\.\d{3,}), threshold ([01]\.\d+)', decision)
     assert float(numbers[1]) == pytest.approx(row['p_pneumonia'], abs=6e-4)
@@ -172,18 +77,23 @@ def test_files_without_a_prediction_get_a_reason_in_plain_words(page, address):
     choose(page, address, *(upload(content, name) for name, (content, *_) in REFUSED_FILES.items()))
     finished(page, len(REFUSED_FILES))
     for name, (_, reason, code) in REFUSED_FILES.items():
-        card = page.locator('.image', has=page.get_by_role('heading', name=name))
+        row = page.locator('#rows tr', has_text=name)
+        expect(row.locator('b')).to_have_text('No prediction')
+        expect(row.locator('.reason')).to_contain_text(reason)
+        row.click()
+        card = page.locator('#shown .image', has=page.get_by_role('heading', name=name))
         expect(card.locator('.decision')).to_have_text('No prediction')
         expect(card.locator('.reason')).to_contain_text(reason)
         expect(card.locator('.details')).to_contain_text(code)
         expect(card.locator('.scale')).to_be_hidden()
         expect(card.locator('.maps')).to_be_hidden()
+        page.keyboard.press('Escape')
 
 
 def test_the_pixel_mode_of_a_16_bit_image_is_shown(page, address):
     deep = np.uint16(np.linspace(1000, 4000, 96 * 96).reshape(96, 96))
     choose(page, address, upload(encoded(deep)))
-    expect(finished(page).locator('.facts')).to_contain_text('I;16')
+    expect(finished_card(page).locator('.facts')).to_contain_text('I;16')
 
 
 def test_several_images_are_sent_two_at_a_time_without_their_names_and_keep_their_order(page, recorder, rows):
@@ -198,19 +108,19 @@ def test_several_images_are_sent_two_at_a_time_without_their_names_and_keep_thei
     recorder.bodies.clear()
     page.on('request', begin)
     page.on('requestfinished', lambda request: open_requests.discard(request))
-    names = [f'Jane Doe {i}.jpeg' for i in range(6)]
-    choose(page, recorder.url, *(upload(path, name) for path, name in zip(rows, names, strict=False)))
-    assert finished(page, 6).locator('h3').all_inner_texts() == names
+    chosen = [f'Jane Doe {i}.jpeg' for i in range(6)]
+    choose(page, recorder.url, *(upload(path, name) for path, name in zip(rows, chosen, strict=False)))
+    finished(page, 6)
+    assert names(page) == chosen
     assert len(counts) == 6 and max(counts) == 2
     sent = b''.join(recorder.bodies)
     assert sent.count(b'filename="image"') == 6 and b'Jane' not in sent
     expect(page.locator('#count')).to_contain_text('6 images')
-    expect(page.locator('#rows tr')).to_have_count(6)
 
 
 def test_the_map_can_be_faded_and_switched_off(page, address, pneumonia):
     choose(page, address, upload(pneumonia))
-    card = finished(page)
+    card = finished_card(page)
     wait_for_opacity(page, 1)
     card.get_by_label('Opacity').fill('40')
     wait_for_opacity(page, 0.4)
@@ -224,20 +134,22 @@ def test_the_map_can_be_faded_and_switched_off(page, address, pneumonia):
 
 
 def test_the_table_downloads_as_csv_without_formulas(page, address, rows, pneumonia, tmp_path):
-    names = ['a, "b".jpeg', FORMULA, "'=1.png", 'Ä.png']
+    chosen = ['a, "b".jpeg', FORMULA, "'=1.png", 'Ä.png']
     contents = (pneumonia, pneumonia, b'hello', pneumonia)
-    choose(page, address, *(upload(content, name) for content, name in zip(contents, names, strict=True)))
-    assert finished(page, 4).locator('h3').all_inner_texts() == names
+    choose(page, address, *(upload(content, name) for content, name in zip(contents, chosen, strict=True)))
+    finished(page, 4)
+    assert names(page) == chosen
     with page.expect_download() as download:
         page.get_by_role('button', name='Download CSV').click()
     download.value.save_as(tmp_path / 'images.csv')
     with open(tmp_path / 'images.csv', encoding='utf-8', newline='') as file:
         columns, *lines = csv.reader(file)
-    assert tuple(columns) == COLUMNS
-    assert [line[0] for line in lines] == [names[0], f"'{names[1]}", f"'{names[2]}", names[3]]
+    assert columns == [*COLUMNS, 'model_threshold']
+    assert [line[0] for line in lines] == [chosen[0], f"'{chosen[1]}", f"'{chosen[2]}", chosen[3]]
     assert [line[1] for line in lines] == ['ok', 'ok', 'error', 'ok']
     assert float(lines[0][2]) == pytest.approx(rows[pneumonia]['p_pneumonia'], abs=1e-5)
     assert lines[2][2:4] == ['', ''] and lines[2][5] == 'E_FORMAT'
+    assert all(line[4] == line[7] for line in lines)
     assert download.value.suggested_filename == 'predictions.csv'
 
 
@@ -245,7 +157,7 @@ def test_an_example_is_predicted_by_one_click(page, address):
     page.goto(address)
     expect(page.locator('.examples img')).to_have_count(8)
     page.get_by_role('button', name='Example 3').click()
-    expect(finished(page).locator('h3')).to_have_text('example-3.png')
+    expect(finished_card(page).locator('h3')).to_have_text('example-3.png')
 
 
 def test_everything_can_be_done_by_keyboard(page, address, pneumonia):
@@ -274,14 +186,6 @@ def test_everything_can_be_done_by_keyboard(page, address, pneumonia):
     tab_to(page, '[data-example="0"]')
     page.keyboard.press('Enter')
     finished(page)
-
-
-def tab_to(page, selector: str, key: str = 'Tab') -> None:
-    for _ in range(40):
-        if page.evaluate('selector => document.activeElement.matches(selector)', selector):
-            return
-        page.keyboard.press(key)
-    pytest.fail(f'{selector} cannot be reached by {key}')
 
 
 def refuse(page, status: int, code: str, retry_after: int = 0, times: int | None = None) -> None:
@@ -367,10 +271,10 @@ def test_an_upload_shows_its_progress_and_can_be_cleared(page, log, address, pne
     routes = []
     page.route('**/v1/predict*', lambda route: routes.append(route))
     choose(page, address, *[upload(pneumonia)] * 3)
-    expect(page.locator('.image progress').first).to_be_visible()
-    expect(page.locator('[data-state=queued] .reason')).to_have_text('Waiting.')
+    expect(page.locator('#rows progress').first).to_be_visible()
+    expect(page.locator('#rows [data-state=queued] .reason')).to_have_text('Waiting.')
     page.get_by_role('button', name='Clear').click()
-    expect(page.locator('.image')).to_have_count(0)
+    expect(page.locator('#rows tr')).to_have_count(0)
     for route in routes:
         route.abort()
     log.messages.clear()
@@ -379,7 +283,7 @@ def test_an_upload_shows_its_progress_and_can_be_cleared(page, log, address, pne
 def test_an_image_can_be_dropped_on_the_page(page, address, pneumonia):
     page.goto(address)
     page.evaluate(DROP_FILE, list(pneumonia.read_bytes()))
-    expect(finished(page).locator('h3')).to_have_text('dropped.jpeg')
+    expect(finished_card(page).locator('h3')).to_have_text('dropped.jpeg')
 
 
 def test_a_page_opened_before_the_model_is_loaded_reloads_itself(failing_page, bundle, monkeypatch):
@@ -464,6 +368,15 @@ def test_the_pages_are_accessible_and_fit(open_page, address, protected, pneumon
     choose(page, address, upload(pneumonia, 'a' * 200), upload(b'hello', FORMULA), upload(encoded(NOISE)))
     finished(page, 3)
     check('done')
+    page.locator('#number').fill('0.999')
+    page.keyboard.press('Enter')
+    check('another threshold')
+    page.locator('#rows tr').first.click()
+    expect(page.get_by_role('dialog')).to_be_visible()
+    check('details')
+    choose(page, address, upload(pneumonia, 'a' * 200))
+    finished(page)
+    check('a single image')
     page.route('**/v1/predict*', lambda route: route.abort())
     choose(page, address, *[upload(pneumonia)] * 3)
     expect(page.locator('#retry')).to_be_visible()

@@ -278,11 +278,11 @@ def test_a_service_leaves_no_decoder_behind(bundle):
 
 @pytest.fixture(scope='module')
 def card_bundle(bundle, tmp_path_factory):
-    """A bundle with a card in Latin-1 that has a table."""
+    """A bundle with a card in Latin-1 that has a table, and markup in a heading."""
     copy = tmp_path_factory.mktemp('card') / 'bundle'
     shutil.copytree(bundle, copy)
     table = '| a | b | c |\n|:--|--:|:-:|\n| x | 1 | 2 |\n\n<script>alert(1)</script> [x](javascript:alert(1))\n'
-    (copy / CARD).write_bytes(f'# M\xfcnchen\n\n{table}'.encode('latin-1'))
+    (copy / CARD).write_bytes(f'# M\xfcnchen\n\n## <b>`Use`</b>\n\n{table}'.encode('latin-1'))
     seal(copy)
     return copy
 
@@ -293,6 +293,7 @@ def test_a_card_that_is_not_utf8_is_shown_with_replacement_characters_and_aligne
     assert response.status_code == 200 and '<h1>M\ufffdnchen</h1>' in response.text
     assert re.findall(r'<td class="(\w+)">', response.text) == ['left', 'right', 'center']
     assert '<script>alert' not in response.text and 'href="javascript' not in response.text
+    assert '<a href="#section-1">&lt;b&gt;Use&lt;/b&gt;</a>' in response.text
 
 
 def test_a_card_that_is_not_utf8_does_not_prevent_a_space(card_bundle, tmp_path):

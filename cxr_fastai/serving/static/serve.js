@@ -1,15 +1,17 @@
 // Uploads images to the service one by one and shows their predictions. File names never leave the browser.
+import {decide, formatBytes, formatTable, PAUSED_STATES} from './decisions.js';
+import {addCard, connectDetails, openDetails, showCard, showExplanation, showSingle} from './details.js';
+import {announce, find, messages, page} from './page.js';
 import {fetchExample, postImage, readFile} from './requests.js';
+import {addRow, arrangeTable, connectTable, showRow, showThumbnail} from './table.js';
+import {chosenThreshold, connectThreshold, setThreshold, showProbabilities} from './threshold.js';
 
 const PARALLEL_UPLOADS = 2;
 const MAX_RETRIES = 5;  // automatic retries when the service is busy
 const FORM_BYTES = 1024;  // size of a request in addition to its image
-const PAUSED_STATES = ['busy', 'offline', 'token'];
 const RUNNING_STATES = ['uploading', 'working'];
 
-const page = find('main').dataset;
-const messages = JSON.parse(page.messages);
-const columns = JSON.parse(page.columns);
+const columns = [...JSON.parse(page.columns), 'model_threshold'];
 const maxBytes = Number(page.body);
 const maxImages = Number(page.images);
 
@@ -17,10 +19,6 @@ let images = [];  // the images on the page, in their order
 let pausedBy = null;  // why uploads are paused: one of PAUSED_STATES, or null
 let retryTimer = 0;
 let imageCount = 0;
-
-function find(selector, parent = document) {
-  return parent.querySelector(selector);
-}
 
 // Queue
 
@@ -30,16 +28,22 @@ function addImages(sources) {
     imageCount += 1;
     return {...source, retries: 0, id: `image-${imageCount}`};
   });
-  images.push(...added);
   for (const image of added) {
+    images.push(image);
     addCard(image);
+    addRow(image);
+    showState(image, 'queued');
     if (image.size + FORM_BYTES > maxBytes) {
       const message = `the file has ${formatBytes(image.size)}, the limit is ${formatBytes(maxBytes)}`;
       finish(image, {code: 'E_BODY', message});
     }
   }
-  added[0].card.scrollIntoView({block: 'nearest'});
+  find('#results').scrollIntoView({block: 'start'});
   startUploads();
+}
+
+function findImage(id) {
+  return images.find(image => image.id === id);
 }
 
 function addFiles(files) {
@@ -83,7 +87,7 @@ async function request(image) {
     const blob = await image.read();
     image.size = blob.size;
     return await postImage(blob, fraction => {
-      find('progress', image.card).value = fraction;
+      for (const bar of [find('progress', image.card), find('progress', image.line)]) bar.value = fraction;
       if (fraction === 1) showState(image, 'working');
     });
   } catch (error) {
@@ -161,184 +165,67 @@ async function waitForModel() {
 
 // Display
 
-function formatBytes(size) {
-  return size < 1e5 ? `${Math.ceil(size / 1024)} kB` : `${(size / 2**20).toFixed(1)} MB`;
-}
-
-function formatThreshold(threshold) {
-  return String(Number(Number(threshold).toFixed(4)));
-}
-
-/** Format a probability with three decimals, or as many as show on which side of the threshold it is. */
-function formatProbability({p_pneumonia: p, threshold}) {
-  const edges = [threshold, Number(threshold.toPrecision(4))];
-  const isAmbiguous = digits => edges.some(edge => (p >= threshold) !== (Number(p.toFixed(digits)) >= edge));
-  let digits = 3;
-  while (digits < 9 && isAmbiguous(digits)) digits += 1;
-  return p.toFixed(digits);
-}
-
-function addCard(image) {
-  image.card = find('#image').content.firstElementChild.cloneNode(true);
-  image.card.id = image.id;
-  image.line = find('#rows').insertRow();
-  find('h3', image.card).textContent = image.name;
-  find('.plain', image.card).alt = `Image ${image.name}`;
-  find('#images').append(image.card);
-  showState(image, 'queued');
-}
-
 /** Show the prediction for `image`, or the error that it got instead of one. */
 function finish(image, {explanation, ...fields}) {
   const empty = {status: 'error', p_pneumonia: null, prediction: null, threshold: Number(page.threshold)};
   image.row = {...empty, ...fields, path: image.name};
   image.read = null;  // frees the file
   showState(image, image.row.status === 'ok' ? 'done' : 'refused');
-  if (explanation) showExplanation(image, explanation);
+  if (explanation) {
+    showExplanation(image, explanation);
+    showThumbnail(image, explanation.image);
+  }
   const parts = ['.decision b', '.numbers', '.reason'].map(selector => find(selector, image.card).textContent);
-  find('#live').textContent = `${image.name}: ${parts.filter(Boolean).join('. ')}`;
+  announce(`${image.name}: ${parts.filter(Boolean).join('. ')}`);
 }
 
 function showState(image, state) {
   image.state = state;
-  image.card.dataset.state = state;
-  find('.reason', image.card).textContent = describeState(image);
-  if (state === 'done') showDecision(image);
-  if (state === 'refused') showRefusal(image);
-  showLine(image);
-  showCounts();
+  showCard(image);
+  showRow(image);
+  showImages();
 }
 
-function describeState({state, row, reason}) {
-  if (state === 'done') return '';
-  if (state === 'refused') return messages[row.code] ?? row.message ?? `The service rejected the image (${row.code}).`;
-  return PAUSED_STATES.includes(state) ? reason : messages[state];
-}
-
-function showDecision({card, row}) {
-  const probability = formatProbability(row);
-  const threshold = formatThreshold(row.threshold);
-  card.dataset.prediction = row.prediction;
-  find('.decision b', card).textContent = row.prediction === 'PNEUMONIA' ? 'Pneumonia' : 'Normal';
-  find('.numbers', card).textContent = `Probability of pneumonia ${probability}, threshold ${threshold}`;
-  find('.threshold', card).textContent = `threshold ${threshold}`;
-  const scale = find('.scale', card);
-  scale.setAttribute('aria-label', `${probability} on a scale from 0 to 1, with the threshold at ${threshold}`);
-  scale.style.setProperty('--p', row.p_pneumonia);
-  scale.style.setProperty('--t', row.threshold);
-}
-
-function showRefusal({card, row}) {
-  find('.decision b', card).textContent = 'No prediction';
-  const repeatsReason = row.code === 'E_OUT_OF_DISTRIBUTION' || !row.message;
-  find('.details', card).textContent = repeatsReason ? row.code : `${row.code}: ${row.message}`;
-}
-
-function showExplanation(image, explanation) {
-  const {card} = image;
-  showPicture(find('.plain', card), explanation.image);
-  showPicture(find('.map', card), explanation.overlay);
-  find('.blank', card).hidden = Boolean(explanation.image);
-  if (explanation.note) {
-    find('.note', card).textContent = `No ${explanation.image ? 'map' : 'picture'}: ${explanation.note}.`;
-  }
-  showFileFacts(image, explanation);
-  connectMapControls(image, Boolean(explanation.overlay));
-}
-
-function showPicture(node, png) {
-  node.hidden = !png;
-  if (png) node.src = `data:image/png;base64,${png}`;
-}
-
-function showFileFacts({card, row, size}, {format, mode, width, height}) {
-  find('.format', card).textContent = format;
-  find('.mode', card).textContent = mode;
-  find('.size', card).textContent = `${width.toLocaleString('en')} × ${height.toLocaleString('en')} px, ${formatBytes(size)}`;
-  const isPredicted = row.status === 'ok';
-  find('.reading', card).textContent = isPredicted ? row.message || 'unchanged' : '';
-  find('.reading', card).parentNode.hidden = !isPredicted;
-  find('.facts', card).hidden = false;
-}
-
-function connectMapControls({card, row}, hasMap) {
-  const map = find('.map', card);
-  const toggle = find('.toggle', card);
-  const opacity = find('.opacity', card);
-  const update = () => { map.style.opacity = toggle.checked ? opacity.value / 100 : 0; };
-  find('.maps', card).hidden = !hasMap;
-  toggle.checked = row.prediction === 'PNEUMONIA';
-  toggle.onchange = update;
-  opacity.oninput = () => {
-    toggle.checked = true;
-    update();
-  };
-  update();
-}
-
-/** Show the row of `image` in the table of all images. */
-function showLine(image) {
-  const {line, row} = image;
-  const link = document.createElement('a');
-  link.href = `#${image.id}`;
-  link.textContent = image.name;
-  let cells = ['', '', '', '', '', describeState(image)];
-  if (row) {
-    cells = [
-      row.status,
-      row.prediction ? formatProbability(row) : '',
-      row.prediction ?? '',
-      formatThreshold(row.threshold),
-      row.code ?? '',
-      row.code ? describeState(image) : row.message ?? '',
-    ];
-  }
-  line.replaceChildren();
-  for (const content of [link, ...cells]) line.insertCell().append(content);
-  for (const column of [2, 4]) line.cells[column].className = 'right';
-}
-
-function showCounts() {
-  const kinds = images.map(({row}) => {
-    if (!row) return 'in progress';
-    return row.prediction?.toLowerCase() ?? 'without a prediction';
-  });
-  const parts = [`${images.length} ${images.length === 1 ? 'image' : 'images'}`];
-  for (const kind of ['pneumonia', 'normal', 'without a prediction', 'in progress']) {
-    const count = kinds.filter(other => other === kind).length;
-    if (count) parts.push(`${count} ${kind}`);
-  }
-  find('#count').textContent = parts.join(' · ');
+/** Show the images in their order, and how many they are. */
+function showImages() {
+  arrangeTable(images);
+  showSingle(images);
+  showProbabilities(images);
+  const running = images.filter(image => !image.row).length;
+  const progress = running ? ` · ${running} in progress` : '';
+  find('#count').textContent = `${images.length} ${images.length === 1 ? 'image' : 'images'}${progress}`;
   find('#results').hidden = images.length === 0;
-  find('#save').disabled = !images.some(image => image.row);
+  find('#save').disabled = running === images.length;
+}
+
+/** Show the decisions at another threshold. Images without a prediction stay as they are. */
+function showDecisions() {
+  for (const image of images.filter(({row}) => row?.prediction)) {
+    showCard(image);
+    showRow(image);
+  }
+  showImages();
 }
 
 // Download
 
-/** Format a cell of a CSV file. A quote in front keeps spreadsheets from computing text that looks like a formula. */
-function formatCell(value) {
-  let text = String(value ?? '');
-  if (typeof value === 'string' && /^'*[=+\-@\t\r\0]/.test(text)) text = `'${text}`;
-  return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
-}
-
 function downloadTable() {
-  const rows = images.map(image => image.row).filter(Boolean);
-  const lines = rows.map(row => columns.map(name => formatCell(row[name])).join(','));
-  const table = new Blob([[columns.join(','), ...lines, ''].join('\n')], {type: 'text/csv'});
+  const threshold = chosenThreshold();
+  const rows = images.filter(image => image.row).map(image => decide(image.row, threshold));
+  const table = new Blob([formatTable(columns, rows)], {type: 'text/csv'});
   const link = document.createElement('a');
   link.href = URL.createObjectURL(table);
-  link.download = 'predictions.csv';
+  link.download = threshold === null ? 'predictions.csv' : `predictions-threshold-${threshold}.csv`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
 function clearPage() {
   images = [];
-  find('#images').replaceChildren();
   find('#rows').replaceChildren();
+  setThreshold(null);
   resume();
-  showCounts();
+  showImages();
   find('#chooser').focus();
 }
 
@@ -379,6 +266,9 @@ for (const button of document.querySelectorAll('[data-example]')) {
   const source = {name: `example-${number + 1}.png`, size: 0, read: () => fetchExample(number)};
   button.addEventListener('click', () => addImages([source]));
 }
+connectTable(showImages, id => openDetails(findImage(id)));
+connectDetails(findImage);
+connectThreshold(showDecisions);
 find('#token').addEventListener('submit', handleToken);
 find('#retry').addEventListener('click', retryNow);
 find('#save').addEventListener('click', downloadTable);

@@ -78,6 +78,7 @@ def predict(
     threshold: opt.Cut = None,
     tta: opt.Mirrored = False,
     maps: opt.Maps = False,
+    html: opt.NewPage = None,
     no_gate: opt.NoGate = False,
     engine: opt.EngineKind = 'auto',
     modality: opt.Modality = '',
@@ -88,7 +89,8 @@ def predict(
 ) -> None:
     """Predict the probability of pneumonia for each image. An image that cannot be used gets a row with the reason.
 
-    The fields of --json: model, threshold, threshold_rule, calibrated, images, positives, failures, table, maps, rows.
+    The fields of --json: model, threshold, threshold_rule, calibrated, images, positives, failures, table, maps, page,
+    rows.
 
     Example: cxr-fastai predict bundle image.jpeg more_images/ --out predictions.csv
     """
@@ -103,7 +105,11 @@ def predict(
         from cxr_fastai.data.find import list_images
         from cxr_fastai.inference.tables import predict_to_table
 
-    map_folder = _map_folder(table) if maps else None
+    map_folder = _map_folder(table, html) if maps else None
+    if html:
+        from cxr_fastai.publishing.prediction_page import check_page
+
+        check_page(html)
     paths = list_images(images) if Launch.from_environment().rank == 0 else []
     predictions = predict_to_table(
         model,
@@ -127,19 +133,30 @@ def predict(
         from cxr_fastai.interpretation.explainer import explain_predictions
 
         print_explanations(explain_predictions(predictions, paths, map_folder))
+    if html:
+        from cxr_fastai.publishing.prediction_page import save_prediction_page
+
+        save_prediction_page(predictions, paths, html, model, maps)
     if as_json:
-        print_json(prediction_document(predictions, model, table, map_folder))
+        print_json(prediction_document(predictions, model, table, map_folder, html))
     else:
         out.print(predictions_table(predictions.rows, ROWS_SHOWN))
     _print_summary(predictions, table, as_json)
+    if html:
+        print_line(f'{html}: page with pictures')
     if predictions.failures:
         raise typer.Exit(3)
 
 
-def _map_folder(table: Path | None) -> Path:
-    """Return the folder of the maps that belong to `table`. Raises `UsageError` if it is not empty."""
+def _map_folder(table: Path | None, html: Path | None) -> Path | None:
+    """Return the folder of the maps that belong to `table`; None if they are for the page alone.
+
+    Raises `UsageError` if the folder is not empty, or if there is neither a table nor a page.
+    """
+    if table is None and html:
+        return None
     if table is None:
-        raise UsageError('--explain needs --out: the maps are saved next to the table.')
+        raise UsageError('--explain needs --out or --html: the maps are saved next to the table, or on the page.')
     folder = table.with_name(f'{table.stem}_maps')
     check_new(folder)
     return folder

@@ -18,6 +18,7 @@ from cxr_fastai.cli.output import out, predictions_table, print_error, print_lin
 from cxr_fastai.core.environment import Launch, is_main_process, paused_collector
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_new
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.run import Run
 
 if TYPE_CHECKING:
@@ -170,7 +171,8 @@ def _print_summary(predictions: Predictions, table: Path | None, as_json: bool) 
     if any(row['code'] == OUT_OF_DISTRIBUTION for row in failures):
         print_error('With --no-gate the images that the input gate rejected get a probability too.')
     print_line(_describe_threshold(predictions.predictor))
-    summary = f'{len(predictions.rows)} images, {predictions.positives} classified as PNEUMONIA, {len(failures)} failed'
+    images = counted(len(predictions.rows))
+    summary = f'{images}, {predictions.positives} classified as PNEUMONIA, {len(failures)} failed'
     if table:
         summary += f'; rows in {table}'
     elif len(failures) > EXAMPLES and not as_json:

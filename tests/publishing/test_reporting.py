@@ -195,7 +195,7 @@ def test_folders_above_the_images_are_not_shown(copy):
 
 def test_hidden_names_are_replaced_by_numbers(copy):
     rename(copy, {worst_path(copy): 'test/NORMAL/Meier_Anna.jpeg'})
-    assert 'Meier_Anna' in report(copy).read_text()
+    assert 'Meier_Anna' in report(copy).read_text().replace('<wbr>', '')
     html = report(copy, hide_names=True).read_text()
     n_shown = len(shown_images(copy.predicted('test')))
     assert 'Meier' not in html and 'NORMAL/' not in html

@@ -60,7 +60,7 @@ def _selection_table(selection: Selection) -> Table:
 
     table = Table(title='AUC on the shared validation images', title_justify='left')
     table.add_column('network')
-    for name in ('clean', 'corrupted', 'shortcut', 'score'):
+    for name in ('clean', 'corrupted', 'shortcut removed', 'score'):
         table.add_column(name, justify='right')
     for candidate in selection.singles:
         table.add_row(candidate.members[0], *_figures(candidate))

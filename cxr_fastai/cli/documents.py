@@ -37,7 +37,7 @@ def _finite(value: Any) -> Any:
 
 
 def prediction_document(
-    predictions: Predictions, model: Path, table: Path | None, map_folder: Path | None
+    predictions: Predictions, model: Path, table: Path | None, map_folder: Path | None, page: Path | None
 ) -> dict[str, Any]:
     """Return the document of `predict`: the model and its threshold, the counts, and the rows of all images."""
     from cxr_fastai.inference.hub_bundles import name_model
@@ -54,6 +54,7 @@ def prediction_document(
         'failures': len(predictions.failures),
         'table': _text(table),
         'maps': _text(map_folder),
+        'page': _text(page),
         'rows': [_with_numbers(row) for row in predictions.rows],
     }
 

@@ -345,7 +345,21 @@ Calibrated = Annotated[
         help='Scale probabilities and threshold by the temperature of the model; predictions stay the same.',
     ),
 ]
-Maps = Annotated[bool, Option('--explain', help='Also draw what influenced each score, in a folder next to --out.')]
+NewPage = Annotated[
+    Path | None,
+    Option(
+        '--html',
+        metavar='FILE',
+        show_default=False,
+        help='Write a self-contained page with pictures and decisions to this new file.',
+    ),
+]
+Maps = Annotated[
+    bool,
+    Option(
+        '--explain', help='Also draw what influenced each score, in a folder next to --out and on the page of --html.'
+    ),
+]
 NoGate = Annotated[
     bool, Option('--no-gate', help='Score rejected images too: switch off the input gate (out-of-distribution check).')
 ]

@@ -19,6 +19,7 @@ from rich.text import Text
 from cxr_fastai.cli.console import err, out
 from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, UsageError, visible
+from cxr_fastai.core.progress import counted
 
 if TYPE_CHECKING:
     from cxr_fastai.data.auditing import Audit, Finding
@@ -384,7 +385,7 @@ def check_table(check: dict[str, Any]) -> Table:
     """Tabulate the numbers of a check of maps, each with its target and whether it is reached."""
     from cxr_fastai.interpretation.check_targets import check_rows
 
-    title = f'{check["method"]} at layer {check["layer"]}, {check["images"]} images with pneumonia'
+    title = f'{check["method"]} at layer {check["layer"]}, {counted(check["images"])} with pneumonia'
     table = _table(title, ('check',))
     for name in ('value', 'target', 'result'):
         table.add_column(name, justify='right')

@@ -18,6 +18,7 @@ from cxr_fastai.cli.output import out, predictions_table, print_error, print_hub
 from cxr_fastai.core.environment import Launch, is_main_process, paused_collector
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_new
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.run import Run
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def predict(
     threshold: opt.Cut = None,
     tta: opt.Views = None,
     maps: opt.Maps = False,
+    html: opt.NewPage = None,
     no_gate: opt.NoGate = False,
     engine: opt.EngineKind = 'auto',
     modality: opt.Modality = '',
@@ -89,7 +91,7 @@ def predict(
     """Predict the probability of pneumonia for each image. An image that cannot be used gets a row with the reason.
 
     The fields of --json: model, threshold, threshold_rule, calibrated, tta, images, positives, failures, table, maps,
-    rows.
+    page, rows.
 
     Example: cxr-fastai predict bundle image.jpeg more_images/ --out predictions.csv
     """
@@ -104,7 +106,11 @@ def predict(
         from cxr_fastai.data.find import list_images
         from cxr_fastai.inference.tables import predict_to_table
 
-    map_folder = _map_folder(table) if maps else None
+    map_folder = _map_folder(table, html) if maps else None
+    if html:
+        from cxr_fastai.publishing.prediction_page import check_page
+
+        check_page(html)
     paths = list_images(images) if Launch.from_environment().rank == 0 else []
     predictions = predict_to_table(
         model,
@@ -129,19 +135,31 @@ def predict(
 
         print_explanations(explain_predictions(predictions, paths, map_folder))
     print_hub_model(model)
+    if html:
+        from cxr_fastai.inference.hub_bundles import name_model
+        from cxr_fastai.publishing.prediction_page import save_prediction_page
+
+        save_prediction_page(predictions, paths, html, name_model(model), maps)
     if as_json:
-        print_json(prediction_document(predictions, model, table, map_folder))
+        print_json(prediction_document(predictions, model, table, map_folder, html))
     else:
         out.print(predictions_table(predictions.rows, ROWS_SHOWN))
     _print_summary(predictions, table, as_json)
+    if html:
+        print_line(f'{html}: page with pictures')
     if predictions.failures:
         raise typer.Exit(3)
 
 
-def _map_folder(table: Path | None) -> Path:
-    """Return the folder of the maps that belong to `table`. Raises `UsageError` if it is not empty."""
+def _map_folder(table: Path | None, html: Path | None) -> Path | None:
+    """Return the folder of the maps that belong to `table`; None if they are for the page alone.
+
+    Raises `UsageError` if the folder is not empty, or if there is neither a table nor a page.
+    """
+    if table is None and html:
+        return None
     if table is None:
-        raise UsageError('--explain needs --out: the maps are saved next to the table.')
+        raise UsageError('--explain needs --out or --html: the maps are saved next to the table, or on the page.')
     folder = table.with_name(f'{table.stem}_maps')
     check_new(folder)
     return folder
@@ -155,7 +173,8 @@ def _print_summary(predictions: Predictions, table: Path | None, as_json: bool) 
     if any(row['code'] == OUT_OF_DISTRIBUTION for row in failures):
         print_error('With --no-gate the images that the input gate rejected get a probability too.')
     print_line(_describe_threshold(predictions.predictor))
-    summary = f'{len(predictions.rows)} images, {predictions.positives} classified as PNEUMONIA, {len(failures)} failed'
+    images = counted(len(predictions.rows))
+    summary = f'{images}, {predictions.positives} classified as PNEUMONIA, {len(failures)} failed'
     if table:
         summary += f'; rows in {table}'
     elif len(failures) > EXAMPLES and not as_json:

@@ -30,7 +30,7 @@ def robustness_table(robustness: pd.DataFrame) -> Table:
         if kind not in (CLEAN, SHORTCUT, *ANATOMY):
             table.add_row(kind, *[_format_auc(auc) for auc in rows.auc], _format_auc(rows.auc.mean()))
     table.add_section()
-    for name, key in ((CLEAN, 'clean'), (SHORTCUT, 'shortcut')):
+    for name, key in ((CLEAN, 'clean'), ('shortcut removed', 'shortcut')):
         table.add_row(name, *[''] * len(strengths), _format_auc(summary[key]))
     change = 'lower' if summary['loss'] >= 0 else 'higher'
     table.caption = (

@@ -91,6 +91,15 @@ def plural(unit: str) -> str:
     return f'{unit}es' if unit == 'batch' else f'{unit}s'
 
 
+def counted(number: int, unit: str = 'image') -> str:
+    """Return a number with its word, such as `image` or `batch`, in the singular or plural.
+
+    >>> counted(1), counted(0), counted(2000, 'batch')
+    ('1 image', '0 images', '2,000 batches')
+    """
+    return f'{number:,} {unit if number == 1 else plural(unit)}'
+
+
 def format_seconds(seconds: float) -> str:
     """Return a time in words.
 

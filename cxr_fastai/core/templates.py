@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cxr_fastai.core.progress import counted
+
 if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
@@ -15,8 +17,8 @@ if TYPE_CHECKING:
 def render_template(template: str, **values: Any) -> str:
     """Return the text of `template`, a file name in the `templates/` folder of a room, rendered with `values`.
 
-    In HTML templates every value is escaped, unless it is a `Markup`. Raises `jinja2.UndefinedError` if a value is
-    missing.
+    In HTML templates every value is escaped, unless it is a `Markup`. Templates can call `counted`. Raises
+    `jinja2.UndefinedError` if a value is missing.
     """
     return _environment().get_template(template).render(**values)
 
@@ -26,13 +28,15 @@ def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
     package = Path(__file__).parents[1]
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(sorted(package.glob('*/templates'))),
         autoescape=select_autoescape(['html']),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    environment.globals['counted'] = counted
+    return environment
 
 
 def markdown(text: str) -> Markup:

@@ -7,6 +7,7 @@ import warnings
 import pandas as pd
 
 from cxr_fastai.core.errors import CXRWarning, UsageError
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import SHIFT, SPLITS, VOCAB
 
 MIN_VALID_IMAGES = 50
@@ -40,9 +41,9 @@ def describe_patients(patients: int | str, n_unknown: int) -> str:
     """
     if isinstance(patients, str):
         return f'{patients} patients'
-    text = f'{patients:,} {"patient" if patients == 1 else "patients"}'
+    text = counted(patients, 'patient')
     if n_unknown:
-        text += f' and {n_unknown:,} {"image" if n_unknown == 1 else "images"} of unknown patients'
+        text += f' and {counted(n_unknown)} of unknown patients'
     return text
 
 

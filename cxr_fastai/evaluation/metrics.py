@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t
 
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.data.splits import UNKNOWN_PATIENT, count_patients, describe_patients, unknown_patients
 from cxr_fastai.evaluation.calibration import explain_temperature, measure_calibration
@@ -278,7 +279,7 @@ def is_complete(metrics: dict[str, Any]) -> bool:
 
 def describe_sample(metrics: dict[str, Any]) -> str:
     """Return the images and patients of a split in words, such as `624 images of 426 patients`."""
-    return f'{metrics["n"]:,} images of {describe_patients(metrics["patients"], metrics["unknown_patients"])}'
+    return f'{counted(metrics["n"])} of {describe_patients(metrics["patients"], metrics["unknown_patients"])}'
 
 
 def interval_warnings(metrics: dict[str, Any]) -> list[str]:

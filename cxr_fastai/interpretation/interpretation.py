@@ -23,6 +23,7 @@ from torch import Tensor
 from cxr_fastai.core.errors import ImageError, UsageError
 from cxr_fastai.core.figures import NotebookFigure, show
 from cxr_fastai.core.files import StrPath
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.run import Run, as_run
 from cxr_fastai.evaluation.plots import plot_confusion_matrix
@@ -317,7 +318,7 @@ class CXRInterpretation(ClassificationInterpretation):
         else:
             explained = read_subjects(subjects, self.threshold, self.source.preprocessing)
         explanations = _without_errors(explained)
-        title = f'{len(subjects)} {"image" if len(subjects) == 1 else "images"}, {title}'
+        title = f'{counted(len(subjects))}, {title}'
         missing = len(subjects) - len(explanations)
         if missing:
             title += f', {missing} of them cannot be shown'

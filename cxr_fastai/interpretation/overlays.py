@@ -105,12 +105,24 @@ def blend(explanation: Explanation) -> np.ndarray:
 
 def blend_map(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Return `image`, grey uint8 (h, w), with the map `heat` (h, w) from 0 to 1 on top: uint8 (h, w, 3)."""
-    from matplotlib import colormaps
-
     alpha = _opacity(heat)[..., None]
     grey = np.repeat(image[..., None], 3, axis=2)
-    colours = 255 * colormaps[COLOUR_MAP](heat)[..., :3]
-    return np.round(grey * (1 - alpha) + colours * alpha).astype(np.uint8)
+    return np.round(grey * (1 - alpha) + 255 * _colours(heat) * alpha).astype(np.uint8)
+
+
+def map_layer(heat: np.ndarray) -> np.ndarray:
+    """Return the map `heat` (h, w) from 0 to 1 as a transparent picture: red, green, blue, opacity, uint8 (h, w, 4).
+
+    On top of an image it looks like `blend_map`.
+    """
+    return np.round(255 * np.dstack([_colours(heat), _opacity(heat)])).astype(np.uint8)
+
+
+def _colours(heat: np.ndarray) -> np.ndarray:
+    """Return the colours of a map: (h, w, 3) from 0 to 1."""
+    from matplotlib import colormaps
+
+    return colormaps[COLOUR_MAP](heat)[..., :3]
 
 
 @own_style()

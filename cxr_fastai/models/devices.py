@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from cxr_fastai.core.errors import UsageError, first_line
 from cxr_fastai.core.hardware import available_cores, limit_torch_threads, processor
+from cxr_fastai.core.progress import counted
 
 if TYPE_CHECKING:
     import torch
@@ -107,4 +108,4 @@ def describe_device(device: torch.device) -> str:
 
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
-    return f'{processor()}, {available_cores()} cores'
+    return f'{processor()}, {counted(available_cores(), "core")}'

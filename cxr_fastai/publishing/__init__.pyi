@@ -2,6 +2,7 @@ from .exporting import export
 from .hub import push, write_space
 from .model_card import render_card
 from .onnx import to_onnx
+from .prediction_page import save_prediction_page
 from .pretrained import publish_pretrained
 from .printing import print_pdf
 from .reporting import report
@@ -14,6 +15,7 @@ __all__ = [
     'push',
     'render_card',
     'report',
+    'save_prediction_page',
     'save_review',
     'to_onnx',
     'write_space',

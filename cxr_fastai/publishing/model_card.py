@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import CUSTOM, SHIFT, SPLITS, VOCAB, Recipe, command_line
 from cxr_fastai.core.recipe_fields import parse_recipe
 from cxr_fastai.core.run import Run
@@ -91,7 +92,7 @@ def describe_run(run: Run) -> dict[str, str]:
         'Input': _input(recipe),
         **(_custom_training(recipe, start) if recipe.name == CUSTOM else _recipe_training(recipe, start, best)),
         **_combination(run),
-        'Trained on': f'{len(train_items):,} images of {_describe_patients(train_items)}',
+        'Trained on': f'{counted(len(train_items))} of {_describe_patients(train_items)}',
         'SHA-256 of items.csv': sha256(run / 'items.csv'),
         'Hardware': f'{start.get("hardware", UNKNOWN)}, device {start.get("device", UNKNOWN)}',
         'Training time': _training_time(history.seconds),
@@ -159,8 +160,8 @@ def _custom_training(recipe: Recipe, start: dict[str, Any]) -> dict[str, str]:
 
 def _training_time(seconds: pd.Series) -> str:
     if seconds.isna().any():
-        return f'{UNKNOWN}; {len(seconds)} epochs'
-    return f'{seconds.sum() / 60:,.1f} minutes for {len(seconds)} epochs'
+        return f'{UNKNOWN}; {counted(len(seconds), "epoch")}'
+    return f'{seconds.sum() / 60:,.1f} minutes for {counted(len(seconds), "epoch")}'
 
 
 def _architecture(recipe: Recipe, parameters: int | None) -> str:
@@ -183,7 +184,7 @@ def _input(recipe: Recipe) -> str:
 
 def _phases(recipe: Recipe) -> str:
     return ', then '.join(
-        f'{phase.epochs} epochs of {phase.name} at learning rate {phase.lr:g}' for phase in recipe.phases
+        f'{counted(phase.epochs, "epoch")} of {phase.name} at learning rate {phase.lr:g}' for phase in recipe.phases
     )
 
 

@@ -6,13 +6,10 @@ import hashlib
 import re
 import warnings
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from PIL import Image
 
 from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath, check_writable, csv_text, write_text, writing
@@ -25,6 +22,7 @@ from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.interpretation.explainer import Explainer, Subject, read_subjects
 from cxr_fastai.interpretation.overlays import Explanation, blend
 from cxr_fastai.publishing.model_card import NOT_A_DEVICE
+from cxr_fastai.publishing.thumbnails import compress
 
 TABLE = 'review.csv'
 PAGE = 'review.html'
@@ -34,9 +32,6 @@ MAX_BYTES = 2**28
 """Largest table or page that is read, in bytes."""
 MAX_PICTURES = 400
 """Number of images that the page shows; the table lists all."""
-PICTURE_SIZE = 256
-"""Longer side of a picture in pixels."""
-JPEG_QUALITY = 78
 SECTIONS = {
     DUPLICATE: 'Duplicates with another label',
     CONTRADICTS: 'Predictions that contradict the label',
@@ -129,15 +124,6 @@ def _load_explainer(run: Path, device: str) -> Explainer | None:
 def _draw(explanation: Explanation, has_map: bool) -> Pictures:
     overlay = None if explanation.is_empty else compress(blend(explanation))
     return Pictures(compress(explanation.image), overlay, has_map)
-
-
-def compress(pixels: np.ndarray) -> bytes:
-    """Return a small JPEG file of uint8 `pixels` (h, w) or (h, w, 3)."""
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
-    file = BytesIO()
-    picture.save(file, 'JPEG', quality=JPEG_QUALITY, optimize=True)
-    return file.getvalue()
 
 
 def render(review: LabelReview, pictures: dict[str, Pictures], table_hash: str, hide_names: bool = False) -> str:

@@ -15,6 +15,24 @@ READ_COLORS = """() => [
     getComputedStyle(document.querySelector('svg text')).fill,
 ]"""
 
+SPLIT_WORDS = """() => {
+    const split = [];
+    const walker = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const node = walker.currentNode;
+        if (node.parentElement.closest('svg, figcaption, .facts')) continue;
+        for (const word of node.data.matchAll(/[^\\s\\/_-]+/g)) {
+            const range = document.createRange();
+            range.setStart(node, word.index);
+            range.setEnd(node, word.index + word[0].length);
+            if (new Set([...range.getClientRects()].map(box => Math.round(box.top))).size > 1) split.push(word[0]);
+        }
+    }
+    return split;
+}"""
+"""The words that are broken within; names of files and hashes may be."""
+COLUMNS = "getComputedStyle(document.querySelector('.tiles')).gridTemplateColumns.split(' ').length"
+
 
 @pytest.fixture(scope='module')
 def address(evaluated, tmp_path_factory) -> str:
@@ -41,6 +59,20 @@ def test_the_report_is_complete_readable_and_safe(open_page, log, address, width
     assert page.locator('script').count() == 0
     assert page.evaluate('[...document.images].every(image => image.complete && image.naturalWidth > 0)')
     assert contrast(*page.evaluate(READ_COLORS)) > 7
+    assert page.evaluate(SPLIT_WORDS) == [] and page.evaluate(COLUMNS) == (4 if width > 1000 else 2)
+
+
+def test_wide_tables_scroll_by_keyboard_and_keep_their_headers_in_print(open_page, address):
+    page = open_page(390)
+    page.goto(address)
+    regions = page.locator('.scroll')
+    assert regions.count() > 5 and page.locator('.scroll:not([tabindex="0"][aria-label])').count() == 0
+    assert page.locator('.scroll table:not(.facts):not(:has(thead))').count() == 0
+    wide = page.get_by_role('region', name='Thresholds')
+    assert wide.evaluate('region => region.scrollWidth > region.clientWidth')
+    wide.focus()
+    page.keyboard.press('ArrowRight')
+    page.wait_for_function("document.querySelector('[aria-label=Thresholds]').scrollLeft > 0")
 
 
 def contrast(color: str, other: str) -> float:

@@ -48,7 +48,7 @@ def test_predict_prints_the_rows_of_all_images(read, run, images, tmp_path):
     document, messages = read('predict', run.path, images / 'test', bad, code=3)
     assert document.keys() == documented('predict')
     assert document['images'] == len(document['rows']) == 13
-    assert document['failures'] == 1 and document['table'] is document['maps'] is None
+    assert document['failures'] == 1 and document['table'] is document['maps'] is document['page'] is None
     first, *_, last = document['rows']
     assert list(first) == list(COLUMNS)
     assert 0 <= first['p_pneumonia'] <= 1 and first['threshold'] == document['threshold']

@@ -41,7 +41,9 @@ def odd(image, tmp_path_factory) -> Path:
         (['--out', 'image.jpeg'], 'The name must end in'),
         (['--out', 'nowhere/p.csv'], 'the folder nowhere does not exist'),
         (['--resume'], '--resume needs --out'),
-        (['--explain'], '--explain needs --out'),
+        (['--explain'], '--explain needs --out or --html'),
+        (['--html', 'page.csv'], 'the name must end in .html'),
+        (['--html', 'nowhere/p.html'], 'the folder nowhere does not exist'),
         (['--threshold', '1.5'], ''),
     ],
 )
@@ -65,6 +67,23 @@ def test_the_table_of_images_is_not_overwritten_by_the_predictions(bundle, image
 def test_a_table_that_cannot_be_written_ends_with_six(bundle, image):
     code, _, errors = run_command('predict', bundle, image, '--out', '/sys/cxr.csv')
     assert code == 6 and 'cannot be written' in errors
+
+
+def test_a_page_shows_the_predictions_and_needs_no_table(bundle, image, tmp_path):
+    page = tmp_path / 'p.html'
+    code, output, _ = run_command('predict', bundle, image, '--no-gate', '--html', page, '--explain')
+    assert code == 0 and f'{page}: page with pictures' in output and [*tmp_path.iterdir()] == [page]
+    text = page.read_text()
+    assert 'show all maps' in text and image.name in text.replace('<wbr>', '')
+    code, _, errors = run_command('predict', bundle, image, '--no-gate', '--html', page)
+    assert code == 2 and 'exists already and was not changed' in errors and page.read_text() == text
+
+
+@pytest.mark.skipif(not Path('/sys').is_dir(), reason='needs /sys, where nobody can create files; run it on Linux')
+def test_a_page_that_cannot_be_written_is_refused_before_the_predictions(bundle, image, tmp_path):
+    table = tmp_path / 'p.csv'
+    code, _, errors = run_command('predict', bundle, image, '--out', table, '--html', '/sys/cxr.html')
+    assert code == 6 and 'choose another place with --html' in errors and not table.exists()
 
 
 def test_file_names_cannot_control_the_terminal(bundle, odd, tmp_path, monkeypatch):

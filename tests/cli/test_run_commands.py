@@ -106,7 +106,7 @@ def test_maps_of_an_earlier_prediction_are_not_predicted(run, images, tmp_path, 
     capsys.readouterr()
     assert main(['predict', str(run.path), str(folder)]) == 0
     shown = capsys.readouterr()
-    assert '1 images' in shown.out
+    assert '1 image,' in shown.out
     assert '2 maps or figures of cxr_fastai' in shown.err
 
 

@@ -171,7 +171,7 @@ def run_program(*words) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize('options', [[], ['--engine', 'torch'], ['--device=cpu'], ['--precision', 'bf16']])
 def test_the_program_predicts_whatever_it_started_ahead(bundle, image, options):
     done = run_program('predict', bundle, image, '--no-gate', *options)
-    assert done.returncode == 0 and '1 images, ' in done.stdout and not done.stderr
+    assert done.returncode == 0 and '1 image, ' in done.stdout and not done.stderr
 
 
 COUNT_PROCESSES = """

@@ -30,7 +30,7 @@ def test_an_unknown_name_is_refused(name):
 
 def test_the_processor_is_always_there():
     assert choose_device('cpu') == choose_device(torch.device('cpu')) == torch.device('cpu')
-    assert 'cores' in describe_device(torch.device('cpu'))
+    assert ' core' in describe_device(torch.device('cpu'))
 
 
 MISSING = {

@@ -195,7 +195,7 @@ def test_folders_above_the_images_are_not_shown(copy):
 
 def test_hidden_names_are_replaced_by_numbers(copy):
     rename(copy, {worst_path(copy): 'test/NORMAL/Meier_Anna.jpeg'})
-    assert 'Meier_Anna' in report(copy).read_text()
+    assert 'Meier_Anna' in report(copy).read_text().replace('<wbr>', '')
     html = report(copy, hide_names=True).read_text()
     n_shown = len(shown_images(copy.predicted('test')))
     assert 'Meier' not in html and 'NORMAL/' not in html
@@ -328,7 +328,7 @@ def test_robustness_is_shown_if_it_was_measured(copy):
     )
     write_robustness(copy, table.assign(model=identify_network(copy.path)))
     text = re.sub(r'\s+', ' ', Page(report(copy).read_text()).text)
-    assert f'On 12 of the {copy.metrics["test"]["n"]} images, the AUC is 0.990 on clean images' in text
+    assert copy.metrics['test']['n'] == 12 and 'On all 12 images, the AUC is 0.990 on clean images' in text
     assert 'it decreases by 0.090' in text
     write_robustness(copy, table.assign(model='a' * 64))
     with pytest.warns(CXRWarning, match=r'is of another network, so it is left out. Run `.* --robustness` again'):

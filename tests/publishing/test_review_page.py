@@ -18,14 +18,13 @@ from cxr_fastai.evaluation.label_review import REVIEW_COLUMNS, LabelReview, revi
 from cxr_fastai.interpretation.explainer import Explainer, Subject
 from cxr_fastai.interpretation.overlays import blend
 from cxr_fastai.publishing.review_page import (
-    PICTURE_SIZE,
     Pictures,
     check_replaceable,
-    compress,
     draw_pictures,
     render,
     save_review,
 )
+from cxr_fastai.publishing.thumbnails import PICTURE_SIZE, compress
 
 SCRIPT = '<script>alert(1)</script>.jpeg'
 

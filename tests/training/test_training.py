@@ -23,7 +23,7 @@ from cxr_fastai.training.learner import Diverged, recipe_learner
 from cxr_fastai.training.restoring import load_learner
 from cxr_fastai.training.training import fit_run, train
 
-SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=8, limit=4, seed=5, workers=0)
+SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=8, limit=4, seed=5, workers=0, valid='official')
 """One batch per epoch: 4 images of each class."""
 
 

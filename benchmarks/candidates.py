@@ -17,7 +17,6 @@ import pandas as pd
 
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.run import Run
-from cxr_fastai.core.series import has_ended
 from cxr_fastai.data.items import data_root
 from cxr_fastai.evaluation import robustness
 from cxr_fastai.evaluation.combining import combine
@@ -129,7 +128,7 @@ def main() -> None:
         folders = []
         for seed in args.seeds:
             folder = args.out / f'{name.replace(", ", "-").replace(" ", "-").replace("/", "_")}-{seed}'
-            if not has_ended(folder):
+            if not Run(folder).has_ended:
                 train_or_resume(folder, make_candidate(name, args, seed), data_root(args.data), args.precision)
             folders.append(folder)
             rows.append({'candidate': name, 'seed': seed, **measure(Run.open(folder))})

@@ -346,7 +346,7 @@ def _prepare_overwrite(folder: Path, images: Path, name: str) -> list[str]:
         return argv
     if name == 'learner.pkl':
         run_quietly(argv)
-        return resume
+        return [*resume, '--epochs', '3']  # a finished run is written only if it is trained longer
     if name in TRAINING_FILES:
         with nan_before_batch(BATCHES + 2):  # in the second epoch
             run_quietly(argv)

@@ -1,7 +1,7 @@
 """Print a table of runs that were evaluated with --robustness: validation, corruptions, shortcuts and time.
 
     for seed in 42 43 44; do
-        cxr-fastai train --arch efficientnet_lite0 --recipe tuned --epochs 3 --size 128 --valid patients --seed $seed \\
+        cxr-fastai train --arch efficientnet_lite0 --recipe tuned --epochs 3 --size 128 --seed $seed \\
             --out runs/tuned-$seed
         cxr-fastai evaluate runs/tuned-$seed --split valid --robustness
     done

@@ -54,6 +54,7 @@ from cxr_fastai.models.networks import create_network
 from cxr_fastai.publishing.exporting import export
 from cxr_fastai.publishing.reporting import report
 from cxr_fastai.publishing.review_page import save_review
+from cxr_fastai.training.extending import extend_recipe
 from cxr_fastai.training.learner import CXRLearner, cxr_learner, recipe_learner
 from cxr_fastai.training.restoring import load_learner
 from cxr_fastai.training.saving import save_run
@@ -105,6 +106,7 @@ __all__ = [
     'example_images',
     'example_run',
     'export',
+    'extend_recipe',
     'find_cache',
     'find_preprocessing',
     'format_estimate',

@@ -95,6 +95,8 @@ def run(once, images) -> Run:
                 1,
                 '--workers',
                 0,
+                '--valid',
+                'official',  # all twelve images, so that every metric is defined
             ),
         )
     )

@@ -152,7 +152,8 @@ def _train_demo(images: Path, run: Path, epochs: int, size: int, seed: int) -> N
     from cxr_fastai.models.architectures import make_recipe
     from cxr_fastai.training.training import train
 
-    train(make_recipe('baseline', epochs=epochs, size=size, seed=seed), images, run)
+    # The folder val of synthetic images is large enough for a validation.
+    train(make_recipe('baseline', epochs=epochs, size=size, seed=seed, valid='official'), images, run)
 
 
 def main(argv: list[str] | None = None) -> int:

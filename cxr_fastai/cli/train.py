@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import typer
@@ -31,6 +32,8 @@ RECIPE_OPTIONS = (
     'seed',
     'allow_leakage',
     'on_bad_image',
+    'freeze_epochs',
+    'patience',
 )
 """Options with the name and the value of an argument of `make_recipe`."""
 
@@ -43,9 +46,11 @@ def train(
     recipe: how.RecipeName = 'reference',
     run: how.NewRun = None,
     epochs: how.Epochs = None,
+    freeze_epochs: how.FreezeEpochs = None,
+    patience: how.Patience = 0,
     lr: how.LearningRate = None,
     weights: how.Weights = None,
-    valid: how.Valid = 'official',
+    valid: how.Valid = Recipe.valid,
     size: opt.Size = 224,
     resize: opt.Resize = 'squish',
     modality: opt.Modality = '',
@@ -69,7 +74,7 @@ def train(
     With --recipe FILE, other options replace fields of the file. With --folds or --seeds, the folder contains
     several runs.
 
-    Example: cxr-fastai train --arch efficientnet_lite0 --recipe tuned --valid patients --out runs/lite
+    Example: cxr-fastai train --arch efficientnet_lite0 --recipe tuned --out runs/lite
     """
     source = choose_source(data, csv)
     if resume:
@@ -118,7 +123,7 @@ def _train_series(given: typer.Context, recipe: Recipe, root: Path, out: Path | 
 
 
 def _resume(given: typer.Context, folder: Path, source: Path | None, out: Path | None) -> None:
-    """Continue the run in `folder` with its own settings. Options on the command line replace them."""
+    """Continue the run in `folder` with its own settings, also beyond its end. Some options replace settings."""
     if out:
         raise UsageError(f'--out {out} and --resume {folder}: a resumed run keeps its folder. Omit --out.')
     recipe_name = given.params['recipe']
@@ -133,13 +138,16 @@ def _resume(given: typer.Context, folder: Path, source: Path | None, out: Path |
         if given.params[option]:
             raise UsageError(f'--{option} and --resume {folder}: it is the folder of one training. Omit --{option}.')
     run = Run.open(folder)
+    typed = _typed_options(given)
+    recipe = _resumed_recipe(run, typed)
+    from cxr_fastai.training.extending import is_finished
+
+    if is_finished(run, recipe):
+        _print_finished(run)
+        return
     from cxr_fastai.data.items import data_root
 
     root = data_root(source or run.images)
-    from cxr_fastai.models.architectures import revise_recipe
-
-    typed = _typed_options(given)
-    recipe = revise_recipe(run.recipe, **_recipe_arguments(typed))
     start = run.last_event('start', 'resume')
     compile = typed.get('compile', 'on' if start.get('compiled') else 'off')
     track = typed.get('track', start.get('track'))
@@ -148,6 +156,26 @@ def _resume(given: typer.Context, folder: Path, source: Path | None, out: Path |
     device = _training_device(given.params['device'])
     train(recipe, root, folder, resume=True, compile=compile, track=track, device=device)
     _print_next_step(run)
+
+
+def _resumed_recipe(run: Run, typed: dict[str, Any]) -> Recipe:
+    """Return the recipe of `run` with the options that were `typed`, and a further phase for more --epochs."""
+    from cxr_fastai.models.architectures import revise_recipe
+
+    if 'epochs' not in typed:
+        return revise_recipe(run.recipe, **_recipe_arguments(typed))
+    from cxr_fastai.training.extending import extend_recipe
+
+    others = {name: value for name, value in typed.items() if name not in ('epochs', 'lr')}
+    return revise_recipe(extend_recipe(run, typed['epochs'], typed.get('lr')), **_recipe_arguments(others))
+
+
+def _print_finished(run: Run) -> None:
+    epochs = run.last_event('end').get('epochs') or run.recipe.epochs
+    print_line(
+        f'{run.path}: trained for {epochs} epochs already, so nothing is left to do. Train longer: cxr-fastai train '
+        f'--resume {quote(str(run.path))} --epochs {2 * epochs}'
+    )
 
 
 def _resume_series(given: typer.Context, folder: Path, source: Path | None) -> None:
@@ -222,7 +250,7 @@ def lr_find(
     arch: how.Arch = 'baseline',
     recipe: how.RecipeName = 'reference',
     weights: how.Weights = None,
-    valid: how.Valid = 'official',
+    valid: how.Valid = Recipe.valid,
     size: opt.Size = 224,
     resize: opt.Resize = 'squish',
     modality: opt.Modality = '',

@@ -48,7 +48,24 @@ Epochs = Annotated[
         '--epochs',
         metavar='N',
         show_default='reference 15, tuned 6',
-        help='Train for this number of epochs, over all phases.',
+        help='Train for this number of epochs, over all phases. With --resume, add a phase for further epochs.',
+    ),
+]
+FreezeEpochs = Annotated[
+    int | None,
+    Option(
+        '--freeze-epochs',
+        metavar='N',
+        show_default='a third of the epochs',
+        help='Train only the head in this number of the epochs, if the recipe starts with a frozen body.',
+    ),
+]
+Patience = Annotated[
+    int,
+    Option(
+        '--patience',
+        metavar='N',
+        help='End a phase after this number of epochs without a better one (highest validation AUC); 0: never.',
     ),
 ]
 LearningRate = Annotated[
@@ -57,7 +74,7 @@ LearningRate = Annotated[
         '--lr',
         metavar='RATE',
         show_default='from the recipe',
-        help='Set the learning rate of the first phase. Later phases keep their ratio to it.',
+        help='Set the learning rate of the first phase (later ones keep their ratio), or with --resume, of a new one.',
     ),
 ]
 Weights = Annotated[
@@ -73,8 +90,8 @@ Valid = Annotated[
     str,
     Option(
         '--valid',
-        metavar='official|patients|none',
-        help='Validate on official (the val folder), on patients (10% of the patients), or not at all (none).',
+        metavar='patients|official|none',
+        help='Validate on patients (10% of them, from train and val), official (the folder val), or not at all (none).',
     ),
 ]
 Leakage = Annotated[

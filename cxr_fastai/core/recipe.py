@@ -21,6 +21,8 @@ CUSTOM = 'custom'
 """Name of the recipe of a network that was not trained by a named recipe."""
 UNKNOWN = 'unknown'
 """Architecture, weights, optimizer or schedule of a custom recipe that were not recorded."""
+EXTENSION = 'extension'
+"""Name of the phase by which a run was trained longer than its recipe said at first; another one is `extension-2`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Recipe:
     name: str = 'reference'
     weights: str = 'none'
     # Images.
-    valid: str = 'official'
+    valid: str = 'patients'  # the specification's folder val is official
     valid_pct: float = 0.1  # proportion of the patients that valid='patients' takes for validation
     fold: int = 0  # which part of the patients that is, of 1 / valid_pct parts
     shift_pct: float = 0.0  # proportion of the patients, of the softest normal images, that is held out of training
@@ -88,6 +90,7 @@ class Recipe:
     schedule: str = 'plateau'  # or one-cycle
     plateau_factor: float = 0.1
     plateau_patience: int = 2
+    patience: int = 0  # epochs without a better one after which a phase ends; 0: never
     body_lr: float = 1.0  # learning rate of the body, as a fraction of that of the head
     label_smoothing: float = 0.0
     class_weights: bool = False  # weight the classes equally
@@ -109,11 +112,21 @@ class Recipe:
             if value not in choices and not is_unknown:
                 option = name if name in SETTABLE else _option(name)
                 raise UsageError(f'{option} {value}: choose {" or ".join(choices)}.')
+        if self.patience and self.valid == 'none':
+            raise UsageError(
+                f'--patience {self.patience} and --valid none: without validation images no epoch is better than '
+                'another. Set --patience 0, or choose another --valid.'
+            )
 
     @property
     def epochs(self) -> int:
         """The total number of epochs of all phases."""
         return sum(phase.epochs for phase in self.phases)
+
+    @property
+    def extensions(self) -> int:
+        """The number of phases by which a run of this recipe was trained longer."""
+        return sum(phase.name.startswith(EXTENSION) for phase in self.phases)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
@@ -186,6 +199,7 @@ RANGES = {
     'body_lr': (1e-6, 1),
     'plateau_factor': (0, 0.99),
     'plateau_patience': (0, 1000),
+    'patience': (0, 1000),
     'label_smoothing': (0, 0.99),
     'clip': (0, math.inf),
     'ema': (0, 0.99999),
@@ -202,7 +216,7 @@ CHOICES = {
 }
 """Field to its permitted values."""
 SETTABLE = (
-    *(name for name in RANGES if name != 'threshold'),
+    *(name for name in RANGES if name not in ('threshold', 'patience')),
     'low_pass',
     'interpolation',
     'optimizer',
@@ -274,6 +288,7 @@ def _describe(value: Any) -> str:
 
 FIELD_ADVICE = {
     'phases': 'use --epochs and --lr',
+    'freeze_epochs': 'use --freeze-epochs',
     'name': 'use --recipe',
     'threshold': '`cxr-fastai evaluate` chooses it',
     'lr': 'use --lr',
@@ -327,10 +342,13 @@ PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
 def command_line(recipe: Recipe) -> str:
     """Return the `cxr-fastai train` command that reproduces `recipe`. A file of weights is given without its folder.
 
-    For a custom recipe it is a comment, because the command cannot repeat a training by hand.
+    For a custom recipe it is a comment, because the command cannot repeat a training by hand. Options do not describe
+    the phases of a run that was trained longer, so its command names the file `recipe.json`.
     """
     if recipe.name == CUSTOM:
         return '# trained in Python, not by a recipe: no command repeats the training'
+    if recipe.extensions:
+        return 'cxr-fastai train --data DIR --recipe recipe.json'
     defaults = {field.name: field.default for field in fields(Recipe)} | RECIPES[recipe.name]
     changes = {
         name: value
@@ -345,6 +363,9 @@ def command_line(recipe: Recipe) -> str:
         f'--lr {recipe.phases[0].lr:g}',
         f'--weights {PurePath(recipe.weights).name}',
     ]
+    frozen = [phase.epochs for phase in recipe.phases if phase.frozen]
+    if len(frozen) == 1:
+        words.append(f'--freeze-epochs {frozen[0]}')
     for name, value in changes.items():
         if name not in SETTABLE:
             words.append(_option(name) if value is True else f'{_option(name)} {value}')

@@ -54,6 +54,7 @@ MEANINGS = {
     'schedule': 'learning rate: reduced when the loss stops decreasing, or one cycle',
     'plateau_factor': 'factor by which the schedule plateau reduces the learning rate',
     'plateau_patience': 'epochs without improvement before that',
+    'patience': 'epochs without a better one after which a phase ends early; 0: never',
     'body_lr': 'learning rate of the body, as a fraction of that of the head',
     'label_smoothing': 'label smoothing of the loss',
     'class_weights': 'weight the classes equally in the loss',
@@ -86,6 +87,7 @@ OPTIONS = ('arch', 'weights', 'valid', 'size', 'resize', 'batch_size', 'workers'
     'precision',
     'on_bad_image',
     'modality',
+    'patience',
 )
 """Fields that `cxr-fastai train` sets by an option of the same name."""
 

@@ -56,6 +56,7 @@ JOURNAL = {
     'callbacks': ListOf(Text(200), required=False),
     'parameters': Integer(0, optional=True, required=False),
     'best': Fields({}, optional=True, required=False),
+    'epochs': Integer(0, required=False),
     'how': Text(20, required=False),
     'members': ListOf(Fields({'model': Text(64, SHA256), 'recipe': Fields({})}), required=False),
 }
@@ -135,6 +136,11 @@ class Run:
     def history(self) -> pd.DataFrame:
         """One row per epoch."""
         return read_table(self / 'history.csv')
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the training has ended, and was not continued since."""
+        return self.last_event('start', 'resume', 'end').get('event') == 'end'
 
     @property
     def kept_epoch(self) -> int | None:
@@ -265,6 +271,10 @@ class Run:
         """Write the recipe and the items table of a training that is about to start."""
         write_csv(self / 'items.csv', items)
         write_json(self / 'recipe.json', asdict(recipe))  # last, because it turns the folder into a run
+
+    def extend(self, recipe: Recipe) -> None:
+        """Write the `recipe` of a training that is about to continue with further phases."""
+        write_json(self / 'recipe.json', asdict(recipe))
 
     def write_split(self, name: str, table: pd.DataFrame, split: str) -> None:
         """Replace the rows of one `split` in the CSV file `name`, and keep the rows of other splits."""

@@ -96,7 +96,7 @@ class Series:
 
     def find_missing(self) -> list[str]:
         """Return the names of the trainings that have not ended."""
-        return [name for name in self.recipes if not has_ended(self.folder(name))]
+        return [name for name in self.recipes if not Run(self.folder(name)).has_ended]
 
     def open_runs(self) -> list[Run]:
         """Return the runs, in order. Raises `UsageError` if some have not ended."""
@@ -117,8 +117,3 @@ def is_series(path: StrPath) -> bool:
 def is_folds(path: StrPath) -> bool:
     """Return whether the folder `path` contains the folds of a cross-validation."""
     return is_series(path) and Series.open(path).kind == FOLDS
-
-
-def has_ended(folder: Path) -> bool:
-    """Return whether the training in the run `folder` has ended."""
-    return bool(Run(folder).last_event('end'))

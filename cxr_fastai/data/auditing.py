@@ -287,10 +287,11 @@ def _find_left_out(images: pd.DataFrame) -> list[Finding]:
 
 def _find_small_splits(items: pd.DataFrame) -> list[Finding]:
     try:
-        check_trainable(items)
+        check_trainable(items, 'none')  # `train` takes validation images from train if there are no others
     except UsageError as error:
         return [Finding('warning', NOT_TRAINABLE, None, str(error))]
-    warning = validation_warning(items)
+    has_validation = (items.split == 'valid').any()
+    warning = validation_warning(items) if has_validation else None
     if warning is None:
         return []
     return [Finding('warning', SMALL_VALIDATION, None, f'{warning} Consider --valid patients.')]

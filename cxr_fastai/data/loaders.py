@@ -74,7 +74,7 @@ class CXRDataLoaders(DataLoaders):
     def from_folder(
         cls,
         path: str | Path,
-        valid: str = 'patients',
+        valid: str = Recipe.valid,
         valid_pct: float = 0.1,
         seed: int = 42,
         size: int = 224,
@@ -129,7 +129,7 @@ class CXRDataLoaders(DataLoaders):
         fn_col: str = 'path',
         label_col: str = 'label',
         valid_col: str | None = None,
-        valid: str = 'patients',
+        valid: str = Recipe.valid,
         valid_pct: float = 0.1,
         seed: int = 42,
         size: int = 224,

@@ -288,7 +288,7 @@ SOURCES = {
         'file_downloaded',
         fetch=fetch_url,
         unpack=unpack_images,
-        limitation='Mendeley offers train and test only; `--valid patients` takes validation images from train.',
+        limitation='Mendeley offers train and test only; `train` takes validation images from train, by patient.',
     ),
     'kaggle': Source(
         name='kaggle',

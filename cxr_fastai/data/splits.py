@@ -8,7 +8,7 @@ import pandas as pd
 
 from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.progress import counted
-from cxr_fastai.core.recipe import SHIFT, SPLITS, VOCAB
+from cxr_fastai.core.recipe import SHIFT, SPLITS, VOCAB, Recipe
 
 MIN_VALID_IMAGES = 50
 """Validation images of each class below which the choice of an epoch is mostly chance."""
@@ -91,7 +91,8 @@ def split_patients(items: pd.DataFrame, seed: int, valid_pct: float = 0.1, fold:
     patients = pool.groupby('label').patient.nunique().reindex(VOCAB, fill_value=0)
     if patients.min() < 2:
         raise UsageError(
-            f'--valid patients needs at least two patients of each class; found {describe_counts(patients)}.'
+            f'--valid patients (the default) needs at least two patients of each class; found '
+            f'{describe_counts(patients)}. Add images, or train with --valid official on images that are split already.'
         )
     folds = min(max(2, round(1 / valid_pct)), patients.min())
     if fold >= folds:
@@ -104,6 +105,19 @@ def split_patients(items: pd.DataFrame, seed: int, valid_pct: float = 0.1, fold:
     split = items.split.where(~items.index.isin(pool.index), 'train')
     split.loc[pool.index[valid_rows]] = 'valid'
     return items.assign(split=split)
+
+
+def describe_validation(items: pd.DataFrame, recipe: Recipe) -> str:
+    """Return in one line which images of `items`, as `recipe` has split them, validate the network."""
+    n = int(count_images(items).loc['valid'].sum())
+    images = f'{n:,} {"image" if n == 1 else "images"}'
+    if recipe.valid == 'none':
+        return 'validation: none, the images of train and val are all trained on'
+    if recipe.valid == 'official':
+        return f'validation: val, as the images are split already ({images})'
+    pool = items[items.split.isin(['train', 'valid'])]
+    units = 'images, whose patients are unknown,' if unknown_patients(pool).all() else 'patients'
+    return f'validation: {recipe.valid_pct:.0%} of the {units} of train and val ({images})'
 
 
 def check_trainable(items: pd.DataFrame, valid: str = 'official') -> None:

@@ -83,7 +83,9 @@ def write_combined_run(
     arch = name_ensemble(len(members), first.recipe.arch) if how == ENSEMBLE else first.recipe.arch
     items = merge_items([run.items for run in members.values()])
     has_valid = (items.split == 'valid').any()
-    recipe = replace(first.recipe, arch=arch, valid=first.recipe.valid if has_valid else 'none')
+    recipe = replace(first.recipe, arch=arch)
+    if not has_valid:
+        recipe = replace(recipe, valid='none', patience=0)
     with temporary_folder(out) as folder:
         run = Run.create(folder / 'run')
         run.log_event('start', **_describe_start(members, model, recipe, data))

@@ -18,7 +18,7 @@ from cxr_fastai.core.recipe import CUSTOM, RECIPES, VOCAB, Recipe
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.models.ensembles import check_not_ensemble, ensemble_arch, split_name
 from cxr_fastai.models.libraries import find_library_arch, find_timm_arch, similar_in_timm, timm_model
-from cxr_fastai.models.phases import EPOCHS, FROM_SCRATCH, PRETRAINED, PhaseShare, distribute
+from cxr_fastai.models.phases import EPOCHS, FROM_SCRATCH, PRETRAINED, PhaseShare, distribute, freeze_first
 from cxr_fastai.models.registry import (
     OWN_WEIGHTS,
     VARIABLE,
@@ -156,13 +156,15 @@ def make_recipe(
     epochs: int | None = None,
     lr: float | None = None,
     weights: str | None = None,
+    freeze_epochs: int | None = None,
     **fields: Any,
 ) -> Recipe:
     """Create the recipe `name` for `arch`.
 
     `epochs` is the total over the phases (default: `EPOCHS`). `lr` is the learning rate of the first phase; those of
-    later phases keep their ratio to it. `weights` is a name in `Arch.weights`, `none` or a file. `fields` are other
-    fields of `Recipe`. Raises `UsageError` for unknown names and values out of range.
+    later phases keep their ratio to it. `weights` is a name in `Arch.weights`, `none` or a file. `freeze_epochs` is the
+    number of epochs of the frozen phase, if the recipe starts with one for this `arch`. `fields` are other fields of
+    `Recipe`. Raises `UsageError` for unknown names and values out of range.
     """
     _check_name(name)
     if lr is not None and not 0 < lr < math.inf:
@@ -175,6 +177,8 @@ def make_recipe(
     shares = facts.phases.get(name)
     if not shares:
         raise UsageError(f'--recipe {name}: {arch} was registered without phases for it. Add them to its Arch.phases.')
+    if freeze_epochs is not None:
+        shares = freeze_first(epochs, shares, freeze_epochs)
     lr_factor = 1 if lr is None else lr / shares[0].lr
     settings = dict(RECIPES[name])
     if facts.size:
@@ -256,7 +260,7 @@ def revise_recipe(recipe: Recipe, /, **changes: Any) -> Recipe:
         'epochs': recipe.epochs,
         'lr': recipe.phases[0].lr,
     }
-    changes_phases = bool(arguments.keys() & changes.keys())
+    changes_phases = bool({*arguments, 'freeze_epochs'} & changes.keys())
     fields = {name: value for name, value in vars(recipe).items() if name not in (*arguments, 'phases')}
     revised = make_recipe(**(arguments | fields | changes))
     return revised if changes_phases else replace(revised, phases=recipe.phases)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import Phase
 
 
@@ -50,6 +51,28 @@ def distribute(epochs: int, shares: Sequence[PhaseShare], lr_factor: float = 1) 
         for phase, count in zip(shares, counts, strict=True)
         if count > 0
     )
+
+
+def freeze_first(epochs: int, shares: Sequence[PhaseShare], frozen_epochs: int) -> tuple[PhaseShare, ...]:
+    """Return the `shares` with exactly `frozen_epochs` of all `epochs` in the first phase, whose body is frozen.
+
+    The other phases keep their ratio. Raises `UsageError` if the first phase is not frozen, and for a number below 1 or
+    above `epochs`.
+    """
+    first, *others = shares
+    if not first.frozen:
+        raise UsageError(
+            f'--freeze-epochs {frozen_epochs}: this training has no frozen phase, but {describe_shares(shares)}. Omit '
+            '--freeze-epochs, or choose a pretrained network with --recipe reference, such as --arch resnet50.'
+        )
+    if not 1 <= frozen_epochs <= epochs:
+        raise UsageError(
+            f'--freeze-epochs {frozen_epochs}: the training has {epochs} epochs. Choose a number from 1 to {epochs}, '
+            'or more --epochs.'
+        )
+    share = frozen_epochs / epochs
+    rescaled = [other._replace(share=other.share * (1 - share) / (1 - first.share)) for other in others]
+    return first._replace(share=share), *rescaled
 
 
 def describe_shares(shares: Sequence[PhaseShare]) -> str:

@@ -83,14 +83,13 @@ def describe_run(run: Run) -> dict[str, str]:
     start = run.last_event('start', 'resume')
     history = run.history
     train_items = run.used_items[lambda items: items.split == 'train']
-    best = run.last_event('end').get('best') or {}
     versions = [f'{name} {start[name]}' for name in SHOWN_PACKAGES if name in start]
     return {
         'Architecture': _architecture(recipe, start.get('parameters')),
         'Classes': f'{VOCAB[0]} and {VOCAB[1]}; {VOCAB[1]} is the positive class',
         'Initial weights': start.get('origin', recipe.weights if recipe.weights == 'none' else UNKNOWN),
         'Input': _input(recipe),
-        **(_custom_training(recipe, start) if recipe.name == CUSTOM else _recipe_training(recipe, start, best)),
+        **(_custom_training(recipe, start) if recipe.name == CUSTOM else _recipe_training(run, start)),
         **_combination(run),
         'Trained on': f'{counted(len(train_items))} of {_describe_patients(train_items)}',
         'SHA-256 of items.csv': sha256(run / 'items.csv'),
@@ -125,7 +124,8 @@ def _describe_patients(items: pd.DataFrame) -> str:
     return describe_patients(count_patients(items), int(unknown_patients(items).sum()))
 
 
-def _recipe_training(recipe: Recipe, start: dict[str, Any], best: dict[str, Any]) -> dict[str, str]:
+def _recipe_training(run: Run, start: dict[str, Any]) -> dict[str, str]:
+    recipe = run.recipe
     return {
         'Recipe': (
             f'{recipe.name}: {_phases(recipe)}; optimizer {recipe.optimizer}, batch size {recipe.batch_size}, '
@@ -135,7 +135,7 @@ def _recipe_training(recipe: Recipe, start: dict[str, Any], best: dict[str, Any]
         'Class imbalance': 'weights in the loss, so that both classes count equally'
         if recipe.class_weights
         else 'no resampling and no class weights',
-        'Final model': _final_model(recipe, best.get('epoch', UNKNOWN)),
+        'Final model': _final_model(recipe, run.kept_epoch or UNKNOWN, len(run.history)),
         'Seed': UNKNOWN if start.get('saved_by_hand') else str(recipe.seed),
         'Precision': recipe.precision,
     }
@@ -206,10 +206,12 @@ def _augmentation(recipe: Recipe) -> str:
     return f'training images only: {", ".join(steps) or "none"}'
 
 
-def _final_model(recipe: Recipe, epoch: int | str) -> str:
-    text = f'a single network, from epoch {epoch} of {recipe.epochs} (highest validation AUC)'
+def _final_model(recipe: Recipe, epoch: int | str, epochs: int) -> str:
+    text = f'a single network, from epoch {epoch} of {epochs} (highest validation AUC)'
     if recipe.valid == 'none':
-        text = f'a single network, from the last of {recipe.epochs} epochs'
+        text = f'a single network, from the last of {epochs} epochs'
+    if epochs < recipe.epochs:
+        text += f'; training stopped early, before the {recipe.epochs} epochs of the recipe'
     if recipe.ema:
         text += f'; an exponential moving average of the weights with decay {recipe.ema:g}'
     return text

@@ -1,3 +1,4 @@
+from .extending import extend_recipe
 from .learner import CXRLearner, cxr_learner, recipe_learner
 from .lr_finder import Rates, find_rates
 from .restoring import load_learner
@@ -9,6 +10,7 @@ __all__ = [
     'CXRLearner',
     'Rates',
     'cxr_learner',
+    'extend_recipe',
     'find_rates',
     'load_learner',
     'recipe_learner',

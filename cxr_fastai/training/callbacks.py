@@ -1,4 +1,4 @@
-"""fastai callbacks of a training: history, best epoch, learning rate schedule, averaged weights, image size, log lines.
+"""fastai callbacks of a training: history, best epoch, learning rate schedule, averaged weights, image size.
 
 Every `CXRLearner` has a `History`. `fit_recipe` adds `KeepBest`, `DivergenceGuard` and the `recipe_callbacks`.
 """
@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cxr_fastai.core.files import write_csv
-from cxr_fastai.core.progress import ShownProgress
 from cxr_fastai.core.recipe import Phase, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.transforms import AugmentImages
@@ -61,6 +60,8 @@ def recipe_callbacks(recipe: Recipe) -> list[Callback]:
         callbacks.append(Precision(recipe.precision))
     if recipe.start_size < 1:
         callbacks.append(GrowImages(recipe.start_size))
+    if recipe.patience:
+        callbacks.append(StopEarly(recipe.patience))
     return callbacks
 
 
@@ -224,6 +225,38 @@ class KeepBest(Callback):
         return self.learn.network.state_dict()
 
 
+class StopEarly(Callback):
+    """End the phase after `patience` epochs without one that `KeepBest` keeps; the next phase counts from 0."""
+
+    order = KeepBest.order + 1
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.worse_epochs = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {'worse_epochs': self.worse_epochs}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.worse_epochs = state['worse_epochs']
+
+    def before_fit(self) -> None:
+        self.worse_epochs = 0
+
+    def before_epoch(self) -> None:
+        """Stop here, and not after an epoch, which the callbacks that come later have to log and save first."""
+        if self.worse_epochs >= self.patience:
+            log.info(
+                f'{self.history.phase} stops early: no epoch since epoch {self.keep_best.row["epoch"]} was better '
+                f'(--patience {self.patience})'
+            )
+            raise CancelFitException
+
+    def after_epoch(self) -> None:
+        is_best = self.keep_best.row is self.history.rows[-1]
+        self.worse_epochs = 0 if is_best else self.worse_epochs + 1
+
+
 class ReduceOnPlateau(Callback):
     """Reduce the learning rate when the validation loss stops decreasing, with torch's `ReduceLROnPlateau`.
 
@@ -335,51 +368,3 @@ class GrowImages(Callback):
         for transform in self.dls.train.after_batch.fs:
             if isinstance(transform, AugmentImages):
                 transform.share = min(1.0, size)
-
-
-class ShowEpochs(Callback):
-    """Log a line per epoch, and show the progress of its batches: a bar, or lines in the log (see `ShownProgress`)."""
-
-    order = 58
-
-    def __init__(self) -> None:
-        self.bar: ShownProgress | None = None
-
-    def before_train(self) -> None:
-        self._open_bar(f'{self.history.phase} {len(self.history.rows) + 1}', len(self.dls.train))
-
-    def before_validate(self) -> None:
-        if has_validation(self.learn):
-            self._open_bar('validation', len(self.dls.valid))
-
-    def _open_bar(self, description: str, batches: int) -> None:
-        self.bar = ShownProgress(batches, description, unit='batch')
-
-    def after_batch(self) -> None:
-        if self.bar is not None:
-            self.bar.update(len(self.learn.xb[0]))
-
-    def after_train(self) -> None:
-        self.close()
-
-    def after_validate(self) -> None:
-        self.close()
-
-    def after_epoch(self) -> None:
-        row = self.history.rows[-1]
-        line = f'{row["phase"]:>9} {row["epoch"]:>2}  lr {row["lr"]:.0e}  train {row["train_loss"]:.4f}  '
-        if has_validation(self.learn):
-            line += (
-                f'valid {row["valid_loss"]:.4f}  AUC {row["roc_auc"]:.4f}  sens {row["sensitivity"]:.3f}  '
-                f'spec {row["specificity"]:.3f}  '
-            )
-        line += f'{row["seconds"]:.0f} s'
-        if row is self.keep_best.row and has_validation(self.learn):
-            line += '  best'
-        log.info(line)
-
-    def close(self) -> None:
-        """Remove the bar. `train` calls this also when an exception ended the epoch."""
-        if self.bar is not None:
-            self.bar.close()
-        self.bar = None

@@ -12,7 +12,7 @@ import random
 import signal
 import zipfile
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
 from types import FrameType
@@ -36,7 +36,7 @@ from cxr_fastai.training.learner import Position
 
 STATE = 'state.pt'
 PREVIOUS_STATE = 'state.previous.pt'
-STATEFUL_CALLBACKS = ('history', 'keep_best', 'average_weights', 'reduce_on_plateau', 'precision')
+STATEFUL_CALLBACKS = ('history', 'keep_best', 'average_weights', 'reduce_on_plateau', 'stop_early', 'precision')
 """Attributes of a `Learner` with the callbacks that have a state."""
 MAX_ENTRIES = 100_000
 """Largest number of files in the zip of a state: the tensors of the network, of the optimiser and of the callbacks."""
@@ -194,8 +194,8 @@ def _check_pickle(path: Path) -> None:
 def load_matching_state(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[str, Any] | None:
     """Return the state that `run` resumes from; None if it was stopped before the first state was saved.
 
-    Raises `UsageError` if `recipe`, `items` or the classes differ from those of `run`, if the state is missing, or if
-    another version of the package made `run`.
+    `recipe` may have further phases after those of the state. Raises `UsageError` if `recipe`, `items` or the classes
+    differ otherwise from those of `run`, if the state is missing, or if another version of the package made `run`.
     """
     recipe_of_run = run.recipe  # first, because it raises a clear error for a run of another version
     state = load_state(run)
@@ -206,7 +206,10 @@ def load_matching_state(run: Run, recipe: Recipe, items: pd.DataFrame) -> dict[s
     else:
         saved = identify(recipe_of_run, run.items)
     current = identify(recipe, items)
-    changes = differences(Recipe.from_dict(saved['recipe']), recipe)
+    recipe_of_state = Recipe.from_dict(saved['recipe'])
+    if recipe.phases[: len(recipe_of_state.phases)] == recipe_of_state.phases:
+        recipe_of_state = replace(recipe_of_state, phases=recipe.phases)
+    changes = differences(recipe_of_state, recipe)
     if saved['classes'] != current['classes']:
         changes.append(f'classes: {saved["classes"]}, now {current["classes"]}')
     if saved['items'] != current['items']:

@@ -38,7 +38,15 @@ from cxr_fastai.training.checks import check_labels, check_loaders
 from cxr_fastai.training.hardware import reuse_memory
 from cxr_fastai.training.optimizer import TorchOptimizer
 from cxr_fastai.training.precision import Precision
-from cxr_fastai.training.recipes import OPTIMIZERS, apply_recipe, check_recipe_of, fit_phase, known_arch, named_recipe
+from cxr_fastai.training.recipes import (
+    OPTIMIZERS,
+    apply_recipe,
+    check_recipe_of,
+    fit_phase,
+    known_arch,
+    named_recipe,
+    warn_of_cut_cycle,
+)
 from cxr_fastai.training.single_images import SingleImages
 
 
@@ -130,6 +138,7 @@ class CXRLearner(Learner):
         elif epochs is not None or lr is not None:
             raise UsageError('epochs and lr are those of the recipe. Pass the name of a recipe to choose them.')
         check_recipe_of(self, recipe)
+        warn_of_cut_cycle(recipe)
         check_loaders(self.dls)
         reuse_memory()
         self._add_history()

@@ -87,6 +87,18 @@ def check_recipe_of(learn: Any, recipe: Recipe) -> None:
         )
 
 
+def warn_of_cut_cycle(recipe: Recipe) -> None:
+    """Warn if `recipe` can stop early within a cycle of the learning rate."""
+    if recipe.patience and recipe.schedule == 'one-cycle':
+        warnings.warn(
+            f'--patience {recipe.patience} with the schedule one-cycle: the learning rate is lowest at the end of a '
+            'phase, where networks improve most, and a phase that stops early leaves that out. A smaller number of '
+            '--epochs shortens the whole cycle instead; --set schedule=plateau suits --patience.',
+            CXRWarning,
+            stacklevel=3,
+        )
+
+
 def _class_weights(dls: DataLoaders) -> torch.Tensor:
     """Return the loss weight of each class, (2,): inverse to its frequency, with a mean of 1 over the images."""
     labels = torch.tensor([int(label) for label in dls.train_ds.tls[1]])

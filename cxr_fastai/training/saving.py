@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -166,15 +167,23 @@ def _find_recipe(learn: Learner, arch: str, preprocessing: Preprocessing) -> Rec
 
 def _followed(learn: Any, recipe: Recipe) -> bool:
     """Return whether `recipe` alone trained `learn`: no other fit, no other callback, and no other transforms."""
-    phases = [phase.name for phase in recipe.phases for _ in range(phase.epochs)]
     transforms = [IntToFloatTensor, *map(type, augmentations(recipe)), NormalizeImage]
     return (
         learn.recipe_dls is learn.dls
         and not getattr(learn.dls, 'has_own_tfms', False)
-        and [row['phase'] for row in learn.history.rows] == phases
+        and _has_phases([row['phase'] for row in learn.history.rows], recipe)
         and not _own_callbacks(learn)
         and {_name(transform) for transform in learn.dls.train.after_batch.fs} == {kind.__name__ for kind in transforms}
     )
+
+
+def _has_phases(trained: list[str], recipe: Recipe) -> bool:
+    """Return whether the epochs with the phases `trained` are those of `recipe`, of which some may have ended early."""
+    counts = Counter(trained)
+    limits = {phase.name: phase.epochs for phase in recipe.phases}
+    expected = [name for name, epochs in limits.items() for _ in range(min(epochs, counts[name]))]
+    is_complete = bool(recipe.patience) or len(trained) == recipe.epochs
+    return trained == expected and is_complete
 
 
 def _find_phases(learn: Learner) -> tuple[Phase, ...]:

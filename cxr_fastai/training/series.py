@@ -15,7 +15,7 @@ from cxr_fastai.core.files import writing
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.recipe_fields import LIMITS
 from cxr_fastai.core.run import Run
-from cxr_fastai.core.series import FOLDS, MAX_RUNS, MIN_RUNS, SEEDS, Series, has_ended
+from cxr_fastai.core.series import FOLDS, MAX_RUNS, MIN_RUNS, SEEDS, Series
 from cxr_fastai.data.items import divide_items, hold_out_items, identify_images, image_root, read_items
 from cxr_fastai.data.splits import check_trainable
 from cxr_fastai.training.training import train
@@ -51,6 +51,7 @@ def train_folds(
             f'--folds {folds}: {patients.idxmin()} has only {patients.min()} patients. Choose at most '
             f'{patients.min()} folds.'
         )
+    recipe = replace(recipe, valid='patients')
     series = Series(Path(out), FOLDS, folds, recipe, identify_images(items), precision, compile, track)
     return _train_new(series, data, items, device)
 
@@ -68,7 +69,7 @@ def train_seeds(
 ) -> Series:
     """Train networks that differ in the seed only, from that of `recipe` on; see `train_folds`.
 
-    With `valid='patients'` the seed also chooses the validation patients.
+    With `valid='patients'`, the default, the seed also chooses the validation patients.
     """
     _check('--seeds', seeds)
     last, (_, highest) = recipe.seed + seeds - 1, LIMITS['seed']
@@ -116,7 +117,7 @@ def _train_missing(series: Series, data: str | Path, items: pd.DataFrame, device
     first = series.folder_of_first
     for number, (name, recipe) in enumerate(series.recipes.items(), 1):
         folder = series.folder(name)
-        if has_ended(folder):
+        if Run(folder).has_ended:
             log.info('%s: trained already', folder)
             continue
         log.info('%s: training %d of %d', folder, number, series.number)

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -25,14 +25,13 @@ from cxr_fastai.core.recipe import SHIFT, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import describe_items, image_root, read_recipe_items
 from cxr_fastai.data.loaders import CXRDataLoaders, describe_unreadable, find_unreadable
-from cxr_fastai.data.splits import check_leakage, check_trainable, validation_warning
+from cxr_fastai.data.splits import check_leakage, check_trainable, describe_validation, validation_warning
 from cxr_fastai.images.cache import ImageCache, find_cache
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, save_weights
 from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.models.architectures import describe_network
 from cxr_fastai.models.devices import choose_device
-from cxr_fastai.training.callbacks import ShowEpochs
 from cxr_fastai.training.checkpoint import (
     PREVIOUS_STATE,
     Checkpoint,
@@ -42,12 +41,15 @@ from cxr_fastai.training.checkpoint import (
 )
 from cxr_fastai.training.checks import check_place, check_space
 from cxr_fastai.training.distributed import call_once, check_batch_size, share_batches, training_processes
+from cxr_fastai.training.extending import is_finished
 from cxr_fastai.training.hardware import CompileSteps, can_compile, check_compile, describe_environment, has_compiler
 from cxr_fastai.training.learner import CXRLearner, Diverged, recipe_learner
 from cxr_fastai.training.precision import AUTO, check_precision, choose_precision
+from cxr_fastai.training.showing import DrawBatch, ShowEpochs
 from cxr_fastai.training.tracking import check_tracker, tracking
 
 FAILURE = 'failure.json'
+FIRST_BATCH = 'figures/train_batch.png'
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,8 @@ def train(
 
     The run contains the network of the best epoch as `learner.pkl` and `model.safetensors`. On the CPU, two calls with
     the same recipe give the same weights. If `resume` is True, `out` is an interrupted run that is continued, and the
-    weights are those of an uninterrupted run. `compile` is one of `hardware.COMPILE` and `track` one of
+    weights are those of an uninterrupted run. A run with further phases (see `extend_recipe`) is continued by these;
+    without any, a finished run is left as it is. `compile` is one of `hardware.COMPILE` and `track` one of
     `tracking.TRACKERS`. The network is trained on `device` (see `models.devices`; default: the GPU if there is one,
     and in several processes one for each). The `precision` `auto` replaces that of the recipe by the fastest one; see
     `precision.choose_precision`. `items` is what `read_recipe_items` returns for `data` and `recipe`, if it was read
@@ -77,6 +80,10 @@ def train(
     Raises `CXRError`. Everything that can be checked is checked before the folder is made.
     """
     data, out = Path(data), Path(out)
+    run = Run.open(out) if resume else Run(out)
+    if resume and is_finished(run, recipe):
+        log.info('%s: trained already, nothing is left to do', out)
+        return run
     if not resume:
         check_new(out)
     check_place(out)
@@ -84,7 +91,6 @@ def train(
     check_precision(precision or recipe.precision)
     check_tracker(track)
     check_batch_size(recipe.batch_size)
-    run = Run.open(out) if resume else Run(out)
     with ExitStack() as stack:
         if resume:
             stack.enter_context(run.locked())
@@ -124,6 +130,7 @@ def _measure_precision(recipe: Recipe, items: pd.DataFrame, device: str | None, 
 def _check_items(items: pd.DataFrame, recipe: Recipe) -> None:
     """Log a summary of the images and warn of an unreliable validation. Raises `CXRError` if they do not suffice."""
     log.info(describe_items(items))
+    log.info(describe_validation(items, recipe))
     check_trainable(items, recipe.valid)
     if not recipe.allow_leakage:
         check_leakage(items)
@@ -183,11 +190,25 @@ def _record_start(
     if resume:
         _warn_of_changes(run.last_event('start', 'resume'), circumstances)
     facts = facts | describe_network(learn.model, recipe) | circumstances
+    log.info(_describe_start(learn, recipe, circumstances))
     if resume:
+        added = recipe.phases[len(run.recipe.phases) :]
+        if added:
+            run.extend(recipe)
+            facts['added'] = [asdict(phase) for phase in added]
         run.log_event('resume', **facts)
     else:
         run.log_event('start', **facts)
         run.start(recipe, items)
+
+
+def _describe_start(learn: CXRLearner, recipe: Recipe, circumstances: dict[str, Any]) -> str:
+    unit = 'epoch' if recipe.epochs == 1 else 'epochs'
+    return (
+        f'training {recipe.arch} by the recipe {recipe.name} on {circumstances["device"]} '
+        f'({circumstances["hardware"]}), precision {recipe.precision}: {learn.dls.train.n:,} images in '
+        f'{len(learn.dls.train):,} batches, {recipe.epochs} {unit}'
+    )
 
 
 def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -227,7 +248,8 @@ def _fit_and_save(
             raise
         raise _stopped(run, stop.received) from None
     save_model(learn, run, recipe)
-    run.log_event('end', best=without_nan(best))
+    epochs = len(learn.history.rows)
+    run.log_event('end', best=without_nan(best), epochs=epochs, stopped_early=epochs < recipe.epochs)
     if is_main_process():
         for name in (PREVIOUS_STATE, FAILURE):
             (run / name).unlink(missing_ok=True)
@@ -267,14 +289,15 @@ def fit_run(
     The fit continues from `state` if it is given. Raises as `CXRLearner.fit_recipe` does, and then writes
     `failure.json`.
     """
-    show = ShowEpochs()
     items = run.items if (run / 'items.csv').is_file() else pd.DataFrame()
     checkpoint = Checkpoint(run, identify(recipe, items), state)
+    show = ShowEpochs(recipe.phases[checkpoint.start.phase :])
+    draw = DrawBatch(run / FIRST_BATCH)
     learn.history.run_folder = run
     try:
         # fastai's own progress bar writes control characters into log files.
         with learn.no_bar(), learn.no_logging(), closing(show):
-            return learn.fit_recipe(recipe, cbs=[show, checkpoint, *cbs], start=checkpoint.start)
+            return learn.fit_recipe(recipe, cbs=[show, checkpoint, draw, *cbs], start=checkpoint.start)
     except Diverged as error:
         write_json(run / FAILURE, error.failure | {'best_epoch': error.best['epoch'] if error.best else None})
         raise

@@ -33,7 +33,7 @@ def test_evaluate_prints_the_targets_and_draws_figures(capsys, run, images, tmp_
     assert 'sensitivity' in printed and re.search('met|missed', printed)
     figures = {path.name for path in (copy / 'figures').iterdir()}
     curves = ('calibration', 'confusion', 'net_benefit', 'precision_recall', 'risk_coverage', 'roc', 'scores')
-    assert figures == {'images', 'history.png', *(f'{name}_test.png' for name in curves)}
+    assert figures == {'images', 'history.png', 'train_batch.png', *(f'{name}_test.png' for name in curves)}
 
 
 def test_evaluate_uses_the_given_rule_and_prevalence(run, images, tmp_path, monkeypatch):

@@ -34,8 +34,35 @@ def test_a_missing_class_or_an_empty_split_is_a_usage_error(fails, images, tmp_p
     no_valid = tmp_path / 'empty'
     shutil.copytree(images / 'train/NORMAL', one_class / 'train/NORMAL')
     shutil.copytree(images / 'train', no_valid / 'train')
-    fails(['train', '--data', one_class], 2, 'train holds 14 NORMAL and 0 PNEUMONIA')
-    fails(['train', '--data', no_valid], 2, 'valid holds no image')
+    official = ['--valid', 'official']
+    fails(['train', '--data', one_class], 2, 'two patients of each class; found .* NORMAL and 0 PNEUMONIA')
+    fails(['train', '--data', one_class, *official], 2, 'train holds 14 NORMAL and 0 PNEUMONIA')
+    fails(['train', '--data', no_valid, *official], 2, 'valid holds no image')
+
+
+def test_images_without_a_validation_folder_are_validated_by_patients(images, tmp_path):
+    folder = tmp_path / 'images'
+    shutil.copytree(images / 'train', folder / 'train')
+    assert main([*small_training(folder, tmp_path / 'run'), '--batch-size', '8']) == 0
+    run = Run.open(tmp_path / 'run')
+    assert run.recipe.valid == 'patients' and set(run.items.split) == {'train', 'valid'}
+
+
+def test_images_without_patients_are_drawn_one_by_one_with_a_warning(images, tmp_path, capsys):
+    listing = tmp_path / 'images.csv'
+    folder = tmp_path / 'unnamed'
+    rows = []
+    for number, path in enumerate(sorted((images / 'train').rglob('*.jpeg'))):
+        copy = folder / f'{number}.jpeg'
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+        rows.append((copy.relative_to(tmp_path).as_posix(), path.parent.name))
+    pd.DataFrame(rows, columns=['path', 'label']).to_csv(listing, index=False)
+    options = ['--epochs', '1', '--size', '48', '--workers', '0', '--out', str(tmp_path / 'run')]
+    assert main(['train', '--csv', str(listing), *options]) == 0
+    output = capsys.readouterr()
+    assert 'the patient of all images is unknown. They are drawn one by one' in output.err
+    assert 'validation: 10% of the images, whose patients are unknown, of train and val (' in output.out
 
 
 @pytest.mark.parametrize(
@@ -45,6 +72,9 @@ def test_a_missing_class_or_an_empty_split_is_a_usage_error(fails, images, tmp_p
         (['--recipe', 'magic'], 'magic is unknown: choose reference or tuned'),
         (['--valid', 'random'], 'choose official or patients'),
         (['--epochs', '0'], 'at least 1'),
+        (['--freeze-epochs', '2'], '--freeze-epochs 2: this training has no frozen phase, but train at 0.001. Omit'),
+        (['--patience', '-1'], 'patience -1: a number from 0 to 1000 is needed'),
+        (['--patience', '2', '--valid', 'none'], '--patience 2 and --valid none: without validation images'),
         (['--lr', '-1'], 'a positive number'),
         (['--lr', 'nan'], 'a positive number'),
         (['--weights', 'nowhere.pth'], 'nowhere.pth: neither a file nor known for baseline'),

@@ -1,14 +1,18 @@
 """No patient is in train and valid, and splits that cannot be trained or validated on are refused."""
 
+import re
+
 import pandas as pd
 import pytest
 
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import CXRWarning, UsageError
+from cxr_fastai.core.recipe import Recipe, data_recipe
 from cxr_fastai.data.items import ITEM_COLUMNS
 from cxr_fastai.data.splits import (
     check_leakage,
     check_trainable,
     count_images,
+    describe_validation,
     leaking_patients,
     split_patients,
     validation_warning,
@@ -60,6 +64,35 @@ def test_a_split_by_patients_needs_two_patients_of_each_class():
 def test_training_needs_a_validation_image():
     with pytest.raises(UsageError, match='valid holds no image.*--valid patients'):
         check_trainable(make_items())
+
+
+def test_by_default_recipes_validate_on_patients():
+    assert Recipe.valid == data_recipe('reference').valid == data_recipe('tuned').valid == 'patients'
+
+
+@pytest.mark.parametrize(
+    ('fields', 'text'),
+    [
+        ({}, r'validation: 10% of the patients of train and val \(\d images\)'),
+        ({'valid_pct': 0.2}, r'validation: 20% of the patients of train and val \(\d+ images\)'),
+        ({'valid': 'official'}, r'validation: val, as the images are split already \(0 images\)'),
+        ({'valid': 'none'}, 'validation: none, the images of train and val are all trained on'),
+    ],
+)
+def test_the_validation_is_described(fields, text):
+    recipe = data_recipe('reference', **fields)
+    items = make_items()
+    if recipe.valid == 'patients':
+        items = split_patients(items, recipe.seed, recipe.valid_pct)
+    assert re.fullmatch(text, describe_validation(items, recipe))
+
+
+def test_the_validation_by_images_of_unknown_patients_is_described():
+    items = make_items().assign(patient=lambda items: 'unknown:' + items.path)
+    with pytest.warns(CXRWarning, match='drawn one by one'):
+        items = split_patients(items, 0)
+    text = describe_validation(items, data_recipe('reference'))
+    assert text.startswith('validation: 10% of the images, whose patients are unknown, of train and val')
 
 
 @pytest.mark.parametrize('n', [0, 1])

@@ -203,7 +203,7 @@ def test_folds_are_combined_with_their_out_of_fold_predictions(folds, tmp_path):
 
 
 def test_seeds_are_combined_by_their_folder(images, tmp_path):
-    series = train_seeds(make_recipe('baseline', **SETTINGS), images, tmp_path / 'seeds', 2)
+    series = train_seeds(make_recipe('baseline', **SETTINGS, valid='official'), images, tmp_path / 'seeds', 2)
     combination = combine(series.path, tmp_path / 'out', 'ensemble')
     assert combination.members == ('seed-3', 'seed-4') and describe_run(combination.run)['Seed'] == '3, 4'
     with pytest.raises(UsageError, match='a folder of several runs. Combine it alone'):

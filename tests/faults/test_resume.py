@@ -20,10 +20,11 @@ from cxr_fastai.data.items import read_items
 from cxr_fastai.models.architectures import ARCHS, make_recipe
 from cxr_fastai.training import checkpoint, training
 from cxr_fastai.training.checkpoint import PREVIOUS_STATE, StopOnSignal, load_state, save_state
+from cxr_fastai.training.extending import extend_recipe
 from cxr_fastai.training.restoring import load_learner
 from cxr_fastai.training.training import train
 
-SETTINGS = {'size': 48, 'limit': 6, 'batch_size': 4, 'seed': 4}
+SETTINGS = {'size': 48, 'limit': 6, 'batch_size': 4, 'seed': 4, 'valid': 'official'}
 RECIPES = {
     'two phases, plateau': (
         'reference',
@@ -191,11 +192,53 @@ def test_each_interruption_costs_one_epoch_at_most(images, tmp_path, monkeypatch
     assert same(run, uninterrupted['two phases, plateau'])
 
 
-def test_resuming_a_completed_run_does_not_change_it(images, tmp_path, uninterrupted):
+def test_resuming_a_completed_run_that_lost_its_model_restores_it(images, tmp_path, uninterrupted):
     run = Run(Path(shutil.copytree(uninterrupted['tuned'].path, tmp_path / 'run')))
+    (run / 'model.safetensors').unlink()
     train(run.recipe, images, run.path, resume=True)
     assert same(run, uninterrupted['tuned'])
     assert not (run / PREVIOUS_STATE).exists()
+
+
+@pytest.fixture(scope='module')
+def longer(once, images, uninterrupted) -> dict[str, Run]:
+    """A training by each of two recipes with a further phase, all in one go; not to be changed by a test."""
+
+    def train_all(folder: Path) -> None:
+        folder.mkdir()
+        for name in ('two phases, plateau', 'tuned'):
+            train(extend_recipe(uninterrupted[name], recipe_of(name).epochs + 2), images, folder / name)
+
+    folder = once('longer', train_all)
+    return {path.name: Run.open(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize('name', ['two phases, plateau', 'tuned'])
+def test_a_run_that_is_trained_longer_equals_a_training_by_its_recipe_bit_for_bit(
+    images, tmp_path, uninterrupted, longer, name
+):
+    run = Run(Path(shutil.copytree(uninterrupted[name].path, tmp_path / 'run')))
+    train(extend_recipe(run, run.recipe.epochs + 2), images, run.path, resume=True)
+    assert same(run, longer[name])
+
+
+@pytest.mark.parametrize(
+    'where',
+    [
+        ('before_step', 1),
+        pytest.param(('before_step', BATCHES + 1), marks=pytest.mark.slow),
+        ('after_fit', 2),  # the first fit has no epoch left
+    ],
+)
+def test_an_interrupted_extension_resumes_bit_for_bit(images, tmp_path, monkeypatch, uninterrupted, longer, where):
+    run = Run(Path(shutil.copytree(uninterrupted['tuned'].path, tmp_path / 'run')))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, 'StopOnSignal', crash_at(*where))
+        with pytest.raises(Crash):
+            train(extend_recipe(run, run.recipe.epochs + 2), images, run.path, resume=True)
+    assert not run.has_ended and run.recipe == longer['tuned'].recipe
+    assert run_quietly(['train', '--resume', str(run.path)])[0] == 0
+    assert same(run, longer['tuned'])
 
 
 @pytest.fixture(scope='module')

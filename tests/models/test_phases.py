@@ -1,7 +1,19 @@
-"""The phases of the named recipes as text."""
+"""The phases of the named recipes: their text, their rates, and the epochs of the frozen one."""
 
+import pytest
+
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import RECIPES
-from cxr_fastai.models.phases import EPOCHS, FROM_SCRATCH, PRETRAINED, describe_shares, distribute
+from cxr_fastai.models.architectures import make_recipe, revise_recipe
+from cxr_fastai.models.phases import (
+    EPOCHS,
+    FROM_SCRATCH,
+    PRETRAINED,
+    PhaseShare,
+    describe_shares,
+    distribute,
+    freeze_first,
+)
 
 
 def test_every_recipe_has_epochs_and_phases():
@@ -16,3 +28,45 @@ def test_phases_are_described():
 
 def test_rates_of_all_phases_are_multiplied():
     assert [(p.epochs, p.lr) for p in distribute(6, PRETRAINED['reference'], 10)] == [(2, 1e-2), (4, 1e-4)]
+
+
+@pytest.mark.parametrize(
+    ('epochs', 'frozen', 'phases'),
+    [
+        (15, 2, [('frozen', 2), ('fine-tune', 13)]),
+        (15, 14, [('frozen', 14), ('fine-tune', 1)]),
+        (4, 4, [('frozen', 4)]),
+    ],
+)
+def test_the_epochs_of_the_frozen_phase_can_be_set(epochs, frozen, phases):
+    recipe = make_recipe('resnet50', epochs=epochs, freeze_epochs=frozen, lr=1e-2)
+    assert [(phase.name, phase.epochs) for phase in recipe.phases] == phases
+    assert recipe.phases[0].frozen and recipe.phases[0].lr == 1e-2 and recipe.epochs == epochs
+
+
+def test_later_phases_keep_their_ratio():
+    three = (
+        PhaseShare('frozen', 0.4, 1e-3, True),
+        PhaseShare('a', 0.4, 1e-4, False),
+        PhaseShare('b', 0.2, 1e-5, False),
+    )
+    assert [phase.epochs for phase in distribute(10, freeze_first(10, three, 1))] == [1, 6, 3]
+
+
+@pytest.mark.parametrize(
+    ('arch', 'name', 'frozen', 'message'),
+    [
+        ('baseline', 'reference', 2, 'this training has no frozen phase, but train at 0.001. Omit --freeze-epochs'),
+        ('resnet50', 'tuned', 2, 'this training has no frozen phase'),
+        ('resnet50', 'reference', 0, 'the training has 15 epochs. Choose a number from 1 to 15, or more --epochs'),
+        ('resnet50', 'reference', 16, 'the training has 15 epochs'),
+    ],
+)
+def test_frozen_epochs_that_a_training_cannot_have_are_refused(arch, name, frozen, message):
+    with pytest.raises(UsageError, match=f'--freeze-epochs {frozen}: {message}'):
+        make_recipe(arch, name, freeze_epochs=frozen)
+
+
+def test_frozen_epochs_replace_those_of_a_recipe_file():
+    known = make_recipe('resnet50', epochs=6, lr=1e-2)
+    assert revise_recipe(known, freeze_epochs=1) == make_recipe('resnet50', epochs=6, lr=1e-2, freeze_epochs=1)

@@ -49,8 +49,9 @@ def test_the_commands_contain_the_options_of_the_evaluation(evaluated, images, t
     [
         '',
         '--arch resnet50 --epochs 4 --lr 0.01',
+        '--arch resnet50 --epochs 9 --freeze-epochs 5 --patience 3',
         '--recipe tuned --set ema=0.9 --limit 5',
-        '--valid patients --size 96 --seed 7 --resize pad --set class_weights=true --allow-leakage --on-bad-image skip '
+        '--valid official --size 96 --seed 7 --resize pad --set class_weights=true --allow-leakage --on-bad-image skip '
         '--weights none --batch-size 16',
     ],
 )

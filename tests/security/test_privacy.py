@@ -201,7 +201,7 @@ def outputs(planted, named_user, tmp_path_factory) -> dict[str, Path]:
     torch.save(build_model('baseline').state_dict(), weights)
     folder = tmp_path_factory.mktemp('runs') / MARKERS['run']
     run, bundle = folder / 'run', folder / 'bundle'
-    options = ['--epochs', 1, '--size', 48, '--batch-size', 8, '--workers', 0]
+    options = ['--epochs', 1, '--size', 48, '--batch-size', 8, '--workers', 0, '--valid', 'official']
     run_command('train', '--csv', planted, '--out', run, '--weights', weights, *options)
     run_command('evaluate', run, '--by', 'hospital')
     run_command('export', run, '--out', bundle)

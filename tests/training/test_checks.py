@@ -16,7 +16,7 @@ from cxr_fastai.training.learner import cxr_learner
 from cxr_fastai.training.restoring import load_learner
 from cxr_fastai.training.training import train
 
-SETTINGS = {'epochs': 1, 'size': 48, 'batch_size': 4, 'limit': 4, 'workers': 0}
+SETTINGS = {'epochs': 1, 'size': 48, 'batch_size': 4, 'limit': 4, 'workers': 0, 'valid': 'official'}
 OPTIONS = ['--epochs', '1', '--size', '48', '--batch-size', '4', '--limit', '4', '--workers', '0']
 
 

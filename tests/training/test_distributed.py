@@ -33,7 +33,7 @@ EPOCHS = 5
 # The network has neither BatchNorm nor dropout. The last batch has one image, so the second process has none.
 OPTIONS = (
     '--arch test_convnext --weights none --size 64 --batch-size 5 --limit 8 --lr 0.0005 --workers 0 '
-    f'--epochs {EPOCHS} --set class_weights=true --set ema=0.9 --set blur=0.02'
+    f'--epochs {EPOCHS} --valid official --set class_weights=true --set ema=0.9 --set blur=0.02'
 ).split()
 LAUNCH = (
     '-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no '

@@ -142,10 +142,10 @@ def test_an_argument_that_nothing_would_use_is_refused(images, name):
 
 
 def test_the_data_block_reads_a_folder_and_describes_itself(images, capsys):
-    block = cxr_block('tuned')
+    block = cxr_block('tuned', valid='official')
     dls = block.dataloaders(images, bs=4, num_workers=0)
     assert list(dls.vocab) == list(VOCAB) and len(dls.valid_ds) == 12  # the folder `val`
-    by_patient = cxr_block(size=32, valid='patients').dataloaders(images, bs=4, num_workers=0)
+    by_patient = cxr_block(size=32).dataloaders(images, bs=4, num_workers=0)
     assert by_patient.one_batch()[0].shape == (4, 3, 32, 32) and len(by_patient.valid_ds) < 12
     block.summary(images, bs=4, num_workers=0)
     assert 'Setting-up type transforms pipelines' in capsys.readouterr().out

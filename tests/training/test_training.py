@@ -23,7 +23,7 @@ from cxr_fastai.training.learner import Diverged, recipe_learner
 from cxr_fastai.training.restoring import load_learner
 from cxr_fastai.training.training import fit_run, train
 
-SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=8, limit=4, seed=5, workers=0)
+SMALL = make_recipe('baseline', epochs=2, size=48, batch_size=8, limit=4, seed=5, workers=0, valid='official')
 """One batch per epoch: 4 images of each class."""
 
 
@@ -205,10 +205,10 @@ def train_without_fit(images, tmp_path, monkeypatch):
 
 
 def test_every_option_of_train_has_its_effect(train_without_fit):
-    options = '--epochs 3 --lr 0.005 --valid patients --size 56 --batch-size 5 --workers 2 --limit 4 --seed 9'
+    options = '--epochs 3 --lr 0.005 --valid official --size 56 --batch-size 5 --workers 2 --limit 4 --seed 9'
     recipe, learn = train_without_fit(*options.split())
     assert recipe.epochs == 3 and recipe.phases[0].lr == 0.005
-    assert recipe.valid == 'patients' and len(learn.dls.valid_ds) < 12
+    assert recipe.valid == 'official' and len(learn.dls.valid_ds) == 8
     assert learn.dls.train.bs == learn.dls.valid.bs == 5
     assert learn.dls.train.fake_l.num_workers == 2
     assert len(learn.dls.train_ds) == 8
@@ -222,7 +222,8 @@ def test_every_option_of_train_has_its_effect(train_without_fit):
     [
         ('--epochs 3', lambda recipe, learn: recipe.epochs == 3),
         ('--lr 0.005', lambda recipe, learn: recipe.phases[0].lr == 0.005),
-        ('--valid patients', lambda recipe, learn: recipe.valid == 'patients' and len(learn.dls.valid_ds) < 12),
+        ('--valid official', lambda recipe, learn: recipe.valid == 'official' and len(learn.dls.valid_ds) == 12),
+        ('', lambda recipe, learn: recipe.valid == 'patients' and len(learn.dls.valid_ds) < 12),
         ('--size 56', lambda recipe, learn: learn.dls.one_batch()[0].shape[-2:] == (56, 56)),
         ('--batch-size 5', lambda recipe, learn: learn.dls.train.bs == learn.dls.valid.bs == 5),
         ('--workers 2', lambda recipe, learn: learn.dls.train.fake_l.num_workers == 2),
@@ -256,14 +257,14 @@ def test_epochs_are_a_bar_on_a_terminal_and_plain_lines_of_100_columns_in_the_lo
 @pytest.mark.slow
 def test_real_images_can_be_trained_and_evaluated(real_images, tmp_path):
     run = tmp_path / 'run'
-    options = ['--valid', 'patients', '--limit', '60', '--size', '64', '--epochs', '2']
+    options = ['--limit', '60', '--size', '64', '--epochs', '2']
     assert main(['train', '--data', str(real_images), '--out', str(run), *options]) == 0
     assert main(['evaluate', str(run), '--split', 'valid']) == 0
     assert Run.open(run).metrics['valid']['n'] == 120
 
 
 def test_train_and_the_loaders_choose_the_same_validation_images(train_without_fit, images):
-    recipe, learn = train_without_fit('--valid', 'patients', '--set', 'valid_pct=0.25')
+    recipe, learn = train_without_fit('--set', 'valid_pct=0.25')
     dls = CXRDataLoaders.from_folder(images, valid_pct=0.25)
     assert recipe.valid_pct == 0.25
     assert learn.dls.valid.items.path.tolist() == dls.valid.items.path.tolist()

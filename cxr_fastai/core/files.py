@@ -41,18 +41,19 @@ def writing(path: Path, option: str = '--out') -> Iterator[None]:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Path, option: str = '--out') -> Iterator[Path]:
     """Yield a temporary path next to `path`; when the block ends, flush that file to disk and rename it to `path`.
 
     Readers, also after a crash, see the old file or the new file and never a part of it. If the block raises, the old
-    file stays. In a distributed run only the main process writes; the others get the null device. Raises `OutputError`.
+    file stays. In a distributed run only the main process writes; the others get the null device. Raises `OutputError`;
+    `option` is that of `writing`.
     """
     if not is_main_process():
         yield Path(os.devnull)
         return
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        with writing(path):
+        with writing(path, option):
             yield temporary
             sync(temporary)
             os.replace(temporary, path)

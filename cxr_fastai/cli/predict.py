@@ -132,13 +132,13 @@ def predict(
     )
     if not is_main_process():
         return
-    radiology.write_pictures(predictions, paths, model, dicom_out, maps, map_folder)
+    n_unreported = radiology.write_pictures(predictions, paths, model, dicom_out, maps, map_folder)
     if as_json:
         print_json(prediction_document(predictions, model, table, map_folder, dicom_out))
     else:
         out.print(predictions_table(predictions.rows, ROWS_SHOWN))
     _print_summary(predictions, table, as_json)
-    if predictions.failures:
+    if predictions.failures or n_unreported:
         raise typer.Exit(3)
 
 

@@ -125,17 +125,23 @@ def write_pictures(
     dicom_out: Path | None,
     maps: bool,
     map_folder: Path | None,
-) -> None:
-    """Write the DICOM reports of `images` and the maps that were asked for, and print what was written."""
+) -> int:
+    """Write the DICOM reports of `images` and the maps that were asked for, and print what was written.
+
+    Returns the number of DICOM images that should have a report, but have none.
+    """
+    problems = 0
     if dicom_out:
         dicom = _write_reports(predictions, images, model, dicom_out)
         if maps:
             print_explanations(_write_captures(dicom, predictions, images, map_folder))
         _print_dicom(dicom)
+        problems = len(dicom.problems)
     elif maps:
         from cxr_fastai.interpretation.explainer import explain_predictions
 
         print_explanations(explain_predictions(predictions, images, map_folder))
+    return problems
 
 
 def _write_reports(predictions: Predictions, images: Sequence[Path], model: Path, folder: Path) -> DicomFolder:

@@ -192,8 +192,12 @@ def locked(journal: Path) -> Iterator[None]:
     """Prevent another process from using `journal`. Raises `UsageError` if one does."""
     from filelock import FileLock, Timeout
 
+    lock = FileLock(journal.with_name(f'.{journal.name}.lock'), timeout=0)
     try:
-        with writing(journal), FileLock(journal.with_name(f'.{journal.name}.lock'), timeout=0):
-            yield
+        lock.acquire()
     except Timeout:
         raise UsageError(f'{journal}: another process watches with this journal. Stop it, or choose others.') from None
+    try:
+        yield
+    finally:
+        lock.release()

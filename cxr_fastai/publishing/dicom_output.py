@@ -13,7 +13,6 @@ from cxr_fastai.images.decode import read_bytes
 from cxr_fastai.images.dicom import is_dicom
 from cxr_fastai.inference.predictor import Row
 from cxr_fastai.inference.tables import with_numbers
-from cxr_fastai.publishing.dicom_captures import make_capture
 from cxr_fastai.publishing.dicom_reports import Algorithm, make_report
 from cxr_fastai.publishing.dicom_source import DicomSource, read_source
 
@@ -75,6 +74,7 @@ class DicomFolder:
         images that `write_reports` has reported get a capture. Raises `OutputError`.
         """
         from cxr_fastai.interpretation.overlays import blend
+        from cxr_fastai.publishing.dicom_captures import make_capture
 
         for image, (path, explanation) in zip(images, explanations, strict=True):
             has_figure = path != image

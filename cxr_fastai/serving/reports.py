@@ -67,7 +67,6 @@ def make_reports(data: bytes, row: dict[str, Any], algorithm: Algorithm) -> Repo
 
     If the row has an explanation with an overlay, that is returned as Secondary Capture too.
     """
-    from cxr_fastai.publishing.dicom_captures import make_capture
     from cxr_fastai.publishing.dicom_reports import make_report
     from cxr_fastai.publishing.dicom_source import read_source
 
@@ -78,7 +77,9 @@ def make_reports(data: bytes, row: dict[str, Any], algorithm: Algorithm) -> Repo
         source = read_source(data)
         parts = [Part(f'{path}/report', _encode(make_report(source, row, algorithm)))]
         overlay = (row.get('explanation') or {}).get('overlay')
-        if overlay:
+        if overlay:  # only then, because it loads matplotlib, which a service without maps does not have
+            from cxr_fastai.publishing.dicom_captures import make_capture
+
             capture = make_capture(source, _decode_png(overlay), row, algorithm)
             parts.append(Part(f'{path}/map', _encode(capture)))
     except ImageError as error:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from imagefiles import dicom, smooth
 from PIL import Image
+from pydicom.dataset import Dataset
 
 VALIDATOR = shutil.which('dciodvfy')
 needs_validator = pytest.mark.skipif(not VALIDATOR, reason='needs dciodvfy: install dicom3tools')
@@ -42,6 +43,11 @@ def save_radiographs(images: list[Path], folder: Path) -> list[Path]:
         path.write_bytes(radiograph(number, np.asarray(Image.open(image).convert('L'))))
         paths.append(path)
     return paths
+
+
+def report_text(report: Dataset) -> str:
+    """All texts of a Structured Report, one a line."""
+    return '\n'.join(str(element.value) for element in report.iterall() if element.keyword == 'TextValue')
 
 
 def violations(path: Path) -> list[str]:

@@ -141,6 +141,10 @@ class Journal:
     def __contains__(self, file: ArrivedFile) -> bool:
         return self._handled.get(_key(file)) == (file.size, file.mtime_ns)
 
+    def knows(self, path: str) -> bool:
+        """Return True if the file at `path` was handled, perhaps with other contents."""
+        return str(Path(path).absolute()) in self._handled
+
     def add(self, files: Sequence[ArrivedFile], rows: int) -> None:
         """Remember that `files` were handled, and that the table has that many `rows`. Raises `OutputError`."""
         lines = []

@@ -99,7 +99,7 @@ def watch_folder(
     algorithm = Algorithm.of(predictor, identity)
     with locked(outputs.journal):
         journal = Journal(outputs.journal, _settings(outputs, algorithm))
-        table = _WatchedTable(outputs.table, journal.rows) if outputs.table else None
+        table = _WatchedTable(outputs.table, journal) if outputs.table else None
         log.info('watching %s (stop with Ctrl-C); %d files are in the journal %s', folder, len(journal), journal.path)
         watch = FolderWatch(folder, journal.__contains__, interval, clock, sleep)
         for files in watch.arrivals():
@@ -118,7 +118,7 @@ def _settings(outputs: Outputs, algorithm: Algorithm) -> dict[str, object]:
     return {
         'model': algorithm.sha256,
         'parameters': algorithm.parameters,
-        'table': None if outputs.table is None else outputs.table.name,
+        'table': None if outputs.table is None else str(outputs.table.absolute()),
         'dicom': outputs.dicom is not None,
         'explain': outputs.explain,
     }
@@ -153,17 +153,23 @@ def _write_captures(dicom: DicomFolder, images: Sequence[Path], predictions: Pre
 
 
 class _WatchedTable:
-    """The CSV file `path`, of which the journal knows `count` rows. Rows beyond them are removed: a crash left them."""
+    """The CSV file `path`, and the `count` of its rows.
 
-    def __init__(self, path: Path, count: int) -> None:
+    Rows beyond those that `journal` knows, of files that it does not know, are removed: a crash left them, and their
+    files are handled again.
+    """
+
+    def __init__(self, path: Path, journal: Journal) -> None:
         self.path = path
         self.count = 0
         if path.exists():
             rows = self._read()
-            self.count = min(len(rows), count)
-            if len(rows) > count:
+            surplus = rows[journal.rows :]
+            if surplus and not any(journal.knows(row['path'] or '') for row in surplus):
+                rows = rows[: journal.rows]
                 with atomic(path) as temporary:
-                    _append(temporary, rows[:count])
+                    _append(temporary, rows)
+            self.count = len(rows)
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add `rows`, to a new file if somebody has taken the old one away. Raises `OutputError`."""

@@ -138,6 +138,19 @@ def test_a_table_that_was_taken_away_is_begun_again(folder, outputs):
     assert table(outputs) == ['2.dcm', '3.dcm']
 
 
+def test_rows_that_no_crash_has_left_are_kept(folder, outputs):
+    """Somebody has put an older table, with rows that are in the journal, in the place of a new one."""
+    arrive(folder, 1, 2)
+    watch(folder, outputs)
+    old = outputs.table.read_bytes()
+    outputs.table.unlink()
+    arrive(folder, 3)
+    watch(folder, outputs)
+    outputs.table.write_bytes(old)
+    watch(folder, outputs)
+    assert table(outputs) == ['1.dcm', '2.dcm']
+
+
 def test_names_that_are_formulas_survive_a_restart(folder, outputs, monkeypatch):
     monkeypatch.chdir(folder)
     Path('=1.dcm').write_bytes(radiograph(1))
@@ -174,7 +187,7 @@ def test_outputs_that_do_not_fit_the_folder_are_usage_errors(folder, tmp_path):
     cases = {
         'in the watched folder': Outputs(dicom=folder / 'reports'),
         'there is no journal': Outputs(table=old),
-        'does not exist': Outputs(table=tmp_path / 'nowhere' / 'p.csv'),
+        'does not exist. Create': Outputs(table=tmp_path / 'nowhere' / 'p.csv'),
         'not a folder': Outputs(dicom=old),
     }
     for message, outputs in cases.items():

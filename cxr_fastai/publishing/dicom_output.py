@@ -19,7 +19,7 @@ from cxr_fastai.publishing.dicom_source import DicomSource, read_source
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-    from cxr_fastai.interpretation.overlays import Explanation
+    from cxr_fastai.interpretation import overlays
 
 OPTION = '--dicom-out'
 REPEATED = 'E_DICOM_REPEATED'
@@ -66,8 +66,8 @@ class DicomFolder:
                     self.problems.append(error.with_path(image))
 
     def write_captures(
-        self, images: Sequence[Path], explanations: Iterable[tuple[Path, Explanation | ImageError]]
-    ) -> Iterator[tuple[Path, Explanation | ImageError]]:
+        self, images: Sequence[Path], explanations: Iterable[tuple[Path, overlays.Explanation | ImageError]]
+    ) -> Iterator[tuple[Path, overlays.Explanation | ImageError]]:
         """Write the capture of each of the `explanations` of `images`, and yield the path of a file and an explanation.
 
         `explanations` are those of `explain_predictions`; their own path is yielded if it is that of a figure. Only

@@ -8,7 +8,7 @@ COPY constraints.txt ./
 # MAPS=0 leaves out torch (1 GB). Predictions work without it, but maps of what influenced a score do not.
 ARG MAPS=1
 RUN /venv/bin/pip install --no-cache-dir -c constraints.txt \
-        numpy pillow rich typer jinja2 lazy-loader tqdm safetensors filelock pydicom pyjpegls onnxruntime \
+        numpy pillow rich typer jinja2 lazy-loader tqdm safetensors filelock pydicom pyjpegls highdicom onnxruntime \
         fastapi hypercorn python-multipart prometheus-client && \
     if [ "$MAPS" = 1 ]; then /venv/bin/pip install --no-cache-dir -c constraints.txt matplotlib torch torchvision \
         --extra-index-url https://download.pytorch.org/whl/cpu; fi

@@ -37,10 +37,16 @@ def _finite(value: Any) -> Any:
 
 
 def prediction_document(
-    predictions: Predictions, model: Path, table: Path | None, map_folder: Path | None, page: Path | None
+    predictions: Predictions,
+    model: Path,
+    table: Path | None,
+    map_folder: Path | None,
+    page: Path | None,
+    dicom_folder: Path | None,
 ) -> dict[str, Any]:
     """Return the document of `predict`: the model and its threshold, the counts, and the rows of all images."""
     from cxr_fastai.inference.hub_bundles import name_model
+    from cxr_fastai.inference.tables import with_numbers
 
     predictor = predictions.predictor
     return {
@@ -55,17 +61,9 @@ def prediction_document(
         'table': _text(table),
         'maps': _text(map_folder),
         'page': _text(page),
-        'rows': [_with_numbers(row) for row in predictions.rows],
+        'dicom': _text(dicom_folder),
+        'rows': [with_numbers(row) for row in predictions.rows],
     }
-
-
-def _with_numbers(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row with numbers as such; in the rows of a resumed CSV file they are text."""
-    from cxr_fastai.inference.tables import NUMBERS
-
-    numbers = {name: float(row[name]) for name in NUMBERS if row[name] is not None}
-    texts = {name: None for name, value in row.items() if value == ''}
-    return row | texts | numbers
 
 
 def evaluated_run(

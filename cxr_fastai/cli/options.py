@@ -314,9 +314,10 @@ Model = Annotated[
     ),
 ]
 PredictImages = Annotated[
-    list[Path],
+    list[Path] | None,
     Argument(
         metavar='IMAGE|DIR|CSV|-...',
+        show_default=False,
         help='Images, folders, CSV files with a column path, lists in .txt files, or - for a list on standard input.',
     ),
 ]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from cxr_fastai.cli import options as opt
+from cxr_fastai.cli import radiology
 from cxr_fastai.cli import sharing_options as share
 from cxr_fastai.cli.console import move_messages_to_stderr
 from cxr_fastai.cli.documents import prediction_document, print_json
-from cxr_fastai.cli.explain import check_weights, print_explanations
+from cxr_fastai.cli.explain import check_weights
 from cxr_fastai.cli.failures import EXAMPLES, Failure, print_failures
 from cxr_fastai.cli.output import out, predictions_table, print_error, print_hub_model, print_line
 from cxr_fastai.core.environment import Launch, is_main_process, paused_collector
@@ -71,7 +72,7 @@ def push_to_hub(
 
 def predict(
     model: opt.Model,
-    images: opt.PredictImages,
+    images: opt.PredictImages = None,
     table: opt.NewTable = None,
     resume: opt.ResumeTable = False,
     batch_size: opt.BatchSize = 32,
@@ -87,53 +88,57 @@ def predict(
     device: opt.Device = 'auto',
     precision: opt.Precision = 'fp32',
     as_json: opt.AsJson = False,
+    dicom_out: radiology.DicomOut = None,
+    watch: radiology.Watch = None,
+    interval: radiology.Interval = None,
 ) -> None:
     """Predict the probability of pneumonia for each image. An image that cannot be used gets a row with the reason.
 
     The fields of --json: model, threshold, threshold_rule, calibrated, tta, images, positives, failures, table, maps,
-    page, rows.
+    page, dicom, rows.
 
     Example: cxr-fastai predict bundle image.jpeg more_images/ --out predictions.csv
     """
     if as_json:
         move_messages_to_stderr()
+    radiology.check_sources(images, watch, interval, resume, html, as_json)
     from cxr_fastai.inference.onnx_start import start_onnx
 
     if maps:
         check_weights(model, '--explain')
-    start_onnx(model, 'torch' if maps else engine, device, precision)
+    engine = 'torch' if maps else engine
+    start_onnx(model, engine, device, precision)
     with paused_collector():
         from cxr_fastai.data.find import list_images
         from cxr_fastai.inference.tables import predict_to_table
 
-    map_folder = _map_folder(table, html) if maps else None
+    settings: dict[str, Any] = {
+        'calibrated': calibrated,
+        'threshold': threshold,
+        'tta': tta,
+        'use_gate': not no_gate,
+        'engine': engine,
+        'device': device,
+        'precision': precision,
+        'modality': modality,
+    }
+    if watch:
+        radiology.watch_images(model, watch, table, dicom_out, maps, interval, batch_size, workers, **settings)
+        return
+    map_folder = _map_folder(table, html, dicom_out) if maps else None
     if html:
         from cxr_fastai.publishing.prediction_page import check_page
 
         check_page(html)
-    paths = list_images(images) if Launch.from_environment().rank == 0 else []
+    if dicom_out:
+        radiology.check_folder(dicom_out)
+    paths = list_images(images or []) if Launch.from_environment().rank == 0 else []
     predictions = predict_to_table(
-        model,
-        paths,
-        table,
-        resume=resume,
-        batch_size=batch_size,
-        workers=workers,
-        calibrated=calibrated,
-        threshold=threshold,
-        tta=tta,
-        use_gate=not no_gate,
-        engine='torch' if maps else engine,
-        device=device,
-        precision=precision,
-        modality=modality,
+        model, paths, table, resume=resume, batch_size=batch_size, workers=workers, **settings
     )
     if not is_main_process():
         return
-    if map_folder:
-        from cxr_fastai.interpretation.explainer import explain_predictions
-
-        print_explanations(explain_predictions(predictions, paths, map_folder))
+    n_unreported = radiology.write_pictures(predictions, paths, model, dicom_out, maps, map_folder)
     print_hub_model(model)
     if html:
         from cxr_fastai.inference.hub_bundles import name_model
@@ -141,25 +146,28 @@ def predict(
 
         save_prediction_page(predictions, paths, html, name_model(model), maps)
     if as_json:
-        print_json(prediction_document(predictions, model, table, map_folder, html))
+        print_json(prediction_document(predictions, model, table, map_folder, html, dicom_out))
     else:
         out.print(predictions_table(predictions.rows, ROWS_SHOWN))
     _print_summary(predictions, table, as_json)
     if html:
         print_line(f'{html}: page with pictures')
-    if predictions.failures:
+    if predictions.failures or n_unreported:
         raise typer.Exit(3)
 
 
-def _map_folder(table: Path | None, html: Path | None) -> Path | None:
-    """Return the folder of the maps that belong to `table`; None if they are for the page alone.
+def _map_folder(table: Path | None, html: Path | None, dicom_out: Path | None) -> Path | None:
+    """Return the folder of the maps that belong to `table`; None if they are for a page or DICOM files alone.
 
-    Raises `UsageError` if the folder is not empty, or if there is neither a table nor a page.
+    Raises `UsageError` if the folder is not empty, or if there is no place for maps.
     """
-    if table is None and html:
+    if table is None and (html or dicom_out):
         return None
     if table is None:
-        raise UsageError('--explain needs --out or --html: the maps are saved next to the table, or on the page.')
+        raise UsageError(
+            '--explain needs --out, --html or --dicom-out: the maps are saved next to the table, on the page, or as '
+            'DICOM.'
+        )
     folder = table.with_name(f'{table.stem}_maps')
     check_new(folder)
     return folder

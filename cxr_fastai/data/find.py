@@ -102,11 +102,7 @@ def find_images(folder: StrPath) -> tuple[list[Path], Counter[str]]:
         subfolders[:] = sorted(set(subfolders) - set(links))
         for name in sorted(names):
             path = Path(base, name)
-            reason = ignore_reason(path.relative_to(folder))
-            if _is_stray_link(path, folder, followed):
-                reason = LINK
-            elif reason in (None, NOT_AN_IMAGE):
-                reason = _reason_by_content(path)
+            reason = LINK if _is_stray_link(path, folder, followed) else file_reason(path, folder)
             if reason:
                 ignored[reason] += 1
             else:
@@ -137,6 +133,14 @@ def _is_stray_link(path: Path, folder: Path, followed: set[str]) -> bool:
     if os.path.isdir(target):
         followed.add(target)
     return False
+
+
+def file_reason(path: Path, folder: Path) -> str | None:
+    """Return why the file `path` below `folder` is not an image to read; None if it is one."""
+    reason = ignore_reason(path.relative_to(folder))
+    if reason in (None, NOT_AN_IMAGE):
+        reason = _reason_by_content(path)
+    return reason
 
 
 def _reason_by_content(path: Path) -> str | None:

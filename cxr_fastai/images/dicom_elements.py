@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ TAGS = [
     'BurnedInAnnotation',
     'PixelData',
 ]
-"""The only elements that are parsed."""
+"""The only elements that are parsed for the pixels."""
 TEXT_NUMBERS = (
     'NumberOfFrames',
     'RescaleSlope',
@@ -105,6 +106,38 @@ def read_elements(data: bytes) -> tuple[Dataset, list[str]]:
     not a number. Raises `ImageError` E_DICOM_CORRUPT or E_DICOM_SYNTAX, and what pydicom raises for a damaged file.
     """
     from pydicom.config import disable_value_validation
+
+    # Validation is off because its warnings quote the values of a damaged file, which may be a name.
+    with PARSING, disable_value_validation():
+        image = _read_partial(data, TAGS, _check_element)
+        return image, _convert_elements(image)
+
+
+def read_stored_values(data: bytes, names: Sequence[str]) -> dict[str, bytes]:
+    """Return the values of the elements `names` of a DICOM file as they are stored, by name, without the pixels.
+
+    Empty elements, sequences, and values of more than `MAX_VALUE_BYTES` are left out. Raises as `read_elements` does.
+    """
+    from pydicom.config import disable_value_validation
+    from pydicom.multival import MultiValue
+
+    values = {}
+    with PARSING, disable_value_validation():
+        elements = _read_partial(data, names, _is_behind_texts)
+        for part in (elements.file_meta, elements):
+            for name in names:
+                value = part.get_item(name).value if name in part else None
+                if isinstance(value, MultiValue):  # pydicom has converted the character sets
+                    value = '\\'.join(map(str, value))
+                if isinstance(value, str):
+                    value = value.encode('latin-1', 'replace')
+                if isinstance(value, bytes) and 0 < len(value) <= MAX_VALUE_BYTES:
+                    values[name] = value
+    return values
+
+
+def _read_partial(data: bytes, names: Sequence[str], stop_when: Callable[[Any, str | None, int], bool]) -> Dataset:
+    """Return the elements `names` of a DICOM file up to the first one for which `stop_when` is True."""
     from pydicom.filereader import read_dataset, read_partial
     from pydicom.tag import BaseTag, Tag
 
@@ -112,17 +145,14 @@ def read_elements(data: bytes) -> tuple[Dataset, list[str]]:
         raise ImageError('no DICM preamble', 'E_DICOM_CORRUPT')
     file = _CountedFile(data)
     file.seek(132)
-    # Validation is off because its warnings quote the values of a damaged file, which may be a name.
-    with PARSING, disable_value_validation():
-        header = read_dataset(file, False, True, stop_when=_is_behind_header)
-        if not header.get('TransferSyntaxUID'):
-            raise ImageError('no transfer syntax', 'E_DICOM_CORRUPT')
-        if header.TransferSyntaxUID == DEFLATED:
-            file = _CountedFile(_inflate(data, file.tell()))
-        file.seek(0)
-        tags: list[BaseTag | int] = [Tag(name) for name in TAGS]
-        image = read_partial(file, stop_when=_check_element, specific_tags=tags)
-        return image, _convert_elements(image)
+    header = read_dataset(file, False, True, stop_when=_is_behind_header)
+    if not header.get('TransferSyntaxUID'):
+        raise ImageError('no transfer syntax', 'E_DICOM_CORRUPT')
+    if header.TransferSyntaxUID == DEFLATED:
+        file = _CountedFile(_inflate(data, file.tell()))
+    file.seek(0)
+    tags: list[BaseTag | int] = [Tag(name) for name in names]
+    return read_partial(file, stop_when=stop_when, specific_tags=tags)
 
 
 def _convert_elements(image: Dataset) -> list[str]:
@@ -209,6 +239,11 @@ def _inflate(data: bytes, start: int) -> bytes:
         raise ImageError(f'the deflated elements are over {MAX_INFLATED:,} bytes', 'E_TOO_LARGE')
     header = data[:start].replace(DEFLATED.encode(), PLAIN.encode().ljust(len(DEFLATED), b'\0'))
     return header + elements
+
+
+def _is_behind_texts(tag: int, vr: str | None, length: int) -> bool:
+    """Return True for the pixels, which all elements that are text precede."""
+    return tag >= PIXEL_DATA
 
 
 def _check_element(tag: int, vr: str | None, length: int) -> bool:

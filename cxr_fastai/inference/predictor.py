@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, CXRWarning, ImageError, UsageError
 from cxr_fastai.core.foreign import read_bytes
 from cxr_fastai.core.hardware import available_cores
@@ -262,6 +263,34 @@ class Predictor:
         """Return the probabilities of pneumonia (n,) of grey uint8 images (n, size, size), not calibrated."""
         p, _ = self.infer(images)
         return p
+
+
+def load_predictor(
+    model: str | os.PathLike[str],
+    *,
+    calibrated: bool = False,
+    threshold: float | None = None,
+    tta: bool | None = None,
+    use_gate: bool = True,
+    engine: str = 'auto',
+    device: str = 'auto',
+    precision: str = 'fp32',
+    modality: str = '',
+) -> Predictor:
+    """Return the predictor of `model` with the options of `tables.predict_to_table`. Warns if it has no input gate."""
+    predictor = Predictor.load(model, calibrated, engine, use_gate, device, precision, modality)
+    if threshold is not None:
+        predictor = predictor.with_threshold(threshold)
+    if tta is not None:
+        predictor = predictor.with_tta(tta)
+    if use_gate and predictor.gate is None and is_main_process():
+        warnings.warn(
+            f'{model} has no input gate, so every image gets a probability, even if it is not a chest X-ray. '
+            '`cxr-fastai export` makes a bundle with a gate.',
+            CXRWarning,
+            stacklevel=3,
+        )
+    return predictor
 
 
 def name_images(images: Iterable[ImageLike]) -> list[tuple[str, ImageLike]]:

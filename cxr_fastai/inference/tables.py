@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,14 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from cxr_fastai.core.environment import is_main_process, require_package
-from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
+from cxr_fastai.core.errors import CXRError, OutputError, UsageError
 from cxr_fastai.core.files import StrPath, atomic, escape_formula, unescape_formula, writing
 from cxr_fastai.core.foreign import read_json, read_text
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.images.decode import ImageLike
 from cxr_fastai.images.decoder_pool import default_pool
 from cxr_fastai.inference.distributed import broadcast, map_in_processes, process_group
-from cxr_fastai.inference.predictor import COLUMNS, Predictor, Row, name_images
+from cxr_fastai.inference.predictor import COLUMNS, Predictor, Row, load_predictor, name_images
 from cxr_fastai.inference.pretrained import find_model
 
 MAX_BYTES = 2**31
@@ -96,14 +95,18 @@ def predict_to_table(
         finished, named = broadcast((finished, name_images(images)))
         _check_same_images(finished, [name for name, _ in named], table)
         default_pool().start(len(named) - len(finished))  # the processes start while the model is loaded
-        predictor = Predictor.load(model, calibrated, engine, use_gate, device, precision, modality)
-        if threshold is not None:
-            predictor = predictor.with_threshold(threshold)
-        if tta is not None:
-            predictor = predictor.with_tta(tta)
+        predictor = load_predictor(
+            model,
+            calibrated=calibrated,
+            threshold=threshold,
+            tta=tta,
+            use_gate=use_gate,
+            engine=engine,
+            device=device,
+            precision=precision,
+            modality=modality,
+        )
         _check_same_model(finished, named, predictor, table)
-        if use_gate and predictor.gate is None and is_main_process():
-            _warn_of_missing_gate(model)
         if writer and not finished:
             writer.create()
         predict = partial(predictor.predict_named, batch_size=batch_size, workers=workers)
@@ -179,15 +182,6 @@ def _number(row: Row, name: str, table: Path | None) -> float:
         ) from None
 
 
-def _warn_of_missing_gate(model: Path) -> None:
-    warnings.warn(
-        f'{model} has no input gate, so every image gets a probability, even if it is not a chest X-ray. '
-        '`cxr-fastai export` makes a bundle with a gate.',
-        CXRWarning,
-        stacklevel=3,
-    )
-
-
 def _write_rows(rows: Iterator[Row], writer: CsvTable | None, batch_size: int) -> list[Row]:
     written: list[Row] = []
     try:
@@ -200,6 +194,13 @@ def _write_rows(rows: Iterator[Row], writer: CsvTable | None, batch_size: int) -
         if writer:
             writer.close()
     return written
+
+
+def with_numbers(row: Row) -> Row:
+    """Return a row with numbers as such and None for what is empty; in the rows of a resumed CSV file they are text."""
+    numbers = {name: float(row[name]) for name in NUMBERS if row[name] is not None}
+    texts = {name: None for name, value in row.items() if value == ''}
+    return row | texts | numbers
 
 
 def _path_text(path: str) -> str:

@@ -313,15 +313,19 @@ def explain_images(
 
 
 def explain_predictions(
-    predictions: Predictions, images: Sequence[Path], folder: Path
+    predictions: Predictions, images: Sequence[Path], folder: Path | None
 ) -> Iterator[tuple[Path, Explanation | ImageError]]:
     """Explain the predictions of `images` that have a probability, and save the figures; see `save_explanations`.
 
-    The file of each figure is named by the number of its row in `predictions`.
+    The file of each figure is named by the number of its row in `predictions`. Without a `folder` nothing is saved, and
+    each explanation comes with the path of its image.
     """
     numbers = [number for number, row in enumerate(predictions.rows, 1) if row['status'] == 'ok']
-    subjects = [_subject_of_file(images[number - 1]) for number in numbers]
-    return save_explanations(Explainer(predictions.predictor).explain(subjects), folder, numbers)
+    explained = [images[number - 1] for number in numbers]
+    explanations = Explainer(predictions.predictor).explain(map(_subject_of_file, explained))
+    if folder is None:
+        return zip(explained, explanations, strict=True)
+    return save_explanations(explanations, folder, numbers)
 
 
 def _subject_of_file(path: Path) -> Subject:

@@ -1,4 +1,4 @@
-"""A run becomes a report, a model card, a bundle, an ONNX file, or a repository on the Hub."""
+"""A run becomes a report, a model card, a bundle, an ONNX file or a Hub repository; predictions become DICOM files."""
 
 import lazy_loader
 

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from cxr_fastai import __version__
 from cxr_fastai.images.decode import sniff
 from cxr_fastai.serving.middleware import PREDICT, error_response, internal_error
+from cxr_fastai.serving.reports import MULTIPART, Reports, encode_reports, wants_dicom
 from cxr_fastai.serving.service import Busy, Service
 from cxr_fastai.serving.uploads import FIELD, APIError, read_images
 
@@ -93,10 +94,11 @@ class ModelFacts(BaseModel):
 ERROR_DESCRIPTIONS = {
     400: 'invalid request, or not a multipart form',
     401: 'missing or wrong access token',
+    406: 'a DICOM answer, which this service cannot write',
     408: 'the request was not complete in time',
     413: 'request too large, or too many images',
     415: 'not multipart/form-data, or compressed',
-    422: 'no images, images in another field than `images`, or an unknown or invalid option',
+    422: 'no images, images in another field than `images`, an unknown or invalid option, or no image for DICOM',
     503: 'busy, starting, or failed; try again after `Retry-After` seconds',
 }
 
@@ -106,6 +108,20 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {'model': ErrorBody, 'description': ERROR_DESCRIPTIONS[status]} for status in statuses}
 
 
+DICOM_RESPONSE: dict[int | str, dict[str, Any]] = {
+    200: {
+        'description': 'The predictions, as JSON or as DICOM files',
+        'content': {
+            MULTIPART: {
+                'schema': {
+                    'type': 'string',
+                    'format': 'binary',
+                    'description': 'Structured Reports and Secondary Captures, each a part of type `application/dicom`',
+                }
+            }
+        },
+    }
+}
 # FastAPI would write uploads to the disk, so `uploads` parses the form, and the schema is written by hand.
 FORM_SCHEMA = {
     'required': True,
@@ -166,18 +182,24 @@ def get_service(request: Request) -> Service:
 @protected_routes.post(
     PREDICT,
     dependencies=[Depends(check_options)],
+    response_model=PredictionRows,
     response_model_exclude_unset=True,
     openapi_extra={'requestBody': FORM_SCHEMA},
-    responses=error_responses(400, 401, 408, 413, 415, 422, 503),
+    responses=DICOM_RESPONSE | error_responses(400, 401, 406, 408, 413, 415, 422, 503),
     tags=['predict'],
 )
-async def predict(request: Request, explain: bool = False) -> PredictionRows:
+async def predict(request: Request, explain: bool = False) -> PredictionRows | Response:
     """Predict the probability of pneumonia for each image.
 
     The body is a form with one or more files in the field `images`: JPEG, PNG, TIFF or DICOM. An image that cannot be
     used gets a row with the reason, and the other images are still predicted. With `explain=true`, each row also has
     facts about the file, the image, and a map of what influenced its score.
+
+    With the header `Accept: multipart/related; type="application/dicom"`, the answer consists of DICOM files instead:
+    for each DICOM image a Structured Report, and with `explain=true` a Secondary Capture of its map, in the study of
+    the image. `Content-Location` is `image-1/report` or `image-1/map`. The header `Warning` names images without one.
     """
+    as_dicom = wants_dicom(request.headers.get('accept', ''))
     service = get_service(request)
     settings = request.app.state.settings
     metrics = request.app.state.metrics
@@ -186,11 +208,23 @@ async def predict(request: Request, explain: bool = False) -> PredictionRows:
     request.scope['state'].update(bytes=sum(map(len, images)), images=len(images), formats=','.join(formats))
     start = time.monotonic()
     with service.admit_request():
-        rows = await _finish_in_time(request, service.predict(images, explain), settings.answer_seconds)
+        answer = _answer(service, images, explain, as_dicom)
+        rows, reports = await _finish_in_time(request, answer, settings.answer_seconds)
     metrics.seconds.observe(time.monotonic() - start)
     for row in rows:
         metrics.images.labels(row['status'], row['code'] or '').inc()
+    if as_dicom:
+        body, headers = encode_reports(reports)
+        return Response(body, headers=headers)
     return PredictionRows(images=[PredictionRow(**row) for row in rows])
+
+
+async def _answer(
+    service: Service, images: list[bytes], explain: bool, as_dicom: bool
+) -> tuple[list[dict[str, Any]], list[Reports]]:
+    rows = await service.predict(images, explain)
+    reports = await service.report(images, rows) if as_dicom else []
+    return rows, reports
 
 
 async def _finish_in_time(request: Request, work: Coroutine[Any, Any, Any], seconds: float) -> Any:

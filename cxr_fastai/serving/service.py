@@ -33,6 +33,9 @@ from cxr_fastai.inference.pretrained import find_model
 if TYPE_CHECKING:
     from torch import nn
 
+    from cxr_fastai.publishing.dicom_reports import Algorithm
+    from cxr_fastai.serving.reports import Reports
+
 log = logging.getLogger('cxr_fastai.serving')
 
 DISPLAY_SIDE = 640
@@ -226,6 +229,25 @@ class Service:
         """
         rows = [self._predict_image(number, image, explain) for number, image in enumerate(images, start=1)]
         return list(await asyncio.gather(*rows))
+
+    async def report(self, images: list[bytes], rows: list[dict[str, Any]]) -> list[Reports]:
+        """Return the DICOM files of `rows`, the result of `predict` for `images`, in their order.
+
+        They are made one after the other, in the thread for explanations. The extra `dicom` must be installed.
+        """
+        from cxr_fastai.serving.reports import make_reports
+
+        return [
+            await _run(self.explaining, make_reports, image, row, self.algorithm)
+            for image, row in zip(images, rows, strict=True)
+        ]
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """The description of the model in DICOM reports."""
+        from cxr_fastai.publishing.dicom_reports import Algorithm
+
+        return Algorithm.of(self.predictor, self.bundle.identity)
 
     async def _predict_image(self, number: int, data: bytes, explain: bool) -> dict[str, Any]:
         try:

@@ -72,7 +72,10 @@ def test_wide_tables_scroll_by_keyboard_and_keep_their_headers_in_print(open_pag
     assert wide.evaluate('region => region.scrollWidth > region.clientWidth')
     wide.focus()
     page.keyboard.press('ArrowRight')
-    page.wait_for_function("document.querySelector('[aria-label=Thresholds]').scrollLeft > 0")
+    has_scrolled = """region => region.scrollLeft > 0 || new Promise(
+        done => region.addEventListener('scroll', () => done(region.scrollLeft > 0), {once: true})
+    )"""
+    assert wide.evaluate(has_scrolled)
 
 
 def contrast(color: str, other: str) -> float:

@@ -47,6 +47,7 @@ image.file_meta = FileMetaDataset()
 image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
 image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID = '1.2.840.10008.5.1.4.1.1.1'
 image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID = '1.2.3'
+image.StudyInstanceUID, image.SeriesInstanceUID = '1.2.4', '1.2.5'
 image.Modality, image.PhotometricInterpretation, image.SamplesPerPixel = 'CR', 'MONOCHROME2', 1
 image.Rows = image.Columns = 128
 image.BitsAllocated = image.BitsStored = 16
@@ -132,6 +133,7 @@ def check_missing(env: Environment) -> None:
     env.refuses('lite', *train('--arch', 'efficientnet_lite0'))
     env.refuses('hub', 'push-to-hub', 'demo/bundle', 'me/model')
     env.refuses('serve', 'serve', 'demo/bundle')
+    env.refuses('dicom', 'predict', 'demo/bundle', 'images/test/NORMAL', '--dicom-out', 'reports')
     env.refuses('parquet', 'predict', 'demo/bundle', 'images/test/NORMAL', '--out', 'rows.parquet')
     for tracker in ('tensorboard', 'wandb', 'mlflow'):
         env.refuses(tracker, *train('--track', tracker))
@@ -140,7 +142,8 @@ def check_missing(env: Environment) -> None:
 
 def check_dicom(env: Environment) -> None:
     env.run('-c', DICOM)
-    assert 'E_DICOM' not in env.command('predict', 'demo/bundle', 'image.dcm', '--no-gate')
+    text = env.command('predict', 'demo/bundle', 'image.dcm', '--no-gate', '--dicom-out', 'reports')
+    assert 'E_DICOM' not in text and len(list((WORK / 'reports').iterdir())) == 1
 
 
 def check_timm(env: Environment) -> None:

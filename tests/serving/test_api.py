@@ -44,7 +44,7 @@ def test_the_openapi_document_is_valid_and_lists_all_responses(client, protected
     for schema in document['components']['schemas'].values():
         Draft202012Validator.check_schema(schema)
     operation = document['paths']['/v1/predict']['post']
-    assert set(operation['responses']) == {'200', '400', '401', '408', '413', '415', '422', '503'}
+    assert set(operation['responses']) == {'200', '400', '401', '406', '408', '413', '415', '422', '503'}
     responses = document['paths']['/metrics']['get']['responses']
     assert list(responses['200']['content']) == ['text/plain']
     assert list(responses['401']['content']) == ['application/json']

@@ -76,7 +76,7 @@ def test_what_is_not_known_is_written_as_unknown(learn, tmp_path):
     learn.fit(1, 1e-3)
     run = save_run(learn, tmp_path / 'run')
     facts = describe_run(run)
-    assert 'trained by hand: 1 epochs of unfrozen at learning rate 0.001; optimizer Adam' in facts['Recipe']
+    assert 'trained by hand: 1 epoch of unfrozen at learning rate 0.001; optimizer Adam' in facts['Recipe']
     assert 'schedule not recorded' in facts['Recipe'] and facts['Seed'] == 'not recorded'
     assert facts['Final model'] == 'the network as it was saved'
     evaluate(run)

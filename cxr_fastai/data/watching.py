@@ -1,0 +1,207 @@
+"""A folder in which images arrive: `FolderWatch` finds the complete ones, `Journal` remembers those already handled."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.files import atomic, writing
+from cxr_fastai.core.foreign import parse_json, read_text
+from cxr_fastai.core.schemas import Fields, Integer, Text
+from cxr_fastai.data.find import file_reason
+
+TEMPORARY_SUFFIXES = ('.part', '.partial', '.tmp', '.temp', '.filepart', '.crdownload', '.swp')
+"""Suffixes, in lower case, under which programs write a file before they rename it."""
+MAX_JOURNAL = 2**30
+"""Largest journal that is read, in bytes."""
+MAX_PATH = 2**15
+"""Largest number of characters of a path in a journal."""
+ENTRY = Fields(
+    {
+        'path': Text(MAX_PATH),
+        'size': Integer(0, 2**63 - 1),
+        'mtime_ns': Integer(-(2**63), 2**63 - 1),
+        'rows': Integer(0, 2**63 - 1),
+    }
+)
+"""What a line of a journal after the first one contains."""
+
+
+@dataclass(frozen=True)
+class ArrivedFile:
+    """A file as it was found: its `path`, its `size` in bytes, and its time of modification."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+@dataclass
+class FolderWatch:
+    """Finds images in `folder` and below it that are complete: unchanged for `interval` seconds.
+
+    Links, and the names of hidden and temporary files, such as `.x` and `x.part`, are ignored. `clock` returns seconds
+    and `sleep` waits for as many. `is_handled` tells which files are left out. Raises `UsageError` if `folder` is not a
+    folder.
+    """
+
+    folder: Path
+    is_handled: Callable[[ArrivedFile], bool]
+    interval: float = 5.0
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    _seen: dict[ArrivedFile, float] = field(default_factory=dict)
+    """Image that is not handled -> time when it was first seen as it is."""
+    _others: set[ArrivedFile] = field(default_factory=set)
+    """Files that are no images, which need not be opened again."""
+
+    def __post_init__(self) -> None:
+        check_watched(self.folder)
+
+    def arrivals(self) -> Iterator[list[ArrivedFile]]:
+        """Yield the complete files that are new, sorted, whenever there are any. Never ends by itself.
+
+        A file is yielded until `is_handled` is True for it, and again if it changes after that.
+        """
+        while True:
+            complete = self.poll()
+            if complete:
+                yield complete
+            self.sleep(self.interval)
+
+    def poll(self) -> list[ArrivedFile]:
+        """Look at the folder once, and return the files that are complete by now and not handled, sorted."""
+        now = self.clock()
+        files = self._list()
+        self._others = {file for file in files if file in self._others or self._is_other(file)}
+        waiting = [file for file in files if file not in self._others and not self.is_handled(file)]
+        self._seen = {file: self._seen.get(file, now) for file in waiting}
+        return [file for file, since in self._seen.items() if now - since >= self.interval]
+
+    def _is_other(self, file: ArrivedFile) -> bool:
+        is_known = file in self._seen or self.is_handled(file)
+        return not is_known and file_reason(file.path, self.folder) is not None
+
+    def _list(self) -> list[ArrivedFile]:
+        """Return the regular files that are there now. A folder that is gone for now has none."""
+        files = []
+        for base, subfolders, names in os.walk(self.folder):
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith('.'))
+            for name in sorted(names):
+                path = Path(base, name)
+                if is_temporary(name) or path.is_symlink():
+                    continue
+                with suppress(OSError):  # it may be gone already
+                    status = path.stat()
+                    if stat.S_ISREG(status.st_mode):
+                        files.append(ArrivedFile(path, status.st_size, status.st_mtime_ns))
+        return files
+
+
+def check_watched(folder: Path) -> None:
+    """Raise `UsageError` if `folder` is not a folder."""
+    if not folder.is_dir():
+        raise UsageError(f'--watch {folder}: no such folder. Create it, or name the one where images arrive.')
+
+
+def is_temporary(name: str) -> bool:
+    """Return True if `name` is that of a hidden file, or of one that a program has not finished."""
+    return name.startswith(('.', '~')) or name.endswith('~') or name.lower().endswith(TEMPORARY_SUFFIXES)
+
+
+class Journal:
+    """The files that were handled, in a file of JSON lines, which the next process continues.
+
+    The first line has the `settings` with which they were handled. Each further line has a file, and the number of rows
+    of the table after it. `rows` is the last of these numbers. Raises `UsageError` if `path` is not a journal, or has
+    other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.rows = 0
+        self._handled: dict[str, tuple[int, int]] = {}
+        if path.exists():
+            self._read(settings)
+        else:
+            with atomic(path) as temporary:
+                temporary.write_text(json.dumps({'settings': settings}) + '\n', encoding='ascii')
+
+    def __len__(self) -> int:
+        return len(self._handled)
+
+    def __contains__(self, file: ArrivedFile) -> bool:
+        return self._handled.get(_key(file)) == (file.size, file.mtime_ns)
+
+    def knows(self, path: str) -> bool:
+        """Return True if the file at `path` was handled, perhaps with other contents."""
+        return str(Path(path).absolute()) in self._handled
+
+    def add(self, files: Sequence[ArrivedFile], rows: int) -> None:
+        """Remember that `files` were handled, and that the table has that many `rows`. Raises `OutputError`."""
+        lines = []
+        for file in files:
+            entry = {'path': _key(file), 'size': file.size, 'mtime_ns': file.mtime_ns, 'rows': rows}
+            lines.append(json.dumps(entry) + '\n')
+        with writing(self.path), open(self.path, 'a', encoding='ascii') as journal:
+            journal.write(''.join(lines))
+            journal.flush()
+            os.fsync(journal.fileno())
+        for file in files:
+            self._handled[_key(file)] = file.size, file.mtime_ns
+        self.rows = rows
+
+    def _read(self, settings: dict[str, Any]) -> None:
+        text = read_text(self.path, MAX_JOURNAL)
+        first, *lines = text.splitlines() or ['']
+        facts = self._parse(first)
+        if not isinstance(facts, dict) or 'settings' not in facts:
+            raise UsageError(f'{self.path}: not a journal of --watch. Move it away, or choose other outputs.')
+        if facts['settings'] != settings:
+            raise UsageError(
+                f'{self.path}: files were handled with another model or with other options. Use the same ones, choose '
+                'other outputs, or delete this journal to handle all files again.'
+            )
+        for line in lines:
+            entry = self._parse(line)
+            if not ENTRY.accepts(entry):
+                continue  # a crash may have left half a line; its file is handled again
+            self._handled[entry['path']] = entry['size'], entry['mtime_ns']
+            self.rows = entry['rows']
+        if not text.endswith('\n'):
+            with writing(self.path), open(self.path, 'a', encoding='ascii') as journal:
+                journal.write('\n')
+
+    def _parse(self, line: str) -> Any:
+        try:
+            return parse_json(line.encode(), self.path)
+        except CXRError:
+            return None
+
+
+def _key(file: ArrivedFile) -> str:
+    return str(file.path.absolute())
+
+
+@contextmanager
+def locked(journal: Path) -> Iterator[None]:
+    """Prevent another process from using `journal`. Raises `UsageError` if one does."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(journal.with_name(f'.{journal.name}.lock'), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UsageError(f'{journal}: another process watches with this journal. Stop it, or choose others.') from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,119 @@
+"""`DicomFolder`, which writes the DICOM reports and captures of predictions into a folder (extra `dicom`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cxr_fastai.core.environment import require_package
+from cxr_fastai.core.errors import ImageError, UsageError
+from cxr_fastai.core.files import atomic, check_writable, writing
+from cxr_fastai.images.decode import read_bytes
+from cxr_fastai.images.dicom import is_dicom
+from cxr_fastai.inference.predictor import Row
+from cxr_fastai.inference.tables import with_numbers
+from cxr_fastai.publishing.dicom_reports import Algorithm, make_report
+from cxr_fastai.publishing.dicom_source import DicomSource, read_source
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+    from cxr_fastai.interpretation import overlays
+
+OPTION = '--dicom-out'
+REPEATED = 'E_DICOM_REPEATED'
+"""The code of an image that has the SOP Instance UID of another one."""
+
+
+class DicomFolder:
+    """Writes a Structured Report for each DICOM image into `folder`, and a Secondary Capture for each map.
+
+    Files are named by their SOP Instance UID: `sr_UID.dcm` and `sc_UID.dcm`. Those of the same image and model have the
+    same name and replace each other. `reports` and `captures` count what was written, and `others` the images that are
+    not DICOM. `problems` are the DICOM images without a report, with the reason. `omissions` maps the names of
+    elements that were not copied to the images that have impossible values there.
+    """
+
+    def __init__(self, folder: Path, algorithm: Algorithm) -> None:
+        self.folder = folder
+        self.algorithm = algorithm
+        self.reports = 0
+        self.captures = 0
+        self.others = 0
+        self.problems: list[ImageError] = []
+        self.omissions: dict[tuple[str, ...], list[Path]] = {}
+        self._reported: dict[Path, tuple[DicomSource, Row]] = {}
+        self._paths: dict[str, Path] = {}
+
+    def write_reports(self, images: Sequence[Path], rows: Iterable[Row]) -> None:
+        """Write the report of each of the `images`, to which the prediction `rows` belong. Raises `OutputError`.
+
+        Nothing is written for a file that is not DICOM, or cannot be read as such. An image without a probability gets
+        a report of the reason.
+        """
+        with writing(self.folder, OPTION):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        for image, row in zip(images, rows, strict=True):
+            try:
+                data = read_bytes(image)
+                if is_dicom(data, image.suffix.lower()):
+                    self._report(image, read_source(data), with_numbers(row))
+                else:
+                    self.others += 1
+            except ImageError as error:
+                if error.code != row['code']:  # otherwise the row says it already
+                    self.problems.append(error.with_path(image))
+
+    def write_captures(
+        self, images: Sequence[Path], explanations: Iterable[tuple[Path, overlays.Explanation | ImageError]]
+    ) -> Iterator[tuple[Path, overlays.Explanation | ImageError]]:
+        """Write the capture of each of the `explanations` of `images`, and yield the path of a file and an explanation.
+
+        `explanations` are those of `explain_predictions`; their own path is yielded if it is that of a figure. Only
+        images that `write_reports` has reported get a capture. Raises `OutputError`.
+        """
+        from cxr_fastai.interpretation.overlays import blend
+        from cxr_fastai.publishing.dicom_captures import make_capture
+
+        for image, (path, explanation) in zip(images, explanations, strict=True):
+            has_figure = path != image
+            if isinstance(explanation, ImageError):
+                yield path, explanation
+                continue
+            capture = None
+            if image in self._reported:
+                source, row = self._reported[image]
+                capture = self._write('sc', make_capture(source, blend(explanation), row, self.algorithm))
+                self.captures += 1
+            if has_figure or capture:
+                yield path if has_figure else capture or path, explanation
+
+    def _report(self, image: Path, source: DicomSource, row: Row) -> None:
+        first = self._paths.setdefault(source.uid, image)
+        if first != image:
+            raise ImageError(f'has the same SOPInstanceUID as {first}, so only that one is reported', REPEATED)
+        self._write('sr', make_report(source, row, self.algorithm))
+        self.reports += 1
+        self._reported[image] = source, row
+        if source.omitted:
+            self.omissions.setdefault(source.omitted, []).append(image)
+
+    def _write(self, kind: str, dataset: Dataset) -> Path:
+        path = self.folder / f'{kind}_{dataset.SOPInstanceUID}.dcm'
+        with atomic(path, OPTION) as temporary:
+            dataset.save_as(temporary, enforce_file_format=True)
+        return path
+
+
+def check_dicom_folder(folder: Path) -> None:
+    """Raise `UsageError` if `folder` is a file or highdicom is missing, and `OutputError` if it cannot be written."""
+    require_package('highdicom', OPTION, 'dicom')
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f'{OPTION} {folder}: not a folder. Name a folder for the DICOM files.')
+    check_writable(folder, OPTION)
+
+
+def ok_images(images: Sequence[Path], rows: Iterable[Row]) -> list[Path]:
+    """Return those of the `images` whose row has a probability: the ones that get an explanation."""
+    return [image for image, row in zip(images, rows, strict=True) if row['status'] == 'ok']

@@ -1,0 +1,192 @@
+"""Prediction of the images that arrive in a folder, into a table, and into DICOM reports for an archive."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cxr_fastai.core.errors import CXRError, ImageError, UsageError
+from cxr_fastai.core.files import StrPath, atomic
+from cxr_fastai.data.watching import ArrivedFile, FolderWatch, Journal, check_watched, locked
+from cxr_fastai.inference.predictor import COLUMNS, Predictor, Row
+from cxr_fastai.inference.tables import CsvTable, Predictions
+from cxr_fastai.publishing.dicom_output import DicomFolder, check_dicom_folder, ok_images
+from cxr_fastai.publishing.dicom_reports import Algorithm
+
+JOURNAL_SUFFIX = '.journal.jsonl'
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the results of a watched folder go: rows to the CSV file `table`, reports to the folder `dicom`, or both.
+
+    With `explain`, maps go to `dicom` too. Raises `UsageError` if they do not fit together.
+    """
+
+    table: Path | None = None
+    dicom: Path | None = None
+    explain: bool = False
+
+    def __post_init__(self) -> None:
+        if self.table is None and self.dicom is None:
+            raise UsageError('--watch needs --dicom-out DIR or --out FILE.csv, where the results go.')
+        if self.explain and self.dicom is None:
+            raise UsageError('--watch --explain needs --dicom-out DIR, where the maps go.')
+        if self.table and self.table.suffix.lower() != '.csv':
+            raise UsageError(
+                f'--watch --out {self.table}: rows are added to CSV files only. Name one that ends in .csv.'
+            )
+
+    @property
+    def journal(self) -> Path:
+        """The journal of what was handled: next to the DICOM folder, or else next to the table."""
+        path = (self.dicom or self.table or Path()).absolute()
+        return path.with_name(path.name + JOURNAL_SUFFIX)
+
+    def check(self, folder: Path) -> None:
+        """Raise `UsageError` or `OutputError` if the results of images in `folder` cannot be written there."""
+        check_watched(folder)
+        if self.dicom:
+            if self.dicom.resolve().is_relative_to(folder.resolve()):
+                raise UsageError(
+                    f'--dicom-out {self.dicom} is in the watched folder {folder}, so reports would be taken for images.'
+                    ' Choose a folder elsewhere.'
+                )
+            check_dicom_folder(self.dicom)
+        if self.table and not self.table.parent.is_dir():
+            raise UsageError(f'{self.table}: the folder {self.table.parent} does not exist. Create it first.')
+        if self.table and self.table.exists() and not self.journal.exists():
+            raise UsageError(
+                f'{self.table} exists already, and there is no journal {self.journal} of it, so it was not changed. '
+                'Choose another --out.'
+            )
+
+
+@dataclass(frozen=True)
+class WatchedBatch:
+    """What was done with some of the images: their predictions, and the DICOM files, if any."""
+
+    predictions: Predictions
+    dicom: DicomFolder | None
+
+
+def watch_folder(
+    predictor: Predictor,
+    identity: str,
+    folder: StrPath,
+    outputs: Outputs,
+    interval: float = 5.0,
+    batch_size: int = 32,
+    workers: int | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[WatchedBatch]:
+    """Predict each image that arrives in `folder` once, and yield the batches. Never ends by itself.
+
+    `identity` is the SHA-256 of the model (see `identify_model`). A file is complete if it did not change for
+    `interval` seconds. A journal next to the output remembers what was handled, so that the next call continues. After
+    a crash, the files of the last batch are handled again, and their rows are replaced. `clock` and `sleep` are those
+    of `FolderWatch`. Raises `UsageError` for outputs that do not fit the folder or the journal, or if another process
+    uses the journal, and `OutputError`.
+    """
+    folder = Path(folder)
+    outputs.check(folder)
+    algorithm = Algorithm.of(predictor, identity)
+    with locked(outputs.journal):
+        journal = Journal(outputs.journal, _settings(outputs, algorithm))
+        table = _WatchedTable(outputs.table, journal) if outputs.table else None
+        log.info('watching %s (stop with Ctrl-C); %d files are in the journal %s', folder, len(journal), journal.path)
+        watch = FolderWatch(folder, journal.__contains__, interval, clock, sleep)
+        for files in watch.arrivals():
+            for start in range(0, len(files), batch_size):
+                batch = files[start : start + batch_size]
+                handled = _handle(batch, predictor, algorithm, outputs, workers)
+                rows = handled.predictions.rows
+                if table:
+                    table.append(rows)
+                journal.add(batch, table.count if table else journal.rows + len(rows))
+                yield handled
+
+
+def _settings(outputs: Outputs, algorithm: Algorithm) -> dict[str, object]:
+    """Return what must not change between two processes that use the same journal, as JSON values."""
+    return {
+        'model': algorithm.sha256,
+        'parameters': algorithm.parameters,
+        'table': None if outputs.table is None else str(outputs.table.absolute()),
+        'dicom': outputs.dicom is not None,
+        'explain': outputs.explain,
+    }
+
+
+def _handle(
+    files: Sequence[ArrivedFile],
+    predictor: Predictor,
+    algorithm: Algorithm,
+    outputs: Outputs,
+    workers: int | None,
+) -> WatchedBatch:
+    images = [file.path for file in files]
+    rows = list(predictor.predict(images, len(images), workers))
+    predictions = Predictions(rows, predictor)
+    dicom = None
+    if outputs.dicom:
+        dicom = DicomFolder(outputs.dicom, algorithm)
+        dicom.write_reports(images, rows)
+        if outputs.explain:
+            _write_captures(dicom, images, predictions)
+    return WatchedBatch(predictions, dicom)
+
+
+def _write_captures(dicom: DicomFolder, images: Sequence[Path], predictions: Predictions) -> None:
+    from cxr_fastai.interpretation.explainer import explain_predictions
+
+    explanations = explain_predictions(predictions, images, None)
+    for _, explanation in dicom.write_captures(ok_images(images, predictions.rows), explanations):
+        if isinstance(explanation, ImageError):
+            dicom.problems.append(explanation)
+
+
+class _WatchedTable:
+    """The CSV file `path`, and the `count` of its rows.
+
+    Rows beyond those that `journal` knows, of files that it does not know, are removed: a crash left them, and their
+    files are handled again.
+    """
+
+    def __init__(self, path: Path, journal: Journal) -> None:
+        self.path = path
+        self.count = 0
+        if path.exists():
+            rows = self._read()
+            surplus = rows[journal.rows :]
+            if surplus and not any(journal.knows(row['path'] or '') for row in surplus):
+                rows = rows[: journal.rows]
+                with atomic(path) as temporary:
+                    _append(temporary, rows)
+            self.count = len(rows)
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Add `rows`, to a new file if somebody has taken the old one away. Raises `OutputError`."""
+        if not self.path.exists():
+            self.count = 0
+        _append(self.path, rows)
+        self.count += len(rows)
+
+    def _read(self) -> list[Row]:
+        try:
+            return CsvTable(self.path, COLUMNS).read()
+        except (CXRError, ValueError) as error:
+            raise UsageError(f'{self.path} is not a table of predictions ({error}). Choose another --out.') from None
+
+
+def _append(path: Path, rows: Sequence[Row]) -> None:
+    table = CsvTable(path, COLUMNS)
+    if not path.exists():
+        table.create()
+    table.append(rows)

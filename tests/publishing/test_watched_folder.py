@@ -1,0 +1,196 @@
+"""Images that arrive in a watched folder get a row and a report each, once, also after a crash or a restart."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicomstudies import radiograph
+from imagefiles import GREY, encoded
+from pydicom import dcmread
+
+from cxr_fastai.core.errors import UsageError
+from cxr_fastai.data.watching import Journal
+from cxr_fastai.inference.config import ModelConfig
+from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.publishing.watched_folder import Outputs, WatchedBatch, watch_folder
+
+
+class Interrupted(Exception):
+    """Somebody has pressed Ctrl-C."""
+
+
+class Time:
+    """A clock that moves while somebody sleeps, and interrupts the third sleep."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if self.now > 2 * seconds:
+            raise Interrupted
+
+
+def brightness(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An engine whose probability is the mean grey level."""
+    return images.mean((1, 2)) / 255, np.zeros((len(images), 1))
+
+
+PREDICTOR = Predictor(brightness, ModelConfig('brightness', 64, 0.4))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def outputs(tmp_path) -> Outputs:
+    return Outputs(tmp_path / 'p.csv', tmp_path / 'reports')
+
+
+def watch(folder: Path, outputs: Outputs, **options) -> list[WatchedBatch]:
+    """What is done with the images that are in the folder now."""
+    time = Time()
+    batches: list[WatchedBatch] = []
+    with pytest.raises(Interrupted):
+        for batch in watch_folder(PREDICTOR, 'ab', folder, outputs, clock=time, sleep=time.sleep, **options):
+            batches.append(batch)
+    return batches
+
+
+def arrive(folder: Path, *numbers: int) -> None:
+    for number in numbers:
+        (folder / f'{number}.dcm').write_bytes(radiograph(number))
+
+
+def table(outputs: Outputs) -> list[str]:
+    """The names in the table."""
+    with open(outputs.table, newline='') as file:
+        return [Path(row['path']).name for row in csv.DictReader(file)]
+
+
+def test_each_image_gets_a_row_and_a_report_in_its_study(folder, outputs):
+    arrive(folder, 1, 2)
+    (batch,) = watch(folder, outputs)
+    assert [row['status'] for row in batch.predictions.rows] == ['ok', 'ok']
+    assert table(outputs) == ['1.dcm', '2.dcm']
+    reports = [dcmread(path) for path in outputs.dicom.iterdir()]
+    assert {(report.Modality, report.StudyInstanceUID) for report in reports} == {('SR', '1.2.4.1'), ('SR', '1.2.4.2')}
+    assert outputs.journal.name == 'reports.journal.jsonl' and outputs.journal.parent == outputs.dicom.parent
+
+
+def test_a_restart_handles_only_what_is_new(folder, outputs):
+    arrive(folder, 1)
+    watch(folder, outputs)
+    arrive(folder, 2)
+    (batch,) = watch(folder, outputs)
+    assert [Path(row['path']).name for row in batch.predictions.rows] == ['2.dcm']
+    assert table(outputs) == ['1.dcm', '2.dcm']
+    assert watch(folder, outputs) == []
+
+
+def test_an_unusable_file_gets_a_row_and_does_not_stop_the_others(folder, outputs):
+    arrive(folder, 2)
+    (folder / '1.dcm').write_bytes(b'no DICOM')
+    (folder / '3.png').write_bytes(encoded(GREY))
+    (batch,) = watch(folder, outputs)
+    assert [row['status'] for row in batch.predictions.rows] == ['error', 'ok', 'ok']
+    assert (batch.dicom.reports, batch.dicom.others) == (1, 1)
+    assert watch(folder, outputs) == []
+
+
+@pytest.mark.parametrize('place', ['append', 'journal'])
+def test_after_a_crash_every_image_has_one_row(folder, outputs, monkeypatch, place):
+    """The process dies before or after the rows of the second batch are written."""
+    arrive(folder, 1, 2, 3)
+    add = Journal.add
+
+    def die(self: Journal, files, rows) -> None:
+        if len(self) and place == 'journal':
+            raise Interrupted
+        add(self, files, rows)
+        if place == 'append':
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, 'add', die)
+        watch(folder, outputs, batch_size=2)
+    watch(folder, outputs)
+    assert table(outputs) == ['1.dcm', '2.dcm', '3.dcm']
+
+
+def test_a_table_that_was_taken_away_is_begun_again(folder, outputs):
+    arrive(folder, 1)
+    watch(folder, outputs)
+    outputs.table.unlink()
+    arrive(folder, 2)
+    watch(folder, outputs)
+    assert table(outputs) == ['2.dcm']
+    arrive(folder, 3)
+    watch(folder, outputs)
+    assert table(outputs) == ['2.dcm', '3.dcm']
+
+
+def test_rows_that_no_crash_has_left_are_kept(folder, outputs):
+    """Somebody has put an older table, with rows that are in the journal, in the place of a new one."""
+    arrive(folder, 1, 2)
+    watch(folder, outputs)
+    old = outputs.table.read_bytes()
+    outputs.table.unlink()
+    arrive(folder, 3)
+    watch(folder, outputs)
+    outputs.table.write_bytes(old)
+    watch(folder, outputs)
+    assert table(outputs) == ['1.dcm', '2.dcm']
+
+
+def test_names_that_are_formulas_survive_a_restart(folder, outputs, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path('=1.dcm').write_bytes(radiograph(1))
+    watch(Path(), outputs)
+    Path('=2.dcm').write_bytes(radiograph(2))
+    watch(Path(), outputs)
+    assert table(outputs) == ["'=1.dcm", "'=2.dcm"]
+
+
+def test_another_model_or_threshold_is_refused(folder, outputs):
+    watch(folder, outputs)
+    for predictor, identity in ((PREDICTOR, 'cd'), (PREDICTOR.with_threshold(0.9), 'ab')):
+        with pytest.raises(UsageError, match='another model or with other options'):
+            next(watch_folder(predictor, identity, folder, outputs))
+
+
+@pytest.mark.parametrize(
+    ('values', 'message'),
+    [
+        ({}, 'needs --dicom-out DIR or --out'),
+        ({'table': Path('p.csv'), 'explain': True}, 'needs --dicom-out'),
+        ({'table': Path('p.json')}, 'CSV files only'),
+        ({'table': Path('p.parquet')}, 'CSV files only'),
+    ],
+)
+def test_outputs_that_do_not_fit_together_are_usage_errors(values, message):
+    with pytest.raises(UsageError, match=message):
+        Outputs(**values)
+
+
+def test_outputs_that_do_not_fit_the_folder_are_usage_errors(folder, tmp_path):
+    old = tmp_path / 'old.csv'
+    old.write_text('x\n')
+    cases = {
+        'in the watched folder': Outputs(dicom=folder / 'reports'),
+        'there is no journal': Outputs(table=old),
+        'does not exist. Create': Outputs(table=tmp_path / 'nowhere' / 'p.csv'),
+        'not a folder': Outputs(dicom=old),
+    }
+    for message, outputs in cases.items():
+        with pytest.raises(UsageError, match=message):
+            outputs.check(folder)
+    assert old.read_text() == 'x\n'

@@ -1,6 +1,6 @@
 // The details of an image: its picture with the map, its decision, and facts about its file; in a dialog if there are many.
 import {decide, describeKind, describeState, formatBytes, formatProbability, formatThreshold, kindOf} from './decisions.js';
-import {copyTemplate, find, showPicture} from './page.js';
+import {copyTemplate, find, showPicture, showName} from './page.js';
 import {focusRow, shownRows} from './table.js';
 import {chosenThreshold} from './threshold.js';
 
@@ -58,7 +58,7 @@ export function showSingle(images) {
 /** Make the details of `image`. */
 export function addCard(image) {
   image.card = copyTemplate('image');
-  find('h3', image.card).textContent = image.name;
+  showName(find('h3', image.card), image.name);
   find('.plain', image.card).alt = `Image ${image.name}`;
 }
 

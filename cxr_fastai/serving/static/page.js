@@ -22,3 +22,9 @@ export function showPicture(node, png) {
   node.hidden = !png;
   if (png) node.src = `data:image/png;base64,${png}`;
 }
+
+/** Show the file `name` in `node`; a long one is broken after a separator rather than within a word. */
+export function showName(node, name) {
+  const parts = name.split(/(?<=[_.-])/);
+  node.replaceChildren(...parts.flatMap(part => [part, document.createElement('wbr')]));
+}

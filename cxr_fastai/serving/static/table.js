@@ -1,6 +1,6 @@
 // The table of all images: a row for each image, sorted and filtered as the reader chooses.
 import {decide, describeKind, describeState, formatProbability, kindOf, KINDS} from './decisions.js';
-import {announce, copyTemplate, find, showPicture} from './page.js';
+import {announce, copyTemplate, find, showName, showPicture} from './page.js';
 import {chosenThreshold} from './threshold.js';
 
 const SORT_KEYS = {
@@ -38,7 +38,7 @@ export function connectTable(onChange, open) {
 export function addRow(image) {
   image.line = copyTemplate('row');
   image.line.id = image.id;
-  find('.name', image.line).textContent = image.name;
+  showName(find('.name', image.line), image.name);
   find('#rows').append(image.line);
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -125,52 +127,71 @@ def predict(
     if watch:
         radiology.watch_images(model, watch, table, dicom_out, maps, interval, batch_size, workers, **settings)
         return
-    map_folder = _map_folder(table, html, dicom_out) if maps else None
-    if html:
-        from cxr_fastai.publishing.prediction_page import check_page
-
-        check_page(html)
-    if dicom_out:
-        radiology.check_folder(dicom_out)
+    outputs = _Outputs(model, table, html, dicom_out, maps)
+    outputs.check()
     paths = list_images(images or []) if Launch.from_environment().rank == 0 else []
     predictions = predict_to_table(
         model, paths, table, resume=resume, batch_size=batch_size, workers=workers, **settings
     )
     if not is_main_process():
         return
-    n_unreported = radiology.write_pictures(predictions, paths, model, dicom_out, maps, map_folder)
-    print_hub_model(model)
-    if html:
-        from cxr_fastai.inference.hub_bundles import name_model
-        from cxr_fastai.publishing.prediction_page import save_prediction_page
-
-        save_prediction_page(predictions, paths, html, name_model(model), maps)
-    if as_json:
-        print_json(prediction_document(predictions, model, table, map_folder, html, dicom_out))
-    else:
-        out.print(predictions_table(predictions.rows, ROWS_SHOWN))
-    _print_summary(predictions, table, as_json)
-    if html:
-        print_line(f'{html}: page with pictures')
-    if predictions.failures or n_unreported:
+    is_complete = outputs.write(predictions, paths, as_json)
+    if predictions.failures or not is_complete:
         raise typer.Exit(3)
 
 
-def _map_folder(table: Path | None, html: Path | None, dicom_out: Path | None) -> Path | None:
-    """Return the folder of the maps that belong to `table`; None if they are for a page or DICOM files alone.
+@dataclass(frozen=True)
+class _Outputs:
+    """Where the predictions of `model` go besides the terminal: the options --out, --html and --dicom-out.
 
-    Raises `UsageError` if the folder is not empty, or if there is no place for maps.
+    With `maps`, each of them also gets what influenced the scores.
     """
-    if table is None and (html or dicom_out):
-        return None
-    if table is None:
-        raise UsageError(
-            '--explain needs --out, --html or --dicom-out: the maps are saved next to the table, on the page, or as '
-            'DICOM.'
-        )
-    folder = table.with_name(f'{table.stem}_maps')
-    check_new(folder)
-    return folder
+
+    model: Path
+    table: Path | None
+    html: Path | None
+    dicom: Path | None
+    maps: bool
+
+    @property
+    def map_folder(self) -> Path | None:
+        """The folder next to the table that gets the maps."""
+        return self.table.with_name(f'{self.table.stem}_maps') if self.table and self.maps else None
+
+    def check(self) -> None:
+        """Raise `UsageError` or `OutputError` if something cannot be written, before images are predicted."""
+        if self.maps and not (self.table or self.html or self.dicom):
+            raise UsageError(
+                '--explain needs --out, --html or --dicom-out: the maps are saved next to the table, on the page, or '
+                'as DICOM.'
+            )
+        if self.map_folder:
+            check_new(self.map_folder)
+        if self.html:
+            from cxr_fastai.publishing.prediction_page import check_page
+
+            check_page(self.html)
+        if self.dicom:
+            radiology.check_folder(self.dicom)
+
+    def write(self, predictions: Predictions, images: Sequence[Path], as_json: bool) -> bool:
+        """Write everything but the table, print the results, and return whether every DICOM image has its report."""
+        n_unreported = radiology.write_pictures(predictions, images, self.model, self.dicom, self.maps, self.map_folder)
+        print_hub_model(self.model)
+        if self.html:
+            from cxr_fastai.inference.hub_bundles import name_model
+            from cxr_fastai.publishing.prediction_page import save_prediction_page
+
+            save_prediction_page(predictions, images, self.html, name_model(self.model), self.maps)
+        if as_json:
+            document = prediction_document(predictions, self.model, self.table, self.map_folder, self.html, self.dicom)
+            print_json(document)
+        else:
+            out.print(predictions_table(predictions.rows, ROWS_SHOWN))
+        _print_summary(predictions, self.table, as_json)
+        if self.html:
+            print_line(f'{self.html}: page with pictures')
+        return not n_unreported
 
 
 def _print_summary(predictions: Predictions, table: Path | None, as_json: bool) -> None:

@@ -41,7 +41,7 @@ def odd(image, tmp_path_factory) -> Path:
         (['--out', 'image.jpeg'], 'The name must end in'),
         (['--out', 'nowhere/p.csv'], 'the folder nowhere does not exist'),
         (['--resume'], '--resume needs --out'),
-        (['--explain'], '--explain needs --out or --html'),
+        (['--explain'], '--explain needs --out, --html or --dicom-out'),
         (['--html', 'page.csv'], 'the name must end in .html'),
         (['--html', 'nowhere/p.html'], 'the folder nowhere does not exist'),
         (['--threshold', '1.5'], ''),

@@ -237,7 +237,8 @@ def _evaluate_folds(folder: Path, how: Evaluation, as_json: bool) -> None:
 
 
 def _print_folds(folder: Path, results: dict[str, Any]) -> None:
-    from cxr_fastai.cli.output import folds_table, metrics_tables
+    from cxr_fastai.cli.comparison_tables import folds_table
+    from cxr_fastai.cli.output import metrics_tables
     from cxr_fastai.core.run_files import OUT_OF_FOLD
     from cxr_fastai.evaluation.cross_validation import METRICS
 
@@ -311,7 +312,7 @@ def _print_shift(results: dict[str, Any]) -> None:
 
 
 def _print_comparison(comparison: Comparison, folder: Path) -> None:
-    from cxr_fastai.cli.output import comparison_tables
+    from cxr_fastai.cli.comparison_tables import comparison_tables
 
     out.print(comparison_tables(comparison.runs, comparison.pairs, comparison.seeds))
     if not comparison.pairs:

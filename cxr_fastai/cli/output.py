@@ -126,7 +126,7 @@ def predictions_table(rows: Sequence[dict[str, Any]], limit: int = 20) -> Table:
 
 def audit_tables(audit: Audit) -> Group:
     """Tabulate the image counts, file properties, probes and findings of an audit."""
-    counts = _table('images', ('split', 'class', 'kind'))
+    counts = new_table('images', ('split', 'class', 'kind'))
     counts.add_column('images', justify='right')
     for row in audit.counts.itertuples():
         counts.add_row(row.split, row.label, row.kind, f'{row.images:,}')
@@ -150,7 +150,7 @@ def _probes_table(audit: Audit) -> Table:
     from cxr_fastai.data.probes import SHORTCUT_AUC
 
     caption = 'too few images or patients of each class' if audit.probes.empty else None
-    table = _table(
+    table = new_table(
         'probes: how well a single number, or a network without the lungs, predicts the class or the split',
         ('target', 'number'),
         caption,
@@ -167,7 +167,7 @@ def _probes_table(audit: Audit) -> Table:
 
 def _findings_table(audit: Audit) -> Table:
     caption = None if audit.findings else 'no problems found'
-    table = _table('findings', ('level', 'finding', 'count', 'advice'), caption)
+    table = new_table('findings', ('level', 'finding', 'count', 'advice'), caption)
     table.show_lines = True
     for finding in audit.findings:
         color = 'red' if finding.level == 'error' else 'yellow'
@@ -221,7 +221,7 @@ def _rates_table(metrics: dict[str, Any]) -> Table:
     for warning in interval_warnings(metrics):
         caption += f'\n[yellow]{warning}[/]'
     columns = ('', f'threshold {metrics["threshold"]:g}', f'threshold {half["threshold"]:g}')
-    table = _table(describe_sample(metrics), columns, caption)
+    table = new_table(describe_sample(metrics), columns, caption)
     for name in RANKING_METRICS:
         table.add_row(name_metric(name), format_estimate(metrics[name]))
     table.add_section()
@@ -243,7 +243,7 @@ def _compare_with_target(name: str, value: float | None, target: float) -> str:
 def _prevalences_table(prevalences: list[dict[str, Any]]) -> Table:
     from cxr_fastai.evaluation.intervals import format_estimate
 
-    table = _table('predictive values at other prevalences', ('prevalence', 'PPV', 'NPV'))
+    table = new_table('predictive values at other prevalences', ('prevalence', 'PPV', 'NPV'))
     for row in prevalences:
         table.add_row(f'{100 * row["prevalence"]:.3g}%', format_estimate(row['ppv']), format_estimate(row['npv']))
     return table
@@ -262,7 +262,7 @@ def _calibration_table(metrics: dict[str, Any]) -> Table:
         'no temperature fitted' if temperature is None else f'at temperature {temperature:.2f}',
     )
     notes = dict.fromkeys([*uncalibrated['notes'], *calibrated['notes']])
-    table = _table('calibration', columns, '\n'.join(notes) or None)
+    table = new_table('calibration', columns, '\n'.join(notes) or None)
     for name in ('brier', 'log_loss', 'slope', 'intercept'):
         table.add_row(name_metric(name), format_estimate(uncalibrated[name]), format_estimate(calibrated[name]))
     errors = [uncalibrated['ece'], calibrated['ece']]
@@ -277,7 +277,7 @@ def _calibration_table(metrics: dict[str, Any]) -> Table:
 def _groups_table(groups: list[dict[str, Any]]) -> Table:
     from cxr_fastai.evaluation.intervals import describe_suppressed, format_estimate, too_few
 
-    table = _table(
+    table = new_table(
         'subgroups',
         ('group', 'images', 'sensitivity', 'specificity', 'AUC'),
         'A group with one class is compared with all images of the other class to compute its AUC.',
@@ -292,101 +292,12 @@ def _groups_table(groups: list[dict[str, Any]]) -> Table:
     return table
 
 
-def comparison_tables(
-    metrics: dict[str, dict[str, Any]], pairs: list[dict[str, Any]], seeds: list[dict[str, Any]]
-) -> Group:
-    """Tabulate several runs: their metrics, paired tests on the same images, and the variation over seeds."""
-    tables = [_runs_table(metrics)]
-    if pairs:
-        tables.append(_pairs_table(pairs))
-    tables.extend(_seeds_table(group) for group in seeds)
-    return Group(*tables)
-
-
-def _runs_table(metrics: dict[str, dict[str, Any]]) -> Table:
-    from cxr_fastai.evaluation.intervals import format_estimate
-
-    table = _table('runs', ('run', 'images', 'AUC', 'sensitivity', 'specificity', 'threshold'))
-    for name, run in metrics.items():
-        rates = [format_estimate(run[metric]) for metric in ('auc', 'sensitivity', 'specificity')]
-        table.add_row(escape(visible(name)), str(run['n']), *rates, f'{run["threshold"]:g}')
-    return table
-
-
-def _pairs_table(pairs: list[dict[str, Any]]) -> Table:
-    from cxr_fastai.evaluation.intervals import format_estimate
-
-    caption = 'p values by DeLong and by McNemar (exact), in brackets adjusted for the number of runs (Holm)'
-    if pairs[0]['grouped_by_patient']:
-        caption += ';\nthose of the AUC with images clustered by patient, those of McNemar with independent images'
-    if pairs[0]['unknown_patients']:
-        caption += (
-            f';\nthe patients of {pairs[0]["unknown_patients"]:,} images are unknown: if patients have several images, '
-            'the p values are too small'
-        )
-    table = _table(
-        f'compared with {pairs[0]["against"]}, on the same {pairs[0]["n"]} images',
-        ('run', 'AUC difference', 'p', 'only this run correct : only the other', 'p'),
-        caption,
-    )
-    for row in pairs:
-        auc = row['auc']
-        mcnemar = row['mcnemar']
-        table.add_row(
-            escape(visible(row['run'])),
-            format_estimate(auc, sign='+'),
-            f'{format_p(auc["p"])} ({format_p(auc["p_holm"])})',
-            f'{mcnemar["only_second"]} : {mcnemar["only_first"]}',
-            f'{format_p(mcnemar["p"])} ({format_p(mcnemar["p_holm"])})',
-        )
-    return table
-
-
-def folds_table(folds: dict[str, dict[str, Any]], spread: dict[str, dict[str, float | None]]) -> Table:
-    """Tabulate the metrics of each fold at the common threshold, and their mean and standard deviation (sd)."""
-    from cxr_fastai.evaluation.metrics import name_metric
-
-    table = _table('folds, at the common threshold', ('fold',))
-    for name in ('images', *map(name_metric, spread)):
-        table.add_column(name, justify='right')
-    for name, fold in folds.items():
-        table.add_row(name, f'{fold["n"]:,}', *[_format_number(fold[metric]) for metric in spread])
-    table.add_section()
-    for name in ('mean', 'sd'):
-        table.add_row(name, '', *[_format_number(values[name]) for values in spread.values()])
-    return table
-
-
-def _format_number(value: float | None) -> str:
-    return '' if value is None else f'{value:.3f}'
-
-
-def format_p(p: float | None) -> str:
-    """Format a p value with three decimals; empty without one."""
-    if p is None:
-        return ''
-    if p < 0.001:
-        return '< 0.001'
-    return f'{p:.3f}'
-
-
-def _seeds_table(seeds: dict[str, Any]) -> Table:
-    from cxr_fastai.evaluation.metrics import name_metric
-
-    title = f'{len(seeds["runs"])} seeds: {", ".join(seeds["runs"])}'
-    table = _table(title, ('', 'mean', 'standard deviation'))
-    for name, summary in seeds.items():
-        if name != 'runs' and summary['mean'] is not None:
-            table.add_row(name_metric(name), f'{summary["mean"]:.4f}', f'{summary["sd"]:.4f}')
-    return table
-
-
 def check_table(check: dict[str, Any]) -> Table:
     """Tabulate the numbers of a check of maps, each with its target and whether it is reached."""
     from cxr_fastai.interpretation.check_targets import check_rows
 
     title = f'{check["method"]} at layer {check["layer"]}, {counted(check["images"])} with pneumonia'
-    table = _table(title, ('check',))
+    table = new_table(title, ('check',))
     for name in ('value', 'target', 'result'):
         table.add_column(name, justify='right')
     results = {True: 'passed', False: 'failed', None: ''}
@@ -395,7 +306,8 @@ def check_table(check: dict[str, Any]) -> Table:
     return table
 
 
-def _table(title: str, columns: tuple[str, ...], caption: str | None = None) -> Table:
+def new_table(title: str, columns: tuple[str, ...], caption: str | None = None) -> Table:
+    """Return an empty table with the header `columns`; a cell that is too wide is folded."""
     table = Table(title=escape(visible(title)), title_justify='left', caption=caption, caption_justify='left')
     for name in columns:
         table.add_column(name, overflow='fold')

@@ -9,11 +9,10 @@ import pytest
 from rich.console import Console, RenderableType
 
 from cxr_fastai.cli import main, output
+from cxr_fastai.cli.comparison_tables import comparison_tables, format_p
 from cxr_fastai.cli.output import (
     choose_source,
-    comparison_tables,
     error_message,
-    format_p,
     metrics_tables,
     predictions_table,
     print_columns,

@@ -10,7 +10,7 @@ from typer import Option
 
 from cxr_fastai.cli.explain import print_explanations
 from cxr_fastai.cli.failures import Failure, print_failures
-from cxr_fastai.cli.output import print_error, print_line
+from cxr_fastai.cli.output import print_error, print_hub_model, print_line
 from cxr_fastai.core.environment import Launch
 from cxr_fastai.core.errors import ImageError, UsageError
 
@@ -103,6 +103,7 @@ def watch_images(
     outputs.check(folder)  # before the model is loaded
     seconds = INTERVAL if interval is None else interval
     predictor = load_predictor(model, **options)
+    print_hub_model(model)
     batches = watch_folder(predictor, identify_model(model), folder, outputs, seconds, batch_size, workers)
     for batch in batches:
         _print_rows(batch.predictions)

@@ -13,6 +13,7 @@ from cxr_fastai.cli.failures import Failure, print_failures
 from cxr_fastai.cli.output import print_error, print_hub_model, print_line
 from cxr_fastai.core.environment import Launch
 from cxr_fastai.core.errors import ImageError, UsageError
+from cxr_fastai.core.progress import counted
 
 if TYPE_CHECKING:
     from cxr_fastai.inference.tables import Predictions
@@ -183,5 +184,6 @@ def _print_dicom(dicom: DicomFolder) -> None:
             f'{", ".join(names)}'
         )
     print_line(
-        f'DICOM in {dicom.folder}: {dicom.reports} reports, {dicom.captures} maps; not DICOM: {dicom.others} images'
+        f'DICOM in {dicom.folder}: {counted(dicom.reports, "report")}, {counted(dicom.captures, "map")}; '
+        f'not DICOM: {counted(dicom.others)}'
     )

@@ -15,6 +15,7 @@ from typer import Argument, Option
 from cxr_fastai.cli.output import print_columns, print_line
 from cxr_fastai.cli.verbosity import Command, CommandGroup
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.progress import counted
 
 if TYPE_CHECKING:
     from cxr_fastai.images.cache_folders import CacheFolder
@@ -74,8 +75,7 @@ def cache_clean(names: Names = None, every: All = False, yes: Yes = False) -> No
     if unknown:
         raise UsageError(f'{unknown[0]}: no such cache. `cxr-fastai cache list` shows the names.')
     chosen = [cache for name, cache in caches.items() if every or name in (names or [])]
-    noun = 'cache' if len(chosen) == 1 else 'caches'
-    size = f'{len(chosen)} {noun}, {_megabytes(chosen)}'
+    size = f'{counted(len(chosen), "cache")}, {_megabytes(chosen)}'
     if chosen and not yes:
         _ask(f'Delete {size}?')
     for cache in chosen:

@@ -10,9 +10,10 @@ from typer import Option
 
 from cxr_fastai.cli.explain import print_explanations
 from cxr_fastai.cli.failures import Failure, print_failures
-from cxr_fastai.cli.output import print_error, print_line
+from cxr_fastai.cli.output import print_error, print_hub_model, print_line
 from cxr_fastai.core.environment import Launch
 from cxr_fastai.core.errors import ImageError, UsageError
+from cxr_fastai.core.progress import counted
 
 if TYPE_CHECKING:
     from cxr_fastai.inference.tables import Predictions
@@ -103,6 +104,7 @@ def watch_images(
     outputs.check(folder)  # before the model is loaded
     seconds = INTERVAL if interval is None else interval
     predictor = load_predictor(model, **options)
+    print_hub_model(model)
     batches = watch_folder(predictor, identify_model(model), folder, outputs, seconds, batch_size, workers)
     for batch in batches:
         _print_rows(batch.predictions)
@@ -182,5 +184,6 @@ def _print_dicom(dicom: DicomFolder) -> None:
             f'{", ".join(names)}'
         )
     print_line(
-        f'DICOM in {dicom.folder}: {dicom.reports} reports, {dicom.captures} maps; not DICOM: {dicom.others} images'
+        f'DICOM in {dicom.folder}: {counted(dicom.reports, "report")}, {counted(dicom.captures, "map")}; '
+        f'not DICOM: {counted(dicom.others)}'
     )

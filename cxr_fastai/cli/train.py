@@ -13,6 +13,7 @@ from cxr_fastai.cli import training_options as how
 from cxr_fastai.cli.output import choose_source, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_writable, write_csv
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import Recipe, parse_fields
 from cxr_fastai.core.run import Run, read_recipe
 from cxr_fastai.core.series import FOLDS, Series, is_series
@@ -173,8 +174,8 @@ def _resumed_recipe(run: Run, typed: dict[str, Any]) -> Recipe:
 def _print_finished(run: Run) -> None:
     epochs = run.last_event('end').get('epochs') or run.recipe.epochs
     print_line(
-        f'{run.path}: trained for {epochs} epochs already, so nothing is left to do. Train longer: cxr-fastai train '
-        f'--resume {quote(str(run.path))} --epochs {2 * epochs}'
+        f'{run.path}: trained for {counted(epochs, "epoch")} already, so nothing is left to do. Train longer: '
+        f'cxr-fastai train --resume {quote(str(run.path))} --epochs {2 * epochs}'
     )
 
 

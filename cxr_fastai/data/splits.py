@@ -110,7 +110,7 @@ def split_patients(items: pd.DataFrame, seed: int, valid_pct: float = 0.1, fold:
 def describe_validation(items: pd.DataFrame, recipe: Recipe) -> str:
     """Return in one line which images of `items`, as `recipe` has split them, validate the network."""
     n = int(count_images(items).loc['valid'].sum())
-    images = f'{n:,} {"image" if n == 1 else "images"}'
+    images = counted(n)
     if recipe.valid == 'none':
         return 'validation: none, the images of train and val are all trained on'
     if recipe.valid == 'official':

@@ -56,6 +56,12 @@ def adopt_out_of_fold(
 
 def _check_recipe(run: Run, series: Series) -> None:
     first, own = Run.open(series.folder_of_first).recipe, run.recipe
+    if first.patience and own.valid == 'none':
+        raise UsageError(
+            f'{series.path}: its folds were trained with --patience {first.patience}, and {run.path}, which has no '
+            'validation images, cannot stop early, so it was trained in another way. Train the folds without '
+            '--patience.'
+        )
     names = [field.name for field in fields(Recipe) if field.name not in FIELDS_OF_FOLDS]
     differing = [name for name in names if getattr(first, name) != getattr(own, name)]
     if differing:

@@ -61,6 +61,7 @@ class Algorithm:
             'calibrated by the temperature of the model': predictor.calibrated,
             'mean of the image and its mirror image': predictor.tta,
             'without input gate': predictor.gate is None,
+            'computed in bfloat16': getattr(predictor.engine, 'precision', 'fp32') == 'bf16',
         }
         return cls(
             arch=predictor.config.arch,

@@ -14,6 +14,7 @@ from cxr_fastai.data.find import short_path
 from cxr_fastai.images.decode import ImageLike
 from cxr_fastai.inference.gate import OUT_OF_DISTRIBUTION
 from cxr_fastai.inference.predictor import Row
+from cxr_fastai.inference.pretrained import HUB_PREFIX
 from cxr_fastai.inference.tables import Predictions
 from cxr_fastai.publishing.model_card import NOT_A_DEVICE
 from cxr_fastai.publishing.thumbnails import Thumbnail, draw_maps, read_thumbnails
@@ -32,7 +33,8 @@ def save_prediction_page(
 
     The page has a small picture of each image with its probability, its decision and, with `maps`, a map of what
     influenced the score; the images without a probability are grouped by the reason. Of more than `MAX_SHOWN`
-    predictions, it shows those with the highest probabilities. `model` is the path that it names.
+    predictions, it shows those with the highest probabilities. `model` is the path or the name (see
+    `hub_bundles.name_model`) that it shows.
 
     Raises `UsageError` if `page` exists (see `check_page`), or with `maps` if the network has none; `OutputError`.
     """
@@ -86,7 +88,7 @@ def render(
     scored = len(rows) - len(predictions.failures)
     return render_template(
         'predictions.html',
-        model=visible(Path(model).name),
+        model=visible(_short_model(str(model))),
         predictor=predictor,
         images=len(rows),
         counts={VOCAB[POSITIVE]: predictions.positives, VOCAB[1 - POSITIVE]: scored - predictions.positives},
@@ -100,7 +102,12 @@ def render(
     )
 
 
-def _describe(row: Row, thumbnail: Thumbnail, drawn: bytes | None | None = None) -> dict[str, Any]:
+def _short_model(model: str) -> str:
+    """Return the last part of the path of a model; the name of one of the Hub as it is."""
+    return model if model.startswith(HUB_PREFIX) else Path(model).name
+
+
+def _describe(row: Row, thumbnail: Thumbnail, drawn: bytes | None = None) -> dict[str, Any]:
     """Return what the page shows of a row: its texts, and its picture and map as data URIs."""
     return {
         'name': _shown_name(row),

@@ -98,7 +98,7 @@ def watch_folder(
     outputs.check(folder)
     algorithm = Algorithm.of(predictor, identity)
     with locked(outputs.journal):
-        journal = Journal(outputs.journal, _settings(outputs, algorithm))
+        journal = Journal(outputs.journal, _settings(outputs, algorithm, predictor.config.modality))
         table = _WatchedTable(outputs.table, journal) if outputs.table else None
         log.info('watching %s (stop with Ctrl-C); %d files are in the journal %s', folder, len(journal), journal.path)
         watch = FolderWatch(folder, journal.__contains__, interval, clock, sleep)
@@ -113,11 +113,12 @@ def watch_folder(
                 yield handled
 
 
-def _settings(outputs: Outputs, algorithm: Algorithm) -> dict[str, object]:
+def _settings(outputs: Outputs, algorithm: Algorithm, modality: str) -> dict[str, object]:
     """Return what must not change between two processes that use the same journal, as JSON values."""
     return {
         'model': algorithm.sha256,
         'parameters': algorithm.parameters,
+        'modality': modality,
         'table': None if outputs.table is None else str(outputs.table.absolute()),
         'dicom': outputs.dicom is not None,
         'explain': outputs.explain,

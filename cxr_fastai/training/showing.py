@@ -15,7 +15,7 @@ from torch import Tensor
 from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.figures import BLUE, ORANGE, own_style, save_figure
 from cxr_fastai.core.files import writing
-from cxr_fastai.core.progress import ShownProgress, format_seconds
+from cxr_fastai.core.progress import ShownProgress, counted, format_seconds
 from cxr_fastai.core.recipe import POSITIVE, VOCAB, Phase
 from cxr_fastai.models.inputs import denormalize
 from cxr_fastai.training.callbacks import KeepBest, has_validation
@@ -73,8 +73,7 @@ class ShowEpochs(Callback):
         epochs_left = self.n_epoch - self.epoch - 1 + sum(phase.epochs for phase in self.later_phases)
         if epochs_left:
             limit = 'at most ' if hasattr(self.learn, 'stop_early') else 'about '
-            unit = 'epoch' if epochs_left == 1 else 'epochs'
-            line += f', {limit}{format_seconds(row["seconds"] * epochs_left)} left for {epochs_left} {unit}'
+            line += f', {limit}{format_seconds(row["seconds"] * epochs_left)} left for {counted(epochs_left, "epoch")}'
         log.info(f'{"":>14}{line}')
 
     def _describe_epoch(self, row: dict[str, Any]) -> str:

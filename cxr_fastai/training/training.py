@@ -21,6 +21,7 @@ from fastai.torch_core import set_seed
 from cxr_fastai.core.environment import is_main_process, process_count
 from cxr_fastai.core.errors import CXRWarning, ImageError, Stopped
 from cxr_fastai.core.files import check_new, write_json
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import SHIFT, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import describe_items, image_root, read_recipe_items
@@ -203,11 +204,10 @@ def _record_start(
 
 
 def _describe_start(learn: CXRLearner, recipe: Recipe, circumstances: dict[str, Any]) -> str:
-    unit = 'epoch' if recipe.epochs == 1 else 'epochs'
     return (
         f'training {recipe.arch} by the recipe {recipe.name} on {circumstances["device"]} '
-        f'({circumstances["hardware"]}), precision {recipe.precision}: {learn.dls.train.n:,} images in '
-        f'{len(learn.dls.train):,} batches, {recipe.epochs} {unit}'
+        f'({circumstances["hardware"]}), precision {recipe.precision}: {counted(learn.dls.train.n)} in '
+        f'{counted(len(learn.dls.train), "batch")}, {counted(recipe.epochs, "epoch")}'
     )
 
 

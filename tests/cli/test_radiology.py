@@ -50,7 +50,7 @@ def test_an_image_without_a_study_is_an_error_and_other_files_are_counted(bundle
     assert main([str(word) for word in argv]) == 3
     printed = capsys.readouterr()
     assert re.search('error: .*a.dcm: E_DICOM_REFERENCE: StudyInstanceUID is missing', printed.err)
-    assert '0 reports, 0 maps; not DICOM: 1 images' in printed.out
+    assert '0 reports, 0 maps; not DICOM: 1 image\n' in printed.out
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,14 @@ def test_another_recipe_other_images_and_own_validation_images_are_refused(final
         adopt_out_of_fold(series.open_runs()[0], series)
 
 
+def test_folds_that_could_stop_early_are_refused_with_what_helps(final, series, tmp_path):
+    copied = Series.open(shutil.copytree(series.path, tmp_path / 'folds'))
+    recipe = copied.folder_of_first / 'recipe.json'
+    recipe.write_text(json.dumps(json.loads(recipe.read_text()) | {'patience': 2}))
+    with pytest.raises(UsageError, match='--patience 2, .* Train the folds without --patience'):
+        adopt_out_of_fold(final, copied)
+
+
 def test_the_command_evaluates_with_the_folds(final, series, tmp_path, capsys):
     shutil.copytree(final.path, tmp_path / 'run')
     assert main(['evaluate', str(tmp_path / 'run'), '--out-of-fold', str(series.path), '--json']) == 0

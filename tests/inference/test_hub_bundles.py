@@ -22,6 +22,7 @@ from cxr_fastai.inference.config import LEARNER, WEIGHTS
 from cxr_fastai.inference.hub_bundles import download_bundle, list_hub_bundles, name_model
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.inference.pretrained import FOLDER, find_model
+from cxr_fastai.publishing import watched_folder
 from cxr_fastai.serving.app import Settings
 
 constants = pytest.importorskip('huggingface_hub.constants', reason='needs pip install "cxr_fastai[hub]"')
@@ -257,6 +258,18 @@ def test_commands_and_the_service_take_the_name_and_record_the_commit(hub, image
     assert f'model: {NAME}@{commit}\n' in capsys.readouterr().out
     with running_app(Settings(NAME)) as client:
         assert client.get('/v1/model').json()['sha256'] == Bundle(FOLDER).identity
+
+
+def test_a_page_and_a_watch_name_the_commit(hub, images, tmp_path, monkeypatch, capsys):
+    pytest.importorskip('onnxruntime')
+    name = f'{NAME}@{hub.repositories["me/model"].commit(files_of(FOLDER))}'
+    image, page = next((images / 'test').rglob('*.jpeg')), tmp_path / 'page.html'
+    assert main(['predict', NAME, str(image), '--no-gate', '--html', str(page)]) == 0
+    assert f'Predictions of {name}' in page.read_text().replace('<wbr>', '')
+    capsys.readouterr()
+    monkeypatch.setattr(watched_folder, 'watch_folder', lambda *args: iter(()))  # until it is interrupted
+    assert main(['predict', NAME, '--watch', str(tmp_path), '--no-gate', '--out', str(tmp_path / 'p.csv')]) == 0
+    assert f'model: {name}\n' in capsys.readouterr().out
 
 
 def test_a_repository_without_a_bundle_ends_a_command_with_one_line(hub, capsys):

@@ -148,6 +148,8 @@ def test_options_that_change_probabilities_are_parameters(bundle):
     plain = Algorithm.of(Predictor.load(bundle), 'ab')
     changed = Algorithm.of(replace(Predictor.load(bundle, gate=False), tta=True).with_threshold(0.25), 'ab')
     assert plain.options == ()
+    rounded = Algorithm.of(Predictor.load(bundle, engine='torch', precision='bf16'), 'ab')
+    assert rounded.options == ('computed in bfloat16',)
     assert len(changed.options) == 2 and changed.threshold == 0.25 and changed.threshold_rule == 'fixed:0.25'
 
 

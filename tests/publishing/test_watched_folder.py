@@ -1,6 +1,7 @@
 """Images that arrive in a watched folder get a row and a report each, once, also after a crash or a restart."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,9 +161,10 @@ def test_names_that_are_formulas_survive_a_restart(folder, outputs, monkeypatch)
     assert table(outputs) == ["'=1.dcm", "'=2.dcm"]
 
 
-def test_another_model_or_threshold_is_refused(folder, outputs):
+def test_another_model_threshold_or_modality_is_refused(folder, outputs):
     watch(folder, outputs)
-    for predictor, identity in ((PREDICTOR, 'cd'), (PREDICTOR.with_threshold(0.9), 'ab')):
+    others = replace(PREDICTOR, config=replace(PREDICTOR.config, modality='RG'))
+    for predictor, identity in ((PREDICTOR, 'cd'), (PREDICTOR.with_threshold(0.9), 'ab'), (others, 'ab')):
         with pytest.raises(UsageError, match='another model or with other options'):
             next(watch_folder(predictor, identity, folder, outputs))
 

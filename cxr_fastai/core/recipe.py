@@ -148,6 +148,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         'resolution': 0.4,
         'blur': 0.012,
         'jpeg': 30,
+        'match_histogram': 0.25,
         'exchange': 0.5,
         'hide_lungs': 0.4,
         'start_size': 0.5,

@@ -21,19 +21,23 @@ SIGMAS = torch.tensor([0.0, 1 / 512, 1 / 256, 1 / 128, 3 / 256, 1 / 64])
 """Standard deviations of the Gaussian filters between which `match_details` interpolates, as fractions of the side."""
 
 
-class _MatchNeighbour(PerImageTransform):
+class MatchNeighbour(PerImageTransform):
     """A transform that changes each image (1, h, w) in [0, 1] towards its neighbour, with the probability `p`.
 
-    The last image of a batch with an odd number of images stays as it is.
+    The last image of a batch with an odd number of images stays as it is. `surroundings.keep_surroundings` turns the
+    transform off where fastai augments images to predict them, because a neighbour must not change a prediction.
     """
 
     order = 14  # before `ExchangeSurroundings`
+    is_on = True
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
 
     def encodes(self, x: TensorImageBW) -> TensorImageBW:
+        if not self.is_on:
+            return x
         images = x.as_subclass(Tensor)
         numbers = torch.arange(len(images), device=images.device)
         neighbours = (numbers ^ 1).clamp_(max=len(images) - 1)
@@ -52,14 +56,14 @@ class _MatchNeighbour(PerImageTransform):
         """Return `images` (n, 1, h, w) with a property of `others`."""
 
 
-class MatchHistograms(_MatchNeighbour):
+class MatchHistograms(MatchNeighbour):
     """Give an image the histogram of grey levels of its neighbour, so that exposure and contrast hide no label."""
 
     def match(self, images: Tensor, others: Tensor) -> Tensor:
         return match_histograms(images, others)
 
 
-class MatchDetails(_MatchNeighbour):
+class MatchDetails(MatchNeighbour):
     """Blur an image that has more detail than its neighbour, until both have the same."""
 
     def match(self, images: Tensor, others: Tensor) -> Tensor:

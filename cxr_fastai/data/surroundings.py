@@ -17,6 +17,7 @@ from fasttransform import ItemTransform
 from torch import Tensor
 
 from cxr_fastai.core.recipe import POSITIVE
+from cxr_fastai.data.matching import MatchNeighbour
 from cxr_fastai.data.transforms import PerImageTransform
 from cxr_fastai.images.anatomy import FEATHER, FILLS, LUNGS
 
@@ -128,8 +129,9 @@ class HideLungs(_Surroundings):
 
 @contextmanager
 def keep_surroundings(loader: DataLoader) -> Iterator[None]:
-    """Turn the transforms of this module off in all loaders that share those of `loader`."""
-    transforms = [transform for transform in loader.after_batch.fs if isinstance(transform, _Surroundings)]
+    """Turn the transforms that mix images off in all loaders that share those of `loader`."""
+    mixing = (_Surroundings, MatchNeighbour)
+    transforms = [transform for transform in loader.after_batch.fs if isinstance(transform, mixing)]
     try:
         for transform in transforms:
             transform.is_on = False

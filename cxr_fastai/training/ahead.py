@@ -12,6 +12,7 @@ from fastai.data.load import DataLoader
 from fastai.data.transforms import Categorize, ColReader, IntToFloatTensor, ToTensor
 from fasttransform import Pipeline
 
+from cxr_fastai.data.matching import MatchDetails, MatchHistograms
 from cxr_fastai.data.surroundings import ExchangeSurroundings, HideLungs
 from cxr_fastai.data.transforms import AugmentImages, DegradeImages, NormalizeImage, OpenImage, PerImageTransform
 
@@ -23,6 +24,8 @@ PREPARED_AHEAD = (
     ExchangeSurroundings,
     HideLungs,
     IntToFloatTensor,
+    MatchDetails,
+    MatchHistograms,
     NormalizeImage,
     OpenImage,
     ToTensor,

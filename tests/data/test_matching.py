@@ -11,6 +11,8 @@ from skimage.exposure import match_histograms as match_by_skimage
 
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.data.matching import MatchDetails, MatchHistograms, details_of, match_details, match_histograms
+from cxr_fastai.data.surroundings import keep_surroundings
+from cxr_fastai.training.ahead import can_prepare_ahead
 
 SIDE = 64
 KINDS = [MatchHistograms, MatchDetails]
@@ -92,3 +94,15 @@ def test_a_recipe_prepares_batches_with_them(field, kind, images):
     dls = CXRDataLoaders.from_folder(images, size=64, bs=8, num_workers=0, valid='official', **{field: 0.9})
     assert [step.p for step in dls.train.after_batch.fs if isinstance(step, kind)] == [0.9]
     assert dls.train.one_batch()[0].shape == (8, 3, 64, 64)
+    assert can_prepare_ahead(dls.train)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_predictions_with_augmentation_keep_the_images(kind, images):
+    dls = CXRDataLoaders.from_folder(images, size=64, bs=8, num_workers=0, valid='official')
+    transform = kind(1)
+    dls.train.after_batch.add(transform)
+    x = TensorImageBW(smooth_images([1, 3] * 4))
+    with keep_surroundings(dls.train):
+        assert torch.equal(transform(x, split_idx=0), x)
+    assert not torch.equal(transform(x, split_idx=0), x)

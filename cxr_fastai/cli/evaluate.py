@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli.console import move_messages_to_stderr
 from cxr_fastai.cli.documents import evaluated_run, evaluation_document, print_json
-from cxr_fastai.cli.output import choose_source, out, print_line, unused_path
+from cxr_fastai.cli.output import choose_source, out, print_error, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import SHIFT
 from cxr_fastai.core.run import Run
@@ -120,6 +120,11 @@ def _compare(runs: list[Run], request: _Request, folder: Path | None, each: bool
     check_comparison_folder(folder, runs, split)  # before the runs are evaluated, which takes long
     print_line(f'comparing {len(runs)} runs on the {split} split, in the folder {folder}')
     results = [_evaluate_run(run, request, is_shown=False) for run in runs]
+    if len({result.metrics['tta'] for result in results}) > 1:
+        print_error(
+            'warning: some of the runs are evaluated with test-time views and others without, so the differences are '
+            'not those of the networks alone. Evaluate all of them with --tta, or with --no-tta.'
+        )
     comparison = compare_runs(runs, split, folder)
     if as_json:
         print_json(evaluation_document(split, [result.document() for result in results], comparison, folder))

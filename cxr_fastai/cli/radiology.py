@@ -183,6 +183,8 @@ def _print_dicom(dicom: DicomFolder) -> None:
             f'warning: {images[0]}{more}: not copied into the report, because DICOM does not permit their values: '
             f'{", ".join(names)}'
         )
+    if dicom.others and not dicom.reports and not dicom.problems:
+        print_error('warning: none of the images is a DICOM file, so no report was written')
     print_line(
         f'DICOM in {dicom.folder}: {counted(dicom.reports, "report")}, {counted(dicom.captures, "map")}; '
         f'not DICOM: {counted(dicom.others)}'

@@ -172,11 +172,13 @@ def _resumed_recipe(run: Run, typed: dict[str, Any]) -> Recipe:
 
 
 def _print_finished(run: Run) -> None:
+    from cxr_fastai.inference.file_kinds import STATE
+
     epochs = run.last_event('end').get('epochs') or run.recipe.epochs
-    print_line(
-        f'{run.path}: trained for {counted(epochs, "epoch")} already, so nothing is left to do. Train longer: '
-        f'cxr-fastai train --resume {quote(str(run.path))} --epochs {2 * epochs}'
-    )
+    text = f'{run.path}: trained for {counted(epochs, "epoch")} already, so nothing is left to do.'
+    if (run / STATE).is_file():  # a combined run has none
+        text += f' Train longer: cxr-fastai train --resume {quote(str(run.path))} --epochs {2 * epochs}'
+    print_line(text)
 
 
 def _resume_series(given: typer.Context, folder: Path, source: Path | None) -> None:

@@ -234,7 +234,7 @@ def _check_arguments(names: Iterable[str]) -> None:
                 'optimisation is set by fit_recipe, and by callbacks of fastai.'
             )
         if name not in known:
-            similar = get_close_matches(name, [*known, *Recipe.__dataclass_fields__, 'valid', 'size', 'bs'])
+            similar = get_close_matches(name, sorted({*known, *Recipe.__dataclass_fields__}))
             advice = f'Did you mean {" or ".join(similar)}?' if similar else 'CXRDataLoaders.from_folder lists them.'
             raise UsageError(f'{name}: not an argument of CXRDataLoaders or a field of Recipe. {advice}')
 

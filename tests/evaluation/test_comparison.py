@@ -166,6 +166,16 @@ def test_the_command_compares_runs_and_predicts_no_image_twice(two_runs, images,
     assert not (tmp_path / 'comparison-2').exists()
 
 
+def test_a_comparison_of_runs_with_and_without_views_warns(two_runs, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(figures, 'save_figures', lambda *_: [])
+    assert main(['evaluate', str(two_runs / 'a'), '--data', str(images), '--tta']) == 0
+    assert main(['evaluate', str(two_runs), '--data', str(images)]) == 0
+    assert 'some of the runs are evaluated with test-time views' in capsys.readouterr().err
+    assert main(['evaluate', str(two_runs), '--data', str(images), '--no-tta']) == 0
+    assert 'test-time views' not in capsys.readouterr().err
+
+
 def test_a_comparison_of_other_runs_or_another_file_is_not_replaced(two_runs, images, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(figures, 'save_figures', lambda *_: [])

@@ -294,7 +294,7 @@ def _find_small_splits(items: pd.DataFrame) -> list[Finding]:
     warning = validation_warning(items) if has_validation else None
     if warning is None:
         return []
-    return [Finding('warning', SMALL_VALIDATION, None, f'{warning} Consider --valid patients.')]
+    return [Finding('warning', SMALL_VALIDATION, None, f'{warning} Only for --valid official.')]
 
 
 def _find_shortcuts(probes: pd.DataFrame) -> list[Finding]:

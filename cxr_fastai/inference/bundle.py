@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cxr_fastai.core.environment import require_package
-from cxr_fastai.core.errors import CXRError, UsageError, first_line
+from cxr_fastai.core.errors import CXRError, UsageError, did_you_mean, first_line
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import FIX, IS_LFS_POINTER, LFS_POINTER, open_regular, parse_json
 from cxr_fastai.core.run import Run
@@ -37,7 +37,7 @@ from cxr_fastai.inference.config import LEARNER, RECIPE, SCHEMA, WEIGHTS, ModelC
 from cxr_fastai.inference.engines import OnnxEngine, TorchEngine, check_precision
 from cxr_fastai.inference.networks import load_network
 from cxr_fastai.inference.onnx_start import GPU, ONNX, onnx_threads
-from cxr_fastai.inference.pretrained import find_model
+from cxr_fastai.inference.pretrained import PRETRAINED, find_model
 from cxr_fastai.inference.selftest import SelfTest
 from cxr_fastai.inference.tensors import MAX_BYTES, load_tensors
 from cxr_fastai.models.devices import choose_device, may_have_gpu
@@ -90,7 +90,10 @@ class Bundle:
         """
         path = find_model(path)
         if not path.exists():
-            raise UsageError(f'{path}: no such file or folder. Name a bundle, which `cxr-fastai export RUN` makes.')
+            similar = did_you_mean(str(path), [PRETRAINED])
+            raise UsageError(
+                f'{path}: no such file or folder{similar}. Name a bundle, which `cxr-fastai export RUN` makes.'
+            )
         if not is_bundle(path):
             raise _explain_other(path)
         bundle = cls(path)

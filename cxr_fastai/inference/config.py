@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.errors import CXRError, UsageError, did_you_mean
 from cxr_fastai.core.files import atomic
 from cxr_fastai.core.foreign import open_regular
 from cxr_fastai.core.recipe import VOCAB, Recipe
@@ -19,6 +19,7 @@ from cxr_fastai.core.run_files import MAX_TEMPERATURE, MAX_THRESHOLD, MIN_TEMPER
 from cxr_fastai.core.schemas import Choice, Flag, Integer, Number, Rule, Text, check_object
 from cxr_fastai.images.dicom_header import MODALITY_LIST
 from cxr_fastai.images.preprocessing import MAX_LOW_PASS, RESIZES
+from cxr_fastai.inference.pretrained import PRETRAINED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -132,7 +133,7 @@ def find_network(run: Path) -> Path:
         if (run / name).exists():
             return run / name
     if not run.exists():
-        raise UsageError(f'{run}: no such file or folder. Name a {MODELS}.')
+        raise UsageError(f'{run}: no such file or folder{did_you_mean(str(run), [PRETRAINED])}. Name a {MODELS}.')
     if (run / 'state.pt').exists():
         raise UsageError(
             f'{run}: its training was interrupted, so it has no network yet. `cxr-fastai train --resume '

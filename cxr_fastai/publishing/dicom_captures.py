@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cxr_fastai.inference.predictor import Row
 from cxr_fastai.interpretation.overlays import CAVEAT
-from cxr_fastai.publishing.dicom_reports import CAPTURE_SERIES, Algorithm, describe, equipment, unknown_class
+from cxr_fastai.publishing.dicom_reports import CAPTURE_SERIES, Algorithm, describe, equipment, highdicom_errors
 from cxr_fastai.publishing.dicom_source import DicomSource
 
 if TYPE_CHECKING:
@@ -67,13 +66,12 @@ def make_capture(source: DicomSource, overlay: np.ndarray, row: Row, algorithm: 
     """Return the Secondary Capture of `overlay`, uint8 (h, w, 3), in the study of `source` and a new series.
 
     The identifiers follow from the SOP Instance UID of the image and the `algorithm`. Raises `ImageError`
-    E_DICOM_REFERENCE as `make_report` does.
+    E_DICOM_REFERENCE or E_DICOM_CORRUPT as `make_report` does.
     """
     from highdicom.sc import SCImage
     from pydicom.uid import ExplicitVRLittleEndian
 
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # highdicom warns of names without a caret, and quotes them
+    with highdicom_errors():
         capture = SCImage.from_ref_dataset(
             source.elements,
             pixel_array=burn_in(overlay, row),
@@ -88,10 +86,7 @@ def make_capture(source: DicomSource, overlay: np.ndarray, row: Row, algorithm: 
             transfer_syntax_uid=ExplicitVRLittleEndian,
             **equipment(algorithm, 'map'),
         )
-        try:
-            capture.copy_patient_and_study_information(source.elements)
-        except KeyError:
-            raise unknown_class() from None
+        capture.copy_patient_and_study_information(source.elements)
     _describe_picture(capture, source)
     return capture
 

@@ -13,7 +13,7 @@ from cxr_fastai.images.decode import read_bytes
 from cxr_fastai.images.dicom import is_dicom
 from cxr_fastai.inference.predictor import Row
 from cxr_fastai.inference.tables import with_numbers
-from cxr_fastai.publishing.dicom_reports import Algorithm, make_report
+from cxr_fastai.publishing.dicom_reports import Algorithm, highdicom_errors, make_report
 from cxr_fastai.publishing.dicom_source import DicomSource, read_source
 
 if TYPE_CHECKING:
@@ -84,8 +84,11 @@ class DicomFolder:
             capture = None
             if image in self._reported:
                 source, row = self._reported[image]
-                capture = self._write('sc', make_capture(source, blend(explanation), row, self.algorithm))
-                self.captures += 1
+                try:
+                    capture = self._write('sc', make_capture(source, blend(explanation), row, self.algorithm))
+                    self.captures += 1
+                except ImageError as error:
+                    self.problems.append(error.with_path(image))
             if has_figure or capture:
                 yield path if has_figure else capture or path, explanation
 
@@ -101,7 +104,7 @@ class DicomFolder:
 
     def _write(self, kind: str, dataset: Dataset) -> Path:
         path = self.folder / f'{kind}_{dataset.SOPInstanceUID}.dcm'
-        with atomic(path, OPTION) as temporary:
+        with atomic(path, OPTION) as temporary, highdicom_errors():
             dataset.save_as(temporary, enforce_file_format=True)
         return path
 

@@ -6,6 +6,8 @@ https://dicom.nema.org/medical/dicom/current/output/chtml/part16/sect_TID_1500.h
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,31 +99,28 @@ def make_report(source: DicomSource, row: Row, algorithm: Algorithm) -> Comprehe
 
     The report of an image without a probability has the reason, and neither a finding nor numbers. The identifiers
     follow from the SOP Instance UID of the image, the `algorithm`, and the code of the row. Raises `ImageError`
-    E_DICOM_REFERENCE if the image has a SOP class of which highdicom knows nothing.
+    E_DICOM_REFERENCE if the image has a SOP class of which highdicom knows nothing, and E_DICOM_CORRUPT if it refuses
+    an element.
     """
     from highdicom.sr import ComprehensiveSR, MeasurementReport
     from pydicom.sr.coding import Code
 
     outcome = row['code'] or 'ok'
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # highdicom warns of names without a caret, and quotes them
-        try:
-            return ComprehensiveSR(
-                evidence=[source.elements],
-                content=MeasurementReport(
-                    observation_context=_observer(algorithm),
-                    procedure_reported=Code(*CHEST_XRAY),
-                    imaging_measurements=[_group(source, row, algorithm)],
-                )[0],
-                series_instance_uid=algorithm.make_uid(source.uid, 'series of the report', outcome),
-                series_number=REPORT_SERIES,
-                sop_instance_uid=algorithm.make_uid(source.uid, 'report', outcome),
-                instance_number=1,
-                is_complete=True,
-                **equipment(algorithm, 'report'),
-            )
-        except KeyError:
-            raise unknown_class() from None
+    with highdicom_errors():
+        return ComprehensiveSR(
+            evidence=[source.elements],
+            content=MeasurementReport(
+                observation_context=_observer(algorithm),
+                procedure_reported=Code(*CHEST_XRAY),
+                imaging_measurements=[_group(source, row, algorithm)],
+            )[0],
+            series_instance_uid=algorithm.make_uid(source.uid, 'series of the report', outcome),
+            series_number=REPORT_SERIES,
+            sop_instance_uid=algorithm.make_uid(source.uid, 'report', outcome),
+            instance_number=1,
+            is_complete=True,
+            **equipment(algorithm, 'report'),
+        )
 
 
 def equipment(algorithm: Algorithm, kind: str) -> dict[str, Any]:
@@ -135,13 +134,26 @@ def equipment(algorithm: Algorithm, kind: str) -> dict[str, Any]:
     }
 
 
-def unknown_class() -> ImageError:
-    """Return the error about an image of a SOP class that is private, retired or damaged."""
-    return ImageError(
-        'SOPClassUID is none of the image classes of DICOM, so the image is not reported. Export it again from its '
-        'archive.',
-        'E_DICOM_REFERENCE',
-    )
+@contextmanager
+def highdicom_errors() -> Iterator[None]:
+    """Raise `ImageError` where highdicom or pydicom refuse an element of the image; hide their warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of names without a caret, which they quote
+        try:
+            yield
+        except KeyError:  # a SOP class that is private, retired or damaged
+            raise ImageError(
+                'SOPClassUID is none of the image classes of DICOM, so the image is not reported. Export it again from '
+                'its archive.',
+                'E_DICOM_REFERENCE',
+            ) from None
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ImageError(
+                # Without the text of the error, which can contain the value of an element, such as a name.
+                f'an element cannot be copied into a report ({type(error).__name__}). Export the image again from its '
+                'archive.',
+                'E_DICOM_CORRUPT',
+            ) from error
 
 
 def describe(row: Row) -> str:

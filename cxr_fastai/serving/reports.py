@@ -88,8 +88,11 @@ def make_reports(data: bytes, row: dict[str, Any], algorithm: Algorithm) -> Repo
 
 
 def _encode(dataset: Dataset) -> bytes:
+    from cxr_fastai.publishing.dicom_reports import highdicom_errors
+
     buffer = BytesIO()
-    dataset.save_as(buffer, enforce_file_format=True)
+    with highdicom_errors():
+        dataset.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
 
 

@@ -160,6 +160,16 @@ def test_an_image_of_an_unknown_class_is_refused_without_its_identity():
     assert caught.value.code == 'E_DICOM_REFERENCE' and PATIENT not in str(caught.value)
 
 
+def test_an_image_whose_elements_highdicom_refuses_is_an_image_error_without_its_identity(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError(f'{PATIENT} is no valid value')
+
+    monkeypatch.setattr('highdicom.sr.ComprehensiveSR', refuse)
+    with pytest.raises(ImageError, match='cannot be copied into a report') as caught:
+        make_report(read_source(radiograph()), ROW, ALGORITHM)
+    assert caught.value.code == 'E_DICOM_CORRUPT' and PATIENT not in str(caught.value)
+
+
 ODD = {
     'usual': {},
     'computed radiography': {'SOPClassUID': '1.2.840.10008.5.1.4.1.1.1', 'Modality': 'CR'},

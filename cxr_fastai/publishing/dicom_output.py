@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import ImageError, UsageError
-from cxr_fastai.core.files import atomic, check_writable, writing
+from cxr_fastai.core.files import StrPath, atomic, check_writable, writing
 from cxr_fastai.images.decode import read_bytes
 from cxr_fastai.images.dicom import is_dicom
 from cxr_fastai.inference.predictor import Row
@@ -35,8 +35,8 @@ class DicomFolder:
     elements that were not copied to the images that have impossible values there.
     """
 
-    def __init__(self, folder: Path, algorithm: Algorithm) -> None:
-        self.folder = folder
+    def __init__(self, folder: StrPath, algorithm: Algorithm) -> None:
+        self.folder = Path(folder)
         self.algorithm = algorithm
         self.reports = 0
         self.captures = 0
@@ -46,7 +46,7 @@ class DicomFolder:
         self._reported: dict[Path, tuple[DicomSource, Row]] = {}
         self._paths: dict[str, Path] = {}
 
-    def write_reports(self, images: Sequence[Path], rows: Iterable[Row]) -> None:
+    def write_reports(self, images: Sequence[StrPath], rows: Iterable[Row]) -> None:
         """Write the report of each of the `images`, to which the prediction `rows` belong. Raises `OutputError`.
 
         Nothing is written for a file that is not DICOM, or cannot be read as such. An image without a probability gets
@@ -54,7 +54,7 @@ class DicomFolder:
         """
         with writing(self.folder, OPTION):
             self.folder.mkdir(parents=True, exist_ok=True)
-        for image, row in zip(images, rows, strict=True):
+        for image, row in zip(map(Path, images), rows, strict=True):
             try:
                 data = read_bytes(image)
                 if is_dicom(data, image.suffix.lower()):
@@ -66,7 +66,7 @@ class DicomFolder:
                     self.problems.append(error.with_path(image))
 
     def write_captures(
-        self, images: Sequence[Path], explanations: Iterable[tuple[Path, overlays.Explanation | ImageError]]
+        self, images: Sequence[StrPath], explanations: Iterable[tuple[StrPath, overlays.Explanation | ImageError]]
     ) -> Iterator[tuple[Path, overlays.Explanation | ImageError]]:
         """Write the capture of each of the `explanations` of `images`, and yield the path of a file and an explanation.
 
@@ -76,7 +76,8 @@ class DicomFolder:
         from cxr_fastai.interpretation.overlays import blend
         from cxr_fastai.publishing.dicom_captures import make_capture
 
-        for image, (path, explanation) in zip(images, explanations, strict=True):
+        for image, (named, explanation) in zip(map(Path, images), explanations, strict=True):
+            path = Path(named)
             has_figure = path != image
             if isinstance(explanation, ImageError):
                 yield path, explanation

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cxr_fastai import __version__
 from cxr_fastai.core.errors import ImageError
-from cxr_fastai.core.files import SOFTWARE
+from cxr_fastai.core.files import SOFTWARE, StrPath
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.inference.bundle import Bundle, is_bundle
 from cxr_fastai.inference.config import identify_network, sha256
@@ -87,8 +87,9 @@ class Algorithm:
         return str(generate_uid(entropy_srcs=['\n'.join(sources)]))
 
 
-def identify_model(model: Path) -> str:
+def identify_model(model: StrPath) -> str:
     """Return the SHA-256 of the manifest of a bundle, or of the network of a run or of a `.pkl` file."""
+    model = Path(model)
     if is_bundle(model):
         return Bundle.open(model).identity
     return identify_network(model) if model.is_dir() else sha256(model)

@@ -48,8 +48,9 @@ class Outputs:
         path = (self.dicom or self.table or Path()).absolute()
         return path.with_name(path.name + JOURNAL_SUFFIX)
 
-    def check(self, folder: Path) -> None:
+    def check(self, folder: StrPath) -> None:
         """Raise `UsageError` or `OutputError` if the results of images in `folder` cannot be written there."""
+        folder = Path(folder)
         check_watched(folder)
         if self.dicom:
             if self.dicom.resolve().is_relative_to(folder.resolve()):

@@ -79,7 +79,7 @@ def test_the_log_has_device_precision_rate_and_the_time_that_is_left(images, tmp
     options = ['--epochs', 2, '--size', 48, '--limit', 4, '--batch-size', 8]
     assert main([str(word) for word in argv + options]) == 0
     lines = capsys.readouterr().out.splitlines()
-    start = r'training baseline by the recipe reference on cpu \(.+\), precision fp32: 8 images in 1 batches, 2 epochs'
+    start = r'training baseline by the recipe reference on cpu \(.+\), precision fp32: 8 images in 1 batch, 2 epochs'
     assert any(re.fullmatch(start, line) for line in lines)
     rates = [line for line in lines if 'images/s' in line]
     assert re.search(r'^ +[\d,.]+ images/s, about .* left for 1 epoch$', rates[0])

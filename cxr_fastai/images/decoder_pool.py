@@ -358,6 +358,9 @@ class _Lane:
 
     def _decode(self, worker: DecoderWorker, task: _Task) -> None:
         with self.changed:
+            if self.closed:  # while the process started
+                task.result.cancel()
+                return
             self.running[worker] = task
         self.is_busy.set()
         try:

@@ -247,7 +247,7 @@ def serve_screenshots(demo: Path) -> tuple[Image.Image, Image.Image]:
 
     images = demo / 'images/test'
     files = [*sorted(images.glob('NORMAL/*'))[:4], *sorted(images.glob('PNEUMONIA/*'))[:4], demo / 'run/recipe.json']
-    server = Server(Settings(demo / 'run/bundle', port=0))
+    server = Server(Settings(demo / 'bundle', port=0))
     thread = Thread(target=server.run)
     thread.start()
     try:

@@ -1,7 +1,6 @@
 """fastai transforms of training batches that make images alike in tone and in detail, whatever their label.
 
-Both work before any augmentation, on pairs of neighbours in the batch: the first and the second image, the third and
-the fourth, and so on. The order of training images is random, so the neighbour says nothing about the label.
+Both work before any augmentation, on pairs of neighbours in the batch (see `MixingTransform`).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from fastai.torch_core import TensorImageBW
 from torch import Tensor
 
 from cxr_fastai.data.augment import blur
-from cxr_fastai.data.transforms import PerImageTransform
+from cxr_fastai.data.transforms import MixingTransform
 
 LEVELS = 256
 """Grey levels of a histogram."""
@@ -21,27 +20,21 @@ SIGMAS = torch.tensor([0.0, 1 / 512, 1 / 256, 1 / 128, 3 / 256, 1 / 64])
 """Standard deviations of the Gaussian filters between which `match_details` interpolates, as fractions of the side."""
 
 
-class MatchNeighbour(PerImageTransform):
+class _MatchNeighbour(MixingTransform):
     """A transform that changes each image (1, h, w) in [0, 1] towards its neighbour, with the probability `p`.
 
-    The last image of a batch with an odd number of images stays as it is. `surroundings.keep_surroundings` turns the
-    transform off where fastai augments images to predict them, because a neighbour must not change a prediction.
+    The last image of a batch with an odd number of images stays as it is.
     """
 
     order = 14  # before `ExchangeSurroundings`
-    is_on = True
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
 
     def encodes(self, x: TensorImageBW) -> TensorImageBW:
         if not self.is_on:
             return x
         images = x.as_subclass(Tensor)
-        numbers = torch.arange(len(images), device=images.device)
-        neighbours = (numbers ^ 1).clamp_(max=len(images) - 1)
-        chosen = self.per_image(images, self.draw)['chosen'] & (neighbours != numbers)
+        neighbours = self.neighbours(images)
+        has_neighbour = neighbours != torch.arange(len(images), device=images.device)
+        chosen = self.per_image(images, self.draw)['chosen'] & has_neighbour
         matched = images.clone()
         if chosen.any():
             matched[chosen] = self.match(images[chosen], images[neighbours[chosen]])
@@ -56,14 +49,14 @@ class MatchNeighbour(PerImageTransform):
         """Return `images` (n, 1, h, w) with a property of `others`."""
 
 
-class MatchHistograms(MatchNeighbour):
+class MatchHistograms(_MatchNeighbour):
     """Give an image the histogram of grey levels of its neighbour, so that exposure and contrast hide no label."""
 
     def match(self, images: Tensor, others: Tensor) -> Tensor:
         return match_histograms(images, others)
 
 
-class MatchDetails(MatchNeighbour):
+class MatchDetails(_MatchNeighbour):
     """Blur an image that has more detail than its neighbour, until both have the same."""
 
     def match(self, images: Tensor, others: Tensor) -> Tensor:

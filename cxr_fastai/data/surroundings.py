@@ -5,39 +5,29 @@ Both work before any augmentation, while the lungs are still where `images.anato
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from fastai.data.core import TfmdDL
-from fastai.data.load import DataLoader
 from fastai.torch_core import TensorCategory, TensorImageBW
 from fasttransform import ItemTransform
 from torch import Tensor
 
 from cxr_fastai.core.recipe import POSITIVE
-from cxr_fastai.data.matching import MatchNeighbour
-from cxr_fastai.data.transforms import PerImageTransform
+from cxr_fastai.data.transforms import MixingTransform
 from cxr_fastai.images.anatomy import FEATHER, FILLS, LUNGS
 
 MOVE = 0.04
 """Largest distance by which an edge of the box is moved at random, as a fraction of the side."""
 
 
-class _Surroundings(PerImageTransform, ItemTransform):
+class _Surroundings(MixingTransform, ItemTransform):
     """A transform of whole batches, images (n, 1, h, w) in [0, 1] and categories (n,), before augmentation.
 
-    It is for training only: `keep_surroundings` turns it off where fastai augments images to predict them. A batch
-    without categories stays as it is.
+    A batch without categories stays as it is.
     """
 
     order = 15
-    is_on = True
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
 
     def _draw_boxes(self, n: int) -> Tensor:
         """Draw the top, bottom, left and right edges of `n` boxes, (n, 4), as fractions of the side."""
@@ -48,10 +38,8 @@ class _Surroundings(PerImageTransform, ItemTransform):
 class ExchangeSurroundings(_Surroundings):
     """Give an image the surroundings of its neighbour in the batch, with the probability `p`.
 
-    In these images, what is around the lungs says nothing about the label, which stays that of the lungs. Neighbours
-    are the first and the second image, the third and the fourth, and so on; the order of training images is random.
-    Processes that share a batch in parts of an even number of images therefore make the same images as one process
-    does; a process with a single image exchanges nothing.
+    In these images, what is around the lungs says nothing about the label, which stays that of the lungs. A process
+    with a single image exchanges nothing.
     """
 
     def encodes(self, batch: Any) -> Any:
@@ -61,7 +49,7 @@ class ExchangeSurroundings(_Surroundings):
         images = x.as_subclass(Tensor)
         drawn = self.per_image(images, self.draw)
         chosen = drawn['chosen']
-        neighbours = (torch.arange(len(images), device=images.device) ^ 1).clamp_(max=len(images) - 1)
+        neighbours = self.neighbours(images)
         masks = soft_masks(drawn['box'][chosen], *images.shape[-2:])
         mixed = images.clone()
         mixed[chosen] = torch.lerp(images[neighbours[chosen]], images[chosen], masks)
@@ -125,20 +113,6 @@ class HideLungs(_Surroundings):
         """
         is_positive = (numbers * self.share + self._rand(1)) % 1 < self.share
         return torch.where(is_positive, POSITIVE, 1 - POSITIVE)
-
-
-@contextmanager
-def keep_surroundings(loader: DataLoader) -> Iterator[None]:
-    """Turn the transforms that mix images off in all loaders that share those of `loader`."""
-    mixing = (_Surroundings, MatchNeighbour)
-    transforms = [transform for transform in loader.after_batch.fs if isinstance(transform, mixing)]
-    try:
-        for transform in transforms:
-            transform.is_on = False
-        yield
-    finally:
-        for transform in transforms:
-            transform.is_on = True
 
 
 def make_fills(images: Tensor, noise: Tensor, numbers: Tensor) -> Tensor:

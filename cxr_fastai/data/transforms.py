@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import fastai.vision.data  # noqa: F401  (registers `show_batch` for images)
 import numpy as np
 import torch
-from fastai.data.load import SkipItemException
+from fastai.data.load import DataLoader, SkipItemException
 from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorImage, TensorImageBW
 from fasttransform import DisplayedTransform, Transform
@@ -141,6 +142,42 @@ class PerImageTransform(DisplayedTransform):
     def _uniform(self, n: int, limit: float) -> Tensor:
         """Draw `n` numbers between -`limit` and `limit`."""
         return (2 * self._rand(n) - 1) * limit
+
+
+class MixingTransform(PerImageTransform):
+    """A transform that changes an image, with the probability `p`, by another image of the batch or with its label.
+
+    It is for training only: `without_mixing` turns it off where fastai augments images to predict them.
+    """
+
+    is_on = True
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    @staticmethod
+    def neighbours(images: Tensor) -> Tensor:
+        """Return the number of the neighbour of each of the `images`, (n,): 1, 0, 3, 2, and so on.
+
+        The last image of an odd number is its own neighbour. The order of training images is random, so a neighbour
+        says nothing about the label. Processes that share a batch in parts of an even number of images make the same
+        pairs as one process does.
+        """
+        return (torch.arange(len(images), device=images.device) ^ 1).clamp_(max=len(images) - 1)
+
+
+@contextmanager
+def without_mixing(loader: DataLoader) -> Iterator[None]:
+    """Turn the transforms that mix images off in all loaders that share those of `loader`."""
+    transforms = [transform for transform in loader.after_batch.fs if isinstance(transform, MixingTransform)]
+    try:
+        for transform in transforms:
+            transform.is_on = False
+        yield
+    finally:
+        for transform in transforms:
+            transform.is_on = True
 
 
 class AugmentImages(PerImageTransform):

@@ -27,7 +27,7 @@ from cxr_fastai.core.environment import forget_blank_variables
 from cxr_fastai.core.errors import OutputError, UsageError
 from cxr_fastai.core.recipe import POSITIVE, UNKNOWN, VOCAB, Recipe
 from cxr_fastai.data.loaders import find_preprocessing
-from cxr_fastai.data.surroundings import keep_surroundings
+from cxr_fastai.data.transforms import without_mixing
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.models.networks import create_network, unwrap_network
@@ -184,7 +184,7 @@ class CXRLearner(Learner):
 
     def tta(self, *args: Any, **kwargs: Any) -> Any:
         """Return fastai's predictions with augmentation, without that which hides or exchanges parts of an image."""
-        with keep_surroundings(self.dls.train):
+        with without_mixing(self.dls.train):
             return super().tta(*args, **kwargs)
 
     def to_fp16(self) -> CXRLearner:

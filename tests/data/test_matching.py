@@ -11,7 +11,7 @@ from skimage.exposure import match_histograms as match_by_skimage
 
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.data.matching import MatchDetails, MatchHistograms, details_of, match_details, match_histograms
-from cxr_fastai.data.surroundings import keep_surroundings
+from cxr_fastai.data.transforms import without_mixing
 from cxr_fastai.training.ahead import can_prepare_ahead
 
 SIDE = 64
@@ -103,6 +103,6 @@ def test_predictions_with_augmentation_keep_the_images(kind, images):
     transform = kind(1)
     dls.train.after_batch.add(transform)
     x = TensorImageBW(smooth_images([1, 3] * 4))
-    with keep_surroundings(dls.train):
+    with without_mixing(dls.train):
         assert torch.equal(transform(x, split_idx=0), x)
     assert not torch.equal(transform(x, split_idx=0), x)

@@ -9,7 +9,8 @@ import torch
 from fastai.torch_core import TensorCategory, TensorImageBW
 
 from cxr_fastai.data.loaders import CXRDataLoaders
-from cxr_fastai.data.surroundings import ExchangeSurroundings, HideLungs, keep_surroundings, soft_masks
+from cxr_fastai.data.surroundings import ExchangeSurroundings, HideLungs, soft_masks
+from cxr_fastai.data.transforms import without_mixing
 from cxr_fastai.images.anatomy import LUNGS
 from cxr_fastai.training.ahead import can_prepare_ahead
 from cxr_fastai.training.learner import cxr_learner
@@ -105,7 +106,7 @@ def test_predictions_with_augmentation_keep_the_images(kind, images):
     transform = kind(1)
     dls.train.after_batch.add(transform)
     x, y = constant_images(8)
-    with keep_surroundings(dls.train):
+    with without_mixing(dls.train):
         assert torch.equal(transform((x, y), split_idx=0)[0], x)
     assert not torch.equal(transform((x, y), split_idx=0)[0], x)
     (alone,) = transform((x,), split_idx=0)  # test images have no labels

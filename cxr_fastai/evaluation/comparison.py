@@ -85,9 +85,9 @@ def is_comparison_of(folder: Path, runs: Sequence[Run], split: str) -> bool:
 
     Raises `UsageError` if a run has no network.
     """
-    networks = [(name, identify_network(run.path)) for name, run in name_runs(runs).items()]
     if not (folder / RESULTS).is_file():
         return False
+    networks = [(name, identify_network(run.path)) for name, run in name_runs(runs).items()]
     try:
         contents = read_json(folder / RESULTS)
         compared = [(name, metrics['model']) for name, metrics in contents['runs'].items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +12,11 @@ from cxr_fastai.cli.explain import print_explanations
 from cxr_fastai.cli.failures import Failure, print_failures
 from cxr_fastai.cli.output import print_error, print_hub_model, print_line
 from cxr_fastai.core.environment import Launch
-from cxr_fastai.core.errors import ImageError, UsageError
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.progress import counted
 
 if TYPE_CHECKING:
     from cxr_fastai.inference.tables import Predictions
-    from cxr_fastai.interpretation.overlays import Explanation
     from cxr_fastai.publishing.dicom_output import DicomFolder
 
 INTERVAL = 5.0
@@ -143,7 +142,7 @@ def write_pictures(
     if dicom_out:
         dicom = _write_reports(predictions, images, model, dicom_out)
         if maps:
-            print_explanations(_write_captures(dicom, predictions, images, map_folder))
+            print_explanations(dicom.explain(predictions, images, map_folder))
         _print_dicom(dicom)
         problems = len(dicom.problems)
     elif map_folder:
@@ -161,17 +160,6 @@ def _write_reports(predictions: Predictions, images: Sequence[Path], model: Path
     dicom = DicomFolder(folder, Algorithm.of(predictions.predictor, identify_model(model)))
     dicom.write_reports(images, predictions.rows)
     return dicom
-
-
-def _write_captures(
-    dicom: DicomFolder, predictions: Predictions, images: Sequence[Path], map_folder: Path | None
-) -> Iterator[tuple[Path, Explanation | ImageError]]:
-    """Explain `predictions`, write the maps to `dicom`, and to `map_folder` if there is one, and yield them."""
-    from cxr_fastai.interpretation.explainer import explain_predictions
-    from cxr_fastai.publishing.dicom_output import ok_images
-
-    explanations = explain_predictions(predictions, images, map_folder)
-    return dicom.write_captures(ok_images(images, predictions.rows), explanations)
 
 
 def _print_dicom(dicom: DicomFolder) -> None:

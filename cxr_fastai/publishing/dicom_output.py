@@ -12,7 +12,7 @@ from cxr_fastai.core.files import StrPath, atomic, check_writable, writing
 from cxr_fastai.images.decode import read_bytes
 from cxr_fastai.images.dicom import is_dicom
 from cxr_fastai.inference.predictor import Row
-from cxr_fastai.inference.tables import with_numbers
+from cxr_fastai.inference.tables import Predictions, with_numbers
 from cxr_fastai.publishing.dicom_reports import Algorithm, highdicom_errors, make_report
 from cxr_fastai.publishing.dicom_source import DicomSource, read_source
 
@@ -93,6 +93,20 @@ class DicomFolder:
             if has_figure or capture:
                 yield path if has_figure else capture or path, explanation
 
+    def explain(
+        self, predictions: Predictions, images: Sequence[StrPath], figures: StrPath | None = None
+    ) -> Iterator[tuple[Path, overlays.Explanation | ImageError]]:
+        """Explain the `predictions` of `images`, write their captures, and yield what `write_captures` yields.
+
+        The figures are also saved to the folder `figures`, if there is one.
+        """
+        from cxr_fastai.interpretation.explainer import explain_predictions
+
+        paths = [Path(image) for image in images]
+        explanations = explain_predictions(predictions, paths, None if figures is None else Path(figures))
+        explained = [path for path, row in zip(paths, predictions.rows, strict=True) if row['status'] == 'ok']
+        return self.write_captures(explained, explanations)
+
     def _report(self, image: Path, source: DicomSource, row: Row) -> None:
         first = self._paths.setdefault(source.uid, image)
         if first != image:
@@ -116,8 +130,3 @@ def check_dicom_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f'{OPTION} {folder}: not a folder. Name a folder for the DICOM files.')
     check_writable(folder, OPTION)
-
-
-def ok_images(images: Sequence[Path], rows: Iterable[Row]) -> list[Path]:
-    """Return those of the `images` whose row has a probability: the ones that get an explanation."""
-    return [image for image, row in zip(images, rows, strict=True) if row['status'] == 'ok']

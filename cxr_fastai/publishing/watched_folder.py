@@ -13,7 +13,7 @@ from cxr_fastai.core.files import StrPath, atomic
 from cxr_fastai.data.watching import ArrivedFile, FolderWatch, Journal, check_watched, locked
 from cxr_fastai.inference.predictor import COLUMNS, Predictor, Row
 from cxr_fastai.inference.tables import CsvTable, Predictions
-from cxr_fastai.publishing.dicom_output import DicomFolder, check_dicom_folder, ok_images
+from cxr_fastai.publishing.dicom_output import DicomFolder, check_dicom_folder
 from cxr_fastai.publishing.dicom_reports import Algorithm
 
 JOURNAL_SUFFIX = '.journal.jsonl'
@@ -141,17 +141,9 @@ def _handle(
         dicom = DicomFolder(outputs.dicom, algorithm)
         dicom.write_reports(images, rows)
         if outputs.explain:
-            _write_captures(dicom, images, predictions)
+            explained = dicom.explain(predictions, images)
+            dicom.problems += [result for _, result in explained if isinstance(result, ImageError)]
     return WatchedBatch(predictions, dicom)
-
-
-def _write_captures(dicom: DicomFolder, images: Sequence[Path], predictions: Predictions) -> None:
-    from cxr_fastai.interpretation.explainer import explain_predictions
-
-    explanations = explain_predictions(predictions, images, None)
-    for _, explanation in dicom.write_captures(ok_images(images, predictions.rows), explanations):
-        if isinstance(explanation, ImageError):
-            dicom.problems.append(explanation)
 
 
 class _WatchedTable:

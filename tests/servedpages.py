@@ -1,4 +1,4 @@
-"""The page of a service in a browser, for tests: its requests are recorded, files are chosen, results are awaited."""
+"""Pages in a browser, for tests. That of a service: requests are recorded, files are chosen, results are awaited."""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -8,6 +8,20 @@ import pytest
 
 ROWS = '#rows tr:not([hidden])'
 """The rows that the table of all images shows."""
+CLIPPED = """() => [...document.querySelectorAll('.entry, .tile, .notice, .refusal, h1, p')].filter(
+    element => element.scrollWidth > element.clientWidth + 1).length"""
+"""The number of elements whose contents do not fit into them."""
+
+
+def assert_page_is_whole(page, log, address: str, width: int) -> None:
+    """Open the self-contained page at `address`: its pictures are in it, nothing is clipped, and it fits `width`."""
+    log.watch(page)
+    page.goto(address)
+    page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
+    page.wait_for_function('[...document.images].every(image => image.complete && image.naturalWidth > 0)')
+    assert log.messages == [] and log.dialogs == []
+    assert [url for url in log.urls if not url.startswith('data:image/')] == [address]
+    assert page.evaluate('document.documentElement.scrollWidth') <= width and page.evaluate(CLIPPED) == 0
 
 
 class RequestRecorder:

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 from oddnames import copy_with_odd_names
 from PIL import Image
+from servedpages import assert_page_is_whole
 
 from cxr_fastai.inference.tables import predict_to_table
 from cxr_fastai.publishing import save_prediction_page
 
-CLIPPED = """() => [...document.querySelectorAll('.entry, .tile, .notice, .refusal, h1, p')].filter(
-    element => element.scrollWidth > element.clientWidth + 1).length"""
 SHOWN = """() => [...document.querySelectorAll('main > .entries > .entry')]
     .filter(entry => entry.offsetParent).sort((a, b) => a.offsetTop - b.offsetTop || a.offsetLeft - b.offsetLeft)
     .map(entry => [entry.querySelector('.decision').textContent, entry.querySelector('.score').textContent])"""
@@ -34,14 +33,7 @@ def address(predictions, tmp_path_factory) -> str:
 
 
 def test_the_page_is_complete_and_fits(open_page, log, address, width, scheme):
-    page = open_page(width, scheme)
-    log.watch(page)
-    page.goto(address)
-    page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
-    page.wait_for_function('[...document.images].every(image => image.complete && image.naturalWidth > 0)')
-    assert log.messages == [] and log.dialogs == []
-    assert [url for url in log.urls if not url.startswith('data:image/')] == [address]
-    assert page.evaluate('document.documentElement.scrollWidth') <= width and page.evaluate(CLIPPED) == 0
+    assert_page_is_whole(open_page(width, scheme), log, address, width)
 
 
 def test_images_are_filtered_and_ordered(open_page, address, predictions):

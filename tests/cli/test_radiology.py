@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from clocks import Clock
 from dicomstudies import needs_validator, save_radiographs, violations
 from imagefiles import without
 from pydicom import dcmread
@@ -73,21 +74,6 @@ def test_options_that_do_not_fit_together_are_usage_errors(fails, run, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-class Time:
-    """A clock that moves while somebody sleeps; the third sleep is interrupted by Ctrl-C."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        if self.now > 2 * seconds:
-            raise KeyboardInterrupt
-
-
 def test_a_watched_folder_is_handled_until_ctrl_c_and_continued(bundle, studies, tmp_path, monkeypatch, capsys):
     folder = Path(shutil.copytree(studies, tmp_path / 'in'))
     out = tmp_path / 'reports'
@@ -95,7 +81,7 @@ def test_a_watched_folder_is_handled_until_ctrl_c_and_continued(bundle, studies,
     watch = watched_folder.watch_folder
     argv = ['predict', bundle, '--watch', folder, '--no-gate', '--dicom-out', out, '--out', table]
     for images in (3, 4):
-        time = Time()
+        time = Clock(error=KeyboardInterrupt)
         monkeypatch.setattr(watched_folder, 'watch_folder', partial(watch, clock=time, sleep=time.sleep))
         assert main([str(word) for word in argv]) == 130
         printed = capsys.readouterr()

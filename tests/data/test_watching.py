@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from clocks import Clock
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.data.watching import ArrivedFile, FolderWatch, Journal, is_temporary, locked
@@ -13,25 +14,12 @@ from cxr_fastai.data.watching import ArrivedFile, FolderWatch, Journal, is_tempo
 SETTINGS = {'model': 'ab', 'table': None}
 
 
-class Time:
-    """A clock that moves only while somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
 class Watched:
     """A folder and what a watch of it finds, poll by poll."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.time = Time()
+        self.time = Clock(100)
         self.handled: set[ArrivedFile] = set()
         self.watch = FolderWatch(folder, self.handled.__contains__, 5, self.time, self.time.sleep)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clocks import Clock
 from dicomstudies import radiograph
 from imagefiles import GREY, encoded
 from pydicom import dcmread
@@ -19,21 +20,6 @@ from cxr_fastai.publishing.watched_folder import Outputs, WatchedBatch, watch_fo
 
 class Interrupted(Exception):
     """Somebody has pressed Ctrl-C."""
-
-
-class Time:
-    """A clock that moves while somebody sleeps, and interrupts the third sleep."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        if self.now > 2 * seconds:
-            raise Interrupted
 
 
 def brightness(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -58,7 +44,7 @@ def outputs(tmp_path) -> Outputs:
 
 def watch(folder: Path, outputs: Outputs, **options) -> list[WatchedBatch]:
     """What is done with the images that are in the folder now."""
-    time = Time()
+    time = Clock(error=Interrupted)
     batches: list[WatchedBatch] = []
     with pytest.raises(Interrupted):
         for batch in watch_folder(PREDICTOR, 'ab', folder, outputs, clock=time, sleep=time.sleep, **options):

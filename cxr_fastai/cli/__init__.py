@@ -45,7 +45,7 @@ from cxr_fastai.cli.output import (
     show_warning,
     unused_path,
 )
-from cxr_fastai.cli.verbosity import Command, Quiet, Verbose, log
+from cxr_fastai.cli.verbosity import Command, Program, Quiet, Verbose, log
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import check_new
 from cxr_fastai.core.workers import open_standard_streams
@@ -59,6 +59,7 @@ COLUMNS = range(20, 1000)
 DEFAULT_COLUMNS = 80
 
 app = typer.Typer(
+    cls=Program,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

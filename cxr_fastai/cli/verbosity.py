@@ -61,11 +61,32 @@ Verbose = Annotated[
 def _add_shared_options(params: list[Any], context: typer.Context) -> list[Any]:
     """Return the parameters of a command, of which --help is the last, with the options `SHARED` before --help."""
     shared = [option for option in context.find_root().command.params if option.name in SHARED]
-    return [*params[:-1], *shared, params[-1]]
+    return _with_plain_flags([*params[:-1], *shared, params[-1]])
+
+
+def _with_plain_flags(params: list[Any]) -> list[Any]:
+    """Return the parameters, of which flags show no type in the help: Typer would print <bool>."""
+    for option in params:
+        if getattr(option, 'is_flag', False):
+            option.metavar = ''
+    return params
+
+
+class Program(TyperGroup):
+    """The whole command line, which defines the options `SHARED`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the options of the program and --help."""
+        return _with_plain_flags(super().get_params(ctx))
 
 
 class Command(TyperCommand):
-    """A command that also has the options `SHARED`."""
+    """A command that also has the options `SHARED`, and whose help fills the lines of the terminal."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        if self.help:  # a docstring, whose line ends Typer would keep
+            self.help = '\n\n'.join(' '.join(lines.split()) for lines in self.help.split('\n\n'))
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return the parameters of the command, the shared options, and --help."""

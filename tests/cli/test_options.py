@@ -61,11 +61,17 @@ def test_the_help_of_an_option_is_a_sentence():
             assert help_text.endswith('.'), help_text
 
 
-@pytest.mark.parametrize('name', COMMANDS, ids=' '.join)
+@pytest.mark.parametrize('name', [(), ('data',), *COMMANDS], ids=' '.join)
 def test_the_help_says_what_an_option_takes_and_invents_no_default(name, capsys):
     assert main([*name, '--help']) == 0
     text = capsys.readouterr().out
-    assert not re.search(r'^│ --.*<(str|int|float)>|none\)\]|\[default: \]', text, re.MULTILINE)
+    assert not re.search(r'^│ --.*<(str|int|float|bool)>|none\)\]|\[default: \]', text, re.MULTILINE)
+
+
+@pytest.mark.parametrize('name', COMMANDS, ids=' '.join)
+def test_the_help_fills_the_lines_of_the_terminal(name):
+    paragraphs = COMMANDS[name].help.split('\n\n')
+    assert all('\n' not in paragraph for paragraph in paragraphs)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import EXTENSION, Recipe, differences
@@ -28,8 +28,7 @@ def extend_recipe(run: Run, epochs: int, lr: float | None = None) -> Recipe:
         raise UsageError(
             f'--epochs {epochs} and --resume {run.path}: it has no {STATE} to continue from. Train with another --out.'
         )
-    trained = len(state['history']['rows'])
-    planned = trained + _count_left(recipe, state)
+    trained, planned = count_epochs(recipe, state)
     if epochs < trained:
         raise UsageError(
             f'--epochs {epochs}: {run.path} was trained for {trained} epochs already, and epochs cannot be undone. '
@@ -50,12 +49,25 @@ def extend_recipe(run: Run, epochs: int, lr: float | None = None) -> Recipe:
     return recipe
 
 
-def _count_left(recipe: Recipe, state: dict[str, Any]) -> int:
-    """Return the number of epochs that are left after `state`; those of a phase that has stopped early do not count."""
+class Epochs(NamedTuple):
+    """The number of epochs that were trained, and how many these will be at the end of the training."""
+
+    trained: int
+    planned: int
+
+
+def count_epochs(recipe: Recipe, state: dict[str, Any] | None) -> Epochs:
+    """Return the epochs of a training by `recipe` that continues from `state`, or begins without one.
+
+    The epochs that a phase has left out, because it stopped early, are not planned any more.
+    """
+    if state is None:
+        return Epochs(0, recipe.epochs)
+    trained = len(state['history']['rows'])
     current, *later = recipe.phases[state['phase'] :]
     has_stopped = recipe.patience and state['stop_early']['worse_epochs'] >= recipe.patience
     left = 0 if has_stopped else current.epochs - state['epochs']
-    return left + sum(phase.epochs for phase in later)
+    return Epochs(trained, trained + left + sum(phase.epochs for phase in later))
 
 
 def _add_phase(recipe: Recipe, epochs: int, lr: float | None) -> Recipe:

@@ -12,6 +12,7 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.publishing.model_card import describe_run
 from cxr_fastai.training.callbacks import History
 from cxr_fastai.training.checkpoint import load_state
 from cxr_fastai.training.extending import extend_recipe
@@ -132,3 +133,7 @@ def test_the_command_records_an_early_stop_and_can_train_longer(images, tmp_path
     assert extend_recipe(run, epochs + 1).phases[1:] == (Phase('extension', 1, 1e-3),)
     assert main(['train', '--resume', str(folder), '--epochs', str(epochs + 1)]) == 0
     assert len(run.history) == epochs + 1 and run.history.phase.iloc[-1] == 'extension'
+    log = capsys.readouterr().out
+    assert f', {epochs + 1} epochs, of which {epochs} trained already' in log and 'stops early' not in log
+    kept = f'of {epochs + 1} (highest validation AUC); train stopped early, after {epochs} of its 15 epochs'
+    assert describe_run(run)['Final model'].endswith(kept)

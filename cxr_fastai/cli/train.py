@@ -164,11 +164,18 @@ def _resumed_recipe(run: Run, typed: dict[str, Any]) -> Recipe:
     from cxr_fastai.models.architectures import revise_recipe
 
     if 'epochs' not in typed:
-        return revise_recipe(run.recipe, **_recipe_arguments(typed))
+        patience = typed.pop('patience', None)
+        recipe = revise_recipe(run.recipe, **_recipe_arguments(typed))
+        if patience not in (None, recipe.patience_of(recipe.phases[-1])):
+            raise UsageError(
+                f'--patience {patience} and --resume {run.path}: a run keeps the patience that it was started with. '
+                'Add --epochs to train further epochs with another one, or omit --patience.'
+            )
+        return recipe
     from cxr_fastai.training.extending import extend_recipe
 
-    others = {name: value for name, value in typed.items() if name not in ('epochs', 'lr')}
-    return revise_recipe(extend_recipe(run, typed['epochs'], typed.get('lr')), **_recipe_arguments(others))
+    of_phase = {name: typed.pop(name, None) for name in ('epochs', 'lr', 'patience')}
+    return revise_recipe(extend_recipe(run, **of_phase), **_recipe_arguments(typed))
 
 
 def _print_finished(run: Run) -> None:

@@ -65,7 +65,8 @@ Patience = Annotated[
     Option(
         '--patience',
         metavar='N',
-        help='End a phase after this number of epochs without a better one (highest validation AUC); 0: never.',
+        help='End a phase after this number of epochs without a better one (highest validation AUC); 0: never. '
+        'With --resume and --epochs, end the new phase.',
     ),
 ]
 LearningRate = Annotated[

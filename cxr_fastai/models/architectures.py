@@ -263,7 +263,11 @@ def revise_recipe(recipe: Recipe, /, **changes: Any) -> Recipe:
     changes_phases = bool({*arguments, 'freeze_epochs'} & changes.keys())
     fields = {name: value for name, value in vars(recipe).items() if name not in (*arguments, 'phases')}
     revised = make_recipe(**(arguments | fields | changes))
-    return revised if changes_phases else replace(revised, phases=recipe.phases)
+    if changes_phases:
+        return revised
+    if 'patience' in changes:
+        return replace(revised, phases=tuple(replace(phase, patience=None) for phase in recipe.phases))
+    return replace(revised, phases=recipe.phases)
 
 
 def build_model(arch: str, weights: str = 'none') -> nn.Sequential:

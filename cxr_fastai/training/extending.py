@@ -13,14 +13,15 @@ from cxr_fastai.models.architectures import check_recipe
 from cxr_fastai.training.checkpoint import STATE, load_state
 
 
-def extend_recipe(run: Run, epochs: int, lr: float | None = None) -> Recipe:
+def extend_recipe(run: Run, epochs: int, lr: float | None = None, patience: int | None = None) -> Recipe:
     """Return the recipe of `run` with a further phase, so that it has been trained for `epochs` epochs altogether.
 
-    The phase has the learning rate `lr`, by default that of the last phase, and trains what that one trained. `train`
-    with this recipe and `resume=True` continues the run. With as many epochs as the run has already, or will have when
-    it is resumed, the recipe is that of the run.
+    The phase has the learning rate `lr` and the `patience`, by default those of the last phase, and trains what that
+    one trained. `train` with this recipe and `resume=True` continues the run. With as many epochs as the run has
+    already, or will have when it is resumed, the recipe is that of the run.
 
-    Raises `UsageError` if the run has more epochs than `epochs`, or no state to continue from, and for a wrong `lr`.
+    Raises `UsageError` if the run has more epochs than `epochs`, or no state to continue from, and for an `lr` or a
+    `patience` that is wrong, or that there are no further epochs for.
     """
     recipe = run.recipe
     state = load_state(run)
@@ -40,13 +41,19 @@ def extend_recipe(run: Run, epochs: int, lr: float | None = None) -> Recipe:
             f'trained, and cannot be shortened. Omit --epochs, or choose more than {planned}.'
         )
     if epochs > planned:
-        return _add_phase(recipe, epochs - planned, lr)
+        return _add_phase(recipe, epochs - planned, lr, patience)
     if lr is not None:
-        raise UsageError(
-            f'--lr {lr:g}: with --resume it is the learning rate of further epochs, and {run.path} has {planned} '
-            f'already. Choose more --epochs than {planned}.'
-        )
+        raise _no_further_epochs(f'--lr {lr:g}', 'learning rate', run, planned)
+    if patience not in (None, recipe.patience_of(recipe.phases[-1])):
+        raise _no_further_epochs(f'--patience {patience}', 'patience', run, planned)
     return recipe
+
+
+def _no_further_epochs(option: str, meaning: str, run: Run, planned: int) -> UsageError:
+    return UsageError(
+        f'{option}: with --resume it is the {meaning} of further epochs, and {run.path} has {planned} already. Choose '
+        f'more --epochs than {planned}.'
+    )
 
 
 class Epochs(NamedTuple):
@@ -65,15 +72,18 @@ def count_epochs(recipe: Recipe, state: dict[str, Any] | None) -> Epochs:
         return Epochs(0, recipe.epochs)
     trained = len(state['history']['rows'])
     current, *later = recipe.phases[state['phase'] :]
-    has_stopped = recipe.patience and state['stop_early']['worse_epochs'] >= recipe.patience
+    patience = recipe.patience_of(current)
+    has_stopped = patience and state['stop_early']['worse_epochs'] >= patience
     left = 0 if has_stopped else current.epochs - state['epochs']
     return Epochs(trained, trained + left + sum(phase.epochs for phase in later))
 
 
-def _add_phase(recipe: Recipe, epochs: int, lr: float | None) -> Recipe:
+def _add_phase(recipe: Recipe, epochs: int, lr: float | None, patience: int | None) -> Recipe:
     last = recipe.phases[-1]
     name = f'{EXTENSION}-{recipe.extensions + 1}' if recipe.extensions else EXTENSION
     phase = replace(last, name=name, epochs=epochs, lr=last.lr if lr is None else lr)
+    if patience is not None:
+        phase = replace(phase, patience=None if patience == recipe.patience else patience)
     extended = replace(recipe, phases=(*recipe.phases, phase))
     check_recipe(extended)
     return extended

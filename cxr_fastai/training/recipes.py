@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -16,7 +17,7 @@ from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.recipe import AUGMENTATION_FIELDS, DATA_FIELDS, VOCAB, Phase, Recipe, data_recipe
 from cxr_fastai.models.architectures import ARCHS, find_arch, make_recipe
 from cxr_fastai.models.registry import Arch
-from cxr_fastai.training.callbacks import ReduceOnPlateau
+from cxr_fastai.training.callbacks import ReduceOnPlateau, StopEarly
 from cxr_fastai.training.optimizer import TorchOptimizer
 
 OPTIMIZERS = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}
@@ -89,9 +90,10 @@ def check_recipe_of(learn: Any, recipe: Recipe) -> None:
 
 def warn_of_cut_cycle(recipe: Recipe) -> None:
     """Warn if `recipe` can stop early within a cycle of the learning rate."""
-    if recipe.patience and recipe.schedule == 'one-cycle':
+    patience = max(map(recipe.patience_of, recipe.phases), default=0)
+    if patience and recipe.schedule == 'one-cycle':
         warnings.warn(
-            f'--patience {recipe.patience} with the schedule one-cycle: the learning rate is lowest at the end of a '
+            f'--patience {patience} with the schedule one-cycle: the learning rate is lowest at the end of a '
             'phase, where networks improve most, and a phase that stops early leaves that out. A smaller number of '
             '--epochs shortens the whole cycle instead; --set schedule=plateau suits --patience.',
             CXRWarning,
@@ -116,10 +118,14 @@ def fit_phase(learn: Any, phase: Phase, recipe: Recipe) -> None:
     start_phase(learn, phase)
     learn.history.phase = phase.name
     rates = slice(phase.lr * recipe.body_lr, phase.lr)  # from the body to the head
+    callbacks: list[Callback] = []
+    if recipe.patience_of(phase):
+        callbacks.append(StopEarly(recipe.patience_of(phase)))
     if recipe.schedule == 'one-cycle':
-        learn.fit_one_cycle(phase.epochs, rates)
-    else:
-        learn.fit(phase.epochs, rates, cbs=ReduceOnPlateau(recipe.plateau_factor, recipe.plateau_patience))
+        learn.fit_one_cycle(phase.epochs, rates, cbs=callbacks)
+        return
+    callbacks.append(ReduceOnPlateau(recipe.plateau_factor, recipe.plateau_patience))
+    learn.fit(phase.epochs, rates, cbs=callbacks)
 
 
 def start_phase(learn: Learner, phase: Phase) -> None:

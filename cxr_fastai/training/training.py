@@ -293,7 +293,7 @@ def fit_run(
     """
     items = run.items if (run / 'items.csv').is_file() else pd.DataFrame()
     checkpoint = Checkpoint(run, identify(recipe, items), state)
-    show = ShowEpochs(recipe.phases[checkpoint.start.phase :])
+    show = ShowEpochs(recipe.phases[checkpoint.start.phase :], recipe.can_stop_early)
     draw = DrawBatch(run / FIRST_BATCH)
     learn.history.run_folder = run
     try:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cxr_fastai.core.errors import UsageError
-from cxr_fastai.core.recipe import EXTENSION, Recipe, differences
+from cxr_fastai.core.recipe import EXTENSION, Phase, Recipe, describe_phase, differences
 from cxr_fastai.core.run import Run
 from cxr_fastai.inference.config import LEARNER, WEIGHTS
 from cxr_fastai.models.architectures import check_recipe
@@ -54,6 +54,12 @@ def _no_further_epochs(option: str, meaning: str, run: Run, planned: int) -> Usa
         f'{option}: with --resume it is the {meaning} of further epochs, and {run.path} has {planned} already. Choose '
         f'more --epochs than {planned}.'
     )
+
+
+def describe_extension(phase: Phase) -> str:
+    """Return what the further `phase` trains, as text."""
+    trained = 'only the head, as before: the body stays frozen' if phase.frozen else 'the whole network'
+    return f'{describe_phase(phase)} trains {trained}'
 
 
 class Epochs(NamedTuple):

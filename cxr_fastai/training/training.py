@@ -42,7 +42,7 @@ from cxr_fastai.training.checkpoint import (
 )
 from cxr_fastai.training.checks import check_place, check_space
 from cxr_fastai.training.distributed import call_once, check_batch_size, share_batches, training_processes
-from cxr_fastai.training.extending import count_epochs, is_finished
+from cxr_fastai.training.extending import count_epochs, describe_extension, is_finished
 from cxr_fastai.training.hardware import CompileSteps, can_compile, check_compile, describe_environment, has_compiler
 from cxr_fastai.training.learner import CXRLearner, Diverged, recipe_learner
 from cxr_fastai.training.precision import AUTO, check_precision, choose_precision
@@ -207,6 +207,7 @@ def _record_start(
         if added:
             run.extend(recipe)
             facts['added'] = [asdict(phase) for phase in added]
+            log.info('; '.join(describe_extension(phase) for phase in added))
         run.log_event('resume', **facts)
     else:
         run.log_event('start', **facts)

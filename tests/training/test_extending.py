@@ -73,6 +73,18 @@ def test_a_run_is_trained_longer_by_a_further_phase_that_its_folder_records(copi
     assert command_line(again) == 'cxr-fastai train --data DIR --recipe recipe.json'
 
 
+@pytest.mark.parametrize(
+    ('frozen', 'trained'),
+    [(True, 'only the head, as before: the body stays frozen'), (False, 'the whole network')],
+)
+def test_the_log_says_whether_the_body_stays_frozen(images, tmp_path, caplog, frozen, trained):
+    recipe = replace(RECIPE, phases=(Phase('train', 1, 1e-3, frozen),))
+    run = train(recipe, images, tmp_path / 'run')
+    caplog.set_level('INFO', 'cxr_fastai')
+    train(extend_recipe(run, 2), images, run.path, resume=True)
+    assert f'1 epoch of extension at 0.001 trains {trained}' in caplog.messages
+
+
 def test_metrics_of_the_shorter_training_are_refused(copied, images):
     evaluate(copied, images)
     train(extend_recipe(copied, 3), images, copied.path, resume=True)

@@ -147,7 +147,8 @@ Resume = Annotated[
         '--resume',
         metavar='RUN',
         show_default='start a new run',
-        help='Resume an interrupted run, or the runs of --folds or --seeds, with their own recipe and images.',
+        help='Resume an interrupted run, or the runs of --folds or --seeds, with their own recipe and images. '
+        'With --epochs, train a run longer, also a finished one.',
     ),
 ]
 Steps = Annotated[int, Option('--steps', metavar='N', min=20, help='Train for at most this number of batches.')]

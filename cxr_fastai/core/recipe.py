@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any
 
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import UsageError, did_you_mean
 from cxr_fastai.core.progress import counted
 
 VOCAB = ('NORMAL', 'PNEUMONIA')
@@ -110,12 +110,10 @@ class Recipe:
             low, high = RANGES[name]
             if not low <= value <= high:
                 raise UsageError(f'{name} {value}: a number from {low:g} to {high:g} is needed.')
-        for name, choices in CHOICES.items():
+        for name in CHOICES:
             value = getattr(self, name)
-            is_unknown = self.name == CUSTOM and value == UNKNOWN
-            if value not in choices and not is_unknown:
-                option = name if name in SETTABLE else _option(name)
-                raise UsageError(f'{option} {value}: choose {" or ".join(choices)}.')
+            if self.name != CUSTOM or value != UNKNOWN:
+                check_choice(name, value)
         patience = max([self.patience, *map(self.patience_of, self.phases)])
         if patience and self.valid == 'none':
             raise UsageError(
@@ -230,6 +228,12 @@ CHOICES = {
     'on_bad_image': ('fail', 'skip'),
 }
 """Field to its permitted values."""
+OTHER_NAMES = {
+    'valid': {'val': 'official', 'valid': 'official', 'validation': 'official', 'patient': 'patients', 'no': 'none'},
+    'precision': {'float32': 'fp32', 'float16': 'fp16', 'half': 'fp16', 'bfloat16': 'bf16'},
+    'on_bad_image': {'ignore': 'skip', 'error': 'fail'},
+}
+"""Field to what users write in the place of a permitted value, and the value that is meant."""
 SETTABLE = (
     *(name for name in RANGES if name not in ('threshold', 'patience')),
     'low_pass',
@@ -239,6 +243,16 @@ SETTABLE = (
     'class_weights',
 )
 """Fields that have no option of their own and are set by `--set FIELD=VALUE`."""
+
+
+def check_choice(name: str, value: str, *others: str) -> None:
+    """Raise `UsageError` unless `value` is a permitted value of the field `name`, or one of the `others`."""
+    choices = (*others, *CHOICES[name])
+    if value not in choices:
+        meant = OTHER_NAMES.get(name, {}).get(str(value).lower())
+        advice = f' (did you mean {meant}?)' if meant else did_you_mean(str(value), choices)
+        option = name if name in SETTABLE else _option(name)
+        raise UsageError(f'{option} {value}{advice}: choose {" or ".join(choices)}.')
 
 
 AUGMENTATION_FIELDS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import PurePath
@@ -310,9 +310,12 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def _describe(value: Any) -> str:
-    if not isinstance(value, tuple):
-        return repr(value)
-    return ' and '.join(map(describe_phase, value))
+    return describe_phases(value) if isinstance(value, tuple) else repr(value)
+
+
+def describe_phases(phases: Iterable[Phase]) -> str:
+    """Return the `phases` as text, such as `2 epochs of frozen at 0.001 and 4 epochs of fine-tune at 1e-05`."""
+    return ' and '.join(map(describe_phase, phases))
 
 
 def describe_phase(phase: Phase) -> str:

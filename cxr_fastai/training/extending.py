@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from shlex import quote
 from typing import Any, NamedTuple
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.recipe import EXTENSION, Phase, Recipe, describe_phase, differences
 from cxr_fastai.core.run import Run
+from cxr_fastai.core.series import Series, is_folds
 from cxr_fastai.inference.config import LEARNER, WEIGHTS
 from cxr_fastai.models.architectures import check_recipe
 from cxr_fastai.training.checkpoint import STATE, load_state
@@ -20,8 +22,8 @@ def extend_recipe(run: Run, epochs: int, lr: float | None = None, patience: int 
     one trained. `train` with this recipe and `resume=True` continues the run. With as many epochs as the run has
     already, or will have when it is resumed, the recipe is that of the run.
 
-    Raises `UsageError` if the run has more epochs than `epochs`, or no state to continue from, and for an `lr` or a
-    `patience` that is wrong, or that there are no further epochs for.
+    Raises `UsageError` if the run has more epochs than `epochs`, if it is one of the folds of a series, if it has no
+    state to continue from, and for an `lr` or a `patience` that is wrong, or that there are no further epochs for.
     """
     recipe = run.recipe
     state = load_state(run)
@@ -41,12 +43,28 @@ def extend_recipe(run: Run, epochs: int, lr: float | None = None, patience: int 
             f'trained, and cannot be shortened. Omit --epochs, or choose more than {planned}.'
         )
     if epochs > planned:
+        _check_no_fold(run, epochs)
         return _add_phase(recipe, epochs - planned, lr, patience)
     if lr is not None:
         raise _no_further_epochs(f'--lr {lr:g}', 'learning rate', run, planned)
     if patience not in (None, recipe.patience_of(recipe.phases[-1])):
         raise _no_further_epochs(f'--patience {patience}', 'patience', run, planned)
     return recipe
+
+
+def _check_no_fold(run: Run, epochs: int) -> None:
+    """Raise `UsageError` if `run` is one of the folds of a series, whose networks have to be trained alike."""
+    path = run.path.resolve()
+    if not is_folds(path.parent):
+        return
+    series = Series.open(path.parent)
+    if path.name in series.recipes:
+        raise UsageError(
+            f'--epochs {epochs}: {run.path} is one of {series.number} folds, and the out-of-fold predictions have to '
+            'come from networks of the same training. Train all of them longer: `cxr-fastai train --recipe '
+            f'{quote(str(run / "recipe.json"))} --epochs {epochs} --folds {series.number} --out DIR`, or extend a copy '
+            'of this run in another folder.'
+        )
 
 
 def _no_further_epochs(option: str, meaning: str, run: Run, planned: int) -> UsageError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +15,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 
-from cxr_fastai.core.errors import CXRWarning, UsageError
+from cxr_fastai.core.errors import CXRWarning, UsageError, did_you_mean
 from cxr_fastai.core.recipe import AUGMENTATION_FIELDS, DATA_FIELDS, VOCAB, Phase, Recipe, data_recipe
 from cxr_fastai.models.architectures import ARCHS, find_arch, make_recipe
 from cxr_fastai.models.registry import Arch
@@ -22,12 +24,19 @@ from cxr_fastai.training.optimizer import TorchOptimizer
 
 OPTIMIZERS = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}
 """Optimisers by name. `adam` applies weight decay as an L2 penalty, `adamw` decouples it from the gradient."""
+NOT_OF_A_FIT = ('arch', 'phases', 'name', 'weights', 'threshold', *DATA_FIELDS)
+FIT_FIELDS = ('freeze_epochs', *(field.name for field in dataclass_fields(Recipe) if field.name not in NOT_OF_A_FIT))
+"""Arguments of `make_recipe` that `fit_recipe` takes: those about the optimisation."""
 
 
-def named_recipe(learn: Any, name: str, epochs: int | None, lr: float | None) -> Recipe:
-    """Return the recipe `name` for the network and the images of `learn`."""
+def named_recipe(learn: Any, name: str, epochs: int | None, lr: float | None, **fields: Any) -> Recipe:
+    """Return the recipe `name` for the network and the images of `learn`, with other `fields`.
+
+    Raises `UsageError` for a field that is not one of `FIT_FIELDS`.
+    """
+    _check_fields(fields)
     arch = learn.arch if known_arch(learn.arch) else 'baseline'  # an own network trains like one from scratch
-    recipe = make_recipe(arch, name, epochs, lr)
+    recipe = make_recipe(arch, name, epochs, lr, **fields)
     images = getattr(learn.dls, 'recipe', None)
     if images is None:
         return replace(recipe, arch=learn.arch, weights=learn.pretrained)
@@ -46,6 +55,17 @@ def named_recipe(learn: Any, name: str, epochs: int | None, lr: float | None) ->
         )
     data_fields = {field: getattr(images, field) for field in DATA_FIELDS}
     return replace(recipe, arch=learn.arch, weights=learn.pretrained, **data_fields)
+
+
+def _check_fields(names: Iterable[str]) -> None:
+    for name in names:
+        if name in DATA_FIELDS:
+            raise UsageError(f'{name}: about the images, which are those of the loaders. Pass it to CXRDataLoaders.')
+        if name not in FIT_FIELDS:
+            raise UsageError(
+                f'{name}: not an argument of fit_recipe{did_you_mean(name, FIT_FIELDS)}. It takes epochs, lr, cbs, '
+                f'{", ".join(FIT_FIELDS)}.'
+            )
 
 
 def known_arch(arch: str) -> Arch | None:

@@ -86,8 +86,9 @@ def show_version(
         raise typer.Exit
 
 
-app.command(cls=Command)(train_commands.train)
-app.command('lr-find', cls=Command)(train_commands.lr_find)
+# The commands of options alone get other words in `context.args`, and say which option was meant.
+app.command(cls=Command, context_settings={'allow_extra_args': True})(train_commands.train)
+app.command('lr-find', cls=Command, context_settings={'allow_extra_args': True})(train_commands.lr_find)
 app.command(cls=Command)(list_commands.archs)
 app.command(cls=Command)(list_commands.recipes)
 app.command(cls=Command)(evaluate_commands.evaluate)

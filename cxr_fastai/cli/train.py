@@ -14,7 +14,7 @@ from cxr_fastai.cli.output import choose_source, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import check_writable, write_csv
 from cxr_fastai.core.progress import counted
-from cxr_fastai.core.recipe import Recipe, parse_fields
+from cxr_fastai.core.recipe import RECIPES, Recipe, parse_fields
 from cxr_fastai.core.run import Run, read_recipe
 from cxr_fastai.core.series import FOLDS, Series, is_series
 
@@ -77,6 +77,7 @@ def train(
 
     Example: cxr-fastai train --arch efficientnet_lite0 --recipe tuned --out runs/lite
     """
+    _refuse_arguments(given)
     source = choose_source(data, csv)
     if resume:
         _resume(given, resume, source, run)
@@ -99,6 +100,30 @@ def train(
 
     folder = run or unused_path(Path('runs', new_recipe.arch))
     _print_next_step(train(new_recipe, root, folder, **options))
+
+
+def _refuse_arguments(given: typer.Context) -> None:
+    """Raise `UsageError` for a word that belongs to no option; it says which option was meant."""
+    for word in given.args:
+        raise UsageError(
+            f'{word}: `cxr-fastai {given.info_name}` has no arguments, only options. Did you mean '
+            f'{_option_of(word, given)} {quote(word)}?'
+        )
+
+
+def _option_of(word: str, given: typer.Context) -> str:
+    from cxr_fastai.data.find import TABLE_SUFFIXES
+
+    path = Path(word)
+    if 'resume' in given.params and ((path / 'recipe.json').is_file() or is_series(path)):
+        return '--resume'
+    if path.is_dir():
+        return '--data'
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        return '--csv'
+    if word in RECIPES or _is_file(word):
+        return '--recipe'
+    return '--epochs' if word.isdecimal() else '--arch'
 
 
 def _train_series(given: typer.Context, recipe: Recipe, root: Path, out: Path | None, options: dict[str, Any]) -> None:
@@ -164,11 +189,18 @@ def _resumed_recipe(run: Run, typed: dict[str, Any]) -> Recipe:
     from cxr_fastai.models.architectures import revise_recipe
 
     if 'epochs' not in typed:
-        return revise_recipe(run.recipe, **_recipe_arguments(typed))
+        patience = typed.pop('patience', None)
+        recipe = revise_recipe(run.recipe, **_recipe_arguments(typed))
+        if patience not in (None, recipe.patience_of(recipe.phases[-1])):
+            raise UsageError(
+                f'--patience {patience} and --resume {run.path}: a run keeps the patience that it was started with. '
+                'Add --epochs to train further epochs with another one, or omit --patience.'
+            )
+        return recipe
     from cxr_fastai.training.extending import extend_recipe
 
-    others = {name: value for name, value in typed.items() if name not in ('epochs', 'lr')}
-    return revise_recipe(extend_recipe(run, typed['epochs'], typed.get('lr')), **_recipe_arguments(others))
+    of_phase = {name: typed.pop(name, None) for name in ('epochs', 'lr', 'patience')}
+    return revise_recipe(extend_recipe(run, **of_phase), **_recipe_arguments(typed))
 
 
 def _print_finished(run: Run) -> None:
@@ -270,6 +302,7 @@ def lr_find(
 
     Example: cxr-fastai lr-find --arch baseline --recipe tuned --out lr_find.png
     """
+    _refuse_arguments(given)
     _check_curve(curve)
     from cxr_fastai.data.items import data_root
 

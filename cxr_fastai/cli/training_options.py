@@ -65,7 +65,8 @@ Patience = Annotated[
     Option(
         '--patience',
         metavar='N',
-        help='End a phase after this number of epochs without a better one (highest validation AUC); 0: never.',
+        help='End a phase after this number of epochs without a better one (highest validation AUC); 0: never. '
+        'With --resume and --epochs, end the new phase.',
     ),
 ]
 LearningRate = Annotated[
@@ -146,7 +147,8 @@ Resume = Annotated[
         '--resume',
         metavar='RUN',
         show_default='start a new run',
-        help='Resume an interrupted run, or the runs of --folds or --seeds, with their own recipe and images.',
+        help='Resume an interrupted run, or the runs of --folds or --seeds, with their own recipe and images. '
+        'With --epochs, train a run longer, also a finished one.',
     ),
 ]
 Steps = Annotated[int, Option('--steps', metavar='N', min=20, help='Train for at most this number of batches.')]

@@ -44,7 +44,8 @@ Quiet = Annotated[
         '--quiet',
         callback=_be_quiet,
         expose_value=False,
-        help='Print only errors, warnings, and the document of --json.',
+        help='Hide tables, results, log lines and progress bars. Errors and warnings are still printed, and so is the '
+        'document of --json.',
     ),
 ]
 Verbose = Annotated[

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any
 
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import UsageError, did_you_mean
+from cxr_fastai.core.progress import counted
 
 VOCAB = ('NORMAL', 'PNEUMONIA')
 """The classes in the order of the network's outputs; the last one is the positive class."""
@@ -29,13 +30,14 @@ EXTENSION = 'extension'
 class Phase:
     """A part of a training: its number of epochs, its learning rate, and whether the body is frozen.
 
-    `lr` is the maximum learning rate if the schedule varies it.
+    `lr` is the maximum learning rate if the schedule varies it. `patience` replaces that of the recipe if it is set.
     """
 
     name: str
     epochs: int
     lr: float
     frozen: bool = False
+    patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,19 +104,20 @@ class Recipe:
     on_bad_image: str = 'fail'  # or skip
 
     def __post_init__(self) -> None:
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
+        values = [(name, getattr(self, name)) for name in RANGES]
+        values += [('patience', self.patience_of(phase)) for phase in self.phases]
+        for name, value in values:
+            low, high = RANGES[name]
             if not low <= value <= high:
                 raise UsageError(f'{name} {value}: a number from {low:g} to {high:g} is needed.')
-        for name, choices in CHOICES.items():
+        for name in CHOICES:
             value = getattr(self, name)
-            is_unknown = self.name == CUSTOM and value == UNKNOWN
-            if value not in choices and not is_unknown:
-                option = name if name in SETTABLE else _option(name)
-                raise UsageError(f'{option} {value}: choose {" or ".join(choices)}.')
-        if self.patience and self.valid == 'none':
+            if self.name != CUSTOM or value != UNKNOWN:
+                check_choice(name, value)
+        patience = max([self.patience, *map(self.patience_of, self.phases)])
+        if patience and self.valid == 'none':
             raise UsageError(
-                f'--patience {self.patience} and --valid none: without validation images no epoch is better than '
+                f'--patience {patience} and --valid none: without validation images no epoch is better than '
                 'another. Set --patience 0, or choose another --valid.'
             )
 
@@ -122,6 +125,15 @@ class Recipe:
     def epochs(self) -> int:
         """The total number of epochs of all phases."""
         return sum(phase.epochs for phase in self.phases)
+
+    def patience_of(self, phase: Phase) -> int:
+        """Return the number of epochs without a better one after which `phase` ends; 0: it never ends early."""
+        return self.patience if phase.patience is None else phase.patience
+
+    @property
+    def can_stop_early(self) -> bool:
+        """Whether a phase can end before its last epoch."""
+        return any(self.patience_of(phase) for phase in self.phases)
 
     @property
     def extensions(self) -> int:
@@ -216,6 +228,12 @@ CHOICES = {
     'on_bad_image': ('fail', 'skip'),
 }
 """Field to its permitted values."""
+OTHER_NAMES = {
+    'valid': {'val': 'official', 'valid': 'official', 'validation': 'official', 'patient': 'patients', 'no': 'none'},
+    'precision': {'float32': 'fp32', 'float16': 'fp16', 'half': 'fp16', 'bfloat16': 'bf16'},
+    'on_bad_image': {'ignore': 'skip', 'error': 'fail'},
+}
+"""Field to what users write in the place of a permitted value, and the value that is meant."""
 SETTABLE = (
     *(name for name in RANGES if name not in ('threshold', 'patience')),
     'low_pass',
@@ -225,6 +243,16 @@ SETTABLE = (
     'class_weights',
 )
 """Fields that have no option of their own and are set by `--set FIELD=VALUE`."""
+
+
+def check_choice(name: str, value: str, *others: str) -> None:
+    """Raise `UsageError` unless `value` is a permitted value of the field `name`, or one of the `others`."""
+    choices = (*others, *CHOICES[name])
+    if value not in choices:
+        meant = OTHER_NAMES.get(name, {}).get(str(value).lower())
+        advice = f' (did you mean {meant}?)' if meant else did_you_mean(str(value), choices)
+        option = name if name in SETTABLE else _option(name)
+        raise UsageError(f'{option} {value}{advice}: choose {" or ".join(choices)}.')
 
 
 AUGMENTATION_FIELDS = (
@@ -282,9 +310,18 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def _describe(value: Any) -> str:
-    if not isinstance(value, tuple):
-        return repr(value)
-    return ' and '.join(f'{phase.epochs} epochs of {phase.name} at {phase.lr:g}' for phase in value)
+    return describe_phases(value) if isinstance(value, tuple) else repr(value)
+
+
+def describe_phases(phases: Iterable[Phase]) -> str:
+    """Return the `phases` as text, such as `2 epochs of frozen at 0.001 and 4 epochs of fine-tune at 1e-05`."""
+    return ' and '.join(map(describe_phase, phases))
+
+
+def describe_phase(phase: Phase) -> str:
+    """Return `phase` as text, such as `4 epochs of fine-tune at 1e-05`."""
+    text = f'{counted(phase.epochs, "epoch")} of {phase.name} at {phase.lr:g}'
+    return text if phase.patience is None else f'{text} with the patience {phase.patience}'
 
 
 FIELD_ADVICE = {

@@ -15,7 +15,7 @@ SUMMARIES = {'reference': 'the specification', 'tuned': 'the most robust on corr
 """Name of a recipe to what it is."""
 MEANINGS = {
     'arch': 'network, a name that `cxr-fastai archs` lists',
-    'phases': 'name, epochs and learning rate of each part of the training, and whether the body is frozen',
+    'phases': 'name, epochs, learning rate and patience of each part of the training, and whether the body is frozen',
     'name': 'recipe from which the other fields come',
     'weights': 'initial weights',
     'valid': 'validation images: the val folder, those of some of the patients, or none, so that all are trained on',
@@ -184,8 +184,9 @@ def _parse_phases(values: Any) -> tuple[Phase, ...]:
 
 def _parse_phase(where: str, values: Any) -> Phase:
     known = {field.name: field for field in fields(Phase)}
-    if not isinstance(values, dict) or values.keys() != known.keys():
-        raise UsageError(f'{where} is {_show(values)}: an object of {", ".join(known)} is needed')
+    needed = [name for name in known if name != 'patience']
+    if not isinstance(values, dict) or not set(needed) <= values.keys() <= known.keys():
+        raise UsageError(f'{where} is {_show(values)}: an object of {", ".join(needed)} is needed')
     for name, value in values.items():
         _check_type(f'{where}.{name}', value, str(known[name].type))
     return Phase(**values)

@@ -19,7 +19,7 @@ from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.folders import describe_own_folder
 from cxr_fastai.core.foreign import open_regular, read_json
 from cxr_fastai.core.paths import FOREIGN_PATH, correct_path, correct_paths, is_windows_path
-from cxr_fastai.core.recipe import CHOICES, VOCAB, Recipe
+from cxr_fastai.core.recipe import VOCAB, Recipe, check_choice
 from cxr_fastai.core.schemas import Choice, Table
 from cxr_fastai.data.find import LINK, TABLE_SUFFIXES, describe_ignored, find_images
 from cxr_fastai.data.layout import (
@@ -62,18 +62,24 @@ def data_root(data: StrPath | None = None) -> Path:
     Raises `CXRError` if it does not exist or is neither a folder nor a file; the message says how to get images.
     """
     root = correct_path(data or os.environ.get('CXR_DATA') or 'data/chest_xray')
+    _check_root(root)
+    return root
+
+
+def _check_root(root: Path) -> None:
+    """Raise `CXRError` if the folder or CSV file `root` does not exist, or is neither a folder nor a file."""
     if root.is_dir():
-        return root
+        return
     if root.exists():
         open_regular(root).close()  # raises an error that names a pipe or a device
-        return root
+        return
     if is_windows_path(root):
         raise CXRError(f'{root}: no such folder of images: {FOREIGN_PATH}.')
     if root.suffix.lower() in TABLE_SUFFIXES:
         raise CXRError(f'{root}: no such file. Check the name of the table of images.')
     raise CXRError(
-        f'{root}: no such folder of images. Name a folder with --data DIR or CXR_DATA, download the data set with '
-        '`cxr-fastai data download data/chest_xray`, or make synthetic images with `cxr-fastai data demo DIR`.'
+        f'{root}: no such folder of images. Name a folder ({LAYOUT}) with --data DIR or CXR_DATA, download the data '
+        'set with `cxr-fastai data download data/chest_xray`, or make synthetic images with `cxr-fastai data demo DIR`.'
     )
 
 
@@ -97,11 +103,12 @@ def read_items(
     `valid` is `official` (the folder `val`), `patients` (the proportion `valid_pct` of the patients of train and val
     together, drawn with the random `seed`; `fold` is the number of that part), or `none` (the images of val join those
     of train). `limit` keeps the first images of each class and split. `columns` names further columns of a CSV file to
-    include. `.attrs['ignored']` counts ignored files by reason. Raises `CXRError` if there are no images, `UsageError`
-    for an unknown class, split, column or `valid`.
+    include. `.attrs['ignored']` counts ignored files by reason. Raises `CXRError` if `root` does not exist or contains
+    no images, `UsageError` for an unknown class, split, column or `valid`.
     """
     root = Path(root)
-    _check_valid(valid)
+    check_choice('valid', valid)
+    _check_root(root)
     items = _read_csv(root, columns) if root.is_file() else _read_folders(root)
     missing = [name for name in columns if name not in items]
     if missing:
@@ -152,17 +159,12 @@ def read_table(
     the result and the errors are those of `read_items`.
     """
     root = Path(root)
-    _check_valid(valid)
+    check_choice('valid', valid)
     missing = [name for name in ('path', 'label') if name not in table]
     if missing:
         raise UsageError(f'the table has no column {" or ".join(missing)}, but {", ".join(map(str, table))}.')
     texts = table.assign(path=correct_paths(root, map(str, table.path))).reset_index(drop=True)
     return _split_and_limit(_read_rows(texts, root), valid, seed, limit, valid_pct, fold)
-
-
-def _check_valid(valid: str) -> None:
-    if valid not in CHOICES['valid']:
-        raise UsageError(f'--valid {valid}: choose {" or ".join(CHOICES["valid"])}.')
 
 
 def _split_and_limit(

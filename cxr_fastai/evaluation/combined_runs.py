@@ -85,7 +85,8 @@ def write_combined_run(
     has_valid = (items.split == 'valid').any()
     recipe = replace(first.recipe, arch=arch)
     if not has_valid:
-        recipe = replace(recipe, valid='none', patience=0)
+        phases = tuple(replace(phase, patience=None) for phase in recipe.phases)
+        recipe = replace(recipe, valid='none', patience=0, phases=phases)
     with temporary_folder(out) as folder:
         run = Run.create(folder / 'run')
         run.log_event('start', **_describe_start(members, model, recipe, data))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pandas as pd
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import StrPath, write_csv, write_json, writing
+from cxr_fastai.core.recipe import differences
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.run_files import OUT_OF_FOLD, read_json, read_table
 from cxr_fastai.core.series import FOLDS, Series
@@ -79,6 +80,7 @@ def evaluate_folds(
     if rule:
         parse_rule(rule)
     runs = dict(zip(series.recipes, series.open_runs(), strict=True))
+    _check_recipes(series, runs)
     _check_images(series, runs, data)
     if tta is None:
         tta = bool(_stored_decision(series).get('tta'))
@@ -163,6 +165,19 @@ def _measure(
         'folds': folds,
         'spread': {metric: _spread([fold[metric] for fold in folds.values()]) for metric in SPREAD},
     }
+
+
+def _check_recipes(series: Series, runs: Mapping[str, Run]) -> None:
+    """Raise `UsageError` if the folds were trained in different ways, as if one of them was trained longer."""
+    recipes = {name: replace(run.recipe, fold=0) for name, run in runs.items()}
+    first = list(recipes)[0]
+    for name, recipe in recipes.items():
+        changes = differences(recipes[first], recipe)
+        if changes:
+            raise UsageError(
+                f'{series.path}: {name} was trained in another way than {first} ({"; ".join(changes)}), so their '
+                'predictions cannot be taken together. Train all folds by one recipe, into another --out.'
+            )
 
 
 def _check_images(series: Series, runs: Mapping[str, Run], data: StrPath | None) -> None:

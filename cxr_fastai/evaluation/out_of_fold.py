@@ -56,9 +56,9 @@ def adopt_out_of_fold(
 
 def _check_recipe(run: Run, series: Series) -> None:
     first, own = Run.open(series.folder_of_first).recipe, run.recipe
-    if first.patience and own.valid == 'none':
+    if first.can_stop_early and own.valid == 'none':
         raise UsageError(
-            f'{series.path}: its folds were trained with --patience {first.patience}, and {run.path}, which has no '
+            f'{series.path}: its folds were trained with --patience, and {run.path}, which has no '
             'validation images, cannot stop early, so it was trained in another way. Train the folds without '
             '--patience.'
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +15,21 @@ from typing import Any
 from torch import nn
 
 from cxr_fastai.core.environment import is_installed, require_package
-from cxr_fastai.core.errors import UsageError, did_you_mean
-from cxr_fastai.core.recipe import CUSTOM, RECIPES, VOCAB, Recipe
+from cxr_fastai.core.errors import CXRWarning, UsageError, did_you_mean
+from cxr_fastai.core.recipe import CUSTOM, RECIPES, VOCAB, Recipe, describe_phases
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.models.ensembles import check_not_ensemble, ensemble_arch, split_name
 from cxr_fastai.models.libraries import find_library_arch, find_timm_arch, similar_in_timm, timm_model
-from cxr_fastai.models.phases import EPOCHS, FROM_SCRATCH, PRETRAINED, PhaseShare, distribute, freeze_first
+from cxr_fastai.models.phases import (
+    EPOCHS,
+    FROM_SCRATCH,
+    PRETRAINED,
+    PhaseShare,
+    are_divided,
+    divide,
+    find_frozen_epochs,
+    scale_rates,
+)
 from cxr_fastai.models.registry import (
     OWN_WEIGHTS,
     VARIABLE,
@@ -177,16 +188,13 @@ def make_recipe(
     shares = facts.phases.get(name)
     if not shares:
         raise UsageError(f'--recipe {name}: {arch} was registered without phases for it. Add them to its Arch.phases.')
-    if freeze_epochs is not None:
-        shares = freeze_first(epochs, shares, freeze_epochs)
-    lr_factor = 1 if lr is None else lr / shares[0].lr
     settings = dict(RECIPES[name])
     if facts.size:
         settings['start_size'] = 1.0
     recipe = Recipe(
         arch=arch,
         name=name,
-        phases=distribute(epochs, shares, lr_factor),
+        phases=divide(epochs, shares, lr, freeze_epochs),
         weights=weights or facts.default_weights,
         **(settings | fields),
     )
@@ -200,14 +208,7 @@ def check_recipe(recipe: Recipe) -> None:
     That is if its architecture is unknown or has no such weights or image size, or if a phase has no epochs.
     """
     _check_name(recipe.name)
-    if not recipe.phases:
-        raise UsageError(f'the recipe {recipe.name} has no phases, so it trains nothing.')
-    for phase in recipe.phases:
-        if phase.epochs < 1 or not 0 < phase.lr < math.inf:
-            raise UsageError(
-                f'the phase {phase.name} has {phase.epochs} epochs at the learning rate {phase.lr:g}: at least 1 epoch '
-                'and a positive rate are needed.'
-            )
+    _check_phases(recipe)
     check_not_ensemble(recipe.arch)
     facts = find_arch(recipe.arch)
     check_weights(recipe.arch, facts.weights, recipe.weights)
@@ -216,6 +217,17 @@ def check_recipe(recipe: Recipe) -> None:
             f'--size {recipe.size}, start_size {recipe.start_size:g}: {recipe.arch} accepts only {facts.size} pixels.'
         )
     Preprocessing.of(recipe)  # raises an error for invalid values
+
+
+def _check_phases(recipe: Recipe) -> None:
+    if not recipe.phases:
+        raise UsageError(f'the recipe {recipe.name} has no phases, so it trains nothing.')
+    for phase in recipe.phases:
+        if phase.epochs < 1 or not 0 < phase.lr < math.inf:
+            raise UsageError(
+                f'the phase {phase.name} has {phase.epochs} epochs at the learning rate {phase.lr:g}: at least 1 epoch '
+                'and a positive rate are needed.'
+            )
 
 
 def _check_name(name: str) -> None:
@@ -248,22 +260,70 @@ def check_weights(arch: str, known: Collection[str], weights: str) -> str:
 def revise_recipe(recipe: Recipe, /, **changes: Any) -> Recipe:
     """Return `recipe` with `changes`, which are arguments of `make_recipe`.
 
+    With another `lr`, the phases keep the ratio of their learning rates. With other `epochs` or another `arch`, they
+    are those of the named recipe, with a number of frozen epochs that was chosen for `recipe`; a warning names those
+    that this replaces, such as the further phases of a run that was trained longer.
+
     Raises `UsageError` for unknown names and values out of range, and for a recipe that does not describe a training
     completely, such as that of a run that `save_run` wrote.
     """
     _check_name(recipe.name)
     if not changes:
         return recipe
-    arguments: dict[str, Any] = {
-        'arch': recipe.arch,
-        'name': recipe.name,
-        'epochs': recipe.epochs,
-        'lr': recipe.phases[0].lr,
-    }
-    changes_phases = bool({*arguments, 'freeze_epochs'} & changes.keys())
-    fields = {name: value for name, value in vars(recipe).items() if name not in (*arguments, 'phases')}
-    revised = make_recipe(**(arguments | fields | changes))
-    return revised if changes_phases else replace(revised, phases=recipe.phases)
+    _check_phases(recipe)
+    phases = recipe.phases
+    first = phases[0]
+    before: dict[str, Any] = {'arch': recipe.arch, 'name': recipe.name, 'epochs': recipe.epochs, 'lr': first.lr}
+    before['freeze_epochs'] = first.epochs if first.frozen else None
+    changed = [name for name in before if changes.get(name, before[name]) not in (None, before[name])]
+    fields = {name: value for name, value in vars(recipe).items() if name not in (*before, 'phases')}
+    arguments = {**before, **fields, 'freeze_epochs': _keep_frozen_epochs(recipe, changes), **changes}
+    revised = make_recipe(**arguments)
+    if changed in ([], ['lr']):
+        if changed:
+            phases = scale_rates(phases, changes['lr'])
+        if 'patience' in changes:
+            phases = tuple(replace(phase, patience=None) for phase in phases)
+        return replace(revised, phases=phases)
+    _warn_of_replaced_phases(recipe, revised, changed, arguments['freeze_epochs'])
+    return revised
+
+
+def _find_shares(arch: str, name: str) -> tuple[PhaseShare, ...]:
+    """Return the phases of the recipe `name` for `arch`; empty if it is not known in this process."""
+    with suppress(UsageError):
+        return find_arch(arch).phases.get(name, ())
+    return ()
+
+
+def _keep_frozen_epochs(recipe: Recipe, changes: dict[str, Any]) -> int | None:
+    """Return the number of frozen epochs that was chosen for `recipe`; None if it makes no sense with the `changes`."""
+    shares = _find_shares(recipe.arch, recipe.name)
+    frozen = find_frozen_epochs(recipe.phases, shares) if shares else None
+    new_shares = _find_shares(changes.get('arch', recipe.arch), changes.get('name', recipe.name))
+    if frozen is None or not new_shares or not new_shares[0].frozen:
+        return None
+    epochs = changes.get('epochs', recipe.epochs)
+    if all(phase.frozen for phase in recipe.phases):
+        return epochs
+    return frozen if frozen < epochs else None
+
+
+def _warn_of_replaced_phases(recipe: Recipe, revised: Recipe, changed: list[str], frozen_epochs: int | None) -> None:
+    """Warn if `revised`, with other values of the arguments `changed`, lacks what was chosen for phases of `recipe`."""
+    shares = _find_shares(recipe.arch, recipe.name)
+    if not shares:
+        return
+    has_lost_frozen_epochs = frozen_epochs is None and find_frozen_epochs(recipe.phases, shares) is not None
+    if are_divided(recipe.phases, shares) and not has_lost_frozen_epochs:
+        return
+    options = ' and '.join(f'--{name.replace("_", "-")}' for name in changed)
+    warnings.warn(
+        f'{options}: the phases of the recipe ({describe_phases(recipe.phases)}) are replaced by '
+        f'{describe_phases(revised.phases)}.',
+        CXRWarning,
+        stacklevel=3,
+    )
 
 
 def build_model(arch: str, weights: str = 'none') -> nn.Sequential:

@@ -5,12 +5,14 @@ They depend on whether training starts from pretrained weights. This module load
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
 
 from cxr_fastai.core.errors import UsageError
-from cxr_fastai.core.recipe import Phase
+from cxr_fastai.core.recipe import EXTENSION, Phase
 
 
 class PhaseShare(NamedTuple):
@@ -50,6 +52,42 @@ def distribute(epochs: int, shares: Sequence[PhaseShare], lr_factor: float = 1) 
         Phase(phase.name, count, phase.lr * lr_factor, phase.frozen)
         for phase, count in zip(shares, counts, strict=True)
         if count > 0
+    )
+
+
+def divide(
+    epochs: int, shares: Sequence[PhaseShare], lr: float | None = None, frozen_epochs: int | None = None
+) -> tuple[Phase, ...]:
+    """Distribute the `epochs` over the phases, with the learning rate `lr` and `frozen_epochs` in the first of them.
+
+    By default both are those of the `shares`. Raises `UsageError` as `freeze_first`.
+    """
+    if frozen_epochs is not None:
+        shares = freeze_first(epochs, shares, frozen_epochs)
+    return distribute(epochs, shares, 1 if lr is None else lr / shares[0].lr)
+
+
+def scale_rates(phases: Sequence[Phase], lr: float) -> tuple[Phase, ...]:
+    """Return the `phases` with the learning rate `lr` in the first one; the others keep their ratio to it."""
+    return tuple(replace(phase, lr=lr * (phase.lr / phases[0].lr)) for phase in phases)
+
+
+def find_frozen_epochs(phases: Sequence[Phase], shares: Sequence[PhaseShare]) -> int | None:
+    """Return the frozen epochs with which `phases` begin; None if there are none, or as many as the `shares` give."""
+    planned = [phase for phase in phases if not phase.name.startswith(EXTENSION)]
+    if not planned or not planned[0].frozen or not shares[0].frozen:
+        return None
+    default, *_ = distribute(sum(phase.epochs for phase in planned), shares)
+    return None if planned[0].epochs == default.epochs else planned[0].epochs
+
+
+def are_divided(phases: Sequence[Phase], shares: Sequence[PhaseShare]) -> bool:
+    """Return whether `phases` are the `shares` for some number of epochs, of frozen epochs, and some learning rate."""
+    epochs = sum(phase.epochs for phase in phases)
+    divided = divide(epochs, shares, phases[0].lr, find_frozen_epochs(phases, shares))
+    return len(phases) == len(divided) and all(
+        math.isclose(phase.lr, other.lr) and replace(phase, lr=other.lr) == other
+        for phase, other in zip(phases, divided, strict=True)
     )
 
 

@@ -135,7 +135,7 @@ def _recipe_training(run: Run, start: dict[str, Any]) -> dict[str, str]:
         'Class imbalance': 'weights in the loss, so that both classes count equally'
         if recipe.class_weights
         else 'no resampling and no class weights',
-        'Final model': _final_model(recipe, run.kept_epoch or UNKNOWN, len(run.history)),
+        'Final model': _final_model(recipe, run.kept_epoch or UNKNOWN, run.history.phase.tolist()),
         'Seed': UNKNOWN if start.get('saved_by_hand') else str(recipe.seed),
         'Precision': recipe.precision,
     }
@@ -206,12 +206,14 @@ def _augmentation(recipe: Recipe) -> str:
     return f'training images only: {", ".join(steps) or "none"}'
 
 
-def _final_model(recipe: Recipe, epoch: int | str, epochs: int) -> str:
-    text = f'a single network, from epoch {epoch} of {epochs} (highest validation AUC)'
+def _final_model(recipe: Recipe, epoch: int | str, trained: list[str]) -> str:
+    """Describe the network that was kept: that of `epoch`. `trained` has the phase of each epoch."""
+    text = f'a single network, from epoch {epoch} of {len(trained)} (highest validation AUC)'
     if recipe.valid == 'none':
-        text = f'a single network, from the last of {epochs} epochs'
-    if epochs < recipe.epochs:
-        text += f'; training stopped early, before the {recipe.epochs} epochs of the recipe'
+        text = f'a single network, from the last of {len(trained)} epochs'
+    for phase in recipe.phases:
+        if 0 < trained.count(phase.name) < phase.epochs:
+            text += f'; {phase.name} stopped early, after {trained.count(phase.name)} of its {phase.epochs} epochs'
     if recipe.ema:
         text += f'; an exponential moving average of the weights with decay {recipe.ema:g}'
     return text

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 def recipe_callbacks(recipe: Recipe) -> list[Callback]:
-    """Return the callbacks that `recipe` needs in every phase."""
+    """Return the callbacks that `recipe` needs in every phase; `fit_phase` adds those of one phase."""
     callbacks: list[Callback] = []
     if recipe.mixup:
         callbacks.append(MixUp(recipe.mixup))
@@ -60,8 +60,6 @@ def recipe_callbacks(recipe: Recipe) -> list[Callback]:
         callbacks.append(Precision(recipe.precision))
     if recipe.start_size < 1:
         callbacks.append(GrowImages(recipe.start_size))
-    if recipe.patience:
-        callbacks.append(StopEarly(recipe.patience))
     return callbacks
 
 
@@ -226,31 +224,36 @@ class KeepBest(Callback):
 
 
 class StopEarly(Callback):
-    """End the phase after `patience` epochs without one that `KeepBest` keeps; the next phase counts from 0."""
+    """End the phase after `patience` epochs without one that `KeepBest` keeps. Each phase has a callback of its own."""
 
     order = KeepBest.order + 1
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
         self.worse_epochs = 0
+        self.had_ended = False  # before the training was resumed
 
     def state_dict(self) -> dict[str, Any]:
         return {'worse_epochs': self.worse_epochs}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.worse_epochs = state['worse_epochs']
+        self.had_ended = self.has_ended
 
-    def before_fit(self) -> None:
-        self.worse_epochs = 0
+    @property
+    def has_ended(self) -> bool:
+        return self.worse_epochs >= self.patience
 
     def before_epoch(self) -> None:
         """Stop here, and not after an epoch, which the callbacks that come later have to log and save first."""
-        if self.worse_epochs >= self.patience:
+        if not self.has_ended:
+            return
+        if not self.had_ended:
             log.info(
                 f'{self.history.phase} stops early: no epoch since epoch {self.keep_best.row["epoch"]} was better '
                 f'(--patience {self.patience})'
             )
-            raise CancelFitException
+        raise CancelFitException
 
     def after_epoch(self) -> None:
         is_best = self.keep_best.row is self.history.rows[-1]

@@ -117,6 +117,7 @@ class CXRLearner(Learner):
         lr: float | None = None,
         cbs: Callback | Sequence[Callback] | None = None,
         start: Position = START,
+        **fields: Any,
     ) -> dict[str, Any]:
         """Train through the phases of a recipe, keep the weights of the best epoch, and return its row of the history.
 
@@ -130,13 +131,15 @@ class CXRLearner(Learner):
             lr: learning rate of the first phase; those of later phases keep their ratio to it.
             cbs: further callbacks.
             start: where to continue an interrupted training.
+            fields: `freeze_epochs`, and fields of `Recipe` about the optimisation, such as `patience` or `ema`.
 
         Raises `Diverged` if the loss becomes NaN or infinite; the learner then has the best weights so far.
         """
         if isinstance(recipe, str):
-            recipe = named_recipe(self, recipe, epochs, lr)
-        elif epochs is not None or lr is not None:
-            raise UsageError('epochs and lr are those of the recipe. Pass the name of a recipe to choose them.')
+            recipe = named_recipe(self, recipe, epochs, lr, **fields)
+        elif fields or epochs is not None or lr is not None:
+            names = ', '.join(['epochs and lr', *fields])
+            raise UsageError(f'{names}: a Recipe has its own. Pass the name of a recipe to choose them.')
         check_recipe_of(self, recipe)
         warn_of_cut_cycle(recipe)
         check_loaders(self.dls)

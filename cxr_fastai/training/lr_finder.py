@@ -62,7 +62,7 @@ def find_rates(recipe: Recipe, data: StrPath, steps: int = 100, device: str | No
 
 
 def _run_lr_find(learn: Learner, recipe: Recipe, steps: int) -> float:
-    callbacks = recipe_callbacks(replace(recipe, ema=0.0, start_size=1.0, patience=0))
+    callbacks = recipe_callbacks(replace(recipe, ema=0.0, start_size=1.0))
     with TemporaryDirectory() as folder, learn.no_bar(), learn.added_cbs(callbacks):
         learn.path = Path(folder)  # fastai saves the initial weights there and restores them
         try:

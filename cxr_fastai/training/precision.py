@@ -17,9 +17,8 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastcore.foundation import L
 from torch.nn.functional import cross_entropy
 
-from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.hardware import bf16_instructions
-from cxr_fastai.core.recipe import CHOICES, VOCAB, Recipe
+from cxr_fastai.core.recipe import VOCAB, Recipe, check_choice
 from cxr_fastai.models.networks import create_network
 from cxr_fastai.training.depthwise import DepthwiseGradients
 
@@ -78,8 +77,7 @@ class Precision(MixedPrecision):
 
 def check_precision(precision: str) -> None:
     """Raise `UsageError` if `precision` is neither `auto` nor one that a recipe may have."""
-    if precision not in (AUTO, *CHOICES['precision']):
-        raise UsageError(f'--precision {precision}: choose auto or {" or ".join(CHOICES["precision"])}.')
+    check_choice('precision', precision, AUTO)
 
 
 def choose_precision(recipe: Recipe, device: torch.device, n_images: int, compiled: bool = False) -> dict[str, Any]:

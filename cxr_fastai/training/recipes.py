@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 
-from cxr_fastai.core.errors import CXRWarning, UsageError
+from cxr_fastai.core.errors import CXRWarning, UsageError, did_you_mean
 from cxr_fastai.core.recipe import AUGMENTATION_FIELDS, DATA_FIELDS, VOCAB, Phase, Recipe, data_recipe
 from cxr_fastai.models.architectures import ARCHS, find_arch, make_recipe
 from cxr_fastai.models.registry import Arch
-from cxr_fastai.training.callbacks import ReduceOnPlateau
+from cxr_fastai.training.callbacks import ReduceOnPlateau, StopEarly
 from cxr_fastai.training.optimizer import TorchOptimizer
 
 OPTIMIZERS = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}
 """Optimisers by name. `adam` applies weight decay as an L2 penalty, `adamw` decouples it from the gradient."""
+NOT_OF_A_FIT = ('arch', 'phases', 'name', 'weights', 'threshold', *DATA_FIELDS)
+FIT_FIELDS = ('freeze_epochs', *(field.name for field in dataclass_fields(Recipe) if field.name not in NOT_OF_A_FIT))
+"""Arguments of `make_recipe` that `fit_recipe` takes: those about the optimisation."""
 
 
-def named_recipe(learn: Any, name: str, epochs: int | None, lr: float | None) -> Recipe:
-    """Return the recipe `name` for the network and the images of `learn`."""
+def named_recipe(learn: Any, name: str, epochs: int | None, lr: float | None, **fields: Any) -> Recipe:
+    """Return the recipe `name` for the network and the images of `learn`, with other `fields`.
+
+    Raises `UsageError` for a field that is not one of `FIT_FIELDS`.
+    """
+    _check_fields(fields)
     arch = learn.arch if known_arch(learn.arch) else 'baseline'  # an own network trains like one from scratch
-    recipe = make_recipe(arch, name, epochs, lr)
+    recipe = make_recipe(arch, name, epochs, lr, **fields)
     images = getattr(learn.dls, 'recipe', None)
     if images is None:
         return replace(recipe, arch=learn.arch, weights=learn.pretrained)
@@ -45,6 +55,17 @@ def named_recipe(learn: Any, name: str, epochs: int | None, lr: float | None) ->
         )
     data_fields = {field: getattr(images, field) for field in DATA_FIELDS}
     return replace(recipe, arch=learn.arch, weights=learn.pretrained, **data_fields)
+
+
+def _check_fields(names: Iterable[str]) -> None:
+    for name in names:
+        if name in DATA_FIELDS:
+            raise UsageError(f'{name}: about the images, which are those of the loaders. Pass it to CXRDataLoaders.')
+        if name not in FIT_FIELDS:
+            raise UsageError(
+                f'{name}: not an argument of fit_recipe{did_you_mean(name, FIT_FIELDS)}. It takes epochs, lr, cbs, '
+                f'{", ".join(FIT_FIELDS)}.'
+            )
 
 
 def known_arch(arch: str) -> Arch | None:
@@ -89,9 +110,10 @@ def check_recipe_of(learn: Any, recipe: Recipe) -> None:
 
 def warn_of_cut_cycle(recipe: Recipe) -> None:
     """Warn if `recipe` can stop early within a cycle of the learning rate."""
-    if recipe.patience and recipe.schedule == 'one-cycle':
+    patience = max(map(recipe.patience_of, recipe.phases), default=0)
+    if patience and recipe.schedule == 'one-cycle':
         warnings.warn(
-            f'--patience {recipe.patience} with the schedule one-cycle: the learning rate is lowest at the end of a '
+            f'--patience {patience} with the schedule one-cycle: the learning rate is lowest at the end of a '
             'phase, where networks improve most, and a phase that stops early leaves that out. A smaller number of '
             '--epochs shortens the whole cycle instead; --set schedule=plateau suits --patience.',
             CXRWarning,
@@ -116,10 +138,14 @@ def fit_phase(learn: Any, phase: Phase, recipe: Recipe) -> None:
     start_phase(learn, phase)
     learn.history.phase = phase.name
     rates = slice(phase.lr * recipe.body_lr, phase.lr)  # from the body to the head
+    callbacks: list[Callback] = []
+    if recipe.patience_of(phase):
+        callbacks.append(StopEarly(recipe.patience_of(phase)))
     if recipe.schedule == 'one-cycle':
-        learn.fit_one_cycle(phase.epochs, rates)
-    else:
-        learn.fit(phase.epochs, rates, cbs=ReduceOnPlateau(recipe.plateau_factor, recipe.plateau_patience))
+        learn.fit_one_cycle(phase.epochs, rates, cbs=callbacks)
+        return
+    callbacks.append(ReduceOnPlateau(recipe.plateau_factor, recipe.plateau_patience))
+    learn.fit(phase.epochs, rates, cbs=callbacks)
 
 
 def start_phase(learn: Learner, phase: Phase) -> None:

@@ -182,7 +182,7 @@ def _has_phases(trained: list[str], recipe: Recipe) -> bool:
     counts = Counter(trained)
     limits = {phase.name: phase.epochs for phase in recipe.phases}
     expected = [name for name, epochs in limits.items() for _ in range(min(epochs, counts[name]))]
-    is_complete = bool(recipe.patience) or len(trained) == recipe.epochs
+    is_complete = recipe.can_stop_early or len(trained) == recipe.epochs
     return trained == expected and is_complete
 
 

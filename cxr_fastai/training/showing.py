@@ -31,13 +31,15 @@ class ShowEpochs(Callback):
     """Log two lines per epoch, and show the progress of its batches: a bar, or lines in the log (see `ShownProgress`).
 
     The second line has the training images per second, without validation, and the time that is left, if every epoch of
-    `phases`, which are those that are fitted from now on, takes as long as the last one.
+    `phases`, which are those that are fitted from now on, takes as long as the last one; an upper limit
+    if they `can_stop_early`.
     """
 
     order = KeepBest.order + 2
 
-    def __init__(self, phases: Sequence[Phase] = ()) -> None:
+    def __init__(self, phases: Sequence[Phase] = (), can_stop_early: bool = False) -> None:
         self.later_phases = list(phases)
+        self.can_stop_early = can_stop_early
         self.bar: ShownProgress | None = None
         self.train_seconds = 0.0
 
@@ -72,7 +74,7 @@ class ShowEpochs(Callback):
         line = f'{self.history.image_count / self.train_seconds:,.1f} images/s'
         epochs_left = self.n_epoch - self.epoch - 1 + sum(phase.epochs for phase in self.later_phases)
         if epochs_left:
-            limit = 'at most ' if hasattr(self.learn, 'stop_early') else 'about '
+            limit = 'at most ' if self.can_stop_early else 'about '
             line += f', {limit}{format_seconds(row["seconds"] * epochs_left)} left for {counted(epochs_left, "epoch")}'
         log.info(f'{"":>14}{line}')
 

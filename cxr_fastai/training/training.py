@@ -42,7 +42,7 @@ from cxr_fastai.training.checkpoint import (
 )
 from cxr_fastai.training.checks import check_place, check_space
 from cxr_fastai.training.distributed import call_once, check_batch_size, share_batches, training_processes
-from cxr_fastai.training.extending import is_finished
+from cxr_fastai.training.extending import count_epochs, describe_extension, is_finished
 from cxr_fastai.training.hardware import CompileSteps, can_compile, check_compile, describe_environment, has_compiler
 from cxr_fastai.training.learner import CXRLearner, Diverged, recipe_learner
 from cxr_fastai.training.precision import AUTO, check_precision, choose_precision
@@ -115,6 +115,7 @@ def train(
         if not resume:
             stack.enter_context(Run.create(out).locked())
         facts |= {'data': str(data.resolve()), 'unreadable': unreadable, 'track': track, 'compiled': compiled}
+        _log_start(learn, recipe, state)
         _record_start(run, learn, recipe, items, resume, facts)
         _fit_and_save(learn, recipe, run, state, compiled, track)
     return run
@@ -180,6 +181,16 @@ def _make_learner(
     return recipe_learner(dls, replace(recipe, weights='none') if state else recipe)
 
 
+def _log_start(learn: CXRLearner, recipe: Recipe, state: dict[str, Any] | None) -> None:
+    environment = describe_environment(learn.dls.device)
+    trained, planned = count_epochs(recipe, state)
+    log.info(
+        f'training {recipe.arch} by the recipe {recipe.name} on {environment["device"]} ({environment["hardware"]}), '
+        f'precision {recipe.precision}: {counted(learn.dls.train.n)} in {counted(len(learn.dls.train), "batch")}, '
+        f'{counted(planned, "epoch")}' + (f', of which {trained} trained already' if trained else '')
+    )
+
+
 def _record_start(
     run: Run, learn: CXRLearner, recipe: Recipe, items: pd.DataFrame, resume: bool, facts: dict[str, Any]
 ) -> None:
@@ -191,24 +202,16 @@ def _record_start(
     if resume:
         _warn_of_changes(run.last_event('start', 'resume'), circumstances)
     facts = facts | describe_network(learn.model, recipe) | circumstances
-    log.info(_describe_start(learn, recipe, circumstances))
     if resume:
         added = recipe.phases[len(run.recipe.phases) :]
         if added:
             run.extend(recipe)
             facts['added'] = [asdict(phase) for phase in added]
+            log.info('; '.join(describe_extension(phase) for phase in added))
         run.log_event('resume', **facts)
     else:
         run.log_event('start', **facts)
         run.start(recipe, items)
-
-
-def _describe_start(learn: CXRLearner, recipe: Recipe, circumstances: dict[str, Any]) -> str:
-    return (
-        f'training {recipe.arch} by the recipe {recipe.name} on {circumstances["device"]} '
-        f'({circumstances["hardware"]}), precision {recipe.precision}: {counted(learn.dls.train.n)} in '
-        f'{counted(len(learn.dls.train), "batch")}, {counted(recipe.epochs, "epoch")}'
-    )
 
 
 def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -291,7 +294,7 @@ def fit_run(
     """
     items = run.items if (run / 'items.csv').is_file() else pd.DataFrame()
     checkpoint = Checkpoint(run, identify(recipe, items), state)
-    show = ShowEpochs(recipe.phases[checkpoint.start.phase :])
+    show = ShowEpochs(recipe.phases[checkpoint.start.phase :], recipe.can_stop_early)
     draw = DrawBatch(run / FIRST_BATCH)
     learn.history.run_folder = run
     try:

@@ -71,6 +71,9 @@ def test_images_without_patients_are_drawn_one_by_one_with_a_warning(images, tmp
         (['--arch', 'vgg'], 'vgg is unknown: choose baseline, resnet50, efficientnet_lite0, .*torchvision.NAME, or'),
         (['--recipe', 'magic'], 'magic is unknown: choose reference or tuned'),
         (['--valid', 'random'], 'choose official or patients'),
+        (['--valid', 'val'], r'--valid val \(did you mean official\?\): choose official or patients or none'),
+        (['--valid', 'patiens'], r'did you mean patients\?'),
+        (['--precision', 'bfloat16'], r'--precision bfloat16 \(did you mean bf16\?\): choose .*fp32'),
         (['--epochs', '0'], 'at least 1'),
         (['--freeze-epochs', '2'], '--freeze-epochs 2: this training has no frozen phase, but train at 0.001. Omit'),
         (['--patience', '-1'], 'patience -1: a number from 0 to 1000 is needed'),
@@ -82,6 +85,20 @@ def test_images_without_patients_are_drawn_one_by_one_with_a_warning(images, tmp
 )
 def test_an_invalid_option_is_refused_before_a_run_exists(fails, train_argv, tmp_path, options, pattern):
     fails([*train_argv, *options], 2, pattern)
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('word', 'option'),
+    [('resnet50', '--arch'), ('tuned', '--recipe'), ('my.csv', '--csv'), ('12', '--epochs'), (Path('data'), '--data')],
+)
+def test_a_word_without_its_option_gets_the_option_that_was_meant(fails, train_argv, tmp_path, word, option):
+    if isinstance(word, Path):
+        word = tmp_path / word
+        word.mkdir()
+    message = f'{word}: `cxr-fastai {{}}` has no arguments, only options. Did you mean {option} {word}?'
+    fails([*train_argv, word], 2, re.escape(message.format('train')))
+    fails(['lr-find', word], 2, re.escape(message.format('lr-find')))
     assert not (tmp_path / 'run').exists()
 
 

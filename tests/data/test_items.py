@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.data.auditing import audit
 from cxr_fastai.data.items import ITEM_COLUMNS, data_root, describe_items, image_root, parse_name, read_items
+from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.data.splits import count_images
 
 FILES = [
@@ -132,6 +134,19 @@ def test_the_data_folder_is_the_option_or_the_environment_variable_or_the_defaul
     monkeypatch.setenv('CXR_DATA', str(tmp_path))
     assert data_root() == tmp_path
     assert data_root(tmp_path / 'data') == tmp_path / 'data'
+
+
+def test_a_missing_folder_is_named_with_the_layout_in_python_as_by_the_command(tmp_path):
+    gone = tmp_path / 'gone'
+    with pytest.raises(CXRError, match=r'gone: no such folder of images.*\(train\|val\|test / NORMAL') as command:
+        data_root(gone)
+    for read in (CXRDataLoaders.from_folder, read_items, audit):
+        with pytest.raises(CXRError) as error:
+            read(gone)
+        assert str(error.value) == str(command.value)
+    for options in ({}, {'label_col': 'class'}):
+        with pytest.raises(CXRError, match=r'gone.csv: no such file'):
+            CXRDataLoaders.from_csv(tmp_path, 'gone.csv', **options)
 
 
 def test_other_class_names_are_refused_with_the_file_that_maps_them(tmp_path):

@@ -1,9 +1,11 @@
 """The phases of the named recipes: their text, their rates, and the epochs of the frozen one."""
 
+from dataclasses import replace
+
 import pytest
 
-from cxr_fastai.core.errors import UsageError
-from cxr_fastai.core.recipe import RECIPES
+from cxr_fastai.core.errors import CXRWarning, UsageError
+from cxr_fastai.core.recipe import RECIPES, Phase
 from cxr_fastai.models.architectures import make_recipe, revise_recipe
 from cxr_fastai.models.phases import (
     EPOCHS,
@@ -70,3 +72,44 @@ def test_frozen_epochs_that_a_training_cannot_have_are_refused(arch, name, froze
 def test_frozen_epochs_replace_those_of_a_recipe_file():
     known = make_recipe('resnet50', epochs=6, lr=1e-2)
     assert revise_recipe(known, freeze_epochs=1) == make_recipe('resnet50', epochs=6, lr=1e-2, freeze_epochs=1)
+
+
+CHOSEN = make_recipe('resnet50', epochs=6, freeze_epochs=4)
+HEAD_ONLY = make_recipe('resnet50', epochs=6, freeze_epochs=6)
+LONGER = replace(CHOSEN, phases=(*CHOSEN.phases, Phase('extension', 3, 2e-5, patience=2)))
+
+
+@pytest.mark.parametrize(
+    ('known', 'changes', 'expected'),
+    [
+        (CHOSEN, {'epochs': 12}, [(4, 1e-3), (8, 1e-5)]),
+        (CHOSEN, {'lr': 1e-2}, [(4, 1e-2), (2, 1e-4)]),
+        (CHOSEN, {'arch': 'efficientnet_lite0'}, [(4, 1e-3), (2, 1e-5)]),
+        (HEAD_ONLY, {'epochs': 12}, [(12, 1e-3)]),
+        (LONGER, {'lr': 1e-2}, [(4, 1e-2), (2, 1e-4), (3, 2e-4)]),
+        (LONGER, {'arch': 'resnet50', 'epochs': 9, 'freeze_epochs': 4}, [(4, 1e-3), (2, 1e-5), (3, 2e-5)]),
+        (make_recipe('resnet50', epochs=6), {'epochs': 12}, [(4, 1e-3), (8, 1e-5)]),
+    ],
+)
+def test_the_phases_of_a_recipe_file_are_kept_where_they_make_sense(known, changes, expected):
+    if changes.get('arch') == 'efficientnet_lite0':
+        pytest.importorskip('timm')
+    phases = revise_recipe(known, **changes).phases
+    assert [(phase.epochs, pytest.approx(phase.lr)) for phase in phases] == expected
+
+
+@pytest.mark.parametrize(
+    ('known', 'changes', 'message'),
+    [
+        (
+            CHOSEN,
+            {'epochs': 3},
+            r'--epochs: .*\(4 epochs of frozen at 0.001 and 2 epochs of fine-tune at 1e-05\) are',
+        ),
+        (CHOSEN, {'arch': 'baseline', 'weights': 'none'}, '--arch: .* are replaced by 6 epochs of train at 0.001'),
+        (LONGER, {'epochs': 6, 'lr': 1e-2}, '--epochs and --lr: .* 3 epochs of extension at 2e-05 with the patience 2'),
+    ],
+)
+def test_phases_of_a_recipe_file_that_are_replaced_are_named(known, changes, message):
+    with pytest.warns(CXRWarning, match=message):
+        revise_recipe(known, **changes)

@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from fastai.callback.core import Callback
+from fastai.torch_core import set_seed
 
 from cxr_fastai.cli import main
 from cxr_fastai.core.errors import CXRWarning, UsageError
@@ -12,6 +14,7 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.models.architectures import make_recipe
+from cxr_fastai.publishing.model_card import describe_run
 from cxr_fastai.training.callbacks import History
 from cxr_fastai.training.checkpoint import load_state
 from cxr_fastai.training.extending import extend_recipe
@@ -44,6 +47,7 @@ def with_phases(*phases: Phase, **fields) -> Recipe:
 
 
 def new_learner(images, recipe: Recipe) -> CXRLearner:
+    set_seed(recipe.seed, reproducible=True)
     return recipe_learner(CXRDataLoaders.from_items(read_items(images, limit=recipe.limit), images, recipe), recipe)
 
 
@@ -83,6 +87,21 @@ def test_a_resumed_training_keeps_the_count(images, run, stop):
     assert len(run.history) == 3
 
 
+@pytest.mark.parametrize('stop', [3, 4, 5])
+def test_an_extension_stops_by_its_own_patience_also_if_it_is_resumed(images, tmp_path, stop):
+    recipe = with_phases(Phase('train', 2, 1e-3), Phase('extension', 6, 1e-3, patience=2), patience=0)
+    scores = [0.9, 0.5, 0.5, 0.5, 0.5]
+    runs = [Run.create(tmp_path / name) for name in ('whole', 'interrupted')]
+    fit_run(new_learner(images, recipe), recipe, runs[0], cbs=[Script(scores)])
+    with pytest.raises(KeyboardInterrupt):
+        fit_run(new_learner(images, recipe), recipe, runs[1], cbs=[Script(scores, stop)])
+    fit_run(new_learner(images, recipe), recipe, runs[1], load_state(runs[1]), cbs=[Script(scores)])
+    assert [len(run.history) for run in runs] == [4, 4]
+    whole, resumed = (load_state(run) for run in runs)
+    assert whole['stop_early'] == resumed['stop_early'] == {'worse_epochs': 2}
+    assert all(torch.equal(whole['model'][name], resumed['model'][name]) for name in whole['model'])
+
+
 def test_patience_with_one_cycle_warns_that_the_cycle_is_cut(images, run):
     recipe = with_phases(Phase('train', 2, 1e-3), schedule='one-cycle')
     with pytest.warns(CXRWarning, match='--patience 2 with the schedule one-cycle: the learning rate is lowest at the'):
@@ -92,6 +111,8 @@ def test_patience_with_one_cycle_warns_that_the_cycle_is_cut(images, run):
 def test_patience_without_validation_is_refused():
     with pytest.raises(UsageError, match='--patience 2 and --valid none: without validation images no epoch is better'):
         replace(RECIPE, valid='none')
+    with pytest.raises(UsageError, match='--patience 3 and --valid none'):
+        with_phases(Phase('train', 2, 1e-3, patience=3), valid='none', patience=0)
 
 
 def test_a_learner_that_stopped_early_is_saved_with_its_recipe(images, tmp_path):
@@ -130,5 +151,15 @@ def test_the_command_records_an_early_stop_and_can_train_longer(images, tmp_path
     assert main(['train', '--resume', str(folder)]) == 0
     assert f'trained for {epochs} epochs already, so nothing is left to do' in capsys.readouterr().out
     assert extend_recipe(run, epochs + 1).phases[1:] == (Phase('extension', 1, 1e-3),)
-    assert main(['train', '--resume', str(folder), '--epochs', str(epochs + 1)]) == 0
+    longer = ['train', '--resume', str(folder), '--epochs', str(epochs + 1), '--patience', '3']
+    assert main(longer) == 0
+    assert run.recipe.patience == 1 and run.recipe.phases[1:] == (Phase('extension', 1, 1e-3, patience=3),)
     assert len(run.history) == epochs + 1 and run.history.phase.iloc[-1] == 'extension'
+    log = capsys.readouterr().out
+    assert f', {epochs + 1} epochs, of which {epochs} trained already' in log and 'stops early' not in log
+    kept = f'of {epochs + 1} (highest validation AUC); train stopped early, after {epochs} of its 15 epochs'
+    assert describe_run(run)['Final model'].endswith(kept)
+    assert main(longer) == 0 and main(['train', '--resume', str(folder), '--patience', '3']) == 0
+    assert capsys.readouterr().out.count('nothing is left to do') == 2
+    assert main(['train', '--resume', str(folder), '--patience', '2']) == 2
+    assert '--patience 2 and --resume' in capsys.readouterr().err

@@ -66,11 +66,23 @@ def test_a_run_is_trained_longer_by_a_further_phase_that_its_folder_records(copi
         ['extension', 3, 2e-4],
     ]
     resume = copied.last_event('resume')
-    assert resume['added'] == [{'name': 'extension', 'epochs': 1, 'lr': 2e-4, 'frozen': False}]
+    assert resume['added'] == [{'name': 'extension', 'epochs': 1, 'lr': 2e-4, 'frozen': False, 'patience': None}]
     assert copied.last_event('end')['epochs'] == 3 and copied.kept_epoch in (1, 2, 3)
     again = extend_recipe(copied, 5)
     assert again.phases[2:] == (Phase('extension-2', 2, 2e-4),)
     assert command_line(again) == 'cxr-fastai train --data DIR --recipe recipe.json'
+
+
+@pytest.mark.parametrize(
+    ('frozen', 'trained'),
+    [(True, 'only the head, as before: the body stays frozen'), (False, 'the whole network')],
+)
+def test_the_log_says_whether_the_body_stays_frozen(images, tmp_path, caplog, frozen, trained):
+    recipe = replace(RECIPE, phases=(Phase('train', 1, 1e-3, frozen),))
+    run = train(recipe, images, tmp_path / 'run')
+    caplog.set_level('INFO', 'cxr_fastai')
+    train(extend_recipe(run, 2), images, run.path, resume=True)
+    assert f'1 epoch of extension at 0.001 trains {trained}' in caplog.messages
 
 
 def test_metrics_of_the_shorter_training_are_refused(copied, images):
@@ -88,6 +100,8 @@ def test_metrics_of_the_shorter_training_are_refused(copied, images):
         ({'epochs': 1}, '--epochs 1: .* was trained for 2 epochs already, and epochs cannot be undone'),
         ({'epochs': 2, 'lr': 1e-4}, '--lr 0.0001: with --resume it is the learning rate of further epochs'),
         ({'epochs': 3, 'lr': -1.0}, 'the phase extension has 1 epochs at the learning rate -1'),
+        ({'epochs': 2, 'patience': 3}, '--patience 3: with --resume it is the patience of further epochs, and'),
+        ({'epochs': 3, 'patience': -1}, 'patience -1: a number from 0 to 1000 is needed'),
     ],
 )
 def test_what_would_not_train_longer_is_refused(trained, options, message):

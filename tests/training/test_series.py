@@ -22,6 +22,7 @@ from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.training import series as training_series
 from cxr_fastai.training import training
+from cxr_fastai.training.extending import extend_recipe
 from cxr_fastai.training.series import resume_series, train_folds, train_seeds
 
 RECIPE = make_recipe('baseline', epochs=1, size=48, batch_size=8, seed=3, workers=0)
@@ -101,6 +102,21 @@ def test_an_interrupted_series_continues_with_the_missing_trainings(folds, image
     assert (series.folder('fold-0') / 'journal.jsonl').read_bytes() == before
     for old, new in zip(folds.open_runs(), series.open_runs(), strict=True):
         assert (old / 'model.safetensors').read_bytes() == (new / 'model.safetensors').read_bytes()
+
+
+def test_one_fold_is_not_trained_longer_alone(folds, tmp_path, capsys):
+    series = copy_of(folds, tmp_path / 'folds')
+    fold = series.folder('fold-1')
+    assert main(['train', '--resume', str(fold), '--epochs', '3']) == 2
+    advice = f'`cxr-fastai train --recipe {fold}/recipe.json --epochs 3 --folds 3 --out DIR`, or extend a copy'
+    error = ' '.join(capsys.readouterr().err.split())
+    assert f'{fold} is one of 3 folds' in error and advice in error
+    copied = Run.open(shutil.copytree(fold, tmp_path / 'copied'))
+    longer = extend_recipe(copied, 3)
+    assert longer.extensions == 1
+    Run(fold).extend(longer)
+    with pytest.raises(UsageError, match='fold-1 was trained in another way than fold-0 .*and 2 epochs of extension'):
+        evaluate_folds(series)
 
 
 def test_a_training_that_was_stopped_before_it_began_is_started_again(folds, images, tmp_path):

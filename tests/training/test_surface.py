@@ -331,8 +331,29 @@ def test_a_recipe_whose_augmentation_the_loaders_do_not_have_warns(learn):
 
 
 def test_epochs_of_a_recipe_object_cannot_be_changed(learn):
-    with pytest.raises(UsageError, match='epochs and lr are those of the recipe'):
+    with pytest.raises(UsageError, match='epochs and lr: a Recipe has its own. Pass the name of a recipe'):
         learn.fit_recipe(learn.dls.recipe, epochs=3)
+    with pytest.raises(UsageError, match='epochs and lr, patience: a Recipe has its own'):
+        learn.fit_recipe(learn.dls.recipe, patience=3)
+
+
+def test_fit_recipe_takes_the_settings_of_the_command(learn):
+    learn.fit_recipe('reference', epochs=3, patience=2, optimizer='adamw', ema=0.9, clip=1.0)
+    recipe = learn.recipe
+    assert (recipe.epochs, recipe.patience, recipe.optimizer, recipe.ema, recipe.clip) == (3, 2, 'adamw', 0.9, 1.0)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'patients': 2}, r'patients: not an argument of fit_recipe .did you mean patience.*It takes epochs, lr, cbs'),
+        ({'size': 64}, 'size: about the images, which are those of the loaders. Pass it to CXRDataLoaders'),
+        ({'freeze_epochs': 1}, '--freeze-epochs 1: this training has no frozen phase'),
+    ],
+)
+def test_an_argument_that_fit_recipe_does_not_take_is_refused_with_what_helps(learn, fields, message):
+    with pytest.raises(UsageError, match=message):
+        learn.fit_recipe('reference', epochs=1, **fields)
 
 
 def test_loaders_of_other_classes_and_sizes_are_refused(dls, images):

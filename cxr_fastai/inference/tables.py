@@ -48,6 +48,11 @@ class Predictions:
         return sum(row['prediction'] == VOCAB[POSITIVE] for row in self.rows)
 
     @property
+    def scored(self) -> list[int]:
+        """The positions of the rows with a probability."""
+        return [position for position, row in enumerate(self.rows) if row['status'] == 'ok']
+
+    @property
     def failures(self) -> list[Row]:
         """The rows of images without a probability, with the status `error` or `rejected`."""
         return [row for row in self.rows if row['status'] != 'ok']

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import count, islice
@@ -317,7 +318,7 @@ def explain_images(
 
 
 def explain_predictions(
-    predictions: Predictions, images: Sequence[Path], folder: Path | None, positions: Sequence[int] | None = None
+    predictions: Predictions, images: Sequence[StrPath], folder: Path | None, positions: Sequence[int] | None = None
 ) -> Iterator[Explained]:
     """Explain the predictions of `images` at these `positions`, and save the figures; see `save_explanations`.
 
@@ -332,8 +333,8 @@ def explain_predictions(
     return save_explanations(explanations, folder, [position + 1 for position in explained])
 
 
-def _subject_of_file(path: Path) -> Subject:
-    return Subject(path, visible(short_path(str(path))))
+def _subject_of_file(file: StrPath) -> Subject:
+    return Subject(file, visible(short_path(os.fspath(file))))
 
 
 def save_explanations(

@@ -61,9 +61,10 @@ class DicomFolder:
         """
         with writing(self.folder, OPTION):
             self.folder.mkdir(parents=True, exist_ok=True)
-        for image, row in zip(map(Path, images), rows, strict=True):
+        for file, row in zip(images, rows, strict=True):
+            image = Path(file)
             try:
-                data = read_bytes(image)
+                data = read_bytes(file)
                 if not is_dicom(data, image.suffix.lower()):
                     raise ImageError('not a DICOM file', NOT_DICOM)
                 self._report(image, read_source(data), with_numbers(row))
@@ -100,9 +101,8 @@ class DicomFolder:
         """
         from cxr_fastai.interpretation.explainer import explain_predictions
 
-        paths = [Path(image) for image in images]
-        explanations = explain_predictions(predictions, paths, None if figures is None else Path(figures))
-        return self.write_captures([paths[position] for position in predictions.scored], explanations)
+        explanations = explain_predictions(predictions, images, None if figures is None else Path(figures))
+        return self.write_captures([images[position] for position in predictions.scored], explanations)
 
     def _report(self, image: Path, source: DicomSource, row: Row) -> None:
         first = self._paths.setdefault(source.uid, image)

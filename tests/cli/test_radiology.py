@@ -152,3 +152,17 @@ def test_a_watched_folder_is_handled_until_ctrl_c_and_continued(bundle, studies,
         assert len(table.read_text().splitlines()) == 1 + images
         (folder / '4.dcm').write_bytes((studies / '1.dcm').read_bytes().replace(b'1.2.3.1', b'1.2.3.4'))
     assert len(list(out.iterdir())) == 4
+
+
+def test_a_watched_folder_gets_maps_and_names_the_images_without_one(bundle, studies, tmp_path, monkeypatch, capsys):
+    folder = Path(shutil.copytree(studies, tmp_path / 'in'))
+    text = radiograph(9, dcmread(studies / '2.dcm').pixel_array, BurnedInAnnotation='YES')
+    (folder / 'text.dcm').write_bytes(text)
+    time = Clock(error=KeyboardInterrupt)
+    watch = partial(watched_folder.watch_folder, clock=time, sleep=time.sleep)
+    monkeypatch.setattr(watched_folder, 'watch_folder', watch)
+    argv = ['predict', bundle, '--watch', folder, '--no-gate', '--explain', '--dicom-out', tmp_path / 'reports']
+    assert main([str(word) for word in argv]) == 130
+    printed = capsys.readouterr()
+    assert f'{folder / "text.dcm"}: E_BURNED_IN' in printed.err
+    assert '4 reports, 3 maps; not DICOM: 0 images' in printed.out

@@ -45,6 +45,20 @@ def save_radiographs(images: list[Path], folder: Path) -> list[Path]:
     return paths
 
 
+class BrokenFor:
+    """A constructor of highdicom that fails in an unexpected way on the image with one SOP Instance UID."""
+
+    def __init__(self, constructor: Any, uid: str) -> None:
+        self.constructor = constructor
+        self.uid = uid
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        evidence = options.get('evidence') or args[:1]
+        if evidence[0].SOPInstanceUID == self.uid:
+            raise RuntimeError(f'{evidence[0].PatientName} is not expected here')
+        return self.constructor(*args, **options)
+
+
 def report_text(report: Dataset) -> str:
     """All texts of a Structured Report, one a line."""
     return '\n'.join(str(element.value) for element in report.iterall() if element.keyword == 'TextValue')

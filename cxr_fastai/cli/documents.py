@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.cli.console import document
+from cxr_fastai.cli.failures import Failure
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from cxr_fastai.core.errors import ImageError
     from cxr_fastai.core.run import Run
     from cxr_fastai.evaluation.comparison import Comparison
     from cxr_fastai.inference.tables import Predictions
@@ -39,12 +42,15 @@ def _finite(value: Any) -> Any:
 def prediction_document(
     predictions: Predictions,
     model: Path,
-    table: Path | None,
-    map_folder: Path | None,
-    page: Path | None,
-    dicom_folder: Path | None,
+    files: Mapping[str, Path | None],
+    unreported: Sequence[tuple[str, ImageError]] | None,
+    failed_maps: Sequence[tuple[str, ImageError]] | None,
 ) -> dict[str, Any]:
-    """Return the document of `predict`: the model and its threshold, the counts, and the rows of all images."""
+    """Return the document of `predict`: the model and its threshold, the counts, and the rows of all images.
+
+    `files` are what was written, by field. `unreported` and `failed_maps` have the path and the reason of each image
+    without a DICOM report or a map; None if nobody asked for them.
+    """
     from cxr_fastai.inference.hub_bundles import name_model
     from cxr_fastai.inference.tables import with_numbers
 
@@ -58,12 +64,19 @@ def prediction_document(
         'images': len(predictions.rows),
         'positives': predictions.positives,
         'failures': len(predictions.failures),
-        'table': _text(table),
-        'maps': _text(map_folder),
-        'page': _text(page),
-        'dicom': _text(dicom_folder),
+        **{field: _text(path) for field, path in files.items()},
+        'unreported': _reasons(unreported),
+        'failed_maps': _reasons(failed_maps),
         'rows': [with_numbers(row) for row in predictions.rows],
     }
+
+
+def _reasons(errors: Sequence[tuple[str, ImageError]] | None) -> list[dict[str, str]] | None:
+    """Return the path, the code and the message of each image, in the form of rows."""
+    if errors is None:
+        return None
+    failures = [(path, Failure.from_error(error)) for path, error in errors]
+    return [{'path': path, 'code': failure.code, 'message': failure.reason} for path, failure in failures]
 
 
 def evaluated_run(

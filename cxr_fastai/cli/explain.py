@@ -16,6 +16,7 @@ from cxr_fastai.core.files import check_new
 from cxr_fastai.core.run import Run
 
 if TYPE_CHECKING:
+    from cxr_fastai.interpretation.explainer import Explained
     from cxr_fastai.interpretation.interpretation import CXRInterpretation
     from cxr_fastai.interpretation.overlays import Explanation
 
@@ -93,16 +94,21 @@ def _explain_split(
     return n_errors
 
 
-def print_explanations(saved: Iterable[tuple[Path, Explanation | ImageError]]) -> int:
+def print_explanations(saved: Iterable[Explained]) -> int:
     """Print a line for each result of `save_explanations` and return the number of errors."""
     n_errors = 0
     for path, explanation in saved:
-        if isinstance(explanation, ImageError):
-            print_error(f'error: {explanation}')
-            n_errors += 1
-        else:
-            print_line(f'{path}: {explanation.name}: {explanation.summary}')
+        print_explanation(path, explanation)
+        n_errors += isinstance(explanation, ImageError)
     return n_errors
+
+
+def print_explanation(path: Path | None, explanation: Explanation | ImageError) -> None:
+    """Print the error, or what influenced the score of an image whose figure is the file `path`, if there is one."""
+    if isinstance(explanation, ImageError):
+        print_error(f'error: {explanation}')
+    elif path:
+        print_line(f'{path}: {explanation.name}: {explanation.summary}')
 
 
 def _check(

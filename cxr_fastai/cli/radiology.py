@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from cxr_fastai.cli.explain import print_explanations
 from cxr_fastai.cli.failures import Failure, print_failures
 from cxr_fastai.cli.output import print_error, print_hub_model, print_line
 from cxr_fastai.core.environment import Launch
@@ -108,7 +107,7 @@ def watch_images(
     for batch in batches:
         _print_rows(batch.predictions)
         if batch.dicom:
-            _print_dicom(batch.dicom)
+            print_dicom(batch.dicom)
 
 
 def _print_rows(predictions: Predictions) -> None:
@@ -126,33 +125,7 @@ def check_folder(folder: Path) -> None:
     check_dicom_folder(folder)
 
 
-def write_pictures(
-    predictions: Predictions,
-    images: Sequence[Path],
-    model: Path,
-    dicom_out: Path | None,
-    maps: bool,
-    map_folder: Path | None,
-) -> int:
-    """Write the DICOM reports of `images` and the maps that were asked for, and print what was written.
-
-    Returns the number of DICOM images that should have a report, but have none.
-    """
-    problems = 0
-    if dicom_out:
-        dicom = _write_reports(predictions, images, model, dicom_out)
-        if maps:
-            print_explanations(dicom.explain(predictions, images, map_folder))
-        _print_dicom(dicom)
-        problems = len(dicom.problems)
-    elif map_folder:
-        from cxr_fastai.interpretation.explainer import explain_predictions
-
-        print_explanations(explain_predictions(predictions, images, map_folder))
-    return problems
-
-
-def _write_reports(predictions: Predictions, images: Sequence[Path], model: Path, folder: Path) -> DicomFolder:
+def write_reports(predictions: Predictions, images: Sequence[Path], model: Path, folder: Path) -> DicomFolder:
     """Write the DICOM reports of `images` to `folder`."""
     from cxr_fastai.publishing.dicom_output import DicomFolder
     from cxr_fastai.publishing.dicom_reports import Algorithm, identify_model
@@ -162,7 +135,7 @@ def _write_reports(predictions: Predictions, images: Sequence[Path], model: Path
     return dicom
 
 
-def _print_dicom(dicom: DicomFolder) -> None:
+def print_dicom(dicom: DicomFolder) -> None:
     """Print what was written to `dicom`, and why an image has no report."""
     print_failures(Failure.from_error(error) for error in dicom.problems)
     for names, images in dicom.omissions.items():

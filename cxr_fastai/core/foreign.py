@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import stat
 from collections import Counter
 from io import BufferedReader
+from pathlib import Path
 from typing import Any, NoReturn
 
 from cxr_fastai.core.errors import CXRError, UsageError
@@ -25,6 +27,9 @@ FIX = 'Get the file again from its source.'
 LFS_POINTER = b'version https://git-lfs'
 """How the small file starts that Git LFS leaves in place of a large one until `git lfs pull` gets it."""
 IS_LFS_POINTER = 'a pointer of Git LFS, not the file itself. Run `git lfs pull` in its folder'
+# O_BINARY exists on Windows, the other two on POSIX.
+READ_FLAGS = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_NOCTTY', 0)
+"""How a file is opened for reading; a pipe without waiting for a writer."""
 KINDS = (
     (stat.S_ISDIR, 'a folder'),
     (stat.S_ISFIFO, 'a pipe'),
@@ -42,9 +47,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     that Git LFS left in place of the file.
     """
     try:
-        # O_BINARY exists on Windows, the other two on POSIX.
-        flags = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_NOCTTY', 0)
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, READ_FLAGS)
     except FileNotFoundError:
         raise UsageError(f'{path}: no such file. Check the name.') from None
     except (OSError, ValueError) as error:  # a ValueError for a name with a null character
@@ -59,6 +62,33 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
         file.close()
         raise UsageError(f'{path}: {IS_LFS_POINTER}.')
     return file
+
+
+def open_below(folder: Path, path: Path) -> BufferedReader:
+    """Open the regular file `path` below `folder` for reading, without following a symbolic link below `folder`.
+
+    Never waits. Raises `OSError`. Links are followed on Windows, where only administrators make them.
+    """
+    flags = READ_FLAGS | getattr(os, 'O_NOFOLLOW', 0)
+    if os.open not in os.supports_dir_fd:
+        return _open_descriptor(os.open(path, flags))
+    *subfolders, name = path.relative_to(folder).parts
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for subfolder in subfolders:
+            opened = os.open(subfolder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = opened
+        return _open_descriptor(os.open(name, flags, dir_fd=descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def _open_descriptor(descriptor: int) -> BufferedReader:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, 'not a regular file')
+    return os.fdopen(descriptor, 'rb')
 
 
 def _starts_as_pointer(file: BufferedReader) -> bool:

@@ -6,8 +6,9 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePath, PurePosixPath
+from typing import BinaryIO
 
 from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath
@@ -135,15 +136,22 @@ def _is_stray_link(path: Path, folder: Path, followed: set[str]) -> bool:
     return False
 
 
-def file_reason(path: Path, folder: Path) -> str | None:
-    """Return why the file `path` below `folder` is not an image to read; None if it is one."""
+def _open(path: Path) -> BinaryIO:
+    return path.open('rb')
+
+
+def file_reason(path: Path, folder: Path, open_file: Callable[[Path], BinaryIO] = _open) -> str | None:
+    """Return why the file `path` below `folder` is not an image to read; None if it is one.
+
+    `open_file` opens it for reading, or raises `OSError`.
+    """
     reason = ignore_reason(path.relative_to(folder))
     if reason in (None, NOT_AN_IMAGE):
-        reason = _reason_by_content(path)
+        reason = _reason_by_content(path, open_file)
     return reason
 
 
-def _reason_by_content(path: Path) -> str | None:
+def _reason_by_content(path: Path, open_file: Callable[[Path], BinaryIO]) -> str | None:
     """Return why the file `path` is not an image to read; None if it is one.
 
     A file whose suffix is that of an image counts as one, whatever it contains, unless this package drew it.
@@ -154,7 +162,7 @@ def _reason_by_content(path: Path) -> str | None:
     if not path.is_file():
         return None if has_image_suffix else NOT_AN_IMAGE
     try:
-        with path.open('rb') as file:
+        with open_file(path) as file:
             start = file.read(HEAD_BYTES)
     except OSError:
         return None if has_image_suffix else 'unreadable'

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.errors import CXRError, ImageError, UsageError
 from cxr_fastai.core.files import atomic, writing
-from cxr_fastai.core.foreign import parse_json, read_text
-from cxr_fastai.core.schemas import Fields, Integer, Text
+from cxr_fastai.core.foreign import open_below, parse_json, read_text
+from cxr_fastai.core.schemas import Fields, Integer, ListOf, Text
 from cxr_fastai.data.find import file_reason
+from cxr_fastai.images.decode import LoadedFile, check_file
 
 TEMPORARY_SUFFIXES = ('.part', '.partial', '.tmp', '.temp', '.filepart', '.crdownload', '.swp')
 """Suffixes, in lower case, under which programs write a file before they rename it."""
@@ -24,15 +26,15 @@ MAX_JOURNAL = 2**30
 """Largest journal that is read, in bytes."""
 MAX_PATH = 2**15
 """Largest number of characters of a path in a journal."""
-ENTRY = Fields(
-    {
-        'path': Text(MAX_PATH),
-        'size': Integer(0, 2**63 - 1),
-        'mtime_ns': Integer(-(2**63), 2**63 - 1),
-        'rows': Integer(0, 2**63 - 1),
-    }
-)
-"""What a line of a journal after the first one contains."""
+SIZE = Integer(0, 2**63 - 1)
+FILE = Fields({'path': Text(MAX_PATH), 'size': SIZE, 'mtime_ns': Integer(-(2**63), 2**63 - 1)})
+ROWS = Fields({'offset': SIZE, 'text': Text(MAX_JOURNAL)}, optional=True)
+BATCH = Fields({'files': ListOf(FILE), 'rows': ROWS})
+"""What a line of a journal after the first one contains: the files that were handled, and their `JournaledRows`."""
+VERSION = 2
+"""Version of the form of the journal."""
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+"""Numbers of the errors of a path that leads to no file any more, or over a symbolic link."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class ArrivedFile:
     path: Path
     size: int
     mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path, status: os.stat_result) -> ArrivedFile:
+        """Return the file `path` that has this `status`."""
+        return cls(path, status.st_size, status.st_mtime_ns)
 
 
 @dataclass
@@ -88,7 +95,30 @@ class FolderWatch:
 
     def _is_other(self, file: ArrivedFile) -> bool:
         is_known = file in self._seen or self.is_handled(file)
-        return not is_known and file_reason(file.path, self.folder) is not None
+        return not is_known and file_reason(file.path, self.folder, self._open) is not None
+
+    def read(self, file: ArrivedFile) -> LoadedFile | None:
+        """Return the contents of `file`, or None if it is not, or not until the end, what was found at its path.
+
+        It was then removed, or replaced by a link or by another file, which arrives later. Links are never followed.
+        """
+        try:
+            with self._open(file.path) as opened:
+                status = os.fstat(opened.fileno())
+                check_file(status)
+                contents = opened.read()
+                is_unchanged = file == ArrivedFile.of(file.path, status)
+                is_unchanged &= file == ArrivedFile.of(file.path, os.fstat(opened.fileno()))
+            return LoadedFile(file.path, contents) if is_unchanged else None
+        except ImageError as error:
+            return LoadedFile(file.path, error)
+        except OSError as error:
+            if error.errno in GONE:
+                return None
+            return LoadedFile(file.path, ImageError(error.strerror or str(error), 'E_IO'))
+
+    def _open(self, path: Path) -> BinaryIO:
+        return open_below(self.folder, path)
 
     def _list(self) -> list[ArrivedFile]:
         """Return the regular files that are there now. A folder that is gone for now has none."""
@@ -97,12 +127,12 @@ class FolderWatch:
             subfolders[:] = sorted(name for name in subfolders if not name.startswith('.'))
             for name in sorted(names):
                 path = Path(base, name)
-                if is_temporary(name) or path.is_symlink():
+                if is_temporary(name):
                     continue
                 with suppress(OSError):  # it may be gone already
-                    status = path.stat()
+                    status = os.lstat(path)
                     if stat.S_ISREG(status.st_mode):
-                        files.append(ArrivedFile(path, status.st_size, status.st_mtime_ns))
+                        files.append(ArrivedFile.of(path, status))
         return files
 
 
@@ -117,23 +147,32 @@ def is_temporary(name: str) -> bool:
     return name.startswith(('.', '~')) or name.endswith('~') or name.lower().endswith(TEMPORARY_SUFFIXES)
 
 
+@dataclass(frozen=True)
+class JournaledRows:
+    """The `text` of the rows of some files, and the `offset` in bytes at which it belongs in the table."""
+
+    offset: int
+    text: str
+
+
 class Journal:
     """The files that were handled, in a file of JSON lines, which the next process continues.
 
-    The first line has the `settings` with which they were handled. Each further line has a file, and the number of rows
-    of the table after it. `rows` is the last of these numbers. Raises `UsageError` if `path` is not a journal, or has
-    other settings.
+    The first line has the `settings` with which they were handled. Each further line has the files of a batch and their
+    rows, and is written before these are added to the table: whatever interrupts the process, a file is either not in
+    the journal and has no row, or its row can be completed from `last_rows`, those of the last line. Raises
+    `UsageError` if `path` is not a journal, or has other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
-        self.rows = 0
+        self.last_rows: JournaledRows | None = None
         self._handled: dict[str, tuple[int, int]] = {}
         if path.exists():
             self._read(settings)
         else:
             with atomic(path) as temporary:
-                temporary.write_text(json.dumps({'settings': settings}) + '\n', encoding='ascii')
+                temporary.write_text(json.dumps({'version': VERSION, 'settings': settings}) + '\n', encoding='ascii')
 
     def __len__(self) -> int:
         return len(self._handled)
@@ -141,29 +180,26 @@ class Journal:
     def __contains__(self, file: ArrivedFile) -> bool:
         return self._handled.get(_key(file)) == (file.size, file.mtime_ns)
 
-    def knows(self, path: str) -> bool:
-        """Return True if the file at `path` was handled, perhaps with other contents."""
-        return str(Path(path).absolute()) in self._handled
-
-    def add(self, files: Sequence[ArrivedFile], rows: int) -> None:
-        """Remember that `files` were handled, and that the table has that many `rows`. Raises `OutputError`."""
-        lines = []
-        for file in files:
-            entry = {'path': _key(file), 'size': file.size, 'mtime_ns': file.mtime_ns, 'rows': rows}
-            lines.append(json.dumps(entry) + '\n')
+    def add(self, files: Sequence[ArrivedFile], rows: JournaledRows | None) -> None:
+        """Remember that `files` were handled, and their `rows`, if there is a table. Raises `OutputError`."""
+        entries = [{'path': _key(file), 'size': file.size, 'mtime_ns': file.mtime_ns} for file in files]
+        batch = {'files': entries, 'rows': rows and asdict(rows)}
         with writing(self.path), open(self.path, 'a', encoding='ascii') as journal:
-            journal.write(''.join(lines))
+            journal.write(json.dumps(batch) + '\n')
             journal.flush()
             os.fsync(journal.fileno())
-        for file in files:
-            self._handled[_key(file)] = file.size, file.mtime_ns
-        self.rows = rows
+        self._remember(batch)
+
+    def _remember(self, batch: dict[str, Any]) -> None:
+        for entry in batch['files']:
+            self._handled[entry['path']] = entry['size'], entry['mtime_ns']
+        self.last_rows = JournaledRows(batch['rows']['offset'], batch['rows']['text']) if batch['rows'] else None
 
     def _read(self, settings: dict[str, Any]) -> None:
         text = read_text(self.path, MAX_JOURNAL)
         first, *lines = text.splitlines() or ['']
         facts = self._parse(first)
-        if not isinstance(facts, dict) or 'settings' not in facts:
+        if not isinstance(facts, dict) or 'settings' not in facts or facts.get('version') != VERSION:
             raise UsageError(f'{self.path}: not a journal of --watch. Move it away, or choose other outputs.')
         if facts['settings'] != settings:
             raise UsageError(
@@ -171,11 +207,9 @@ class Journal:
                 'other outputs, or delete this journal to handle all files again.'
             )
         for line in lines:
-            entry = self._parse(line)
-            if not ENTRY.accepts(entry):
-                continue  # a crash may have left half a line; its file is handled again
-            self._handled[entry['path']] = entry['size'], entry['mtime_ns']
-            self.rows = entry['rows']
+            batch = self._parse(line)
+            if BATCH.accepts(batch):  # a crash may have left half a line; its files are handled again
+                self._remember(batch)
         if not text.endswith('\n'):
             with writing(self.path), open(self.path, 'a', encoding='ascii') as journal:
                 journal.write('\n')

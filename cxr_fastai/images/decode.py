@@ -6,7 +6,7 @@ import math
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,23 @@ MIN_DEVIATION = 2
 """Minimum standard deviation of the grey levels; an image below it shows nothing."""
 
 
+@dataclass(frozen=True)
+class LoadedFile(os.PathLike[str]):
+    """An image file that was read already: its `path` and its `contents`, or the error for which it cannot be read."""
+
+    path: Path
+    contents: bytes | ImageError = field(repr=False)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def read(self) -> bytes:
+        """Return the contents. Raises `ImageError`."""
+        if isinstance(self.contents, ImageError):
+            raise self.contents
+        return self.contents
+
+
 def read_image(path: str | os.PathLike, modality: str = '') -> np.ndarray:
     """Read the image `path` at full resolution: grey uint8 (h, w). Raises `ImageError`.
 
@@ -81,7 +98,9 @@ def open_image(
     path = file_path(image)
     suffix = Path(path or '').suffix.lower()
     try:
-        data: Any = image if path is None else read_bytes(path)
+        data: Any = image
+        if path is not None:
+            data = read_bytes(image if isinstance(image, LoadedFile) else path)
         decode = decode or decode_image
         decoded = decode(data, preprocessing, suffix, modality)
     except ImageError as error:
@@ -91,23 +110,28 @@ def open_image(
     return decoded
 
 
-def read_bytes(path: str | Path) -> bytes:
-    """Return the contents of the image file `path`.
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Return the contents of the image file `path`, or those of a `LoadedFile`.
 
     Raises `ImageError`, without the path in its message, if it is not a regular file, too large or not readable.
     """
+    if isinstance(path, LoadedFile):
+        return path.read()
     try:
-        # The status comes first, because opening a pipe would wait forever.
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError('not a regular file', 'E_NOT_REGULAR')
-        _check_bytes(status.st_size)
+        check_file(os.stat(path))  # first, because opening a pipe would wait forever
         return Path(path).read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ImageError(f'{reason}: {FOREIGN_PATH}' if is_windows_path(path) else reason, 'E_IO') from error
+        raise ImageError(f'{reason}: {FOREIGN_PATH}' if is_windows_path(os.fspath(path)) else reason, 'E_IO') from error
     except ValueError:  # for example a NUL character
         raise ImageError('not a valid file name', 'E_IO') from None
+
+
+def check_file(status: os.stat_result) -> None:
+    """Raise `ImageError` if the file with this `status` is not a regular one, or too large."""
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError('not a regular file', 'E_NOT_REGULAR')
+    _check_bytes(status.st_size)
 
 
 def _check_bytes(size: int) -> None:

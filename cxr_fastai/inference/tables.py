@@ -48,6 +48,11 @@ class Predictions:
         return sum(row['prediction'] == VOCAB[POSITIVE] for row in self.rows)
 
     @property
+    def scored(self) -> list[int]:
+        """The positions of the rows with a probability."""
+        return [position for position, row in enumerate(self.rows) if row['status'] == 'ok']
+
+    @property
     def failures(self) -> list[Row]:
         """The rows of images without a probability, with the status `error` or `rejected`."""
         return [row for row in self.rows if row['status'] != 'ok']
@@ -228,7 +233,11 @@ class CsvTable:
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add `rows` at the end. Raises `OutputError`; the file then contains the rows before."""
-        self._append_bytes(_csv_bytes([_cell(row[name]) for name in self.columns] for row in rows))
+        self.append_bytes(self.encode(rows))
+
+    def encode(self, rows: Sequence[Row]) -> bytes:
+        """Return `rows` as they are written to the file."""
+        return _csv_bytes([_cell(row[name]) for name in self.columns] for row in rows)
 
     def read(self) -> list[Row]:
         """Return the rows of the file. Empty cells are None, all others are text.
@@ -247,10 +256,10 @@ class CsvTable:
     def close(self) -> None:
         """Write the rows that are not written yet. Raises `OutputError`."""
 
-    def _append_bytes(self, data: bytes, separator: bytes = b'') -> None:
+    def append_bytes(self, data: bytes, separator: bytes = b'') -> None:
         """Write `data` in front of the footer, after a `separator` unless it is the first row.
 
-        If the disk becomes full, the file is restored.
+        If the disk becomes full, the file is restored. Raises `OutputError`.
         """
         with writing(self.path):
             end_of_rows = self.path.stat().st_size - len(self.footer)
@@ -282,7 +291,7 @@ class JsonTable(CsvTable):
         """Add `rows` at the end. Raises `OutputError`; the file then contains the rows before."""
         if rows:
             lines = ',\n'.join(json.dumps(row, allow_nan=False) for row in rows)
-            self._append_bytes(f'\n{lines}'.encode(), separator=b',')
+            self.append_bytes(f'\n{lines}'.encode(), separator=b',')
 
     def read(self) -> list[Row]:
         """Return the rows of the file. Raises `ValueError` if it is not a table with these columns."""

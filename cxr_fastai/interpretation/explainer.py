@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import count, islice
@@ -54,6 +55,10 @@ TOLERANCE = 1e-3
 """Largest difference between normalised pixels that count as equal."""
 BURNED_IN_CODE = 'E_BURNED_IN'
 """The error code of an image that may show the patient's name."""
+
+
+Explained = tuple[Path | None, Explanation | ImageError]
+"""The explanation of an image with the path of its figure, if there is one; the error of an image without a map."""
 
 
 @dataclass(frozen=True)
@@ -313,23 +318,23 @@ def explain_images(
 
 
 def explain_predictions(
-    predictions: Predictions, images: Sequence[Path], folder: Path | None
-) -> Iterator[tuple[Path, Explanation | ImageError]]:
-    """Explain the predictions of `images` that have a probability, and save the figures; see `save_explanations`.
+    predictions: Predictions, images: Sequence[StrPath], folder: Path | None, positions: Sequence[int] | None = None
+) -> Iterator[Explained]:
+    """Explain the predictions of `images` at these `positions`, and save the figures; see `save_explanations`.
 
-    The file of each figure is named by the number of its row in `predictions`. Without a `folder` nothing is saved, and
-    each explanation comes with the path of its image.
+    The default `positions` are those of `Predictions.scored`. The file of each figure is named by the number of its row
+    in `predictions`. Without a `folder` nothing is saved.
     """
-    numbers = [number for number, row in enumerate(predictions.rows, 1) if row['status'] == 'ok']
-    explained = [images[number - 1] for number in numbers]
-    explanations = Explainer(predictions.predictor).explain(map(_subject_of_file, explained))
+    explained = predictions.scored if positions is None else positions
+    subjects = (_subject_of_file(images[position]) for position in explained)
+    explanations = Explainer(predictions.predictor).explain(subjects)
     if folder is None:
-        return zip(explained, explanations, strict=True)
-    return save_explanations(explanations, folder, numbers)
+        return ((None, explanation) for explanation in explanations)
+    return save_explanations(explanations, folder, [position + 1 for position in explained])
 
 
-def _subject_of_file(path: Path) -> Subject:
-    return Subject(path, visible(short_path(str(path))))
+def _subject_of_file(file: StrPath) -> Subject:
+    return Subject(file, visible(short_path(os.fspath(file))))
 
 
 def save_explanations(

@@ -87,7 +87,7 @@ def make_capture(source: DicomSource, overlay: np.ndarray, row: Row, algorithm: 
             **equipment(algorithm, 'map'),
         )
         capture.copy_patient_and_study_information(source.elements)
-    _describe_picture(capture, source)
+        _describe_picture(capture, source)
     return capture
 
 

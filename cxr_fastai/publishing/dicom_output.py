@@ -13,13 +13,14 @@ from cxr_fastai.images.decode import read_bytes
 from cxr_fastai.images.dicom import is_dicom
 from cxr_fastai.inference.predictor import Row
 from cxr_fastai.inference.tables import Predictions, with_numbers
-from cxr_fastai.publishing.dicom_reports import Algorithm, highdicom_errors, make_report
-from cxr_fastai.publishing.dicom_source import DicomSource, read_source
+from cxr_fastai.publishing.dicom_reports import Algorithm, encode_dicom, make_report
+from cxr_fastai.publishing.dicom_source import NOT_DICOM, DicomSource, read_source
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-    from cxr_fastai.interpretation import overlays
+    from cxr_fastai.interpretation.explainer import Explained
+    from cxr_fastai.interpretation.overlays import Explanation
 
 OPTION = '--dicom-out'
 REPEATED = 'E_DICOM_REPEATED'
@@ -30,9 +31,10 @@ class DicomFolder:
     """Writes a Structured Report for each DICOM image into `folder`, and a Secondary Capture for each map.
 
     Files are named by their SOP Instance UID: `sr_UID.dcm` and `sc_UID.dcm`. Those of the same image and model have the
-    same name and replace each other. `reports` and `captures` count what was written, and `others` the images that are
-    not DICOM. `problems` are the DICOM images without a report, with the reason. `omissions` maps the names of
-    elements that were not copied to the images that have impossible values there.
+    same name and replace each other. `reports` and `captures` count what was written. `unreported` has the path in the
+    row, and the reason, of each image without a report; `problems` are the reasons that the row does not give, each
+    with the path of the image. `omissions` maps the names of elements that were not copied to the images that have
+    impossible values there.
     """
 
     def __init__(self, folder: StrPath, algorithm: Algorithm) -> None:
@@ -40,11 +42,16 @@ class DicomFolder:
         self.algorithm = algorithm
         self.reports = 0
         self.captures = 0
-        self.others = 0
+        self.unreported: list[tuple[str, ImageError]] = []
         self.problems: list[ImageError] = []
         self.omissions: dict[tuple[str, ...], list[Path]] = {}
         self._reported: dict[Path, tuple[DicomSource, Row]] = {}
         self._paths: dict[str, Path] = {}
+
+    @property
+    def others(self) -> int:
+        """The number of images that are not DICOM."""
+        return sum(error.code == NOT_DICOM for _, error in self.unreported)
 
     def write_reports(self, images: Sequence[StrPath], rows: Iterable[Row]) -> None:
         """Write the report of each of the `images`, to which the prediction `rows` belong. Raises `OutputError`.
@@ -54,58 +61,48 @@ class DicomFolder:
         """
         with writing(self.folder, OPTION):
             self.folder.mkdir(parents=True, exist_ok=True)
-        for image, row in zip(map(Path, images), rows, strict=True):
+        for file, row in zip(images, rows, strict=True):
+            image = Path(file)
             try:
-                data = read_bytes(image)
-                if is_dicom(data, image.suffix.lower()):
-                    self._report(image, read_source(data), with_numbers(row))
-                else:
-                    self.others += 1
+                data = read_bytes(file)
+                if not is_dicom(data, image.suffix.lower()):
+                    raise ImageError('not a DICOM file', NOT_DICOM)
+                self._report(image, read_source(data), with_numbers(row))
             except ImageError as error:
-                if error.code != row['code']:  # otherwise the row says it already
-                    self.problems.append(error.with_path(image))
+                reason = error.with_path(image)
+                self.unreported.append((row['path'], reason))
+                if error.code not in (NOT_DICOM, row['code']):
+                    self.problems.append(reason)
 
-    def write_captures(
-        self, images: Sequence[StrPath], explanations: Iterable[tuple[StrPath, overlays.Explanation | ImageError]]
-    ) -> Iterator[tuple[Path, overlays.Explanation | ImageError]]:
-        """Write the capture of each of the `explanations` of `images`, and yield the path of a file and an explanation.
+    def write_captures(self, images: Sequence[StrPath], explanations: Iterable[Explained]) -> Iterator[Explained]:
+        """Write the capture of each of the `explanations` of `images`, and yield them.
 
-        `explanations` are those of `explain_predictions`; their own path is yielded if it is that of a figure. Only
-        images that `write_reports` has reported get a capture. Raises `OutputError`.
+        `explanations` are those of `explain_predictions`. One without a figure gets the path of the capture; one whose
+        capture cannot be made becomes the `ImageError`. Only images that `write_reports` has reported get a capture.
+        Raises `OutputError`.
         """
-        from cxr_fastai.interpretation.overlays import blend
-        from cxr_fastai.publishing.dicom_captures import make_capture
-
-        for image, (named, explanation) in zip(map(Path, images), explanations, strict=True):
-            path = Path(named)
-            has_figure = path != image
-            if isinstance(explanation, ImageError):
+        for image, (path, explanation) in zip(map(Path, images), explanations, strict=True):
+            if image not in self._reported or isinstance(explanation, ImageError):
                 yield path, explanation
                 continue
-            capture = None
-            if image in self._reported:
-                source, row = self._reported[image]
-                try:
-                    capture = self._write('sc', make_capture(source, blend(explanation), row, self.algorithm))
-                    self.captures += 1
-                except ImageError as error:
-                    self.problems.append(error.with_path(image))
-            if has_figure or capture:
-                yield path if has_figure else capture or path, explanation
+            try:
+                capture = self._capture(image, explanation)
+            except ImageError as error:
+                yield path, error.with_path(image)
+            else:
+                yield path or capture, explanation
 
     def explain(
         self, predictions: Predictions, images: Sequence[StrPath], figures: StrPath | None = None
-    ) -> Iterator[tuple[Path, overlays.Explanation | ImageError]]:
+    ) -> Iterator[Explained]:
         """Explain the `predictions` of `images`, write their captures, and yield what `write_captures` yields.
 
         The figures are also saved to the folder `figures`, if there is one.
         """
         from cxr_fastai.interpretation.explainer import explain_predictions
 
-        paths = [Path(image) for image in images]
-        explanations = explain_predictions(predictions, paths, None if figures is None else Path(figures))
-        explained = [path for path, row in zip(paths, predictions.rows, strict=True) if row['status'] == 'ok']
-        return self.write_captures(explained, explanations)
+        explanations = explain_predictions(predictions, images, None if figures is None else Path(figures))
+        return self.write_captures([images[position] for position in predictions.scored], explanations)
 
     def _report(self, image: Path, source: DicomSource, row: Row) -> None:
         first = self._paths.setdefault(source.uid, image)
@@ -117,10 +114,20 @@ class DicomFolder:
         if source.omitted:
             self.omissions.setdefault(source.omitted, []).append(image)
 
+    def _capture(self, image: Path, explanation: Explanation) -> Path:
+        from cxr_fastai.interpretation.overlays import blend
+        from cxr_fastai.publishing.dicom_captures import make_capture
+
+        source, row = self._reported[image]
+        path = self._write('sc', make_capture(source, blend(explanation), row, self.algorithm))
+        self.captures += 1
+        return path
+
     def _write(self, kind: str, dataset: Dataset) -> Path:
         path = self.folder / f'{kind}_{dataset.SOPInstanceUID}.dcm'
-        with atomic(path, OPTION) as temporary, highdicom_errors():
-            dataset.save_as(temporary, enforce_file_format=True)
+        data = encode_dicom(dataset)
+        with atomic(path, OPTION) as temporary:
+            temporary.write_bytes(data)
         return path
 
 

@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai import __version__
-from cxr_fastai.core.errors import ImageError
+from cxr_fastai.core.errors import CXRError, ImageError
 from cxr_fastai.core.files import SOFTWARE, StrPath
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.inference.bundle import Bundle, is_bundle
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         MeasurementsAndQualitativeEvaluations,
         ObservationContext,
     )
+    from pydicom import Dataset
     from pydicom.sr.coding import Code
 
 PNEUMONIA = ('233604007', 'SCT', 'Pneumonia')
@@ -137,7 +139,7 @@ def equipment(algorithm: Algorithm, kind: str) -> dict[str, Any]:
 
 @contextmanager
 def highdicom_errors() -> Iterator[None]:
-    """Raise `ImageError` where highdicom or pydicom refuse an element of the image; hide their warnings."""
+    """Raise `ImageError` where highdicom or pydicom fail on an image, by whatever exception; hide their warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of names without a caret, which they quote
         try:
@@ -148,13 +150,23 @@ def highdicom_errors() -> Iterator[None]:
                 'its archive.',
                 'E_DICOM_REFERENCE',
             ) from None
-        except (AttributeError, TypeError, ValueError) as error:
+        except CXRError:
+            raise
+        except Exception as error:  # an odd header must not end the reports of other images
             raise ImageError(
                 # Without the text of the error, which can contain the value of an element, such as a name.
                 f'an element cannot be copied into a report ({type(error).__name__}). Export the image again from its '
                 'archive.',
                 'E_DICOM_CORRUPT',
             ) from error
+
+
+def encode_dicom(dataset: Dataset) -> bytes:
+    """Return the DICOM file of a report or a capture. Raises `ImageError` E_DICOM_CORRUPT if it cannot be written."""
+    buffer = BytesIO()
+    with highdicom_errors():
+        dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
 
 
 def describe(row: Row) -> str:

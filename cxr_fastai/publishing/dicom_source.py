@@ -69,8 +69,12 @@ DELIMITERS = {'PN': b'^='}
 """Characters after which text of a value representation starts again in the first character set (PS3.5, 6.1.2.5.3)."""
 LONG_TEXTS = ('LT', 'ST')
 """Value representations that permit line breaks."""
+DATES = ('DA', 'TM')
+"""Value representations of a date or a time of the day."""
 UTF_8 = 'ISO_IR 192'
 """The character set of all reports, whatever that of the image."""
+NOT_DICOM = 'E_NOT_DICOM'
+"""The code of an image that is not a DICOM file, and therefore gets no report."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,8 @@ def _is_valid(name: str, text: str) -> bool:
     if name in CHOICES:
         return text in CHOICES[name]
     if has_control_characters and vr not in LONG_TEXTS:
+        return False
+    if '-' in text and vr in DATES:  # a range, which pydicom accepts, but only a query may contain
         return False
     try:
         for part in text.split('\\'):

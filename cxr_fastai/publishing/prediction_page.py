@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +27,39 @@ MAX_LISTED = 100
 
 
 def save_prediction_page(
-    predictions: Predictions, images: Sequence[ImageLike], page: StrPath, model: StrPath, maps: bool = False
+    predictions: Predictions,
+    images: Sequence[ImageLike],
+    page: StrPath,
+    model: StrPath,
+    maps: bool | Mapping[int, bytes | None] = False,
 ) -> Path:
     """Write the predictions of `images` to the new file `page`, and return its path.
 
     The page has a small picture of each image with its probability, its decision and, with `maps`, a map of what
     influenced the score; the images without a probability are grouped by the reason. Of more than `MAX_SHOWN`
     predictions, it shows those with the highest probabilities. `model` is the path or the name (see
-    `hub_bundles.name_model`) that it shows.
+    `hub_bundles.name_model`) that it shows. `maps` may also be the maps of the `shown_positions`, if the caller has
+    drawn them already (see `thumbnails.draw_map`).
 
     Raises `UsageError` if `page` exists (see `check_page`), or with `maps` if the network has none; `OutputError`.
     """
     page = Path(page)
     check_page(page)
-    shown = _by_probability(predictions.rows)[:MAX_SHOWN]
+    shown = shown_positions(predictions)
     rejected = [index for index, row in enumerate(predictions.rows) if row['code'] == OUT_OF_DISTRIBUTION]
     visible_images = [*shown, *rejected[:MAX_LISTED]]
     predictor = predictions.predictor
     pictures = read_thumbnails([images[index] for index in visible_images], predictor.config.modality)
     thumbnails = dict(zip(visible_images, pictures, strict=True))
-    drawn = dict(zip(shown, draw_maps(predictor, [images[index] for index in shown]), strict=True)) if maps else {}
-    write_text(page, render(predictions, thumbnails, drawn, model), '--html')
+    if maps is True:
+        maps = dict(zip(shown, draw_maps(predictor, [images[index] for index in shown]), strict=True))
+    write_text(page, render(predictions, thumbnails, maps or {}, model), '--html')
     return page
+
+
+def shown_positions(predictions: Predictions) -> list[int]:
+    """Return the positions of the predictions that the page shows with a picture, the highest probability first."""
+    return _by_probability(predictions)[:MAX_SHOWN]
 
 
 def check_page(page: StrPath) -> None:
@@ -63,14 +74,13 @@ def check_page(page: StrPath) -> None:
     check_writable(page.parent, '--html')
 
 
-def _by_probability(rows: Sequence[Row]) -> list[int]:
+def _by_probability(predictions: Predictions) -> list[int]:
     """Return the positions of the rows with a probability, the highest first."""
-    scored = [index for index, row in enumerate(rows) if row['status'] == 'ok']
-    return sorted(scored, key=lambda index: -float(rows[index]['p_pneumonia']))
+    return sorted(predictions.scored, key=lambda index: -float(predictions.rows[index]['p_pneumonia']))
 
 
 def render(
-    predictions: Predictions, thumbnails: dict[int, Thumbnail], maps: dict[int, bytes | None], model: StrPath
+    predictions: Predictions, thumbnails: dict[int, Thumbnail], maps: Mapping[int, bytes | None], model: StrPath
 ) -> str:
     """Return the page as HTML without scripts and external files.
 
@@ -78,7 +88,7 @@ def render(
     PNG files by position, see `thumbnails.draw_maps`; without any, the page says nothing about maps.
     """
     rows, predictor = predictions.rows, predictions.predictor
-    shown = [index for index in _by_probability(rows) if index in thumbnails]
+    shown = [index for index in _by_probability(predictions) if index in thumbnails]
     distances = {index: abs(float(rows[index]['p_pneumonia']) - predictor.threshold) for index in shown}
     ranks = {index: rank for rank, index in enumerate(sorted(shown, key=distances.__getitem__))}
     entries = [

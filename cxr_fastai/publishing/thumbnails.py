@@ -19,6 +19,7 @@ from cxr_fastai.images.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from cxr_fastai.inference.predictor import Predictor
+    from cxr_fastai.interpretation.overlays import Explanation
 
 PICTURE_SIZE = 256
 """Longer side of a picture in pixels."""
@@ -71,17 +72,23 @@ def compress(pixels: np.ndarray) -> bytes:
 def draw_maps(predictor: Predictor, images: Sequence[ImageLike]) -> Iterator[bytes | None]:
     """Yield a small, transparent PNG file of the Grad-CAM map for pneumonia of each image, and show the progress.
 
-    It is laid over the picture of the image. It is empty if the map contains no positive evidence, and None if the
-    image cannot be used. Raises `UsageError` if the network has no maps.
+    See `draw_map`. Raises `UsageError` if the network has no maps.
     """
     from cxr_fastai.interpretation.explainer import Explainer, Subject
 
     explanations = Explainer(predictor).explain(Subject(image, p=0.0) for image in images)
     for explanation in progress(explanations, len(images), 'map'):
-        if isinstance(explanation, ImageError):
-            yield None
-        else:
-            yield b'' if explanation.is_empty else compress_map(explanation.heat)
+        yield draw_map(explanation)
+
+
+def draw_map(explanation: Explanation | ImageError) -> bytes | None:
+    """Return a small, transparent PNG file of the map of an `explanation`, which is laid over the picture of the image.
+
+    It is empty if the map contains no positive evidence, and None for an error.
+    """
+    if isinstance(explanation, ImageError):
+        return None
+    return b'' if explanation.is_empty else compress_map(explanation.heat)
 
 
 def compress_map(heat: np.ndarray) -> bytes:

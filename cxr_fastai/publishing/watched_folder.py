@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cxr_fastai.core.errors import CXRError, ImageError, UsageError
-from cxr_fastai.core.files import StrPath, atomic
-from cxr_fastai.data.watching import ArrivedFile, FolderWatch, Journal, check_watched, locked
+from cxr_fastai.core.files import StrPath, sync, writing
+from cxr_fastai.data.watching import ArrivedFile, FolderWatch, Journal, JournaledRows, check_watched, locked
+from cxr_fastai.images.decode import LoadedFile
 from cxr_fastai.inference.predictor import COLUMNS, Predictor, Row
 from cxr_fastai.inference.tables import CsvTable, Predictions
 from cxr_fastai.publishing.dicom_output import DicomFolder, check_dicom_folder
 from cxr_fastai.publishing.dicom_reports import Algorithm
 
 JOURNAL_SUFFIX = '.journal.jsonl'
+MAX_BATCH_BYTES = 2**28
+"""Largest size of the files that are in memory at once, unless a single one is larger."""
 
 log = logging.getLogger(__name__)
 
@@ -91,26 +94,28 @@ def watch_folder(
 
     `identity` is the SHA-256 of the model (see `identify_model`). A file is complete if it did not change for
     `interval` seconds. A journal next to the output remembers what was handled, so that the next call continues. After
-    a crash, the files of the last batch are handled again, and their rows are replaced. `clock` and `sleep` are those
-    of `FolderWatch`. Raises `UsageError` for outputs that do not fit the folder or the journal, or if another process
-    uses the journal, and `OutputError`.
+    a crash it also completes the table, so that each file has one row. A file that is replaced while it is read is
+    handled when it is complete again. `clock` and `sleep` are those of `FolderWatch`. Raises `UsageError` for outputs
+    that do not fit the folder or the journal, or if another process uses the journal, and `OutputError`.
     """
     folder = Path(folder)
     outputs.check(folder)
     algorithm = Algorithm.of(predictor, identity)
     with locked(outputs.journal):
         journal = Journal(outputs.journal, _settings(outputs, algorithm, predictor.config.modality))
-        table = _WatchedTable(outputs.table, journal) if outputs.table else None
+        table = _WatchedTable(outputs.table, journal.last_rows) if outputs.table else None
         log.info('watching %s (stop with Ctrl-C); %d files are in the journal %s', folder, len(journal), journal.path)
         watch = FolderWatch(folder, journal.__contains__, interval, clock, sleep)
         for files in watch.arrivals():
-            for start in range(0, len(files), batch_size):
-                batch = files[start : start + batch_size]
-                handled = _handle(batch, predictor, algorithm, outputs, workers)
-                rows = handled.predictions.rows
-                if table:
+            for batch in _batches(files, batch_size):
+                images = _read(watch, batch)
+                if not images:
+                    continue
+                handled = _handle(list(images.values()), predictor, algorithm, outputs, workers)
+                rows = table.prepare(handled.predictions.rows) if table else None
+                journal.add(list(images), rows)
+                if table and rows:
                     table.append(rows)
-                journal.add(batch, table.count if table else journal.rows + len(rows))
                 yield handled
 
 
@@ -126,14 +131,32 @@ def _settings(outputs: Outputs, algorithm: Algorithm, modality: str) -> dict[str
     }
 
 
+def _batches(files: Sequence[ArrivedFile], batch_size: int) -> Iterator[list[ArrivedFile]]:
+    """Yield `files` in batches of up to `batch_size` files and, unless one file is larger, `MAX_BATCH_BYTES`."""
+    batch: list[ArrivedFile] = []
+    for file in files:
+        size = sum(other.size for other in batch) + file.size
+        if batch and (len(batch) == batch_size or size > MAX_BATCH_BYTES):
+            yield batch
+            batch = []
+        batch.append(file)
+    if batch:
+        yield batch
+
+
+def _read(watch: FolderWatch, files: Sequence[ArrivedFile]) -> dict[ArrivedFile, LoadedFile]:
+    """Return the contents of those of the `files` that are still what was found."""
+    contents = {file: watch.read(file) for file in files}
+    return {file: image for file, image in contents.items() if image}
+
+
 def _handle(
-    files: Sequence[ArrivedFile],
+    images: Sequence[LoadedFile],
     predictor: Predictor,
     algorithm: Algorithm,
     outputs: Outputs,
     workers: int | None,
 ) -> WatchedBatch:
-    images = [file.path for file in files]
     rows = list(predictor.predict(images, len(images), workers))
     predictions = Predictions(rows, predictor)
     dicom = None
@@ -147,40 +170,42 @@ def _handle(
 
 
 class _WatchedTable:
-    """The CSV file `path`, and the `count` of its rows.
+    """The CSV file `path`. `last_rows`, the last ones in the journal, are completed if a crash has prevented that.
 
-    Rows beyond those that `journal` knows, of files that it does not know, are removed: a crash left them, and their
-    files are handled again.
+    Raises `UsageError` if the file is not a table of predictions, and `OutputError`.
     """
 
-    def __init__(self, path: Path, journal: Journal) -> None:
+    def __init__(self, path: Path, last_rows: JournaledRows | None) -> None:
         self.path = path
-        self.count = 0
+        self.table = CsvTable(path, COLUMNS)
+        if last_rows and path.is_file():
+            self._complete(last_rows)
         if path.exists():
-            rows = self._read()
-            surplus = rows[journal.rows :]
-            if surplus and not any(journal.knows(row['path'] or '') for row in surplus):
-                rows = rows[: journal.rows]
-                with atomic(path) as temporary:
-                    _append(temporary, rows)
-            self.count = len(rows)
+            self._check()
 
-    def append(self, rows: Sequence[Row]) -> None:
-        """Add `rows`, to a new file if somebody has taken the old one away. Raises `OutputError`."""
+    def prepare(self, rows: Sequence[Row]) -> JournaledRows:
+        """Return how `append` will write `rows`, into a new file if somebody has taken the old one away."""
         if not self.path.exists():
-            self.count = 0
-        _append(self.path, rows)
-        self.count += len(rows)
+            self.table.create()
+        return JournaledRows(self.path.stat().st_size, self.table.encode(rows).decode())
 
-    def _read(self) -> list[Row]:
+    def append(self, rows: JournaledRows) -> None:
+        """Add `rows`, and wait until they are on the disk, because the journal keeps only the last ones apart."""
+        self.table.append_bytes(rows.text.encode())
+        with writing(self.path):
+            sync(self.path)
+
+    def _complete(self, rows: JournaledRows) -> None:
+        """Add what is missing of `rows`, unless the file is another one than before."""
+        data = rows.text.encode()
+        with open(self.path, 'rb') as file:
+            file.seek(rows.offset)
+            written = file.read(len(data) + 1)
+        if self.path.stat().st_size >= rows.offset and data.startswith(written):
+            self.table.append_bytes(data[len(written) :])
+
+    def _check(self) -> None:
         try:
-            return CsvTable(self.path, COLUMNS).read()
+            self.table.read()
         except (CXRError, ValueError) as error:
             raise UsageError(f'{self.path} is not a table of predictions ({error}). Choose another --out.') from None
-
-
-def _append(path: Path, rows: Sequence[Row]) -> None:
-    table = CsvTable(path, COLUMNS)
-    if not path.exists():
-        table.create()
-    table.append(rows)

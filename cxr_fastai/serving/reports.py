@@ -16,17 +16,14 @@ from python_multipart.multipart import parse_options_header
 from cxr_fastai.core.environment import is_installed
 from cxr_fastai.core.errors import ImageError
 from cxr_fastai.images.dicom import is_dicom
+from cxr_fastai.publishing.dicom_source import NOT_DICOM
 from cxr_fastai.serving.uploads import APIError
 
 if TYPE_CHECKING:
-    from pydicom import Dataset
-
     from cxr_fastai.publishing.dicom_reports import Algorithm
 
 MULTIPART = 'multipart/related'
 DICOM = 'application/dicom'
-NOT_DICOM = 'E_NOT_DICOM'
-"""The code of an image that is not a DICOM file, and therefore gets no report."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Reports:
-    """The DICOM files of one image, or the `code` that says why there are none."""
+    """The DICOM files of one image, and the `code` that says why one is missing."""
 
     path: str
     parts: tuple[Part, ...] = ()
@@ -65,35 +62,29 @@ def wants_dicom(accept: str) -> bool:
 def make_reports(data: bytes, row: dict[str, Any], algorithm: Algorithm) -> Reports:
     """Return the Structured Report of the image file `data` with the prediction `row`.
 
-    If the row has an explanation with an overlay, that is returned as Secondary Capture too.
+    If the row has an explanation with an overlay, that is returned as Secondary Capture too. An error of one of them is
+    the code of the result.
     """
-    from cxr_fastai.publishing.dicom_reports import make_report
+    from cxr_fastai.publishing.dicom_reports import encode_dicom, make_report
     from cxr_fastai.publishing.dicom_source import read_source
 
     path = row['path']
     if not is_dicom(data):
         return Reports(path, code=NOT_DICOM)
+    parts = []
+    code = ''
     try:
         source = read_source(data)
-        parts = [Part(f'{path}/report', _encode(make_report(source, row, algorithm)))]
+        parts.append(Part(f'{path}/report', encode_dicom(make_report(source, row, algorithm))))
         overlay = (row.get('explanation') or {}).get('overlay')
         if overlay:  # only then, because it loads matplotlib, which a service without maps does not have
             from cxr_fastai.publishing.dicom_captures import make_capture
 
             capture = make_capture(source, _decode_png(overlay), row, algorithm)
-            parts.append(Part(f'{path}/map', _encode(capture)))
+            parts.append(Part(f'{path}/map', encode_dicom(capture)))
     except ImageError as error:
-        return Reports(path, code=error.code)
-    return Reports(path, tuple(parts))
-
-
-def _encode(dataset: Dataset) -> bytes:
-    from cxr_fastai.publishing.dicom_reports import highdicom_errors
-
-    buffer = BytesIO()
-    with highdicom_errors():
-        dataset.save_as(buffer, enforce_file_format=True)
-    return buffer.getvalue()
+        code = error.code
+    return Reports(path, tuple(parts), code)
 
 
 def _decode_png(text: str) -> np.ndarray:
@@ -103,10 +94,11 @@ def _decode_png(text: str) -> np.ndarray:
 def encode_reports(reports: Sequence[Reports]) -> tuple[bytes, dict[str, str]]:
     """Return the body of a `multipart/related` answer and its headers.
 
-    The header Warning names each image without a file, with its code. Raises `APIError` 422 if no image has one.
+    The header Warning names each image of which a file is missing, with its code. Raises `APIError` 422 if no image has
+    one.
     """
-    missing = [f'{image.path}: {image.code}' for image in reports if not image.parts]
-    if len(missing) == len(reports):
+    missing = [f'{image.path}: {image.code}' for image in reports if image.code]
+    if not any(image.parts for image in reports):
         message = f'no image gets a DICOM report ({", ".join(missing)}): send DICOM files, or ask for JSON.'
         raise APIError(422, NOT_DICOM, message)
     boundary = secrets.token_hex(16)

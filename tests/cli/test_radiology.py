@@ -1,5 +1,6 @@
 """`predict --dicom-out` and `--watch`: what they write and print, and which options they refuse."""
 
+import json
 import re
 import shutil
 from functools import partial
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from clocks import Clock
-from dicomstudies import needs_validator, save_radiographs, violations
-from imagefiles import without
+from dicomstudies import BrokenFor, needs_validator, radiograph, save_radiographs, violations
+from highdicom.sr import ComprehensiveSR
+from imagefiles import PATIENT, without
 from pydicom import dcmread
 
 from cxr_fastai.cli import main
@@ -54,6 +56,67 @@ def test_an_image_without_a_study_is_an_error_and_other_files_are_counted(bundle
     assert '0 reports, 0 maps; not DICOM: 1 image\n' in printed.out
 
 
+def test_json_lists_the_images_without_a_report(bundle, images, studies, tmp_path, capsys):
+    (tmp_path / 'a.dcm').write_bytes(without('StudyInstanceUID', (studies / '1.dcm').read_bytes()))
+    jpeg = next((images / 'test/NORMAL').iterdir())
+    paths = [studies / '1.dcm', tmp_path / 'a.dcm', jpeg, tmp_path / 'gone.dcm']
+    argv = ['predict', bundle, *paths, '--no-gate', '--json', '--dicom-out', tmp_path / 'out']
+    assert main([str(word) for word in argv]) == 3
+    document = json.loads(capsys.readouterr().out)
+    unreported = {entry['path']: entry['code'] for entry in document['unreported']}
+    assert unreported == dict(zip(map(str, paths[1:]), ['E_DICOM_REFERENCE', 'E_NOT_DICOM', 'E_IO'], strict=True))
+    assert document['unreported'][0]['message'].startswith('E_DICOM_REFERENCE: StudyInstanceUID is missing')
+    assert document['failed_maps'] is None
+    assert main(['predict', str(bundle), str(jpeg), '--no-gate', '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['unreported'] is None
+
+
+@pytest.mark.parametrize('option', ['--out', '--html', '--dicom-out'])
+def test_an_image_without_its_map_is_counted_and_the_command_ends_with_3(bundle, studies, tmp_path, capsys, option):
+    burned_in = tmp_path / 'text.dcm'
+    burned_in.write_bytes(radiograph(9, dcmread(studies / '2.dcm').pixel_array, BurnedInAnnotation='YES'))
+    argv = [str(word) for word in ('predict', bundle, studies / '1.dcm', burned_in, '--no-gate', '--explain', option)]
+    name = {'--out': '{}.csv', '--html': '{}.html', '--dicom-out': '{}'}[option]
+    assert main([*argv, str(tmp_path / name.format('a'))]) == 3
+    printed = capsys.readouterr()
+    assert ', 1 image without a map' in printed.out
+    assert printed.err.count(f'{burned_in}: E_BURNED_IN') == 1
+    assert main([*argv, str(tmp_path / name.format('b')), '--json']) == 3
+    (failed,) = json.loads(capsys.readouterr().out)['failed_maps']
+    assert (failed['path'], failed['code']) == (str(burned_in), 'E_BURNED_IN')
+
+
+def test_maps_for_the_table_and_the_page_are_computed_once(bundle, studies, tmp_path, monkeypatch):
+    from cxr_fastai.interpretation.explainer import Explainer
+
+    n_images = []
+    maps = Explainer.maps
+
+    def count(self: Explainer, squares):
+        n_images.append(len(squares))
+        return maps(self, squares)
+
+    monkeypatch.setattr(Explainer, 'maps', count)
+    argv = ['predict', bundle, studies, '--no-gate', '--explain', '--html']
+    assert main([str(word) for word in (*argv, tmp_path / 'a.html')]) == 0
+    outputs = (tmp_path / 'b.html', '--out', tmp_path / 'p.csv', '--dicom-out', tmp_path / 'reports')
+    assert main([str(word) for word in (*argv, *outputs)]) == 0
+    assert n_images == [3, 3]
+    assert (tmp_path / 'a.html').read_text() == (tmp_path / 'b.html').read_text()
+
+
+def test_an_unexpected_error_of_highdicom_costs_the_report_of_its_image_only(
+    bundle, studies, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr('highdicom.sr.ComprehensiveSR', BrokenFor(ComprehensiveSR, '1.2.3.2'))
+    argv = ['predict', bundle, studies, '--no-gate', '--dicom-out', tmp_path / 'out', '--out', tmp_path / 'p.csv']
+    assert main([str(word) for word in argv]) == 3
+    printed = capsys.readouterr()
+    assert re.search(r'2.dcm: E_DICOM_CORRUPT: an element cannot be copied into a report \(RuntimeError\)', printed.err)
+    assert '2 reports' in printed.out and PATIENT not in printed.out + printed.err
+    assert len((tmp_path / 'p.csv').read_text().splitlines()) == 1 + 3
+
+
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
@@ -89,3 +152,17 @@ def test_a_watched_folder_is_handled_until_ctrl_c_and_continued(bundle, studies,
         assert len(table.read_text().splitlines()) == 1 + images
         (folder / '4.dcm').write_bytes((studies / '1.dcm').read_bytes().replace(b'1.2.3.1', b'1.2.3.4'))
     assert len(list(out.iterdir())) == 4
+
+
+def test_a_watched_folder_gets_maps_and_names_the_images_without_one(bundle, studies, tmp_path, monkeypatch, capsys):
+    folder = Path(shutil.copytree(studies, tmp_path / 'in'))
+    text = radiograph(9, dcmread(studies / '2.dcm').pixel_array, BurnedInAnnotation='YES')
+    (folder / 'text.dcm').write_bytes(text)
+    time = Clock(error=KeyboardInterrupt)
+    watch = partial(watched_folder.watch_folder, clock=time, sleep=time.sleep)
+    monkeypatch.setattr(watched_folder, 'watch_folder', watch)
+    argv = ['predict', bundle, '--watch', folder, '--no-gate', '--explain', '--dicom-out', tmp_path / 'reports']
+    assert main([str(word) for word in argv]) == 130
+    printed = capsys.readouterr()
+    assert f'{folder / "text.dcm"}: E_BURNED_IN' in printed.err
+    assert '4 reports, 3 maps; not DICOM: 0 images' in printed.out

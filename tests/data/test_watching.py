@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from clocks import Clock
 
-from cxr_fastai.core.errors import UsageError
-from cxr_fastai.data.watching import ArrivedFile, FolderWatch, Journal, is_temporary, locked
+from cxr_fastai.core.errors import ImageError, UsageError
+from cxr_fastai.data.watching import ArrivedFile, FolderWatch, Journal, JournaledRows, is_temporary, locked
 
 SETTINGS = {'model': 'ab', 'table': None}
 
@@ -99,6 +99,69 @@ def test_other_files_links_and_pipes_are_ignored(watched, tmp_path):
     assert watched.poll() == watched.poll() == watched.poll() == []
 
 
+def arrive(watched: Watched, name: str = 'a.dcm') -> ArrivedFile:
+    """The file `name` as it was found."""
+    path = watched.folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b'inside')
+    watched.poll()
+    (file,) = watched.watch.poll()
+    assert watched.watch.read(file).read() == b'inside'
+    return file
+
+
+@pytest.mark.parametrize('name', ['a.dcm', 'sub/a.dcm'])
+@pytest.mark.parametrize('part', ['file', 'folder'])
+def test_a_file_that_became_a_link_to_the_outside_is_not_read(watched, tmp_path, name, part):
+    """Somebody exchanges the file, or its folder, after it was found; even size and time are the same."""
+    file = arrive(watched, name)
+    outside = tmp_path / 'outside'
+    outside.mkdir()
+    (outside / 'a.dcm').write_bytes(b'secret')
+    os.utime(outside / 'a.dcm', ns=(file.mtime_ns, file.mtime_ns))
+    if part == 'file' or name == 'a.dcm':
+        file.path.unlink()
+        file.path.symlink_to(outside / 'a.dcm')
+    else:
+        file.path.parent.rename(tmp_path / 'away')
+        file.path.parent.symlink_to(outside)
+    assert file.path.read_bytes() == b'secret'
+    assert watched.watch.read(file) is None
+    assert watched.poll() == watched.poll() == []
+
+
+def test_a_file_without_a_suffix_that_became_a_link_is_not_looked_into(watched, tmp_path, monkeypatch):
+    (tmp_path / 'outside').write_bytes(b'\0' * 128 + b'DICM')
+    (watched.folder / '0a1b').write_bytes(b'text')
+    lstat = os.lstat
+    status = lstat(watched.folder / '0a1b')
+    (watched.folder / '0a1b').unlink()
+    (watched.folder / '0a1b').symlink_to(tmp_path / 'outside')
+    monkeypatch.setattr(os, 'lstat', lambda path: status if Path(path).name == '0a1b' else lstat(path))
+    assert watched.poll() == watched.poll() == []
+
+
+@pytest.mark.parametrize('change', ['replaced', 'removed', 'pipe'])
+def test_a_file_that_is_no_longer_what_was_found_is_not_read(watched, change):
+    file = arrive(watched)
+    file.path.unlink()
+    if change == 'replaced':
+        file.path.write_bytes(b'another')
+    if change == 'pipe':
+        os.mkfifo(file.path)
+        assert watched.watch.read(file).contents.code == 'E_IO'
+    else:
+        assert watched.watch.read(file) is None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')
+def test_a_file_that_may_not_be_read_has_the_reason(watched):
+    file = arrive(watched)
+    file.path.chmod(0)
+    with pytest.raises(ImageError, match='Permission denied'):
+        watched.watch.read(file).read()
+
+
 def test_dicom_files_without_a_suffix_and_in_folders_are_found(watched):
     (watched.folder / 'x' / 'y').mkdir(parents=True)
     (watched.folder / 'x' / 'y' / '0a1b').write_bytes(b'\0' * 128 + b'DICM')
@@ -159,9 +222,9 @@ def arrived(path: Path, size: int = 3, mtime_ns: int = 7) -> ArrivedFile:
 
 def test_a_journal_remembers_path_size_and_time_across_processes(tmp_path):
     file = arrived(tmp_path / 'é\udcff\n.dcm')
-    Journal(tmp_path / 'j', SETTINGS).add([file], rows=1)
+    Journal(tmp_path / 'j', SETTINGS).add([file], JournaledRows(5, 'é,1\n'))
     again = Journal(tmp_path / 'j', SETTINGS)
-    assert file in again and len(again) == again.rows == 1
+    assert file in again and len(again) == 1 and again.last_rows == JournaledRows(5, 'é,1\n')
     assert arrived(file.path, size=4) not in again
     assert arrived(file.path, mtime_ns=8) not in again
     assert arrived(tmp_path / 'b.dcm') not in again
@@ -170,7 +233,7 @@ def test_a_journal_remembers_path_size_and_time_across_processes(tmp_path):
 def test_a_relative_and_an_absolute_path_are_the_same_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     journal = Journal(tmp_path / 'j', SETTINGS)
-    journal.add([arrived(Path('a.dcm'))], rows=1)
+    journal.add([arrived(Path('a.dcm'))], None)
     assert arrived(tmp_path / 'a.dcm') in journal
 
 
@@ -178,11 +241,11 @@ def test_a_relative_and_an_absolute_path_are_the_same_file(tmp_path, monkeypatch
 def test_half_a_line_that_a_crash_left_is_ignored_and_the_journal_goes_on(tmp_path, cut):
     journal = Journal(tmp_path / 'j', SETTINGS)
     for number in (1, 2):
-        journal.add([arrived(tmp_path / f'{number}.dcm')], rows=number)
+        journal.add([arrived(tmp_path / f'{number}.dcm')], JournaledRows(number, ''))
     (tmp_path / 'j').write_bytes((tmp_path / 'j').read_bytes()[:-cut])
     again = Journal(tmp_path / 'j', SETTINGS)
-    assert arrived(tmp_path / '1.dcm') in again and again.rows in (1, 2)
-    again.add([arrived(tmp_path / '3.dcm')], rows=3)
+    assert arrived(tmp_path / '1.dcm') in again and len(again) == again.last_rows.offset
+    again.add([arrived(tmp_path / '3.dcm')], None)
     assert arrived(tmp_path / '3.dcm') in Journal(tmp_path / 'j', SETTINGS)
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from dicomstudies import radiograph, report_text
-from imagefiles import GREY, encoded, without
+from dicomstudies import BrokenFor, radiograph, report_text
+from imagefiles import GREY, PATIENT, encoded, without
 from pydicom import dcmread
 
 from cxr_fastai.core.errors import ImageError, UsageError
@@ -34,7 +34,7 @@ def save(path, data: bytes):
 def test_each_dicom_image_gets_a_report_and_each_explanation_a_capture(folder, tmp_path):
     images = [save(tmp_path / f'{number}.dcm', radiograph(number)) for number in (1, 2)]
     folder.write_reports(images, [OK, OK])
-    pairs = list(folder.write_captures(images, [(image, explanation(image)) for image in images]))
+    pairs = list(folder.write_captures(images, [(None, explanation(image)) for image in images]))
     assert (folder.reports, folder.captures, folder.problems) == (2, 2, [])
     files = [dcmread(path) for path in sorted(folder.folder.iterdir())]
     assert [file.Modality for file in files] == ['OT', 'OT', 'SR', 'SR']
@@ -59,6 +59,7 @@ def test_images_that_are_not_dicom_are_counted_and_others_keep_their_reports(fol
     ]
     folder.write_reports(images, [OK, OK, BROKEN | {'code': 'E_IO'}, BROKEN])
     assert (folder.reports, folder.others, folder.problems) == (1, 1, [])
+    assert [error.code for _, error in folder.unreported] == ['E_NOT_DICOM', 'E_IO', 'E_DICOM_CORRUPT']
     assert len(list(folder.folder.iterdir())) == 1
 
 
@@ -95,8 +96,21 @@ def test_an_image_that_may_not_be_shown_gets_no_capture(folder, tmp_path):
     image = save(tmp_path / '1.dcm', radiograph())
     folder.write_reports([image], [OK])
     error = ImageError('contains text', 'E_BURNED_IN')
-    assert list(folder.write_captures([image], [(image, error)])) == [(image, error)]
+    assert list(folder.write_captures([image], [(None, error)])) == [(None, error)]
     assert folder.captures == 0
+
+
+def test_a_capture_that_cannot_be_made_is_an_error_and_the_others_are_written(folder, tmp_path, monkeypatch):
+    from highdicom.sc import SCImage
+
+    images = [save(tmp_path / f'{number}.dcm', radiograph(number)) for number in (1, 2)]
+    folder.write_reports(images, [OK, OK])
+    monkeypatch.setattr(SCImage, 'from_ref_dataset', BrokenFor(SCImage.from_ref_dataset, '1.2.3.1'))
+    explanations = [(None, explanation(image)) for image in images]
+    (_, failed), (path, explained) = folder.write_captures(images, explanations)
+    assert str(failed).startswith(f'{images[0]}: E_DICOM_CORRUPT') and PATIENT not in str(failed)
+    assert path.exists() and explained is explanations[1][1]
+    assert (folder.reports, folder.captures, folder.problems) == (2, 1, [])
 
 
 def test_elements_that_were_not_copied_are_listed_by_image(folder, tmp_path):

@@ -61,6 +61,8 @@ def test_a_missing_element_that_may_be_empty_is_empty(name):
         ('PatientBirthDate', '1960-02-29'),
         ('PatientAge', '70'),
         ('StudyTime', '3:04'),
+        ('StudyDate', '20250101-20260102'),
+        ('StudyTime', '0304-0506'),
         ('StudyID', 'x' * 17),
         ('PatientID', 'a\\b'),
         ('AccessionNumber', 'A\x1b[2J'),

@@ -1,20 +1,27 @@
 """Images that arrive in a watched folder get a row and a report each, once, also after a crash or a restart."""
 
 import csv
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from clocks import Clock
-from dicomstudies import radiograph
-from imagefiles import GREY, encoded
+from dicomstudies import BrokenFor, radiograph
+from highdicom.sr import ComprehensiveSR
+from imagefiles import GREY, encoded, smooth
 from pydicom import dcmread
 
 from cxr_fastai.core.errors import UsageError
-from cxr_fastai.data.watching import Journal
+from cxr_fastai.data.watching import FolderWatch, Journal
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.inference.tables import CsvTable
+from cxr_fastai.publishing import watched_folder
+from cxr_fastai.publishing.dicom_output import DicomFolder
 from cxr_fastai.publishing.watched_folder import Outputs, WatchedBatch, watch_folder
 
 
@@ -93,24 +100,130 @@ def test_an_unusable_file_gets_a_row_and_does_not_stop_the_others(folder, output
     assert watch(folder, outputs) == []
 
 
-@pytest.mark.parametrize('place', ['append', 'journal'])
-def test_after_a_crash_every_image_has_one_row(folder, outputs, monkeypatch, place):
-    """The process dies before or after the rows of the second batch are written."""
-    arrive(folder, 1, 2, 3)
-    add = Journal.add
+STEPS = {
+    'reports': (DicomFolder, 'write_reports'),
+    'journal': (Journal, 'add'),
+    'table': (CsvTable, 'append_bytes'),
+    'table on disk': (watched_folder, 'sync'),
+}
 
-    def die(self: Journal, files, rows) -> None:
-        if len(self) and place == 'journal':
-            raise Interrupted
-        add(self, files, rows)
-        if place == 'append':
-            raise Interrupted
+
+@pytest.mark.parametrize('moment', ['before', 'after'])
+@pytest.mark.parametrize('step', STEPS)
+def test_after_a_crash_every_content_has_one_row(folder, outputs, monkeypatch, step, moment):
+    """The process dies before or after a step of the second batch, which has a new image and an overwritten one."""
+    arrive(folder, 1, 2)
+    watch(folder, outputs)
+    (folder / '1.dcm').write_bytes(radiograph(1, smooth(96, 80, 10)))
+    arrive(folder, 3)
+    owner, name = STEPS[step]
+    run = getattr(owner, name)
+
+    def die(*args) -> None:
+        if moment == 'after':
+            run(*args)
+        raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, 'add', die)
-        watch(folder, outputs, batch_size=2)
+        patch.setattr(owner, name, die)
+        watch(folder, outputs)
     watch(folder, outputs)
-    assert table(outputs) == ['1.dcm', '2.dcm', '3.dcm']
+    watch(folder, outputs)
+    assert table(outputs) == ['1.dcm', '2.dcm', '1.dcm', '3.dcm']
+    assert len(set(outputs.table.read_text().splitlines())) == 1 + 4
+    assert len(list(outputs.dicom.iterdir())) == 3
+
+
+@pytest.mark.parametrize('file', ['table', 'journal'])
+def test_after_a_crash_in_the_middle_of_writing_every_image_has_one_row(folder, outputs, file):
+    """A prefix of what the second batch adds to a file is on the disk, of any length."""
+    arrive(folder, 1)
+    watch(folder, outputs)
+    paths = (outputs.table, outputs.journal)
+    before = [path.read_bytes() for path in paths]
+    arrive(folder, 2, 3)
+    watch(folder, outputs)
+    after = [path.read_bytes() for path in paths]
+    path = getattr(outputs, file)
+    start, end = (len(contents[paths.index(path)]) for contents in (before, after))
+    for size in (*range(start, end, 101), end - 1, end):
+        outputs.table.write_bytes(after[0] if file == 'table' else before[0])
+        outputs.journal.write_bytes(after[1])
+        os.truncate(path, size)
+        watch(folder, outputs)
+        watch(folder, outputs)
+        assert table(outputs) == ['1.dcm', '2.dcm', '3.dcm'], size
+
+
+@pytest.mark.slow
+def test_after_a_kill_every_image_has_one_row(folder, outputs):
+    """Four processes in turn are killed, each after another step of a batch."""
+    for number, step in enumerate(STEPS, 1):
+        arrive(folder, number)
+        process = multiprocessing.get_context('spawn').Process(target=watch_until_killed, args=(folder, outputs, step))
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+    watch(folder, outputs)
+    assert sorted(table(outputs)) == ['1.dcm', '2.dcm', '3.dcm', '4.dcm']
+
+
+def watch_until_killed(folder: Path, outputs: Outputs, step: str) -> None:
+    owner, name = STEPS[step]
+    run = getattr(owner, name)
+
+    def die(*args) -> None:
+        run(*args)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, die)
+    watch(folder, outputs)
+
+
+def test_an_image_that_is_overwritten_while_it_is_read_has_a_row_of_its_new_content_only(folder, outputs, monkeypatch):
+    arrive(folder, 1)
+    new = radiograph(1, smooth(96, 80, 10))
+    read = FolderWatch.read
+
+    def overwrite_and_read(self: FolderWatch, file):
+        if (folder / '1.dcm').read_bytes() != new:
+            (folder / '1.dcm').write_bytes(new)
+        return read(self, file)
+
+    monkeypatch.setattr(FolderWatch, 'read', overwrite_and_read)
+    assert watch(folder, outputs) == []
+    (batch,) = watch(folder, outputs)
+    assert len(batch.predictions.rows) == len(table(outputs)) == 1
+    assert watch(folder, outputs) == []
+
+
+def test_an_image_that_becomes_a_link_to_the_outside_is_neither_predicted_nor_reported(
+    folder, outputs, tmp_path, monkeypatch
+):
+    arrive(folder, 1, 2)
+    outside = tmp_path / 'outside.dcm'
+    outside.write_bytes(radiograph(9))
+    read = FolderWatch.read
+
+    def link_and_read(self: FolderWatch, file):
+        if file.path.name == '1.dcm' and not file.path.is_symlink():
+            file.path.unlink()
+            file.path.symlink_to(outside)
+        return read(self, file)
+
+    monkeypatch.setattr(FolderWatch, 'read', link_and_read)
+    watch(folder, outputs)
+    assert table(outputs) == ['2.dcm']
+    assert [dcmread(path).StudyInstanceUID for path in outputs.dicom.iterdir()] == ['1.2.4.2']
+
+
+def test_an_unexpected_error_of_highdicom_costs_the_report_of_its_image_only(folder, outputs, monkeypatch):
+    monkeypatch.setattr('highdicom.sr.ComprehensiveSR', BrokenFor(ComprehensiveSR, '1.2.3.2'))
+    arrive(folder, 1, 2, 3)
+    (batch,) = watch(folder, outputs)
+    (problem,) = batch.dicom.problems
+    assert str(problem).startswith(f'{folder / "2.dcm"}: E_DICOM_CORRUPT')
+    assert table(outputs) == ['1.dcm', '2.dcm', '3.dcm'] and len(list(outputs.dicom.iterdir())) == 2
 
 
 def test_a_table_that_was_taken_away_is_begun_again(folder, outputs):

@@ -1,13 +1,15 @@
 """The service answers with DICOM files if a request asks for them, in the study of each image."""
 
+import base64
 import email.parser
 import email.policy
 from io import BytesIO
 
 import numpy as np
 import pytest
-from dicomstudies import needs_validator, radiograph, report_text, violations
-from imagefiles import GREY, encoded, without
+from dicomstudies import BrokenFor, needs_validator, radiograph, report_text, violations
+from highdicom.sr import ComprehensiveSR
+from imagefiles import GREY, PATIENT, encoded, without
 from PIL import Image
 from pydicom import dcmread
 from pydicom.dataset import Dataset
@@ -72,8 +74,6 @@ def test_a_body_has_all_files_and_the_header_warning_names_the_others():
 
 
 def test_an_overlay_becomes_a_capture(tmp_path):
-    import base64
-
     buffer = BytesIO()
     overlay = np.random.default_rng(0).integers(0, 255, (600, 640, 3), dtype=np.uint8)
     Image.fromarray(overlay).save(buffer, 'PNG')
@@ -96,6 +96,17 @@ def test_an_overlay_becomes_a_capture(tmp_path):
 def test_an_image_without_a_report_has_a_code(data, code):
     answer = make_reports(data, ROW, ALGORITHM)
     assert answer.parts == () and answer.code.startswith(code)
+
+
+def test_an_error_of_a_map_keeps_the_report_and_is_named(monkeypatch):
+    from highdicom.sc import SCImage
+
+    monkeypatch.setattr(SCImage, 'from_ref_dataset', BrokenFor(SCImage.from_ref_dataset, '1.2.3.1'))
+    overlay = base64.b64encode(encoded(GREY)).decode()
+    answer = make_reports(radiograph(), ROW | {'explanation': {'overlay': overlay}}, ALGORITHM)
+    assert [part.location for part in answer.parts] == ['image-1/report'] and answer.code == 'E_DICOM_CORRUPT'
+    _, headers = encode_reports([answer])
+    assert headers['warning'] == '299 - "image-1: E_DICOM_CORRUPT"'
 
 
 # Through HTTP
@@ -137,6 +148,20 @@ def test_the_reports_of_the_service_are_those_of_predict(client, bundle, studies
     response = client.post('/v1/predict', files=files(studies[0]), headers=ACCEPT)
     (report,) = parts(response.content, response.headers['content-type']).values()
     assert path.name == f'sr_{report.SOPInstanceUID}.dcm'
+
+
+def test_an_unexpected_error_of_highdicom_costs_the_report_of_its_image_only(client, studies, monkeypatch):
+    monkeypatch.setattr('highdicom.sr.ComprehensiveSR', BrokenFor(ComprehensiveSR, '1.2.3.2'))
+    odd = [
+        without('StudyInstanceUID', studies[0]),
+        radiograph(7, PatientName='x' * 5000, StudyDate='20250101-20260102'),
+        radiograph(8).replace(PATIENT.encode(), b'D\xf6e^Jane'),
+    ]
+    response = client.post('/v1/predict', files=files(*studies, *odd), headers=ACCEPT)
+    assert response.status_code == 200
+    assert response.headers['warning'] == '299 - "image-2: E_DICOM_CORRUPT", 299 - "image-4: E_DICOM_REFERENCE"'
+    answer = parts(response.content, response.headers['content-type'])
+    assert list(answer) == [f'image-{number}/report' for number in (1, 3, 5, 6)]
 
 
 def test_a_request_without_a_dicom_image_is_refused_and_errors_stay_json(client):

@@ -159,7 +159,7 @@ def _choose_folder(runs: list[Run], split: str) -> Path:
 def _evaluate_run(run: Run, request: _Request, is_shown: bool) -> _Results:
     """Evaluate one run, and print its tables one by one if `is_shown`."""
     from cxr_fastai.evaluation.figures import evaluate_and_draw
-    from cxr_fastai.evaluation.robustness import evaluate_robustness
+    from cxr_fastai.evaluation.robustness import evaluate_robustness, warn_of_stale_robustness
     from cxr_fastai.evaluation.shift import evaluate_shift
 
     how = request.how
@@ -175,6 +175,7 @@ def _evaluate_run(run: Run, request: _Request, is_shown: bool) -> _Results:
         shifted = evaluate_shift(run, how.data, how.batch_size, again=False, device=how.device)
         if is_shown:
             _print_shift(shifted)
+    warn_of_stale_robustness(run)
     return _Results(run, metrics, figures, corrupted, shifted)
 
 
@@ -232,9 +233,12 @@ def _refuse(options: dict[str, object], folder: Path) -> None:
 
 def _evaluate_folds(folder: Path, how: Evaluation, as_json: bool) -> None:
     from cxr_fastai.evaluation.cross_validation import evaluate_folds
+    from cxr_fastai.evaluation.robustness import warn_of_stale_robustness
 
     series = Series.open(folder)
     results = evaluate_folds(series, how.data, how.batch_size, how.rule, how.prevalences, how.device, tta=how.tta)
+    for run in series.open_runs():
+        warn_of_stale_robustness(run)
     if as_json:
         print_json(results)
     else:

@@ -277,12 +277,16 @@ class Run:
         write_json(self / 'recipe.json', asdict(recipe))
 
     def write_split(self, name: str, table: pd.DataFrame, split: str) -> None:
-        """Replace the rows of one `split` in the CSV file `name`, and keep the rows of other splits."""
+        """Replace the rows of one `split` in the CSV file `name`, and keep the rows of other splits.
+
+        Rows with other columns, which an earlier version wrote, are not kept.
+        """
         import pandas as pd
 
         if (self / name).exists():
             previous = read_table(self / name)
-            table = pd.concat([previous[previous.split != split], table], ignore_index=True)
+            if set(previous) == set(table):
+                table = pd.concat([previous[previous.split != split], table], ignore_index=True)
         write_csv(self / name, table)
 
     def remove_partial_files(self) -> None:

@@ -29,7 +29,7 @@ from cxr_fastai.core.run_files import (
     read_metrics,
     read_table,
 )
-from cxr_fastai.core.schemas import Fields, Integer, ListOf, Text, check_object
+from cxr_fastai.core.schemas import Fields, Flag, Integer, ListOf, Text, check_object
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +58,7 @@ JOURNAL = {
     'best': Fields({}, optional=True, required=False),
     'epochs': Integer(0, required=False),
     'how': Text(20, required=False),
+    'tta': Flag(required=False),
     'members': ListOf(Fields({'model': Text(64, SHA256), 'recipe': Fields({})}), required=False),
 }
 """The fields of a line of `journal.jsonl` that are read."""

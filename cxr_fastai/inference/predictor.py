@@ -240,7 +240,7 @@ class Predictor:
         check_squares(images, self.config.size)
         p, features = self.engine(images)
         if self.tta:
-            mirrored, _ = self.engine(np.ascontiguousarray(images[:, :, ::-1]))
+            mirrored, _ = self.engine(mirror(images))
             p = (p + mirrored) / 2
         if not ((p >= 0) & (p <= 1)).all():
             raise CXRError(
@@ -263,6 +263,11 @@ class Predictor:
         """Return the probabilities of pneumonia (n,) of grey uint8 images (n, size, size), not calibrated."""
         p, _ = self.infer(images)
         return p
+
+
+def mirror(images: np.ndarray) -> np.ndarray:
+    """Return the mirror images of `images` (..., width), the second of the test-time views."""
+    return np.ascontiguousarray(images[..., ::-1])
 
 
 def load_predictor(

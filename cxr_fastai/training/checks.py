@@ -17,6 +17,7 @@ from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import check_writable, nearest_folder
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.data.loaders import CXRDataLoaders
+from cxr_fastai.data.transforms import list_labels
 from cxr_fastai.inference.pickles import check_store
 
 COPIES_ON_DISK = 10
@@ -51,10 +52,9 @@ def check_labels(dls: DataLoaders) -> None:
     `CXRDataLoaders` have warned before.
     """
     for split, dataset in (('training', dls.train_ds), ('validation', dls.valid_ds)):
-        pipelines = getattr(dataset, 'tls', None)  # data sets of tensors have none
-        if pipelines is None or len(dataset) == 0:
+        if not hasattr(dataset, 'tls') or len(dataset) == 0:  # data sets of tensors have no pipelines
             continue
-        labels = {int(label) for label in pipelines[-1]}
+        labels = set(list_labels(dataset))
         if len(labels) >= len(VOCAB):
             continue
         text = f'the {len(dataset)} {split} images are all {VOCAB[labels.pop()]}'

@@ -45,7 +45,7 @@ def prediction_document(
     dicom_folder: Path | None,
 ) -> dict[str, Any]:
     """Return the document of `predict`: the model and its threshold, the counts, and the rows of all images."""
-    from cxr_fastai.inference.hub_bundles import name_model
+    from cxr_fastai.inference.pretrained import name_model
     from cxr_fastai.inference.tables import with_numbers
 
     predictor = predictions.predictor

@@ -56,7 +56,9 @@ def explain(
     if top_losses:
         Run.open(run)  # before the folder is chosen: raises if it is not a run folder
     if folder is None and not (run / 'recipe.json').exists():
-        raise UsageError(f'{run}: not a run folder. Choose a folder for the figures with --out.')
+        from cxr_fastai.inference.pretrained import name_model
+
+        raise UsageError(f'{name_model(run)}: not a run folder. Choose a folder for the figures with --out.')
     folder = folder or unused_path(run / 'figures' / 'explained')
     check_new(folder)
     if top_losses:

@@ -153,7 +153,7 @@ def _check_unknown(items: pd.DataFrame, run: Run, split: str, root: Path) -> Non
     if shared and split == 'valid' and run.recipe.valid == 'none':
         raise UsageError(
             f'{run.path}: trained on all images, so it has no validation images. Give it the predictions of a '
-            'cross-validation: `cxr-fastai evaluate RUN --out-of-fold FOLDS`.'
+            f'cross-validation: `{run.out_of_fold_evaluation()}`.'
         )
     if shared:
         raise UsageError(

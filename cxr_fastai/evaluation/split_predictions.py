@@ -72,7 +72,7 @@ def choose_tta(run: Run, tta: bool | None, model: str, out_of_fold: OutOfFold | 
         option, manner = ('--tta', 'without') if tta else ('--no-tta', 'with')
         raise UsageError(
             f'{option}: the out-of-fold predictions of {run.path} were made {manner} test-time views. Make them again: '
-            f'`cxr-fastai evaluate RUN --out-of-fold FOLDS {option}`.'
+            f'`{run.out_of_fold_evaluation()} {option}`.'
         )
     return stored
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from cxr_fastai.core.errors import UsageError, visible
 from cxr_fastai.core.files import StrPath, check_writable, write_text
+from cxr_fastai.core.paths import HUB_PREFIX
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.templates import data_uri, render_template
 from cxr_fastai.data.find import short_path
 from cxr_fastai.images.decode import ImageLike
 from cxr_fastai.inference.gate import OUT_OF_DISTRIBUTION
 from cxr_fastai.inference.predictor import Row
-from cxr_fastai.inference.pretrained import HUB_PREFIX
 from cxr_fastai.inference.tables import Predictions
 from cxr_fastai.publishing.model_card import NOT_A_DEVICE
 from cxr_fastai.publishing.thumbnails import Thumbnail, draw_maps, read_thumbnails
@@ -34,7 +34,7 @@ def save_prediction_page(
     The page has a small picture of each image with its probability, its decision and, with `maps`, a map of what
     influenced the score; the images without a probability are grouped by the reason. Of more than `MAX_SHOWN`
     predictions, it shows those with the highest probabilities. `model` is the path or the name (see
-    `hub_bundles.name_model`) that it shows.
+    `pretrained.name_model`) that it shows.
 
     Raises `UsageError` if `page` exists (see `check_page`), or with `maps` if the network has none; `OutputError`.
     """

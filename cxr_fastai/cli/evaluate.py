@@ -12,6 +12,7 @@ from cxr_fastai.cli.console import move_messages_to_stderr
 from cxr_fastai.cli.documents import evaluated_run, evaluation_document, print_json
 from cxr_fastai.cli.output import choose_source, out, print_error, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import SHIFT
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series, is_folds
@@ -253,7 +254,7 @@ def _print_folds(folder: Path, results: dict[str, Any]) -> None:
 
     metrics, decision = results['metrics'], results['decision']
     summary = (
-        f'{folder}, out-of-fold: {metrics["n"]:,} images, {metrics["positives"]:,} of them pneumonia; threshold '
+        f'{folder}, out-of-fold: {counted(metrics["n"])}, {metrics["positives"]:,} of them pneumonia; threshold '
         f'{decision["threshold"]:g} ({_describe_rule(decision["rule"], decision["tta"])}).'
     )
     print_line(f'{summary} {decision["margin"]}'.rstrip())
@@ -290,7 +291,7 @@ def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: li
 
     decision = Decision.from_metrics(run, metrics)
     summary = (
-        f'{run.path}, {split} split: {metrics["n"]} images, {metrics["positives"]} of them pneumonia; '
+        f'{run.path}, {split} split: {counted(metrics["n"])}, {metrics["positives"]:,} of them pneumonia; '
         f'threshold {metrics["threshold"]:g} ({_describe_rule(metrics["threshold_rule"], metrics["tta"])}).'
     )
     print_line(f'{summary} {decision.margin}'.rstrip() if decision else summary)

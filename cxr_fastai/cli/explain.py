@@ -100,7 +100,7 @@ def print_explanations(saved: Iterable[tuple[Path, Explanation | ImageError]]) -
     n_errors = 0
     for path, explanation in saved:
         if isinstance(explanation, ImageError):
-            print_error(f'error: {explanation}')
+            print_error(f'{explanation.status}: {explanation}')
             n_errors += 1
         else:
             print_line(f'{path}: {explanation.name}: {explanation.summary}')

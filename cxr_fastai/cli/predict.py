@@ -203,7 +203,9 @@ def _print_summary(predictions: Predictions, table: Path | None, as_json: bool) 
         print_error('With --no-gate the images that the input gate rejected get a probability too.')
     print_line(_describe_threshold(predictions.predictor))
     images = counted(len(predictions.rows))
-    summary = f'{images}, {predictions.positives} classified as PNEUMONIA, {len(failures)} failed'
+    n_rejected = sum(row['status'] == 'rejected' for row in failures)
+    summary = f'{images}, {predictions.positives} classified as PNEUMONIA, '
+    summary += f'{n_rejected} rejected, {len(failures) - n_rejected} failed'
     if table:
         summary += f'; rows in {table}'
     elif len(failures) > EXAMPLES and not as_json:

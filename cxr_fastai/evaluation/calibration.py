@@ -11,6 +11,7 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import expit, xlog1py, xlogy
 from scipy.stats import t
 
+from cxr_fastai.core.progress import are, counted
 from cxr_fastai.evaluation.clusters import MIN_PATIENTS, effective_size, mean_spread
 from cxr_fastai.evaluation.intervals import Estimate, make_estimate, wilson_interval
 from cxr_fastai.inference.config import EDGE, logits
@@ -209,7 +210,7 @@ def explain_recalibration(targs: np.ndarray, p: np.ndarray, slope: Estimate) -> 
     n_limited = int(((p <= EDGE) | (p >= 1 - EDGE)).sum())
     if n_limited:
         notes.append(
-            f'{n_limited:,} probabilities are 0 or 1 to the last digit. Their logits are limited to '
+            f'{counted(n_limited, "probability")} {are(n_limited)} 0 or 1 to the last digit. Logits are limited to '
             f'±{-np.log(EDGE):.1f}, on which slope and intercept depend.'
         )
     return notes

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from cxr_fastai.core.errors import CXRWarning, UsageError
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import SHIFT
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import data_root, image_root, read_items
@@ -157,6 +158,6 @@ def _check_unknown(items: pd.DataFrame, run: Run, split: str, root: Path) -> Non
         )
     if shared:
         raise UsageError(
-            f'{root}: {shared} images of its {split} split belong to the run, but other images of the run are missing '
+            f'{root}: the run contains {counted(shared)} of its {split} split, but other images of the run are missing '
             'there. Name the complete folder that the run was trained on.'
         )

@@ -209,7 +209,7 @@ def _augmentation(recipe: Recipe) -> str:
 def _final_model(recipe: Recipe, epoch: int | str, epochs: int) -> str:
     text = f'a single network, from epoch {epoch} of {epochs} (highest validation AUC)'
     if recipe.valid == 'none':
-        text = f'a single network, from the last of {epochs} epochs'
+        text = f'a single network, from the last of {counted(epochs, "epoch")}'
     if epochs < recipe.epochs:
         text += f'; training stopped early, before the {recipe.epochs} epochs of the recipe'
     if recipe.ema:
@@ -254,8 +254,8 @@ def render_card(run: Run, split: str, texts: CardTexts = PLAIN, parity: Parity |
 
 def _describe_half(parity: Parity) -> str:
     return (
-        f'stored as float16, computed in float32. On the {parity.images:,} {parity.split} images, no decision changed, '
-        f'and a probability by at most {parity.largest_change:.1g}'
+        f'stored as float16, computed in float32. On the {counted(parity.images, f"{parity.split} image")}, no '
+        f'decision changed, and a probability by at most {parity.largest_change:.1g}'
     )
 
 

@@ -23,7 +23,7 @@ SUFFIXES = ('.html', '.htm')
 MAX_SHOWN = 1000
 """Number of predictions that the page shows."""
 MAX_LISTED = 100
-"""Number of refused images of one reason that the page lists."""
+"""Number of images without a prediction for one reason that the page lists."""
 
 
 def save_prediction_page(
@@ -96,7 +96,7 @@ def render(
         not_shown=scored - len(shown),
         has_maps=bool(maps),
         refusals=_group_refusals(predictions, thumbnails),
-        refused=len(predictions.failures),
+        failures=len(predictions.failures),
         max_listed=MAX_LISTED,
         not_a_device=NOT_A_DEVICE,
     )
@@ -131,7 +131,7 @@ def _reason(row: Row) -> str:
 
 
 def _group_refusals(predictions: Predictions, thumbnails: dict[int, Thumbnail]) -> list[dict[str, Any]]:
-    """Return the refused images by reason, the most frequent first; of each reason the first `MAX_LISTED`."""
+    """Return images without a prediction by reason, the most frequent first; of each reason the first `MAX_LISTED`."""
     groups: dict[tuple[str, str], list[int]] = {}
     for index, row in enumerate(predictions.rows):
         if row['status'] != 'ok':

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.progress import are, counted
 from cxr_fastai.core.recipe import EXTENSION, Recipe, differences
 from cxr_fastai.core.run import Run
 from cxr_fastai.inference.config import LEARNER, WEIGHTS
@@ -32,13 +33,13 @@ def extend_recipe(run: Run, epochs: int, lr: float | None = None) -> Recipe:
     planned = trained + _count_left(recipe, state)
     if epochs < trained:
         raise UsageError(
-            f'--epochs {epochs}: {run.path} was trained for {trained} epochs already, and epochs cannot be undone. '
-            f'Choose more than {planned}, or train with another --out.'
+            f'--epochs {epochs}: {run.path} was trained for {counted(trained, "epoch")} already, and epochs cannot be '
+            f'undone. Choose more than {planned}, or train with another --out.'
         )
     if epochs < planned:
         raise UsageError(
-            f'--epochs {epochs}: the schedule of {run.path} is made for {planned} epochs, of which {trained} are '
-            f'trained, and cannot be shortened. Omit --epochs, or choose more than {planned}.'
+            f'--epochs {epochs}: the schedule of {run.path} is made for {counted(planned, "epoch")}, of which '
+            f'{trained} {are(trained)} trained, and cannot be shortened. Omit --epochs, or choose more than {planned}.'
         )
     if epochs > planned:
         return _add_phase(recipe, epochs - planned, lr)

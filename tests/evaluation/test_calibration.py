@@ -159,7 +159,7 @@ def test_the_intercept_is_defined_where_probabilities_are_exactly_0_and_1():
         assert intercept['low'] < intercept['value'] < intercept['high']
         assert expit(logits(p) + intercept['value']).sum() == pytest.approx(TARGS.sum())
         (note,) = measure_calibration(TARGS, p, ONE_IMAGE_EACH)['notes']
-        assert 'Their logits are limited to ±34.5' in note
+        assert 'Logits are limited to ±34.5' in note
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_an_ensemble_is_not_trained():
         make_recipe('ensemble2.baseline')
     with pytest.raises(UsageError, match='made of trained networks'):
         check_recipe(replace(make_recipe('baseline'), arch='ensemble2.baseline'))
-    with pytest.raises(UsageError, match='1 members'):
+    with pytest.raises(UsageError, match='1 member,'):
         make_ensemble(make_members(without_pooling, 1))
 
 

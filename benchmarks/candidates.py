@@ -95,9 +95,10 @@ def measure(run: Run) -> dict[str, float]:
         for figures in shift_table(evaluate_shift(run, again=False)).to_dict('records'):
             for figure in ('auc', 'specificity_at_95', 'specificity', 'intercept'):
                 row[f'{figures["split"]} {figure}'] = figures[figure]
-    if not (run / 'robustness.csv').is_file():
-        robustness.evaluate_robustness(run, split='valid')
-    return row | {name: value for name, value in robustness.summarise(run.robustness).items() if name in COLUMNS}
+    table = robustness.read_robustness(run, 'valid')
+    if table is None:
+        table = robustness.evaluate_robustness(run, split='valid')
+    return row | {name: value for name, value in robustness.summarise(table).items() if name in COLUMNS}
 
 
 def combine_seeds(folders: list[Path], out: Path, name: str) -> pd.DataFrame:

@@ -8,7 +8,8 @@
     python benchmarks/recipes.py runs/*
 
 There is one row per name: runs NAME-SEED with the same name are averaged, and the standard deviation over the seeds
-follows the mean. The threshold is the highest one with a sensitivity of at least 0.95 on the validation images.
+follows the mean. The threshold is the highest one with a sensitivity of at least 0.95 on the validation images; that of
+the corrupted images is the one that `evaluate` chose for the run.
 """
 
 import argparse
@@ -17,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.run import Run
-from cxr_fastai.evaluation.robustness import summarise
+from cxr_fastai.evaluation.robustness import read_robustness, summarise
 
 SENSITIVITY = 0.95
 TARGET_AUC = 0.985
@@ -30,7 +32,7 @@ def measure(run: Run) -> dict[str, float]:
     pneumonia = predictions.label == 'PNEUMONIA'
     threshold = predictions[pneumonia].p_pneumonia.quantile(1 - SENSITIVITY, interpolation='lower')
     positive = predictions.p_pneumonia >= threshold
-    robustness = run.robustness.query('split == "valid"')
+    robustness = read_valid_robustness(run)
     corrupted = robustness[robustness.strength > 0]
     auc = summarise(robustness)
     return {
@@ -39,13 +41,21 @@ def measure(run: Run) -> dict[str, float]:
         'sensitivity': positive[pneumonia].mean(),
         'specificity': (~positive[~pneumonia]).mean(),
         'corrupted AUC': auc['corrupted'],
-        'corrupted specificity at 0.5': corrupted.specificity.mean(),
-        'corrupted sensitivity at 0.5': corrupted.sensitivity.mean(),
+        'corrupted specificity': corrupted.specificity.mean(),
+        'corrupted sensitivity': corrupted.sensitivity.mean(),
         'shortcut AUC': auc['shortcut'],
         'shortcut loss': auc['loss'],
         f's to {TARGET_AUC}': _seconds_to_target(run.history),
         's per epoch': run.history.seconds.mean(),
     }
+
+
+def read_valid_robustness(run: Run) -> pd.DataFrame:
+    """Return the robustness table of `run` on validation images. Raises `UsageError` if none is current."""
+    table = read_robustness(run, 'valid')
+    if table is None:
+        raise UsageError(f'{run.path}: no current robustness. Run `{run.evaluation("valid")} --robustness`.')
+    return table
 
 
 def _seconds_to_target(history: pd.DataFrame) -> float:
@@ -85,7 +95,7 @@ def main() -> None:
     if args.kinds:
         rows = []
         for run in runs:
-            robustness = run.robustness.query('split == "valid"')
+            robustness = read_valid_robustness(run)
             rows.append(robustness.groupby('corruption', sort=False).auc.mean().to_dict())
         print()
         print_grouped(pd.DataFrame(rows, index=names))

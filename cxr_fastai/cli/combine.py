@@ -51,7 +51,8 @@ def _print_combination(combination: Combination) -> None:
     if combination.selection:
         out.print(_selection_table(combination.selection))
     words = WORDS[combination.how].format(names=', '.join(combination.members), margin=MARGIN)
-    print_line(f'{run.path}: {words}. Next: {run.first_evaluation()}')
+    views = ', which uses test-time views, as the evaluation of these runs did' if combination.tta else ''
+    print_line(f'{run.path}: {words}. Next: {run.first_evaluation()}{views}')
 
 
 def _selection_table(selection: Selection) -> Table:

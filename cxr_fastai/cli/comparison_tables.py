@@ -10,6 +10,7 @@ from rich.table import Table
 
 from cxr_fastai.cli.output import new_table
 from cxr_fastai.core.errors import visible
+from cxr_fastai.core.progress import counted
 from cxr_fastai.evaluation.intervals import format_estimate
 from cxr_fastai.evaluation.metrics import name_metric
 
@@ -39,11 +40,11 @@ def _pairs_table(pairs: list[dict[str, Any]]) -> Table:
         caption += ';\nthose of the AUC with images clustered by patient, those of McNemar with independent images'
     if pairs[0]['unknown_patients']:
         caption += (
-            f';\nthe patients of {pairs[0]["unknown_patients"]:,} images are unknown: if patients have several images, '
+            f';\nthe patients of {counted(pairs[0]["unknown_patients"])} are unknown: if patients have several images, '
             'the p values are too small'
         )
     table = new_table(
-        f'compared with {pairs[0]["against"]}, on the same {pairs[0]["n"]} images',
+        f'compared with {pairs[0]["against"]}, on the same {counted(pairs[0]["n"])}',
         ('run', 'AUC difference', 'p', 'only this run correct : only the other', 'p'),
         caption,
     )

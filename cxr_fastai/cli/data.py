@@ -13,6 +13,7 @@ from cxr_fastai.cli.failures import Failure, print_failures
 from cxr_fastai.cli.output import choose_source, out, print_line
 from cxr_fastai.cli.verbosity import Command, CommandGroup
 from cxr_fastai.core.files import check_writable
+from cxr_fastai.core.progress import counted
 
 app = typer.Typer(
     cls=CommandGroup, no_args_is_help=True, help='Create, download, prepare and audit images; review labels.'
@@ -76,7 +77,7 @@ def data_prepare(
     preprocessing = Preprocessing(size, resize, modality=modality)
     cache, added, errors = prepare(items.path, image_root(root), preprocessing, workers)
     print_failures(map(Failure.from_error, errors))
-    print_line(f'{cache}: {len(items) - len(errors):,} images, {added:,} of them new')
+    print_line(f'{cache}: {counted(len(items) - len(errors))}, {added:,} of them new')
     if errors:
         raise typer.Exit(3)
 
@@ -146,7 +147,7 @@ def data_review(
     review = review_labels(series, choose_source(data, csv), top, batch_size, workers, device)
     save_review(review, folder, hide_names, device, batch_size)
     print_line(
-        f'{run}: {len(review.table):,} of {len(review.predictions):,} images listed: {review.count(DUPLICATE):,} '
+        f'{run}: {len(review.table):,} of {counted(len(review.predictions))} listed: {review.count(DUPLICATE):,} '
         f'duplicates with another label, {review.count(CONTRADICTS):,} whose label the prediction contradicts'
     )
     print_line(f'{folder}: review.csv and review.html. No label was changed.')

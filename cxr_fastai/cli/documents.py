@@ -51,7 +51,7 @@ def prediction_document(
     `files` are what was written, by field. `unreported` and `failed_maps` have the path and the reason of each image
     without a DICOM report or a map; None if nobody asked for them.
     """
-    from cxr_fastai.inference.hub_bundles import name_model
+    from cxr_fastai.inference.pretrained import name_model
     from cxr_fastai.inference.tables import with_numbers
 
     predictor = predictions.predictor

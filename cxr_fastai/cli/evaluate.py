@@ -12,6 +12,7 @@ from cxr_fastai.cli.console import move_messages_to_stderr
 from cxr_fastai.cli.documents import evaluated_run, evaluation_document, print_json
 from cxr_fastai.cli.output import choose_source, out, print_error, print_line, unused_path
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import SHIFT
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series, is_folds
@@ -159,7 +160,7 @@ def _choose_folder(runs: list[Run], split: str) -> Path:
 def _evaluate_run(run: Run, request: _Request, is_shown: bool) -> _Results:
     """Evaluate one run, and print its tables one by one if `is_shown`."""
     from cxr_fastai.evaluation.figures import evaluate_and_draw
-    from cxr_fastai.evaluation.robustness import evaluate_robustness
+    from cxr_fastai.evaluation.robustness import evaluate_robustness, warn_of_stale_robustness
     from cxr_fastai.evaluation.shift import evaluate_shift
 
     how = request.how
@@ -175,6 +176,7 @@ def _evaluate_run(run: Run, request: _Request, is_shown: bool) -> _Results:
         shifted = evaluate_shift(run, how.data, how.batch_size, again=False, device=how.device)
         if is_shown:
             _print_shift(shifted)
+    warn_of_stale_robustness(run)
     return _Results(run, metrics, figures, corrupted, shifted)
 
 
@@ -232,9 +234,12 @@ def _refuse(options: dict[str, object], folder: Path) -> None:
 
 def _evaluate_folds(folder: Path, how: Evaluation, as_json: bool) -> None:
     from cxr_fastai.evaluation.cross_validation import evaluate_folds
+    from cxr_fastai.evaluation.robustness import warn_of_stale_robustness
 
     series = Series.open(folder)
     results = evaluate_folds(series, how.data, how.batch_size, how.rule, how.prevalences, how.device, tta=how.tta)
+    for run in series.open_runs():
+        warn_of_stale_robustness(run)
     if as_json:
         print_json(results)
     else:
@@ -249,7 +254,7 @@ def _print_folds(folder: Path, results: dict[str, Any]) -> None:
 
     metrics, decision = results['metrics'], results['decision']
     summary = (
-        f'{folder}, out-of-fold: {metrics["n"]:,} images, {metrics["positives"]:,} of them pneumonia; threshold '
+        f'{folder}, out-of-fold: {counted(metrics["n"])}, {metrics["positives"]:,} of them pneumonia; threshold '
         f'{decision["threshold"]:g} ({_describe_rule(decision["rule"], decision["tta"])}).'
     )
     print_line(f'{summary} {decision["margin"]}'.rstrip())
@@ -286,7 +291,7 @@ def _print_evaluation(run: Run, split: str, metrics: dict[str, Any], figures: li
 
     decision = Decision.from_metrics(run, metrics)
     summary = (
-        f'{run.path}, {split} split: {metrics["n"]} images, {metrics["positives"]} of them pneumonia; '
+        f'{run.path}, {split} split: {counted(metrics["n"])}, {metrics["positives"]:,} of them pneumonia; '
         f'threshold {metrics["threshold"]:g} ({_describe_rule(metrics["threshold_rule"], metrics["tta"])}).'
     )
     print_line(f'{summary} {decision.margin}'.rstrip() if decision else summary)

@@ -57,7 +57,9 @@ def explain(
     if top_losses:
         Run.open(run)  # before the folder is chosen: raises if it is not a run folder
     if folder is None and not (run / 'recipe.json').exists():
-        raise UsageError(f'{run}: not a run folder. Choose a folder for the figures with --out.')
+        from cxr_fastai.inference.pretrained import name_model
+
+        raise UsageError(f'{name_model(run)}: not a run folder. Choose a folder for the figures with --out.')
     folder = folder or unused_path(run / 'figures' / 'explained')
     check_new(folder)
     if top_losses:
@@ -106,7 +108,7 @@ def print_explanations(saved: Iterable[Explained]) -> int:
 def print_explanation(path: Path | None, explanation: Explanation | ImageError) -> None:
     """Print the error, or what influenced the score of an image whose figure is the file `path`, if there is one."""
     if isinstance(explanation, ImageError):
-        print_error(f'error: {explanation}')
+        print_error(f'{explanation.status}: {explanation}')
     elif path:
         print_line(f'{path}: {explanation.name}: {explanation.summary}')
 

@@ -19,6 +19,7 @@ from rich.text import Text
 from cxr_fastai.cli.console import err, out
 from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, UsageError, visible
+from cxr_fastai.core.paths import HUB_PREFIX
 from cxr_fastai.core.progress import counted
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ def print_line(text: str) -> None:
 
 def print_hub_model(model: Path) -> None:
     """Print the name and commit of a model of the Hugging Face Hub, and nothing for another one."""
-    from cxr_fastai.inference.hub_bundles import name_model
+    from cxr_fastai.inference.pretrained import name_model
 
     name = name_model(model)
-    if name != str(model):
+    if name.startswith(HUB_PREFIX):
         print_line(f'model: {name}')
 
 

@@ -69,7 +69,7 @@ class PredictionOutputs:
             radiology.print_dicom(dicom)
         print_hub_model(self.model)
         if self.html:
-            from cxr_fastai.inference.hub_bundles import name_model
+            from cxr_fastai.inference.pretrained import name_model
             from cxr_fastai.publishing.prediction_page import save_prediction_page
 
             save_prediction_page(predictions, images, self.html, name_model(self.model), maps.drawn)
@@ -115,7 +115,9 @@ class PredictionOutputs:
             print_error('With --no-gate the images that the input gate rejected get a probability too.')
         print_line(_describe_threshold(predictions.predictor))
         images = counted(len(predictions.rows))
-        summary = f'{images}, {predictions.positives} classified as PNEUMONIA, {len(failures)} failed'
+        n_rejected = sum(row['status'] == 'rejected' for row in failures)
+        summary = f'{images}, {predictions.positives} classified as PNEUMONIA, '
+        summary += f'{n_rejected} rejected, {len(failures) - n_rejected} failed'
         if n_failed_maps:
             summary += f', {counted(n_failed_maps, "image")} without a map'
         if self.table:
@@ -141,8 +143,8 @@ def _describe_threshold(predictor: Predictor) -> str:
     text = f'An image is classified as PNEUMONIA at a probability of {predictor.threshold:.3g} or more'
     views = ' Each probability is the mean over the image and its mirror image (--tta).' if predictor.tta else ''
     if rule.startswith('fixed:'):
-        source = 'a fixed threshold, not chosen on validation images (`cxr-fastai evaluate RUN` chooses one)'
-        return f'{text}: {source}.{views}'
+        evaluation = f' (`{predictor.run.evaluation()}` chooses one)' if predictor.run else ''
+        return f'{text}: a fixed threshold, not chosen on validation images{evaluation}.{views}'
     images = 'soft images' if rule.endswith('@shift') else 'validation images'
     manner = ' with the same test-time views' if predictor.config.tta else ''
     return f'{text}: chosen on {images}{manner} by the rule {rule}.{views}'

@@ -1,4 +1,4 @@
-"""Paths as other systems and programs write them: which existing file they mean, and why there may be none."""
+"""Paths as users, other systems and programs write them: which existing file they mean, and names that are no paths."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePath
 
+PRETRAINED = 'pretrained'
+"""The name of the model in the package, in every command and function that takes a model."""
+HUB_PREFIX = 'hf:'
+"""The start of the name of a bundle on the Hugging Face Hub."""
 QUOTES = ('"', "'")
 WINDOWS_PATH = re.compile(r'(^|/)"?([A-Za-z]:[\\/]|\\\\\w)')
 """A path with a drive, or one of a network share, perhaps after the folder that it was taken as relative to."""

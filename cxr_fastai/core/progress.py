@@ -71,8 +71,8 @@ class ShownProgress:
 
     def describe(self, seconds: float) -> str:
         """Return a line about what was done in that many `seconds`."""
-        goal = '?' if self.total is None else f'{self.total:,}'
-        line = f'{self.steps:,} of {goal} {plural(self.unit)}, {self.images / seconds:.3g} images/s'
+        goal = f'? {plural(self.unit)}' if self.total is None else counted(self.total, self.unit)
+        line = f'{self.steps:,} of {goal}, {self.images / seconds:.3g} images/s'
         if self.total is not None:
             line += f', {format_seconds(seconds * (self.total / self.steps - 1))} left'
         return f'{self.description}: {line}' if self.description else line
@@ -85,9 +85,11 @@ class ShownProgress:
 def plural(unit: str) -> str:
     """Return the plural of a word such as `image` or `batch`.
 
-    >>> plural('epoch'), plural('batch')
-    ('epochs', 'batches')
+    >>> plural('epoch'), plural('batch'), plural('probability')
+    ('epochs', 'batches', 'probabilities')
     """
+    if unit.endswith('y'):
+        return f'{unit[:-1]}ies'
     return f'{unit}es' if unit == 'batch' else f'{unit}s'
 
 
@@ -98,6 +100,11 @@ def counted(number: int, unit: str = 'image') -> str:
     ('1 image', '0 images', '2,000 batches')
     """
     return f'{number:,} {unit if number == 1 else plural(unit)}'
+
+
+def are(number: int) -> str:
+    """Return the verb that follows `counted(number, ...)`: `is` or `are`."""
+    return 'is' if number == 1 else 'are'
 
 
 def format_seconds(seconds: float) -> str:

@@ -17,6 +17,7 @@ from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import StrPath, check_new, write_csv, write_json, writing
 from cxr_fastai.core.folders import sweep
 from cxr_fastai.core.foreign import parse_json, read_text
+from cxr_fastai.core.paths import HUB_PREFIX, PRETRAINED
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.recipe_fields import parse_recipe
 from cxr_fastai.core.run_files import (
@@ -29,7 +30,7 @@ from cxr_fastai.core.run_files import (
     read_metrics,
     read_table,
 )
-from cxr_fastai.core.schemas import Fields, Integer, ListOf, Text, check_object
+from cxr_fastai.core.schemas import Fields, Flag, Integer, ListOf, Text, check_object
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +59,7 @@ JOURNAL = {
     'best': Fields({}, optional=True, required=False),
     'epochs': Integer(0, required=False),
     'how': Text(20, required=False),
+    'tta': Flag(required=False),
     'members': ListOf(Fields({'model': Text(64, SHA256), 'recipe': Fields({})}), required=False),
 }
 """The fields of a line of `journal.jsonl` that are read."""
@@ -246,10 +248,14 @@ class Run:
         """Return the command to evaluate the run for the first time: with a fixed threshold if none can be chosen."""
         has_recipe = (self / 'recipe.json').is_file()
         if has_recipe and self.recipe.valid == 'none' and not self.has_out_of_fold:
-            return f'cxr-fastai evaluate {quote(str(self.path))} --out-of-fold FOLDS'
+            return self.out_of_fold_evaluation()
         items = self.items if (self / 'items.csv').is_file() else None
         has_one_class = items is not None and items[items.split == 'valid'].label.nunique() == 1
         return self.evaluation() + (' --threshold fixed:0.5' if has_one_class else '')
+
+    def out_of_fold_evaluation(self) -> str:
+        """Return the command that gives the run the out-of-fold predictions of a cross-validation."""
+        return f'cxr-fastai evaluate {quote(str(self.path))} --out-of-fold FOLDS'
 
     def write_results(self, predictions: pd.DataFrame, metrics: dict[str, Any], decision: dict[str, Any]) -> None:
         """Write `predictions.csv`, `decision.json`, and last `metrics.json` with the hashes that bind them together.
@@ -277,12 +283,16 @@ class Run:
         write_json(self / 'recipe.json', asdict(recipe))
 
     def write_split(self, name: str, table: pd.DataFrame, split: str) -> None:
-        """Replace the rows of one `split` in the CSV file `name`, and keep the rows of other splits."""
+        """Replace the rows of one `split` in the CSV file `name`, and keep the rows of other splits.
+
+        Rows with other columns, which an earlier version wrote, are not kept.
+        """
         import pandas as pd
 
         if (self / name).exists():
             previous = read_table(self / name)
-            table = pd.concat([previous[previous.split != split], table], ignore_index=True)
+            if set(previous) == set(table):
+                table = pd.concat([previous[previous.split != split], table], ignore_index=True)
         write_csv(self / name, table)
 
     def remove_partial_files(self) -> None:
@@ -335,6 +345,8 @@ class Run:
 
 def _describe_no_run(path: Path) -> str:
     """Return why `path`, which contains no recipe, is not a run, and how to get one."""
+    if not path.exists() and (str(path) == PRETRAINED or str(path).startswith(HUB_PREFIX)):
+        return f'{path}: a bundle, which has no training to work on. Name a run, which `cxr-fastai train` makes.'
     if not path.exists():
         return f'{path}: no such run folder. Check the name, or create one: `cxr-fastai train --out {path}`.'
     runs = sorted(recipe.parent.name for recipe in path.glob('*/recipe.json'))

@@ -39,8 +39,8 @@ WRITERS = {
 """Table to the command that writes it."""
 TEXT_COLUMNS = ('path', 'label', 'split', 'patient', 'kind', 'prediction', 'phase', 'model', 'sha256', 'fold')
 """Columns that are read as text: the patient `007` is not the number 7, and the patient `NA` is not missing."""
-EXACT_COLUMNS = ('p_pneumonia', 'loss')
-"""Columns of the predictions that are read to the last digit: a probability may lie next to the threshold."""
+EXACT_COLUMNS = ('p_pneumonia', 'loss', 'threshold')
+"""Columns that are read to the last digit: a probability may lie next to the threshold."""
 NUMBERS = {
     'items.csv': (),
     'history.csv': ('epoch', 'lr', 'train_loss', 'valid_loss', 'accuracy', 'roc_auc', 'sensitivity', 'specificity')
@@ -62,6 +62,8 @@ CHOICES = {'label': VOCAB, 'prediction': VOCAB, 'split': SPLITS, 'tta': (True, F
 """Column to the values that it may have."""
 UNIQUE_COLUMNS = {'items.csv': ['path', 'split'], 'predictions.csv': ['path', 'split'], OUT_OF_FOLD: ['path']}
 """Table to the columns that identify a row."""
+ROBUSTNESS_FACTS = ('threshold', 'tta')
+"""Columns of the robustness table that say how the images were predicted. A table of an earlier version lacks them."""
 TRAINING_FACTS = ('recipe.json', 'items.csv', 'history.csv')
 """The files of a training that predictions and reports depend on, beside the network itself."""
 MISMATCHES = {
@@ -247,8 +249,9 @@ def _hash_file(path: Path) -> str:
 
 
 def hash_rows(rows: pd.DataFrame) -> str:
-    """Return the SHA-256 of the texts and numbers of `rows` of the robustness table, in order."""
-    return _hash_table(rows, 'robustness.csv', 'sha256', lambda number: f'{number:.9g}')
+    """Return the SHA-256 of the texts, numbers and `ROBUSTNESS_FACTS` of `rows` of the robustness table, in order."""
+    table = _hash_table(rows, 'robustness.csv', 'sha256', lambda number: f'{number:.9g}')
+    return _hash([table, *(rows[name].astype(str).tolist() for name in ROBUSTNESS_FACTS)])
 
 
 def _hash(value: Any) -> str:

@@ -17,7 +17,7 @@ from urllib3.exceptions import MaxRetryError
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import StrPath, check_new, writing
-from cxr_fastai.core.progress import progress_bar
+from cxr_fastai.core.progress import counted, progress_bar
 from cxr_fastai.data.archives import check_md5, hash_file, new_folder, unpack_arrays, unpack_images
 from cxr_fastai.data.find import find_images
 from cxr_fastai.data.http_sessions import (
@@ -119,7 +119,7 @@ def download(folder: StrPath, source: str | Source = 'mendeley') -> pd.DataFrame
 def _check_complete(archive: Path, folder: Path, source: Source) -> None:
     images, _ = find_images(folder)
     if len(images) != source.images:
-        raise CXRError(f'{archive.name}: holds {len(images):,} images; expected {source.images:,}.')
+        raise CXRError(f'{archive.name}: holds {counted(len(images))}; expected {source.images:,}.')
 
 
 def _discard(archive: Path, manual_file: Path) -> str:

@@ -14,7 +14,7 @@ from fasttransform import ItemTransform
 from torch import Tensor
 
 from cxr_fastai.core.recipe import POSITIVE
-from cxr_fastai.data.transforms import MixingTransform
+from cxr_fastai.data.transforms import MixingTransform, list_labels
 from cxr_fastai.images.anatomy import FEATHER, FILLS, LUNGS
 
 MOVE = 0.04
@@ -76,7 +76,7 @@ class HideLungs(_Surroundings):
 
     def setups(self, dl: TfmdDL) -> None:
         """Measure `share` on the labels of `dl`, the loader of the training images."""
-        labels = [int(label) for label in dl.dataset.tls[-1]] if self.is_measured else []
+        labels = list_labels(dl.dataset) if self.is_measured else []
         if labels:
             self.share = labels.count(POSITIVE) / len(labels)
 

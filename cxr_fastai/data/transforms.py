@@ -167,6 +167,11 @@ class MixingTransform(PerImageTransform):
         return (torch.arange(len(images), device=images.device) ^ 1).clamp_(max=len(images) - 1)
 
 
+def list_labels(dataset: Any) -> list[int]:
+    """Return the index of the class of each image of a fastai `Datasets`, whose last pipeline makes the labels."""
+    return [int(label) for label in dataset.tls[-1]]
+
+
 @contextmanager
 def without_mixing(loader: DataLoader) -> Iterator[None]:
     """Turn the transforms that mix images off in all loaders that share those of `loader`."""

@@ -11,6 +11,7 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import expit, xlog1py, xlogy
 from scipy.stats import t
 
+from cxr_fastai.core.progress import are, counted
 from cxr_fastai.evaluation.clusters import MIN_PATIENTS, effective_size, mean_spread
 from cxr_fastai.evaluation.intervals import Estimate, make_estimate, wilson_interval
 from cxr_fastai.inference.config import EDGE, logits
@@ -22,6 +23,8 @@ DRAWS_PER_BLOCK = 100
 TEMPERATURE_RANGE = (0.05, 20.0)
 MIN_LOGIT_RANGE = 0.01
 """Range of the logits below which they determine no slope."""
+MAX_SLOPE = 1 / TEMPERATURE_RANGE[0]
+"""Largest slope, and largest distance from it to the limits of its interval, of probabilities that determine it."""
 MAX_INTERCEPT = 10.0
 """Distance beyond the largest logit within which intercepts are searched for."""
 
@@ -130,17 +133,28 @@ def recalibrate(targs: np.ndarray, p: np.ndarray, patients: np.ndarray) -> dict[
     `slope` is 1 for calibrated probabilities and below 1 for probabilities that are too extreme. `intercept` is that of
     a regression with a slope of 1 (calibration in the large): 0 for calibrated probabilities and above 0 for
     probabilities that are too low. Standard errors are grouped by patient. Both are undefined for images of a single
-    class, the slope also for complete separation and for nearly equal probabilities; `explain_recalibration` says so.
+    class, the slope also where the images do not determine it: for complete separation, for nearly equal probabilities,
+    and if it or its interval is beyond `MAX_SLOPE`. `explain_recalibration` says so.
     """
     if targs.all() or not targs.any():
         return {'slope': make_estimate(None), 'intercept': make_estimate(None)}
     z = logits(p)
-    slope = make_estimate(None) if np.ptp(z) < MIN_LOGIT_RANGE else _fit_slope(targs, z, patients)
+    has_slope = np.ptp(z) >= MIN_LOGIT_RANGE and not _is_separated(targs, z)
+    slope = _fit_slope(targs, z, patients) if has_slope else make_estimate(None)
     return {'slope': slope, 'intercept': _fit_intercept(targs, z, patients)}
 
 
+def _is_separated(targs: np.ndarray, z: np.ndarray) -> bool:
+    """Return whether a limit separates the logits of the two classes; then the likelihood has no maximum."""
+    positive, negative = z[targs], z[~targs]
+    return bool(positive.min() >= negative.max() or positive.max() <= negative.min())
+
+
 def _fit_slope(targs: np.ndarray, z: np.ndarray, patients: np.ndarray) -> Estimate:
-    """Fit a logistic regression on the logits `z` (n,) and a constant; return the coefficient of `z`."""
+    """Fit a logistic regression on the logits `z` (n,) and a constant; return the coefficient of `z`.
+
+    It is undefined if it is beyond `MAX_SLOPE`, or if half the width of its interval is.
+    """
     import statsmodels.api as sm
 
     _, groups = np.unique(patients, return_inverse=True)
@@ -150,14 +164,16 @@ def _fit_slope(targs: np.ndarray, z: np.ndarray, patients: np.ndarray) -> Estima
         try:
             model = sm.GLM(targs.astype(float), np.column_stack([z, np.ones(len(z))]), sm.families.Binomial())
             fit = model.fit(cov_type='cluster', cov_kwds={'groups': groups})
-        except Exception:  # statsmodels reports separation by warnings and errors of many types
+        except Exception:  # statsmodels reports a fit that did not converge by warnings and errors of many types
             return make_estimate(None)
     slope, error = fit.params[0], fit.bse[0]
-    if not np.isfinite(slope):
+    if not abs(slope) <= MAX_SLOPE:  # or NaN
         return make_estimate(None)
     if n_patients < MIN_PATIENTS or not np.isfinite(error):
         return make_estimate(slope)
     half_width = t.ppf(0.975, n_patients - 1) * error
+    if half_width > MAX_SLOPE:
+        return make_estimate(None)
     return make_estimate(slope, slope - half_width, slope + half_width)
 
 
@@ -190,16 +206,25 @@ def explain_recalibration(targs: np.ndarray, p: np.ndarray, slope: Estimate) -> 
         return ['Slope and intercept are undefined for images of a single class.']
     notes = []
     if slope['value'] is None:
-        equal = np.ptp(logits(p)) < MIN_LOGIT_RANGE
-        reason = 'all probabilities are nearly equal' if equal else 'the probabilities separate the classes completely'
-        notes.append(f'The slope is undefined, because {reason}.')
+        notes.append(f'The slope is undefined, because {_explain_no_slope(targs, logits(p))}.')
     n_limited = int(((p <= EDGE) | (p >= 1 - EDGE)).sum())
     if n_limited:
         notes.append(
-            f'{n_limited:,} probabilities are 0 or 1 to the last digit. Their logits are limited to '
+            f'{counted(n_limited, "probability")} {are(n_limited)} 0 or 1 to the last digit. Logits are limited to '
             f'±{-np.log(EDGE):.1f}, on which slope and intercept depend.'
         )
     return notes
+
+
+def _explain_no_slope(targs: np.ndarray, z: np.ndarray) -> str:
+    if np.ptp(z) < MIN_LOGIT_RANGE:
+        return 'all probabilities are nearly equal'
+    if _is_separated(targs, z):
+        return 'the probabilities separate the classes completely'
+    return (
+        f'these images do not determine it (it, or half its interval, is beyond {MAX_SLOPE:g}): the probabilities '
+        'hardly vary, or separate the classes almost completely'
+    )
 
 
 def reliability(

@@ -71,11 +71,13 @@ def write_combined_run(
     data: Path | None,
     selection: Selection | None,
     out_of_fold: pd.DataFrame | None,
+    tta: bool = False,
 ) -> Run:
     """Write the run of the network `model`, which combines those of `members` as `how` says, to `out`, and return it.
 
     `data` is the folder or CSV file of the images, if it is another than that of the training. `selection` is the
-    choice that led to the `members`, and `out_of_fold` has predictions that stand for those of validation images.
+    choice that led to the `members`, and `out_of_fold` has predictions that stand for those of validation images. With
+    `tta`, the run is evaluated with test-time views.
 
     Raises `OutputError` if the run cannot be written, and `UsageError` as `merge_items`.
     """
@@ -90,7 +92,7 @@ def write_combined_run(
     with temporary_folder(out) as folder:
         run = Run.create(folder / 'run')
         run.log_event('start', **_describe_start(members, model, recipe, data))
-        run.log_event('combine', **_describe_combination(how, members, selection))
+        run.log_event('combine', **_describe_combination(how, members, selection, tta))
         run.start(recipe, items)
         write_csv(run / 'history.csv', merge_histories([member.history for member in members.values()]))
         if out_of_fold is not None:
@@ -126,10 +128,13 @@ def _describe_start(members: Mapping[str, Run], model: nn.Module, recipe: Recipe
     return facts | ({'origin': starts[0]['origin']} if 'origin' in starts[0] else {})
 
 
-def _describe_combination(how: str, members: Mapping[str, Run], selection: Selection | None) -> dict[str, Any]:
+def _describe_combination(
+    how: str, members: Mapping[str, Run], selection: Selection | None, tta: bool
+) -> dict[str, Any]:
     """Return the facts about the members, and about the choice among them, for the journal."""
     facts: dict[str, Any] = {
         'how': how,
+        'tta': tta,
         'members': [
             {'name': name, 'model': identify_network(run.path), 'recipe': asdict(run.recipe)}
             for name, run in members.items()

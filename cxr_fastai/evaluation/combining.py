@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import pandas as pd
@@ -21,12 +22,13 @@ from cxr_fastai.core.run import Run, as_run
 from cxr_fastai.core.series import FOLDS, Series, is_series
 from cxr_fastai.evaluation.combined_runs import write_combined_run
 from cxr_fastai.evaluation.comparison import name_runs
-from cxr_fastai.evaluation.cross_validation import read_out_of_fold
+from cxr_fastai.evaluation.cross_validation import evaluated_with_views, read_out_of_fold
 from cxr_fastai.evaluation.robustness import read_squares
 from cxr_fastai.evaluation.selection import ENSEMBLE, SINGLE, SOUP, Selection, select, shared_validation
 from cxr_fastai.evaluation.split_images import find_split
 from cxr_fastai.images.preprocessing import Preprocessing
-from cxr_fastai.inference.config import find_network
+from cxr_fastai.inference.config import find_network, identify_network
+from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.predictor import Predictor, load_undecided
 from cxr_fastai.models.architectures import find_arch
 from cxr_fastai.models.devices import choose_device
@@ -49,13 +51,15 @@ STATISTICS_SEED = 0
 class Combination:
     """A combined `run`: `how` its network was made (`single`, `soup` or `ensemble`), and the names of its `members`.
 
-    `selection` has the scores of `--how auto`; otherwise it is None.
+    `selection` has the scores of `--how auto`; otherwise it is None. With `tta` the run is evaluated with test-time
+    views, as its members were.
     """
 
     run: Run
     how: str
     members: tuple[str, ...]
     selection: Selection | None = None
+    tta: bool = False
 
 
 def combine(
@@ -78,7 +82,8 @@ def combine(
         device: where the networks compute; see `models.devices`.
 
     For a series of folds, every image is a training image of some member. The out-of-fold predictions are then written
-    into the run, and `evaluate` chooses the threshold on them.
+    into the run, and `evaluate` chooses the threshold on them. If the runs were evaluated with test-time views, `auto`
+    judges with them, and the combination is evaluated with them.
 
     Raises `UsageError` if the runs do not fit each other or `how`, and `CXRError` if images cannot be read.
     """
@@ -95,14 +100,15 @@ def combine(
             'judge a combination of them. Choose --how ensemble, or --how soup if the folds started from the same '
             'pretrained weights.'
         )
-    workshop = Workshop.open(members, data, batch_size, device)
+    tta = find_views(members, series)
+    workshop = Workshop.open(members, data, batch_size, device, tta)
     selection = workshop.select() if how == AUTO else None
     chosen_how, names = (selection.chosen.how, selection.chosen.members) if selection else (how, tuple(members))
     kept = {name: members[name] for name in names}
     model = workshop.make(chosen_how, names)
     out_of_fold = read_out_of_fold(series, data, batch_size, device) if series else None
-    run = write_combined_run(out, chosen_how, kept, model, data, selection, out_of_fold)
-    return Combination(run, chosen_how, names, selection)
+    run = write_combined_run(out, chosen_how, kept, model, data, selection, out_of_fold, tta)
+    return Combination(run, chosen_how, names, selection, tta)
 
 
 def find_members(runs: Run | StrPath | Sequence[Run | StrPath]) -> tuple[dict[str, Run], Series | None]:
@@ -159,6 +165,25 @@ def _check_fit(members: Mapping[str, Run], how: str, data: Path | None) -> None:
         )
 
 
+def find_views(members: Mapping[str, Run], series: Series | None) -> bool:
+    """Return whether the runs that were evaluated were so with test-time views; for folds, those of `series` together.
+
+    Raises `UsageError` if some of the runs were evaluated with them, and others without.
+    """
+    if series:
+        return evaluated_with_views(series)
+    decisions = {name: Decision.from_run(run, identify_network(run.path)) for name, run in members.items()}
+    views = {name: decision.tta for name, decision in decisions.items() if decision}
+    if len(set(views.values())) < 2:
+        return any(views.values())
+    with_views, without = [[name for name in views if views[name] == tta] for tta in (True, False)]
+    paths = ' '.join(quote(str(run.path)) for run in members.values())
+    raise UsageError(
+        f'{", ".join(with_views)}: evaluated with test-time views, and {", ".join(without)} without them, so nothing '
+        f'says how to evaluate the combination. Evaluate all alike: `cxr-fastai evaluate {paths} --tta` or --no-tta.'
+    )
+
+
 def find_soup_problem(members: Mapping[str, Run]) -> str:
     """Return why the weights of the runs cannot be averaged, as a sentence; empty if they can."""
     recipes = {name: run.recipe for name, run in members.items()}
@@ -194,7 +219,8 @@ def _has_random_hidden_layer(recipe: Recipe) -> bool:
 class Workshop:
     """Makes the networks of combinations, and chooses among them.
 
-    `predictors` are the networks of `members` by name, each with the threshold of its recipe.
+    `predictors` are the networks of `members` by name, each with the threshold of its recipe. With `tta`, networks are
+    judged with test-time views.
     """
 
     members: Mapping[str, Run]
@@ -202,13 +228,16 @@ class Workshop:
     data: Path | None
     batch_size: int
     squares: dict[tuple[str, ...], np.ndarray]
+    tta: bool = False
 
     @classmethod
-    def open(cls, members: Mapping[str, Run], data: Path | None, batch_size: int, device: str) -> Workshop:
+    def open(
+        cls, members: Mapping[str, Run], data: Path | None, batch_size: int, device: str, tta: bool = False
+    ) -> Workshop:
         """Load the networks of the runs `members`."""
         chosen = str(choose_device(device))
         predictors = {name: load_undecided(run, chosen) for name, run in members.items()}
-        return cls(members, predictors, data, batch_size, {})
+        return cls(members, predictors, data, batch_size, {}, tta)
 
     def select(self) -> Selection:
         """Choose networks by `selection.select` on the validation images that all runs share."""
@@ -217,7 +246,7 @@ class Workshop:
         root, items = _find_own(first, self.data, 'valid')
         judged = items[items.path.isin(shared.path)].reset_index(drop=True)
         make_soup = None if find_soup_problem(self.members) else self.make_soup
-        return select(self.predictors, judged, root, make_soup, self.batch_size)
+        return select(self.predictors, judged, root, make_soup, self.batch_size, self.tta)
 
     def make(self, how: str, names: Sequence[str]) -> nn.Module:
         """Return the network that combines those of `names` as `how` says, on the CPU."""

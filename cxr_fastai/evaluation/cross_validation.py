@@ -83,7 +83,7 @@ def evaluate_folds(
     _check_recipes(series, runs)
     _check_images(series, runs, data)
     if tta is None:
-        tta = bool(_stored_decision(series).get('tta'))
+        tta = evaluated_with_views(series)
     networks = [
         evaluate(run, data, 'valid', batch_size, rule=rule, again=again, device=device, tta=tta)['model']
         for run in runs.values()
@@ -115,6 +115,11 @@ def read_out_of_fold(
     if not _is_evaluated(series, tta):
         evaluate_folds(series, data, batch_size, device=device, again=False, tta=tta)
     return read_table(series.path / OUT_OF_FOLD)
+
+
+def evaluated_with_views(series: Series) -> bool:
+    """Return whether the last evaluation of `series` was made with test-time views."""
+    return bool(_stored_decision(series).get('tta'))
 
 
 def find_folder(series: Series, data: StrPath | None = None) -> Path:

@@ -220,7 +220,7 @@ def _decide(run: Run, deciding: pd.DataFrame | None, rule: str | None, source: S
         if run.recipe.valid == 'none':
             raise UsageError(
                 f'--threshold {rule}: the run has no validation images. Give it the predictions of a cross-validation, '
-                '`cxr-fastai evaluate RUN --out-of-fold FOLDS`, or choose fixed:T.'
+                f'`{run.out_of_fold_evaluation()}`, or choose fixed:T.'
             )
         if deciding_split(rule) == SHIFT and own_images(run, SHIFT).empty:
             raise UsageError(f'--threshold {rule}: the run has no images of the split {SHIFT}. {NO_IMAGES[SHIFT]}')

@@ -10,6 +10,7 @@ from dataclasses import fields
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.files import StrPath, write_csv
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.run import Run, as_run
 from cxr_fastai.core.run_files import OUT_OF_FOLD
@@ -48,7 +49,7 @@ def adopt_out_of_fold(
     trained_on = items[items.split == 'train']
     if set(predictions.path) != set(trained_on.path):
         raise UsageError(
-            f'{series.path}: its folds have {len(predictions)} images, and {run.path} was trained on '
+            f'{series.path}: its folds have {counted(len(predictions))}, and {run.path} was trained on '
             f'{len(trained_on)}, which are not the same. Train both on the same images.'
         )
     write_csv(run / OUT_OF_FOLD, predictions)

@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from cxr_fastai.core.figures import BLUE, GREEN, GREY, INK, ORANGE, NotebookFigure, axes, plotting, set_title, tidy
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.evaluation.metrics import SPECIFICATION_THRESHOLD
 from cxr_fastai.images.corruptions import CLEAN, SHORTCUT
@@ -174,7 +175,7 @@ def plot_cam_check(check: dict[str, Any], title: str = '') -> Figure:
     panels = figure.subplots(1, len(CAM_CHECK_PANELS))
     for ax, draw in zip(panels, CAM_CHECK_PANELS.values(), strict=True):
         draw(ax, check)
-    details = f'{check["method"]} at layer {check["layer"]}, {check["images"]} images'
+    details = f'{check["method"]} at layer {check["layer"]}, {counted(check["images"])}'
     figure.suptitle(f'{title}, {details}', fontsize=11, parse_math=False)
     return figure
 

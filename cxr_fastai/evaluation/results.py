@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import SHIFT
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.run_files import ESTIMATE, MISMATCHES
@@ -74,7 +75,7 @@ def check_results(run: Run, split: str) -> dict[str, Any]:
     if not is_complete(metrics):
         problem = 'were made by an older version'
     elif metrics.get('n') != len(predictions):
-        problem = f'are of {metrics.get("n")} images, but predictions.csv contains {len(predictions)}'
+        problem = f'are of {counted(metrics.get("n", 0))}, but predictions.csv contains {len(predictions)}'
     elif not is_of_network(run, metrics):
         problem = 'are of another network'
     elif decision is None or not decision.matches(metrics):

@@ -7,6 +7,7 @@ the same corrupted images. For a network with a smaller input the image is resam
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -17,19 +18,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.progress import in_threads
 from cxr_fastai.core.run import Run
-from cxr_fastai.core.run_files import hash_rows
+from cxr_fastai.core.run_files import ROBUSTNESS_FACTS, hash_rows
 from cxr_fastai.evaluation.figures import save_robustness_figure
 from cxr_fastai.evaluation.metrics import ConfusionMatrix, Sample, measure_auc
+from cxr_fastai.evaluation.results import is_of_network
 from cxr_fastai.evaluation.split_images import find_split
 from cxr_fastai.images.anatomy import ANATOMY, EXCHANGED, FILLS, HIDINGS, PARTS, Hiding, exchange_surroundings
 from cxr_fastai.images.corruptions import CLEAN, CORRUPTIONS, SHORTCUT, STRENGTHS, Equaliser, corrupt, image_rng
 from cxr_fastai.images.decode import open_image
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import identify_network
+from cxr_fastai.inference.decision import Decision
 from cxr_fastai.inference.predictor import Predictor
 
 SQUARE_SIZE = 224
@@ -37,6 +40,7 @@ SQUARE_SIZE = 224
 MAX_IN_MEMORY = 2**30
 """Bytes of squares above which they are kept in a temporary file."""
 ROBUSTNESS_COLUMNS = ['corruption', 'strength', 'n', 'auc', 'auc_low', 'auc_high', 'sensitivity', 'specificity']
+ROBUSTNESS_COLUMNS += ROBUSTNESS_FACTS
 Variant = Callable[[np.ndarray, str], np.ndarray]
 """A function of a square, grey uint8 (s, s), and the path of its image, which returns another square."""
 
@@ -52,7 +56,8 @@ def evaluate_robustness(
     """Measure the robustness of a run on a split as `measure_robustness` does.
 
     Writes the table into the run's `robustness.csv` with the SHA-256 of the network, where the rows of other splits
-    stay, and draws its figure. Raises `UsageError` for a split without images, `ImageError` for an unreadable image.
+    stay, and draws its figure; `read_robustness` reads it. Raises `UsageError` for a split without images, `ImageError`
+    for an unreadable image.
     """
     data = Path(data) if data is not None else None
     if split == 'valid' and run.has_out_of_fold:
@@ -66,6 +71,58 @@ def evaluate_robustness(
     run.write_split('robustness.csv', rows.assign(sha256=hash_rows(rows)), split)
     save_robustness_figure(run, split)
     return table
+
+
+def read_robustness(run: Run, split: str) -> pd.DataFrame | None:
+    """Return the rows of `split` in the robustness table of `run`; None if it has none, or none that are current.
+
+    Rows that are not of the network, the threshold and the views of the run are left out, with a `CXRWarning`.
+    """
+    if not (run / 'robustness.csv').exists():
+        return None
+    table = run.robustness
+    rows = table[table.split == split].reset_index(drop=True)
+    problem = _find_problem(run, rows) if len(rows) else ''
+    if problem:
+        warnings.warn(
+            f'{run / "robustness.csv"}: the rows of {split} {problem}, so they are not used. '
+            f'Run `{run.evaluation(split)} --robustness` again.',
+            CXRWarning,
+            stacklevel=2,
+        )
+    return rows if len(rows) and not problem else None
+
+
+def warn_of_stale_robustness(run: Run) -> None:
+    """Warn of each split in the robustness table of `run` as `read_robustness` does, and of a damaged table."""
+    if not (run / 'robustness.csv').exists():
+        return
+    try:
+        splits = run.robustness.split.unique()
+    except UsageError as error:
+        warnings.warn(str(error), CXRWarning, stacklevel=2)
+        return
+    for split in splits:
+        read_robustness(run, split)
+
+
+def _find_problem(run: Run, rows: pd.DataFrame) -> str:
+    """Return why the `rows` of a split are not those that the run would have now; empty if they are."""
+    if not set(ROBUSTNESS_FACTS) <= set(rows):
+        return 'were measured by an older version'
+    if set(rows.sha256) != {hash_rows(rows)}:
+        return 'were edited'
+    first = rows.iloc[0]
+    if not is_of_network(run, {'model': first.model}):
+        return 'are of another network'
+    decision = Decision.from_run(run, first.model)
+    threshold, tta = (decision.threshold, decision.tta) if decision else (run.recipe.threshold, False)
+    if bool(first.tta) != tta:
+        manner = ('with', 'without') if first.tta else ('without', 'with')
+        return f'were measured {manner[0]} test-time views, and the run was evaluated {manner[1]} them since'
+    if first.threshold != threshold:
+        return f'were measured at the threshold {first.threshold:g}, and that of the run is {threshold:g} now'
+    return ''
 
 
 def measure_robustness(
@@ -88,18 +145,20 @@ def measure_robustness(
 
     Returns:
         Table with `ROBUSTNESS_COLUMNS`: the AUC with the 95% interval of `measure_auc`, sensitivity and specificity at
-        the model's threshold; NaN where a class is missing. Strength 0 marks uncorrupted images.
+        the model's threshold, NaN where a class is missing; the threshold, and whether the images were predicted with
+        test-time views (`tta`). Strength 0 marks uncorrupted images.
 
     Raises `ImageError` for an unreadable image.
     """
     preprocessing = Preprocessing.of(predictor.config)
     names, images = make_images(items, Path(root), preprocessing, seed, workers)
     scores = score_images(predictor, images, batch_size).reshape(len(names), -1)
+    facts = {'threshold': predictor.config.threshold, 'tta': predictor.tta}
     rows = []
     for (corruption, strength), p in zip(names, scores, strict=True):
         sample = Sample.from_predictions(items.assign(p_pneumonia=p))
         metrics = _measure_variant(sample, predictor.config.threshold)
-        rows.append({'corruption': corruption, 'strength': strength, 'n': len(items), **metrics})
+        rows.append({'corruption': corruption, 'strength': strength, 'n': len(items), **metrics, **facts})
     return pd.DataFrame(rows, columns=ROBUSTNESS_COLUMNS)
 
 

@@ -7,7 +7,7 @@ images that none of them was trained on, never on test images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from cxr_fastai.evaluation.robustness import empty_squares, make_images, score_i
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import logits
 from cxr_fastai.inference.engines import TorchEngine
-from cxr_fastai.inference.predictor import Predictor
+from cxr_fastai.inference.predictor import Predictor, mirror
 from cxr_fastai.models.ensembles import MAX_MEMBERS
 from cxr_fastai.training.learner import roc_auc
 
@@ -63,31 +63,37 @@ class Judge:
     """Judges combinations on images whose `labels` (n,) are the classes.
 
     `images`, grey uint8 (v * n, size, size), are those of each of the v kinds of `corruptions` in turn. They are made
-    once for all combinations.
+    once for all combinations. With `tta`, probabilities are means over test-time views, as those of a `Predictor`.
     """
 
     labels: np.ndarray
     corruptions: Sequence[str]
     images: np.ndarray
     batch_size: int
+    tta: bool = False
 
     @classmethod
-    def open(cls, items: pd.DataFrame, root: Path, preprocessing: Preprocessing, batch_size: int) -> Judge:
+    def open(
+        cls, items: pd.DataFrame, root: Path, preprocessing: Preprocessing, batch_size: int, tta: bool = False
+    ) -> Judge:
         """Read and corrupt the images of `items` for networks with `preprocessing`. Raises `ImageError`."""
         names, made = make_images(items, root, preprocessing, hidden=False)
         images = empty_squares(len(names) * len(items), preprocessing.size)
         for position, image in enumerate(made):
             images[position] = image
         labels = (items.label == VOCAB[POSITIVE]).to_numpy().astype(int)
-        return cls(labels, [corruption for corruption, _ in names], images, batch_size)
+        return cls(labels, [corruption for corruption, _ in names], images, batch_size, tta)
 
     def predict(self, predictor: Predictor) -> np.ndarray:
-        """Return the probabilities (v * n,) of the images."""
-        return score_images(predictor, self.images, self.batch_size)
+        """Return the probabilities of the images, (1, v * n), or (2, v * n) with those of their mirror images."""
+        views: list[Iterable[np.ndarray]] = [self.images]
+        if self.tta:
+            views.append(map(mirror, self.images))
+        return np.stack([score_images(predictor, view, self.batch_size) for view in views])
 
     def candidate(self, how: str, names: Sequence[str], scores: np.ndarray) -> Candidate:
-        """Return the candidate that combines the networks `names` and gives the images the probabilities `scores`."""
-        aucs = [roc_auc(self.labels, p) for p in scores.reshape(len(self.corruptions), -1)]
+        """Return the candidate that combines the networks `names` and gives the images the `scores` of `predict`."""
+        aucs = [roc_auc(self.labels, p) for p in scores.mean(axis=0).reshape(len(self.corruptions), -1)]
         summary = summarise(pd.DataFrame({'corruption': self.corruptions, 'auc': aucs}))
         return Candidate(how, tuple(names), summary['clean'], summary['corrupted'], summary['shortcut'])
 
@@ -125,6 +131,7 @@ def select(
     root: Path,
     make_soup: Callable[[Sequence[str]], nn.Module] | None = None,
     batch_size: int = 32,
+    tta: bool = False,
 ) -> Selection:
     """Choose the simplest of the best single network, the greedy soup and the greedy ensemble that is good enough.
 
@@ -136,6 +143,7 @@ def select(
         items: the images on which they are judged, with the columns `path`, relative to `root`, and `label`.
         make_soup: function of names that returns their averaged network; None if they cannot be averaged.
         batch_size: number of images predicted at once.
+        tta: judge by the means over test-time views.
 
     Raises `ImageError` for an unreadable image.
     """
@@ -149,7 +157,7 @@ def select(
         return judge.candidate(ENSEMBLE, names, mean_logits([scores[name] for name in names]))
 
     first, *_ = predictors.values()
-    judge = Judge.open(items, root, Preprocessing.of(first.config), batch_size)
+    judge = Judge.open(items, root, Preprocessing.of(first.config), batch_size, tta)
     scores = {name: judge.predict(predictor) for name, predictor in predictors.items()}
     singles = [judge.candidate(SINGLE, [name], scores[name]) for name in predictors]
     singles.sort(key=lambda candidate: -candidate.score)
@@ -182,5 +190,5 @@ def choose(contenders: Sequence[Candidate]) -> Candidate:
 
 
 def mean_logits(scores: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the probabilities (n,) of an ensemble, whose logits are the means of those of its members' `scores`."""
+    """Return the probabilities of an ensemble, whose logits are the means of those of its members' `scores`."""
     return np.asarray(expit(np.mean([logits(p) for p in scores], axis=0)))

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from cxr_fastai.core.errors import CXRWarning, UsageError
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import SHIFT
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import data_root, image_root, read_items
@@ -153,10 +154,10 @@ def _check_unknown(items: pd.DataFrame, run: Run, split: str, root: Path) -> Non
     if shared and split == 'valid' and run.recipe.valid == 'none':
         raise UsageError(
             f'{run.path}: trained on all images, so it has no validation images. Give it the predictions of a '
-            'cross-validation: `cxr-fastai evaluate RUN --out-of-fold FOLDS`.'
+            f'cross-validation: `{run.out_of_fold_evaluation()}`.'
         )
     if shared:
         raise UsageError(
-            f'{root}: {shared} images of its {split} split belong to the run, but other images of the run are missing '
+            f'{root}: the run contains {counted(shared)} of its {split} split, but other images of the run are missing '
             'there. Name the complete folder that the run was trained on.'
         )

@@ -62,19 +62,24 @@ def has_views(out_of_fold: pd.DataFrame) -> bool:
 def choose_tta(run: Run, tta: bool | None, model: str, out_of_fold: OutOfFold | None) -> bool:
     """Return whether the images of `run` are predicted with test-time views: `tta`; if None, as they were before.
 
-    `model` is the SHA-256 of the network. Raises `UsageError` if the out-of-fold predictions were made the other way.
+    A combined run that was not evaluated before follows the runs that it was made of. `model` is the SHA-256 of the
+    network. Raises `UsageError` if the out-of-fold predictions were made the other way.
     """
     if out_of_fold is None:
-        previous = Decision.from_run(run, model)
-        return previous is not None and previous.tta if tta is None else tta
+        return _previous_views(run, model) if tta is None else tta
     stored = has_views(out_of_fold.table)
     if tta not in (None, stored):
         option, manner = ('--tta', 'without') if tta else ('--no-tta', 'with')
         raise UsageError(
             f'{option}: the out-of-fold predictions of {run.path} were made {manner} test-time views. Make them again: '
-            f'`cxr-fastai evaluate RUN --out-of-fold FOLDS {option}`.'
+            f'`{run.out_of_fold_evaluation()} {option}`.'
         )
     return stored
+
+
+def _previous_views(run: Run, model: str) -> bool:
+    decision = Decision.from_run(run, model)
+    return decision.tta if decision else bool(run.last_event('combine').get('tta'))
 
 
 @dataclass(frozen=True)

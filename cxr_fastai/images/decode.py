@@ -156,7 +156,7 @@ def decode_image(
     """Decode an image in memory. Raises `ImageError` with a stable code, without a path in its message.
 
     The bytes of a file are decoded as the file is; `suffix` is that of its name, which only improves the error message
-    of damaged files. DICOM files of other modalities than CR, DX and DR are refused unless `preprocessing` or
+    of damaged files. DICOM files of other modalities than CR, DX and DR are rejected unless `preprocessing` or
     `modality` accept them. An image of Pillow gives the pixels of its file: its EXIF orientation is applied,
     transparency becomes black, and deep images are windowed. It is always decoded at full size, even if `preprocessing`
     would reduce the file. An array must contain the grey levels themselves: uint8 (h, w), (h, w, 1), or (h, w, 3) with

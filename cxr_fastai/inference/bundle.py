@@ -30,6 +30,7 @@ from cxr_fastai.core.environment import require_package
 from cxr_fastai.core.errors import CXRError, UsageError, did_you_mean, first_line
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import FIX, IS_LFS_POINTER, LFS_POINTER, open_regular, parse_json
+from cxr_fastai.core.paths import PRETRAINED
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.schemas import Fields, Integer, Table, Text
 from cxr_fastai.core.zips import check_zip
@@ -37,7 +38,7 @@ from cxr_fastai.inference.config import LEARNER, RECIPE, SCHEMA, WEIGHTS, ModelC
 from cxr_fastai.inference.engines import OnnxEngine, TorchEngine, check_precision
 from cxr_fastai.inference.networks import load_network
 from cxr_fastai.inference.onnx_start import GPU, ONNX, onnx_threads
-from cxr_fastai.inference.pretrained import PRETRAINED, find_model
+from cxr_fastai.inference.pretrained import find_model, name_model
 from cxr_fastai.inference.selftest import SelfTest
 from cxr_fastai.inference.tensors import MAX_BYTES, load_tensors
 from cxr_fastai.models.devices import choose_device, may_have_gpu
@@ -97,9 +98,14 @@ class Bundle:
         if not is_bundle(path):
             raise _explain_other(path)
         bundle = cls(path)
-        check_schema(bundle.schema, path)
-        check_schema(bundle.facts.get('schema'), path / CONFIG)
+        check_schema(bundle.schema, bundle.shown)
+        check_schema(bundle.facts.get('schema'), bundle.shown / CONFIG)
         return bundle
+
+    @property
+    def shown(self) -> Path:
+        """The bundle as messages name it (see `name_model`)."""
+        return Path(name_model(self.path))
 
     @property
     def schema(self) -> Any:
@@ -112,7 +118,7 @@ class Bundle:
         files: Any = self._manifest_json.get('files')
         if not MANIFEST_FILES.accepts(files):
             raise CXRError(
-                f'{self.path / MANIFEST}: not the manifest of a bundle, because files is not {MANIFEST_FILES.words}. '
+                f'{self.shown / MANIFEST}: not the manifest of a bundle, because files is not {MANIFEST_FILES.words}. '
                 f'{FIX}'
             )
         entries: dict[str, dict[str, Any]] = files
@@ -131,12 +137,12 @@ class Bundle:
     @property
     def config(self) -> ModelConfig:
         """The settings of the model."""
-        return ModelConfig.from_dict(self.facts, self.path / CONFIG)
+        return ModelConfig.from_dict(self.facts, self.shown / CONFIG)
 
     @property
     def selftest(self) -> SelfTest:
         """The reference images and their stored probabilities. Raises `CXRError` if they are damaged."""
-        source = self.path / SELFTEST
+        source = self.shown / SELFTEST
         tensors = self.tensors(SELFTEST)
         if not {'images', 'p'} <= tensors.keys():
             raise CXRError(f'{source}: the reference images of its self-test are damaged.')
@@ -155,19 +161,19 @@ class Bundle:
     def read(self, name: str) -> bytes:
         """Return the bytes of the file `name`. Raises `CXRError` if they do not match the hash in the manifest."""
         if name not in self:
-            raise CXRError(f'{self.path}: the bundle has no {name}. Export the run again.')
+            raise CXRError(f'{self.shown}: the bundle has no {name}. Export the run again.')
         size = self.manifest[name]['size']
         data = self._read_bytes(name, size)
         if self._matches(name, data):
             return data
         if data.startswith(LFS_POINTER):
-            raise CXRError(f'{self.path / name}: {IS_LFS_POINTER}.')
+            raise CXRError(f'{self.shown / name}: {IS_LFS_POINTER}.')
         if name in TEXTS:  # Git and editors may have changed its line ends to those of Windows
             data = self._read_bytes(name, 2 * size).replace(b'\r\n', b'\n')
             if self._matches(name, data):
                 return data
         raise CXRError(
-            f'{self.path / name}: does not match its hash in the manifest, so it was damaged or changed. '
+            f'{self.shown / name}: does not match its hash in the manifest, so it was damaged or changed. '
             'Get the bundle again from its source.'
         )
 
@@ -176,7 +182,7 @@ class Bundle:
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
         """Return the arrays of the safetensors file `name`. Raises `CXRError` if it is damaged."""
-        return load_tensors(self.read(name), self.path / name)
+        return load_tensors(self.read(name), self.shown / name)
 
     def engine(self, kind: str = 'auto', device: str = 'auto', precision: str = 'fp32') -> TorchEngine | OnnxEngine:
         """Return the engine `onnx` or `torch` on a `device` of `models.devices`, with a `precision` of `PRECISIONS`.
@@ -199,7 +205,7 @@ class Bundle:
         if precision != 'fp32':
             self.check_weights(f'--precision {precision}')
         engine = self._onnx_engine(device) if kind == 'onnx' else self._torch_engine(device)
-        self.selftest.check(engine, self.path, IMAGES_AT_OPEN)
+        self.selftest.check(engine, self.shown, IMAGES_AT_OPEN)
         if isinstance(engine, TorchEngine):
             engine.precision = precision
         return engine
@@ -213,8 +219,9 @@ class Bundle:
         """Raise `UsageError`, which says that the `feature` needs them, if the bundle has no weights for torch."""
         if not self.has_weights:
             raise UsageError(
-                f'{feature} needs the weights for torch ({WEIGHTS}), but {self.path} has only {ONNX}, for '
-                'predictions by ONNX Runtime in fp32. Use a run folder, or a bundle that was exported without --half.'
+                f'{feature} needs the weights for torch ({WEIGHTS}), but {self.shown} has only {ONNX}, for '
+                'predictions by ONNX Runtime in fp32. Name a run of `cxr-fastai train`, or a bundle that `cxr-fastai '
+                'export RUN` makes of one without --half.'
             )
 
     @staticmethod
@@ -224,7 +231,7 @@ class Bundle:
         return device != 'cpu'
 
     def _onnx_engine(self, device: str) -> OnnxEngine:
-        feature = '--engine onnx' if self.has_weights else f'{self.path}, which has only {ONNX},'
+        feature = '--engine onnx' if self.has_weights else f'{self.shown}, which has only {ONNX},'
         require_package('onnxruntime', feature, 'onnx')
         if device not in ('auto', 'cpu', 'cuda'):
             raise UsageError(
@@ -232,11 +239,11 @@ class Bundle:
             )
         if device == 'cuda':
             _check_gpu_build()
-        return OnnxEngine(self.read(ONNX), self.path / ONNX, onnx_threads(), self.config.size, gpu=device == 'cuda')
+        return OnnxEngine(self.read(ONNX), self.shown / ONNX, onnx_threads(), self.config.size, gpu=device == 'cuda')
 
     def _torch_engine(self, device: str) -> TorchEngine:
         self.check_weights('--engine torch')
-        return TorchEngine(load_network(self.config, self.read(WEIGHTS), self.path / WEIGHTS), device)
+        return TorchEngine(load_network(self.config, self.read(WEIGHTS), self.shown / WEIGHTS), device)
 
     @cached_property
     def _manifest_bytes(self) -> bytes:
@@ -250,7 +257,7 @@ class Bundle:
         """Return the first `max_bytes` + 1 bytes of a file, so that the caller notices if it is longer."""
         if self.path.is_dir():
             if not os.path.lexists(self.path / name):
-                raise UsageError(f'{self.path}: the bundle lacks its file {name}. Copy or download all of its files.')
+                raise UsageError(f'{self.shown}: the bundle lacks its file {name}. Copy or download all of its files.')
             with open_regular(self.path / name) as file:
                 return file.read(max_bytes + 1)
         try:
@@ -305,10 +312,10 @@ class Bundle:
 
     def _parse_json(self, data: bytes, name: str) -> dict[str, Any]:
         if len(data) > MAX_JSON_BYTES:
-            raise CXRError(f'{self.path / name}: larger than {MAX_JSON_BYTES:,} bytes, so it was not read. {FIX}')
-        facts = parse_json(data, self.path / name)
+            raise CXRError(f'{self.shown / name}: larger than {MAX_JSON_BYTES:,} bytes, so it was not read. {FIX}')
+        facts = parse_json(data, self.shown / name)
         if not isinstance(facts, dict):
-            raise CXRError(f'{self.path / name}: not a JSON object, so the bundle is damaged. {FIX}')
+            raise CXRError(f'{self.shown / name}: not a JSON object, so the bundle is damaged. {FIX}')
         return facts
 
 

@@ -14,12 +14,12 @@ import numpy as np
 from cxr_fastai.core.errors import CXRError, UsageError, did_you_mean
 from cxr_fastai.core.files import atomic
 from cxr_fastai.core.foreign import open_regular
+from cxr_fastai.core.paths import PRETRAINED
 from cxr_fastai.core.recipe import VOCAB, Recipe
 from cxr_fastai.core.run_files import MAX_TEMPERATURE, MAX_THRESHOLD, MIN_TEMPERATURE
 from cxr_fastai.core.schemas import Choice, Flag, Integer, Number, Rule, Text, check_object
 from cxr_fastai.images.dicom_header import MODALITY_LIST
 from cxr_fastai.images.preprocessing import MAX_LOW_PASS, RESIZES
-from cxr_fastai.inference.pretrained import PRETRAINED
 
 if TYPE_CHECKING:
     from torch import nn

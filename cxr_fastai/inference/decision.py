@@ -1,11 +1,19 @@
-"""The decision of a run: the threshold that turns a probability into a class, the rule behind it, the temperature."""
+"""The decision of a run: the threshold that turns a probability into a class, the rule behind it, the temperature.
+
+Errors about a decision say how to choose another one for the model that the user named.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.run import Run
+from cxr_fastai.inference.bundle import is_bundle
+from cxr_fastai.inference.pretrained import name_model
 
 
 @dataclass(frozen=True)
@@ -58,3 +66,46 @@ class Decision:
             and metrics.get('tta', False) == self.tta
             and metrics.get('calibrated', {}).get('temperature') == self.temperature
         )
+
+
+def refuse_other_views(source: Path | None, tta: bool, rule: str, threshold: float, temperature: float | None) -> None:
+    """Raise `UsageError` if the decision of the model `source` was made on other views than `tta` says, and is used.
+
+    A `threshold` by a fixed `rule` fits all views. `temperature` is None unless probabilities are calibrated.
+    """
+    option, manner = ('--tta', 'without') if tta else ('--no-tta', 'with')
+    name = name_model(source) if source else 'this model'
+    evaluation = describe_evaluation(source, option) if source else ''
+    if not rule.startswith('fixed:'):
+        raise UsageError(
+            f'{option}: the threshold {threshold:.3g} of {name} was chosen on probabilities {manner} test-time views, '
+            f'so it does not fit others. Omit {option}, or set another threshold by --threshold T{evaluation}.'
+        )
+    if temperature is not None:
+        raise UsageError(
+            f'{option} and --calibrated: the temperature {temperature:.3g} of {name} was fitted to probabilities '
+            f'{manner} test-time views, so it does not fit others. Omit one of the options{evaluation}.'
+        )
+
+
+def find_run(model: Path) -> Run | None:
+    """Return the run that the file or folder `model` is, or that contains it; None if there is none."""
+    for folder in (model, model.parent):
+        if (folder / 'recipe.json').is_file():
+            return Run(folder)
+    return None
+
+
+def describe_evaluation(model: Path, option: str = '') -> str:
+    """Return how to choose the decision of `model` again, by `evaluate` with the `option`, as the end of a sentence.
+
+    Empty if the user cannot: for a learner that is in no run, and for a bundle of the package or of the Hub.
+    """
+    run = find_run(model)
+    if run is None:
+        is_own = is_bundle(model) and name_model(model) == str(model)
+        with_option = f' with {option}' if option else ''
+        return f', or evaluate the run that it was exported from{with_option}, and export it again' if is_own else ''
+    command = run.out_of_fold_evaluation() if run.has_out_of_fold else run.evaluation()
+    export = f', then `cxr-fastai export {quote(str(run.path))}`' if is_bundle(model) else ''
+    return f', or evaluate the run: `{f"{command} {option}".rstrip()}`{export}'

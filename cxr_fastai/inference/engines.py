@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import POSITIVE
 from cxr_fastai.core.workers import Worker, WorkerCrash, WorkerError, WorkerTimeout
 from cxr_fastai.inference.onnx_format import check_onnx
@@ -122,7 +123,7 @@ class OnnxEngine:
         parts = self._ask([head, np.ascontiguousarray(images).tobytes()], n * side**2, 'the prediction failed')
         p = np.frombuffer(parts[0], np.float64)
         if len(p) != n or n == 0 or len(parts[1]) % (4 * n) != 0:
-            raise CXRError(f'{self.source}: returned {len(p)} probabilities for {n} images.')
+            raise CXRError(f'{self.source}: returned {counted(len(p), "probability")} for {counted(n)}.')
         return p, np.frombuffer(parts[1], np.float32).reshape(n, -1)
 
     def _ask(self, parts: list[bytes], pixels: int, failure: str) -> list[bytes]:

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 from cxr_fastai.core.environment import is_installed, require_package
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError, first_line
+from cxr_fastai.core.paths import HUB_PREFIX
 from cxr_fastai.inference.bundle import MANIFEST, MAX_JSON_BYTES, Bundle
 from cxr_fastai.inference.config import LEARNER
-from cxr_fastai.inference.pretrained import HUB_PREFIX
+from cxr_fastai.inference.pretrained import COMMIT, name_model
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -29,7 +30,6 @@ MAX_DOWNLOAD = 2**30
 """Largest size of all files of a bundle that is downloaded, in bytes. A ResNet-50 has 0.2 GB."""
 ANSWER_SECONDS = 10
 """How long the Hub may take to describe a repository."""
-COMMIT = re.compile('[0-9a-f]{40}')
 NAME = re.compile(rf'{HUB_PREFIX}([\w.-]{{1,96}}/[\w.-]{{1,96}})(?:@([\w./-]{{1,200}}))?', re.ASCII)
 """The name of a bundle: the repository, and perhaps a branch, tag or commit."""
 DEFAULT_REVISION = 'main'
@@ -85,15 +85,6 @@ def download_bundle(name: str) -> Path:
     _verify(folder)
     log.debug('%s: %s', name_model(folder), folder)
     return folder
-
-
-def name_model(path: Path) -> str:
-    """Return the name `hf:USER/NAME@COMMIT` of a bundle in the cache of the Hub, and the path of any other model."""
-    repository = path.parent.parent.name
-    if not (COMMIT.fullmatch(path.name) and path.parent.name == 'snapshots' and repository.startswith('models--')):
-        return str(path)
-    repo = repository.removeprefix('models--').replace('--', '/')
-    return str(HubName(repo, path.name))
 
 
 def _find_cached(name: HubName) -> Path | None:

@@ -30,11 +30,11 @@ from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle
 from cxr_fastai.inference.config import LEARNER, ModelConfig, find_network, identify_network, temper
-from cxr_fastai.inference.decision import Decision
+from cxr_fastai.inference.decision import Decision, describe_evaluation, find_run, refuse_other_views
 from cxr_fastai.inference.engines import Engine, TorchEngine, check_precision
 from cxr_fastai.inference.gate import REJECTION, Gate
 from cxr_fastai.inference.networks import load_network
-from cxr_fastai.inference.pretrained import find_model
+from cxr_fastai.inference.pretrained import find_model, name_model
 from cxr_fastai.inference.tensors import MAX_BYTES, load_tensors
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class Predictor:
 
     If `calibrated`, probabilities and threshold are scaled by the temperature that was fitted to validation images. A
     `gate` rejects images that are unlike the training images. With `tta` (test-time augmentation) the probability is
-    the mean over two views of the image: itself and its mirror image.
+    the mean over two views of the image: itself and its mirror image. `source` is the file or folder
+    of the model, which messages name.
     """
 
     engine: Engine
@@ -65,6 +66,7 @@ class Predictor:
     calibrated: bool = False
     gate: Gate | None = None
     tta: bool = False
+    source: Path | None = None
 
     @classmethod
     def load(
@@ -104,8 +106,8 @@ class Predictor:
             predictor.engine.precision = check_precision(precision)
         if calibrated and predictor.config.temperature is None:
             raise UsageError(
-                f'{model}: --calibrated needs a temperature, which `cxr-fastai evaluate RUN` fits to validation '
-                'images. Evaluate the run, and name its folder.'
+                f'{name_model(model)}: --calibrated needs a temperature, which is fitted to validation images. Omit '
+                f'--calibrated{describe_evaluation(model, "")}.'
             )
         log.debug('%s: loaded into %s', model, predictor.engine)
         if not gate:
@@ -113,7 +115,7 @@ class Predictor:
         if modality:
             accepted = ','.join(filter(None, [predictor.config.modality, modality]))
             predictor = replace(predictor, config=replace(predictor.config, modality=accepted))
-        return replace(predictor, calibrated=calibrated, tta=predictor.config.tta)
+        return replace(predictor, calibrated=calibrated, tta=predictor.config.tta, source=model)
 
     def with_threshold(self, threshold: float) -> Predictor:
         """Return a predictor with another threshold, on the scale of the probabilities that this one shows."""
@@ -127,23 +129,14 @@ class Predictor:
         fixed threshold fits both.
         """
         if tta != self.config.tta:
-            self._refuse_other_views(tta)
+            temperature = self._temperature if self.calibrated else None
+            refuse_other_views(self.source, tta, self.config.threshold_rule, self.threshold, temperature)
         return replace(self, tta=tta)
 
-    def _refuse_other_views(self, tta: bool) -> None:
-        """Raise `UsageError` if a value that the predictor uses was chosen on other views than `tta` says."""
-        option, manner = ('--tta', 'without') if tta else ('--no-tta', 'with')
-        advice = f'Omit {option}, or choose both again: `cxr-fastai evaluate RUN {option}`, then export the run again'
-        if not self.config.threshold_rule.startswith('fixed:'):
-            raise UsageError(
-                f'{option}: the threshold {self.threshold:.3g} of this model was chosen on probabilities {manner} '
-                f'test-time views, so it does not fit others. {advice}; or set another one by --threshold T.'
-            )
-        if self.calibrated:
-            raise UsageError(
-                f'{option} and --calibrated: the temperature {self._temperature:.3g} of this model was fitted to '
-                f'probabilities {manner} test-time views, so it does not fit others. {advice}.'
-            )
+    @property
+    def run(self) -> Run | None:
+        """The run that the model is, or is a file of; None for any other model."""
+        return find_run(self.source) if self.source else None
 
     @property
     def model(self) -> nn.Module:
@@ -240,7 +233,7 @@ class Predictor:
         check_squares(images, self.config.size)
         p, features = self.engine(images)
         if self.tta:
-            mirrored, _ = self.engine(np.ascontiguousarray(images[:, :, ::-1]))
+            mirrored, _ = self.engine(mirror(images))
             p = (p + mirrored) / 2
         if not ((p >= 0) & (p <= 1)).all():
             raise CXRError(
@@ -265,6 +258,11 @@ class Predictor:
         return p
 
 
+def mirror(images: np.ndarray) -> np.ndarray:
+    """Return the mirror images of `images` (..., width), the second of the test-time views."""
+    return np.ascontiguousarray(images[..., ::-1])
+
+
 def load_predictor(
     model: str | os.PathLike[str],
     *,
@@ -285,8 +283,8 @@ def load_predictor(
         predictor = predictor.with_tta(tta)
     if use_gate and predictor.gate is None and is_main_process():
         warnings.warn(
-            f'{model} has no input gate, so every image gets a probability, even if it is not a chest X-ray. '
-            '`cxr-fastai export` makes a bundle with a gate.',
+            f'{name_model(Path(model))} has no input gate, so every image gets a probability, even if it is not a '
+            'chest X-ray. `cxr-fastai export` makes a bundle with a gate.',
             CXRWarning,
             stacklevel=3,
         )
@@ -316,7 +314,7 @@ def _load_bundle(path: Path, engine: str, device: str, precision: str) -> Predic
     predictor = Predictor(bundle.engine(engine, device, precision), bundle.config)
     if GATE not in bundle:
         return predictor
-    predictor = replace(predictor, gate=Gate.from_tensors(bundle.tensors(GATE), path / GATE))
+    predictor = replace(predictor, gate=Gate.from_tensors(bundle.tensors(GATE), bundle.shown / GATE))
     try:
         _, distances = predictor.infer(bundle.selftest.images[:1])
         gate_fits = distances.shape == (1,)
@@ -324,7 +322,8 @@ def _load_bundle(path: Path, engine: str, device: str, precision: str) -> Predic
         gate_fits = False
     if not gate_fits:
         raise CXRError(
-            f'{path / GATE}: not the gate of this network, so the bundle is damaged. Get it again from its source.'
+            f'{bundle.shown / GATE}: not the gate of this network, so the bundle is damaged. Get it again from its '
+            'source.'
         )
     return predictor
 

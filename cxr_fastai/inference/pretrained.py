@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,9 @@ from typing import Any
 from cxr_fastai.core.errors import CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import read_json
+from cxr_fastai.core.paths import HUB_PREFIX, PRETRAINED
 
-PRETRAINED = 'pretrained'
-"""The name of the model in every command and function that takes a model."""
-HUB_PREFIX = 'hf:'
-"""The start of the name of a bundle on the Hugging Face Hub."""
+COMMIT = re.compile('[0-9a-f]{40}')
 FOLDER = Path(__file__).parents[1] / PRETRAINED
 """The bundle, a part of the installed package."""
 FACTS = FOLDER.with_suffix('.json')
@@ -48,6 +47,21 @@ def find_model(model: StrPath) -> Path:
             stacklevel=2,
         )
     return FOLDER
+
+
+def name_model(path: Path) -> str:
+    """Return the name of the model at `path` as a user writes it, which messages show in place of an internal path.
+
+    It is `pretrained` for the bundle in the package, `hf:USER/NAME@COMMIT` for one in the cache of the Hub, and the
+    path for any other model.
+    """
+    if path == FOLDER:
+        return PRETRAINED
+    repository = path.parent.parent.name
+    if not (COMMIT.fullmatch(path.name) and path.parent.name == 'snapshots' and repository.startswith('models--')):
+        return str(path)
+    repo = repository.removeprefix('models--').replace('--', '/')
+    return f'{HUB_PREFIX}{repo}@{path.name}'
 
 
 def pretrained_facts() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from cxr_fastai.core.environment import is_installed, require_package
 from cxr_fastai.core.errors import CXRWarning, UsageError, did_you_mean
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import CUSTOM, RECIPES, VOCAB, Recipe, describe_phases
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.models.ensembles import check_not_ensemble, ensemble_arch, split_name
@@ -225,8 +226,8 @@ def _check_phases(recipe: Recipe) -> None:
     for phase in recipe.phases:
         if phase.epochs < 1 or not 0 < phase.lr < math.inf:
             raise UsageError(
-                f'the phase {phase.name} has {phase.epochs} epochs at the learning rate {phase.lr:g}: at least 1 epoch '
-                'and a positive rate are needed.'
+                f'the phase {phase.name} has {counted(phase.epochs, "epoch")} at the learning rate {phase.lr:g}: at '
+                'least 1 epoch and a positive rate are needed.'
             )
 
 

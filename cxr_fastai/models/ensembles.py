@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.progress import counted
 from cxr_fastai.models.bodies import POOLINGS
 from cxr_fastai.models.registry import ENSEMBLE_NAME, Arch
 
@@ -107,7 +108,7 @@ def split_name(arch: str) -> tuple[int, str]:
 def check_number(number: int, where: str) -> None:
     """Raise `UsageError`, which starts with `where`, unless an ensemble can have `number` members."""
     if not MIN_MEMBERS <= number <= MAX_MEMBERS:
-        raise UsageError(f'{where}: {number} members, but {MIN_MEMBERS} to {MAX_MEMBERS} are possible.')
+        raise UsageError(f'{where}: {counted(number, "member")}, but {MIN_MEMBERS} to {MAX_MEMBERS} are possible.')
 
 
 def ensemble_arch(number: int, member: Arch) -> Arch:

@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import EXTENSION, Phase
 
 
@@ -105,8 +106,8 @@ def freeze_first(epochs: int, shares: Sequence[PhaseShare], frozen_epochs: int) 
         )
     if not 1 <= frozen_epochs <= epochs:
         raise UsageError(
-            f'--freeze-epochs {frozen_epochs}: the training has {epochs} epochs. Choose a number from 1 to {epochs}, '
-            'or more --epochs.'
+            f'--freeze-epochs {frozen_epochs}: the training has {counted(epochs, "epoch")}. Choose a number from 1 to '
+            f'{epochs}, or more --epochs.'
         )
     share = frozen_epochs / epochs
     rescaled = [other._replace(share=other.share * (1 - share) / (1 - first.share)) for other in others]

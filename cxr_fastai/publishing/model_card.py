@@ -210,7 +210,7 @@ def _final_model(recipe: Recipe, epoch: int | str, trained: list[str]) -> str:
     """Describe the network that was kept: that of `epoch`. `trained` has the phase of each epoch."""
     text = f'a single network, from epoch {epoch} of {len(trained)} (highest validation AUC)'
     if recipe.valid == 'none':
-        text = f'a single network, from the last of {len(trained)} epochs'
+        text = f'a single network, from the last of {counted(len(trained), "epoch")}'
     for phase in recipe.phases:
         if 0 < trained.count(phase.name) < phase.epochs:
             text += f'; {phase.name} stopped early, after {trained.count(phase.name)} of its {phase.epochs} epochs'
@@ -256,8 +256,8 @@ def render_card(run: Run, split: str, texts: CardTexts = PLAIN, parity: Parity |
 
 def _describe_half(parity: Parity) -> str:
     return (
-        f'stored as float16, computed in float32. On the {parity.images:,} {parity.split} images, no decision changed, '
-        f'and a probability by at most {parity.largest_change:.1g}'
+        f'stored as float16, computed in float32. On the {counted(parity.images, f"{parity.split} image")}, no '
+        f'decision changed, and a probability by at most {parity.largest_change:.1g}'
     )
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from cxr_fastai.core.errors import UsageError, visible
 from cxr_fastai.core.files import StrPath, check_writable, write_text
+from cxr_fastai.core.paths import HUB_PREFIX
 from cxr_fastai.core.recipe import POSITIVE, VOCAB
 from cxr_fastai.core.templates import data_uri, render_template
 from cxr_fastai.data.find import short_path
 from cxr_fastai.images.decode import ImageLike
 from cxr_fastai.inference.gate import OUT_OF_DISTRIBUTION
 from cxr_fastai.inference.predictor import Row
-from cxr_fastai.inference.pretrained import HUB_PREFIX
 from cxr_fastai.inference.tables import Predictions
 from cxr_fastai.publishing.model_card import NOT_A_DEVICE
 from cxr_fastai.publishing.thumbnails import Thumbnail, draw_maps, read_thumbnails
@@ -23,7 +23,7 @@ SUFFIXES = ('.html', '.htm')
 MAX_SHOWN = 1000
 """Number of predictions that the page shows."""
 MAX_LISTED = 100
-"""Number of refused images of one reason that the page lists."""
+"""Number of images without a prediction for one reason that the page lists."""
 
 
 def save_prediction_page(
@@ -38,7 +38,7 @@ def save_prediction_page(
     The page has a small picture of each image with its probability, its decision and, with `maps`, a map of what
     influenced the score; the images without a probability are grouped by the reason. Of more than `MAX_SHOWN`
     predictions, it shows those with the highest probabilities. `model` is the path or the name (see
-    `hub_bundles.name_model`) that it shows. `maps` may also be the maps of the `shown_positions`, if the caller has
+    `pretrained.name_model`) that it shows. `maps` may also be the maps of the `shown_positions`, if the caller has
     drawn them already (see `thumbnails.draw_map`).
 
     Raises `UsageError` if `page` exists (see `check_page`), or with `maps` if the network has none; `OutputError`.
@@ -106,7 +106,7 @@ def render(
         not_shown=scored - len(shown),
         has_maps=bool(maps),
         refusals=_group_refusals(predictions, thumbnails),
-        refused=len(predictions.failures),
+        failures=len(predictions.failures),
         max_listed=MAX_LISTED,
         not_a_device=NOT_A_DEVICE,
     )
@@ -141,7 +141,7 @@ def _reason(row: Row) -> str:
 
 
 def _group_refusals(predictions: Predictions, thumbnails: dict[int, Thumbnail]) -> list[dict[str, Any]]:
-    """Return the refused images by reason, the most frequent first; of each reason the first `MAX_LISTED`."""
+    """Return images without a prediction by reason, the most frequent first; of each reason the first `MAX_LISTED`."""
     groups: dict[tuple[str, str], list[int]] = {}
     for index, row in enumerate(predictions.rows):
         if row['status'] != 'ok':

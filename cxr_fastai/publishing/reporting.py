@@ -18,7 +18,7 @@ from cxr_fastai.core.figures import to_svg
 from cxr_fastai.core.files import StrPath, write_text
 from cxr_fastai.core.recipe import UNKNOWN
 from cxr_fastai.core.run import Run, as_run
-from cxr_fastai.core.run_files import hash_rows, read_json
+from cxr_fastai.core.run_files import read_json
 from cxr_fastai.core.templates import data_uri, render_template
 from cxr_fastai.data.auditing import NOT_TRAINABLE, SMALL_VALIDATION
 from cxr_fastai.data.find import shown_path
@@ -49,7 +49,7 @@ from cxr_fastai.evaluation.plots import (
     plot_robustness,
 )
 from cxr_fastai.evaluation.results import check_results, describe_limits, describe_views, is_of_network
-from cxr_fastai.evaluation.robustness import anatomy_aucs, summarise
+from cxr_fastai.evaluation.robustness import anatomy_aucs, read_robustness, summarise
 from cxr_fastai.evaluation.shift import SHIFT_NAMES, has_shift, measure_shift
 from cxr_fastai.evaluation.split_images import own_images
 from cxr_fastai.evaluation.thresholds import describe_deciding, threshold_table
@@ -147,6 +147,7 @@ def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names
     metrics = run.metrics[split]
     predictions = run.predicted(split)
     map_check = _read_map_check(run)
+    robustness = read_robustness(run, split)
     values = {
         'run': run,
         'split': split,
@@ -167,9 +168,9 @@ def render(run: Run, split: str, audit: dict[str, Any] | None = None, hide_names
         'validation_warning': validation_warning(run.items) if run.recipe.valid != 'none' else None,
         'has_other_images': not set(predictions.path) <= set(own_images(run, split).path),
         'audit': audit,
-        'plots': draw(run, predictions, metrics, split, map_check),
+        'plots': draw(run, predictions, metrics, split, robustness, map_check),
         'thresholds': threshold_table(predictions, [metrics['threshold']]).to_dict('records'),
-        'robustness': _summarise_robustness(run, split),
+        'robustness': _summarise_robustness(robustness),
         'shift': measure_shift(run) if has_shift(run) else None,
         'images': select_images(run, predictions, metrics['model'], hide_names),
         'maps': map_check,
@@ -293,13 +294,21 @@ def _embed(path: Path) -> str | None:
 
 
 def draw(
-    run: Run, predictions: pd.DataFrame, metrics: dict[str, Any], split: str, map_check: dict[str, Any] | None = None
+    run: Run,
+    predictions: pd.DataFrame,
+    metrics: dict[str, Any],
+    split: str,
+    robustness: pd.DataFrame | None = None,
+    map_check: dict[str, Any] | None = None,
 ) -> dict[str, Markup]:
-    """Return the figures of the report as SVG, by name; `map_check` is the content of `cam_check.json`, if any."""
+    """Return the figures of the report as SVG, by name.
+
+    `robustness` are the rows of the split in the table of that name, and `map_check` is the content of
+    `cam_check.json`, if there are any.
+    """
     figures = {panel: plot_history_panel(run.history, panel, run.kept_epoch) for panel in HISTORY_PANELS}
     if metrics['auc']['value'] is not None:
         figures |= {name: plot(predictions, metrics, f'{split} split') for name, plot in CURVES.items()}
-    robustness = _read_robustness(run, split)
     if robustness is not None:
         figures['robustness'] = plot_robustness(robustness, f'{split} split')
     if map_check and 'stages' in map_check:
@@ -329,27 +338,7 @@ def describe_plot(name: str, metrics: dict[str, Any]) -> str:
     return f'Figure: {descriptions[name]}'
 
 
-def _read_robustness(run: Run, split: str) -> pd.DataFrame | None:
-    if not (run / 'robustness.csv').exists():
-        return None
-    table = run.robustness
-    rows = table[table.split == split]
-    if rows.empty:
-        return None
-    is_edited = set(rows.sha256) != {hash_rows(rows)}
-    if is_edited or not is_of_network(run, {'model': rows.model.iloc[0]}):
-        problem = 'was edited' if is_edited else 'is of another network'
-        warnings.warn(
-            f'{run / "robustness.csv"} {problem}, so it is left out. Run `{run.evaluation(split)} --robustness` again.',
-            CXRWarning,
-            stacklevel=2,
-        )
-        return None
-    return rows
-
-
-def _summarise_robustness(run: Run, split: str) -> dict[str, Any] | None:
-    rows = _read_robustness(run, split)
+def _summarise_robustness(rows: pd.DataFrame | None) -> dict[str, Any] | None:
     if rows is None:
         return None
     return summarise(rows) | {'n': int(rows.n.iloc[0]), 'anatomy': anatomy_aucs(rows)}

@@ -19,7 +19,6 @@ from starlette.types import ASGIApp
 from cxr_fastai.core.errors import UsageError, first_line
 from cxr_fastai.inference.bundle import Bundle
 from cxr_fastai.inference.config import WEIGHTS
-from cxr_fastai.inference.hub_bundles import name_model
 from cxr_fastai.inference.onnx_start import ONNX
 from cxr_fastai.serving.app import Settings, make_app
 from cxr_fastai.serving.service import find_bundle
@@ -46,7 +45,7 @@ def serve(settings: Settings, announce: Callable[[str], None] | None = None) -> 
     server = Server(settings)
     with _log_to_stderr(), _stop_on_signals(server):
         if announce:
-            announce(f'serving {name_model(bundle.path)} at {server.url} (stop with Ctrl-C)')
+            announce(f'serving {bundle.shown} at {server.url} (stop with Ctrl-C)')
         server.run()
 
 

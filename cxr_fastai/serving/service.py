@@ -181,7 +181,7 @@ class Service:
         bundle = Bundle.open(find_bundle(path))
         engine = 'onnx' if device == 'cpu' else 'torch'
         predictor = Predictor.load(bundle.path, engine=engine, device=device, modality=modality)
-        bundle.selftest.check(predictor.engine, bundle.path)
+        bundle.selftest.check(predictor.engine, bundle.shown)
         return cls(bundle, predictor, **options)
 
     def model_facts(self) -> dict[str, Any]:

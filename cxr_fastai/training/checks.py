@@ -15,8 +15,10 @@ from torch import nn
 from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, CXRWarning, OutputError, UsageError
 from cxr_fastai.core.files import check_writable, nearest_folder
+from cxr_fastai.core.progress import are, counted
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.data.loaders import CXRDataLoaders
+from cxr_fastai.data.transforms import list_labels
 from cxr_fastai.inference.pickles import check_store
 
 COPIES_ON_DISK = 10
@@ -34,8 +36,8 @@ def check_loaders(dls: DataLoaders) -> None:
             )
         if n and len(dl) == 0:
             raise UsageError(
-                f'the {n} {split} images are fewer than a batch of {dl.bs}, and incomplete batches are dropped. '
-                f'Choose a batch size (bs) of at most {n}, or drop_last=False.'
+                f'there {are(n)} {counted(n, f"{split} image")}, fewer than a batch of {dl.bs}, and incomplete '
+                f'batches are dropped. Choose a batch size (bs) of at most {n}, or drop_last=False.'
             )
 
 
@@ -51,13 +53,12 @@ def check_labels(dls: DataLoaders) -> None:
     `CXRDataLoaders` have warned before.
     """
     for split, dataset in (('training', dls.train_ds), ('validation', dls.valid_ds)):
-        pipelines = getattr(dataset, 'tls', None)  # data sets of tensors have none
-        if pipelines is None or len(dataset) == 0:
+        if not hasattr(dataset, 'tls') or len(dataset) == 0:  # data sets of tensors have no pipelines
             continue
-        labels = {int(label) for label in pipelines[-1]}
+        labels = set(list_labels(dataset))
         if len(labels) >= len(VOCAB):
             continue
-        text = f'the {len(dataset)} {split} images are all {VOCAB[labels.pop()]}'
+        text = f'all {split} images ({len(dataset):,}) are {VOCAB[labels.pop()]}'
         if split == 'training':
             raise UsageError(f'{text}, so nothing can be learned. Use images of both classes.')
         if isinstance(dls, CXRDataLoaders):

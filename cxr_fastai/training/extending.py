@@ -7,6 +7,7 @@ from shlex import quote
 from typing import Any, NamedTuple
 
 from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.progress import are, counted
 from cxr_fastai.core.recipe import EXTENSION, Phase, Recipe, describe_phase, differences
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series, is_folds
@@ -34,13 +35,13 @@ def extend_recipe(run: Run, epochs: int, lr: float | None = None, patience: int 
     trained, planned = count_epochs(recipe, state)
     if epochs < trained:
         raise UsageError(
-            f'--epochs {epochs}: {run.path} was trained for {trained} epochs already, and epochs cannot be undone. '
-            f'Choose more than {planned}, or train with another --out.'
+            f'--epochs {epochs}: {run.path} was trained for {counted(trained, "epoch")} already, and epochs cannot be '
+            f'undone. Choose more than {planned}, or train with another --out.'
         )
     if epochs < planned:
         raise UsageError(
-            f'--epochs {epochs}: the schedule of {run.path} is made for {planned} epochs, of which {trained} are '
-            f'trained, and cannot be shortened. Omit --epochs, or choose more than {planned}.'
+            f'--epochs {epochs}: the schedule of {run.path} is made for {counted(planned, "epoch")}, of which '
+            f'{trained} {are(trained)} trained, and cannot be shortened. Omit --epochs, or choose more than {planned}.'
         )
     if epochs > planned:
         _check_no_fold(run, epochs)

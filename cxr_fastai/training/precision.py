@@ -18,6 +18,7 @@ from fastcore.foundation import L
 from torch.nn.functional import cross_entropy
 
 from cxr_fastai.core.hardware import bf16_instructions
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import VOCAB, Recipe, check_choice
 from cxr_fastai.models.networks import create_network
 from cxr_fastai.training.depthwise import DepthwiseGradients
@@ -95,7 +96,7 @@ def choose_precision(recipe: Recipe, device: torch.device, n_images: int, compil
     if candidate is None:
         return _decide('fp32', f'{device.type} computes no faster in a lower one')
     if n_steps < MIN_STEPS:
-        short = f'a training of {n_steps} steps is too short for a trial'
+        short = f'a training of {counted(n_steps, "step")} is too short for a trial'
         return _decide('fp32' if device.type == 'cpu' else candidate, short)
     times = time_steps(recipe, device, ('fp32', candidate), compiled)
     gain = times['fp32'] / times[candidate]

@@ -17,6 +17,7 @@ from fastai.losses import CrossEntropyLossFlat
 
 from cxr_fastai.core.errors import CXRWarning, UsageError, did_you_mean
 from cxr_fastai.core.recipe import AUGMENTATION_FIELDS, DATA_FIELDS, VOCAB, Phase, Recipe, data_recipe
+from cxr_fastai.data.transforms import list_labels
 from cxr_fastai.models.architectures import ARCHS, find_arch, make_recipe
 from cxr_fastai.models.registry import Arch
 from cxr_fastai.training.callbacks import ReduceOnPlateau, StopEarly
@@ -123,7 +124,7 @@ def warn_of_cut_cycle(recipe: Recipe) -> None:
 
 def _class_weights(dls: DataLoaders) -> torch.Tensor:
     """Return the loss weight of each class, (2,): inverse to its frequency, with a mean of 1 over the images."""
-    labels = torch.tensor([int(label) for label in dls.train_ds.tls[1]])
+    labels = torch.tensor(list_labels(dls.train_ds))
     counts = torch.bincount(labels, minlength=len(VOCAB))
     return (len(labels) / len(VOCAB) / counts).to(dls.device)
 

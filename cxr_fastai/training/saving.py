@@ -28,7 +28,7 @@ from cxr_fastai.core.recipe import CUSTOM, DATA_FIELDS, POSITIVE, UNKNOWN, VOCAB
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import read_table
 from cxr_fastai.data.loaders import CXRDataLoaders, augmentations, find_preprocessing
-from cxr_fastai.data.transforms import NormalizeImage
+from cxr_fastai.data.transforms import NormalizeImage, list_labels
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import LEARNER, WEIGHTS, ModelConfig, save_weights
 from cxr_fastai.inference.pickles import KEPT_CALLBACKS, save_learner
@@ -101,7 +101,8 @@ def find_images(dls: DataLoaders) -> ImageSource:
         return ImageSource(dls.item_table, dls.root, dls.source or dls.root, from_table=dls.source is None)
     rows = []
     for split, dl in (('train', dls.train), ('valid', dls.valid)):
-        rows += [(path, label, split) for path, label in zip(_paths(dl), _labels(dl), strict=True)]
+        labels = zip(_paths(dl), list_labels(dl.dataset), strict=True)
+        rows += [(path, VOCAB[label], split) for path, label in labels]
     if not rows:
         raise UsageError(
             'the learner has no images, because it was loaded from a file. Give it DataLoaders first: learn.dls = dls.'
@@ -117,10 +118,6 @@ def _paths(dl: Any) -> list[Path]:
     if not all(isinstance(item, str | Path) for item in items):
         raise UsageError('the images of the learner are not files, so a run cannot name them. Use paths.')
     return [Path(item).resolve() for item in items]
-
-
-def _labels(dl: Any) -> list[str]:
-    return [VOCAB[int(label)] for label in dl.dataset.tls[1]]
 
 
 def _find_preprocessing(dls: DataLoaders) -> Preprocessing:

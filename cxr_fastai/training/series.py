@@ -12,6 +12,7 @@ import pandas as pd
 from cxr_fastai.core.environment import Launch
 from cxr_fastai.core.errors import Stopped, UsageError
 from cxr_fastai.core.files import writing
+from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import Recipe
 from cxr_fastai.core.recipe_fields import LIMITS
 from cxr_fastai.core.run import Run
@@ -48,8 +49,8 @@ def train_folds(
     patients = items[items.split.isin(['train', 'valid'])].groupby('label').patient.nunique()
     if patients.min() < folds:
         raise UsageError(
-            f'--folds {folds}: {patients.idxmin()} has only {patients.min()} patients. Choose at most '
-            f'{patients.min()} folds.'
+            f'--folds {folds}: {patients.idxmin()} has only {counted(patients.min(), "patient")}. Choose at most '
+            f'{counted(patients.min(), "fold")}.'
         )
     recipe = replace(recipe, valid='patients')
     series = Series(Path(out), FOLDS, folds, recipe, identify_images(items), precision, compile, track)

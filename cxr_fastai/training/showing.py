@@ -137,7 +137,7 @@ def plot_batch(images: Tensor, names: Sequence[str]) -> Figure:
     shown = denormalize(images[:MAX_IMAGES].detach().cpu().float())[:, 0].clamp(0, 1).numpy()
     rows = -(-len(shown) // COLUMNS)
     figure = Figure(figsize=(8, 2.2 * rows + 0.6), layout='constrained')
-    title = f'The first training batch: {len(shown)} of {len(images)} images, {shown.shape[1]} px'
+    title = f'The first training batch: {len(shown)} of {counted(len(images))}, {shown.shape[1]} px'
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
     for ax in axes:

@@ -21,7 +21,7 @@ from fastai.torch_core import set_seed
 from cxr_fastai.core.environment import is_main_process, process_count
 from cxr_fastai.core.errors import CXRWarning, ImageError, Stopped
 from cxr_fastai.core.files import check_new, write_json
-from cxr_fastai.core.progress import counted
+from cxr_fastai.core.progress import are, counted
 from cxr_fastai.core.recipe import SHIFT, Recipe
 from cxr_fastai.core.run import Run
 from cxr_fastai.data.items import describe_items, image_root, read_recipe_items
@@ -162,7 +162,11 @@ def _check_images(items: pd.DataFrame, root: Path, recipe: Recipe) -> tuple[Imag
             first_error.code,
         )
     if errors:
-        warnings.warn(f'{len(errors)} images are skipped: {describe_unreadable(errors)}', CXRWarning, stacklevel=3)
+        warnings.warn(
+            f'{counted(len(errors))} {are(len(errors))} skipped: {describe_unreadable(errors)}',
+            CXRWarning,
+            stacklevel=3,
+        )
     return cache, [path.relative_to(root).as_posix() for path in errors]
 
 

@@ -149,7 +149,7 @@ def test_an_interrupt_ends_with_130_and_leaves_a_table_to_resume(bundle, images,
     assert len((tmp_path / 'p.csv').read_text().splitlines()) == 11
     code, output, _ = run_command(*argv, '--resume')
     assert code == 0
-    assert re.search(r'12 images, \d+ classified as PNEUMONIA, 0 failed; rows in', output)
+    assert re.search(r'12 images, \d+ classified as PNEUMONIA, 0 rejected, 0 failed; rows in', output)
 
 
 def test_the_threshold_and_its_origin_are_printed(evaluated, bundle, image, tmp_path):
@@ -249,7 +249,7 @@ def test_many_failures_of_one_kind_are_one_line_with_three_examples(bundle, tmp_
     many, one = [line for line in printed.err.splitlines() if line.startswith('error: ')]
     assert many == f'error: 25 images with E_EMPTY, such as {names}. The first: E_EMPTY: the file is empty'
     assert one.startswith(f'error: {folder / "other.png"}: E_FORMAT: ')
-    assert '26 images, 0 classified as PNEUMONIA, 26 failed; --out writes all reasons to a table' in printed.out
+    assert '0 classified as PNEUMONIA, 0 rejected, 26 failed; --out writes all reasons to a table' in printed.out
 
 
 def test_prepare_and_audit_name_three_of_many_unusable_images(images, tmp_path, capsys):

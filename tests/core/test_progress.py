@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from cxr_fastai.core import progress as progress_module
-from cxr_fastai.core.progress import ShownProgress, format_seconds, in_threads, progress
+from cxr_fastai.core.progress import ShownProgress, are, counted, format_seconds, in_threads, progress
 
 
 def test_a_terminal_shows_a_bar_with_the_rate(terminal):
@@ -28,6 +28,21 @@ def test_only_the_main_process_shows_progress(terminal, second_process):
 
 def test_threads_return_results_in_order():
     assert list(in_threads(str.upper, ['a', 'b'] * 100, workers=3)) == ['A', 'B'] * 100
+
+
+@pytest.mark.parametrize(
+    ('number', 'unit', 'text'),
+    [
+        (1, 'image', '1 image is'),
+        (0, 'image', '0 images are'),
+        (1, 'batch', '1 batch is'),
+        (2000, 'batch', '2,000 batches are'),
+        (1, 'probability', '1 probability is'),
+        (2, 'probability', '2 probabilities are'),
+    ],
+)
+def test_a_number_its_word_and_its_verb_agree(number, unit, text):
+    assert f'{counted(number, unit)} {are(number)}' == text
 
 
 @pytest.fixture

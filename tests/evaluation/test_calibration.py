@@ -159,7 +159,7 @@ def test_the_intercept_is_defined_where_probabilities_are_exactly_0_and_1():
         assert intercept['low'] < intercept['value'] < intercept['high']
         assert expit(logits(p) + intercept['value']).sum() == pytest.approx(TARGS.sum())
         (note,) = measure_calibration(TARGS, p, ONE_IMAGE_EACH)['notes']
-        assert 'Their logits are limited to ±34.5' in note
+        assert 'Logits are limited to ±34.5' in note
 
 
 @pytest.mark.parametrize(
@@ -168,12 +168,26 @@ def test_the_intercept_is_defined_where_probabilities_are_exactly_0_and_1():
         (TARGS, np.full(624, 0.3), 'all probabilities are nearly equal'),
         (TARGS, 0.3 + 1e-6 * P, 'all probabilities are nearly equal'),
         (TARGS, np.where(TARGS, 0.8, 0.4), 'separate the classes completely'),
+        (TARGS, np.where(TARGS, P, -P) / 4 + 0.5, 'separate the classes completely'),
+        (TARGS, np.where(TARGS, 0.4, 0.8), 'separate the classes completely'),  # the wrong way round
+        (
+            TARGS,
+            np.where(TARGS | (np.cumsum(~TARGS) == 1), 0.8, 0.4),
+            'separate the classes completely',
+        ),  # ties
+        (TARGS, 0.6 + 0.01 * P, 'these images do not determine it (it, or half its interval, is beyond 20)'),
+        (TARGS[:12], 0.3 + 0.03 * P[:12], 'these images do not determine it'),
         (np.ones(624, bool), P, 'a single class'),
     ],
 )
 def test_a_note_says_why_the_slope_is_undefined(targs, p, reason):
-    metrics = measure_calibration(targs, p, ONE_IMAGE_EACH)
+    metrics = measure_calibration(targs, p, np.arange(len(p)))
     assert metrics['slope']['value'] is None and reason in ' '.join(metrics['notes'])
+
+
+def test_a_slope_that_the_images_determine_is_reported_though_it_is_large():
+    slope = recalibrate(TARGS, expit(logits(P) / 15), ONE_IMAGE_EACH)['slope']
+    assert slope['value'] == pytest.approx(15, abs=3) and slope['low'] < 15 < slope['high']
 
 
 def test_a_network_with_ordinary_probabilities_has_no_notes():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,44 @@ def test_the_scores_are_those_of_the_robustness(members, images, tmp_path, few_c
     assert [single.clean, single.corrupted, single.shortcut] == pytest.approx(
         [expected['clean'], expected['corrupted'], expected['shortcut']]
     )
+
+
+@pytest.fixture(scope='module')
+def viewed(once, members) -> list[Run]:
+    """Copies of two of the runs that were evaluated with test-time views; not to be changed by a test."""
+
+    def make(folder: Path) -> None:
+        for run in members[:2]:
+            evaluate(shutil.copytree(run.path, folder / run.path.name), tta=True)
+
+    folder = once('viewed_members', make)
+    return [Run.open(folder / name) for name in 'ab']
+
+
+def test_a_combination_of_runs_evaluated_with_views_is_judged_and_evaluated_with_them(
+    viewed, members, tmp_path, few_corruptions
+):
+    combination = combine(viewed, tmp_path / 'auto')
+    root, items = combining._find_own(members[0], None, 'valid')
+    expected = robustness.measure_robustness(replace(load_undecided(viewed[0]), tta=True), items, root)
+    (single,) = [c for c in combination.selection.singles if c.members == ('a',)]
+    assert single.corrupted == pytest.approx(robustness.summarise(expected)['corrupted'])
+    run = combine(viewed, tmp_path / 'ensemble', 'ensemble').run
+    ensemble = robustness.measure_robustness(replace(load_undecided(run), tta=True), items, root)
+    for candidate in combination.selection.contenders:
+        if candidate.how == 'ensemble':
+            assert candidate.corrupted == pytest.approx(robustness.summarise(ensemble)['corrupted'], abs=1e-6)
+    assert combination.tta and evaluate(run)['tta'] and run.decision['tta']
+    assert not evaluate(run, tta=False)['tta'] and not evaluate(run)['tta']  # the user has the last word
+
+
+def test_runs_evaluated_with_and_without_views_are_not_combined(viewed, members, tmp_path):
+    plain = Run(shutil.copytree(members[1].path, tmp_path / 'b'))
+    assert combine([viewed[0], plain], tmp_path / 'first', 'ensemble').tta  # b was not evaluated
+    evaluate(plain)
+    with pytest.raises(UsageError, match='a: evaluated with test-time views, and b without them.*evaluate .* --tta`'):
+        combine([viewed[0], plain], tmp_path / 'second', 'ensemble')
+    assert not (tmp_path / 'second').exists()
 
 
 def test_auto_without_common_initial_weights_considers_no_soup(members, tmp_path, few_corruptions, images):

@@ -251,7 +251,7 @@ def test_valid_means_the_split_of_the_training_in_a_copy_of_the_folder(copy, ima
     root, valid = find_split(copy, tmp_path / 'moved', 'valid')
     assert root == tmp_path / 'moved' and set(valid.path) == set(items[items.split == 'valid'].path)
     next((tmp_path / 'moved/train').rglob('*.jpeg')).unlink()
-    with pytest.raises(UsageError, match='belong to the run, but other images of the run are missing'):
+    with pytest.raises(UsageError, match='images of its valid split, but other images of the run are missing'):
         find_split(copy, tmp_path / 'moved', 'valid')
 
 

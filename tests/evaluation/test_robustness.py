@@ -1,5 +1,7 @@
 """Robustness is measured on the same corrupted images for every model, and next to clean images."""
 
+import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from cxr_fastai.cli import main
+from cxr_fastai.core.errors import CXRWarning
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation import figures, robustness
 from cxr_fastai.evaluation.plots import plot_robustness
@@ -18,6 +21,7 @@ from cxr_fastai.evaluation.robustness import (
     ROBUSTNESS_COLUMNS,
     evaluate_robustness,
     measure_robustness,
+    read_robustness,
     read_squares,
     summarise,
 )
@@ -37,6 +41,7 @@ class FakePredictor:
 
     config: ModelConfig
     score: Callable[[np.ndarray], float]
+    tta: bool = False
     images: list[np.ndarray] = field(default_factory=list)
 
     def scores(self, images: np.ndarray) -> np.ndarray:
@@ -196,6 +201,42 @@ def test_the_robustness_on_other_splits_is_kept(copy, monkeypatch):
     for split in ('test', 'valid', 'test'):
         evaluate_robustness(copy, None, split, limit=1)
     assert copy.robustness.split.value_counts().to_dict() == {'test': 52, 'valid': 52}
+
+
+def test_a_table_of_another_threshold_or_other_views_is_named_as_stale(copy, capsys, monkeypatch):
+    monkeypatch.setattr(robustness, 'save_robustness_figure', lambda *_: None)  # takes long
+    monkeypatch.setattr(figures, 'save_figures', lambda *_: [])
+    monkeypatch.setattr(robustness, 'STRENGTHS', (1,))
+    evaluate = ['evaluate', str(copy.path), '--split', 'valid']
+    assert main([*evaluate, '--robustness', '--json']) == 0
+    output = capsys.readouterr()
+    (rows,) = (run['robustness'] for run in json.loads(output.out)['runs'])
+    assert {(row['threshold'], row['tta']) for row in rows} == {(copy.decision['threshold'], False)}
+    assert 'robustness' not in output.err and read_robustness(copy, 'valid') is not None
+    for options, problem in {
+        ('--tta',): 'were measured without test-time views, and the run was evaluated with them since',
+        ('--no-tta', '--threshold', 'fixed:0.9'): r'were measured at the threshold \S+, and that of the run is 0.9 now',
+    }.items():
+        assert main([*evaluate, *options, '--json']) == 0
+        output = capsys.readouterr()
+        assert re.search(rf'{problem}, so they are not used. Run `cxr-fastai .* --split valid --robust', output.err)
+        with pytest.warns(CXRWarning, match=problem):
+            assert read_robustness(copy, 'valid') is None
+    assert main([*evaluate, '--robustness']) == 0
+    assert 'not used' not in capsys.readouterr().err and set(read_robustness(copy, 'valid').threshold) == {0.9}
+    assert main([*evaluate, '--tta', '--robustness', '--json']) == 0
+    assert {row['tta'] for row in json.loads(capsys.readouterr().out)['runs'][0]['robustness']} == {True}
+
+
+def test_a_table_of_an_older_version_is_named_and_replaced(copy, monkeypatch):
+    monkeypatch.setattr(robustness, 'save_robustness_figure', lambda *_: None)
+    monkeypatch.setattr(robustness, 'STRENGTHS', (1,))
+    evaluate_robustness(copy, None, 'test', limit=1)
+    copy.robustness.drop(columns=['threshold', 'tta']).to_csv(copy / 'robustness.csv', index=False)
+    with pytest.warns(CXRWarning, match='the rows of test were measured by an older version, so they are not used'):
+        assert read_robustness(copy, 'test') is None
+    evaluate_robustness(copy, None, 'valid', limit=1)
+    assert set(copy.robustness.split) == {'valid'}
 
 
 def test_the_figure_shows_every_kind_of_corruption_and_the_auc_of_clean_images(few):

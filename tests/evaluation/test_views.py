@@ -1,7 +1,6 @@
 """A threshold for test-time views is chosen with them, and prediction follows the views that it was chosen with."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -130,10 +129,36 @@ def test_predict_says_that_it_averages(viewed_bundle, bundle, images, capsys):
 def test_a_threshold_of_other_views_is_refused_and_a_given_one_is_not(bundle, viewed_bundle, images):
     paths = sorted((images / 'test/NORMAL').iterdir())[:1]
     for model, tta, option, manner in ((bundle, True, '--tta', 'without'), (viewed_bundle, False, '--no-tta', 'with')):
-        fix = re.escape(f'`cxr-fastai evaluate RUN {option}`')
-        with pytest.raises(UsageError, match=f'^{option}: the threshold .* {manner} test-time views.*{fix}'):
+        with pytest.raises(UsageError, match=f'^{option}: the threshold .* {manner} test-time views'):
             predict_to_table(model, paths, tta=tta)
         (row,) = predict_to_table(model, paths, tta=tta, threshold=0.4, use_gate=False).rows
         assert row['threshold'] == 0.4
         with pytest.raises(UsageError, match=f'^{option} and --calibrated: the temperature .* {manner} test-time'):
             predict_to_table(model, paths, tta=tta, threshold=0.4, calibrated=True)
+
+
+def test_the_refusal_of_views_advises_what_works_with_the_model(evaluated, bundle, images, tmp_path):
+    paths = sorted((images / 'test/NORMAL').iterdir())[:1]
+    run = Path(shutil.copytree(evaluated.path, tmp_path / 'a run', ignore=shutil.ignore_patterns('bundle')))
+    shared = Path(shutil.copytree(bundle, tmp_path / 'shared'))
+    inside = Path(shutil.copytree(bundle, run / 'bundle'))
+    learner = Path(shutil.copy(run / 'learner.pkl', tmp_path))
+    evaluate = f"`cxr-fastai evaluate '{run}' --tta`"
+    advice = {
+        run: f', or evaluate the run: {evaluate}.',
+        run / 'learner.pkl': f', or evaluate the run: {evaluate}.',
+        inside: f", or evaluate the run: {evaluate}, then `cxr-fastai export '{run}'`.",
+        shared: ', or evaluate the run that it was exported from with --tta, and export it again.',
+        'pretrained': '.',
+    }
+    for model, end in advice.items():
+        with pytest.raises(UsageError) as refused:
+            predict_to_table(model, paths, tta=True)
+        message = str(refused.value)
+        assert message.endswith(f'Omit --tta, or set another threshold by --threshold T{end}')
+        assert f' of {model} was chosen' in message
+        with pytest.raises(UsageError) as refused:
+            predict_to_table(model, paths, tta=True, threshold=0.4, calibrated=True)
+        assert str(refused.value).endswith(f'Omit one of the options{end}')
+    with pytest.raises(UsageError, match='learner.pkl: --calibrated needs a temperature.*images. Omit --calibrated.$'):
+        predict_to_table(learner, paths, calibrated=True)

@@ -107,7 +107,7 @@ def draw_only(name: str, monkeypatch, savefig=Figure.savefig) -> None:
 def test_a_full_disk_leaves_every_file_of_an_evaluation_intact(images, tmp_path, monkeypatch, run, names):
     rows = [('clean', 0), ('noise', 1), ('noise', 2), ('shortcut', 0)]
     table = pd.DataFrame(rows, columns=['corruption', 'strength']).assign(n=2, auc=0.5)
-    table = table.assign(auc_low=0.4, auc_high=0.6, sensitivity=1.0, specificity=1.0)
+    table = table.assign(auc_low=0.4, auc_high=0.6, sensitivity=1.0, specificity=1.0, threshold=0.5, tta=False)
     monkeypatch.setattr(robustness, 'measure_robustness', lambda *_, **__: table)
     for table_name in ('robustness_table', 'anatomy_table'):
         monkeypatch.setattr(robustness_tables, table_name, lambda _: '')

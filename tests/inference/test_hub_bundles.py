@@ -19,9 +19,9 @@ from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.inference import hub_bundles
 from cxr_fastai.inference.bundle import CARD, CONFIG, MANIFEST, Bundle, manifest_text
 from cxr_fastai.inference.config import LEARNER, WEIGHTS
-from cxr_fastai.inference.hub_bundles import download_bundle, list_hub_bundles, name_model
+from cxr_fastai.inference.hub_bundles import download_bundle, list_hub_bundles
 from cxr_fastai.inference.predictor import Predictor
-from cxr_fastai.inference.pretrained import FOLDER, find_model
+from cxr_fastai.inference.pretrained import FOLDER, find_model, name_model
 from cxr_fastai.publishing import watched_folder
 from cxr_fastai.serving.app import Settings
 

@@ -54,7 +54,7 @@ def test_python_functions_know_the_name(boxed, image, half_bundle):
 def test_predict_and_benchmark_know_the_name(boxed, image, capsys):
     assert main(['predict', 'pretrained', str(image), '--no-gate', '--json']) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document['model'] == str(boxed) and 0 <= document['rows'][0]['p_pneumonia'] <= 1
+    assert document['model'] == 'pretrained' and 0 <= document['rows'][0]['p_pneumonia'] <= 1
     assert main(['benchmark', 'pretrained', '--json']) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row['engine'] for row in rows} == {'onnx'} and {row['largest_change'] for row in rows} == {0}
@@ -76,9 +76,28 @@ def test_a_map_of_the_service_names_no_path(boxed):
 
 
 def test_explain_and_torch_are_clear_errors(boxed, image, capsys):
-    for words in (['explain', 'pretrained', str(image)], ['predict', 'pretrained', str(image), '--engine', 'torch']):
+    predict = ['predict', 'pretrained', str(image)]
+    for words in (['explain', 'pretrained', str(image)], [*predict, '--engine', 'torch'], [*predict, '--explain']):
         assert main(words) == 2
-        assert 'needs the weights for torch (model.safetensors)' in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert 'needs the weights for torch (model.safetensors), but pretrained has only model.onnx' in error
+        assert 'Name a run of `cxr-fastai train`, or a bundle that `cxr-fastai export RUN` makes' in error
+
+
+def test_messages_about_the_bundle_show_its_name_and_not_where_the_package_is(boxed, image, capsys):
+    assert main(['predict', 'pretrained', str(image), '--tta']) == 2
+    assert ' of pretrained was chosen' in capsys.readouterr().err
+    (boxed / 'config.json').write_text('{}')
+    assert main(['predict', 'pretrained', str(image)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: pretrained/config.json: does not match its hash') and str(boxed) not in error
+
+
+@pytest.mark.parametrize('command', ['evaluate', 'report', 'export'])
+@pytest.mark.parametrize('name', ['pretrained', 'hf:me/pneumonia'])
+def test_commands_for_runs_say_that_the_model_is_a_bundle(command, name, capsys):
+    assert main([command, name]) == 2
+    assert f'{name}: a bundle, which has no training to work on' in capsys.readouterr().err
 
 
 def test_a_package_without_a_model_is_a_clear_error(tmp_path, monkeypatch, image, capsys):

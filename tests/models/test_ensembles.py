@@ -116,7 +116,7 @@ def test_the_facts_about_an_ensemble_follow_from_those_of_its_members():
 @pytest.mark.parametrize(
     ('arch', 'reason'),
     [
-        ('ensemble1.baseline', '1 members, but 2 to 20 are possible'),
+        ('ensemble1.baseline', '1 member, but 2 to 20 are possible'),
         ('ensemble21.baseline', '21 members, but 2 to 20 are possible'),
         ('ensemble02.baseline', 'without a zero at the start'),
         ('ensemble2.ensemble2.baseline', 'an ensemble of ensembles'),
@@ -139,7 +139,7 @@ def test_an_ensemble_is_not_trained():
         make_recipe('ensemble2.baseline')
     with pytest.raises(UsageError, match='made of trained networks'):
         check_recipe(replace(make_recipe('baseline'), arch='ensemble2.baseline'))
-    with pytest.raises(UsageError, match='1 members'):
+    with pytest.raises(UsageError, match='1 member,'):
         make_ensemble(make_members(without_pooling, 1))
 
 

@@ -47,7 +47,7 @@ def text_of(page: str) -> str:
 
 def test_the_page_has_no_scripts_and_loads_nothing(page):
     assert "default-src 'none'" in page and '<script' not in page and '<link' not in page
-    assert not re.findall(r'(?:src|href)="(?!data:image/(?:jpeg|png);base64,|#refused)', page)
+    assert not re.findall(r'(?:src|href)="(?!data:image/(?:jpeg|png);base64,|#failures)', page)
 
 
 def test_each_prediction_is_shown_once_with_its_decision_probability_and_name(page, predictions):
@@ -66,9 +66,9 @@ def test_the_highest_probability_is_first(page):
     assert shown == sorted(shown, reverse=True)
 
 
-def test_refused_images_are_grouped_by_reason(page):
+def test_images_without_a_prediction_are_grouped_by_reason(page):
     text = text_of(page)
-    assert 'Refused: 3 images without a probability' in text
+    assert 'No prediction: 3 images, rejected or failed' in text
     assert 'E_EMPTY: 2 images' in text and 'E_FORMAT: 1 image' in text
     assert text.index('E_EMPTY: 2') < text.index('empty.png') < text.index('E_FORMAT: 1') < text.index('text.jpeg')
     assert text.count('the file is empty') == 1

@@ -326,15 +326,16 @@ def test_robustness_is_shown_if_it_was_measured(copy):
     table = pd.DataFrame(rows, columns=['corruption', 'strength', 'auc']).assign(
         n=12, auc_low=0.8, auc_high=0.995, sensitivity=1.0, specificity=1.0, split='test'
     )
+    table = table.assign(threshold=copy.decision['threshold'], tta=False)
     write_robustness(copy, table.assign(model=identify_network(copy.path)))
     text = re.sub(r'\s+', ' ', Page(report(copy).read_text()).text)
     assert copy.metrics['test']['n'] == 12 and 'On all 12 images, the AUC is 0.990 on clean images' in text
     assert 'it decreases by 0.090' in text
     write_robustness(copy, table.assign(model='a' * 64))
-    with pytest.warns(CXRWarning, match=r'is of another network, so it is left out. Run `.* --robustness` again'):
+    with pytest.warns(CXRWarning, match=r'are of another network, so they are not used. Run `.* --robustness` again'):
         assert 'on clean images' not in report(copy).read_text()
     copy.robustness.assign(auc=0.999).to_csv(copy / 'robustness.csv', index=False)
-    with pytest.warns(CXRWarning, match='was edited'):
+    with pytest.warns(CXRWarning, match='were edited'):
         report(copy)
 
 

@@ -99,7 +99,7 @@ def test_metrics_of_the_shorter_training_are_refused(copied, images):
     [
         ({'epochs': 1}, '--epochs 1: .* was trained for 2 epochs already, and epochs cannot be undone'),
         ({'epochs': 2, 'lr': 1e-4}, '--lr 0.0001: with --resume it is the learning rate of further epochs'),
-        ({'epochs': 3, 'lr': -1.0}, 'the phase extension has 1 epochs at the learning rate -1'),
+        ({'epochs': 3, 'lr': -1.0}, 'the phase extension has 1 epoch at the learning rate -1'),
         ({'epochs': 2, 'patience': 3}, '--patience 3: with --resume it is the patience of further epochs, and'),
         ({'epochs': 3, 'patience': -1}, 'patience -1: a number from 0 to 1000 is needed'),
     ],
@@ -114,7 +114,7 @@ def test_the_schedule_of_an_interrupted_run_is_not_shortened_but_extended(images
     extended = extend_recipe(run, 4)
     run.extend(extended)  # as if it had been stopped before the first epoch of the new phase
     run.log_event('resume', data=str(images))
-    with pytest.raises(UsageError, match='is made for 4 epochs, of which 1 are trained, and cannot be shortened'):
+    with pytest.raises(UsageError, match='is made for 4 epochs, of which 1 is trained, and cannot be shortened'):
         extend_recipe(run, 2)
     assert extend_recipe(run, 4) == extended
     assert [phase.epochs for phase in extend_recipe(run, 6).phases] == [1, 3, 2]

@@ -30,7 +30,7 @@ export function describeKind(kind) {
 /** Say why an image has no prediction, or not yet; '' if it has one. */
 export function describeState({state, row, reason}) {
   if (state === 'done') return '';
-  if (state === 'refused') return messages[row.code] ?? row.message ?? `The service rejected the image (${row.code}).`;
+  if (state === 'refused') return messages[row.code] ?? row.message ?? `The image has no prediction (${row.code}).`;
   return PAUSED_STATES.includes(state) ? reason : messages[state];
 }
 

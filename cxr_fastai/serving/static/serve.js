@@ -51,7 +51,8 @@ function addFiles(files) {
   const accepted = [...files].slice(0, maxImages);
   if (!pausedBy) {
     const ignored = files.length - accepted.length;
-    showNotice(ignored ? `At most ${maxImages} images at a time: ${ignored} of ${files.length} were not added.` : '');
+    const most = maxImages === 1 ? '1 image' : `${maxImages} images`;
+    showNotice(ignored ? `At most ${most} at a time: ${ignored} of ${files.length} were not added.` : '');
   }
   addImages(accepted.map(file => ({name: file.name, size: file.size, read: () => readFile(file)})));
 }

@@ -61,7 +61,8 @@ class PredictionOutputs:
     def write(self, predictions: Predictions, images: Sequence[Path], as_json: bool) -> bool:
         """Write everything but the table and print the results.
 
-        Returns whether every DICOM image has its report, and with `maps` every image with a probability its map.
+        Returns whether every DICOM image has its report, and with `maps` every image with a probability its map, in
+        DICOM files too.
         """
         dicom = radiology.write_reports(predictions, images, self.model, self.dicom) if self.dicom else None
         maps = self._write_maps(predictions, images, dicom) if self.maps else _Maps({}, {})
@@ -76,7 +77,7 @@ class PredictionOutputs:
         if as_json:
             files = {'table': self.table, 'maps': self.map_folder, 'page': self.html, 'dicom': self.dicom}
             unreported = dicom.unreported if dicom else None
-            failed_maps = list(maps.failed.items()) if self.maps else None
+            failed_maps = [*maps.failed.items(), *(dicom.uncaptured if dicom else ())] if self.maps else None
             print_json(prediction_document(predictions, self.model, files, unreported, failed_maps))
         else:
             out.print(predictions_table(predictions.rows, ROWS_SHOWN))

@@ -164,8 +164,9 @@ def _handle(
         dicom = DicomFolder(outputs.dicom, algorithm)
         dicom.write_reports(images, rows)
         if outputs.explain:
-            explained = dicom.explain(predictions, images)
-            dicom.problems += [result for _, result in explained if isinstance(result, ImageError)]
+            for _, explanation in dicom.explain(predictions, images):
+                if isinstance(explanation, ImageError):
+                    dicom.problems.append(explanation)
     return WatchedBatch(predictions, dicom)
 
 

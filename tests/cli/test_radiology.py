@@ -86,6 +86,28 @@ def test_an_image_without_its_map_is_counted_and_the_command_ends_with_3(bundle,
     assert (failed['path'], failed['code']) == (str(burned_in), 'E_BURNED_IN')
 
 
+def test_a_map_that_cannot_be_written_as_dicom_is_an_error_and_still_on_the_page(
+    bundle, studies, tmp_path, monkeypatch, capsys
+):
+    from highdicom.sc import SCImage
+
+    monkeypatch.setattr(SCImage, 'from_ref_dataset', BrokenFor(SCImage.from_ref_dataset, '1.2.3.2'))
+    argv = ['predict', bundle, studies, '--no-gate', '--explain', '--dicom-out', tmp_path / 'out', '--html']
+    options = (tmp_path / 'a.html', '--out', tmp_path / 'p.csv')
+    assert main([str(word) for word in (*argv, *options)]) == 3
+    printed = capsys.readouterr()
+    assert printed.err.count(f'{studies / "2.dcm"}: E_DICOM_CORRUPT') == 1 and PATIENT not in printed.err
+    assert '3 reports, 2 maps' in printed.out and 'without a map' not in printed.out
+    assert str(tmp_path / 'p_maps' / '0002.png') in printed.out
+    assert main([str(word) for word in (*argv, tmp_path / 'b.html', '--json')]) == 3
+    (failed,) = json.loads(capsys.readouterr().out)['failed_maps']
+    assert (failed['path'], failed['code']) == (str(studies / '2.dcm'), 'E_DICOM_CORRUPT')
+    monkeypatch.undo()
+    assert main([str(word) for word in (*argv, tmp_path / 'c.html')]) == 0
+    pages = {(tmp_path / name).read_text() for name in ('a.html', 'b.html', 'c.html')}
+    assert len(pages) == 1
+
+
 def test_maps_for_the_table_and_the_page_are_computed_once(bundle, studies, tmp_path, monkeypatch):
     from cxr_fastai.interpretation.explainer import Explainer
 

@@ -300,7 +300,10 @@ def _open(subject: Subject, preprocessing: Preprocessing | None, allow_burned_in
     except ImageError as error:
         return error
     if image.burned_in and not allow_burned_in:
-        message = 'the file says that the image contains text, which may name the patient. --allow-burned-in shows it.'
+        message = (
+            'the file says that the image contains text, which may name the patient. `cxr-fastai explain MODEL IMAGE '
+            '--allow-burned-in` shows it.'
+        )
         return ImageError(message, BURNED_IN_CODE).with_path(file_path(subject.image) or subject.shown_name)
     return image.pixels
 

@@ -54,6 +54,7 @@ def test_an_image_that_may_name_the_patient_is_shown_only_if_allowed(tmp_path):
     explainer = Explainer(Predictor(TorchEngine(build_model('baseline')), ModelConfig('baseline', 48, 0.5)))
     (refused,) = explainer.explain([Subject(tmp_path / 'a.dcm')])
     assert isinstance(refused, ImageError) and 'may name the patient' in str(refused)
+    assert '`cxr-fastai explain MODEL IMAGE --allow-burned-in` shows it.' in str(refused)
     (shown,) = explainer.explain([Subject(tmp_path / 'a.dcm')], allow_burned_in=True)
     assert isinstance(shown, Explanation)
 

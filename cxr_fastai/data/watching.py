@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import stat
 import time
@@ -33,8 +34,13 @@ BATCH = Fields({'files': ListOf(FILE), 'rows': ROWS})
 """What a line of a journal after the first one contains: the files that were handled, and their `JournaledRows`."""
 VERSION = 2
 """Version of the form of the journal."""
-GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-"""Numbers of the errors of a path that leads to no file any more, or over a symbolic link."""
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EOPNOTSUPP)
+"""Numbers of the errors of a path that leads to no regular file any more, or over a symbolic link.
+
+FreeBSD reports links as EMLINK; for a socket, Linux reports ENXIO, and macOS EOPNOTSUPP.
+"""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,15 @@ class FolderWatch:
     def read(self, file: ArrivedFile) -> LoadedFile | None:
         """Return the contents of `file`, or None if it is not, or not until the end, what was found at its path.
 
-        It was then removed, or replaced by a link or by another file, which arrives later. Links are never followed.
+        It was then removed, or replaced by a folder, a link or another file, which arrives later. Links are never
+        followed.
         """
+        contents = self._read(file)
+        if contents is None:
+            log.info('%s: no longer what was found, so it was not used', file.path)
+        return contents
+
+    def _read(self, file: ArrivedFile) -> LoadedFile | None:
         try:
             with self._open(file.path) as opened:
                 status = os.fstat(opened.fileno())

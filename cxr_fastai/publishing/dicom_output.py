@@ -19,7 +19,7 @@ from cxr_fastai.publishing.dicom_source import NOT_DICOM, DicomSource, read_sour
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-    from cxr_fastai.interpretation.explainer import Explained
+    from cxr_fastai.interpretation.explainer import ExplanationResult
     from cxr_fastai.interpretation.overlays import Explanation
 
 OPTION = '--dicom-out'
@@ -75,7 +75,9 @@ class DicomFolder:
                 if error.code not in (NOT_DICOM, row['code']):
                     self.problems.append(reason)
 
-    def write_captures(self, images: Sequence[StrPath], explanations: Iterable[Explained]) -> Iterator[Explained]:
+    def write_captures(
+        self, images: Sequence[StrPath], explanations: Iterable[ExplanationResult]
+    ) -> Iterator[ExplanationResult]:
         """Write the capture of each of the `explanations` of `images`, and yield them.
 
         `explanations` are those of `explain_predictions`. One without a figure gets the path of the capture. Only
@@ -90,7 +92,7 @@ class DicomFolder:
 
     def explain(
         self, predictions: Predictions, images: Sequence[StrPath], figures: StrPath | None = None
-    ) -> Iterator[Explained]:
+    ) -> Iterator[ExplanationResult]:
         """Explain the `predictions` of `images`, write their captures, and yield what `write_captures` yields.
 
         The figures are also saved to the folder `figures`, if there is one.

@@ -174,7 +174,7 @@ class Journal:
     The first line has the `settings` with which they were handled. Each further line has the files of a batch and their
     rows, and is written before these are added to the table: whatever interrupts the process, a file is either not in
     the journal and has no row, or its row can be completed from `last_rows`, those of the last line. Raises
-    `UsageError` if `path` is not a journal, or has other settings.
+    `UsageError` if `path` is not a journal, or one of another version or with other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -212,8 +212,14 @@ class Journal:
         text = read_text(self.path, MAX_JOURNAL)
         first, *lines = text.splitlines() or ['']
         facts = self._parse(first)
-        if not isinstance(facts, dict) or 'settings' not in facts or facts.get('version') != VERSION:
+        if not isinstance(facts, dict) or 'settings' not in facts:
             raise UsageError(f'{self.path}: not a journal of --watch. Move it away, or choose other outputs.')
+        version = facts.get('version', 1)  # the first version did not say so
+        if version != VERSION:
+            raise UsageError(
+                f'{self.path}: another version of cxr-fastai wrote this journal (version {version!r:.20} of its form; '
+                f'{VERSION} is expected), so it cannot be continued. Choose other outputs.'
+            )
         if facts['settings'] != settings:
             raise UsageError(
                 f'{self.path}: files were handled with another model or with other options. Use the same ones, choose '

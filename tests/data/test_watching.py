@@ -297,6 +297,16 @@ def test_another_file_is_not_taken_for_a_journal(tmp_path, text):
     assert (tmp_path / 'j').read_text() == text
 
 
+@pytest.mark.parametrize(('facts', 'version'), [({}, 1), ({'version': 3}, 3)])
+def test_a_journal_of_another_version_is_named_as_such_and_not_changed(tmp_path, facts, version):
+    text = json.dumps({**facts, 'settings': SETTINGS}) + '\n'
+    (tmp_path / 'j').write_text(text)
+    message = rf'another version of cxr-fastai wrote this journal \(version {version} .*Choose other outputs\.$'
+    with pytest.raises(UsageError, match=message):
+        Journal(tmp_path / 'j', SETTINGS)
+    assert (tmp_path / 'j').read_text() == text
+
+
 def test_two_processes_cannot_use_one_journal(tmp_path):
     with locked(tmp_path / 'j'), pytest.raises(UsageError, match='another process'), locked(tmp_path / 'j'):
         pass

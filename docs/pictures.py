@@ -241,7 +241,7 @@ def screenshot(page: Path, width: int, height: int, anchor: str = '') -> Image.I
 
 
 def serve_screenshots(demo: Path) -> tuple[Image.Image, Image.Image]:
-    """Return the served page with test images and a file that is refused, and with the details of an image."""
+    """Return the served page with test images and a file without a prediction, and with the details of an image."""
     from cxr_fastai.serving import Settings
     from cxr_fastai.serving.server import Server
 

@@ -8,7 +8,7 @@ import pytest
 
 ROWS = '#rows tr:not([hidden])'
 """The rows that the table of all images shows."""
-CLIPPED = """() => [...document.querySelectorAll('.entry, .tile, .notice, .refusal, h1, p')].filter(
+CLIPPED = """() => [...document.querySelectorAll('.entry, .tile, .notice, .no-prediction, h1, p')].filter(
     element => element.scrollWidth > element.clientWidth + 1).length"""
 """The number of elements whose contents do not fit into them."""
 
@@ -61,7 +61,7 @@ def choose(page, address: str, *uploads) -> None:
 
 def finished(page, count: int = 1):
     """The rows of `count` images, when all of them have a prediction or an error. One image has its details, too."""
-    expect(page.locator('#rows tr:is([data-state=done], [data-state=refused])')).to_have_count(count)
+    expect(page.locator('#rows tr:is([data-state=done], [data-state=no-prediction])')).to_have_count(count)
     return page.locator('#rows tr')
 
 

@@ -16,7 +16,7 @@ from cxr_fastai.core.files import check_new
 from cxr_fastai.core.run import Run
 
 if TYPE_CHECKING:
-    from cxr_fastai.interpretation.explainer import Explained
+    from cxr_fastai.interpretation.explainer import ExplanationResult
     from cxr_fastai.interpretation.interpretation import CXRInterpretation
     from cxr_fastai.interpretation.overlays import Explanation
 
@@ -96,7 +96,7 @@ def _explain_split(
     return n_errors
 
 
-def print_explanations(saved: Iterable[Explained]) -> int:
+def print_explanations(saved: Iterable[ExplanationResult]) -> int:
     """Print a line for each result of `save_explanations` and return the number of errors."""
     n_errors = 0
     for path, explanation in saved:

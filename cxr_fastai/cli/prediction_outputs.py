@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,10 +61,11 @@ class PredictionOutputs:
     def write(self, predictions: Predictions, images: Sequence[Path], as_json: bool) -> bool:
         """Write everything but the table and print the results.
 
-        Returns whether every DICOM image has its report, and with `maps` every image with a probability its map.
+        Returns whether every DICOM image has its report, and with `maps` every image with a probability its map, in
+        DICOM files too. Without a table and DICOM files, only the images that the page shows get maps.
         """
         dicom = radiology.write_reports(predictions, images, self.model, self.dicom) if self.dicom else None
-        maps = self._write_maps(predictions, images, dicom) if self.maps else _Maps({}, {})
+        maps = self._write_maps(predictions, images, dicom) if self.maps else _Maps()
         if dicom:
             radiology.print_dicom(dicom)
         print_hub_model(self.model)
@@ -76,7 +77,7 @@ class PredictionOutputs:
         if as_json:
             files = {'table': self.table, 'maps': self.map_folder, 'page': self.html, 'dicom': self.dicom}
             unreported = dicom.unreported if dicom else None
-            failed_maps = list(maps.failed.items()) if self.maps else None
+            failed_maps = [*maps.failed, *(dicom.uncaptured if dicom else ())] if self.maps else None
             print_json(prediction_document(predictions, self.model, files, unreported, failed_maps))
         else:
             out.print(predictions_table(predictions.rows, ROWS_SHOWN))
@@ -90,19 +91,21 @@ class PredictionOutputs:
         from cxr_fastai.publishing.thumbnails import draw_map
 
         positions = predictions.scored
+        on_page = shown_positions(predictions) if self.html else []
         if dicom:
             explained = dicom.explain(predictions, images, self.map_folder)
         elif self.map_folder:
             explained = explain_predictions(predictions, images, self.map_folder)
         else:
-            positions = shown_positions(predictions)
+            positions = on_page
             explained = progress(explain_predictions(predictions, images, None, positions), len(positions), 'map')
-        maps = _Maps({}, {})
+        maps = _Maps()
+        drawn = set(on_page)
         for position, (path, explanation) in zip(positions, explained, strict=True):
             print_explanation(path, explanation)
             if isinstance(explanation, ImageError):
-                maps.failed[predictions.rows[position]['path']] = explanation
-            if self.html:
+                maps.failed.append((predictions.rows[position]['path'], explanation))
+            if position in drawn:
                 maps.drawn[position] = draw_map(explanation)
         return maps
 
@@ -131,10 +134,12 @@ class PredictionOutputs:
 
 @dataclass(frozen=True)
 class _Maps:
-    """The maps that could not be made, by the path in the row, and those for the page, by the position of the row."""
+    """The maps of a prediction."""
 
-    failed: dict[str, ImageError]
-    drawn: dict[int, bytes | None]
+    failed: list[tuple[str, ImageError]] = field(default_factory=list)
+    """The path in the row, and the reason, of each map that could not be made."""
+    drawn: dict[int, bytes | None] = field(default_factory=dict)
+    """Position of the row -> the map for the page, see `thumbnails.draw_map`."""
 
 
 def _describe_threshold(predictor: Predictor) -> str:

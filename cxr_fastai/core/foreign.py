@@ -65,13 +65,12 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
 
 
 def open_below(folder: Path, path: Path) -> BufferedReader:
-    """Open the regular file `path` below `folder` for reading, without following a symbolic link below `folder`.
+    """Open the regular file `path` below `folder` for reading, without following a link below `folder`.
 
-    Never waits. Raises `OSError`. Links are followed on Windows, where only administrators make them.
+    Never waits. Raises `OSError`, with the number ENXIO if `path` is not a regular file, such as a folder or a pipe.
     """
-    flags = READ_FLAGS | getattr(os, 'O_NOFOLLOW', 0)
     if os.open not in os.supports_dir_fd:
-        return _open_descriptor(os.open(path, flags))
+        return _open_and_compare(folder, path)
     *subfolders, name = path.relative_to(folder).parts
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -79,16 +78,39 @@ def open_below(folder: Path, path: Path) -> BufferedReader:
             opened = os.open(subfolder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
             os.close(descriptor)
             descriptor = opened
-        return _open_descriptor(os.open(name, flags, dir_fd=descriptor))
+        return _open_descriptor(os.open(name, READ_FLAGS | os.O_NOFOLLOW, dir_fd=descriptor))
     finally:
         os.close(descriptor)
+
+
+def _open_and_compare(folder: Path, path: Path) -> BufferedReader:
+    """Open `path` as `open_below` does, where the system can follow links only, such as those and junctions of Windows.
+
+    Nothing is read until the open file was compared with the one that `path` leads to without a link.
+    """
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise _not_regular()
+    file = _open_descriptor(os.open(path, READ_FLAGS))
+    try:
+        direct = os.path.join(os.path.realpath(folder), path.relative_to(folder))
+        is_direct = os.path.realpath(path) == direct
+        if is_direct and os.path.samestat(os.lstat(path), os.fstat(file.fileno())):
+            return file
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    except BaseException:
+        file.close()
+        raise
 
 
 def _open_descriptor(descriptor: int) -> BufferedReader:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, 'not a regular file')
+        raise _not_regular()
     return os.fdopen(descriptor, 'rb')
+
+
+def _not_regular() -> OSError:
+    return OSError(errno.ENXIO, 'not a regular file')
 
 
 def _starts_as_pointer(file: BufferedReader) -> bool:

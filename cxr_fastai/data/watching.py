@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import stat
 import time
@@ -33,8 +34,13 @@ BATCH = Fields({'files': ListOf(FILE), 'rows': ROWS})
 """What a line of a journal after the first one contains: the files that were handled, and their `JournaledRows`."""
 VERSION = 2
 """Version of the form of the journal."""
-GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-"""Numbers of the errors of a path that leads to no file any more, or over a symbolic link."""
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EOPNOTSUPP)
+"""Numbers of the errors of a path that leads to no regular file any more, or over a symbolic link.
+
+FreeBSD reports links as EMLINK; for a socket, Linux reports ENXIO, and macOS EOPNOTSUPP.
+"""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,15 @@ class FolderWatch:
     def read(self, file: ArrivedFile) -> LoadedFile | None:
         """Return the contents of `file`, or None if it is not, or not until the end, what was found at its path.
 
-        It was then removed, or replaced by a link or by another file, which arrives later. Links are never followed.
+        It was then removed, or replaced by a folder, a link or another file, which arrives later. Links are never
+        followed.
         """
+        contents = self._read(file)
+        if contents is None:
+            log.info('%s: no longer what was found, so it was not used', file.path)
+        return contents
+
+    def _read(self, file: ArrivedFile) -> LoadedFile | None:
         try:
             with self._open(file.path) as opened:
                 status = os.fstat(opened.fileno())
@@ -161,7 +174,7 @@ class Journal:
     The first line has the `settings` with which they were handled. Each further line has the files of a batch and their
     rows, and is written before these are added to the table: whatever interrupts the process, a file is either not in
     the journal and has no row, or its row can be completed from `last_rows`, those of the last line. Raises
-    `UsageError` if `path` is not a journal, or has other settings.
+    `UsageError` if `path` is not a journal, or one of another version or with other settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -199,8 +212,14 @@ class Journal:
         text = read_text(self.path, MAX_JOURNAL)
         first, *lines = text.splitlines() or ['']
         facts = self._parse(first)
-        if not isinstance(facts, dict) or 'settings' not in facts or facts.get('version') != VERSION:
+        if not isinstance(facts, dict) or 'settings' not in facts:
             raise UsageError(f'{self.path}: not a journal of --watch. Move it away, or choose other outputs.')
+        version = facts.get('version', 1)  # the first version did not say so
+        if version != VERSION:
+            raise UsageError(
+                f'{self.path}: another version of cxr-fastai wrote this journal (version {version!r:.20} of its form; '
+                f'{VERSION} is expected), so it cannot be continued. Choose other outputs.'
+            )
         if facts['settings'] != settings:
             raise UsageError(
                 f'{self.path}: files were handled with another model or with other options. Use the same ones, choose '

@@ -22,9 +22,9 @@ def grey_pixels(array: np.ndarray) -> np.ndarray:
     Raises `ImageError` E_ARRAY for other types and shapes, and E_BLANK if no value is above 1.
     """
     if isinstance(array, np.ma.MaskedArray):
-        raise _refusal(array, 'masked arrays are not read', 'Convert it by image.filled(0)')
+        raise _array_error(array, 'masked arrays are not read', 'Convert it by image.filled(0)')
     if array.dtype != np.uint8:
-        raise _refusal(array, 'only uint8 is read', _type_hint(array))
+        raise _array_error(array, 'only uint8 is read', _type_hint(array))
     pixels = _grey_channel(array)
     if pixels.size and pixels.max() <= 1:
         raise ImageError(
@@ -44,11 +44,11 @@ def _grey_channel(array: np.ndarray) -> np.ndarray:
     if array.ndim == 3 and array.shape[2] == 3:
         if (array == array[:, :, :1]).all():
             return array[:, :, 0]
-        raise _refusal(array, 'the three channels differ, so the image is in colour', AS_PILLOW)
-    raise _refusal(array, 'not an image (h, w)', _shape_hint(array))
+        raise _array_error(array, 'the three channels differ, so the image is in colour', AS_PILLOW)
+    raise _array_error(array, 'not an image (h, w)', _shape_hint(array))
 
 
-def _refusal(array: np.ndarray, reason: str, hint: str) -> ImageError:
+def _array_error(array: np.ndarray, reason: str, hint: str) -> ImageError:
     return ImageError(f'{describe_array(array)}: {reason}. {hint}.', 'E_ARRAY')
 
 

@@ -38,7 +38,7 @@ ANSWER = {
     'shapes': ListOf(ListOf(Integer(0, MAX_PIXELS), 2), 2),
 }
 """The facts in an answer of a process that has decoded an image."""
-REFUSAL = {'error': Text(40, 'E_[A-Z_]+'), 'message': Text(MAX_TEXT)}
+FAILURE = {'error': Text(40, 'E_[A-Z_]+'), 'message': Text(MAX_TEXT)}
 """The facts in an answer of a process that cannot decode an image."""
 MAX_ANSWER = 2 * MAX_PIXELS
 """Maximum number of bytes of all pixels in an answer."""
@@ -122,8 +122,8 @@ class DecoderWorker:
         if 'bug' in facts:
             raise RuntimeError(f'a bug in the process that decodes images:\n{facts["bug"]}')
         if 'error' in facts:
-            refusal = check_object(facts, REFUSAL, ANSWER_NAME)
-            raise ImageError(refusal['message'], refusal['error'])
+            failure = check_object(facts, FAILURE, ANSWER_NAME)
+            raise ImageError(failure['message'], failure['error'])
         described = check_object(facts, ANSWER, ANSWER_NAME)
         shapes = described.pop('shapes')
         if size != sum(map(math.prod, shapes)) or size > MAX_ANSWER:

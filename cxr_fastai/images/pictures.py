@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PILLOW_FORMATS = ('JPEG', 'PNG', 'TIFF', 'GIF')
 """Formats that Pillow may open. GIF only serves to give animations a clear error."""
 GIF_BYTES = 1_000_000
-"""Number of bytes of a GIF file that are read, to tell an animation from an image. Both are refused."""
+"""Number of bytes of a GIF file that are read, to tell an animation from an image. Neither is read."""
 BITS = {
     '1': 1,
     'L': 8,
@@ -143,7 +143,7 @@ def _pillow_errors(data: bytes = b'') -> Iterator[None]:
 
 
 def _check_header(image: Image.Image) -> None:
-    """Raise `ImageError` for everything that can be refused before the pixels are decoded."""
+    """Raise `ImageError` for everything that can be found before the pixels are decoded."""
     check_pixels(*image.size)
     if getattr(image, 'is_animated', False):
         raise ImageError('several frames or pages', 'E_MULTIFRAME')

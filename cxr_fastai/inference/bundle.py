@@ -99,13 +99,17 @@ class Bundle:
             raise _explain_other(path)
         bundle = cls(path)
         check_schema(bundle.schema, bundle.shown)
-        check_schema(bundle.facts.get('schema'), bundle.shown / CONFIG)
+        check_schema(bundle.facts.get('schema'), bundle.shown_file(CONFIG))
         return bundle
 
     @property
-    def shown(self) -> Path:
+    def shown(self) -> str:
         """The bundle as messages name it (see `name_model`)."""
-        return Path(name_model(self.path))
+        return name_model(self.path)
+
+    def shown_file(self, name: str) -> str:
+        """Return the file `name` of the bundle as messages name it, on every system."""
+        return f'{self.shown}/{name}'
 
     @property
     def schema(self) -> Any:
@@ -118,8 +122,8 @@ class Bundle:
         files: Any = self._manifest_json.get('files')
         if not MANIFEST_FILES.accepts(files):
             raise CXRError(
-                f'{self.shown / MANIFEST}: not the manifest of a bundle, because files is not {MANIFEST_FILES.words}. '
-                f'{FIX}'
+                f'{self.shown_file(MANIFEST)}: not the manifest of a bundle, because files is not '
+                f'{MANIFEST_FILES.words}. {FIX}'
             )
         entries: dict[str, dict[str, Any]] = files
         return entries
@@ -137,12 +141,12 @@ class Bundle:
     @property
     def config(self) -> ModelConfig:
         """The settings of the model."""
-        return ModelConfig.from_dict(self.facts, self.shown / CONFIG)
+        return ModelConfig.from_dict(self.facts, self.shown_file(CONFIG))
 
     @property
     def selftest(self) -> SelfTest:
         """The reference images and their stored probabilities. Raises `CXRError` if they are damaged."""
-        source = self.shown / SELFTEST
+        source = self.shown_file(SELFTEST)
         tensors = self.tensors(SELFTEST)
         if not {'images', 'p'} <= tensors.keys():
             raise CXRError(f'{source}: the reference images of its self-test are damaged.')
@@ -167,13 +171,13 @@ class Bundle:
         if self._matches(name, data):
             return data
         if data.startswith(LFS_POINTER):
-            raise CXRError(f'{self.shown / name}: {IS_LFS_POINTER}.')
+            raise CXRError(f'{self.shown_file(name)}: {IS_LFS_POINTER}.')
         if name in TEXTS:  # Git and editors may have changed its line ends to those of Windows
             data = self._read_bytes(name, 2 * size).replace(b'\r\n', b'\n')
             if self._matches(name, data):
                 return data
         raise CXRError(
-            f'{self.shown / name}: does not match its hash in the manifest, so it was damaged or changed. '
+            f'{self.shown_file(name)}: does not match its hash in the manifest, so it was damaged or changed. '
             'Get the bundle again from its source.'
         )
 
@@ -182,7 +186,7 @@ class Bundle:
 
     def tensors(self, name: str) -> dict[str, np.ndarray]:
         """Return the arrays of the safetensors file `name`. Raises `CXRError` if it is damaged."""
-        return load_tensors(self.read(name), self.shown / name)
+        return load_tensors(self.read(name), self.shown_file(name))
 
     def engine(self, kind: str = 'auto', device: str = 'auto', precision: str = 'fp32') -> TorchEngine | OnnxEngine:
         """Return the engine `onnx` or `torch` on a `device` of `models.devices`, with a `precision` of `PRECISIONS`.
@@ -239,11 +243,13 @@ class Bundle:
             )
         if device == 'cuda':
             _check_gpu_build()
-        return OnnxEngine(self.read(ONNX), self.shown / ONNX, onnx_threads(), self.config.size, gpu=device == 'cuda')
+        return OnnxEngine(
+            self.read(ONNX), self.shown_file(ONNX), onnx_threads(), self.config.size, gpu=device == 'cuda'
+        )
 
     def _torch_engine(self, device: str) -> TorchEngine:
         self.check_weights('--engine torch')
-        return TorchEngine(load_network(self.config, self.read(WEIGHTS), self.shown / WEIGHTS), device)
+        return TorchEngine(load_network(self.config, self.read(WEIGHTS), self.shown_file(WEIGHTS)), device)
 
     @cached_property
     def _manifest_bytes(self) -> bytes:
@@ -312,10 +318,10 @@ class Bundle:
 
     def _parse_json(self, data: bytes, name: str) -> dict[str, Any]:
         if len(data) > MAX_JSON_BYTES:
-            raise CXRError(f'{self.shown / name}: larger than {MAX_JSON_BYTES:,} bytes, so it was not read. {FIX}')
-        facts = parse_json(data, self.shown / name)
+            raise CXRError(f'{self.shown_file(name)}: larger than {MAX_JSON_BYTES:,} bytes, so it was not read. {FIX}')
+        facts = parse_json(data, self.shown_file(name))
         if not isinstance(facts, dict):
-            raise CXRError(f'{self.shown / name}: not a JSON object, so the bundle is damaged. {FIX}')
+            raise CXRError(f'{self.shown_file(name)}: not a JSON object, so the bundle is damaged. {FIX}')
         return facts
 
 

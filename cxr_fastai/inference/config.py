@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from cxr_fastai.core.errors import CXRError, UsageError, did_you_mean
-from cxr_fastai.core.files import atomic
+from cxr_fastai.core.files import StrPath, atomic
 from cxr_fastai.core.foreign import open_regular
 from cxr_fastai.core.paths import PRETRAINED
 from cxr_fastai.core.recipe import VOCAB, Recipe
@@ -83,7 +83,7 @@ class ModelConfig:
         )
 
     @classmethod
-    def from_dict(cls, facts: dict[str, Any], source: Path) -> ModelConfig:
+    def from_dict(cls, facts: dict[str, Any], source: StrPath) -> ModelConfig:
         """Return the settings that the file `source` contains as `facts`; other keys are ignored.
 
         Raises `CXRError` if a setting is missing, has another type, is out of range, or if the classes differ.
@@ -92,7 +92,7 @@ class ModelConfig:
         return cls(**check_object(facts, FIELDS, source, 'Export the model again.'))
 
 
-def check_vocab(vocab: Any, source: Path) -> None:
+def check_vocab(vocab: Any, source: StrPath) -> None:
     """Raise `CXRError` unless `vocab`, which the file `source` contains, are the classes of this package in order."""
     if not isinstance(vocab, list | tuple) or tuple(vocab) != VOCAB:
         raise CXRError(
@@ -100,7 +100,7 @@ def check_vocab(vocab: Any, source: Path) -> None:
         )
 
 
-def check_schema(schema: Any, source: Path) -> None:
+def check_schema(schema: Any, source: StrPath) -> None:
     """Raise `CXRError` unless `schema`, which the file `source` contains, is the format of this version."""
     if schema == SCHEMA:
         return

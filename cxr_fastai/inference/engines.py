@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import POSITIVE
 from cxr_fastai.core.workers import Worker, WorkerCrash, WorkerError, WorkerTimeout
@@ -99,7 +99,7 @@ class OnnxEngine:
     def __init__(
         self,
         data: bytes,
-        source: Path,
+        source: StrPath,
         threads: int | None = None,
         size: int | None = None,
         seconds: float = SECONDS,

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
 from cxr_fastai.core.errors import CXRError
+from cxr_fastai.core.files import StrPath
 
 OUT_OF_DISTRIBUTION = 'E_OUT_OF_DISTRIBUTION'
 REJECTION = {
@@ -136,7 +136,7 @@ class Gate:
         return {'bank': self.bank, 'limits': self.limits, **thumbs}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, np.ndarray], source: Path) -> Gate:
+    def from_tensors(cls, tensors: dict[str, np.ndarray], source: StrPath) -> Gate:
         """Return the gate that `as_tensors` described. Raises `CXRError` if `tensors`, from `source`, are not one."""
         try:
             thumbs = Space(**{field.name: tensors[f'thumbs.{field.name}'] for field in fields(Space)})

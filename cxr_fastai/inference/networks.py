@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cxr_fastai.core.errors import CXRError, UsageError, first_line
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import FIX
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.tensors import TensorFacts, read_header
@@ -25,7 +25,7 @@ MAX_LISTED = 3
 """Number of differences that an error message lists."""
 
 
-def load_network(config: ModelConfig, data: bytes, path: Path) -> nn.Module:
+def load_network(config: ModelConfig, data: bytes, path: StrPath) -> nn.Module:
     """Return the network of `config` with the weights `data`, which `save_weights` wrote to `path`.
 
     Raises `CXRError` if the bytes are damaged or belong to another network.
@@ -41,7 +41,7 @@ def load_network(config: ModelConfig, data: bytes, path: Path) -> nn.Module:
     return fill_network(model, state, config.arch, path)
 
 
-def build_network(config: ModelConfig, tensors: Mapping[str, TensorFacts], path: Path) -> nn.Module:
+def build_network(config: ModelConfig, tensors: Mapping[str, TensorFacts], path: StrPath) -> nn.Module:
     """Return the network of `config` with random weights, if its state dict has exactly the `tensors`.
 
     Raises `UsageError` if no architecture has this name here, and `CXRError` if the tensors, which the file `path`
@@ -62,7 +62,7 @@ def build_network(config: ModelConfig, tensors: Mapping[str, TensorFacts], path:
     return build_model(config.arch)
 
 
-def _check_tensors(arch: str, facts: Arch, tensors: Mapping[str, TensorFacts], path: Path) -> None:
+def _check_tensors(arch: str, facts: Arch, tensors: Mapping[str, TensorFacts], path: StrPath) -> None:
     """Raise `CXRError` if the network `arch` has other tensors. The builder of a registered network is trusted."""
     import torch
 
@@ -105,14 +105,14 @@ def _describe(tensor: TensorFacts) -> str:
     return f'{tensor.dtype} {list(tensor.shape)}'
 
 
-def _refuse(arch: str, differences: list[str], path: Path) -> None:
+def _refuse(arch: str, differences: list[str], path: StrPath) -> None:
     listed = '; '.join(sorted(differences)[:MAX_LISTED])
     if len(differences) > MAX_LISTED:
         listed += f' and {len(differences) - MAX_LISTED} more'
     raise CXRError(f'{path}: not the weights of the network {arch} ({listed}). {FIX}')
 
 
-def fill_network(model: nn.Module, state: Mapping[str, Tensor], arch: str, path: Path) -> nn.Module:
+def fill_network(model: nn.Module, state: Mapping[str, Tensor], arch: str, path: StrPath) -> nn.Module:
     """Load `state`, from the file `path`, into `model` and return it. Raises `CXRError` if it does not fit."""
     try:
         model.load_state_dict(state)

@@ -9,9 +9,9 @@ domains, or anything that this reader does not know.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from cxr_fastai.core.errors import CXRError
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.inference.onnx_operators import (
     DOUBLE,
     FLOAT,
@@ -157,7 +157,7 @@ ATTRIBUTE_FIELDS = {1: 'f', 2: 'i', 3: 's', 4: 't', 6: 'floats', 7: 'ints'}
 DATA_FIELDS = ('float_data', 'int32_data', 'int64_data', 'double_data', 'uint64_data')
 
 
-def check_onnx(data: bytes, source: Path, size: int | None = None) -> None:
+def check_onnx(data: bytes, source: StrPath, size: int | None = None) -> None:
     """Raise `CXRError` unless `data`, the bytes of the file `source`, are an image classifier that `export` writes.
 
     With `size` the classifier must take images of that many pixels. The time is linear in the size of the file.

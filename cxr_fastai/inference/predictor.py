@@ -314,7 +314,7 @@ def _load_bundle(path: Path, engine: str, device: str, precision: str) -> Predic
     predictor = Predictor(bundle.engine(engine, device, precision), bundle.config)
     if GATE not in bundle:
         return predictor
-    predictor = replace(predictor, gate=Gate.from_tensors(bundle.tensors(GATE), bundle.shown / GATE))
+    predictor = replace(predictor, gate=Gate.from_tensors(bundle.tensors(GATE), bundle.shown_file(GATE)))
     try:
         _, distances = predictor.infer(bundle.selftest.images[:1])
         gate_fits = distances.shape == (1,)
@@ -322,7 +322,7 @@ def _load_bundle(path: Path, engine: str, device: str, precision: str) -> Predic
         gate_fits = False
     if not gate_fits:
         raise CXRError(
-            f'{bundle.shown / GATE}: not the gate of this network, so the bundle is damaged. Get it again from its '
+            f'{bundle.shown_file(GATE)}: not the gate of this network, so the bundle is damaged. Get it again from its '
             'source.'
         )
     return predictor

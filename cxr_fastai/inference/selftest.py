@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cxr_fastai.core.errors import CXRError, first_line
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.recipe import VOCAB
 from cxr_fastai.inference.engines import Engine
 
@@ -38,7 +38,7 @@ class SelfTest:
         p, _ = engine(images)
         return cls(images, p)
 
-    def check(self, engine: Engine, source: Path, first: int = IMAGES) -> None:
+    def check(self, engine: Engine, source: StrPath, first: int = IMAGES) -> None:
         """Raise `ParityError` unless `engine` reproduces the stored probabilities of the `first` images.
 
         `source` is the file that the message names.
@@ -65,7 +65,7 @@ class SelfTest:
         return {'images': self.images.tobytes(), 'size': self.images.shape[-1], 'p': self.p.tolist()}
 
     @classmethod
-    def from_dict(cls, facts: dict[str, Any], source: Path) -> SelfTest:
+    def from_dict(cls, facts: dict[str, Any], source: StrPath) -> SelfTest:
         """Return the self-test that `as_dict` described. Raises `CXRError` if `facts`, from `source`, are not one."""
         try:
             size = facts['size']
@@ -76,7 +76,7 @@ class SelfTest:
         return cls.from_arrays(images, p, source)
 
     @classmethod
-    def from_arrays(cls, images: np.ndarray, p: np.ndarray, source: Path) -> SelfTest:
+    def from_arrays(cls, images: np.ndarray, p: np.ndarray, source: StrPath) -> SelfTest:
         """Return the self-test of arrays that `source` contains. Raises `CXRError` if a shape, type or value is bad."""
         are_images = images.ndim == 3 and images.dtype == np.uint8 and images.shape[1] == images.shape[2]
         are_probabilities = p.dtype.kind == 'f' and bool(((p >= 0) & (p <= 1)).all())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cxr_fastai.core.errors import CXRError, first_line
+from cxr_fastai.core.files import StrPath
 from cxr_fastai.core.foreign import FIX, parse_json
 from cxr_fastai.core.schemas import Choice, Integer, ListOf, Rule, Table, Text, check_object
 
@@ -61,7 +61,7 @@ def tensor_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
     return save({name: np.asarray(array, order='C') for name, array in tensors.items()})
 
 
-def load_tensors(data: bytes, path: Path) -> dict[str, np.ndarray]:
+def load_tensors(data: bytes, path: StrPath) -> dict[str, np.ndarray]:
     """Return the arrays in the bytes `data` of the safetensors file `path`. Raises `CXRError` if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -73,7 +73,7 @@ def load_tensors(data: bytes, path: Path) -> dict[str, np.ndarray]:
         raise CXRError(f'{path}: damaged ({first_line(error)}). {FIX}') from None
 
 
-def read_header(data: bytes, path: Path) -> dict[str, TensorFacts]:
+def read_header(data: bytes, path: StrPath) -> dict[str, TensorFacts]:
     """Return the facts about each tensor in the bytes `data` of the safetensors file `path`.
 
     Raises `CXRError` unless the header is a strict JSON object, every tensor has a known type and as many bytes as its
@@ -92,7 +92,7 @@ def read_header(data: bytes, path: Path) -> dict[str, TensorFacts]:
     return {name: TensorFacts(TYPES[entry['dtype']][0], tuple(entry['shape'])) for name, entry in entries.items()}
 
 
-def _check_offsets(entries: dict[str, dict[str, Any]], size: int, path: Path) -> None:
+def _check_offsets(entries: dict[str, dict[str, Any]], size: int, path: StrPath) -> None:
     """Raise `CXRError` unless the tensors fill exactly `size` bytes, one after the other."""
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]['data_offsets']):

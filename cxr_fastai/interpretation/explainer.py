@@ -57,7 +57,7 @@ BURNED_IN_CODE = 'E_BURNED_IN'
 """The error code of an image that may show the patient's name."""
 
 
-Explained = tuple[Path | None, Explanation | ImageError]
+ExplanationResult = tuple[Path | None, Explanation | ImageError]
 """The explanation of an image with the path of its figure, if there is one; the error of an image without a map."""
 
 
@@ -300,7 +300,10 @@ def _open(subject: Subject, preprocessing: Preprocessing | None, allow_burned_in
     except ImageError as error:
         return error
     if image.burned_in and not allow_burned_in:
-        message = 'the file says that the image contains text, which may name the patient. --allow-burned-in shows it.'
+        message = (
+            'the file says that the image contains text, which may name the patient. `cxr-fastai explain MODEL IMAGE '
+            '--allow-burned-in` shows it.'
+        )
         return ImageError(message, BURNED_IN_CODE).with_path(file_path(subject.image) or subject.shown_name)
     return image.pixels
 
@@ -311,7 +314,7 @@ def explain_images(
     folder: Path,
     batch_size: int = BATCH_SIZE,
     allow_burned_in: bool = False,
-) -> Iterator[tuple[Path, Explanation | ImageError]]:
+) -> Iterator[ExplanationResult]:
     """Explain `images` (files, folders or CSV files) and save the figures; see `save_explanations`."""
     subjects = [_subject_of_file(path) for path in list_images(images)]
     return save_explanations(explainer.explain(subjects, batch_size, allow_burned_in), folder)
@@ -319,7 +322,7 @@ def explain_images(
 
 def explain_predictions(
     predictions: Predictions, images: Sequence[StrPath], folder: Path | None, positions: Sequence[int] | None = None
-) -> Iterator[Explained]:
+) -> Iterator[ExplanationResult]:
     """Explain the predictions of `images` at these `positions`, and save the figures; see `save_explanations`.
 
     The default `positions` are those of `Predictions.scored`. The file of each figure is named by the number of its row
@@ -339,7 +342,7 @@ def _subject_of_file(file: StrPath) -> Subject:
 
 def save_explanations(
     explanations: Iterable[Explanation | ImageError], folder: StrPath, numbers: Iterable[int] | None = None
-) -> Iterator[tuple[Path, Explanation | ImageError]]:
+) -> Iterator[ExplanationResult]:
     """Save each explanation as a figure in `folder` and yield its path and itself; for an error, nothing is saved.
 
     The files are named by `numbers` (default: 1, 2, ...), for example `0001.png`. The folder is created. Raises

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from cxr_fastai.core.errors import ImageError, UsageError
+from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.figures import cam_picture, save_picture, shown_images
 from cxr_fastai.inference.config import identify_network
-from cxr_fastai.interpretation.explainer import Explainer, save_explanations
+from cxr_fastai.interpretation.explainer import Explainer, ExplanationResult, save_explanations
 from cxr_fastai.interpretation.interpretation import ERROR_KINDS, CXRInterpretation
 from cxr_fastai.interpretation.overlays import Explanation, blend
 
 
 def explain_split(
     interpretation: CXRInterpretation, k: int, folder: Path, batch_size: int = 32, allow_burned_in: bool = False
-) -> Iterator[tuple[Path, Explanation | ImageError]]:
+) -> Iterator[ExplanationResult]:
     """Explain the `k` images with the highest loss and save the figures; see `explainer.save_explanations`."""
     subjects = interpretation.subjects(interpretation.hardest(k))
     return save_explanations(interpretation.explainer.explain(subjects, batch_size, allow_burned_in), folder)

@@ -19,7 +19,7 @@ from cxr_fastai.publishing.dicom_source import NOT_DICOM, DicomSource, read_sour
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-    from cxr_fastai.interpretation.explainer import Explained
+    from cxr_fastai.interpretation.explainer import ExplanationResult
     from cxr_fastai.interpretation.overlays import Explanation
 
 OPTION = '--dicom-out'
@@ -32,9 +32,9 @@ class DicomFolder:
 
     Files are named by their SOP Instance UID: `sr_UID.dcm` and `sc_UID.dcm`. Those of the same image and model have the
     same name and replace each other. `reports` and `captures` count what was written. `unreported` has the path in the
-    row, and the reason, of each image without a report; `problems` are the reasons that the row does not give, each
-    with the path of the image. `omissions` maps the names of elements that were not copied to the images that have
-    impossible values there.
+    row, and the reason, of each image without a report, and `uncaptured` of each map that could not be written as a
+    capture. `problems` are these reasons, except for those that the row gives, each with the path of the image.
+    `omissions` maps the names of elements that were not copied to the images that have impossible values there.
     """
 
     def __init__(self, folder: StrPath, algorithm: Algorithm) -> None:
@@ -43,6 +43,7 @@ class DicomFolder:
         self.reports = 0
         self.captures = 0
         self.unreported: list[tuple[str, ImageError]] = []
+        self.uncaptured: list[tuple[str, ImageError]] = []
         self.problems: list[ImageError] = []
         self.omissions: dict[tuple[str, ...], list[Path]] = {}
         self._reported: dict[Path, tuple[DicomSource, Row]] = {}
@@ -74,27 +75,24 @@ class DicomFolder:
                 if error.code not in (NOT_DICOM, row['code']):
                     self.problems.append(reason)
 
-    def write_captures(self, images: Sequence[StrPath], explanations: Iterable[Explained]) -> Iterator[Explained]:
+    def write_captures(
+        self, images: Sequence[StrPath], explanations: Iterable[ExplanationResult]
+    ) -> Iterator[ExplanationResult]:
         """Write the capture of each of the `explanations` of `images`, and yield them.
 
-        `explanations` are those of `explain_predictions`. One without a figure gets the path of the capture; one whose
-        capture cannot be made becomes the `ImageError`. Only images that `write_reports` has reported get a capture.
-        Raises `OutputError`.
+        `explanations` are those of `explain_predictions`. One without a figure gets the path of the capture. Only
+        images that `write_reports` has reported get a capture. Why one cannot be made is in `uncaptured` and
+        `problems`. Raises `OutputError`.
         """
         for image, (path, explanation) in zip(map(Path, images), explanations, strict=True):
-            if image not in self._reported or isinstance(explanation, ImageError):
-                yield path, explanation
-                continue
-            try:
+            capture = None
+            if image in self._reported and not isinstance(explanation, ImageError):
                 capture = self._capture(image, explanation)
-            except ImageError as error:
-                yield path, error.with_path(image)
-            else:
-                yield path or capture, explanation
+            yield path or capture, explanation
 
     def explain(
         self, predictions: Predictions, images: Sequence[StrPath], figures: StrPath | None = None
-    ) -> Iterator[Explained]:
+    ) -> Iterator[ExplanationResult]:
         """Explain the `predictions` of `images`, write their captures, and yield what `write_captures` yields.
 
         The figures are also saved to the folder `figures`, if there is one.
@@ -114,12 +112,18 @@ class DicomFolder:
         if source.omitted:
             self.omissions.setdefault(source.omitted, []).append(image)
 
-    def _capture(self, image: Path, explanation: Explanation) -> Path:
+    def _capture(self, image: Path, explanation: Explanation) -> Path | None:
         from cxr_fastai.interpretation.overlays import blend
         from cxr_fastai.publishing.dicom_captures import make_capture
 
         source, row = self._reported[image]
-        path = self._write('sc', make_capture(source, blend(explanation), row, self.algorithm))
+        try:
+            path = self._write('sc', make_capture(source, blend(explanation), row, self.algorithm))
+        except ImageError as error:
+            reason = error.with_path(image)
+            self.uncaptured.append((row['path'], reason))
+            self.problems.append(reason)
+            return None
         self.captures += 1
         return path
 

@@ -1,4 +1,4 @@
-"""`save_prediction_page` writes predictions as one self-contained HTML page with pictures, maps and refusals."""
+"""`save_prediction_page` writes predictions as one self-contained HTML page with pictures, maps and reasons."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def render(
         entries=entries,
         not_shown=scored - len(shown),
         has_maps=bool(maps),
-        refusals=_group_refusals(predictions, thumbnails),
+        failure_groups=_group_failures(predictions, thumbnails),
         failures=len(predictions.failures),
         max_listed=MAX_LISTED,
         not_a_device=NOT_A_DEVICE,
@@ -140,7 +140,7 @@ def _reason(row: Row) -> str:
     return visible((row['message'] or '').removeprefix(f'{row["code"]}: '))
 
 
-def _group_refusals(predictions: Predictions, thumbnails: dict[int, Thumbnail]) -> list[dict[str, Any]]:
+def _group_failures(predictions: Predictions, thumbnails: dict[int, Thumbnail]) -> list[dict[str, Any]]:
     """Return images without a prediction by reason, the most frequent first; of each reason the first `MAX_LISTED`."""
     groups: dict[tuple[str, str], list[int]] = {}
     for index, row in enumerate(predictions.rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -164,8 +165,9 @@ def _handle(
         dicom = DicomFolder(outputs.dicom, algorithm)
         dicom.write_reports(images, rows)
         if outputs.explain:
-            explained = dicom.explain(predictions, images)
-            dicom.problems += [result for _, result in explained if isinstance(result, ImageError)]
+            for _, explanation in dicom.explain(predictions, images):
+                if isinstance(explanation, ImageError):
+                    dicom.problems.append(explanation)
     return WatchedBatch(predictions, dicom)
 
 
@@ -184,10 +186,15 @@ class _WatchedTable:
             self._check()
 
     def prepare(self, rows: Sequence[Row]) -> JournaledRows:
-        """Return how `append` will write `rows`, into a new file if somebody has taken the old one away."""
+        """Return how `append` will write `rows`, into a new file if somebody has taken the old one away.
+
+        Raises `OutputError`.
+        """
         if not self.path.exists():
             self.table.create()
-        return JournaledRows(self.path.stat().st_size, self.table.encode(rows).decode())
+        with writing(self.path):
+            offset = self.path.stat().st_size
+        return JournaledRows(offset, self.table.encode(rows).decode())
 
     def append(self, rows: JournaledRows) -> None:
         """Add `rows`, and wait until they are on the disk, because the journal keeps only the last ones apart."""
@@ -198,10 +205,11 @@ class _WatchedTable:
     def _complete(self, rows: JournaledRows) -> None:
         """Add what is missing of `rows`, unless the file is another one than before."""
         data = rows.text.encode()
-        with open(self.path, 'rb') as file:
+        with writing(self.path), open(self.path, 'rb') as file:
+            size = os.fstat(file.fileno()).st_size
             file.seek(rows.offset)
             written = file.read(len(data) + 1)
-        if self.path.stat().st_size >= rows.offset and data.startswith(written):
+        if size >= rows.offset and data.startswith(written):
             self.table.append_bytes(data[len(written) :])
 
     def _check(self) -> None:

@@ -63,7 +63,7 @@ def test_a_prediction_is_shown_in_words_and_on_a_scale_with_the_threshold(page, 
     expect(page.locator('#live')).to_contain_text('Doe Jane.jpeg: Pneumonia. Probability')
 
 
-REFUSED_FILES = {
+FAILING_FILES = {
     'text.png': (b'hello', 'This is not an image file', 'E_FORMAT'),
     'empty.png': (b'', 'The file is empty', 'E_EMPTY'),
     'blank.png': (encoded(np.zeros((96, 96), np.uint8)), 'The image is blank', 'E_BLANK'),
@@ -74,9 +74,9 @@ REFUSED_FILES = {
 
 
 def test_files_without_a_prediction_get_a_reason_in_plain_words(page, address):
-    choose(page, address, *(upload(content, name) for name, (content, *_) in REFUSED_FILES.items()))
-    finished(page, len(REFUSED_FILES))
-    for name, (_, reason, code) in REFUSED_FILES.items():
+    choose(page, address, *(upload(content, name) for name, (content, *_) in FAILING_FILES.items()))
+    finished(page, len(FAILING_FILES))
+    for name, (_, reason, code) in FAILING_FILES.items():
         row = page.locator('#rows tr', has_text=name)
         expect(row.locator('b')).to_have_text('No prediction')
         expect(row.locator('.reason')).to_contain_text(reason)

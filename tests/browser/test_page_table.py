@@ -13,7 +13,7 @@ TOPS = """selectors => selectors.map(selector => document.querySelector(selector
 
 @pytest.fixture
 def many(page, address, rows):
-    """A page with eight images and a file that is refused."""
+    """A page with eight images and a file without a prediction."""
     files = [upload(path, f'image {number}.jpeg') for number, path in enumerate(rows, 1)][:8]
     choose(page, address, *files, upload(b'hello', 'text.png'))
     finished(page, 9)
@@ -66,8 +66,8 @@ def test_the_disclaimer_stands_above_the_results(page, address, pneumonia, many)
 
 def test_twenty_images_take_at_most_three_screens(page, address, rows):
     paths = list(rows) * 3
-    refused = [upload(b'hello', f'text {number}.png') for number in range(4)]
-    choose(page, address, *map(upload, paths[:16]), *refused)
+    texts = [upload(b'hello', f'text {number}.png') for number in range(4)]
+    choose(page, address, *map(upload, paths[:16]), *texts)
     finished(page, 20)
     assert page.evaluate('document.documentElement.scrollHeight') <= 3 * SCREEN
     assert page.evaluate('[...document.querySelectorAll("tr[data-state=done] img")].every(image => image.naturalWidth)')

@@ -16,7 +16,7 @@ SHOWN = """() => [...document.querySelectorAll('main > .entries > .entry')]
 
 @pytest.fixture(scope='module')
 def predictions(evaluated, images, tmp_path_factory):
-    """Predictions, with a threshold between them, of images, of some with odd names, and of two that are refused."""
+    """Predictions, with a threshold between them, of images, also with odd names, and of two that get no prediction."""
     folder = tmp_path_factory.mktemp('odd')
     paths = sorted((images / 'test').rglob('*.jpeg'))
     copy_with_odd_names(paths[0], folder)

@@ -72,18 +72,54 @@ def test_json_lists_the_images_without_a_report(bundle, images, studies, tmp_pat
 
 
 @pytest.mark.parametrize('option', ['--out', '--html', '--dicom-out'])
-def test_an_image_without_its_map_is_counted_and_the_command_ends_with_3(bundle, studies, tmp_path, capsys, option):
+def test_each_image_without_its_map_is_counted_and_the_command_ends_with_3(bundle, studies, tmp_path, capsys, option):
     burned_in = tmp_path / 'text.dcm'
     burned_in.write_bytes(radiograph(9, dcmread(studies / '2.dcm').pixel_array, BurnedInAnnotation='YES'))
-    argv = [str(word) for word in ('predict', bundle, studies / '1.dcm', burned_in, '--no-gate', '--explain', option)]
+    images = (studies / '1.dcm', burned_in, burned_in)
+    argv = [str(word) for word in ('predict', bundle, *images, '--no-gate', '--explain', option)]
     name = {'--out': '{}.csv', '--html': '{}.html', '--dicom-out': '{}'}[option]
     assert main([*argv, str(tmp_path / name.format('a'))]) == 3
     printed = capsys.readouterr()
-    assert ', 1 image without a map' in printed.out
-    assert printed.err.count(f'{burned_in}: E_BURNED_IN') == 1
+    assert ', 2 images without a map' in printed.out
+    assert printed.err.count(f'{burned_in}: E_BURNED_IN') == 2
     assert main([*argv, str(tmp_path / name.format('b')), '--json']) == 3
+    failed = json.loads(capsys.readouterr().out)['failed_maps']
+    assert [(entry['path'], entry['code']) for entry in failed] == [(str(burned_in), 'E_BURNED_IN')] * 2
+
+
+def test_the_page_alone_has_maps_of_the_images_that_it_shows_only(bundle, studies, tmp_path, monkeypatch, capsys):
+    from cxr_fastai.publishing import prediction_page
+
+    monkeypatch.setattr(prediction_page, 'MAX_SHOWN', 2)
+    argv = ['predict', bundle, studies, '--no-gate', '--explain', '--html']
+    outputs = {'a.html': [], 'b.html': ['--out', tmp_path / 'p.csv']}
+    for name, options in outputs.items():
+        assert main([str(word) for word in (*argv, tmp_path / name, *options, '--json')]) == 0
+        assert json.loads(capsys.readouterr().out)['failed_maps'] == []
+    assert len(list((tmp_path / 'p_maps').iterdir())) == 3
+    assert (tmp_path / 'a.html').read_text() == (tmp_path / 'b.html').read_text()
+
+
+def test_a_map_that_cannot_be_written_as_dicom_is_an_error_and_still_on_the_page(
+    bundle, studies, tmp_path, monkeypatch, capsys
+):
+    from highdicom.sc import SCImage
+
+    monkeypatch.setattr(SCImage, 'from_ref_dataset', BrokenFor(SCImage.from_ref_dataset, '1.2.3.2'))
+    argv = ['predict', bundle, studies, '--no-gate', '--explain', '--dicom-out', tmp_path / 'out', '--html']
+    options = (tmp_path / 'a.html', '--out', tmp_path / 'p.csv')
+    assert main([str(word) for word in (*argv, *options)]) == 3
+    printed = capsys.readouterr()
+    assert printed.err.count(f'{studies / "2.dcm"}: E_DICOM_CORRUPT') == 1 and PATIENT not in printed.err
+    assert '3 reports, 2 maps' in printed.out and 'without a map' not in printed.out
+    assert str(tmp_path / 'p_maps' / '0002.png') in printed.out
+    assert main([str(word) for word in (*argv, tmp_path / 'b.html', '--json')]) == 3
     (failed,) = json.loads(capsys.readouterr().out)['failed_maps']
-    assert (failed['path'], failed['code']) == (str(burned_in), 'E_BURNED_IN')
+    assert (failed['path'], failed['code']) == (str(studies / '2.dcm'), 'E_DICOM_CORRUPT')
+    monkeypatch.undo()
+    assert main([str(word) for word in (*argv, tmp_path / 'c.html')]) == 0
+    pages = {(tmp_path / name).read_text() for name in ('a.html', 'b.html', 'c.html')}
+    assert len(pages) == 1
 
 
 def test_maps_for_the_table_and_the_page_are_computed_once(bundle, studies, tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -110,9 +112,16 @@ def arrive(watched: Watched, name: str = 'a.dcm') -> ArrivedFile:
     return file
 
 
+@pytest.fixture(params=['below a folder', 'by its path'])
+def opening(request, monkeypatch) -> None:
+    """How files are opened: as on POSIX, or as on Windows, where no function takes the descriptor of a folder."""
+    if request.param == 'by its path':
+        monkeypatch.setattr(os, 'supports_dir_fd', frozenset())
+
+
 @pytest.mark.parametrize('name', ['a.dcm', 'sub/a.dcm'])
 @pytest.mark.parametrize('part', ['file', 'folder'])
-def test_a_file_that_became_a_link_to_the_outside_is_not_read(watched, tmp_path, name, part):
+def test_a_file_that_became_a_link_to_the_outside_is_not_read(watched, tmp_path, name, part, opening):
     """Somebody exchanges the file, or its folder, after it was found; even size and time are the same."""
     file = arrive(watched, name)
     outside = tmp_path / 'outside'
@@ -141,20 +150,45 @@ def test_a_file_without_a_suffix_that_became_a_link_is_not_looked_into(watched, 
     assert watched.poll() == watched.poll() == []
 
 
-@pytest.mark.parametrize('change', ['replaced', 'removed', 'pipe'])
-def test_a_file_that_is_no_longer_what_was_found_is_not_read(watched, change):
+@pytest.mark.parametrize('change', ['removed', 'replaced', 'folder', 'pipe', 'socket'])
+def test_a_file_that_is_no_longer_what_was_found_is_not_read(watched, change, opening, monkeypatch, caplog):
     file = arrive(watched)
     file.path.unlink()
     if change == 'replaced':
         file.path.write_bytes(b'another')
+    if change == 'folder':
+        file.path.mkdir()
     if change == 'pipe':
         os.mkfifo(file.path)
-        assert watched.watch.read(file).contents.code == 'E_IO'
-    else:
+    if change == 'socket':
+        monkeypatch.chdir(watched.folder)  # the address of a socket is short
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(file.path.name)
+    with caplog.at_level('INFO'):
         assert watched.watch.read(file) is None
+    assert f'{file.path}: no longer what was found' in caplog.text
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')
+def test_a_file_that_is_exchanged_while_it_is_opened_by_its_path_is_not_read(watched, tmp_path, monkeypatch):
+    """A link to the outside is there only at the moment of opening."""
+    file = arrive(watched)
+    (tmp_path / 'outside.dcm').write_bytes(b'secret')
+    monkeypatch.setattr(os, 'supports_dir_fd', frozenset())
+    monkeypatch.setattr(os, 'open', partial(open_another, os.open, tmp_path / 'outside.dcm'))
+    assert watched.watch.read(file) is None
+
+
+def open_another(open_file: Callable[..., int], other: Path, path: Path, *args, **options) -> int:
+    return open_file(other, *args, **options)
+
+
+def test_a_folder_that_is_itself_reached_over_a_link_is_read(tmp_path, opening):
+    (tmp_path / 'real').mkdir()
+    (tmp_path / 'link').symlink_to(tmp_path / 'real')
+    assert arrive(Watched(tmp_path / 'link'), 'sub/a.dcm')
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='needs POSIX; root may read everything')
 def test_a_file_that_may_not_be_read_has_the_reason(watched):
     file = arrive(watched)
     file.path.chmod(0)
@@ -259,6 +293,16 @@ def test_a_journal_of_other_settings_is_refused(tmp_path):
 def test_another_file_is_not_taken_for_a_journal(tmp_path, text):
     (tmp_path / 'j').write_text(text)
     with pytest.raises(UsageError, match='not a journal'):
+        Journal(tmp_path / 'j', SETTINGS)
+    assert (tmp_path / 'j').read_text() == text
+
+
+@pytest.mark.parametrize(('facts', 'version'), [({}, 1), ({'version': 3}, 3)])
+def test_a_journal_of_another_version_is_named_as_such_and_not_changed(tmp_path, facts, version):
+    text = json.dumps({**facts, 'settings': SETTINGS}) + '\n'
+    (tmp_path / 'j').write_text(text)
+    message = rf'another version of cxr-fastai wrote this journal \(version {version} .*Choose other outputs\.$'
+    with pytest.raises(UsageError, match=message):
         Journal(tmp_path / 'j', SETTINGS)
     assert (tmp_path / 'j').read_text() == text
 

@@ -63,6 +63,8 @@ def test_only_the_files_of_the_bundle_are_downloaded_and_no_pickle(hub):
     assert name_model(folder) == f'{NAME}@{commit}'
     assert Bundle(folder).read(WEIGHTS) == b'weights'
     assert find_model(NAME) == Bundle.open(NAME).path == folder
+    bundle = Bundle(folder)
+    assert (bundle.shown, bundle.shown_file(CONFIG)) == (f'{NAME}@{commit}', f'{NAME}@{commit}/{CONFIG}')
     for path in (Path(NAME), f'./{NAME}'):  # a file or folder
         assert find_model(path) == Path(path)
 

@@ -52,8 +52,9 @@ def test_wrong_options_are_rejected(evaluated, images, capsys, monkeypatch, tmp_
 def test_an_image_that_may_name_the_patient_is_shown_only_if_allowed(tmp_path):
     (tmp_path / 'a.dcm').write_bytes(dicom(BurnedInAnnotation='YES'))
     explainer = Explainer(Predictor(TorchEngine(build_model('baseline')), ModelConfig('baseline', 48, 0.5)))
-    (refused,) = explainer.explain([Subject(tmp_path / 'a.dcm')])
-    assert isinstance(refused, ImageError) and 'may name the patient' in str(refused)
+    (error,) = explainer.explain([Subject(tmp_path / 'a.dcm')])
+    assert isinstance(error, ImageError) and 'may name the patient' in str(error)
+    assert '`cxr-fastai explain MODEL IMAGE --allow-burned-in` shows it.' in str(error)
     (shown,) = explainer.explain([Subject(tmp_path / 'a.dcm')], allow_burned_in=True)
     assert isinstance(shown, Explanation)
 

@@ -100,17 +100,20 @@ def test_an_image_that_may_not_be_shown_gets_no_capture(folder, tmp_path):
     assert folder.captures == 0
 
 
-def test_a_capture_that_cannot_be_made_is_an_error_and_the_others_are_written(folder, tmp_path, monkeypatch):
+def test_a_capture_that_cannot_be_made_is_a_problem_and_keeps_its_map(folder, tmp_path, monkeypatch):
     from highdicom.sc import SCImage
 
     images = [save(tmp_path / f'{number}.dcm', radiograph(number)) for number in (1, 2)]
     folder.write_reports(images, [OK, OK])
     monkeypatch.setattr(SCImage, 'from_ref_dataset', BrokenFor(SCImage.from_ref_dataset, '1.2.3.1'))
     explanations = [(None, explanation(image)) for image in images]
-    (_, failed), (path, explained) = folder.write_captures(images, explanations)
-    assert str(failed).startswith(f'{images[0]}: E_DICOM_CORRUPT') and PATIENT not in str(failed)
+    (no_path, kept), (path, explained) = folder.write_captures(images, explanations)
+    assert (no_path, kept) == explanations[0]
     assert path.exists() and explained is explanations[1][1]
-    assert (folder.reports, folder.captures, folder.problems) == (2, 1, [])
+    assert (folder.reports, folder.captures) == (2, 1)
+    (problem,) = folder.problems
+    assert str(problem).startswith(f'{images[0]}: E_DICOM_CORRUPT') and PATIENT not in str(problem)
+    assert folder.uncaptured == [('x', problem)]
 
 
 def test_elements_that_were_not_copied_are_listed_by_image(folder, tmp_path):

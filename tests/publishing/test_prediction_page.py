@@ -1,4 +1,4 @@
-"""The page of `predict --html` is self-contained, shows each prediction once, and groups the refusals by reason."""
+"""The page of `predict --html` is self-contained, shows each prediction once, and groups the failures by reason."""
 
 import re
 from io import BytesIO

@@ -1,6 +1,7 @@
 """Images that arrive in a watched folder get a row and a report each, once, also after a crash or a restart."""
 
 import csv
+import errno
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,7 @@ from highdicom.sr import ComprehensiveSR
 from imagefiles import GREY, encoded, smooth
 from pydicom import dcmread
 
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import OutputError, UsageError
 from cxr_fastai.data.watching import FolderWatch, Journal
 from cxr_fastai.inference.config import ModelConfig
 from cxr_fastai.inference.predictor import Predictor
@@ -249,6 +250,18 @@ def test_rows_that_no_crash_has_left_are_kept(folder, outputs):
     outputs.table.write_bytes(old)
     watch(folder, outputs)
     assert table(outputs) == ['1.dcm', '2.dcm']
+
+
+def test_a_table_that_may_not_be_opened_is_an_output_error(folder, outputs, monkeypatch):
+    arrive(folder, 1)
+    watch(folder, outputs)
+
+    def deny(*_) -> None:
+        raise PermissionError(errno.EACCES, 'Permission denied')
+
+    monkeypatch.setattr(watched_folder, 'open', deny, raising=False)
+    with pytest.raises(OutputError, match=r'p\.csv: cannot be written \(Permission denied\)'):
+        next(watch_folder(PREDICTOR, 'ab', folder, outputs))
 
 
 def test_names_that_are_formulas_survive_a_restart(folder, outputs, monkeypatch):

@@ -26,7 +26,7 @@ def protected(bundle):
 
 @pytest.fixture(scope='session')
 def paths(images, tmp_path_factory):
-    """Some images of the data set, and one file for each reason to refuse an image."""
+    """Some images of the data set, and one file for each reason to reject or fail an image."""
     folder = tmp_path_factory.mktemp('kinds')
     bad_files = {
         'empty.png': b'',

@@ -2,8 +2,8 @@
 import {messages} from './page.js';
 
 export const PAUSED_STATES = ['busy', 'offline', 'token'];
-export const KINDS = ['PNEUMONIA', 'NORMAL', 'REFUSED', 'RUNNING'];  // the filters, in the order of their images if sorted
-const WORDS = {PNEUMONIA: 'Pneumonia', NORMAL: 'Normal', REFUSED: 'No prediction', RUNNING: ''};
+export const KINDS = ['PNEUMONIA', 'NORMAL', 'NO_PREDICTION', 'RUNNING'];  // the filters, in the order of their images if sorted
+const WORDS = {PNEUMONIA: 'Pneumonia', NORMAL: 'Normal', NO_PREDICTION: 'No prediction', RUNNING: ''};
 
 /**
  * Return `row`, a row of the service, with its prediction at another threshold; null means that of the model. The field
@@ -20,7 +20,7 @@ export function decide(row, threshold) {
 /** Return which of `KINDS` an image is at `threshold`. */
 export function kindOf({row}, threshold) {
   if (!row) return 'RUNNING';
-  return decide(row, threshold).prediction ?? 'REFUSED';
+  return decide(row, threshold).prediction ?? 'NO_PREDICTION';
 }
 
 export function describeKind(kind) {
@@ -30,7 +30,7 @@ export function describeKind(kind) {
 /** Say why an image has no prediction, or not yet; '' if it has one. */
 export function describeState({state, row, reason}) {
   if (state === 'done') return '';
-  if (state === 'refused') return messages[row.code] ?? row.message ?? `The image has no prediction (${row.code}).`;
+  if (state === 'no-prediction') return messages[row.code] ?? row.message ?? `The image has no prediction (${row.code}).`;
   return PAUSED_STATES.includes(state) ? reason : messages[state];
 }
 

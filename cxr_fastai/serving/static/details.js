@@ -70,7 +70,7 @@ export function showCard(image) {
   find('.decision b', card).textContent = describeKind(card.dataset.prediction);
   find('.reason', card).textContent = describeState(image);
   if (state === 'done') showScore(card, decide(image.row, chosenThreshold()));
-  if (state === 'refused') showRefusal(image);
+  if (state === 'no-prediction') showFailure(image);
 }
 
 function showScore(card, row) {
@@ -85,7 +85,7 @@ function showScore(card, row) {
   scale.style.setProperty('--t', row.threshold);
 }
 
-function showRefusal({card, row}) {
+function showFailure({card, row}) {
   const repeatsReason = row.code === 'E_OUT_OF_DISTRIBUTION' || !row.message;
   find('.details', card).textContent = repeatsReason ? row.code : `${row.code}: ${row.message}`;
 }

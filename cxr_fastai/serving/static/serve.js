@@ -171,7 +171,7 @@ function finish(image, {explanation, ...fields}) {
   const empty = {status: 'error', p_pneumonia: null, prediction: null, threshold: Number(page.threshold)};
   image.row = {...empty, ...fields, path: image.name};
   image.read = null;  // frees the file
-  showState(image, image.row.status === 'ok' ? 'done' : 'refused');
+  showState(image, image.row.status === 'ok' ? 'done' : 'no-prediction');
   if (explanation) {
     showExplanation(image, explanation);
     showThumbnail(image, explanation.image);

@@ -249,9 +249,13 @@ class Run:
         has_recipe = (self / 'recipe.json').is_file()
         if has_recipe and self.recipe.valid == 'none' and not self.has_out_of_fold:
             return self.out_of_fold_evaluation()
+        return self.evaluation() + (' --threshold fixed:0.5' if self.has_one_class else '')
+
+    @property
+    def has_one_class(self) -> bool:
+        """Whether all validation images are of one class, so that no threshold can be chosen on them."""
         items = self.items if (self / 'items.csv').is_file() else None
-        has_one_class = items is not None and items[items.split == 'valid'].label.nunique() == 1
-        return self.evaluation() + (' --threshold fixed:0.5' if has_one_class else '')
+        return items is not None and items[items.split == 'valid'].label.nunique() == 1
 
     def out_of_fold_evaluation(self) -> str:
         """Return the command that gives the run the out-of-fold predictions of a cross-validation."""

@@ -35,9 +35,9 @@ from cxr_fastai.evaluation.metrics import (
 )
 from cxr_fastai.evaluation.plots import plot_confusion_matrix
 from cxr_fastai.evaluation.split_images import find_split
-from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, parse_rule
+from cxr_fastai.evaluation.thresholds import decide, parse_rule
 from cxr_fastai.inference.config import identify_network
-from cxr_fastai.inference.decision import Decision
+from cxr_fastai.inference.decision import DEFAULT_RULE, Decision
 
 METRICS = 'out_of_fold.json'
 SPREAD = ('auc', 'average_precision', 'sensitivity', 'specificity')

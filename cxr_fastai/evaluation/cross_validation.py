@@ -18,7 +18,7 @@ import pandas as pd
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import StrPath, write_csv, write_json, writing
-from cxr_fastai.core.recipe import differences
+from cxr_fastai.core.recipe_texts import differences
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.run_files import OUT_OF_FOLD, read_json, read_table
 from cxr_fastai.core.series import FOLDS, Series

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.progress import are, counted
-from cxr_fastai.core.recipe import EXTENSION, Phase, Recipe, describe_phase, differences
+from cxr_fastai.core.recipe import EXTENSION, Phase, Recipe
+from cxr_fastai.core.recipe_texts import describe_phase, differences
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series, is_folds
 from cxr_fastai.inference.config import LEARNER, WEIGHTS

@@ -299,7 +299,7 @@ def fit_run(
     """
     items = run.items if (run / 'items.csv').is_file() else pd.DataFrame()
     checkpoint = Checkpoint(run, identify(recipe, items), state)
-    show = ShowEpochs(recipe.phases[checkpoint.start.phase :], recipe.can_stop_early)
+    show = ShowEpochs(recipe, checkpoint.start.phase)
     draw = DrawBatch(run / FIRST_BATCH)
     learn.history.run_folder = run
     try:

@@ -183,7 +183,8 @@ def _evaluate_run(run: Run, request: _Request, is_shown: bool) -> _Results:
 def _adopt_out_of_fold(run: Run, folds: Path, how: Evaluation) -> None:
     """Give `run` the out-of-fold predictions of the series in the folder `folds`."""
     from cxr_fastai.evaluation.out_of_fold import adopt_out_of_fold
-    from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, parse_rule
+    from cxr_fastai.evaluation.thresholds import parse_rule
+    from cxr_fastai.inference.decision import DEFAULT_RULE
 
     parse_rule(how.rule or DEFAULT_RULE)  # before the predictions of the run are replaced
     adopt_out_of_fold(run, Series.open(folds), how.data, how.batch_size, how.device, how.tta)
@@ -206,7 +207,8 @@ def _choose_split(
 
 def _compose_rule(rule: str | None, choose_on: str | None) -> str | None:
     """Return `rule` with the split that `--choose-on` names; None to choose as before."""
-    from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, ON_SHIFT
+    from cxr_fastai.evaluation.thresholds import ON_SHIFT
+    from cxr_fastai.inference.decision import DEFAULT_RULE
 
     if choose_on is None:
         return rule

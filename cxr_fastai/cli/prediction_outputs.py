@@ -148,8 +148,12 @@ def _describe_threshold(predictor: Predictor) -> str:
     text = f'An image is classified as PNEUMONIA at a probability of {predictor.threshold:.3g} or more'
     views = ' Each probability is the mean over the image and its mirror image (--tta).' if predictor.tta else ''
     if rule.startswith('fixed:'):
-        evaluation = f' (`{predictor.run.evaluation()}` chooses one)' if predictor.run else ''
-        return f'{text}: a fixed threshold, not chosen on validation images{evaluation}.{views}'
+        from cxr_fastai.inference.decision import DEFAULT_RULE, describe_evaluation
+
+        source = predictor.source
+        evaluation = describe_evaluation(source, f'--threshold {DEFAULT_RULE}') if source else ''
+        advice = f' To choose one on them, {evaluation}.' if evaluation else ''
+        return f'{text}: a fixed threshold, not chosen on validation images.{advice}{views}'
     images = 'soft images' if rule.endswith('@shift') else 'validation images'
     manner = ' with the same test-time views' if predictor.config.tta else ''
     return f'{text}: chosen on {images}{manner} by the rule {rule}.{views}'

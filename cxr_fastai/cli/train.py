@@ -11,7 +11,7 @@ import typer
 from cxr_fastai.cli import options as opt
 from cxr_fastai.cli import training_options as how
 from cxr_fastai.cli.output import choose_source, print_line, unused_path
-from cxr_fastai.core.errors import UsageError
+from cxr_fastai.core.errors import CXRError, UsageError, did_you_mean
 from cxr_fastai.core.files import check_writable, write_csv
 from cxr_fastai.core.progress import counted
 from cxr_fastai.core.recipe import RECIPES, Recipe, parse_fields
@@ -104,26 +104,43 @@ def train(
 
 def _refuse_arguments(given: typer.Context) -> None:
     """Raise `UsageError` for a word that belongs to no option; it says which option was meant."""
-    for word in given.args:
-        raise UsageError(
-            f'{word}: `cxr-fastai {given.info_name}` has no arguments, only options. Did you mean '
-            f'{_option_of(word, given)} {quote(word)}?'
-        )
+    if not given.args:
+        return
+    word = given.args[0]
+    option = _option_of(word)
+    is_possible = option in given.params and option not in _typed_options(given)
+    advice = f'Did you mean --{option} {quote(word)}?' if is_possible else 'Omit it, or write its option before it.'
+    raise UsageError(f'{word}: `cxr-fastai {given.info_name}` has no arguments, only options. {advice}')
 
 
-def _option_of(word: str, given: typer.Context) -> str:
+def _option_of(word: str) -> str | None:
+    """Return the name of the option that `word` looks like a value of; None if it looks like none."""
     from cxr_fastai.data.find import TABLE_SUFFIXES
 
     path = Path(word)
-    if 'resume' in given.params and ((path / 'recipe.json').is_file() or is_series(path)):
-        return '--resume'
+    if (path / 'recipe.json').is_file() or is_series(path):
+        return 'resume'
     if path.is_dir():
-        return '--data'
+        return 'data'
     if path.suffix.lower() in TABLE_SUFFIXES:
-        return '--csv'
+        return 'csv'
     if word in RECIPES or _is_file(word):
-        return '--recipe'
-    return '--epochs' if word.isdecimal() else '--arch'
+        return 'recipe'
+    if any(separator in word for separator in '/\\'):
+        return 'data'
+    if word.isdecimal():
+        return 'epochs'
+    return 'arch' if _is_like_arch(word) else None
+
+
+def _is_like_arch(word: str) -> bool:
+    from cxr_fastai.models.architectures import ARCHS, find_arch
+
+    try:
+        find_arch(word)
+    except CXRError:
+        return bool(did_you_mean(word, ARCHS))
+    return True
 
 
 def _train_series(given: typer.Context, recipe: Recipe, root: Path, out: Path | None, options: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ Patience = Annotated[
         '--patience',
         metavar='N',
         help='End a phase after this number of epochs without a better one (highest validation AUC); 0: never. '
-        'With --resume and --epochs, end the new phase.',
+        'With --resume and --epochs it applies to the new phase only.',
     ),
 ]
 LearningRate = Annotated[

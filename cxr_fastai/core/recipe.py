@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from pathlib import PurePath
 from typing import Any
 
 from cxr_fastai.core.errors import UsageError, did_you_mean
-from cxr_fastai.core.progress import counted
 
 VOCAB = ('NORMAL', 'PNEUMONIA')
 """The classes in the order of the network's outputs; the last one is the positive class."""
@@ -114,10 +112,9 @@ class Recipe:
             value = getattr(self, name)
             if self.name != CUSTOM or value != UNKNOWN:
                 check_choice(name, value)
-        patience = max([self.patience, *map(self.patience_of, self.phases)])
-        if patience and self.valid == 'none':
+        if self.max_patience and self.valid == 'none':
             raise UsageError(
-                f'--patience {patience} and --valid none: without validation images no epoch is better than '
+                f'--patience {self.max_patience} and --valid none: without validation images no epoch is better than '
                 'another. Set --patience 0, or choose another --valid.'
             )
 
@@ -133,7 +130,20 @@ class Recipe:
     @property
     def can_stop_early(self) -> bool:
         """Whether a phase can end before its last epoch."""
-        return any(self.patience_of(phase) for phase in self.phases)
+        return self.max_patience > 0
+
+    @property
+    def max_patience(self) -> int:
+        """The largest patience of a phase; of a recipe without phases, its own."""
+        return max(map(self.patience_of, self.phases), default=self.patience)
+
+    def shortened_phases(self, trained: Sequence[str]) -> dict[str, int]:
+        """Return the phases that ended before their last epoch: name to the number of epochs that were trained.
+
+        `trained` has the phase of each epoch. Phases that were not started are left out.
+        """
+        epochs = {phase.name: trained.count(phase.name) for phase in self.phases}
+        return {phase.name: epochs[phase.name] for phase in self.phases if 0 < epochs[phase.name] < phase.epochs}
 
     @property
     def extensions(self) -> int:
@@ -251,7 +261,7 @@ def check_choice(name: str, value: str, *others: str) -> None:
     if value not in choices:
         meant = OTHER_NAMES.get(name, {}).get(str(value).lower())
         advice = f' (did you mean {meant}?)' if meant else did_you_mean(str(value), choices)
-        option = name if name in SETTABLE else _option(name)
+        option = name if name in SETTABLE else option_name(name)
         raise UsageError(f'{option} {value}{advice}: choose {" or ".join(choices)}.')
 
 
@@ -295,35 +305,6 @@ DATA_FIELDS = (
 """Fields that `DataLoaders` follow; the others belong to the optimisation."""
 
 
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Return the fields in which two recipes differ, as texts `field: old value, now new value`.
-
-    `workers` does not count, because it changes no batch.
-    """
-    texts = []
-    for name in (field.name for field in fields(Recipe)):
-        before = getattr(old, name)
-        after = getattr(new, name)
-        if name != 'workers' and before != after:
-            texts.append(f'{name}: {_describe(before)}, now {_describe(after)}')
-    return texts
-
-
-def _describe(value: Any) -> str:
-    return describe_phases(value) if isinstance(value, tuple) else repr(value)
-
-
-def describe_phases(phases: Iterable[Phase]) -> str:
-    """Return the `phases` as text, such as `2 epochs of frozen at 0.001 and 4 epochs of fine-tune at 1e-05`."""
-    return ' and '.join(map(describe_phase, phases))
-
-
-def describe_phase(phase: Phase) -> str:
-    """Return `phase` as text, such as `4 epochs of fine-tune at 1e-05`."""
-    text = f'{counted(phase.epochs, "epoch")} of {phase.name} at {phase.lr:g}'
-    return text if phase.patience is None else f'{text} with the patience {phase.patience}'
-
-
 FIELD_ADVICE = {
     'phases': 'use --epochs and --lr',
     'freeze_epochs': 'use --freeze-epochs',
@@ -357,7 +338,7 @@ def _parse_field(text: str) -> tuple[str, Any]:
 def _advise(name: str) -> str:
     """Say what to do about a field `name` that `--set` does not set."""
     if name in FIELD_ADVICE or name in {field.name for field in fields(Recipe)}:
-        return f'not a field for --set: {FIELD_ADVICE.get(name) or "use " + _option(name)}'
+        return f'not a field for --set: {FIELD_ADVICE.get(name) or "use " + option_name(name)}'
     matches = get_close_matches(name, SETTABLE) or sorted(SETTABLE)
     return f'no such field: choose {" or ".join(matches)}'
 
@@ -377,45 +358,6 @@ PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
 """Type of a field to the function that parses its value and the words that describe it."""
 
 
-def command_line(recipe: Recipe) -> str:
-    """Return the `cxr-fastai train` command that reproduces `recipe`. A file of weights is given without its folder.
-
-    For a custom recipe it is a comment, because the command cannot repeat a training by hand. Options do not describe
-    the phases of a run that was trained longer, so its command names the file `recipe.json`.
-    """
-    if recipe.name == CUSTOM:
-        return '# trained in Python, not by a recipe: no command repeats the training'
-    if recipe.extensions:
-        return 'cxr-fastai train --data DIR --recipe recipe.json'
-    defaults = {field.name: field.default for field in fields(Recipe)} | RECIPES[recipe.name]
-    changes = {
-        name: value
-        for name, value in vars(recipe).items()
-        if name not in EXPLICIT_OR_IRRELEVANT and value != defaults[name]
-    }
-    words = [
-        'cxr-fastai train --data DIR',
-        f'--arch {recipe.arch}',
-        f'--recipe {recipe.name}',
-        f'--epochs {recipe.epochs}',
-        f'--lr {recipe.phases[0].lr:g}',
-        f'--weights {PurePath(recipe.weights).name}',
-    ]
-    frozen = [phase.epochs for phase in recipe.phases if phase.frozen]
-    if len(frozen) == 1:
-        words.append(f'--freeze-epochs {frozen[0]}')
-    for name, value in changes.items():
-        if name not in SETTABLE:
-            words.append(_option(name) if value is True else f'{_option(name)} {value}')
-    for name, value in changes.items():
-        if name in SETTABLE:
-            words.append(f'--set {name}={str(value).lower() if isinstance(value, bool) else value}')
-    return ' '.join(words)
-
-
-EXPLICIT_OR_IRRELEVANT = ('arch', 'name', 'phases', 'weights', 'workers', 'threshold')
-"""Fields that `command_line` always writes, or that do not change the trained network."""
-
-
-def _option(field: str) -> str:
+def option_name(field: str) -> str:
+    """Return the option of the command line that sets `field`."""
     return f'--{field.replace("_", "-")}'

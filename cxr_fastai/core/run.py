@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.environment import is_main_process
-from cxr_fastai.core.errors import CXRError, UsageError
+from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath, check_new, write_csv, write_json, writing
 from cxr_fastai.core.folders import sweep
 from cxr_fastai.core.foreign import parse_json, read_text
@@ -249,9 +250,13 @@ class Run:
         has_recipe = (self / 'recipe.json').is_file()
         if has_recipe and self.recipe.valid == 'none' and not self.has_out_of_fold:
             return self.out_of_fold_evaluation()
+        return self.evaluation() + (' --threshold fixed:0.5' if self.has_one_class else '')
+
+    @property
+    def has_one_class(self) -> bool:
+        """Whether all validation images are of one class, so that no threshold can be chosen on them."""
         items = self.items if (self / 'items.csv').is_file() else None
-        has_one_class = items is not None and items[items.split == 'valid'].label.nunique() == 1
-        return self.evaluation() + (' --threshold fixed:0.5' if has_one_class else '')
+        return items is not None and items[items.split == 'valid'].label.nunique() == 1
 
     def out_of_fold_evaluation(self) -> str:
         """Return the command that gives the run the out-of-fold predictions of a cross-validation."""
@@ -285,7 +290,7 @@ class Run:
     def write_split(self, name: str, table: pd.DataFrame, split: str) -> None:
         """Replace the rows of one `split` in the CSV file `name`, and keep the rows of other splits.
 
-        Rows with other columns, which an earlier version wrote, are not kept.
+        Rows with other columns, which an earlier version wrote, are not kept; a `CXRWarning` names their splits.
         """
         import pandas as pd
 
@@ -293,7 +298,18 @@ class Run:
             previous = read_table(self / name)
             if set(previous) == set(table):
                 table = pd.concat([previous[previous.split != split], table], ignore_index=True)
+            else:
+                self._warn_of_old_rows(name, set(previous.split) - {split})
         write_csv(self / name, table)
+
+    def _warn_of_old_rows(self, name: str, splits: Set[str]) -> None:
+        if splits:
+            warnings.warn(
+                f'{self / name}: an older version wrote the rows of {", ".join(sorted(splits))}, with other columns, '
+                'so they are removed. Evaluate again what you need of them.',
+                CXRWarning,
+                stacklevel=4,
+            )
 
     def remove_partial_files(self) -> None:
         """Delete the temporary files that killed commands left behind."""

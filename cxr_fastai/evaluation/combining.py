@@ -180,7 +180,8 @@ def find_views(members: Mapping[str, Run], series: Series | None) -> bool:
     paths = ' '.join(quote(str(run.path)) for run in members.values())
     raise UsageError(
         f'{", ".join(with_views)}: evaluated with test-time views, and {", ".join(without)} without them, so nothing '
-        f'says how to evaluate the combination. Evaluate all alike: `cxr-fastai evaluate {paths} --tta` or --no-tta.'
+        'says how to evaluate the combination. Evaluate all alike: '
+        f'`cxr-fastai evaluate {paths} --split valid --tta` or --no-tta.'
     )
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.figures import save_figure
 from cxr_fastai.core.files import StrPath, write_csv, write_json, writing
-from cxr_fastai.core.recipe import differences
+from cxr_fastai.core.recipe_texts import differences
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.run_files import OUT_OF_FOLD, read_json, read_table
 from cxr_fastai.core.series import FOLDS, Series
@@ -35,9 +35,9 @@ from cxr_fastai.evaluation.metrics import (
 )
 from cxr_fastai.evaluation.plots import plot_confusion_matrix
 from cxr_fastai.evaluation.split_images import find_split
-from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, parse_rule
+from cxr_fastai.evaluation.thresholds import decide, parse_rule
 from cxr_fastai.inference.config import identify_network
-from cxr_fastai.inference.decision import Decision
+from cxr_fastai.inference.decision import DEFAULT_RULE, Decision
 
 METRICS = 'out_of_fold.json'
 SPREAD = ('auc', 'average_precision', 'sensitivity', 'specificity')

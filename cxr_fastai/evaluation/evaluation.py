@@ -27,9 +27,9 @@ from cxr_fastai.evaluation.split_predictions import (
     choose_tta,
     predict_missing,
 )
-from cxr_fastai.evaluation.thresholds import DEFAULT_RULE, decide, deciding_split, parse_rule
+from cxr_fastai.evaluation.thresholds import decide, deciding_split, parse_rule
 from cxr_fastai.inference.config import identify_network
-from cxr_fastai.inference.decision import Decision
+from cxr_fastai.inference.decision import DEFAULT_RULE, Decision
 
 
 @dataclass(frozen=True)

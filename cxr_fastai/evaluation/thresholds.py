@@ -24,7 +24,6 @@ from cxr_fastai.evaluation.metrics import (
 from cxr_fastai.inference.config import logits
 from cxr_fastai.inference.decision import Decision
 
-DEFAULT_RULE = 'sensitivity:0.95'
 MIN_DECIMALS = 2
 MAX_DECIMALS = 17
 """Decimals of a threshold: as few as separate it from the scores on both sides."""

@@ -15,6 +15,10 @@ from cxr_fastai.core.run import Run
 from cxr_fastai.inference.bundle import is_bundle
 from cxr_fastai.inference.pretrained import name_model
 
+DEFAULT_RULE = 'sensitivity:0.95'
+"""Rule that chooses the threshold if none was ever given."""
+VIEWS_OPTIONS = ('--tta', '--no-tta')
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -73,9 +77,9 @@ def refuse_other_views(source: Path | None, tta: bool, rule: str, threshold: flo
 
     A `threshold` by a fixed `rule` fits all views. `temperature` is None unless probabilities are calibrated.
     """
-    option, manner = ('--tta', 'without') if tta else ('--no-tta', 'with')
+    option, manner = (VIEWS_OPTIONS[0], 'without') if tta else (VIEWS_OPTIONS[1], 'with')
     name = name_model(source) if source else 'this model'
-    evaluation = describe_evaluation(source, option) if source else ''
+    evaluation = or_evaluate(source, option) if source else ''
     if not rule.startswith('fixed:'):
         raise UsageError(
             f'{option}: the threshold {threshold:.3g} of {name} was chosen on probabilities {manner} test-time views, '
@@ -97,15 +101,25 @@ def find_run(model: Path) -> Run | None:
 
 
 def describe_evaluation(model: Path, option: str = '') -> str:
-    """Return how to choose the decision of `model` again, by `evaluate` with the `option`, as the end of a sentence.
+    """Return how to choose the decision of `model` again, by `evaluate` with the `option`, as words after "to".
 
-    Empty if the user cannot: for a learner that is in no run, and for a bundle of the package or of the Hub.
+    Empty if the user cannot: for a learner that is in no run, for a bundle of the package or of the Hub, and for a run
+    whose validation images are all of one class.
     """
     run = find_run(model)
     if run is None:
         is_own = is_bundle(model) and name_model(model) == str(model)
         with_option = f' with {option}' if option else ''
-        return f', or evaluate the run that it was exported from{with_option}, and export it again' if is_own else ''
-    command = run.out_of_fold_evaluation() if run.has_out_of_fold else run.evaluation()
+        return f'evaluate the run that it was exported from{with_option}, and export it again' if is_own else ''
+    if run.has_one_class:
+        return ''
+    needs_folds = run.has_out_of_fold and option in VIEWS_OPTIONS  # its predictions were made with other views
+    command = run.out_of_fold_evaluation() if needs_folds else run.first_evaluation()
     export = f', then `cxr-fastai export {quote(str(run.path))}`' if is_bundle(model) else ''
-    return f', or evaluate the run: `{f"{command} {option}".rstrip()}`{export}'
+    return f'evaluate the run: `{f"{command} {option}".rstrip()}`{export}'
+
+
+def or_evaluate(model: Path, option: str = '') -> str:
+    """Return `describe_evaluation` as the last of several possibilities in a sentence; empty as that one."""
+    evaluation = describe_evaluation(model, option)
+    return f', or {evaluation}' if evaluation else ''

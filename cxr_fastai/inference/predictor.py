@@ -30,7 +30,7 @@ from cxr_fastai.images.limits import DecodedImage
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.bundle import GATE, Bundle, is_bundle
 from cxr_fastai.inference.config import LEARNER, ModelConfig, find_network, identify_network, temper
-from cxr_fastai.inference.decision import Decision, describe_evaluation, find_run, refuse_other_views
+from cxr_fastai.inference.decision import Decision, or_evaluate, refuse_other_views
 from cxr_fastai.inference.engines import Engine, TorchEngine, check_precision
 from cxr_fastai.inference.gate import REJECTION, Gate
 from cxr_fastai.inference.networks import load_network
@@ -57,8 +57,8 @@ class Predictor:
 
     If `calibrated`, probabilities and threshold are scaled by the temperature that was fitted to validation images. A
     `gate` rejects images that are unlike the training images. With `tta` (test-time augmentation) the probability is
-    the mean over two views of the image: itself and its mirror image. `source` is the file or folder
-    of the model, which messages name.
+    the mean over two views of the image: itself and its mirror image. `source` is the file or folder of the model,
+    which messages name.
     """
 
     engine: Engine
@@ -90,9 +90,9 @@ class Predictor:
         A run folder, or the `learner.pkl` in one, is loaded with the threshold and temperature that `evaluate` chose.
         Other `.pkl` files have the threshold that they were exported with, which is 0.5 for `Learner.export`. Images
         are predicted with test-time views if the threshold was chosen so. With `gate=False` every image gets a
-        probability. `modality` has the codes of DICOM modalities, such as `RG,CT`, that
-        are accepted besides those of the training. Raises `CXRError` if the model cannot be loaded, and `UsageError`
-        for a wrong `modality`, or if the model has no temperature for `calibrated`.
+        probability. `modality` has the codes of DICOM modalities, such as `RG,CT`, that are accepted besides those of
+        the training. Raises `CXRError` if the model cannot be loaded, and `UsageError` for a wrong `modality`, or if
+        the model has no temperature for `calibrated`.
         """
         model = find_model(model)
         parse_modalities(modality)
@@ -107,7 +107,7 @@ class Predictor:
         if calibrated and predictor.config.temperature is None:
             raise UsageError(
                 f'{name_model(model)}: --calibrated needs a temperature, which is fitted to validation images. Omit '
-                f'--calibrated{describe_evaluation(model, "")}.'
+                f'--calibrated{or_evaluate(model)}.'
             )
         log.debug('%s: loaded into %s', model, predictor.engine)
         if not gate:
@@ -132,11 +132,6 @@ class Predictor:
             temperature = self._temperature if self.calibrated else None
             refuse_other_views(self.source, tta, self.config.threshold_rule, self.threshold, temperature)
         return replace(self, tta=tta)
-
-    @property
-    def run(self) -> Run | None:
-        """The run that the model is, or is a file of; None for any other model."""
-        return find_run(self.source) if self.source else None
 
     @property
     def model(self) -> nn.Module:
@@ -358,7 +353,7 @@ def _apply_decision(run: Run, config: ModelConfig) -> ModelConfig:
     if run.decision:
         warnings.warn(
             f'{run.path}: its decision.json was made for another network, so the threshold is {config.threshold:g}, '
-            f'that of its recipe. `{run.evaluation()}` chooses one.',
+            f'that of its recipe. `{run.first_evaluation()}` chooses one.',
             CXRWarning,
             stacklevel=4,
         )

@@ -17,7 +17,8 @@ from torch import nn
 from cxr_fastai.core.environment import is_installed, require_package
 from cxr_fastai.core.errors import CXRWarning, UsageError, did_you_mean
 from cxr_fastai.core.progress import counted
-from cxr_fastai.core.recipe import CUSTOM, RECIPES, VOCAB, Recipe, describe_phases
+from cxr_fastai.core.recipe import CUSTOM, RECIPES, VOCAB, Recipe
+from cxr_fastai.core.recipe_texts import describe_phases
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.models.ensembles import check_not_ensemble, ensemble_arch, split_name
 from cxr_fastai.models.libraries import find_library_arch, find_timm_arch, similar_in_timm, timm_model

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.progress import counted
-from cxr_fastai.core.recipe import CUSTOM, SHIFT, SPLITS, VOCAB, Recipe, command_line
+from cxr_fastai.core.recipe import CUSTOM, SHIFT, SPLITS, VOCAB, Recipe
 from cxr_fastai.core.recipe_fields import parse_recipe
+from cxr_fastai.core.recipe_texts import command_line, describe_phases
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.templates import render_template
 from cxr_fastai.data.splits import count_patients, describe_patients, unknown_patients, unknown_patients_warning
@@ -128,8 +129,9 @@ def _recipe_training(run: Run, start: dict[str, Any]) -> dict[str, str]:
     recipe = run.recipe
     return {
         'Recipe': (
-            f'{recipe.name}: {_phases(recipe)}; optimizer {recipe.optimizer}, batch size {recipe.batch_size}, '
-            f'schedule {recipe.schedule}'
+            f'{recipe.name}: {describe_phases(recipe.phases)}; optimizer {recipe.optimizer}, '
+            f'batch size {recipe.batch_size}, schedule {recipe.schedule}'
+            + (f', patience {recipe.patience}' if recipe.patience else '')
         ),
         'Augmentation': _augmentation(recipe),
         'Class imbalance': 'weights in the loss, so that both classes count equally'
@@ -148,8 +150,8 @@ def _custom_training(recipe: Recipe, start: dict[str, Any]) -> dict[str, str]:
     is_known = 'AugmentImages' in transforms
     return {
         'Recipe': (
-            f'trained by hand: {_phases(recipe) or "phases not recorded"}; optimizer {optimizer}, batch size '
-            f'{recipe.batch_size}, loss {loss}, schedule not recorded'
+            f'trained by hand: {describe_phases(recipe.phases) or "phases not recorded"}; optimizer {optimizer}, '
+            f'batch size {recipe.batch_size}, loss {loss}, schedule not recorded'
         ),
         'Callbacks': ', '.join(start.get('callbacks', [])) or 'none',
         'Augmentation': _augmentation(recipe) if is_known else f'by {", ".join(transforms) or UNKNOWN}',
@@ -182,12 +184,6 @@ def _input(recipe: Recipe) -> str:
     return text
 
 
-def _phases(recipe: Recipe) -> str:
-    return ', then '.join(
-        f'{counted(phase.epochs, "epoch")} of {phase.name} at learning rate {phase.lr:g}' for phase in recipe.phases
-    )
-
-
 def _augmentation(recipe: Recipe) -> str:
     amounts = {
         'flip': recipe.flip,
@@ -211,9 +207,9 @@ def _final_model(recipe: Recipe, epoch: int | str, trained: list[str]) -> str:
     text = f'a single network, from epoch {epoch} of {len(trained)} (highest validation AUC)'
     if recipe.valid == 'none':
         text = f'a single network, from the last of {counted(len(trained), "epoch")}'
-    for phase in recipe.phases:
-        if 0 < trained.count(phase.name) < phase.epochs:
-            text += f'; {phase.name} stopped early, after {trained.count(phase.name)} of its {phase.epochs} epochs'
+    planned = {phase.name: phase.epochs for phase in recipe.phases}
+    for name, epochs in recipe.shortened_phases(trained).items():
+        text += f'; {name} stopped early, after {epochs} of its {planned[name]} epochs'
     if recipe.ema:
         text += f'; an exponential moving average of the weights with decay {recipe.ema:g}'
     return text

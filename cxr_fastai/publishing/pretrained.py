@@ -14,7 +14,8 @@ from cxr_fastai.core.errors import CXRError, UsageError
 from cxr_fastai.core.files import StrPath, write_json
 from cxr_fastai.core.folders import replace_folder, temporary_folder
 from cxr_fastai.core.foreign import read_json
-from cxr_fastai.core.recipe import Recipe, command_line
+from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.core.recipe_texts import command_line
 from cxr_fastai.core.run import Run, as_run
 from cxr_fastai.core.run_files import OUT_OF_FOLD, read_table
 from cxr_fastai.core.series import Series

@@ -28,7 +28,8 @@ from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.errors import CXRError, Stopped, UsageError
 from cxr_fastai.core.files import atomic, csv_text, sync
 from cxr_fastai.core.foreign import open_regular
-from cxr_fastai.core.recipe import VOCAB, Recipe, differences
+from cxr_fastai.core.recipe import VOCAB, Recipe
+from cxr_fastai.core.recipe_texts import differences
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.zips import check_zip
 from cxr_fastai.inference._unpickler import check_keys, read_pickle

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from cxr_fastai.core.errors import UsageError
 from cxr_fastai.core.progress import are, counted
-from cxr_fastai.core.recipe import EXTENSION, Phase, Recipe, describe_phase, differences
+from cxr_fastai.core.recipe import EXTENSION, Phase, Recipe
+from cxr_fastai.core.recipe_texts import describe_phase, differences
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series, is_folds
 from cxr_fastai.inference.config import LEARNER, WEIGHTS
@@ -60,11 +61,12 @@ def _check_no_fold(run: Run, epochs: int) -> None:
         return
     series = Series.open(path.parent)
     if path.name in series.recipes:
+        images = quote(str(run.images)) if run.images else 'DIR'
         raise UsageError(
             f'--epochs {epochs}: {run.path} is one of {series.number} folds, and the out-of-fold predictions have to '
-            'come from networks of the same training. Train all of them longer: `cxr-fastai train --recipe '
-            f'{quote(str(run / "recipe.json"))} --epochs {epochs} --folds {series.number} --out DIR`, or extend a copy '
-            'of this run in another folder.'
+            f'come from networks of the same training. Train all of them longer: `cxr-fastai train --data {images} '
+            f'--recipe {quote(str(run / "recipe.json"))} --epochs {epochs} --folds {series.number} --out DIR`, or '
+            'extend a copy of this run in another folder.'
         )
 
 

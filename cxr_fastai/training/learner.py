@@ -42,9 +42,9 @@ from cxr_fastai.training.recipes import (
     OPTIMIZERS,
     apply_recipe,
     check_recipe_of,
+    choose_recipe,
     fit_phase,
     known_arch,
-    named_recipe,
     warn_of_cut_cycle,
 )
 from cxr_fastai.training.single_images import SingleImages
@@ -135,11 +135,7 @@ class CXRLearner(Learner):
 
         Raises `Diverged` if the loss becomes NaN or infinite; the learner then has the best weights so far.
         """
-        if isinstance(recipe, str):
-            recipe = named_recipe(self, recipe, epochs, lr, **fields)
-        elif fields or epochs is not None or lr is not None:
-            names = ', '.join(['epochs and lr', *fields])
-            raise UsageError(f'{names}: a Recipe has its own. Pass the name of a recipe to choose them.')
+        recipe = choose_recipe(self, recipe, epochs, lr, **fields)
         check_recipe_of(self, recipe)
         warn_of_cut_cycle(recipe)
         check_loaders(self.dls)

@@ -28,9 +28,24 @@ OPTIMIZERS = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW}
 NOT_OF_A_FIT = ('arch', 'phases', 'name', 'weights', 'threshold', *DATA_FIELDS)
 FIT_FIELDS = ('freeze_epochs', *(field.name for field in dataclass_fields(Recipe) if field.name not in NOT_OF_A_FIT))
 """Arguments of `make_recipe` that `fit_recipe` takes: those about the optimisation."""
+LOADER_ARGUMENTS = {'batch_size': 'bs', 'workers': 'num_workers'}
+"""Field of a recipe to the argument of `CXRDataLoaders`, where that has fastai's name."""
 
 
-def named_recipe(learn: Any, name: str, epochs: int | None, lr: float | None, **fields: Any) -> Recipe:
+def choose_recipe(learn: Any, recipe: str | Recipe, epochs: int | None, lr: float | None, **fields: Any) -> Recipe:
+    """Return the `recipe`; if it is a name, the one for `learn` with other `fields` (see `_named_recipe`).
+
+    Raises `UsageError` for arguments besides a `Recipe`, which has all of them.
+    """
+    if isinstance(recipe, str):
+        return _named_recipe(learn, recipe, epochs, lr, **fields)
+    given = [name for name, value in {'epochs': epochs, 'lr': lr}.items() if value is not None] + list(fields)
+    if given:
+        raise UsageError(f'{", ".join(given)}: a Recipe has its own. Pass the name of a recipe to choose them.')
+    return recipe
+
+
+def _named_recipe(learn: Any, name: str, epochs: int | None, lr: float | None, **fields: Any) -> Recipe:
     """Return the recipe `name` for the network and the images of `learn`, with other `fields`.
 
     Raises `UsageError` for a field that is not one of `FIT_FIELDS`.
@@ -52,7 +67,7 @@ def named_recipe(learn: Any, name: str, epochs: int | None, lr: float | None, **
             f'the images are not prepared as the recipe {name} says ({"; ".join(changed)}). Make the DataLoaders with '
             f'recipe={name!r} to change this.',
             CXRWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     data_fields = {field: getattr(images, field) for field in DATA_FIELDS}
     return replace(recipe, arch=learn.arch, weights=learn.pretrained, **data_fields)
@@ -61,7 +76,8 @@ def named_recipe(learn: Any, name: str, epochs: int | None, lr: float | None, **
 def _check_fields(names: Iterable[str]) -> None:
     for name in names:
         if name in DATA_FIELDS:
-            raise UsageError(f'{name}: about the images, which are those of the loaders. Pass it to CXRDataLoaders.')
+            advice = f'Pass {LOADER_ARGUMENTS.get(name, name)} to CXRDataLoaders.'
+            raise UsageError(f'{name}: about the images, which are those of the loaders. {advice}')
         if name not in FIT_FIELDS:
             raise UsageError(
                 f'{name}: not an argument of fit_recipe{did_you_mean(name, FIT_FIELDS)}. It takes epochs, lr, cbs, '
@@ -111,11 +127,10 @@ def check_recipe_of(learn: Any, recipe: Recipe) -> None:
 
 def warn_of_cut_cycle(recipe: Recipe) -> None:
     """Warn if `recipe` can stop early within a cycle of the learning rate."""
-    patience = max(map(recipe.patience_of, recipe.phases), default=0)
-    if patience and recipe.schedule == 'one-cycle':
+    if recipe.max_patience and recipe.schedule == 'one-cycle':
         warnings.warn(
-            f'--patience {patience} with the schedule one-cycle: the learning rate is lowest at the end of a '
-            'phase, where networks improve most, and a phase that stops early leaves that out. A smaller number of '
+            f'--patience {recipe.max_patience} with the schedule one-cycle: the learning rate is lowest at the end of '
+            'a phase, where networks improve most, and a phase that stops early leaves that out. A smaller number of '
             '--epochs shortens the whole cycle instead; --set schedule=plateau suits --patience.',
             CXRWarning,
             stacklevel=3,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cxr_fastai.core.environment import is_main_process
 from cxr_fastai.core.figures import BLUE, ORANGE, own_style, save_figure
 from cxr_fastai.core.files import writing
 from cxr_fastai.core.progress import ShownProgress, counted, format_seconds
-from cxr_fastai.core.recipe import POSITIVE, VOCAB, Phase
+from cxr_fastai.core.recipe import POSITIVE, VOCAB, Recipe
 from cxr_fastai.models.inputs import denormalize
 from cxr_fastai.training.callbacks import KeepBest, has_validation
 
@@ -30,21 +31,21 @@ log = logging.getLogger(__name__)
 class ShowEpochs(Callback):
     """Log two lines per epoch, and show the progress of its batches: a bar, or lines in the log (see `ShownProgress`).
 
-    The second line has the training images per second, without validation, and the time that is left, if every epoch of
-    `phases`, which are those that are fitted from now on, takes as long as the last one; an upper limit
-    if they `can_stop_early`.
+    The second line has the training images per second, without validation, and the time that is left, if every epoch
+    takes as long as the last one; an upper limit if a phase that is left can stop early. The first fit is the phase
+    number `start` of `recipe`, and the next ones are those after it.
     """
 
     order = KeepBest.order + 2
 
-    def __init__(self, phases: Sequence[Phase] = (), can_stop_early: bool = False) -> None:
-        self.later_phases = list(phases)
-        self.can_stop_early = can_stop_early
+    def __init__(self, recipe: Recipe, start: int = 0) -> None:
+        self.recipe = recipe
+        self.phase_number = start - 1
         self.bar: ShownProgress | None = None
         self.train_seconds = 0.0
 
     def before_fit(self) -> None:
-        self.later_phases = self.later_phases[1:]
+        self.phase_number += 1
 
     def before_train(self) -> None:
         self.train_start = time.perf_counter()
@@ -72,9 +73,12 @@ class ShowEpochs(Callback):
         row = self.history.rows[-1]
         log.info(self._describe_epoch(row))
         line = f'{self.history.image_count / self.train_seconds:,.1f} images/s'
-        epochs_left = self.n_epoch - self.epoch - 1 + sum(phase.epochs for phase in self.later_phases)
+        current, *later = self.recipe.phases[self.phase_number :]
+        phases = [replace(current, epochs=current.epochs - self.epoch - 1), *later]
+        epochs_left = sum(phase.epochs for phase in phases)
         if epochs_left:
-            limit = 'at most ' if self.can_stop_early else 'about '
+            can_stop_early = any(self.recipe.patience_of(phase) for phase in phases if phase.epochs)
+            limit = 'at most ' if can_stop_early else 'about '
             line += f', {limit}{format_seconds(row["seconds"] * epochs_left)} left for {counted(epochs_left, "epoch")}'
         log.info(f'{"":>14}{line}')
 

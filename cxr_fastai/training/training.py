@@ -255,8 +255,9 @@ def _fit_and_save(
             raise
         raise _stopped(run, stop.received) from None
     save_model(learn, run, recipe)
-    epochs = len(learn.history.rows)
-    run.log_event('end', best=without_nan(best), epochs=epochs, stopped_early=epochs < recipe.epochs)
+    trained = [row['phase'] for row in learn.history.rows]
+    shortened = list(recipe.shortened_phases(trained))
+    run.log_event('end', best=without_nan(best), epochs=len(trained), stopped_early=shortened)
     if is_main_process():
         for name in (PREVIOUS_STATE, FAILURE):
             (run / name).unlink(missing_ok=True)
@@ -298,7 +299,7 @@ def fit_run(
     """
     items = run.items if (run / 'items.csv').is_file() else pd.DataFrame()
     checkpoint = Checkpoint(run, identify(recipe, items), state)
-    show = ShowEpochs(recipe.phases[checkpoint.start.phase :], recipe.can_stop_early)
+    show = ShowEpochs(recipe, checkpoint.start.phase)
     draw = DrawBatch(run / FIRST_BATCH)
     learn.history.run_folder = run
     try:

@@ -16,6 +16,7 @@ from oddnames import FILES, copy_with_odd_names
 
 from cxr_fastai.cli import main
 from cxr_fastai.cli import run as console_script
+from cxr_fastai.core.run import Run
 
 
 def run_command(*words: object) -> tuple[int, str, str]:
@@ -160,6 +161,26 @@ def test_the_threshold_and_its_origin_are_printed(evaluated, bundle, image, tmp_
     for options, value in (((), '0.5'), (('--threshold', 0.3), '0.3')):
         output = run_command('predict', tmp_path / 'lone.pkl', image, '--no-gate', *options)[1]
         assert f'at a probability of {value} or more: a fixed threshold, not chosen on validation images' in output
+
+
+def test_a_fixed_threshold_is_shown_with_the_commands_that_choose_one(evaluated, bundle, image, tmp_path):
+    run = Path(shutil.copytree(evaluated.path, tmp_path / 'run', ignore=shutil.ignore_patterns('bundle')))
+    assert run_command('evaluate', run, '--threshold', 'fixed:0.9')[0] == 0
+    shutil.copytree(bundle, run / 'bundle')
+    evaluate = f'To choose one on them, evaluate the run: `cxr-fastai evaluate {run} --threshold sensitivity:0.95`'
+    for model, advice in ((run, f'{evaluate}.'), (run / 'bundle', f'{evaluate}, then `cxr-fastai export {run}`.')):
+        assert advice in run_command('predict', model, image, '--no-gate', '--threshold', 0.9)[1]
+    assert run_command('evaluate', run, '--threshold', 'sensitivity:0.95')[0] == 0
+    assert 'by the rule sensitivity:0.95.' in run_command('predict', run, image, '--no-gate')[1]
+    assert 'To choose one' not in run_command('predict', 'pretrained', image, '--no-gate', '--threshold', 0.9)[1]
+
+
+def test_the_threshold_of_a_run_with_validation_images_of_one_class_has_no_advice(run, image, tmp_path):
+    copy = Run(shutil.copytree(run.path, tmp_path / 'run'))
+    items = copy.items
+    items[(items.split != 'valid') | (items.label == 'NORMAL')].to_csv(copy / 'items.csv', index=False)
+    output = run_command('predict', copy.path, image, '--no-gate')[1]
+    assert 'a fixed threshold, not chosen on validation images.' in output and 'To choose one' not in output
 
 
 def test_standard_input_names_one_image_per_line(bundle, odd, image, tmp_path, monkeypatch):

@@ -92,14 +92,29 @@ def test_an_invalid_option_is_refused_before_a_run_exists(fails, train_argv, tmp
     ('word', 'option'),
     [('resnet50', '--arch'), ('tuned', '--recipe'), ('my.csv', '--csv'), ('12', '--epochs'), (Path('data'), '--data')],
 )
-def test_a_word_without_its_option_gets_the_option_that_was_meant(fails, train_argv, tmp_path, word, option):
+def test_a_word_without_its_option_gets_the_option_that_was_meant(fails, tmp_path, word, option):
     if isinstance(word, Path):
         word = tmp_path / word
         word.mkdir()
     message = f'{word}: `cxr-fastai {{}}` has no arguments, only options. Did you mean {option} {word}?'
-    fails([*train_argv, word], 2, re.escape(message.format('train')))
-    fails(['lr-find', word], 2, re.escape(message.format('lr-find')))
+    fails(['train', word, '--out', tmp_path / 'run'], 2, re.escape(message.format('train')))
+    if option != '--epochs':
+        fails(['lr-find', word], 2, re.escape(message.format('lr-find')))
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('argv', 'advice'),
+    [
+        (['train', 'no/such/data'], 'Did you mean --data no/such/data?'),
+        (['train', 'resnet5O'], 'Did you mean --arch resnet5O?'),
+        (['train', '--arch', 'baseline', 'resnet50'], 'Omit it, or write its option before it.'),
+        (['train', 'quickly'], 'Omit it, or write its option before it.'),
+        (['lr-find', '12'], 'Omit it, or write its option before it.'),
+    ],
+)
+def test_only_an_option_that_can_be_meant_is_suggested(fails, argv, advice):
+    fails(argv, 2, re.escape(f'{argv[-1]}: `cxr-fastai {argv[0]}` has no arguments, only options. {advice}'))
 
 
 def test_a_patient_in_two_splits_is_refused_unless_allowed_and_recorded(fails, images, tmp_path):

@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from cxr_fastai.core.errors import UsageError
-from cxr_fastai.core.recipe import CHOICES, RANGES, RECIPES, Recipe, differences, parse_fields
+from cxr_fastai.core.recipe import CHOICES, RANGES, RECIPES, Phase, Recipe, parse_fields
+from cxr_fastai.core.recipe_texts import differences
 from cxr_fastai.models.architectures import make_recipe, revise_recipe
 
 
@@ -65,6 +66,13 @@ def test_tuned_differs_from_reference_by_its_table_alone():
     reference, tuned = (make_recipe('baseline', name, epochs=3, lr=1e-3) for name in ('reference', 'tuned'))
     told = {line.split(':')[0] for line in differences(reference, tuned)}
     assert told == {'name', *RECIPES['tuned']}
+
+
+def test_the_phases_that_ended_early_are_those_with_fewer_epochs_than_planned():
+    phases = (Phase('frozen', 2, 1e-3, True), Phase('fine-tune', 4, 1e-4), Phase('extension', 3, 1e-4))
+    recipe = Recipe('resnet50', phases, patience=2)
+    assert recipe.shortened_phases(['frozen'] * 2 + ['fine-tune'] * 3) == {'fine-tune': 3}
+    assert recipe.max_patience == 2 and replace(recipe, patience=0).max_patience == 0
 
 
 def test_the_number_of_workers_makes_no_difference():

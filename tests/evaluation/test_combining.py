@@ -13,10 +13,11 @@ import torch
 from cxr_fastai.core.errors import OutputError, UsageError
 from cxr_fastai.core.run import Run
 from cxr_fastai.core.series import Series
-from cxr_fastai.evaluation import combined_runs, combining, robustness, selection
+from cxr_fastai.evaluation import combined_runs, robustness, selection
 from cxr_fastai.evaluation.combined_runs import merge_histories, merge_items
 from cxr_fastai.evaluation.combining import combine
 from cxr_fastai.evaluation.evaluation import evaluate
+from cxr_fastai.evaluation.split_images import find_split
 from cxr_fastai.images.preprocessing import Preprocessing
 from cxr_fastai.inference.config import identify_network, logits
 from cxr_fastai.inference.predictor import Predictor, load_undecided
@@ -167,7 +168,7 @@ def test_auto_keeps_a_single_network_a_soup_or_an_ensemble(members, images, tmp_
 
 
 def test_the_scores_are_those_of_the_robustness(members, images, tmp_path, few_corruptions):
-    root, items = combining._find_own(members[0], None, 'valid')
+    root, items = find_split(members[0], None, 'valid')
     predictor = load_undecided(members[0])
     table = robustness.measure_robustness(predictor, items, root)
     expected = robustness.summarise(table)
@@ -193,15 +194,16 @@ def test_a_combination_of_runs_evaluated_with_views_is_judged_and_evaluated_with
     viewed, members, tmp_path, few_corruptions
 ):
     combination = combine(viewed, tmp_path / 'auto')
-    root, items = combining._find_own(members[0], None, 'valid')
+    root, items = find_split(members[0], None, 'valid')
     expected = robustness.measure_robustness(replace(load_undecided(viewed[0]), tta=True), items, root)
     (single,) = [c for c in combination.selection.singles if c.members == ('a',)]
     assert single.corrupted == pytest.approx(robustness.summarise(expected)['corrupted'])
     run = combine(viewed, tmp_path / 'ensemble', 'ensemble').run
     ensemble = robustness.measure_robustness(replace(load_undecided(run), tta=True), items, root)
-    for candidate in combination.selection.contenders:
-        if candidate.how == 'ensemble':
-            assert candidate.corrupted == pytest.approx(robustness.summarise(ensemble)['corrupted'], abs=1e-6)
+    judge = selection.Judge.open(items, root, Preprocessing.of(run.recipe), 32, tta=True)
+    scores = selection.mean_logits([judge.predict(load_undecided(member)) for member in viewed])
+    judged = judge.candidate('ensemble', 'ab', scores)
+    assert judged.corrupted == pytest.approx(robustness.summarise(ensemble)['corrupted'], abs=1e-6)
     assert combination.tta and evaluate(run)['tta'] and run.decision['tta']
     assert not evaluate(run, tta=False)['tta'] and not evaluate(run)['tta']  # the user has the last word
 
@@ -210,7 +212,7 @@ def test_runs_evaluated_with_and_without_views_are_not_combined(viewed, members,
     plain = Run(shutil.copytree(members[1].path, tmp_path / 'b'))
     assert combine([viewed[0], plain], tmp_path / 'first', 'ensemble').tta  # b was not evaluated
     evaluate(plain)
-    with pytest.raises(UsageError, match='a: evaluated with test-time views, and b without them.*evaluate .* --tta`'):
+    with pytest.raises(UsageError, match='a: evaluated with test-time .*, and b without them.* --split valid --tta`'):
         combine([viewed[0], plain], tmp_path / 'second', 'ensemble')
     assert not (tmp_path / 'second').exists()
 

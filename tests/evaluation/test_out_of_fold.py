@@ -73,6 +73,23 @@ def test_the_test_images_are_predicted_by_the_run_itself(copy, images):
     assert (copy.predicted('valid').set_index('path').p_pneumonia == oof).all()
 
 
+def test_predictions_and_errors_name_the_evaluation_that_the_run_needs(final, copy, images, capsys):
+    image = str(next((images / 'test/NORMAL').iterdir()))
+    for run, command in (
+        (final, f'cxr-fastai evaluate {final.path} --out-of-fold FOLDS'),
+        (copy, f'cxr-fastai evaluate {copy.path}'),
+    ):
+        assert main(['predict', str(run.path), image]) == 0
+        shown = ' '.join(capsys.readouterr().out.split())
+        assert f'evaluate the run: `{command} --threshold sensitivity:0.95`.' in shown
+        with pytest.raises(UsageError, match=f'Omit --calibrated, or evaluate the run: `{command}`.$'):
+            Predictor.load(run.path, calibrated=True)
+    evaluate(copy, images)
+    assert Predictor.load(copy.path, calibrated=True).config.temperature
+    with pytest.raises(UsageError, match=f'`cxr-fastai evaluate {copy.path} --out-of-fold FOLDS --tta`'):
+        Predictor.load(copy.path).with_tta(True)
+
+
 def test_other_out_of_fold_predictions_give_other_metrics(copy):
     first = evaluate(copy, split='valid')
     table = copy.out_of_fold

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.recipe import Recipe, command_line
+from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.core.recipe_texts import command_line
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import evaluate
 from cxr_fastai.evaluation.intervals import format_estimate

@@ -146,7 +146,7 @@ def test_the_command_records_an_early_stop_and_can_train_longer(images, tmp_path
     epochs = len(run.history)
     assert epochs < 15 and run.kept_epoch == epochs - 1 and run.recipe.patience == 1
     end = run.last_event('end')
-    assert (end['epochs'], end['stopped_early']) == (epochs, True)
+    assert (end['epochs'], end['stopped_early']) == (epochs, ['train'])
     capsys.readouterr()
     assert main(['train', '--resume', str(folder)]) == 0
     assert f'trained for {epochs} epochs already, so nothing is left to do' in capsys.readouterr().out
@@ -155,10 +155,14 @@ def test_the_command_records_an_early_stop_and_can_train_longer(images, tmp_path
     assert main(longer) == 0
     assert run.recipe.patience == 1 and run.recipe.phases[1:] == (Phase('extension', 1, 1e-3, patience=3),)
     assert len(run.history) == epochs + 1 and run.history.phase.iloc[-1] == 'extension'
+    assert run.last_event('end')['stopped_early'] == ['train']  # the extension had all its epochs
     log = capsys.readouterr().out
     assert f', {epochs + 1} epochs, of which {epochs} trained already' in log and 'stops early' not in log
     kept = f'of {epochs + 1} (highest validation AUC); train stopped early, after {epochs} of its 15 epochs'
-    assert describe_run(run)['Final model'].endswith(kept)
+    facts = describe_run(run)
+    assert facts['Final model'].endswith(kept)
+    assert '1 epoch of extension at learning rate 0.001 with the patience 3;' in facts['Recipe']
+    assert facts['Recipe'].endswith('patience 1')
     assert main(longer) == 0 and main(['train', '--resume', str(folder), '--patience', '3']) == 0
     assert capsys.readouterr().out.count('nothing is left to do') == 2
     assert main(['train', '--resume', str(folder), '--patience', '2']) == 2

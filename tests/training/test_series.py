@@ -104,11 +104,12 @@ def test_an_interrupted_series_continues_with_the_missing_trainings(folds, image
         assert (old / 'model.safetensors').read_bytes() == (new / 'model.safetensors').read_bytes()
 
 
-def test_one_fold_is_not_trained_longer_alone(folds, tmp_path, capsys):
+def test_one_fold_is_not_trained_longer_alone(folds, images, tmp_path, capsys):
     series = copy_of(folds, tmp_path / 'folds')
     fold = series.folder('fold-1')
     assert main(['train', '--resume', str(fold), '--epochs', '3']) == 2
-    advice = f'`cxr-fastai train --recipe {fold}/recipe.json --epochs 3 --folds 3 --out DIR`, or extend a copy'
+    options = f'--data {images.resolve()} --recipe {fold}/recipe.json --epochs 3 --folds 3 --out DIR'
+    advice = f'`cxr-fastai train {options}`, or extend a copy'
     error = ' '.join(capsys.readouterr().err.split())
     assert f'{fold} is one of 3 folds' in error and advice in error
     copied = Run.open(shutil.copytree(fold, tmp_path / 'copied'))

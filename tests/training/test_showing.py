@@ -96,8 +96,9 @@ def test_quiet_shows_none_of_it(images, tmp_path, capsys):
 
 def test_the_time_that_is_left_counts_later_phases(images, tmp_path, caplog):
     caplog.set_level('INFO', 'cxr_fastai')
-    phases = (Phase('frozen', 1, 1e-3, True), Phase('fine-tune', 2, 1e-4))
+    phases = (Phase('frozen', 2, 1e-3, True, patience=2), Phase('fine-tune', 2, 1e-4))
     recipe = Recipe('baseline', phases, **{name: value for name, value in SETTINGS.items() if name != 'epochs'})
     fit_run(new_learner(images, recipe), recipe, Run.create(tmp_path / 'run'))
-    left = [re.search(r'left for (\d)', line) for line in caplog.messages if 'images/s' in line]
-    assert [match and match[1] for match in left] == ['2', '1', None]
+    left = [re.search(r'(at most|about) .* left for (\d)', line) for line in caplog.messages if 'images/s' in line]
+    counts = [match and match.groups() for match in left]
+    assert counts == [('at most', '3'), ('about', '2'), ('about', '1'), None]  # fine-tune has no patience

@@ -331,10 +331,10 @@ def test_a_recipe_whose_augmentation_the_loaders_do_not_have_warns(learn):
 
 
 def test_epochs_of_a_recipe_object_cannot_be_changed(learn):
-    with pytest.raises(UsageError, match='epochs and lr: a Recipe has its own. Pass the name of a recipe'):
+    with pytest.raises(UsageError, match='^epochs: a Recipe has its own. Pass the name of a recipe'):
         learn.fit_recipe(learn.dls.recipe, epochs=3)
-    with pytest.raises(UsageError, match='epochs and lr, patience: a Recipe has its own'):
-        learn.fit_recipe(learn.dls.recipe, patience=3)
+    with pytest.raises(UsageError, match='^lr, patience: a Recipe has its own'):
+        learn.fit_recipe(learn.dls.recipe, lr=1e-3, patience=3)
 
 
 def test_fit_recipe_takes_the_settings_of_the_command(learn):
@@ -347,7 +347,9 @@ def test_fit_recipe_takes_the_settings_of_the_command(learn):
     ('fields', 'message'),
     [
         ({'patients': 2}, r'patients: not an argument of fit_recipe .did you mean patience.*It takes epochs, lr, cbs'),
-        ({'size': 64}, 'size: about the images, which are those of the loaders. Pass it to CXRDataLoaders'),
+        ({'size': 64}, 'size: about the images, which are those of the loaders. Pass size to CXRDataLoaders'),
+        ({'batch_size': 4}, 'batch_size: about the images, .* Pass bs to CXRDataLoaders'),
+        ({'workers': 2}, 'workers: about the images, .* Pass num_workers to CXRDataLoaders'),
         ({'freeze_epochs': 1}, '--freeze-epochs 1: this training has no frozen phase'),
     ],
 )

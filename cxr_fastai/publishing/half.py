@@ -20,7 +20,7 @@ cause most of the change, and take 0.4 MB more in float32. On 1,744 validation i
 change is 9.5e-4 if those from 5,000 values on are stored as float16."""
 MAX_CHANGE = 1e-3
 """Largest change of a probability by the storage as float16."""
-HALF_BANK = 128
+HALF_BANK = 120
 """Number of training images whose features the input gate of such a bundle contains; 800 would take 2 MB."""
 BATCH_SIZE = 32
 SUFFIX = '_float16'

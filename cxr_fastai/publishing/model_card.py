@@ -191,12 +191,17 @@ def _augmentation(recipe: Recipe) -> str:
         'translation': recipe.translate,
         'brightness': recipe.brightness,
         'contrast': recipe.contrast,
+        'gamma': recipe.gamma,
         'crop': 1 - recipe.crop,
         'blur': recipe.blur,
         'resolution': 1 - recipe.resolution,
         'JPEG compression': recipe.jpeg,
         'erasing': recipe.erase,
         'mixup': recipe.mixup,
+        'grey levels of another image': recipe.match_histogram,
+        'detail of another image': recipe.match_detail,
+        'surroundings of the lungs from another image': recipe.exchange,
+        'lungs hidden with a random label': recipe.hide_lungs,
     }
     steps = [name for name, amount in amounts.items() if amount]
     return f'training images only: {", ".join(steps) or "none"}'

@@ -1,11 +1,12 @@
 """The model card contains the facts and metrics of a run, and the commands that reproduce it."""
 
+import json
 import shutil
 
 import pytest
 
 from cxr_fastai.cli import main
-from cxr_fastai.core.recipe import Recipe
+from cxr_fastai.core.recipe import AUGMENTATION_FIELDS, Recipe
 from cxr_fastai.core.recipe_texts import command_line
 from cxr_fastai.core.run import Run
 from cxr_fastai.evaluation.evaluation import evaluate
@@ -33,6 +34,24 @@ def test_facts_that_an_older_run_did_not_record_are_marked(evaluated, tmp_path):
     (run / 'journal.jsonl').unlink()
     facts = describe_run(run)
     assert 'not recorded' in facts['Hardware'] and facts['Versions'] == 'not recorded'
+
+
+STEPS = {'mixup', *AUGMENTATION_FIELDS} - {'low_pass', 'interpolation', 'crop_aspect'}
+
+
+@pytest.mark.parametrize('field', sorted(STEPS))
+def test_the_card_names_every_augmentation(field, evaluated, tmp_path):
+    shutil.copytree(evaluated.path, tmp_path / 'run')
+    fields = json.loads((tmp_path / 'run' / 'recipe.json').read_text())
+    none = {name: getattr(Recipe, name, 0) for name in AUGMENTATION_FIELDS} | {'flip': 0, 'degrees': 0, 'translate': 0}
+    none |= {'brightness': 0, 'contrast': 0, 'mixup': 0}
+
+    def augmentation(**changes):
+        (tmp_path / 'run' / 'recipe.json').write_text(json.dumps(fields | none | changes))
+        return describe_run(Run(tmp_path / 'run'))['Augmentation']
+
+    assert augmentation() == 'training images only: none'
+    assert augmentation(**{field: {'jpeg': 50, 'blur': 0.01}.get(field, 0.5)}) != augmentation()
 
 
 def test_the_commands_contain_the_options_of_the_evaluation(evaluated, images, tmp_path):

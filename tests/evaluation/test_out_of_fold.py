@@ -20,6 +20,7 @@ from cxr_fastai.evaluation.robustness import evaluate_robustness
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.publishing.exporting import read_gate_samples
 from cxr_fastai.publishing.model_card import render_card
+from cxr_fastai.publishing.reporting import report
 from cxr_fastai.training.training import train
 
 
@@ -107,6 +108,12 @@ def test_card_and_gate_say_and_do_what_is_possible_without_validation_images(cop
     train_images, valid_images = [images.reshape(len(images), -1) for _, images in samples.values()]
     assert len(train_images) + len(valid_images) == 48
     assert not {row.tobytes() for row in train_images} & {row.tobytes() for row in valid_images}
+
+
+def test_the_report_says_which_networks_the_predictions_are_of(copy):
+    evaluate(copy, split='valid')
+    page = ' '.join(report(copy).read_text().split())
+    assert 'those of 3 other networks' in page and 'train: 48' in page
 
 
 def test_robustness_on_images_of_the_training_is_refused(copy):

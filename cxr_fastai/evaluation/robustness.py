@@ -78,19 +78,7 @@ def read_robustness(run: Run, split: str) -> pd.DataFrame | None:
 
     Rows that are not of the network, the threshold and the views of the run are left out, with a `CXRWarning`.
     """
-    if not (run / 'robustness.csv').exists():
-        return None
-    table = run.robustness
-    rows = table[table.split == split].reset_index(drop=True)
-    problem = _find_problem(run, rows) if len(rows) else ''
-    if problem:
-        warnings.warn(
-            f'{run / "robustness.csv"}: the rows of {split} {problem}, so they are not used. '
-            f'Run `{run.evaluation(split)} --robustness` again.',
-            CXRWarning,
-            stacklevel=2,
-        )
-    return rows if len(rows) and not problem else None
+    return _current_rows(run, run.robustness, split) if (run / 'robustness.csv').exists() else None
 
 
 def warn_of_stale_robustness(run: Run) -> None:
@@ -98,12 +86,25 @@ def warn_of_stale_robustness(run: Run) -> None:
     if not (run / 'robustness.csv').exists():
         return
     try:
-        splits = run.robustness.split.unique()
+        table = run.robustness
     except UsageError as error:
         warnings.warn(str(error), CXRWarning, stacklevel=2)
         return
-    for split in splits:
-        read_robustness(run, split)
+    for split in table.split.unique():
+        _current_rows(run, table, split)
+
+
+def _current_rows(run: Run, table: pd.DataFrame, split: str) -> pd.DataFrame | None:
+    rows = table[table.split == split].reset_index(drop=True)
+    problem = _find_problem(run, rows) if len(rows) else ''
+    if problem:
+        warnings.warn(
+            f'{run / "robustness.csv"}: the rows of {split} {problem}, so they are not used. '
+            f'Run `{run.evaluation(split)} --robustness` again.',
+            CXRWarning,
+            stacklevel=3,
+        )
+    return rows if len(rows) and not problem else None
 
 
 def _find_problem(run: Run, rows: pd.DataFrame) -> str:

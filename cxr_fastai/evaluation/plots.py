@@ -86,12 +86,19 @@ def plot_robustness(robustness: pd.DataFrame, title: str = '', columns: int = 4)
 def plot_history(history: pd.DataFrame, kept_epoch: int | None = None) -> Figure:
     """Plot the losses and the validation metrics by epoch, with the training phases shaded.
 
-    A line marks `kept_epoch`, the epoch that the saved weights are from: `Run.kept_epoch`.
+    A line marks `kept_epoch`, the epoch that the saved weights are from: `Run.kept_epoch`. The history of a training
+    without validation images has the panel of the losses alone.
     """
-    figure = NotebookFigure(figsize=(9, 4.1), layout='constrained')
-    for ax, draw in zip(figure.subplots(1, len(HISTORY_PANELS)), HISTORY_PANELS.values(), strict=True):
-        draw(ax, history, kept_epoch)
+    panels = history_panels(history)
+    figure = NotebookFigure(figsize=(4.5 * len(panels), 4.1), layout='constrained')
+    for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+        HISTORY_PANELS[panel](ax, history, kept_epoch)
     return figure
+
+
+def history_panels(history: pd.DataFrame) -> list[str]:
+    """Return the names of the panels of `HISTORY_PANELS` for which `history` has values."""
+    return [panel for panel in HISTORY_PANELS if panel != 'validation' or history.roc_auc.notna().any()]
 
 
 @plotting
@@ -104,7 +111,8 @@ def plot_history_panel(history: pd.DataFrame, panel: str, kept_epoch: int | None
 
 def _draw_losses(ax: Axes, history: pd.DataFrame, kept_epoch: int | None) -> None:
     ax.plot(history.epoch, history.train_loss, color=GREY, marker='.', label='train loss')
-    ax.plot(history.epoch, history.valid_loss, color=BLUE, marker='.', label='valid loss')
+    if history.valid_loss.notna().any():
+        ax.plot(history.epoch, history.valid_loss, color=BLUE, marker='.', label='valid loss')
     ax.set_ylim(0, None)
     _finish_history_panel(ax, history, kept_epoch, 'loss')
 

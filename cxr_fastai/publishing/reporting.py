@@ -43,7 +43,7 @@ from cxr_fastai.evaluation.metrics import (
 )
 from cxr_fastai.evaluation.plots import (
     CAM_CHECK_PANELS,
-    HISTORY_PANELS,
+    history_panels,
     plot_cam_check_panel,
     plot_history_panel,
     plot_robustness,
@@ -87,10 +87,12 @@ SECTIONS = {
 }
 """The sections of the report with their titles; those without content are left out."""
 VALIDATION_SPLITS = {
-    'official': 'the images of the folder val',
-    'patients': '{share:.0%} of the {units} of train and val, drawn at random with the same class balance',
-    'none': 'none, so that the network was trained on all images; its validation metrics are those of other networks',
-    UNKNOWN: 'chosen before the run was saved; how is not recorded',
+    'official': 'The validation images are those of the folder val.',
+    'patients': 'The validation images are those of {share:.0%} of the {units} of train and val, drawn at random with '
+    'the same class balance.',
+    'none': 'The network was trained on all images, so it has no validation images. Its validation metrics are those '
+    'of other networks.',
+    UNKNOWN: 'The validation images were chosen before the run was saved; how is not recorded.',
 }
 """How validation images are chosen, by the field `valid` of the recipe; see `_describe_validation`."""
 CONSTANTS = {
@@ -306,7 +308,8 @@ def draw(
     `robustness` are the rows of the split in the table of that name, and `map_check` is the content of
     `cam_check.json`, if there are any.
     """
-    figures = {panel: plot_history_panel(run.history, panel, run.kept_epoch) for panel in HISTORY_PANELS}
+    history = run.history
+    figures = {panel: plot_history_panel(history, panel, run.kept_epoch) for panel in history_panels(history)}
     if metrics['auc']['value'] is not None:
         figures |= {name: plot(predictions, metrics, f'{split} split') for name, plot in CURVES.items()}
     if robustness is not None:

@@ -114,6 +114,8 @@ def test_the_report_says_which_networks_the_predictions_are_of(copy):
     evaluate(copy, split='valid')
     page = ' '.join(report(copy).read_text().split())
     assert 'those of 3 other networks' in page and 'train: 48' in page
+    assert 'was trained on all images, so it has no validation images.' in page
+    assert 'validation metrics by epoch' not in page, 'an empty figure'
 
 
 def test_robustness_on_images_of_the_training_is_refused(copy):

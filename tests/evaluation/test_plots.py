@@ -88,6 +88,13 @@ def test_the_history_marks_the_kept_epoch_in_both_panels():
         assert 'kept epoch' not in words(plot_history(HISTORY, epoch))
 
 
+def test_the_history_of_a_training_without_validation_shows_its_training_loss_alone():
+    columns = ['valid_loss', 'accuracy', 'roc_auc', 'sensitivity', 'specificity']
+    figure = plot_history(HISTORY.assign(**dict.fromkeys(columns, float('nan'))), kept_epoch=2)
+    assert len(figure.axes) == 1
+    assert figure.axes[0].get_legend_handles_labels()[1] == ['train loss', 'kept epoch: 2']
+
+
 def test_the_history_of_one_epoch_has_ticks_at_whole_epochs():
     for ax in plot_history(HISTORY.head(1), kept_epoch=1).axes:
         assert 1 in ax.get_xticks() and all(tick.is_integer() for tick in ax.get_xticks())

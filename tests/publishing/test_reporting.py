@@ -313,7 +313,7 @@ def test_the_flow_states_the_real_share_of_the_validation_images(copy):
     (copy / 'recipe.json').write_text(json.dumps(recipe | {'valid': 'patients'}))
     items = copy.items[lambda items: items.split != 'test']
     share = items[items.split == 'valid'].patient.nunique() / items.patient.nunique()
-    assert describe_flow(copy)['valid'].startswith(f'{share:.0%} of the patients of train and val')
+    assert f'those of {share:.0%} of the patients of train and val' in describe_flow(copy)['valid']
 
 
 def test_a_run_that_was_not_evaluated_is_rejected(run, capsys):

@@ -101,7 +101,7 @@ def plot_roc(predictions: pd.DataFrame, metrics: dict[str, Any], title: str = ''
         )
     ax.set(xlabel='1 - specificity', ylabel='sensitivity', xlim=UNIT_LIMITS, ylim=UNIT_LIMITS, aspect='equal')
     ax.legend(loc='lower right', fontsize=8, frameon=False)
-    set_title(ax, f'{title}, n = {metrics["n"]}')
+    set_title(ax, f'{title}, n = {metrics["n"]:,}')
     return figure
 
 
@@ -192,7 +192,7 @@ def plot_precision_recall(predictions: pd.DataFrame, metrics: dict[str, Any], ti
     ax.set(xlabel='sensitivity (recall)', ylabel='PPV (precision)', aspect='equal')
     ax.set(xlim=UNIT_LIMITS, ylim=UNIT_LIMITS)
     ax.legend(loc='lower left', fontsize=8, frameon=False)
-    set_title(ax, f'{title}, n = {metrics["n"]}')
+    set_title(ax, f'{title}, n = {metrics["n"]:,}')
     return figure
 
 
@@ -217,7 +217,7 @@ def plot_calibration(predictions: pd.DataFrame, metrics: dict[str, Any], title: 
     tidy(histogram).set(xlabel=PREDICTED_PROBABILITY, ylabel='images', yscale='log')
     histogram.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
     histogram.yaxis.set_minor_formatter(NullFormatter())
-    set_title(ax, f'{title}, n = {metrics["n"]}')
+    set_title(ax, f'{title}, n = {metrics["n"]:,}')
     return figure
 
 
@@ -240,7 +240,7 @@ def plot_scores(predictions: pd.DataFrame, metrics: dict[str, Any], title: str =
     edges = np.linspace(low, high, HISTOGRAM_BINS + 1)
     figure, ax = axes(4.8, 4.1)
     for in_class, colour, name in ((~targs, BLUE, 'normal'), (targs, ORANGE, 'pneumonia')):
-        ax.hist(z[in_class], bins=edges.tolist(), color=colour, alpha=0.55, label=f'{name} (n = {in_class.sum()})')
+        ax.hist(z[in_class], bins=edges.tolist(), color=colour, alpha=0.55, label=f'{name} (n = {in_class.sum():,})')
     for point, colour, _ in _operating_points(metrics):
         position = float(logits(point['threshold']))
         label = f'threshold {point["threshold"]:g}'
@@ -254,7 +254,7 @@ def plot_scores(predictions: pd.DataFrame, metrics: dict[str, Any], title: str =
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel=f'{PREDICTED_PROBABILITY} (logit scale)', ylabel='images')
     figure.legend(loc='outside lower center', ncols=2, fontsize=8, frameon=False)  # inside, it would cover bars
-    set_title(ax, f'{title}, n = {metrics["n"]}')
+    set_title(ax, f'{title}, n = {metrics["n"]:,}')
     return figure
 
 

@@ -37,12 +37,12 @@ def plot_confusion_matrix(metrics: dict[str, Any], title: str = '') -> Figure:
     for (row, column), count in np.ndenumerate(counts):
         share = shares[row, column]
         colour = 'white' if share > DARK_SHARE else INK
-        ax.text(column, row, f'{count}\n{share:.1%}', ha='center', va='center', fontsize=14, color=colour)
+        ax.text(column, row, f'{count:,}\n{share:.1%}', ha='center', va='center', fontsize=14, color=colour)
     ax.set(xticks=[0, 1], xticklabels=VOCAB, xlabel='predicted class', ylabel='true class')
     ax.set_yticks([0, 1], VOCAB, rotation=90, va='center')
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    set_title(ax, f'{title}\nn = {metrics["n"]}, threshold {metrics["threshold"]:g}')
+    set_title(ax, f'{title}\nn = {metrics["n"]:,}, threshold {metrics["threshold"]:g}')
     return figure
 
 
@@ -78,7 +78,7 @@ def plot_robustness(robustness: pd.DataFrame, title: str = '', columns: int = 4)
         ax.label_outer()
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=len(labels), fontsize=9, frameon=False)
-    figure.suptitle(f'{title}, n = {robustness.n.iloc[0]}', fontsize=11, parse_math=False)
+    figure.suptitle(f'{title}, n = {robustness.n.iloc[0]:,}', fontsize=11, parse_math=False)
     return figure
 
 

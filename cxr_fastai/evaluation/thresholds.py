@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from cxr_fastai.core.errors import CXRWarning, UsageError
+from cxr_fastai.core.progress import are, counted
 from cxr_fastai.core.recipe import SHIFT
 from cxr_fastai.data.splits import UNKNOWN_PATIENT, count_patients, unknown_patients
 from cxr_fastai.evaluation.calibration import explain_temperature, fit_temperature
@@ -109,15 +110,15 @@ def keep_sensitivity(sample: Sample, target: float) -> tuple[float, str]:
     if not len(below):
         needed = math.ceil(1 / (1 - target) - 1 - TOLERANCE)
         return threshold, (
-            f'Warning: {n} {unit}s with pneumonia among the validation images are too few for a sensitivity of '
-            f'{target:g}, which requires {needed}. All of them are classified as pneumonia, and the expected '
-            f'sensitivity for a new {unit} is at least {expected:.3f}.{unknown}'
+            f'Warning: {counted(n, unit)} with pneumonia among the validation images {are(n)} too few for a '
+            f'sensitivity of {target:g}, which requires {needed}. All of them are classified as pneumonia, and the '
+            f'expected sensitivity for a new {unit} is at least {expected:.3f}.{unknown}'
         )
     detected = int((scores >= threshold).sum())
     return threshold, (
-        f'{detected} of {len(scores)} validation images of pneumonia are classified as pneumonia '
-        f'({detected / len(scores):.3f}), so that the expected sensitivity for a new {unit}, estimated from {n} '
-        f'{unit}s, is at least {expected:.3f}.{unknown}'
+        f'{detected:,} of {len(scores):,} validation images of pneumonia are classified as pneumonia '
+        f'({detected / len(scores):.3f}), so that the expected sensitivity for a new {unit}, estimated from '
+        f'{counted(n, unit)}, is at least {expected:.3f}.{unknown}'
     )
 
 
@@ -133,7 +134,7 @@ def _explain_unknown(n_unknown: int, n: int) -> str:
     if n_unknown == n:
         return ' Their patients are unknown; if several images are of one patient, this promises too much.'
     return (
-        f' {n_unknown} of these patients are single images whose patient is unknown; if several of them are of one '
+        f' {n_unknown:,} of these patients are single images whose patient is unknown; if several of them are of one '
         'patient, this promises too much.'
     )
 

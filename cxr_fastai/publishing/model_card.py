@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.progress import counted
@@ -292,12 +292,24 @@ def reproduce(run: Run, split: str) -> str:
             options.append(f'--by {column}')
     for row in metrics['prevalences']:
         options.append(f'--prevalence {100 * row["prevalence"]:g}%')
+    folds = _training_of_folds(run, metrics)
+    if folds:
+        options.insert(0, '--out-of-fold FOLDS')
     commands = [
+        *folds,
         *_trainings(run),
         f'cxr-fastai evaluate RUN {" ".join(options)}',
         'cxr-fastai report RUN',
     ]
     return '\n'.join(commands)
+
+
+def _training_of_folds(run: Run, metrics: dict[str, Any]) -> list[str]:
+    """Return the command that trained the folds whose out-of-fold predictions `run` was given, if it was."""
+    if run.recipe.valid != 'none' or run.last_event('combine') or not metrics.get('out_of_fold'):
+        return []
+    recipe = replace(run.recipe, valid='patients')
+    return [f'{command_line(recipe)} --folds {metrics["out_of_fold"]} --out FOLDS']
 
 
 def _trainings(run: Run) -> list[str]:

@@ -19,7 +19,7 @@ from cxr_fastai.evaluation.out_of_fold import adopt_out_of_fold
 from cxr_fastai.evaluation.robustness import evaluate_robustness
 from cxr_fastai.inference.predictor import Predictor
 from cxr_fastai.publishing.exporting import read_gate_samples
-from cxr_fastai.publishing.model_card import render_card
+from cxr_fastai.publishing.model_card import render_card, reproduce
 from cxr_fastai.publishing.reporting import report
 from cxr_fastai.training.training import train
 
@@ -116,6 +116,14 @@ def test_the_report_says_which_networks_the_predictions_are_of(copy):
     assert 'those of 3 other networks' in page and 'train: 48' in page
     assert 'was trained on all images, so it has no validation images.' in page
     assert 'validation metrics by epoch' not in page, 'an empty figure'
+
+
+def test_the_commands_in_the_report_train_the_folds_first(copy):
+    evaluate(copy, split='valid')
+    folds, training, evaluation, _ = reproduce(copy, 'valid').splitlines()
+    assert folds.endswith('--folds 3 --out FOLDS') and '--valid none' not in folds
+    assert '--valid none' in training and training.endswith('--out RUN')
+    assert evaluation.startswith('cxr-fastai evaluate RUN --out-of-fold FOLDS')
 
 
 def test_robustness_on_images_of_the_training_is_refused(copy):

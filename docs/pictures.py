@@ -280,6 +280,12 @@ def capture(tab: Any) -> Image.Image:
     return Image.open(BytesIO(tab.screenshot())).convert('RGB')
 
 
+def save_small(picture: Image.Image, path: Path) -> None:
+    """Save `picture` with 200 colors. The default method of Pillow turns rare ones, such as orange, into brown."""
+    method = Image.Quantize.MAXCOVERAGE
+    picture.quantize(200, method=method, kmeans=1, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 def main() -> None:
     """Draw all pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -290,14 +296,14 @@ def main() -> None:
         path = args.out / f'{draw.__name__}.png'
         save_figure(draw(args.demo), path)
         if draw is not explained:
-            Image.open(path).convert('RGB').quantize(200).save(path, optimize=True)
+            save_small(Image.open(path).convert('RGB'), path)
     save_figure(speed(), args.out / 'speed.png')
     curves(args.demo, args.out / 'curves.png')
-    report_screenshots(args.demo).quantize(200).save(args.out / 'report.png', optimize=True)
-    audit_screenshot(args.demo).quantize(200).save(args.out / 'audit.png', optimize=True)
+    save_small(report_screenshots(args.demo), args.out / 'report.png')
+    save_small(audit_screenshot(args.demo), args.out / 'audit.png')
     table, details = serve_screenshots(args.demo)
-    table.quantize(200).save(args.out / 'serve.png', optimize=True)
-    details.save(args.out / 'serve_details.png', optimize=True)  # 200 colors distort the map
+    save_small(table, args.out / 'serve.png')
+    details.save(args.out / 'serve_details.png', optimize=True)  # so few colors distort the map
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ MAX_OPTION = 50
 """Largest number of characters of an unknown option that a response repeats."""
 
 
-class Explanation(BaseModel):
+class ExplainedImage(BaseModel):
     """Facts about the file of an image, and the image without and with its Grad-CAM map."""
 
     format: str = Field(description='file format, detected from the content', examples=['JPEG'])
@@ -55,7 +55,7 @@ class PredictionRow(BaseModel):
     threshold: float = Field(description='an image is classified as PNEUMONIA at this probability or above')
     code: str | None = Field(description='stable name of the problem', examples=['E_OUT_OF_DISTRIBUTION'])
     message: str | None = Field(description='the problem, or a note on how the image was read, such as its window')
-    explanation: Explanation | None = Field(None, description='only with `explain=true`')
+    explanation: ExplainedImage | None = Field(None, description='only with `explain=true`')
 
 
 class PredictionRows(BaseModel):

@@ -73,7 +73,7 @@ class PredictionOutputs:
             from cxr_fastai.inference.pretrained import name_model
             from cxr_fastai.publishing.prediction_page import save_prediction_page
 
-            save_prediction_page(predictions, images, self.html, name_model(self.model), maps.drawn)
+            save_prediction_page(predictions, images, self.html, name_model(self.model), drawn=maps.drawn)
         if as_json:
             files = {'table': self.table, 'maps': self.map_folder, 'page': self.html, 'dicom': self.dicom}
             unreported = dicom.unreported if dicom else None

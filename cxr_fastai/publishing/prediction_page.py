@@ -31,14 +31,15 @@ def save_prediction_page(
     images: Sequence[ImageLike],
     page: StrPath,
     model: StrPath,
-    maps: bool | Mapping[int, bytes | None] = False,
+    maps: bool = False,
+    drawn: Mapping[int, bytes | None] | None = None,
 ) -> Path:
     """Write the predictions of `images` to the new file `page`, and return its path.
 
     The page has a small picture of each image with its probability, its decision and, with `maps`, a map of what
     influenced the score; the images without a probability are grouped by the reason. Of more than `MAX_SHOWN`
     predictions, it shows those with the highest probabilities. `model` is the path or the name (see
-    `pretrained.name_model`) that it shows. `maps` may also be the maps of the `shown_positions`, if the caller has
+    `pretrained.name_model`) that it shows. `drawn` has the maps of the `shown_positions` by position, if the caller has
     drawn them already (see `thumbnails.draw_map`).
 
     Raises `UsageError` if `page` exists (see `check_page`), or with `maps` if the network has none; `OutputError`.
@@ -51,9 +52,9 @@ def save_prediction_page(
     predictor = predictions.predictor
     pictures = read_thumbnails([images[index] for index in visible_images], predictor.config.modality)
     thumbnails = dict(zip(visible_images, pictures, strict=True))
-    if maps is True:
-        maps = dict(zip(shown, draw_maps(predictor, [images[index] for index in shown]), strict=True))
-    write_text(page, render(predictions, thumbnails, maps or {}, model), '--html')
+    if maps and drawn is None:
+        drawn = dict(zip(shown, draw_maps(predictor, [images[index] for index in shown]), strict=True))
+    write_text(page, render(predictions, thumbnails, drawn or {}, model), '--html')
     return page
 
 

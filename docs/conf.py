@@ -224,6 +224,13 @@ def find_name(app, env, node, contnode):
     return domain.resolve_xref(env, node['refdoc'], app.builder, 'obj', matches[0], node, contnode)
 
 
+def shorten_paths(app, doctree, docname: str) -> None:
+    """Show values of constants and defaults that are paths from the root of the repository, not of this machine."""
+    for text in list(doctree.findall(nodes.Text)):
+        if str(ROOT) in text:
+            text.parent.replace(text, nodes.Text(text.replace(f'{ROOT}/', '')))
+
+
 def show_inline(self, node) -> None:
     self.body.append(tex2mathml(node.astext()))
     raise nodes.SkipNode
@@ -241,3 +248,4 @@ def setup(app) -> None:
     app.connect('include-read', read_include)
     app.connect('autodoc-process-docstring', read_docstring)
     app.connect('missing-reference', find_name)
+    app.connect('doctree-resolved', shorten_paths)

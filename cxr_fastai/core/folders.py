@@ -57,6 +57,12 @@ def _temporary(out: Path, kind: str) -> Path:
     return out.with_name(f'.{out.name}.{os.getpid()}.{kind}')
 
 
+def final_name(folder: Path) -> str:
+    """Return the name that `folder` has in the end: that of `out` for a folder of `temporary_folder`, else its own."""
+    temporary = re.fullmatch(rf'\.(.+)\.{os.getpid()}\.new', folder.name)
+    return temporary[1] if temporary else folder.name
+
+
 def replace_folder(new: Path, out: Path) -> None:
     """Rename the folder `new` to `out`. An existing `out` is exchanged with it and deleted. Raises `OSError`.
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
 from cxr_fastai.core.files import StrPath, atomic, write_json, writing
+from cxr_fastai.core.folders import final_name
 from cxr_fastai.core.foreign import open_regular, read_json
 from cxr_fastai.core.schemas import Fields, Table, Text
 from cxr_fastai.inference.config import SCHEMA, ModelConfig
@@ -82,7 +83,7 @@ def save_learner(learn: Learner, path: StrPath, config: ModelConfig) -> str:
         temporary.write_bytes(buffer.getbuffer())
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
     try:
-        trust(digest, f'exported here: {path.parent.name}/{path.name}')
+        trust(digest, f'exported here: {final_name(path.parent)}/{path.name}')
     except CXRError as error:  # the learner, which may have taken hours to train, is saved anyway
         warnings.warn(
             f'{path} could not be added to the trusted hashes, so this program will not open it: {error}',

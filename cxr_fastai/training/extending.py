@@ -80,7 +80,7 @@ def _no_further_epochs(option: str, meaning: str, run: Run, planned: int) -> Usa
 def describe_extension(phase: Phase) -> str:
     """Return what the further `phase` trains, as text."""
     trained = 'only the head, as before: the body stays frozen' if phase.frozen else 'the whole network'
-    return f'{describe_phase(phase)} trains {trained}'
+    return f'{describe_phase(phase)}, training {trained}'
 
 
 class Epochs(NamedTuple):

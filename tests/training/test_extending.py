@@ -83,7 +83,7 @@ def test_the_log_says_whether_the_body_stays_frozen(images, tmp_path, caplog, fr
     run = train(recipe, images, tmp_path / 'run')
     caplog.set_level('INFO', 'cxr_fastai')
     train(extend_recipe(run, 2), images, run.path, resume=True)
-    assert f'1 epoch of extension at learning rate 0.001 trains {trained}' in caplog.messages
+    assert f'1 epoch of extension at learning rate 0.001, training {trained}' in caplog.messages
 
 
 def test_metrics_of_the_shorter_training_are_refused(copied, images):

@@ -353,7 +353,8 @@ def plot_comparison(
 
 def _plot_forest(ax: Axes, metrics: Mapping[str, dict[str, Any]]) -> None:
     """Plot `FOREST_METRICS` of each run with intervals, one group of rows per metric."""
-    offsets = np.linspace(-0.3, 0.3, len(metrics)) if len(metrics) > 1 else np.zeros(1)
+    reach = min(0.1 * (len(metrics) - 1), 0.3)  # few runs lie close together, so that each metric is one group
+    offsets = np.linspace(-reach, reach, len(metrics))
     for of_run, colour, offset in zip(metrics.values(), cycle(LINES), offsets, strict=False):
         for row, name in enumerate(FOREST_METRICS):
             estimate = of_run[name]

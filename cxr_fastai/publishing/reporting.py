@@ -90,8 +90,8 @@ VALIDATION_SPLITS = {
     'official': 'The validation images are those of the folder val.',
     'patients': 'The validation images are those of {share:.0%} of the {units} of train and val, drawn at random with '
     'the same class balance.',
-    'none': 'The network was trained on all images, so it has no validation images. Its validation metrics are those '
-    'of other networks.',
+    'none': 'The network was trained on all images, so it has no validation images. Validation metrics, if there '
+    'are any, are those of other networks.',
     UNKNOWN: 'The validation images were chosen before the run was saved; how is not recorded.',
 }
 """How validation images are chosen, by the field `valid` of the recipe; see `_describe_validation`."""

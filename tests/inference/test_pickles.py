@@ -19,6 +19,7 @@ from bundlefiles import make_learner_pickle, old_learner_pickle
 
 from cxr_fastai.cli import main
 from cxr_fastai.core.errors import CXRError, CXRWarning, UsageError
+from cxr_fastai.core.folders import temporary_folder
 from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.inference.config import ModelConfig, sha256
@@ -104,6 +105,12 @@ def test_the_file_contains_no_results_of_validation_images(learn, tmp_path):
     assert not any(map(len, reloaded.dls.valid_ds.splits))
     assert not hasattr(reloaded, 'xb') and not hasattr(reloaded, 'dl')
     assert len(learn.xb)
+
+
+def test_the_trusted_file_has_the_name_of_the_finished_folder(learn, tmp_path):
+    with temporary_folder(tmp_path / 'bundle') as folder:
+        digest = save_learner(learn, folder / 'learner.pkl', CONFIG)
+    assert trusted()[digest]['why'] == 'exported here: bundle/learner.pkl'
 
 
 def test_saving_leaves_the_learner_unchanged(learn, tmp_path):

@@ -1,6 +1,5 @@
 """Export: a bundle replaces an older one only when it is complete and verified."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,8 +19,8 @@ from cxr_fastai.data.items import read_items
 from cxr_fastai.data.loaders import CXRDataLoaders
 from cxr_fastai.images.synthetic import make_demo
 from cxr_fastai.inference.bundle import SELFTEST, Bundle
-from cxr_fastai.inference.config import LEARNER, ModelConfig
-from cxr_fastai.inference.pickles import save_learner, trusted
+from cxr_fastai.inference.config import ModelConfig
+from cxr_fastai.inference.pickles import save_learner
 from cxr_fastai.inference.selftest import ParityError
 from cxr_fastai.models.architectures import make_recipe
 from cxr_fastai.publishing import exporting
@@ -137,11 +136,6 @@ def test_a_folder_that_only_resembles_a_bundle_of_schema_1_is_not_replaced(copy,
     (folder / 'manifest.json').write_text('{"schema": 1}')
     with pytest.raises(UsageError, match='is not a bundle'):
         check_destination(folder, as_zip=False)
-
-
-def test_the_trusted_learner_has_the_name_of_the_finished_bundle(bundle):
-    digest = hashlib.sha256((bundle / LEARNER).read_bytes()).hexdigest()
-    assert trusted()[digest]['why'] == f'exported here: {bundle.name}/{LEARNER}'
 
 
 def test_the_name_must_fit_the_option_zip(evaluated, tmp_path):
